@@ -1,0 +1,70 @@
+"""minilora: a minimal, autograd-free engine that fine-tunes neural networks with low-rank adaptation.
+
+Every gradient is written by hand, checked by finite differences, and runs unchanged on NumPy and CuPy.
+Importing this loads NumPy and nothing heavier: what needs more is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minilora.backend import choose_backend, seed, to_backend, to_numpy
+    from minilora.formats.adapter import load_adapter, save_adapter
+    from minilora.formats.checkpoint import load_model, save_model
+    from minilora.functional.losses import cross_entropy, mse
+    from minilora.gradcheck import gradcheck
+    from minilora.layers import (
+        GELU,
+        Attention,
+        Block,
+        Dropout,
+        Embedding,
+        Layer,
+        LayerNorm,
+        Linear,
+        Parameter,
+        ReLU,
+        RMSNorm,
+        Sequential,
+        SiLU,
+        Tanh,
+    )
+    from minilora.lora import LoraConfig, LoRALinear, disabled, factorize, inject, merge, unmerge
+    from minilora.models import GPT2, MLP, GPT2Config
+    from minilora.training.flat import clip_grad_norm
+    from minilora.training.optimizers import SGD, Adam, AdamW
+    from minilora.training.schedules import schedule
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "backend": "choose_backend seed to_backend to_numpy",
+    "formats.adapter": "load_adapter save_adapter",
+    "formats.checkpoint": "load_model save_model",
+    "functional.losses": "cross_entropy mse",
+    "gradcheck": "gradcheck",
+    "layers": "GELU Attention Block Dropout Embedding Layer LayerNorm Linear Parameter RMSNorm ReLU Sequential SiLU Tanh",
+    "lora": "LoRALinear LoraConfig disabled factorize inject merge unmerge",
+    "models": "GPT2 MLP GPT2Config",
+    "training.flat": "clip_grad_norm",
+    "training.optimizers": "SGD Adam AdamW",
+    "training.schedules": "schedule",
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605  (a list of str, made from the table above)
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is asked for, once."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'minilora' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"minilora.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

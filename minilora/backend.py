@@ -1,0 +1,144 @@
+"""The one door to NumPy and CuPy: choose, move arrays, draw numbers, synchronise, measure memory.
+
+Two rules keep the rest of the code free of the question "CPU or GPU?":
+
+1. `xp` comes from the arrays in hand, `xp = get_xp(x, W)`, never from a global "current backend".
+2. Random numbers are drawn on the host by NumPy, or computed from a counter with integer arithmetic
+   (`functional/dropout.py`): equal seeds give equal values on both backends.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+Array = Any  # a numpy.ndarray or a cupy.ndarray; the code below never asks which
+BACKENDS = ("numpy", "cupy")
+
+
+def get_xp(*arrays: Array | None) -> Any:
+    """The module (numpy or cupy) that the arrays live in; None is skipped.
+
+    Raises TypeError when some live on the host and some on the device: nothing is ever copied between
+    them behind the caller's back.
+    """
+    found = None
+    for x in arrays:
+        if x is None:
+            continue
+        xp = np if isinstance(x, (np.ndarray, np.generic)) else _cupy_of(x)
+        if found is not None and xp is not found:
+            raise TypeError("arrays of NumPy and CuPy are mixed; move the layer with layer.to(...) or the data with to_backend(...).")
+        found = xp
+    return np if found is None else found
+
+
+def _cupy_of(x: Array) -> Any:
+    cupy = sys.modules.get("cupy")  # who holds a CuPy array has imported CuPy
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return cupy
+    raise TypeError(f"expected a NumPy or CuPy array, got {type(x).__name__}.")
+
+
+def backend_name(x: Array) -> str:
+    """'numpy' or 'cupy', for messages and for `to_backend`."""
+    return "numpy" if get_xp(x) is np else "cupy"
+
+
+def to_backend(x: Array, backend: str, dtype: Any = None) -> Array:
+    """x on the named backend, in `dtype` if given. Copies only what has to change."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    if backend == "cupy":
+        return import_cupy().asarray(x, dtype=dtype)
+    host = x if isinstance(x, (np.ndarray, np.generic)) else x.get()
+    return np.asarray(host, dtype=dtype)
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """x as a NumPy array. From a GPU this copies and synchronises: for printing, saving and tests only."""
+    return to_backend(x, "numpy")
+
+
+def as_like(x: Array, like: Array) -> Array:
+    """x moved to where `like` lives; its own dtype is kept (token ids stay integers)."""
+    return to_backend(x, backend_name(like)) if get_xp(x) is not get_xp(like) else x
+
+
+def import_cupy() -> Any:
+    """The cupy module, after a check that it can be used.
+
+    Raises ImportError that names the extra to install, or RuntimeError that names the missing driver or device.
+    """
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(
+            "the cupy backend needs CuPy: pip install 'minilora[cuda13]' (driver 580 or newer) or 'minilora[cuda12]'."
+        ) from error
+    try:
+        devices = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:  # CuPy raises CUDARuntimeError, which cannot be named without CuPy
+        raise RuntimeError(f"CuPy is installed but found no usable NVIDIA driver ({error}); install one, or use --backend numpy.") from error
+    if devices == 0:
+        raise RuntimeError("CuPy is installed but sees no GPU; is CUDA_VISIBLE_DEVICES empty? Otherwise use --backend numpy.")
+    return cupy
+
+
+def choose_backend(name: str = "auto", quiet: bool = False) -> str:
+    """Resolve 'auto' | 'numpy' | 'cupy' to a backend that works here.
+
+    'auto' takes CuPy where it can be used, else NumPy, and says so in one line on standard error.
+    'cupy' raises as `import_cupy` does.
+    """
+    if name == "numpy":
+        return name
+    if name == "cupy":
+        import_cupy()
+        return name
+    if name != "auto":
+        raise ValueError(f"unknown backend {name!r}; choose auto, numpy or cupy.")
+    try:
+        import_cupy()
+        return "cupy"
+    except (ImportError, RuntimeError) as error:
+        if not quiet:
+            reason = "CuPy is not installed" if isinstance(error, ImportError) else "CuPy finds no GPU"
+            print(f"backend: numpy ({reason})", file=sys.stderr)
+        return "numpy"
+
+
+_generator = np.random.default_rng(0)
+
+
+def seed(value: int) -> None:
+    """Restart the generator that draws initial weights. Unset, it starts at 0: scripts repeat by default."""
+    global _generator
+    _generator = np.random.default_rng(value)
+
+
+def generator(rng: np.random.Generator | int | None = None) -> np.random.Generator:
+    """A host generator: the one given, one seeded by an integer, or the module's own."""
+    if rng is None:
+        return _generator
+    return rng if isinstance(rng, np.random.Generator) else np.random.default_rng(rng)
+
+
+def synchronize(backend: str) -> None:
+    """Wait until the device has finished; nothing to wait for on NumPy."""
+    if backend == "cupy":
+        import_cupy().cuda.get_current_stream().synchronize()
+
+
+def peak_memory(backend: str = "numpy") -> int:
+    """Peak bytes: of this process (NumPy), or held by CuPy's memory pool, which does not shrink by itself."""
+    if backend == "cupy":
+        return int(import_cupy().get_default_memory_pool().total_bytes())
+    try:
+        import resource
+    except ImportError:  # Windows has no resource module
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

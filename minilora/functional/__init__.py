@@ -1,0 +1,24 @@
+"""The mathematics: pure pairs f / f_backward. No state, no classes; one family a file."""
+
+from minilora.functional.activations import (
+    gelu,
+    gelu_backward,
+    gelu_tanh,
+    gelu_tanh_backward,
+    relu,
+    relu_backward,
+    silu,
+    silu_backward,
+    tanh,
+    tanh_backward,
+)
+from minilora.functional.attention import attention, attention_backward, check_offsets
+from minilora.functional.dropout import dropout, dropout_backward, dropout_mask
+from minilora.functional.embedding import check_ids, embedding, embedding_backward
+from minilora.functional.linear import linear, linear_backward
+from minilora.functional.lora import lora_linear, lora_linear_backward
+from minilora.functional.losses import IGNORE, cross_entropy, labelled_rows, linear_cross_entropy, mse
+from minilora.functional.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
+from minilora.functional.softmax import softmax, softmax_backward
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -1,0 +1,74 @@
+"""Elementwise non-linearities. Each is y = f(x) and dx = dy * f'(x); x of any shape.
+
+Only tanh saves its output (f' = 1 - y^2 needs nothing else); the others save their input.
+"""
+
+from __future__ import annotations
+
+import math
+
+from minilora.backend import Array, get_xp
+from minilora.functional.erf import erf
+
+_C = math.sqrt(2 / math.pi)
+
+
+def relu(x: Array) -> Array:
+    """y = max(x, 0)."""
+    return get_xp(x).maximum(x, 0)
+
+
+def relu_backward(dy: Array, x: Array) -> Array:
+    """dx = dy where x > 0, else 0. At the kink, x = 0, the derivative is taken as 0 (PyTorch's choice)."""
+    return dy * (x > 0)
+
+
+def tanh(x: Array) -> Array:
+    """y = tanh x."""
+    return get_xp(x).tanh(x)
+
+
+def tanh_backward(dy: Array, y: Array) -> Array:
+    """dx = dy (1 - y^2), from the output: tanh' = 1 - tanh^2."""
+    return dy * (1 - y * y)
+
+
+def _sigmoid(x: Array) -> Array:
+    """1 / (1 + e^-x) = (1 + tanh(x / 2)) / 2, which overflows for no x."""
+    return 0.5 * (1 + get_xp(x).tanh(0.5 * x))
+
+
+def silu(x: Array) -> Array:
+    """y = x sigmoid(x), also called swish."""
+    return x * _sigmoid(x)
+
+
+def silu_backward(dy: Array, x: Array) -> Array:
+    """dx = dy (g + x g (1 - g)), g = sigmoid(x)."""
+    g = _sigmoid(x)
+    return dy * (g + x * g * (1 - g))
+
+
+def gelu(x: Array) -> Array:
+    """y = x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2: the exact GELU (arXiv 1606.08415), as in BERT."""
+    return x * (0.5 * (1 + erf(x / math.sqrt(2))))
+
+
+def gelu_backward(dy: Array, x: Array) -> Array:
+    """dx = dy (Phi(x) + x phi(x)), phi(x) = exp(-x^2 / 2) / sqrt(2 pi) the density of Phi."""
+    Phi = 0.5 * (1 + erf(x / math.sqrt(2)))
+    phi = get_xp(x).exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return dy * (Phi + x * phi)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """y = x (1 + tanh z) / 2, z = sqrt(2 / pi) (x + 0.044715 x^3): GELU as GPT-2 computes it ("gelu_new")."""
+    t = get_xp(x).tanh(_C * x * (1 + 0.044715 * x * x))
+    return x * (0.5 * (1 + t))
+
+
+def gelu_tanh_backward(dy: Array, x: Array) -> Array:
+    """dx = dy ((1 + t) / 2 + x (1 - t^2) z' / 2), t = tanh z, z' = sqrt(2 / pi) (1 + 3 * 0.044715 x^2)."""
+    t = get_xp(x).tanh(_C * x * (1 + 0.044715 * x * x))
+    dz = _C * (1 + 3 * 0.044715 * x * x)
+    return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * dz)

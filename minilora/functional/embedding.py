@@ -1,0 +1,35 @@
+"""Rows of a table, one for each token."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minilora.backend import Array, as_like, get_xp
+
+
+def embedding(ids: Array, E: Array) -> Array:
+    """y_t = E[ids_t].   Shapes: ids (T,) integers, E (V, d) -> y (T, d). Saved: ids.
+
+    ids may stay on the host: they are checked there, then moved (T integers, no synchronisation). Ids that are
+    on a device already are not looked at, as reading them back would synchronise; CuPy would wrap a bad one
+    silently, so check them while they are on the host.
+    """
+    check_ids(ids, E.shape[0], "embedding")
+    return E[as_like(ids, E)]
+
+
+def embedding_backward(dy: Array, ids: Array, E: Array) -> Array:
+    """dE[v] = sum of dy_t over the tokens t with ids_t = v; rows that no token read stay zero. dE (V, d)."""
+    xp = get_xp(dy, E)
+    dE = xp.zeros(E.shape, dtype=dy.dtype)
+    xp.add.at(dE, as_like(ids, E), dy)  # y = E[ids]: a row read twice collects twice
+    return dE
+
+
+def check_ids(ids: Array, count: int, what: str) -> None:
+    """Raise unless ids (T,) are integers in [0, count). Ids on a device are not read, see `embedding`."""
+    if getattr(ids, "ndim", None) != 1 or ids.dtype.kind not in "iu":
+        raise TypeError(f"{what}: ids must be a one-dimensional integer array, got {getattr(ids, 'dtype', type(ids).__name__)}.")
+    if isinstance(ids, np.ndarray) and ids.size and not (0 <= int(ids.min()) and int(ids.max()) < count):
+        at = int(np.flatnonzero((ids < 0) | (ids >= count))[0])
+        raise ValueError(f"{what}: id {int(ids[at])} at position {at} is outside 0 to {count - 1}.")

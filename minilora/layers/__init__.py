@@ -1,0 +1,32 @@
+"""Thin objects that own parameters and call `functional`; one short file each. The contract is in `base.py`."""
+
+from minilora.layers.activations import GELU, Activation, ReLU, SiLU, Tanh
+from minilora.layers.attention import Attention
+from minilora.layers.base import Layer, Parameter, Saved
+from minilora.layers.block import Block, FeedForward
+from minilora.layers.dropout import Dropout, reseed
+from minilora.layers.embedding import Embedding
+from minilora.layers.linear import Linear
+from minilora.layers.norm import LayerNorm, RMSNorm
+from minilora.layers.sequential import Sequential
+
+__all__ = [
+    "GELU",
+    "Activation",
+    "Attention",
+    "Block",
+    "Dropout",
+    "Embedding",
+    "FeedForward",
+    "Layer",
+    "LayerNorm",
+    "Linear",
+    "Parameter",
+    "RMSNorm",
+    "ReLU",
+    "Saved",
+    "Sequential",
+    "SiLU",
+    "Tanh",
+    "reseed",
+]

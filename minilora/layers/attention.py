@@ -1,0 +1,58 @@
+"""Self-attention with a fused projection of queries, keys and values, as in GPT-2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from minilora import functional as F
+from minilora.backend import Array, get_xp
+from minilora.layers.base import Layer, Saved
+from minilora.layers.linear import Linear
+
+
+class Attention(Layer):
+    """[q k v] = x W_attn;   o = attention(q, k, v);   y = o W_proj.   x (T, d) -> y (T, d).
+
+    `offsets` are the bounds of the sequences in x (functional/attention.py). Saved, if a gradient has to pass through the
+    attention: q, k, v and the probabilities.
+    """
+
+    def __init__(
+        self, d_model: int, n_head: int, causal: bool = True, *, rng: np.random.Generator | int | None = None, dtype: Any = "float32"
+    ) -> None:
+        if d_model % n_head:
+            raise ValueError(f"Attention: d_model {d_model} is not a multiple of n_head {n_head}.")
+        self.n_head, self.causal = n_head, causal
+        self.c_attn = Linear(d_model, 3 * d_model, rng=rng, dtype=dtype)
+        self.c_proj = Linear(d_model, d_model, rng=rng, dtype=dtype)
+
+    def forward(
+        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Sequence[int] | None = None
+    ) -> tuple[Array, Saved | None]:
+        through = need_dx or self.c_attn.trainable
+        qkv, s_attn = self.c_attn.forward(x, keep=keep and through, need_dx=need_dx)
+        q, k, v = _thirds(qkv)
+        o, P = F.attention(q, k, v, self.n_head, offsets, self.causal, keep=keep and through)
+        y, s_proj = self.c_proj.forward(o, keep=keep, need_dx=through)
+        if not keep:
+            return y, None
+        return y, self.save(need_dx, s_attn, (qkv, P, offsets) if through else None, s_proj)
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
+        s_attn, through, s_proj = self.load(saved, need_dx)
+        do = self.c_proj.backward(dy, s_proj, need_dx=through is not None)  #    y = c_proj(o)
+        if through is None:
+            return None
+        qkv, P, offsets = through
+        dq, dk, dv = F.attention_backward(do, *_thirds(qkv), P, self.n_head, offsets)  # o = attention(q, k, v)
+        dqkv = get_xp(dq).concatenate([dq, dk, dv], axis=1)
+        return self.c_attn.backward(dqkv, s_attn, need_dx=need_dx)  #            qkv = c_attn(x)
+
+
+def _thirds(qkv: Array) -> tuple[Array, Array, Array]:
+    """The three column blocks of (T, 3d), as views."""
+    d = qkv.shape[1] // 3
+    return qkv[:, :d], qkv[:, d : 2 * d], qkv[:, 2 * d :]

@@ -1,0 +1,181 @@
+"""Parameter and Layer: the contract that every layer, block and model keeps.
+
+    y, saved = layer.forward(x, keep=True, need_dx=True)
+    dx = layer.backward(dy, saved, need_dx=True)
+
+- `saved` belongs to the call, not to the layer. A layer may be applied twice, or evaluated in the middle of training.
+- keep=False is inference: nothing is saved, and dropout is off.
+- need_dx says whether the gradient of x will be asked for. Where it is not, and nothing below is trainable,
+  nothing is computed and nothing is saved.
+- Gradients of activations are returned, gradients of parameters are added to `p.grad` (the first write assigns).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
+
+from minilora.backend import Array, backend_name, to_backend
+
+Self = TypeVar("Self", bound="Layer")
+
+
+class Parameter:
+    """An array that may be trained: `data`, `grad` (None until a backward has written it) and `trainable`.
+
+    `home` is where the gradient lives once an optimizer has laid all gradients out in one buffer (docs/flat-buffer.md).
+    """
+
+    __slots__ = ("_trainable", "data", "grad", "home")
+
+    def __init__(self, data: Array, trainable: bool = True) -> None:
+        self.data = data
+        self.grad: Array | None = None
+        self.home: Array | None = None
+        self._trainable = trainable
+
+    @property
+    def trainable(self) -> bool:
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        self._trainable = bool(value)
+        if not value:  # a frozen parameter has no gradient array at all
+            self.grad = self.home = None
+
+    def add_grad(self, g: Array) -> None:
+        """grad += g; the first write after `zero_grad` assigns, so nothing is ever filled with zeros."""
+        if not self._trainable:
+            raise RuntimeError("a gradient was computed for a frozen parameter.")
+        if g.shape != self.data.shape:
+            raise ValueError(f"the gradient has shape {g.shape}, its parameter {self.data.shape}.")
+        if g.dtype != self.data.dtype:
+            raise TypeError(f"the gradient is {g.dtype}, its parameter {self.data.dtype}.")
+        if self.grad is not None:
+            self.grad += g
+        elif self.home is not None:
+            self.home[...] = g
+            self.grad = self.home
+        else:
+            self.grad = g
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
+        """A copy starts without a gradient."""
+        return Parameter(copy.deepcopy(self.data, memo), self._trainable)
+
+    def __repr__(self) -> str:
+        return f"Parameter(shape={tuple(self.data.shape)}, dtype={self.data.dtype}, trainable={self.trainable})"
+
+
+class Saved(NamedTuple):
+    """What one forward call leaves for its backward, with the conditions it was chosen under."""
+
+    flags: tuple[bool, ...]
+    need_dx: bool
+    values: tuple[Any, ...]
+
+
+class Layer:
+    """Base of everything that owns parameters. Parameters and sub-layers are found by walking the attributes."""
+
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+        raise NotImplementedError(f"{type(self).__name__} has no forward.")
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
+        raise NotImplementedError(f"{type(self).__name__} has no backward.")
+
+    # -- walking ------------------------------------------------------------------------------------------------
+
+    def children(self) -> Iterator[tuple[str, Any]]:
+        """(name, Parameter or Layer) of the direct attributes; a list of layers gives "name.0", "name.1", ..."""
+        for name, value in vars(self).items():
+            if isinstance(value, (Parameter, Layer)):
+                yield name, value
+            elif isinstance(value, list):
+                yield from ((f"{name}.{i}", v) for i, v in enumerate(value) if isinstance(v, (Parameter, Layer)))
+
+    def modules(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
+        """(dotted path, layer) of every layer below and including this one, whose path is ""."""
+        yield prefix, self
+        for name, child in self.children():
+            if isinstance(child, Layer):
+                yield from child.modules(f"{prefix}.{name}" if prefix else name)
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """(dotted path, parameter), each parameter once; the path is its name in the published checkpoint."""
+        seen: set[int] = set()
+        for path, layer in self.modules():
+            for name, child in layer.children():
+                if isinstance(child, Parameter) and id(child) not in seen:
+                    seen.add(id(child))
+                    yield (f"{path}.{name}" if path else name), child
+
+    @property
+    def trainable(self) -> bool:
+        """Is anything here trainable?"""
+        return any(p.trainable for _, p in self.parameters())
+
+    # -- changing all parameters --------------------------------------------------------------------------------
+
+    def freeze(self: Self) -> Self:
+        """Make every parameter frozen: no gradient, nothing saved for one."""
+        for _, p in self.parameters():
+            p.trainable = False
+        return self
+
+    def unfreeze(self: Self) -> Self:
+        """Make every parameter trainable."""
+        for _, p in self.parameters():
+            p.trainable = True
+        return self
+
+    def zero_grad(self) -> None:
+        """Forget all gradients; the next backward assigns."""
+        for _, p in self.parameters():
+            p.grad = None
+
+    def to(self: Self, backend: str | None = None, dtype: Any = None) -> Self:
+        """Move the parameters to a backend ("numpy", "cupy") and/or a floating dtype. Gradients are dropped.
+
+        Make the optimizer afterwards: it holds on to the arrays it was made from.
+        """
+        for _, p in self.parameters():
+            p.data = to_backend(p.data, backend or backend_name(p.data), dtype)
+            p.grad = p.home = None
+        return self
+
+    def replica(self: Self) -> Self:
+        """A copy of the structure that shares every array of weights and owns its gradients (and nothing else)."""
+        values = [v for _, layer in self.modules() for v in vars(layer).values()]
+        arrays = [p.data for _, p in self.parameters()] + [v for v in values if hasattr(v, "dtype")]
+        return copy.deepcopy(self, memo={id(a): a for a in arrays})  # deepcopy finds them in its memo: already "copied"
+
+    # -- for the authors of layers ------------------------------------------------------------------------------
+
+    def save(self, need_dx: bool, *values: Any) -> Saved:
+        """Pack what backward will read. A value that it will not need is None."""
+        return Saved(self._flags(), need_dx, values)
+
+    def load(self, saved: Saved | None, need_dx: bool) -> tuple[Any, ...]:
+        """Unpack what `save` packed, once it is certain that it still fits.
+
+        Raises RuntimeError when nothing was saved, when dx is asked for but was declined in forward, or when a
+        parameter was frozen or unfrozen in between.
+        """
+        name = type(self).__name__
+        if saved is None:
+            raise RuntimeError(f"{name}.backward: nothing was saved; call forward with keep=True.")
+        if need_dx and not saved.need_dx:
+            raise RuntimeError(f"{name}.backward: need_dx=True, but forward was told need_dx=False.")
+        if saved.flags != self._flags():
+            raise RuntimeError(f"{name}.backward: a parameter was frozen or unfrozen since forward; run forward again.")
+        return saved.values
+
+    def _flags(self) -> tuple[bool, ...]:
+        return tuple(p.trainable for _, p in self.parameters())
+
+    def __repr__(self) -> str:
+        lines = [f"{path}: {tuple(p.data.shape)} {p.data.dtype}{'' if p.trainable else ' frozen'}" for path, p in self.parameters()]
+        return f"{type(self).__name__}({'' if not lines else chr(10) + '  ' + (chr(10) + '  ').join(lines) + chr(10)})"

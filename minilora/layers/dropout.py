@@ -1,0 +1,51 @@
+"""Dropout: on where something is kept for a backward, off in inference (keep=False)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minilora import functional as F
+from minilora.backend import Array
+from minilora.layers.base import Layer, Saved
+
+
+class Dropout(Layer):
+    """y = x * mask / (1 - p). Each call draws a new mask, a function of (seed, number of the call) alone.
+
+    `reseed` before a step makes the masks of that step a function of the step: a run that is split over replicas,
+    recomputed or resumed draws the same ones. Saved: the key of the mask, one integer.
+    """
+
+    def __init__(self, p: float = 0.1, seed: int = 0) -> None:
+        if not 0 <= p < 1:
+            raise ValueError(f"Dropout: p is {p}; it must be at least 0 and below 1.")
+        self.p = p
+        self.seed: tuple[int, ...] = (seed,)
+        self.calls = 0
+
+    def next_key(self) -> int:
+        """The key of the next mask."""
+        key = np.random.SeedSequence((*self.seed, self.calls)).generate_state(1, np.uint64)[0]
+        self.calls += 1
+        return int(key)
+
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+        if not keep:
+            return x, None
+        if self.p == 0:
+            return x, self.save(need_dx, None)
+        key = self.next_key()
+        return F.dropout(x, self.p, key), self.save(need_dx, key)
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
+        (key,) = self.load(saved, need_dx)
+        if not need_dx:
+            return None
+        return dy if key is None else F.dropout_backward(dy, self.p, key)
+
+
+def reseed(layer: Layer, *numbers: int) -> None:
+    """Restart every Dropout below `layer` at a seed made of `numbers` (the run's seed, the step, the replica) and its place."""
+    dropouts = (m for _, m in layer.modules() if isinstance(m, Dropout))
+    for place, dropout in enumerate(dropouts):
+        dropout.seed, dropout.calls = (*numbers, place), 0

@@ -1,0 +1,33 @@
+"""Embedding: a table with one row for each token id."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minilora import functional as F
+from minilora.backend import Array, generator
+from minilora.layers.base import Layer, Parameter, Saved
+
+
+class Embedding(Layer):
+    """y_t = weight[ids_t].   ids (T,) integers in [0, num_embeddings) -> y (T, embedding_dim).
+
+    Initial values: N(0, 0.02^2), as in GPT-2 and BERT. Saved: ids, if the table is trainable. There is no dx: ids are integers.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, rng: np.random.Generator | int | None = None, dtype: Any = "float32") -> None:
+        table = generator(rng).normal(0, 0.02, size=(num_embeddings, embedding_dim))
+        self.weight = Parameter(table.astype(dtype))
+
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = False) -> tuple[Array, Saved | None]:
+        y = F.embedding(x, self.weight.data)
+        if not keep:
+            return y, None
+        return y, self.save(need_dx, x if self.weight.trainable else None)
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
+        (ids,) = self.load(saved, need_dx)
+        if self.weight.trainable:
+            self.weight.add_grad(F.embedding_backward(dy, ids, self.weight.data))

@@ -1,0 +1,63 @@
+"""Linear: y = x W + b, W is (in, out)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from minilora import functional as F
+from minilora.backend import Array, generator
+from minilora.layers.base import Layer, Parameter, Saved
+
+
+def uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float, dtype: Any) -> np.ndarray:
+    """U(-bound, bound), drawn in float64 on the host, so that all dtypes and backends see the same values."""
+    return rng.uniform(-bound, bound, size=shape).astype(dtype)
+
+
+class Linear(Layer):
+    """y = x W + b.   x (T, in_features) -> y (T, out_features); `weight` (in, out), `bias` (out,) or None.
+
+    Initial values: U(-1/sqrt(in), 1/sqrt(in)) for both, as in PyTorch. Saved: x, if the weight is trainable; a frozen
+    layer saves nothing.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, rng: np.random.Generator | int | None = None, dtype: Any = "float32"
+    ) -> None:
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"Linear({in_features}, {out_features}): both sizes must be at least 1.")
+        rng = generator(rng)
+        bound = 1 / math.sqrt(in_features)
+        self.weight = Parameter(uniform(rng, (in_features, out_features), bound, dtype))
+        self.bias = Parameter(uniform(rng, (out_features,), bound, dtype)) if bias else None
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.data.shape[0])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.data.shape[1])
+
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+        y = F.linear(x, self.weight.data, None if self.bias is None else self.bias.data)
+        if not keep:
+            return y, None
+        return y, self.save(need_dx, x if self.weight.trainable else None)
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
+        (x,) = self.load(saved, need_dx)
+        need = {"dx"} if need_dx else set()
+        if self.weight.trainable:
+            need.add("dW")
+        if self.bias is not None and self.bias.trainable:
+            need.add("db")
+        dx, dW, db = F.linear_backward(dy, x, self.weight.data, need)
+        if dW is not None:
+            self.weight.add_grad(dW)
+        if db is not None and self.bias is not None:
+            self.bias.add_grad(db)
+        return dx

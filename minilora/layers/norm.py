@@ -1,0 +1,74 @@
+"""LayerNorm and RMSNorm, over the features of each token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minilora import functional as F
+from minilora.backend import Array
+from minilora.layers.base import Layer, Parameter, Saved
+
+
+class LayerNorm(Layer):
+    """y = weight * (x - mean) / sqrt(var + eps) + bias.   x (T, n) -> y (T, n).
+
+    Saved: the normalised x and 1 / sqrt(var + eps), if anything will read them.
+    """
+
+    def __init__(self, n: int, eps: float = 1e-5, *, dtype: Any = "float32") -> None:
+        self.eps = eps
+        self.weight = Parameter(np.ones(n, dtype=dtype))
+        self.bias = Parameter(np.zeros(n, dtype=dtype))
+
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+        y, normed = F.layer_norm(x, self.weight.data, self.bias.data, self.eps)
+        if not keep:
+            return y, None
+        return y, self.save(need_dx, normed if need_dx or self.weight.trainable else None)
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
+        (normed,) = self.load(saved, need_dx)
+        need = {"dx"} if need_dx else set()
+        if self.weight.trainable:
+            need.add("dgamma")
+        if self.bias.trainable:
+            need.add("dbeta")
+        if not need:
+            return None
+        if normed is None:  # only the bias is trained
+            self.bias.add_grad(dy.sum(axis=0))
+            return None
+        dx, dgamma, dbeta = F.layer_norm_backward(dy, normed, self.weight.data, need)
+        if dgamma is not None:
+            self.weight.add_grad(dgamma)
+        if dbeta is not None:
+            self.bias.add_grad(dbeta)
+        return dx
+
+
+class RMSNorm(Layer):
+    """y = weight * x / sqrt(mean(x^2) + eps).   x (T, n) -> y (T, n). Saved as in LayerNorm."""
+
+    def __init__(self, n: int, eps: float = 1e-6, *, dtype: Any = "float32") -> None:
+        self.eps = eps
+        self.weight = Parameter(np.ones(n, dtype=dtype))
+
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+        y, normed = F.rms_norm(x, self.weight.data, self.eps)
+        if not keep:
+            return y, None
+        return y, self.save(need_dx, normed if need_dx or self.weight.trainable else None)
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
+        (normed,) = self.load(saved, need_dx)
+        need = {"dx"} if need_dx else set()
+        if self.weight.trainable:
+            need.add("dgamma")
+        if not need:
+            return None
+        dx, dgamma = F.rms_norm_backward(dy, normed, self.weight.data, need)
+        if dgamma is not None:
+            self.weight.add_grad(dgamma)
+        return dx

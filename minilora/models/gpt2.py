@@ -1,0 +1,163 @@
+"""GPT-2: a decoder of pre-norm blocks with learned positions and a tied head. Module names as in GPT2LMHeadModel.
+
+    x_0 = wte[ids] + wpe[position]        h_i = block_i(h_{i-1})        h = ln_f(h_L)        logits = h wte^T
+
+The published checkpoint keeps its "Conv1D" weights as (in, out), which is the orientation used here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minilora import functional as F
+from minilora.backend import Array, as_like, generator, get_xp
+from minilora.layers import Block, Dropout, Embedding, Layer, LayerNorm, Saved
+
+
+@dataclass
+class GPT2Config:
+    """Field names as in the config.json of a published GPT-2. n_inner None is 4 n_embd. Raises ValueError for sizes that do not fit."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    layer_norm_epsilon: float = 1e-5
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"GPT2Config: {name} must be a positive integer, got {value!r}.")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"GPT2Config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}.")
+
+
+class Decoder(Layer):
+    """ids (T,) -> h (T, n_embd): everything but the head."""
+
+    def __init__(self, config: GPT2Config, rng: np.random.Generator, dtype: Any) -> None:
+        c = config
+        self.wte = Embedding(c.vocab_size, c.n_embd, rng=rng, dtype=dtype)
+        self.wpe = Embedding(c.n_positions, c.n_embd, rng=rng, dtype=dtype)
+        self.drop = Dropout(c.dropout)
+        self.h = [Block(c.n_embd, c.n_head, c.n_inner, c.layer_norm_epsilon, c.dropout, rng=rng, dtype=dtype) for _ in range(c.n_layer)]
+        self.ln_f = LayerNorm(c.n_embd, c.layer_norm_epsilon, dtype=dtype)
+
+    def forward(
+        self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Sequence[int] | None = None
+    ) -> tuple[Array, Saved | None]:
+        """x are token ids; `offsets` bound the sequences laid end to end in them. There is no dx: ids are integers."""
+        positions = self._positions(len(x), offsets)
+        at_x = self.wte.trainable or self.wpe.trainable
+        tokens, s_wte = self.wte.forward(x, keep=keep and at_x)
+        places, s_wpe = self.wpe.forward(positions, keep=keep and at_x)
+        h, s_drop = self.drop.forward(tokens + places, keep=keep and at_x)
+
+        needs, saves = [at_x], []  # needs[i]: does the input of block i need its gradient?
+        for block in self.h:
+            needs.append(needs[-1] or block.trainable)
+            h, s_block = block.forward(h, keep=keep and needs[-1], need_dx=needs[-2], offsets=offsets)
+            saves.append(s_block)
+        h, s_ln_f = self.ln_f.forward(h, keep=keep, need_dx=needs[-1])
+        return h, self.save(need_dx, needs, s_wte, s_wpe, s_drop, saves, s_ln_f) if keep else None
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
+        needs, s_wte, s_wpe, s_drop, saves, s_ln_f = self.load(saved, need_dx)
+        dh = self.ln_f.backward(dy, s_ln_f, need_dx=needs[-1])
+        for i in reversed(range(len(self.h))):
+            if not needs[i + 1]:
+                return
+            dh = self.h[i].backward(dh, saves[i], need_dx=needs[i])
+        if needs[0]:
+            dx = self.drop.backward(dh, s_drop)
+            self.wpe.backward(dx, s_wpe)  # x_0 = wte[ids] + wpe[position]: both get all of it
+            self.wte.backward(dx, s_wte)
+
+    def _positions(self, tokens: int, offsets: Sequence[int] | None) -> np.ndarray:
+        """0, 1, 2, ... from the start of each sequence."""
+        F.check_offsets(offsets, tokens)
+        bounds = np.array([0, tokens] if offsets is None else offsets)
+        lengths = np.diff(bounds)
+        limit = self.wpe.weight.data.shape[0]
+        if lengths.max() > limit:
+            raise ValueError(f"a sequence of {lengths.max()} tokens is longer than the model's {limit} positions.")
+        return np.arange(tokens) - np.repeat(bounds[:-1], lengths)
+
+
+class GPT2(Layer):
+    """ids (T,) -> logits (T, vocab_size). For training use `loss` and `loss_backward`, which never hold the logits.
+
+    Initial values (GPT-2, section 2.3): N(0, 0.02^2), biases zero, and 0.02 / sqrt(2 n_layer) for the projections into the residual stream.
+    """
+
+    output_head = "lm_head"  # tied: it is wte; named so that "all-linear" can leave it out
+
+    def __init__(self, config: GPT2Config, *, rng: np.random.Generator | int | None = None, dtype: Any = "float32") -> None:
+        self.config = config
+        rng = generator(rng)
+        self.transformer = Decoder(config, rng, dtype)
+        for path, p in self.parameters():
+            if path.endswith("c_proj.weight"):
+                p.data = rng.normal(0, 0.02 / math.sqrt(2 * config.n_layer), p.data.shape).astype(dtype)
+            elif path.endswith(("c_attn.weight", "c_fc.weight")):
+                p.data = rng.normal(0, 0.02, p.data.shape).astype(dtype)
+            elif path.endswith("bias"):
+                p.data[...] = 0
+
+    @property
+    def head(self) -> Array:
+        """The head's weight (n_embd, vocab_size): the embedding, transposed, as a view."""
+        return self.transformer.wte.weight.data.T
+
+    def forward(
+        self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Sequence[int] | None = None
+    ) -> tuple[Array, Saved | None]:
+        h, s_h = self.transformer.forward(x, keep=keep, offsets=offsets)
+        logits = h @ self.head
+        return logits, self.save(need_dx, h if self.transformer.wte.trainable else None, s_h) if keep else None
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
+        h, s_h = self.load(saved, need_dx)
+        if h is not None:
+            self.transformer.wte.weight.add_grad(dy.T @ h)  # logits = h @ wte^T
+        self.transformer.backward(dy @ self.head.T, s_h)
+
+    def loss(
+        self, ids: Array, labels: np.ndarray, offsets: Sequence[int] | None = None, count: int | None = None, keep: bool = True
+    ) -> tuple[Array, Saved | None]:
+        """The sum over labelled rows of -log p(labels_t | what precedes), divided by `count` (default: their number).
+
+        ids (T,); labels (T,) on the host: labels[t] is the token that row t has to predict (shifted already), or -100.
+        The head and the softmax run on labelled rows only, in blocks of the vocabulary. With keep=True the gradient of
+        h is computed along (it costs one product) and `loss_backward(saved)` goes on from there.
+        Raises ValueError when no row is labelled and no `count` was given.
+        """
+        rows = F.labelled_rows(labels)
+        if rows.size == 0 and count is None:
+            raise ValueError("loss: no row is labelled.")
+        h, s_h = self.transformer.forward(ids, keep=keep, offsets=offsets)
+        everywhere = rows.size == labels.size
+        at = None if everywhere else as_like(rows, h)
+        need = ({"dx", "dW"} if self.transformer.wte.trainable else {"dx"}) if keep else set()
+        loss, dh, dW = F.linear_cross_entropy(h if at is None else h[at], self.head, labels[rows], count, need)
+        return loss, self.save(False, h.shape, at, dh, dW, s_h) if keep else None
+
+    def loss_backward(self, saved: Saved | None) -> None:
+        """Add the gradients of `loss` to the trainable parameters."""
+        shape, at, dh, dW, s_h = self.load(saved, False)
+        if dW is not None:
+            self.transformer.wte.weight.add_grad(dW.T)  # the head is wte^T
+        if at is not None:  # only labelled rows had a loss
+            dense = get_xp(dh).zeros(shape, dtype=dh.dtype)
+            dense[at] = dh
+            dh = dense
+        self.transformer.backward(dh, s_h)

@@ -1,0 +1,64 @@
+"""Text as batches of sequences laid end to end, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from minilora.functional import IGNORE
+
+
+@dataclass
+class Batch:
+    """ids and labels (T,), sequences bounded by offsets (n + 1,); all on the host. labels[t] is what row t must predict, or -100."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def labelled(self) -> int:
+        """How many rows have a label."""
+        return int((self.labels != IGNORE).sum())
+
+    def split(self, n: int) -> list[Batch]:
+        """At most n shards of whole sequences with about equal numbers of tokens; views of this batch, in order."""
+        tokens = int(self.offsets[-1])
+        cuts = {0, len(self.offsets) - 1}
+        for i in range(1, n):  # the sequence boundary nearest to the ideal cut
+            cuts.add(int(np.argmin(np.abs(self.offsets - tokens * i / n))))
+        bounds = sorted(cuts)
+        return [self._rows(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+    def _rows(self, a: int, b: int) -> Batch:
+        first, last = self.offsets[a], self.offsets[b]
+        return Batch(self.ids[first:last], self.labels[first:last], self.offsets[a : b + 1] - first)
+
+
+def windows(text: np.ndarray, starts: np.ndarray, length: int) -> Batch:
+    """Windows of `length` tokens from the given starts; the label of a token is the one that follows it in the text."""
+    at = (starts[:, None] + np.arange(length)).ravel()
+    return Batch(text[at].astype(np.int64), text[at + 1].astype(np.int64), np.arange(len(starts) + 1) * length)
+
+
+def random_windows(text: np.ndarray, length: int, batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
+    """Endless batches of windows that start anywhere in the text. Raises ValueError when the text is shorter than one window."""
+    check_length(text, length)
+    while True:
+        yield windows(text, rng.integers(0, len(text) - length, size=batch_size), length)
+
+
+def held_out_windows(text: np.ndarray, length: int, batch_size: int) -> Iterator[Batch]:
+    """The text once, in consecutive windows; what is left over at the end is dropped."""
+    check_length(text, length)
+    starts = np.arange(0, len(text) - length, length)
+    for i in range(0, len(starts), batch_size):
+        yield windows(text, starts[i : i + batch_size], length)
+
+
+def check_length(text: np.ndarray, length: int) -> None:
+    """Raise ValueError unless one window and the token after it fit into the text."""
+    if len(text) <= length:
+        raise ValueError(f"the text has {len(text)} bytes, which is too short for one window of {length} and the byte after it.")

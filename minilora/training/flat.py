@@ -1,0 +1,90 @@
+"""One contiguous buffer for all trainable parameters, one for their gradients (docs/flat-buffer.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from minilora.backend import Array, get_xp
+from minilora.layers import Parameter
+
+Parameters = Iterable["Parameter | tuple[str, Parameter]"]
+
+
+class FlatBuffer:
+    """`data` and `grad` (n,) hold every trainable parameter end to end; each `p.data` and `p.grad` becomes a view into them.
+
+    So an optimizer step, a norm, a sum over replicas or a checkpoint is one operation on one vector, however many
+    parameters there are. Takes what `layer.parameters()` gives, or parameters alone; frozen ones are left as they are.
+
+    Raises ValueError when nothing is trainable, TypeError when the trainable parameters differ in dtype.
+    """
+
+    def __init__(self, parameters: Parameters) -> None:
+        named = [item if isinstance(item, tuple) else ("", item) for item in parameters]
+        named = [(path, p) for path, p in named if p.trainable]
+        if not named:
+            raise ValueError("nothing is trainable: inject LoRA, or unfreeze some parameters, before making an optimizer.")
+        dtypes = {str(p.data.dtype) for _, p in named}
+        if len(dtypes) > 1:
+            raise TypeError(f"trainable parameters must share one dtype, got {', '.join(sorted(dtypes))}.")
+        self.paths = [path for path, _ in named]
+        self.parameters = [p for _, p in named]
+        xp = get_xp(*(p.data for p in self.parameters))
+        size = sum(p.data.size for p in self.parameters)
+        self.data = xp.empty(size, dtype=self.parameters[0].data.dtype)
+        self.grad = xp.zeros_like(self.data)
+        self.views = _views(self.data, self.parameters)
+        for p, view in zip(self.parameters, self.views, strict=True):
+            view[...] = p.data
+            p.data = view
+        adopt(self.grad, self.parameters)
+
+    def gather(self) -> Array:
+        """The gradient (n,), complete: where a parameter got none this time, zero.
+
+        Raises RuntimeError when a parameter was frozen, or its array exchanged, since the buffer was made.
+        """
+        for path, p, view in zip(self.paths, self.parameters, self.views, strict=True):
+            if p.data is not view or p.home is None:
+                raise RuntimeError(f"{path or 'a parameter'} was moved or frozen after the optimizer was made; make a new optimizer.")
+        fill_missing(self.parameters)
+        return self.grad
+
+    def zero_grad(self) -> None:
+        """Forget all gradients; the next backward assigns."""
+        for p in self.parameters:
+            p.grad = None
+
+
+def adopt(grad: Array, parameters: list[Parameter]) -> None:
+    """Let the parameters write their gradients into consecutive parts of `grad` from now on."""
+    for p, home in zip(parameters, _views(grad, parameters), strict=True):
+        p.grad, p.home = None, home
+
+
+def fill_missing(parameters: list[Parameter]) -> None:
+    """Where no backward has written a gradient, it is zero."""
+    for p in parameters:
+        if p.grad is None and p.home is not None:
+            p.grad = p.home
+            p.grad[...] = 0
+
+
+def clip_grad_norm(flat: FlatBuffer, max_norm: float) -> Array:
+    """Scale the gradient so that its Euclidean norm is at most max_norm. Returns the norm before, as a 0-d array.
+
+    The factor min(1, max_norm / norm) is computed where the gradient lives: nothing is copied to the host.
+    """
+    grad = flat.gather()
+    xp = get_xp(grad)
+    norm = xp.sqrt(xp.vdot(grad, grad))
+    grad *= xp.minimum(1, max_norm / (norm + 1e-6)).astype(grad.dtype)
+    return norm
+
+
+def _views(buffer: Array, parameters: list[Parameter]) -> list[Array]:
+    views, start = [], 0
+    for p in parameters:
+        views.append(buffer[start : start + p.data.size].reshape(p.data.shape))
+        start += p.data.size
+    return views

@@ -1,0 +1,104 @@
+"""SGD, Adam and AdamW: a handful of vector operations on the flat buffer, whatever the number of parameters."""
+
+from __future__ import annotations
+
+import math
+
+from minilora.backend import get_xp
+from minilora.training.flat import FlatBuffer, Parameters
+
+
+class Optimizer:
+    """`step()` moves the parameters along their gradients, `zero_grad()` forgets the gradients. `lr` may be set between steps."""
+
+    def __init__(self, params: Parameters, lr: float) -> None:
+        if not (math.isfinite(lr) and lr >= 0):
+            raise ValueError(f"lr must be a number of at least 0, got {lr}.")
+        self.lr = lr
+        self.t = 0  # steps done
+        self.flat = FlatBuffer(params)
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def zero_grad(self) -> None:
+        self.flat.zero_grad()
+
+
+class SGD(Optimizer):
+    """v <- momentum v + g;   w <- w - lr v,   or with Nesterov's momentum  w <- w - lr (g + momentum v).
+
+    g includes weight_decay w. As in PyTorch, v starts at the first g. Raises ValueError for nesterov without momentum.
+    """
+
+    def __init__(self, params: Parameters, lr: float, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> None:
+        if nesterov and momentum <= 0:
+            raise ValueError("SGD: nesterov needs a momentum above 0.")
+        super().__init__(params, lr)
+        self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
+        self.v = get_xp(self.flat.data).zeros_like(self.flat.data) if momentum else None
+
+    def step(self) -> None:
+        w, g = self.flat.data, self.flat.gather()
+        if self.weight_decay:
+            g = g + self.weight_decay * w
+        if self.v is not None:
+            self.v *= self.momentum
+            self.v += g
+            g = g + self.momentum * self.v if self.nesterov else self.v
+        w -= self.lr * g
+        self.t += 1
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (arXiv 1412.6980, algorithm 1, and 1711.05101, algorithm 2).
+
+        m <- b1 m + (1 - b1) g              m^ = m / (1 - b1^t)
+        v <- b2 v + (1 - b2) g^2            v^ = v / (1 - b2^t)
+        w <- w - lr weight_decay w - lr m^ / (sqrt(v^) + eps)
+
+    bias_correction=False leaves out the two divisions, as the first BERT code did: its early steps are larger by
+    (1 - b1^t) / sqrt(1 - b2^t), 3.16 at t = 1 and 6.57 at t = 12 (arXiv 2006.05987, section 4).
+    """
+
+    decoupled = True
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        bias_correction: bool = True,
+    ) -> None:
+        if not all(0 <= b < 1 for b in betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {betas}.")
+        super().__init__(params, lr)
+        self.betas, self.eps, self.weight_decay, self.bias_correction = betas, eps, weight_decay, bias_correction
+        xp = get_xp(self.flat.data)
+        self.m = xp.zeros_like(self.flat.data)
+        self.v = xp.zeros_like(self.flat.data)
+
+    def step(self) -> None:
+        w, g = self.flat.data, self.flat.gather()
+        xp = get_xp(w)
+        self.t += 1
+        b1, b2 = self.betas
+        if self.weight_decay:
+            if self.decoupled:
+                w *= 1 - self.lr * self.weight_decay
+            else:
+                g = g + self.weight_decay * w
+        self.m *= b1
+        self.m += (1 - b1) * g
+        self.v *= b2
+        self.v += (1 - b2) * g * g
+        c1, c2 = (1 - b1**self.t, 1 - b2**self.t) if self.bias_correction else (1.0, 1.0)
+        w -= (self.lr / c1) * self.m / (xp.sqrt(self.v) / math.sqrt(c2) + self.eps)
+
+
+class Adam(AdamW):
+    """Adam with weight decay, if any, added to the gradient (L2 regularisation), as in the first paper."""
+
+    decoupled = False

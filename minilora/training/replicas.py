@@ -1,0 +1,94 @@
+"""Data parallelism in one process: shards of a batch on replicas that share the weights and own their gradients.
+
+NumPy leaves Python's lock in every product and ufunc, so Python threads with one BLAS thread each run truly side by side,
+and better than one thread with a parallel BLAS: the elementwise work is shared out too (docs/flat-buffer.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from minilora.backend import Array, get_xp
+from minilora.layers import reseed
+from minilora.training.data import Batch
+from minilora.training.flat import FlatBuffer, adopt, fill_missing
+
+
+class LanguageModel(Protocol):
+    """What can be trained here: `loss` gives (loss, saved), `loss_backward` adds the gradients. GPT2 is one."""
+
+    def loss(
+        self, ids: Array, labels: np.ndarray, offsets: Sequence[int] | None = None, count: int | None = None, keep: bool = True
+    ) -> tuple[Array, object]: ...
+
+    def loss_backward(self, saved: object) -> None: ...
+
+
+class Replicas:
+    """`gradients(batch)` leaves the gradient of the whole batch in `flat.grad`; the sum runs in a fixed order.
+
+    Use as a context manager: it holds the threads, and limits BLAS to one thread each while it is open.
+    """
+
+    def __init__(self, model, flat: FlatBuffer, threads: int = 1) -> None:  # type: ignore[no-untyped-def]
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}.")
+        if get_xp(flat.data) is not np:
+            threads = 1  # one device: it is parallel enough by itself
+        self.flat = flat
+        self.models = [model] + [model.replica() for _ in range(threads - 1)]
+        self.grads = [flat.grad]
+        self.parameters = [flat.parameters]
+        for twin in self.models[1:]:
+            trainable = [p for _, p in twin.parameters() if p.trainable]
+            self.grads.append(get_xp(flat.grad).zeros_like(flat.grad))
+            self.parameters.append(trainable)
+            adopt(self.grads[-1], trainable)
+        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._limits: threadpool_limits | None = None
+
+    def __enter__(self) -> Replicas:
+        self._limits = threadpool_limits(1, user_api="blas")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._limits is not None:
+            self._limits.restore_original_limits()
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def gradients(self, micro_batches: Sequence[Batch], seed: Sequence[int] = ()) -> Array:
+        """Forward and backward over all micro-batches, as if they were one batch. Returns their mean loss per labelled token.
+
+        Weighted by tokens: every part divides by the number of labels in the whole, so that accumulation equals the large batch.
+        `seed` (the run's, the step) makes dropout masks a function of the step.
+        """
+        count = sum(b.labelled for b in micro_batches)
+        if count == 0:
+            raise ValueError("no token in this batch is labelled; there is nothing to learn from.")
+        work = [b.split(len(self.models)) for b in micro_batches]
+
+        def run(k: int) -> Array | None:
+            total = None
+            reseed(self.models[k], *seed, k)
+            for p in self.parameters[k]:
+                p.grad = None
+            for shards in work:
+                if k < len(shards):
+                    shard = shards[k]
+                    loss, saved = self.models[k].loss(shard.ids, shard.labels, shard.offsets, count)
+                    self.models[k].loss_backward(saved)
+                    total = loss if total is None else total + loss
+            return total
+
+        losses = list(map(run, range(len(self.models)))) if self.pool is None else list(self.pool.map(run, range(len(self.models))))
+        self.flat.gather()
+        for grad, parameters in zip(self.grads[1:], self.parameters[1:], strict=True):  # in order: the sum is repeatable
+            fill_missing(parameters)
+            self.flat.grad += grad
+        return sum(loss for loss in losses if loss is not None)
