@@ -10,14 +10,15 @@ import hashlib
 import math
 import sys
 from itertools import islice
+from pydoc_data.topics import topics
 
 import numpy as np
-from pydoc_data.topics import topics
 from tqdm import tqdm
 
 from minilora.formats.checkpoint import save_model
 from minilora.models import GPT2, GPT2Config
 from minilora.training.data import held_out_windows, random_windows
+from minilora.training.evaluate import evaluate
 from minilora.training.flat import clip_grad_norm
 from minilora.training.optimizers import AdamW
 from minilora.training.replicas import Replicas
@@ -44,8 +45,8 @@ def main(folder: str = "pydoc") -> None:
             optimizer.step()
             bar.update()
             if (step + 1) % 200 == 0:
-                bits = np.mean([float(model.loss(b.ids, b.labels, b.offsets, keep=False)[0]) for b in held_out_windows(held_out, WINDOW, 16)])
-                bar.write(f"step {step + 1}: bits per byte {float(loss) / math.log(2):.3f} in training, {bits / math.log(2):.3f} held out")
+                nats, _ = evaluate(model, held_out_windows(held_out, WINDOW, 4), THREADS)
+                bar.write(f"step {step + 1}: bits per byte {float(loss) / math.log(2):.3f} in training, {nats / math.log(2):.3f} held out")
 
     save_model(model, folder, dtype="float16")
     print(f"written to {folder}")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minilora.backend import choose_backend, seed, to_backend, to_numpy
+    from minilora.checking.gradcheck import gradcheck
     from minilora.formats.adapter import load_adapter, save_adapter
     from minilora.formats.checkpoint import load_model, save_model
     from minilora.functional.losses import cross_entropy, mse
-    from minilora.gradcheck import gradcheck
     from minilora.layers import (
         GELU,
         Attention,
@@ -44,7 +44,7 @@ _HOME = {
     "formats.adapter": "load_adapter save_adapter",
     "formats.checkpoint": "load_model save_model",
     "functional.losses": "cross_entropy mse",
-    "gradcheck": "gradcheck",
+    "checking.gradcheck": "gradcheck",
     "layers": "GELU Attention Block Dropout Embedding Layer LayerNorm Linear Parameter RMSNorm ReLU Sequential SiLU Tanh",
     "lora": "LoRALinear LoraConfig disabled factorize inject merge unmerge",
     "models": "GPT2 MLP GPT2Config",

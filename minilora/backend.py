@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 Array = Any  # a numpy.ndarray or a cupy.ndarray; the code below never asks which
+Rng = np.random.Generator | int | None  # what draws initial values: a generator, a seed, or the module's own generator
 BACKENDS = ("numpy", "cupy")
 
 
@@ -81,7 +82,9 @@ def import_cupy() -> Any:
     try:
         devices = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # CuPy raises CUDARuntimeError, which cannot be named without CuPy
-        raise RuntimeError(f"CuPy is installed but found no usable NVIDIA driver ({error}); install one, or use --backend numpy.") from error
+        raise RuntimeError(
+            f"CuPy is installed but found no usable NVIDIA driver ({error}); install one, or use --backend numpy."
+        ) from error
     if devices == 0:
         raise RuntimeError("CuPy is installed but sees no GPU; is CUDA_VISIBLE_DEVICES empty? Otherwise use --backend numpy.")
     return cupy
@@ -119,7 +122,7 @@ def seed(value: int) -> None:
     _generator = np.random.default_rng(value)
 
 
-def generator(rng: np.random.Generator | int | None = None) -> np.random.Generator:
+def generator(rng: Rng = None) -> np.random.Generator:
     """A host generator: the one given, one seeded by an integer, or the module's own."""
     if rng is None:
         return _generator

@@ -30,7 +30,11 @@ def write_file(path: str | Path, write: Callable[[str], None]) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """`write_file` for UTF-8 text."""
-    write_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8") and None)
+
+    def write(temporary: str) -> None:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+    write_file(path, write)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -39,6 +39,7 @@ def load_model(path_or_id: str | Path = BUNDLED, backend: str = "auto", dtype: A
     model = GPT2(read_config(folder), rng=0)
     tensors, _ = read_tensors(folder / "model.safetensors")
     assign(model, {_full_name(name): value for name, value in tensors.items()}, folder)
+    model.source = str(path_or_id)
     return model.freeze().to(backend, dtype)
 
 
@@ -79,7 +80,9 @@ def assign(model: Layer, tensors: dict[str, np.ndarray], source: str | Path) -> 
     parameters = dict(model.parameters())
     missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if missing or extra:
-        said = [f"misses {missing[0]!r} ({len(missing)} in all)"] * bool(missing) + [f"has {extra[0]!r} too many ({len(extra)} in all)"] * bool(extra)
+        said = [f"misses {missing[0]!r} ({len(missing)} in all)"] * bool(missing) + [
+            f"has {extra[0]!r} too many ({len(extra)} in all)"
+        ] * bool(extra)
         raise ValueError(f"{source} does not fit the model: it {' and '.join(said)}.")
     for path, p in parameters.items():
         if tensors[path].shape != p.data.shape:

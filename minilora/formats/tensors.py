@@ -21,7 +21,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str
         raise FileNotFoundError(f"there is no file {path}.")
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}).") from None
 

@@ -20,5 +20,3 @@ from minilora.functional.lora import lora_linear, lora_linear_backward
 from minilora.functional.losses import IGNORE, cross_entropy, labelled_rows, linear_cross_entropy, mse
 from minilora.functional.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from minilora.functional.softmax import softmax, softmax_backward
-
-__all__ = [name for name in dir() if not name.startswith("_")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,9 @@ def attention_backward(
 ) -> tuple[Array, Array, Array]:
     """Gradients of o = P V, P = softmax(S), S = Q K^T / sqrt d, sequence by sequence.
 
-        dV = P^T dO         dP = dO V^T
-        dS = softmax'(dP)   zero where the mask put -inf, as P is zero there
-        dQ = dS K / sqrt d  dK = dS^T Q / sqrt d
+    dV = P^T dO         dP = dO V^T
+    dS = softmax'(dP)   zero where the mask put -inf, as P is zero there
+    dQ = dS K / sqrt d  dK = dS^T Q / sqrt d
     """
     xp = get_xp(do, q)
     dq, dk, dv = xp.empty_like(q), xp.empty_like(k), xp.empty_like(v)
@@ -75,7 +76,7 @@ def check_offsets(offsets: Sequence[int] | None, tokens: int) -> None:
 def sequences(offsets: Sequence[int] | None, tokens: int) -> Iterator[slice]:
     """The rows of each sequence, as slices."""
     bounds = [0, tokens] if offsets is None else [int(i) for i in offsets]
-    return (slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    return (slice(a, b) for a, b in pairwise(bounds))
 
 
 def _split(x: Array, n_head: int) -> Array:

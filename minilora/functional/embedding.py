@@ -30,6 +30,6 @@ def check_ids(ids: Array, count: int, what: str) -> None:
     """Raise unless ids (T,) are integers in [0, count). Ids on a device are not read, see `embedding`."""
     if getattr(ids, "ndim", None) != 1 or ids.dtype.kind not in "iu":
         raise TypeError(f"{what}: ids must be a one-dimensional integer array, got {getattr(ids, 'dtype', type(ids).__name__)}.")
-    if isinstance(ids, np.ndarray) and ids.size and not (0 <= int(ids.min()) and int(ids.max()) < count):
+    if isinstance(ids, np.ndarray) and ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < count):
         at = int(np.flatnonzero((ids < 0) | (ids >= count))[0])
         raise ValueError(f"{what}: id {int(ids[at])} at position {at} is outside 0 to {count - 1}.")

@@ -25,9 +25,7 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Array:
     return y
 
 
-def linear_backward(
-    dy: Array, x: Array | None, W: Array, need: Collection[str] = ("dx", "dW", "db")
-) -> tuple[Array | None, Array | None, Array | None]:
+def linear_backward(dy: Array, x: Array, W: Array, need: Collection[str] = ("dx", "dW", "db")) -> tuple[Array, Array, Array]:
     """Gradients of y = x W + b, each formed only if `need` names it, else None.
 
         dx = dy W^T        (T, m)    a token's gradient is the sum over the outputs it fed

@@ -8,9 +8,7 @@ from minilora.backend import Array
 from minilora.functional.linear import linear, linear_backward
 
 
-def lora_linear(
-    x: Array, W: Array, b: Array | None, A: Array, B: Array, s: float, mask: Array | None = None
-) -> tuple[Array, Array]:
+def lora_linear(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: float, mask: Array | None = None) -> tuple[Array, Array]:
     """y = x W + b + s (x A) B,   saved u = x A.
 
     Shapes: x (T, m), W (m, n), b (n,), A (m, r), B (r, n), scale s = alpha / r -> y (T, n), u (T, r).
@@ -29,15 +27,15 @@ def lora_linear(
 
 def lora_linear_backward(
     dy: Array,
-    x: Array | None,
-    u: Array | None,
+    x: Array,
+    u: Array,
     W: Array,
     A: Array,
     B: Array,
     s: float,
     mask: Array | None = None,
     need: Collection[str] = ("dx", "dA", "dB"),
-) -> tuple[Array | None, Array | None, Array | None]:
+) -> tuple[Array, Array, Array]:
     """Gradients of y = x W + b + s u B with u = x A; W and b are frozen and get none.
 
         dB = s u^T dy             (r, n)

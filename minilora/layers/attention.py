@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from minilora import functional as F
-from minilora.backend import Array, get_xp
+from minilora.backend import Array, Rng, get_xp
 from minilora.layers.base import Layer, Saved
 from minilora.layers.linear import Linear
 
@@ -20,9 +18,7 @@ class Attention(Layer):
     attention: q, k, v and the probabilities.
     """
 
-    def __init__(
-        self, d_model: int, n_head: int, causal: bool = True, *, rng: np.random.Generator | int | None = None, dtype: Any = "float32"
-    ) -> None:
+    def __init__(self, d_model: int, n_head: int, causal: bool = True, *, rng: Rng = None, dtype: Any = "float32") -> None:
         if d_model % n_head:
             raise ValueError(f"Attention: d_model {d_model} is not a multiple of n_head {n_head}.")
         self.n_head, self.causal = n_head, causal

@@ -80,6 +80,9 @@ class Saved(NamedTuple):
 class Layer:
     """Base of everything that owns parameters. Parameters and sub-layers are found by walking the attributes."""
 
+    lora_config: Any = None  # set on a model by `inject`
+    source: str | None = None  # set on a model by `load_model`: where it came from
+
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
         raise NotImplementedError(f"{type(self).__name__} has no forward.")
 

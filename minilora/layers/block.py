@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from minilora.backend import Array
+from minilora.backend import Array, Rng
 from minilora.layers.activations import GELU
 from minilora.layers.attention import Attention
 from minilora.layers.base import Layer, Saved
@@ -19,7 +17,7 @@ from minilora.layers.norm import LayerNorm
 class FeedForward(Layer):
     """y = gelu(x W_fc) W_proj.   x (T, d) -> y (T, d), with n_inner features in between."""
 
-    def __init__(self, d_model: int, n_inner: int, *, rng: np.random.Generator | int | None = None, dtype: Any = "float32") -> None:
+    def __init__(self, d_model: int, n_inner: int, *, rng: Rng = None, dtype: Any = "float32") -> None:
         self.c_fc = Linear(d_model, n_inner, rng=rng, dtype=dtype)
         self.act = GELU("tanh")
         self.c_proj = Linear(n_inner, d_model, rng=rng, dtype=dtype)
@@ -54,7 +52,7 @@ class Block(Layer):
         eps: float = 1e-5,
         dropout: float = 0.0,
         *,
-        rng: np.random.Generator | int | None = None,
+        rng: Rng = None,
         dtype: Any = "float32",
     ) -> None:
         self.ln_1 = LayerNorm(d_model, eps, dtype=dtype)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from minilora import functional as F
-from minilora.backend import Array, generator
+from minilora.backend import Array, Rng, generator
 from minilora.layers.base import Layer, Parameter, Saved
 
 
@@ -17,7 +15,7 @@ class Embedding(Layer):
     Initial values: N(0, 0.02^2), as in GPT-2 and BERT. Saved: ids, if the table is trainable. There is no dx: ids are integers.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, rng: np.random.Generator | int | None = None, dtype: Any = "float32") -> None:
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, rng: Rng = None, dtype: Any = "float32") -> None:
         table = generator(rng).normal(0, 0.02, size=(num_embeddings, embedding_dim))
         self.weight = Parameter(table.astype(dtype))
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora import functional as F
-from minilora.backend import Array, generator
+from minilora.backend import Array, Rng, generator
 from minilora.layers.base import Layer, Parameter, Saved
 
 
@@ -25,7 +25,13 @@ class Linear(Layer):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, rng: np.random.Generator | int | None = None, dtype: Any = "float32"
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rng: Rng = None,
+        dtype: Any = "float32",
     ) -> None:
         if in_features < 1 or out_features < 1:
             raise ValueError(f"Linear({in_features}, {out_features}): both sizes must be at least 1.")

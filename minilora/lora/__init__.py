@@ -1,8 +1,8 @@
 """The heart: LoraConfig, the LoRA layer, inject / merge / unmerge / disabled, factorize."""
 
 from minilora.lora.config import LoraConfig
-from minilora.lora.factorize import factorize
-from minilora.lora.inject import disabled, find_targets, inject, merge, unmerge
+from minilora.lora.factorization import factorize
+from minilora.lora.injection import disabled, find_targets, inject, merge, unmerge
 from minilora.lora.layer import LoRALinear, lora_layers
 
 __all__ = ["LoRALinear", "LoraConfig", "disabled", "factorize", "find_targets", "inject", "lora_layers", "merge", "unmerge"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora import functional as F
-from minilora.backend import Array, as_like, backend_name, generator, get_xp, to_backend
+from minilora.backend import Array, Rng, as_like, backend_name, generator, get_xp, to_backend
 from minilora.layers.base import Layer, Parameter, Saved
 from minilora.layers.dropout import Dropout
 from minilora.layers.linear import Linear, uniform
@@ -32,7 +32,7 @@ class LoRALinear(Linear):
         use_rslora: bool = False,
         init: bool | str = True,
         *,
-        rng: np.random.Generator | int | None = None,
+        rng: Rng = None,
         dtype: Any = None,
     ) -> None:
         m, n = base.in_features, base.out_features

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from minilora import functional as F
-from minilora.backend import Array, as_like, generator, get_xp
+from minilora.backend import Array, Rng, as_like, generator, get_xp
 from minilora.layers import Block, Dropout, Embedding, Layer, LayerNorm, Saved
 
 
@@ -101,7 +101,7 @@ class GPT2(Layer):
 
     output_head = "lm_head"  # tied: it is wte; named so that "all-linear" can leave it out
 
-    def __init__(self, config: GPT2Config, *, rng: np.random.Generator | int | None = None, dtype: Any = "float32") -> None:
+    def __init__(self, config: GPT2Config, *, rng: Rng = None, dtype: Any = "float32") -> None:
         self.config = config
         rng = generator(rng)
         self.transformer = Decoder(config, rng, dtype)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
-from minilora.backend import generator
+from minilora.backend import Rng, generator
 from minilora.layers import Layer, Linear, ReLU, Sequential
 
 
@@ -15,13 +14,18 @@ class MLP(Sequential):
     """x (T, sizes[0]) -> y (T, sizes[-1]).   `MLP([2, 32, 32, 1], Tanh)` has three dense layers, layers.0, layers.2, layers.4."""
 
     def __init__(
-        self, sizes: Sequence[int], activation: Callable[[], Layer] = ReLU, *, rng: np.random.Generator | int | None = None, dtype: Any = "float32"
+        self,
+        sizes: Sequence[int],
+        activation: Callable[[], Layer] = ReLU,
+        *,
+        rng: Rng = None,
+        dtype: Any = "float32",
     ) -> None:
         if len(sizes) < 2:
             raise ValueError(f"MLP: sizes {list(sizes)} must name at least an input and an output size.")
         rng = generator(rng)
         layers: list[Layer] = []
-        for m, n in zip(sizes[:-1], sizes[1:], strict=True):
+        for m, n in pairwise(sizes):
             layers += [activation()] if layers else []
             layers.append(Linear(m, n, rng=rng, dtype=dtype))
         super().__init__(*layers)

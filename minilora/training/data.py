@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class Batch:
         for i in range(1, n):  # the sequence boundary nearest to the ideal cut
             cuts.add(int(np.argmin(np.abs(self.offsets - tokens * i / n))))
         bounds = sorted(cuts)
-        return [self._rows(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [self._rows(a, b) for a, b in pairwise(bounds)]
 
     def _rows(self, a: int, b: int) -> Batch:
         first, last = self.offsets[a], self.offsets[b]

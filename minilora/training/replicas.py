@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -24,9 +24,9 @@ class LanguageModel(Protocol):
 
     def loss(
         self, ids: Array, labels: np.ndarray, offsets: Sequence[int] | None = None, count: int | None = None, keep: bool = True
-    ) -> tuple[Array, object]: ...
+    ) -> tuple[Array, Any]: ...
 
-    def loss_backward(self, saved: object) -> None: ...
+    def loss_backward(self, saved: Any) -> None: ...
 
 
 class Replicas:

@@ -12,7 +12,7 @@ Schedule = Callable[[int], float]
 
 
 def schedule(name: str, total: int, warmup: int = 0, final: float = 0.0) -> Schedule:
-    """"constant", "linear" or "cosine" over `total` steps; the last two fall to `final` times the peak.
+    """ "constant", "linear" or "cosine" over `total` steps; the last two fall to `final` times the peak.
 
     Raises ValueError for an unknown name, or a warm-up that is not shorter than the run.
     """

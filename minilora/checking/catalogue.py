@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from minilora import functional as F
 from minilora.backend import Array, to_backend
-from minilora.gradcheck.check import Report, gradcheck
+from minilora.checking.gradcheck import Report, gradcheck
 from minilora.layers import (
     GELU,
     Attention,
@@ -64,8 +64,10 @@ class LossOf(Layer):
     def __init__(self, model: GPT2, labels: np.ndarray) -> None:
         self.name, self.model, self.labels = f"{type(model).__name__}.loss", model, labels
 
-    def forward(self, x: Array, keep: bool = True, **options: Any) -> tuple[Array, Saved | None]:
-        return self.model.loss(x, self.labels, keep=keep, **options)
+    def forward(
+        self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Sequence[int] | None = None
+    ) -> tuple[Array, Saved | None]:
+        return self.model.loss(x, self.labels, offsets, keep=keep)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> None:
         self.model.loss_backward(saved)
@@ -128,7 +130,12 @@ def _pairs(draw: Callable[..., np.ndarray], rng: np.random.Generator) -> Iterato
         """An elementwise pair: what it saves is its input, or its output."""
         return (lambda x: ((y := f(x)), y if from_output else x)), (lambda dy, saved, x: [f_backward(dy, saved)])
 
-    yield Pair("linear", lambda x, W, b: (F.linear(x, W, b), None), lambda dy, s, x, W, b: F.linear_backward(dy, x, W), W=draw(5, 4), b=draw(4)), x
+    yield (
+        Pair(
+            "linear", lambda x, W, b: (F.linear(x, W, b), None), lambda dy, s, x, W, b: F.linear_backward(dy, x, W), W=draw(5, 4), b=draw(4)
+        ),
+        x,
+    )
     yield (
         Pair(
             "lora_linear",
@@ -172,11 +179,18 @@ def _pairs(draw: Callable[..., np.ndarray], rng: np.random.Generator) -> Iterato
     )
 
 
+def _only_biases(model: GPT2) -> None:
+    for path, p in model.parameters():
+        p.trainable = path.endswith("bias")
+
+
 _GPT2_VARIANTS: dict[str, Callable[[GPT2], object]] = {
     "all trained": lambda model: model,
     "LoRA on all linear layers": lambda model: inject(model, LoraConfig(r=2, lora_dropout=0.2), rng=1),
-    "LoRA on the last block": lambda model: inject(model, LoraConfig(r=2, target_modules=["c_attn", "c_fc"], layers_to_transform=[1]), rng=1),
-    "biases only": lambda model: [setattr(p, "trainable", path.endswith("bias")) for path, p in model.parameters()],
+    "LoRA on the last block": lambda model: inject(
+        model, LoraConfig(r=2, target_modules=["c_attn", "c_fc"], layers_to_transform=[1]), rng=1
+    ),
+    "biases only": _only_biases,
 }
 
 

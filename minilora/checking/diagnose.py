@@ -9,14 +9,15 @@ import numpy as np
 from minilora.backend import to_backend
 
 if TYPE_CHECKING:
-    from minilora.gradcheck.check import _Check
+    from minilora.checking.gradcheck import _Check
 
 
 def diagnose(name: str, check: _Check, analytic: np.ndarray, numeric: np.ndarray, at: np.ndarray) -> str:
     """A guess, in a few words, or "". `analytic` and `numeric` are the coordinates `at` of the gradient called `name`."""
 
     def close(a: np.ndarray, b: np.ndarray) -> bool:
-        return bool(np.linalg.norm(a - b) <= 1e-5 * max(np.linalg.norm(a), np.linalg.norm(b), 1e-300))
+        size = max(float(np.linalg.norm(a)), float(np.linalg.norm(b)), 1e-300)
+        return float(np.linalg.norm(a - b)) <= 1e-5 * size
 
     if not np.isfinite(analytic).all():
         return "is not finite"

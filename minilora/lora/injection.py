@@ -7,16 +7,14 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
-
-from minilora.backend import generator
+from minilora.backend import Rng, generator
 from minilora.layers.base import Layer
 from minilora.layers.linear import Linear
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import LoRALinear, lora_layers
 
 
-def inject(model: Layer, config: LoraConfig, *, rng: np.random.Generator | int | None = None) -> list[str]:
+def inject(model: Layer, config: LoraConfig, *, rng: Rng = None) -> list[str]:
     """Freeze the model and replace each targeted Linear by a LoRALinear. Returns the paths of the adapted layers.
 
     The model may be any tree of layers. What is trainable afterwards: every lora_A and lora_B, the biases that
@@ -49,6 +47,7 @@ def inject(model: Layer, config: LoraConfig, *, rng: np.random.Generator | int |
                 p.trainable = True
     for module in saved_modules.values():
         module.unfreeze()
+    model.lora_config = config  # what save_adapter writes down
     return list(targets)
 
 

@@ -1,0 +1,65 @@
+"""Text to train on: Python source of the standard library, which needs no download, or files of one's own. A token is a byte."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+# Modules that Python 3.10 to 3.13 all have as plain source files. Those held out are never trained on.
+TRAIN = """argparse ast bdb calendar cmd code codeop colorsys compileall configparser contextlib copy csv dataclasses decimal dis
+doctest filecmp fileinput fnmatch fractions ftplib functools getopt getpass gettext glob graphlib gzip hashlib heapq hmac imaplib
+inspect ipaddress keyword linecache locale lzma mailbox mimetypes netrc numbers operator optparse pdb pickle pickletools pkgutil platform
+plistlib poplib pprint profile pstats pyclbr queue quopri random rlcompleter runpy sched secrets selectors shelve shlex shutil signal
+smtplib socket socketserver statistics stringprep struct subprocess symtable tabnanny tarfile tempfile textwrap threading timeit
+token trace traceback tracemalloc tty types typing uuid warnings wave weakref webbrowser zipapp zipimport""".split()
+HELD_OUT = "bisect bz2 cProfile difflib enum ssl string tokenize".split()
+
+
+def stdlib_source(held_out: bool) -> np.ndarray:
+    """The bytes (n,) of the standard library's source: of the modules in TRAIN, or of those in HELD_OUT."""
+    found = (importlib.util.find_spec(name) for name in (HELD_OUT if held_out else TRAIN))
+    paths = [Path(spec.origin) for spec in found if spec is not None and spec.origin and spec.origin.endswith(".py")]
+    return join(paths)
+
+
+def read_text(path: str | Path) -> np.ndarray:
+    """The bytes (n,) of a text file, or of all .py, .txt and .md files below a folder, in the order of their names.
+
+    Raises FileNotFoundError when there is nothing, ValueError when what there is is empty.
+    """
+    path = Path(path)
+    if path.is_dir():
+        paths = sorted(p for p in path.rglob("*") if p.suffix in (".py", ".txt", ".md") and p.is_file())
+        if not paths:
+            raise FileNotFoundError(f"there are no .py, .txt or .md files below {path}.")
+    elif path.is_file():
+        paths = [path]
+    else:
+        raise FileNotFoundError(f"there is no file or folder {path}.")
+    text = join(paths)
+    if not len(text.tobytes().strip()):
+        raise ValueError(f"{path} is empty: there is nothing to train on.")
+    return text
+
+
+def split_text(text: np.ndarray, fraction: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+    """(train, held out): the last `fraction` of the bytes is held out."""
+    cut = int(len(text) * (1 - fraction))
+    return text[:cut], text[cut:]
+
+
+def join(paths: list[Path]) -> np.ndarray:
+    """Files as one array of bytes, two empty lines between them."""
+    return np.frombuffer(b"\n\n".join(path.read_bytes() for path in paths), dtype=np.uint8)
+
+
+def encode(text: str) -> np.ndarray:
+    """UTF-8 bytes as token ids."""
+    return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+
+def decode(ids: list[int]) -> str:
+    """Token ids as text; bytes that are no UTF-8 become replacement characters."""
+    return bytes(ids).decode("utf-8", errors="replace")

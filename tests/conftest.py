@@ -1,0 +1,79 @@
+"""One suite for two backends. A test that takes `backend` runs on each that is asked for:
+
+`pytest` is NumPy and the stand-in for CuPy, on any machine; `pytest --backend cupy` is the GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import standin
+
+from minilora.backend import import_cupy, to_backend
+
+CHOICES = {"numpy": ["numpy"], "standin": ["standin"], "cupy": ["cupy"], "both": ["numpy", "standin"]}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=CHOICES, default="both", help="what tests run on; both: numpy and the stand-in for cupy")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("backend") == "cupy":
+        try:
+            import_cupy()
+        except (ImportError, RuntimeError) as error:
+            raise pytest.UsageError(f"--backend cupy: {error}") from None
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    chosen = config.getoption("backend")
+    if chosen != "cupy":
+        return "backends: " + ", ".join({"numpy": f"numpy {np.__version__}", "standin": "stand-in for cupy"}[b] for b in CHOICES[chosen])
+    cupy = import_cupy()
+    version = cupy.cuda.runtime.driverGetVersion()
+    device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    return f"backends: cupy {cupy.__version__} on {device}, driver for CUDA {version // 1000}.{version % 1000 // 10}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", CHOICES[metafunc.config.getoption("backend")], indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name for `layer.to(...)` and `to_backend(...)`: "numpy" or "cupy". The stand-in is in place for this test alone."""
+    if request.param == "standin":
+        request.getfixturevalue("standin_cupy")
+    return "numpy" if request.param == "numpy" else "cupy"
+
+
+@pytest.fixture
+def standin_cupy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The stand-in, as what `import cupy` gives during this test; for tests that count."""
+    monkeypatch.setitem(sys.modules, "cupy", standin.module)
+    return standin.module
+
+
+@pytest.fixture
+def xp(backend: str) -> ModuleType:
+    """The module of the backend under test: numpy, cupy, or the stand-in."""
+    return np if backend == "numpy" else import_cupy()
+
+
+@pytest.fixture
+def on(backend: str) -> Callable[..., Any]:
+    """`on(array)`: the array (or list, or number) on the backend under test."""
+    return lambda array, dtype=None: to_backend(np.asarray(array), backend, dtype)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers, the same in every run."""
+    return np.random.default_rng(0)

@@ -1,0 +1,145 @@
+"""A stand-in for CuPy on machines without a GPU: `sys.modules["cupy"] = standin.module`.
+
+It computes with NumPy and keeps CuPy's rules, as of CuPy 14.2 (docs.cupy.dev, "Differences between CuPy and NumPy"):
+nothing is converted to NumPy implicitly, operands on the host and on the device do not mix, reductions and single elements
+are 0-d arrays, index arrays wrap around, floating-point warnings and failed decompositions are silent. `count` tells what a
+GPU would have had to do.
+
+Only what is listed below exists. Where CuPy itself is installed, a test compares the lists with it. On purpose the stand-in is
+stricter than CuPy in three places: NumPy's functions are refused (CuPy would take over `np.exp(x)`, which hides that `xp` was
+forgotten), index arrays and lists on the host are refused (CuPy would copy them to the device), and there are no random
+numbers (ours are drawn on the host).
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from standin.arrays import argument, ndarray, offered, operand
+from standin.counting import Counts, count, note
+
+__all__ = ["CONSTANTS", "FUNCTIONS", "LACKS", "LINALG", "Counts", "count", "module", "ndarray"]
+
+CONSTANTS = (
+    "bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128 "
+    "floating integer generic dtype finfo iinfo issubdtype promote_types inf nan newaxis pi e"
+)
+FUNCTIONS = {  # by kind, see standin.arrays.offered; "own" are those written out below
+    "create": "arange eye full ones zeros",
+    "empty": "empty empty_like",
+    "launch": (
+        "abs absolute add all allclose any argmax argmin argsort array_equal bitwise_and ceil clip concatenate copysign cos cumsum "
+        "diag divide equal exp expm1 floor full_like greater greater_equal isclose isfinite isinf isnan left_shift less less_equal "
+        "log log1p logaddexp logical_and logical_not logical_or max maximum mean min minimum multiply negative not_equal ones_like "
+        "power prod reciprocal right_shift round sign sin sort sqrt square stack std subtract sum take_along_axis tan tanh "
+        "tril triu true_divide var zeros_like"
+    ),
+    "view": "ascontiguousarray broadcast_to expand_dims moveaxis ravel reshape squeeze swapaxes transpose",
+    "sync": "argwhere flatnonzero nonzero unique",
+    "product": "dot einsum inner matmul outer tensordot vdot",
+    "own": "array asarray asnumpy cuda get_array_module get_default_memory_pool is_available linalg ndarray result_type where",
+}
+LINALG = "cholesky eigh inv norm qr solve svd"
+LACKS = (  # what NumPy has and CuPy 14.2 has not, as far as anybody might reach for it
+    "block bytes_ einsum_path errstate frompyfunc geomspace geterr insert longdouble matvec nanpercentile nanquantile ndenumerate "
+    "nditer object_ seterr spacing str_ strings unstack vecdot vecmat"
+)
+POOL_BYTES = 4096  # what the memory pool says it holds; there is none
+_DTYPES = "?bBhHiIlLqQefdFD"  # NumPy's characters for the dtypes that CuPy has
+_ATOMIC = "iILQefd"  # those of add.at; int64 is not among them
+
+
+class CuPy(types.ModuleType):
+    """The module. For a missing name, the message tells whether CuPy lacks it or these lists do."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in LACKS.split():
+            raise AttributeError(f"CuPy has no {name!r}; only NumPy has it.")
+        raise AttributeError(f"cupy.{name} is not in the stand-in's list; if CuPy has it, add it in tests/standin/__init__.py.")
+
+
+def array(x: Any, dtype: Any = None) -> ndarray:
+    """A new array on the device. From the host it is copied, without waiting."""
+    if isinstance(x, ndarray):
+        return x.astype(x.dtype if dtype is None else dtype)
+    host = np.array(x, dtype=dtype)
+    if host.dtype.char not in _DTYPES:
+        raise ValueError(f"Unsupported dtype {host.dtype}")
+    note(to_device=1, bytes=host.nbytes)
+    return ndarray(host)
+
+
+def asarray(x: Any, dtype: Any = None) -> ndarray:
+    """x itself where it is on the device already and has the dtype."""
+    return x if isinstance(x, ndarray) and dtype in (None, x.dtype) else array(x, dtype)
+
+
+def asnumpy(x: Any) -> np.ndarray:
+    """x on the host."""
+    return x.get() if isinstance(x, ndarray) else np.asarray(x)
+
+
+def get_array_module(*arrays: Any) -> Any:
+    """This module if any of the arrays is on the device, else NumPy."""
+    return module if any(isinstance(x, ndarray) for x in arrays) else np
+
+
+def where(condition: ndarray, *choices: Any) -> Any:
+    """With one argument it is nonzero, and waits for the device."""
+    return offered(np.where)(condition, *choices) if choices else condition.nonzero()
+
+
+def result_type(*arrays_and_dtypes: Any) -> np.dtype:
+    """NumPy's promotion; it looks at no value, so nothing is launched."""
+    return np.result_type(*map(argument, arrays_and_dtypes))
+
+
+def add_at(a: ndarray, index: Any, value: Any) -> None:
+    """a[index] += value, where an index that comes twice adds twice."""
+    if a.dtype.char not in _ATOMIC:
+        raise TypeError(f"add.at only supports int32, uint32, uint64, float16, float32 and float64, got {a.dtype}.")
+    key, _, mask = a._resolve(index)
+    note(launches=1, syncs=mask)
+    np.add.at(a._host, key, operand(value))
+
+
+def _solver(name: str) -> Callable:
+    """A function of linear algebra. Where NumPy raises LinAlgError, CuPy gives nonsense: to look at the status would be to wait."""
+    run = offered(getattr(np.linalg, name))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(*args, **kwargs)
+        except np.linalg.LinAlgError as error:
+            if "must be" in str(error):  # a wrong shape, which CuPy sees too
+                raise
+            easy = [(module.eye if a.ndim == 2 else module.ones)(*a.shape, dtype=a.dtype) for a in args]  # for the shapes of the results
+            results = run(*easy, **kwargs)
+            return tuple(y * np.nan for y in results) if isinstance(results, tuple) else results * np.nan
+
+    return call
+
+
+def _make_module() -> CuPy:
+    cupy, space = CuPy("cupy"), types.SimpleNamespace
+    for name in CONSTANTS.split():
+        setattr(cupy, name, getattr(np, name))
+    for kind, names in FUNCTIONS.items():
+        for name in names.split() if kind != "own" else ():
+            setattr(cupy, name, offered(getattr(np, name), kind))
+    for function in (array, asarray, asnumpy, get_array_module, result_type, where):
+        setattr(cupy, function.__name__, function)
+    cupy.ndarray, cupy.__version__, cupy.add.at = ndarray, "14.2.0", add_at
+    cupy.linalg = space(**{name: _solver(name) for name in LINALG.split()})
+    cupy.is_available = lambda: True
+    cupy.get_default_memory_pool = lambda: space(total_bytes=lambda: POOL_BYTES, used_bytes=lambda: POOL_BYTES // 2)
+    stream = space(synchronize=lambda: note(syncs=1))
+    cupy.cuda = space(runtime=space(getDeviceCount=lambda: 1), get_current_stream=lambda: stream, is_available=lambda: True)
+    return cupy
+
+
+module = _make_module()

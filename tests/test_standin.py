@@ -1,0 +1,266 @@
+"""The stand-in keeps CuPy's rules. What it let pass, the rest of the suite would not notice."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import standin
+from standin.arrays import METHODS
+
+cp = standin.module
+
+
+@pytest.fixture
+def host():
+    return np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+@pytest.fixture
+def x(host):
+    return cp.asarray(host)
+
+
+def test_the_lists_are_true_of_cupy():
+    cupy = pytest.importorskip("cupy", reason="compares the lists with CuPy's own names; it needs CuPy, but no GPU")
+    names = [*standin.CONSTANTS.split(), *" ".join(standin.FUNCTIONS.values()).split()]
+    methods = [*" ".join(METHODS.values()).split(), *(n for n in vars(cp.ndarray) if not n.startswith("_"))]
+    assert [name for name in names if not hasattr(cupy, name)] == []
+    assert [name for name in standin.LINALG.split() if not hasattr(cupy.linalg, name)] == []
+    assert [name for name in methods if not hasattr(cupy.ndarray, name)] == []
+    assert [name for name in standin.LACKS.split() if hasattr(cupy, name)] == []
+    operators = {n for n in vars(cp.ndarray) if n.startswith("__")} - {"__slots__", "__getattr__"}
+    assert [n for n in operators if not hasattr(cupy.ndarray, n)] == []
+    lacking = ("__index__", "__imatmul__", "__contains__")  # numpy.ndarray has these
+    assert [n for n in lacking if hasattr(cupy.ndarray, n) or hasattr(cp.ndarray, n)] == []
+
+
+def test_it_is_an_array_of_its_own(x):
+    assert not isinstance(x, np.ndarray)
+    assert type(x).__module__ == "cupy"
+    assert (x.shape, x.dtype, x.ndim, x.size, x.nbytes, x.strides, len(x)) == ((2, 3), np.float32, 2, 6, 24, (12, 4), 2)
+    assert (x.T.shape, x.flags.c_contiguous, x.T.flags.c_contiguous) == ((3, 2), True, False)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [np.asarray, np.array, lambda x: np.add(x, 1), np.exp, np.sum, np.concatenate, lambda x: np.zeros(6)[x], math.floor],
+    ids=["asarray", "array", "add", "exp", "sum", "concatenate", "index", "floor"],
+)
+def test_nothing_becomes_numpy_by_itself(convert, x):
+    with pytest.raises(TypeError):
+        convert(x)
+
+
+def test_a_device_array_is_not_written_into_a_host_array(x, host):
+    with pytest.raises(TypeError, match="Implicit conversion"):
+        host[...] = x
+    with pytest.raises(TypeError):
+        host += x
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x, h: x + h,
+        lambda x, h: h + x,
+        lambda x, h: x @ h.T,
+        lambda x, h: h.T @ x,
+        lambda x, h: x == h,
+        lambda x, h: h < x,
+        lambda x, h: cp.maximum(x, h),
+        lambda x, h: cp.where(x > 0, x, h),
+        lambda x, h: cp.concatenate([x, h]),
+        lambda x, h: cp.vdot(x, h),
+        lambda x, h: cp.add.at(x, cp.asarray([0]), h),
+        lambda x, h: x * [1, 2, 3],
+        lambda x, h: x[np.array([0])],
+        lambda x, h: x[[0]],
+        lambda x, h: x.__setitem__(0, h[0]),
+        lambda x, h: x.__iadd__(h),
+        lambda x, h: cp.sum(h),
+    ],
+)
+def test_host_and_device_do_not_mix(mix, x, host):
+    with pytest.raises(TypeError, match=r"Unsupported type|without a CuPy array"):
+        mix(x, host)
+
+
+def test_scalars_of_python_and_numpy_are_operands(x, host):
+    np.testing.assert_array_equal((2 * x + np.float32(1)).get(), 2 * host + 1)
+    np.testing.assert_array_equal((np.float32(1) - x / 2).get(), 1 - host / 2)
+
+
+def test_promotion_is_that_of_numpy_2(x):
+    assert (x * 0.1).dtype == np.float32
+    assert (x * np.float64(0.1)).dtype == np.float64
+    assert (x * cp.asarray(0.1)).dtype == np.float64  # a 0-d array is no Python number
+    assert (x.astype("float16") * 2).dtype == np.float16
+
+
+def test_reductions_and_elements_are_arrays(x):
+    for value in (x.sum(), x.mean(), x.max(), x.argmax(), (x > 0).any(), cp.vdot(x, x), cp.allclose(x, x), x[0, 0], x.sum() + 1):
+        assert isinstance(value, cp.ndarray)
+        assert value.shape == ()
+    assert all(isinstance(row, cp.ndarray) for row in x)
+
+
+def test_an_element_is_a_view_and_in_place_operators_write(x):
+    element, row = x[1, 2], x[0]
+    element += 10
+    row *= 0
+    element[...] = -element
+    np.testing.assert_array_equal(x.get(), [[0, 0, 0], [3, 4, -15]])
+
+
+def test_copies_share_nothing(x, host):
+    copies = [copy.deepcopy(x), copy.copy(x), x.copy(), cp.array(x), cp.asarray(x, dtype="float64"), x[cp.asarray([0, 1])]]
+    host[...] = x[...] = 9
+    assert all(c.max().item() == 5 for c in copies)
+    assert cp.asarray(x) is x
+    got = x.get()
+    got[...] = 7
+    assert x.max().item() == 9
+
+
+def test_index_arrays_wrap_around(x):
+    i = cp.asarray([2, -1, 3])
+    np.testing.assert_array_equal(x[i].get(), x.get()[[0, 1, 1]])
+    np.testing.assert_array_equal(x[:, cp.asarray([4])].get(), x.get()[:, [1]])
+    np.testing.assert_array_equal(x[..., None, cp.asarray([4])].get(), x.get()[..., None, [1]])
+    x[cp.asarray([5])] = -1
+    np.testing.assert_array_equal(x[1].get(), [-1, -1, -1])
+    with pytest.raises(IndexError):
+        x[2]  # plain integers are checked, in CuPy too
+    with pytest.raises(IndexError):
+        x[cp.asarray([0.0])]
+
+
+def test_add_at_collects_and_has_the_dtypes_of_atomic_add():
+    y = cp.zeros(3)
+    cp.add.at(y, cp.asarray([0, 2, 3, 0]), cp.asarray([1.0, 2.0, 4.0, 8.0]))
+    assert y.tolist() == [13, 0, 2]
+    with pytest.raises(TypeError, match="only supports int32"):
+        cp.add.at(cp.zeros(3, dtype="int64"), cp.asarray([0]), 1)
+
+
+def test_missing_names_say_why(x):
+    with pytest.raises(AttributeError, match="CuPy has no 'errstate'"):
+        cp.errstate  # noqa: B018
+    for name in ("random", "einsum_path", "trapezoid"):
+        with pytest.raises(AttributeError):
+            getattr(cp, name)
+    for name in ("sort", "resize", "scatter_add", "anything"):
+        with pytest.raises(AttributeError, match="not in the stand-in's list"):
+            getattr(x, name)
+    for name in ("reduceat", "reduce", "outer"):
+        assert not hasattr(cp.add, name)
+    with pytest.raises(TypeError, match="no argument where"):
+        x.sum(where=x > 0)
+    with pytest.raises(AttributeError):
+        x.flags.writeable = False
+    with pytest.raises(ValueError, match="Unsupported dtype"):
+        cp.asarray(["text"])
+
+
+def test_arithmetic_and_linear_algebra_fail_silently():
+    z = cp.zeros((2, 2))
+    assert cp.isnan(z / z).all()
+    assert cp.isnan(cp.linalg.cholesky(z - 1)).all()
+    assert cp.isnan(cp.linalg.solve(z, cp.ones((2, 3)))).all()
+    assert all(cp.isnan(part).all() for part in cp.linalg.svd(z / z))
+    with pytest.raises(np.linalg.LinAlgError):
+        cp.linalg.cholesky(cp.ones((2, 3)))
+
+
+def test_linear_algebra_is_numpys(host, x):
+    U, S, Vt = cp.linalg.svd(x, full_matrices=False)
+    np.testing.assert_allclose(((U * S) @ Vt).get(), host, atol=1e-6)
+
+
+def launches(f):
+    with standin.count() as c:
+        f()
+    assert (c.syncs, c.transfers) == (0, 0)
+    return c.launches
+
+
+def test_launches_are_counted(x):
+    i = cp.asarray([0, 1])
+    assert launches(lambda: x + 1) == 1
+    assert launches(lambda: cp.exp(-x) * x) == 3
+    assert launches(lambda: x.sum(axis=0)) == 1
+    assert launches(lambda: x @ x.T) == 1
+    assert launches(lambda: x[i]) == 1
+    assert launches(lambda: x.__setitem__(i, 0)) == 1
+    assert launches(lambda: cp.add.at(x, i, x)) == 1
+    assert launches(lambda: x.T.reshape(-1)) == 1  # has to copy
+    assert launches(lambda: cp.zeros((2, 2))) == 1
+    assert launches(lambda: x.astype("float64")) == 1
+    assert launches(lambda: (x.reshape(-1), x.T, x[:, 1:], x[0, 0], x.transpose(1, 0), cp.empty(3), x.astype("float32", copy=False))) == 0
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.get(),
+        lambda x: x.tolist(),
+        lambda x: x[0, 0].item(),
+        lambda x: float(x[0, 0]),
+        lambda x: int(x[0, 0]),
+        lambda x: bool(x[0, 0]),
+        lambda x: math.sqrt(x[0, 0]),
+        lambda x: f"{x[0, 0]:.3f}",
+        repr,
+        str,
+        lambda x: x.nonzero(),
+        lambda x: cp.flatnonzero(x),
+        lambda x: cp.where(x > 0),
+        lambda x: x[x > 0],
+        lambda x: x.__setitem__(x > 0, 0),
+        lambda x: cp.add.at(x, x > 0, 1),
+        lambda x: cp.cuda.get_current_stream().synchronize(),
+    ],
+)
+def test_every_wait_is_counted(wait, x):
+    with standin.count() as c:
+        wait(x)
+    assert c.syncs == 1
+
+
+def test_three_argument_where_does_not_wait(x):
+    with standin.count() as c:
+        y = cp.where(x > 2, x, -math.inf)
+    assert (c.syncs, c.launches, y.dtype) == (0, 2, np.float32)
+
+
+def test_transfers_are_counted_in_bytes(host):
+    with standin.count() as c:
+        x = cp.asarray(host)
+        cp.asarray(x)
+        assert (c.to_device, c.to_host, c.bytes, c.syncs) == (1, 0, 24, 0)
+        x.get()
+        float(x[0, 0])
+        cp.asnumpy(x)
+    assert (c.to_device, c.to_host, c.transfers, c.bytes, c.syncs) == (1, 3, 4, 24 + 24 + 4 + 24, 3)
+
+
+def test_products_are_remembered(x):
+    with standin.count() as outer:
+        x @ x.T
+        with standin.count() as inner:
+            x.T @ x
+            cp.einsum("ij,ik->jk", x, x[:, :1])
+            cp.outer(x[0], x[1])
+            x * x
+    assert inner.products == [(3, 3), (3, 1), (3, 3)]
+    assert outer.products == [(2, 2), *inner.products]
+
+
+def test_module_level_functions(x, host):
+    assert cp.get_array_module(host, x) is cp
+    assert cp.get_array_module(host) is np
+    assert cp.is_available()
+    assert cp.result_type(x, np.float64) == np.float64
+    assert cp.float32 is np.float32
+    assert cp.get_default_memory_pool().used_bytes() < cp.get_default_memory_pool().total_bytes()
