@@ -111,12 +111,14 @@ plt.switch_backend("Agg")  # into a file, also where there is no screen
 figure = plt.figure(figsize=(11, 4.6), layout="constrained")
 left, right = figure.subfigures(1, 2, width_ratios=[1.2, 1])
 axes = left.subplots()
-for kind, colour, marker in [("LoRA", "#0072B2", "o"), ("head only", "#E69F00", "s"), ("full", "#D55E00", "D"), ("from scratch", "#555555", "x")]:
+styles = {"LoRA": "#0072B2 o-", "head only": "#E69F00 s", "full": "#D55E00 D", "from scratch": "#555555 x"}
+for kind, style in styles.items():
     chosen = [method for method in methods if method.startswith(kind)]
     low, middle, high = (np.array([f([row[0] for row in results[m]]) for m in chosen]) for f in (np.min, np.median, np.max))
     x = [trained[m] for m in chosen]
-    axes.errorbar(x, middle, [middle - low, high - middle], color=colour, marker=marker, markersize=7, capsize=3, label=kind)
-axes.set(xscale="log", xlabel="trained parameters", ylabel="accuracy on held-out 5-9", title=f"{LABELLED} labels; median and range of 3 seeds")
+    colour, marker = style.split()
+    axes.errorbar(x, middle, [middle - low, high - middle], fmt=marker, color=colour, markersize=7, capsize=3, label=kind)
+axes.set(xscale="log", xlabel="trained parameters", ylabel="accuracy on held-out 5-9", title=f"{LABELLED} labels; range of 3 seeds")
 axes.legend(loc="lower right")
 axes.grid(alpha=0.3)
 right.suptitle("held-out digits: the base says, with LoRA r = 8")

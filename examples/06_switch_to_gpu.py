@@ -26,7 +26,7 @@ parser.add_argument("--backend", default="auto", choices=["auto", "numpy", "cupy
 parser.add_argument("--out", default=".", help="not used here: this example draws nothing")
 args = parser.parse_args()
 
-SIZES, T, STEPS, WARM_UP = [256, 512, 512, 10], 512, 40, 5
+SIZES, T, STEPS, WARM_UP = [256, 512, 512, 10], 256, 40, 5
 rng = np.random.default_rng(0)
 x_host = rng.normal(size=(T, SIZES[0]))
 labels = (x_host @ rng.normal(size=(SIZES[0], SIZES[-1]))).argmax(axis=1)  # labels stay on the host

@@ -67,7 +67,7 @@ def test_as_like_keeps_the_dtype(on, backend):
 
 
 def test_memory_and_synchronisation(backend):
-    assert door.peak_memory("numpy") > 2**20
+    assert sys.platform == "win32" or door.peak_memory("numpy") > 2**20
     door.synchronize(backend)
     assert door.peak_memory(backend) >= 0
 

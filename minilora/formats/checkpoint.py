@@ -79,11 +79,10 @@ def assign(model: Layer, tensors: dict[str, np.ndarray], source: str | Path) -> 
     """
     parameters = dict(model.parameters())
     missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
-    if missing or extra:
-        said = [f"misses {missing[0]!r} ({len(missing)} in all)"] * bool(missing) + [
-            f"has {extra[0]!r} too many ({len(extra)} in all)"
-        ] * bool(extra)
-        raise ValueError(f"{source} does not fit the model: it {' and '.join(said)}.")
+    if missing:
+        raise ValueError(f"{source} does not fit the model: it misses {missing[0]!r} ({len(missing)} tensors in all).")
+    if extra:
+        raise ValueError(f"{source} does not fit the model: it has {extra[0]!r} too many ({len(extra)} tensors in all).")
     for path, p in parameters.items():
         if tensors[path].shape != p.data.shape:
             raise ValueError(f"{source} does not fit the model: {path} has shape {tensors[path].shape}, the model wants {p.data.shape}.")

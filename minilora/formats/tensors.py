@@ -28,6 +28,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str
 
 
 def write_tensors(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all. The metadata says format=pt, which transformers and PEFT ask for."""
+    """Write a safetensors file, whole or not at all. By default the metadata is format=pt, which transformers asks for.
+
+    Give at most one entry of metadata: the library writes several in an order that changes from run to run.
+    """
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    write_file(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})}))
+    write_file(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata or {"format": "pt"}))

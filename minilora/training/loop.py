@@ -71,13 +71,14 @@ def train(
             micro = list(islice(batches, accumulate))
             if len(micro) < accumulate:
                 raise ValueError(f"the data ended at step {step} of {steps}.")
-            loss = replicas.gradients(micro, seed=(seed, step))
-            norm = clip_grad_norm(flat, clip)
             optimizer.lr = peak * schedule(step - 1)
-            pending.append((step, loss, optimizer.lr, norm, sum(len(b.ids) for b in micro)))
-            if check_every == 1:
-                _check(pending, flat)
-            optimizer.step()
+            with np.errstate(all="ignore"):  # what is not finite is told below, once
+                loss = replicas.gradients(micro, seed=(seed, step))
+                norm = clip_grad_norm(flat, clip)
+                pending.append((step, loss, optimizer.lr, norm, sum(len(b.ids) for b in micro)))
+                if check_every == 1:
+                    _check(pending, flat)
+                optimizer.step()
             if step % check_every == 0 or step == steps:
                 if good is not None:
                     try:

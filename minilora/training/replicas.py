@@ -74,16 +74,17 @@ class Replicas:
         work = [b.split(len(self.models)) for b in micro_batches]
 
         def run(k: int) -> Array | None:
-            total = None
-            reseed(self.models[k], *seed, k)
+            model, total = self.models[k], None
+            reseed(model, *seed, k)
             for p in self.parameters[k]:
                 p.grad = None
-            for shards in work:
-                if k < len(shards):
-                    shard = shards[k]
-                    loss, saved = self.models[k].loss(shard.ids, shard.labels, shard.offsets, count)
-                    self.models[k].loss_backward(saved)
-                    total = loss if total is None else total + loss
+            with np.errstate(all="ignore"):  # a loss that is not finite is told by `train`, once
+                for shards in work:
+                    if k < len(shards):
+                        shard = shards[k]
+                        loss, saved = model.loss(shard.ids, shard.labels, shard.offsets, count)
+                        model.loss_backward(saved)
+                        total = loss if total is None else total + loss
             return total
 
         losses = list(map(run, range(len(self.models)))) if self.pool is None else list(self.pool.map(run, range(len(self.models))))

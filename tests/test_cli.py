@@ -1,0 +1,252 @@
+"""The command line: the main job in small, and bad input told in one sentence."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import minilora as ml
+from minilora.cli import main
+from minilora.training.text import HELD_OUT, TRAIN, decode, encode, stdlib_source
+
+QUICK = ["--steps", "4", "--batch-size", "2", "--window", "32", "--eval-bytes", "256", "--sample-bytes", "8", "--backend", "numpy", "--warmup", "1"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "poem.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog; " * 200)
+    return path
+
+
+@pytest.fixture
+def cwd(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(capsys, *argv):
+    """(exit status, stdout, stderr) of a verb."""
+    status = main([str(a) for a in argv])
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def finetune(capsys, *argv):
+    status, out, err = run(capsys, "finetune", *QUICK, *argv)
+    assert status == 0, err
+    return out
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_finetune_leaves_a_whole_run_folder(method, cwd, text, capsys):
+    out = finetune(capsys, "--method", method, "--data", text)
+    folder = cwd / "runs" / f"{method}-1"
+    made = "adapter" if method == "lora" else "model"
+    assert {p.name for p in folder.iterdir()} == {"run.json", "metrics.jsonl", "samples.txt", "curves.png", made}
+    told = json.loads((folder / "run.json").read_text())
+    assert told["configuration"]["method"] == method
+    results = told["results"]
+    assert results["bits_per_byte_after"] < results["bits_per_byte_before"]
+    assert results["steps"] == 4
+    assert results["trainable_share"] == (1 if method == "full" else pytest.approx(65536 / 858880))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert set(lines[0]) == {"step", "loss", "lr", "grad_norm", "tokens"}
+    for word in ("trainable parameters", "bits per byte before", "a sample before", "a sample after", str(folder.relative_to(cwd))):
+        assert word in out
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_run_twice_gives_the_same_files(cwd, text, capsys):
+    for out in ("a", "b"):
+        finetune(capsys, "--data", text, "--out", out, "--threads", "2")
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl", "samples.txt"):
+        assert (cwd / "a" / name).read_bytes() == (cwd / "b" / name).read_bytes(), name
+    finetune(capsys, "--data", text, "--out", "c", "--threads", "2", "--seed", "1")
+    assert (cwd / "a" / "metrics.jsonl").read_bytes() != (cwd / "c" / "metrics.jsonl").read_bytes()
+
+
+def test_generate_merge_and_info_work_on_what_finetune_wrote(cwd, text, capsys):
+    finetune(capsys, "--data", text, "--out", "run", "--r", "2", "--target-modules", "c_attn,c_fc", "--lr", "0.05")
+    status, out, _ = run(capsys, "info", "run")
+    assert status == 0
+    assert "LoRA on 8 layers, r = 2" in out
+    assert "c_attn (4: 128 x 384)" in out
+    assert "bits per byte before" in out
+
+    status, out, _ = run(capsys, "merge", "run", "--out", "merged")
+    assert status == 0
+    assert "merged 8 adapters into merged; the largest change of a weight is" in out
+    write = ["--prompt", "the quick", "--bytes", "12", "--temperature", "0", "--backend", "numpy"]
+    texts = {where: run(capsys, "generate", where, *write)[1] for where in ("run", "merged", "pydoc")}
+    assert texts["run"] == texts["merged"]
+    assert all(t.startswith("the quick") for t in texts.values())
+    status, out, _ = run(capsys, "info", "merged")
+    assert "LoRA" not in out
+    assert "858,880" in out
+
+
+def test_generate_and_info_know_the_bundled_model_and_full_runs(cwd, text, capsys):
+    assert "858,880: 3.4 MB in float32" in run(capsys, "info")[1]
+    finetune(capsys, "--data", text, "--out", "full", "--method", "full")
+    assert run(capsys, "generate", "full", "--bytes", "5", "--backend", "numpy")[0] == 0
+    status, _, err = run(capsys, "merge", "full", "--out", "m")
+    assert status == 1
+    assert "has no adapter to merge" in err
+
+
+def test_gradcheck_prints_a_table_and_fails_when_a_gradient_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr("minilora.checking.catalogue.catalogue", lambda: [("Linear", ml.Linear(3, 2, rng=0, dtype="float64"), np.ones((4, 3)), {})])
+    status, out, _ = run(capsys, "gradcheck", "--backend", "numpy")
+    assert status == 0
+    assert "Linear" in out
+    assert "all 1 agree" in out
+    monkeypatch.setattr("minilora.functional.linear_backward", lambda dy, x, W, need: (dy @ W.T, 2 * x.T @ dy, dy.sum(axis=0)))
+    status, out, err = run(capsys, "gradcheck", "--backend", "numpy")
+    assert status == 1
+    assert "is 2 times the true gradient" in out
+    assert "1 of 1 backward passes disagree" in err
+
+
+def poison(path):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    tensors["transformer.wpe.weight"][0] = 3e38  # finite, but its square is not
+    save_file({k: v.astype(np.float32) for k, v in tensors.items()}, path / "model.safetensors")
+
+
+def test_a_diverged_run_says_where_and_keeps_what_was_good(cwd, text, capsys):
+    status, _, err = run(capsys, "finetune", *QUICK, "--data", text, "--lr", "1e30", "--out", "run", "--method", "full", "--clip", "1e30")
+    assert status == 1
+    assert "is not finite at step" in err
+    assert "transformer." in err
+    assert "Traceback" not in err
+    model = ml.load_model(cwd / "run" / "model", "numpy")  # finite, or it would not load
+    assert sum(p.data.size for _, p in model.parameters()) == 858880
+    assert "stopped_after_step" in (cwd / "run" / "run.json").read_text()
+
+
+def bad(name):
+    return lambda d: ["finetune", *QUICK, "--out", "new", *name]
+
+
+def in_use(d):
+    (d / "used").mkdir()
+    (d / "used" / "thesis.txt").write_text("years of work")
+    return ["finetune", *QUICK, "--out", "used"]
+
+
+def empty(d):
+    (d / "empty.txt").write_text("  \n")
+    return bad(["--data", "empty.txt"])(d)
+
+
+def short(d):
+    (d / "short.txt").write_text("x" * 300)
+    return bad(["--data", "short.txt"])(d)
+
+
+def empty_folder(d):
+    (d / "nothing").mkdir()
+    return bad(["--data", "nothing"])(d)
+
+
+def broken_adapter(d):
+    ml.save_model(ml.load_model("pydoc", "numpy"), d / "base")
+    model = ml.load_model(d / "base", "numpy")
+    ml.inject(model, ml.LoraConfig(r=2))
+    ml.save_adapter(model, d / "adapter")
+    path = d / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    return ["generate", "adapter", "--backend", "numpy"]
+
+
+def adapter_of_another_model(d):
+    model = ml.GPT2(ml.GPT2Config(vocab_size=256, n_positions=8, n_embd=6, n_layer=1, n_head=1), rng=0)
+    ml.inject(model, ml.LoraConfig(r=2))
+    ml.save_adapter(model, d / "adapter")
+    return ["merge", "adapter", "--out", "merged"]
+
+
+def a_file_as_run_folder(d):
+    (d / "file").write_text("mine")
+    return ["finetune", *QUICK, "--out", "file"]
+
+
+BAD = {
+    "rank 0": (bad(["--r", "0"]), "rank r must be an integer of at least 1, got 0"),
+    "rank too large": (bad(["--r", "500"]), "rank 500 is beyond transformer.h.0.attn.c_attn"),
+    "unknown module": (bad(["--target-modules", "q_proj,c_attn"]), "no linear layer is called 'q_proj'"),
+    "near module": (bad(["--target-modules", "c_attm"]), "did you mean 'c_attn'"),
+    "no such data": (bad(["--data", "absent.txt"]), "there is no file or folder absent.txt"),
+    "empty data": (empty, "empty.txt is empty"),
+    "empty folder": (empty_folder, "no .py, .txt or .md files below nothing"),
+    "text shorter than a window": (short, "too short for one window of 32"),
+    "window beyond positions": (bad(["--window", "257"]), "a window of 257 is longer than the model's 256 positions"),
+    "no steps": (bad(["--steps", "0"]), "steps must be at least 1"),
+    "warm-up": (bad(["--warmup", "9"]), "warmup of 9 steps does not fit a run of 4"),
+    "threads": (bad(["--threads", "-1"]), "threads must be at least 0"),
+    "rate": (bad(["--lr", "nan"]), "lr must be a number of at least 0"),
+    "no such model": (bad(["--model", "gpt5"]), "there is no model at gpt5"),
+    "used run folder": (in_use, "used is in use"),
+    "a file as run folder": (a_file_as_run_folder, "file is in use"),
+    "unwritable": (bad(["--out", "/proc/run"]), "/proc/run"),
+    "truncated adapter": (broken_adapter, "not a readable safetensors file"),
+    "adapter of another model": (adapter_of_another_model, "other weights"),
+    "nothing to merge": (lambda d: ["merge", "pydoc", "--out", "m"], "pydoc has no adapter to merge"),
+    "empty prompt": (lambda d: ["generate", "--prompt", "", "--backend", "numpy"], "the prompt is empty"),
+    "temperature": (lambda d: ["generate", "--temperature", "-1", "--backend", "numpy"], "temperature is -1.0"),
+    "info on nothing": (lambda d: ["info", "nowhere"], "there is no model at nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(case, cwd, capsys):
+    make, message = BAD[case]
+    argv = make(cwd)
+    before = {p: p.read_bytes() for p in cwd.rglob("*") if p.is_file()}
+    status, _, err = run(capsys, *argv)
+    assert status == 1
+    told = [line for line in err.splitlines() if line.startswith("minilora: error:")]
+    assert len(told) == 1
+    assert message in told[0]
+    assert "Traceback" not in err
+    assert {p: p.read_bytes() for p in cwd.rglob("*") if p.is_file()} == before
+    assert not (cwd / "new").exists()
+
+
+def test_an_adapter_that_never_moved_is_pointed_out(cwd, capsys):
+    model = ml.load_model("pydoc", "numpy")
+    ml.inject(model, ml.LoraConfig(r=2))
+    ml.save_adapter(model, cwd / "adapter")
+    status, _, err = run(capsys, "merge", "adapter", "--out", "m")
+    assert status == 0
+    assert "16 adapters are still zero" in err
+
+
+def test_the_command_and_the_module_are_the_same_and_unknown_verbs_are_refused():
+    for command in ([sys.executable, "-m", "minilora"], [os.path.join(os.path.dirname(sys.executable), "minilora")]):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"minilora {ml.__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "minilora", "fly"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_the_standard_librarys_source_is_there_and_its_halves_are_apart():
+    train, held_out = stdlib_source(held_out=False), stdlib_source(held_out=True)
+    assert len(train) > 1_500_000
+    assert len(held_out) > 66_000
+    assert not set(TRAIN) & set(HELD_OUT)
+    assert bytes(held_out[:2000]) not in bytes(train)
+    assert b"import" in bytes(train[:20000])
+
+
+def test_bytes_and_text():
+    assert decode(encode("naïve ☃").tolist()) == "naïve ☃"
+    assert decode([104, 105, 0xE2]) == "hi\ufffd"

@@ -1,0 +1,285 @@
+"""Optimizers, schedules, the flat buffer, replicas, the loop."""
+
+import json
+import math
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minilora as ml
+from minilora.layers import Parameter
+from minilora.training.data import Batch, held_out_windows, random_windows, windows
+from minilora.training.evaluate import evaluate
+from minilora.training.flat import FlatBuffer, clip_grad_norm
+from minilora.training.loop import Diverged, train
+from minilora.training.replicas import Replicas
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "optimizers.json").read_text())
+CONFIG = ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3, dropout=0.0)
+
+
+def tiny(dropout=0.0, dtype="float64", lora=True, seed=0):
+    model = ml.GPT2(ml.GPT2Config(**{**vars(CONFIG), "dropout": dropout}), rng=seed, dtype=dtype)
+    if lora:
+        ml.inject(model, ml.LoraConfig(r=2, init_lora_weights=False), rng=seed)
+    return model
+
+
+def some_batch(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    n = sum(lengths)
+    labels = np.where(rng.random(n) < 0.4, -100, rng.integers(0, 11, n))
+    return Batch(rng.integers(0, 11, n), labels, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def gradients(model):
+    return {path: p.grad.copy() for path, p in model.parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", GOLDEN["runs"])
+def test_optimizers_step_as_torchs(name, backend, on):
+    run, target = GOLDEN["runs"][name], on(np.array(GOLDEN["target"]))
+    kind = {"sgd": ml.SGD, "adam": ml.Adam, "adamw": ml.AdamW}[name.split()[0]]
+    p = Parameter(on(np.array(GOLDEN["start"])))
+    optimizer = kind([p], **run["options"])
+    for expected in run["steps"]:
+        p.add_grad(4 * (p.data - target) ** 3 / 6)
+        clip_grad_norm(optimizer.flat, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        np.testing.assert_allclose(ml.to_numpy(p.data), expected, rtol=2e-6)  # both add 1e-6 to the norm, torch elsewhere
+
+
+def test_bias_correction_makes_the_steps_of_the_paper():
+    """The ratio of the steps is (1 - b1^t) / sqrt(1 - b2^t): 3.16 at t = 1, 6.57 at t = 12, 1.26 at t = 1000."""
+    seen = {}
+    corrected, raw = Parameter(np.zeros(1)), Parameter(np.zeros(1))
+    a, b = ml.AdamW([corrected], 1.0, eps=0), ml.AdamW([raw], 1.0, eps=0, bias_correction=False)
+    for t in range(1, 1001):
+        before = float(corrected.data[0]), float(raw.data[0])
+        for p, optimizer in ((corrected, a), (raw, b)):
+            p.add_grad(np.ones(1))
+            optimizer.step()
+            optimizer.zero_grad()
+        seen[t] = (float(raw.data[0]) - before[1]) / (float(corrected.data[0]) - before[0])
+    assert seen[1] == pytest.approx(3.16, abs=0.005)
+    assert seen[12] == pytest.approx(6.57, abs=0.005)
+    assert max(seen, key=seen.get) == 12
+    assert seen[1000] == pytest.approx(1.26, abs=0.005)
+
+
+def test_the_flat_buffer_is_what_the_parameters_look_into(backend):
+    model = tiny().to(backend)
+    flat = ml.AdamW(model.parameters()).flat
+    trainable = [p for _, p in model.parameters() if p.trainable]
+    assert flat.data.size == sum(p.data.size for p in trainable)
+    flat.data[...] = 7
+    assert all(float(abs(p.data - 7).max()) == 0 for p in trainable)
+    batch = some_batch([3, 5])
+    model.loss_backward(model.loss(batch.ids, batch.labels, batch.offsets)[1])
+    flat.grad[...] = 3
+    assert all(float(abs(p.grad - 3).max()) == 0 for p in trainable)
+
+
+def test_a_parameter_without_a_gradient_counts_as_zero():
+    p, q = Parameter(np.ones(2)), Parameter(np.ones(3))
+    optimizer = ml.SGD([p, q], 1.0)
+    for _ in range(2):  # the second time the buffer still holds the first gradient
+        p.add_grad(np.ones(2))
+        q.add_grad(np.ones(3))
+        optimizer.zero_grad()
+        p.add_grad(np.ones(2))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert p.data.tolist() == [-1, -1]
+    assert q.data.tolist() == [1, 1, 1]
+
+
+def test_an_optimizer_notices_that_its_parameters_moved_away():
+    for change in (lambda m: m.to(dtype="float32"), lambda m: m.freeze()):
+        model = tiny()
+        optimizer = ml.SGD(model.parameters(), 0.1)
+        change(model)
+        with pytest.raises(RuntimeError, match="moved or frozen after the optimizer was made"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: FlatBuffer(tiny().freeze().parameters()), "nothing is trainable"),
+        (lambda: ml.SGD([Parameter(np.ones(1))], -1), "lr must be"),
+        (lambda: ml.SGD([Parameter(np.ones(1))], math.nan), "lr must be"),
+        (lambda: ml.SGD([Parameter(np.ones(1))], 1, nesterov=True), "nesterov needs a momentum"),
+        (lambda: ml.AdamW([Parameter(np.ones(1))], betas=(0.9, 1)), "betas"),
+        (lambda: ml.schedule("steps", 10), "constant, linear, cosine"),
+        (lambda: ml.schedule("linear", 10, warmup=10), "does not fit a run of 10"),
+        (lambda: next(random_windows(np.zeros(8, np.uint8), 8, 2, np.random.default_rng(0))), "too short for one window of 8"),
+        (lambda: evaluate(tiny(), []), "nothing to evaluate"),
+        (lambda: Replicas(tiny(), ml.SGD(tiny().parameters(), 1).flat, 0), "threads must be at least 1"),
+    ],
+)
+def test_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_parameters_of_two_dtypes_are_refused():
+    with pytest.raises(TypeError, match="float32, float64"):
+        FlatBuffer([Parameter(np.ones(1)), Parameter(np.ones(1, np.float32))])
+
+
+def test_clipping_scales_to_the_norm_and_leaves_small_gradients_alone(on, xp):
+    p, q = Parameter(on(np.zeros(2))), Parameter(on(np.zeros(1)))
+    flat = FlatBuffer([p, q])
+    p.add_grad(on(np.array([3.0, 0.0])))
+    q.add_grad(on(np.array([4.0])))
+    assert float(clip_grad_norm(flat, 10.0)) == pytest.approx(5)
+    assert ml.to_numpy(flat.grad).tolist() == [3, 0, 4]
+    assert float(clip_grad_norm(flat, 1.0)) == pytest.approx(5)
+    np.testing.assert_allclose(ml.to_numpy(p.grad), [0.6, 0], rtol=1e-6)
+
+
+def test_schedules():
+    linear, cosine = ml.schedule("linear", 110, warmup=10), ml.schedule("cosine", 110, warmup=10, final=0.1)
+    assert [linear(0), linear(9), linear(10), linear(60), linear(110)] == pytest.approx([1 / 11, 10 / 11, 1, 0.5, 0])
+    assert [cosine(10), cosine(60), cosine(110), cosine(500)] == pytest.approx([1, 0.55, 0.1, 0.1])
+    assert {ml.schedule("constant", 5)(s) for s in range(9)} == {1.0}
+
+
+def test_accumulation_equals_the_large_batch_weighted_by_tokens():
+    """Three batches with different numbers of labels, one after the other or end to end: the same gradient."""
+    parts = [some_batch([2, 3], 1), some_batch([7], 2), some_batch([1, 1, 6], 3)]
+    whole = Batch(
+        np.concatenate([b.ids for b in parts]),
+        np.concatenate([b.labels for b in parts]),
+        np.concatenate([[0], np.cumsum([n for b in parts for n in np.diff(b.offsets)])]),
+    )
+    assert len({b.labelled for b in parts}) > 1
+    model = tiny()
+    flat = FlatBuffer(model.parameters())
+    with Replicas(model, flat) as replicas:
+        loss = float(replicas.gradients(parts))
+        apart = flat.grad.copy()
+        expected = float(replicas.gradients([whole]))
+    assert loss == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_allclose(apart, flat.grad, atol=1e-14)
+    assert np.abs(apart).max() > 1e-3
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_replicas_give_the_gradient_of_the_whole_batch(threads):
+    batch = some_batch([3, 1, 5, 2, 4])
+    model = tiny(lora=False)
+    model.loss_backward(model.loss(batch.ids, batch.labels, batch.offsets)[1])
+    expected = gradients(model)
+    flat = FlatBuffer(model.parameters())
+    with Replicas(model, flat, threads) as replicas:
+        for _ in range(2):  # the second time the buffers hold old gradients
+            replicas.gradients([batch])
+    for path, g in gradients(model).items():
+        np.testing.assert_allclose(g, expected[path], atol=1e-14, err_msg=path)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_run_twice_is_the_same_to_the_bit(threads):
+    def run():
+        model = tiny(dropout=0.2, dtype="float32")
+        optimizer = ml.AdamW(model.parameters(), 1e-2)
+        text = np.random.default_rng(3).integers(0, 11, 400)
+        batches = random_windows(text, 8, 5, np.random.default_rng(4))
+        losses = [s.loss for s in train(model, optimizer, batches, 6, ml.schedule("linear", 6), threads=threads, accumulate=2)]
+        return losses, optimizer.flat.data
+
+    (losses, one), (again, two) = run(), run()
+    assert losses == again
+    assert one.tobytes() == two.tobytes()
+    assert losses[-1] != losses[0]
+
+
+def test_both_backends_train_alike(backend):
+    """The same losses, and with dropout: masks and batches do not depend on the backend."""
+
+    def losses(where):
+        model = tiny(dropout=0.3).to(where)
+        text = np.random.default_rng(3).integers(0, 11, 400)
+        steps = train(model, ml.AdamW(model.parameters(), 1e-2), random_windows(text, 8, 4, np.random.default_rng(4)), 12, ml.schedule("cosine", 12))
+        return [s.loss for s in steps]
+
+    np.testing.assert_allclose(losses(backend), losses("numpy"), rtol=1e-9)
+
+
+def test_training_learns_a_pattern(backend):
+    text = np.tile(np.arange(8), 60)
+    model = tiny(lora=False, dtype="float32").to(backend)
+    steps = list(
+        train(model, ml.AdamW(model.parameters(), 2e-2), random_windows(text, 8, 4, np.random.default_rng(0)), 40, ml.schedule("constant", 40))
+    )
+    assert [s.step for s in steps] == list(range(1, 41))
+    assert steps[0].tokens == 32
+    assert steps[-1].loss < 0.3 * steps[0].loss
+
+
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(check_every):
+    model = tiny(lora=False)
+    optimizer = ml.SGD(model.parameters(), 0.1)
+    text = np.random.default_rng(3).integers(0, 11, 400)
+    batches = random_windows(text, 8, 4, np.random.default_rng(4))
+
+    def poisoned():
+        for i, batch in enumerate(batches):
+            if i == 6:  # as if memory or data had gone bad
+                model.transformer.wpe.weight.data[3, 2] = np.nan
+            yield batch
+
+    seen, good = [], {}
+    steps = train(model, optimizer, poisoned(), 20, ml.schedule("constant", 20), check_every=check_every)
+    with pytest.raises(Diverged, match="loss is not finite at step 7, first in transformer.w"):
+        for s in steps:
+            seen.append(s.step)
+            good[s.step] = optimizer.flat.data.copy()
+    assert seen == list(range(1, 7 if check_every == 1 else 5))
+    if check_every == 4:
+        np.testing.assert_array_equal(optimizer.flat.data, good[4])
+    else:
+        bad = np.flatnonzero(optimizer.flat.data != good[6])
+        assert len(bad) == 1  # only what the test broke: no update was made from a bad gradient
+
+
+def test_the_data_may_not_end_early():
+    model = tiny()
+    with pytest.raises(ValueError, match="ended at step 3 of 5"):
+        list(train(model, ml.SGD(model.parameters(), 0.1), iter([some_batch([8])] * 2), 5, ml.schedule("constant", 5)))
+
+
+def test_a_batch_without_labels_is_refused():
+    model, batch = tiny(), some_batch([4])
+    batch.labels[:] = -100
+    with pytest.raises(ValueError, match="no token in this batch is labelled"):
+        next(train(model, ml.SGD(model.parameters(), 0.1), iter([batch]), 1, ml.schedule("constant", 1)))
+
+
+def test_evaluation_is_the_mean_over_labelled_tokens_whatever_the_threads():
+    model, batches = tiny(), [some_batch([4, 3], 1), some_batch([8], 2)]
+    total = sum(float(model.loss(b.ids, b.labels, b.offsets, keep=False)[0]) * b.labelled for b in batches)
+    count = sum(b.labelled for b in batches)
+    assert evaluate(model, batches) == (pytest.approx(total / count), count)
+    assert evaluate(model, batches, threads=3) == evaluate(model, batches)
+
+
+def test_windows_and_splits():
+    text = np.arange(50, dtype=np.uint8)
+    batch = windows(text, np.array([0, 10]), 4)
+    assert batch.ids.tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert batch.labels.tolist() == [1, 2, 3, 4, 11, 12, 13, 14]
+    assert batch.offsets.tolist() == [0, 4, 8]
+    seen = np.concatenate([b.ids for b in held_out_windows(text, 7, 2)])
+    assert seen.tolist() == list(range(49))
+    shards = some_batch([5, 1, 1, 5, 4]).split(3)
+    assert [int(s.offsets[-1]) for s in shards] == [5, 7, 4]
+    assert len(some_batch([5]).split(4)) == 1
+    starts = {int(b.ids[0]) for b in islice(random_windows(text, 7, 1, np.random.default_rng(0)), 300)}
+    assert starts == set(range(43))  # every window, the last one too
