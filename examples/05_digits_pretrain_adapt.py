@@ -7,7 +7,7 @@ ml.inject freezes the model and puts  + s (x A) B  beside every dense layer, at 
     ml.inject(model, ml.LoraConfig(r=8, lora_alpha=16, rank_pattern={"layers.4": 4}))     the head has 5 outputs: r <= 5
 
 and `with ml.disabled(model):` the old model answers again, to the bit: one base, many adapters. What full fine-tuning
-overwrites is gone. Each method has a learning rate that suits it (LoRA's is larger, as is usual) and the same 250 labels.
+overwrites is gone. All have the same 250 labels; each has the learning rate that a small search preferred (LoRA's is larger).
 
 This base has seen 700 small pictures, which is hardly "pretrained": compare with the last row, from scratch, before
 concluding anything about transfer. What carries over to large models is the count of parameters and the way back.
@@ -118,7 +118,7 @@ for kind, style in styles.items():
     x = [trained[m] for m in chosen]
     colour, marker = style.split()
     axes.errorbar(x, middle, [middle - low, high - middle], fmt=marker, color=colour, markersize=7, capsize=3, label=kind)
-axes.set(xscale="log", xlabel="trained parameters", ylabel="accuracy on held-out 5-9", title=f"{LABELLED} labels; range of 3 seeds")
+axes.set(xscale="log", xlabel="trained parameters", ylabel="accuracy, held-out 5-9", title=f"{LABELLED} labels; median, range of 3 seeds")
 axes.legend(loc="lower right")
 axes.grid(alpha=0.3)
 right.suptitle("held-out digits: the base says, with LoRA r = 8")

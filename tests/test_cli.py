@@ -12,7 +12,22 @@ import minilora as ml
 from minilora.cli import main
 from minilora.training.text import HELD_OUT, TRAIN, decode, encode, stdlib_source
 
-QUICK = ["--steps", "4", "--batch-size", "2", "--window", "32", "--eval-bytes", "256", "--sample-bytes", "8", "--backend", "numpy", "--warmup", "1"]
+QUICK = [
+    "--steps",
+    "4",
+    "--batch-size",
+    "2",
+    "--window",
+    "32",
+    "--eval-bytes",
+    "256",
+    "--sample-bytes",
+    "8",
+    "--backend",
+    "numpy",
+    "--warmup",
+    "1",
+]
 
 
 @pytest.fixture
@@ -100,7 +115,9 @@ def test_generate_and_info_know_the_bundled_model_and_full_runs(cwd, text, capsy
 
 
 def test_gradcheck_prints_a_table_and_fails_when_a_gradient_is_wrong(capsys, monkeypatch):
-    monkeypatch.setattr("minilora.checking.catalogue.catalogue", lambda: [("Linear", ml.Linear(3, 2, rng=0, dtype="float64"), np.ones((4, 3)), {})])
+    monkeypatch.setattr(
+        "minilora.checking.catalogue.catalogue", lambda: [("Linear", ml.Linear(3, 2, rng=0, dtype="float64"), np.ones((4, 3)), {})]
+    )
     status, out, _ = run(capsys, "gradcheck", "--backend", "numpy")
     assert status == 0
     assert "Linear" in out

@@ -140,7 +140,10 @@ BAD_MODELS = {
     "sizes": (lambda f: edit_config(f, n_head=5), "not a multiple"),
     "missing": (lambda f: edit_tensors(f, lambda t: t.pop(WTE)), "misses 'transformer.wte.weight'"),
     "extra": (lambda f: edit_tensors(f, lambda t: t.update(stray=np.ones(1))), "has 'transformer.stray' too many"),
-    "misshapen": (lambda f: edit_tensors(f, lambda t: t.update({WTE: np.ones((3, 6), np.float32)})), r"has shape \(3, 6\), the model wants \(11, 6\)"),
+    "misshapen": (
+        lambda f: edit_tensors(f, lambda t: t.update({WTE: np.ones((3, 6), np.float32)})),
+        r"has shape \(3, 6\), the model wants \(11, 6\)",
+    ),
     "integers": (lambda f: edit_tensors(f, lambda t: t.update({WTE: np.ones((11, 6), np.int64)})), "not finite floating-point"),
     "NaN": (lambda f: edit_tensors(f, lambda t: t[WTE].__setitem__((2, 2), np.nan)), "not finite floating-point"),
 }
@@ -198,12 +201,14 @@ def test_the_fingerprint_is_of_the_base_whatever_its_dtype_or_adapter():
 
 def test_an_adapter_for_another_size_is_refused(adapter):
     other = ml.GPT2(ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=12, n_layer=2, n_head=3), rng=0)
-    with pytest.raises(ValueError, match="other weights|made for another model"):
+    with pytest.raises(ValueError, match=r"other weights|made for another model"):
         ml.load_adapter(other, adapter)
 
 
 def test_neutral_fields_of_peft_do_no_harm(adapter):
-    edit_config(adapter, use_dora=False, loftq_config={}, megatron_config=None, layer_replication=None, peft_version="0.21.2", eva_config=None)
+    edit_config(
+        adapter, use_dora=False, loftq_config={}, megatron_config=None, layer_replication=None, peft_version="0.21.2", eva_config=None
+    )
     assert read_adapter_config(adapter).r == 2
 
 

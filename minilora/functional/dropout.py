@@ -30,7 +30,7 @@ def dropout_mask(shape: tuple[int, ...], p: float, key: int, xp: Any, dtype: Any
         raise ValueError(f"dropout: p is {p}; it must be at least 0 and below 1.")
     u = random_bits(math.prod(shape), key, xp) >> np.uint64(40)  # 24 uniform bits: 0 <= u < 2^24
     kept = (u >= round(p * 2**24)).reshape(shape)
-    return kept.astype(dtype) * xp.asarray(1 / (1 - p), dtype=dtype)
+    return kept.astype(dtype) * (1 / (1 - p))
 
 
 def random_bits(n: int, key: int, xp: Any) -> Array:

@@ -19,7 +19,10 @@ def embedding(ids: Array, E: Array) -> Array:
 
 
 def embedding_backward(dy: Array, ids: Array, E: Array) -> Array:
-    """dE[v] = sum of dy_t over the tokens t with ids_t = v; rows that no token read stay zero. dE (V, d)."""
+    """dE[v] = sum of dy_t over the tokens t with ids_t = v; rows that no token read stay zero. dE (V, d).
+
+    On a GPU the sum is made of atomic additions, in no fixed order: there it repeats to rounding, not to the bit.
+    """
     xp = get_xp(dy, E)
     dE = xp.zeros(E.shape, dtype=dy.dtype)
     xp.add.at(dE, as_like(ids, E), dy)  # y = E[ids]: a row read twice collects twice

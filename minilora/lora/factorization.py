@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from minilora.backend import Array, get_xp
 
 
@@ -20,12 +24,24 @@ def factorize(dW: Array, r: int, x: Array | None = None) -> tuple[Array, Array]:
     if dW.ndim != 2 or not 1 <= r <= min(dW.shape):
         raise ValueError(f"factorize: rank {r} does not fit a matrix of shape {dW.shape}.")
     xp = get_xp(dW, x)
-    L = None
+    L = None  # with L^T L = x^T x / T; upper triangular
     if x is not None:
         if x.ndim != 2 or x.shape[1] != dW.shape[0] or x.shape[0] < x.shape[1]:
             raise ValueError(f"factorize: x has shape {x.shape}; wanted (tokens, {dW.shape[0]}) with at least {dW.shape[0]} tokens.")
-        L = xp.linalg.cholesky(x.T @ x / x.shape[0]).T  # upper triangular, L^T L = x^T x / T
+        L = _cholesky(x.T @ x / x.shape[0])
     U, S, Vt = xp.linalg.svd(dW if L is None else L @ dW, full_matrices=False)
     root = xp.sqrt(S[:r])
     A, B = U[:, :r] * root, root[:, None] * Vt[:r]
     return (A if L is None else xp.linalg.solve(L, A)), B
+
+
+def _cholesky(C: Array) -> Array:
+    """Upper triangular L with L^T L = C. Raises ValueError when C is singular: NumPy would raise LinAlgError, CuPy nothing."""
+    xp = get_xp(C)
+    try:
+        L = xp.linalg.cholesky(C).T
+    except np.linalg.LinAlgError:
+        L = C * math.nan
+    if not bool(xp.isfinite(L).all()):
+        raise ValueError("factorize: the columns of x are not linearly independent; give more, or more varied, inputs.")
+    return L

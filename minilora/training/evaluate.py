@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 from threadpoolctl import threadpool_limits
 
+from minilora.backend import get_xp
 from minilora.training.data import Batch
 from minilora.training.replicas import LanguageModel
 
@@ -17,6 +19,8 @@ def evaluate(model: LanguageModel, batches: Iterable[Batch], threads: int = 1) -
     The batches are shared out over threads; their losses are added in order, so the result does not depend on the threads.
     """
     batches = list(batches)
+    if any(get_xp(p.data) is not np for _, p in model.parameters()):
+        threads = 1  # one device: it is parallel enough by itself
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         sums = list(pool.map(lambda b: float(model.loss(b.ids, b.labels, b.offsets, 1, keep=False)[0]), batches))
     tokens = sum(b.labelled for b in batches)

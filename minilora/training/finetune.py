@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from minilora.backend import choose_backend, peak_memory
@@ -35,7 +36,9 @@ PROMPT = "def read_config(path, encoding=None):\n    "
 
 @dataclass
 class Recipe:
-    """What `finetune` is asked. lr None takes the tuned rate of the method; data None is the standard library's source."""
+    """What `finetune` is asked. None takes: for lr the tuned rate of the method, for warmup 10 steps or half the run, for data
+    the standard library's source. Raises ValueError for numbers out of range.
+    """
 
     model: str = BUNDLED
     data: str | None = None
@@ -45,7 +48,7 @@ class Recipe:
     target_modules: str | list[str] = "all-linear"
     lr: float | None = None
     schedule: str = "cosine"
-    warmup: int = 10
+    warmup: int | None = None
     weight_decay: float = 0.0
     clip: float = 1.0
     steps: int = 200
@@ -64,6 +67,7 @@ class Recipe:
         for name in ("steps", "batch_size", "accumulate", "window", "eval_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        self.warmup = min(10, self.steps // 2) if self.warmup is None else self.warmup
         for name in ("threads", "sample_bytes", "seed", "warmup"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
@@ -83,7 +87,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Callable[[str],
     model = load_model(recipe.model, recipe.backend)
     train_text, held_out, what = _texts(recipe, model)
     optimizer = _prepare(model, recipe)
-    rate = schedule(recipe.schedule, recipe.steps, recipe.warmup)
+    rate = schedule(recipe.schedule, recipe.steps, recipe.warmup or 0)
     batches = random_windows(train_text, recipe.window, recipe.batch_size, np.random.default_rng(recipe.seed))
     folder = RunFolder.create(out, recipe.method)
     folder.write_run(asdict(recipe), {})
@@ -105,7 +109,8 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Callable[[str],
         return nats / math.log(2)
 
     def sample() -> str:
-        return decode(list(generate(model, encode(PROMPT), recipe.sample_bytes, 0.7, recipe.seed)))
+        with threadpool_limits(1, user_api="blas"):  # one token at a time: products too small to share out
+            return decode(list(generate(model, encode(PROMPT), recipe.sample_bytes, 0.7, recipe.seed)))
 
     begun = time.perf_counter()
     before, wrote_before = measure(), sample()
@@ -117,7 +122,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Callable[[str],
         folder.write_metrics(records)
         folder.write_run(asdict(recipe), {"stopped_after_step": len(records)})
         if isinstance(stop, Diverged):
-            say(f"the {'adapter' if recipe.method == 'lora' else 'model'} as of step {stop.step}, the last good one, is in {folder.path}")
+            say(f"the {'adapter' if recipe.method == 'lora' else 'model'} as of step {stop.kept}, the last good one, is in {folder.path}")
         raise
     folder.write_metrics(records)
     size = _save(model, folder, recipe)

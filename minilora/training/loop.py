@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -32,12 +33,12 @@ class Step:
 
 
 class Diverged(ArithmeticError):
-    """The loss or a gradient is no longer finite. The parameters are those of the last good step, `step`."""
+    """The loss or a gradient is no longer finite. The parameters are those after step `kept`, the last that was looked at."""
 
-    def __init__(self, step: int, parameter: str, loss: float) -> None:
-        what = "the loss" if not math.isfinite(loss) else "the gradient"
+    def __init__(self, step: int, parameter: str, loss: float, kept: int) -> None:
+        what = "the gradient" if math.isfinite(loss) else "the loss"
         super().__init__(f"{what} is not finite at step {step}, first in {parameter}; training stopped there. A lower --lr may help.")
-        self.step = step - 1
+        self.kept = kept
 
 
 def train(
@@ -56,15 +57,15 @@ def train(
     """Take `steps` steps of `accumulate` batches each, at optimizer.lr * schedule(step); yield each as a Step.
 
     On NumPy every loss is looked at before its update is made. On a GPU that would synchronise: there the losses are read,
-    and steps yielded, in groups of `check_every` (default 10), and a copy of the parameters from the last check is kept.
+    and steps yielded, in groups of `check_every` (default 10), a copy of the parameters from the last check is kept, and the
+    parameter that Diverged names is found at the end of the group.
     Raises Diverged when a loss or gradient norm is not finite, with the last good parameters back in place; ValueError when
     `batches` ends early or a batch has no label.
     """
     flat, peak = optimizer.flat, optimizer.lr
-    on_host = get_xp(flat.data) is np
-    check_every = check_every or (1 if on_host else 10)
+    check_every = check_every or (1 if get_xp(flat.data) is np else 10)
     good = None if check_every == 1 else flat.data.copy()
-    pending: list[tuple[int, object, float, object, int]] = []
+    pending: list[tuple[Any, Any, float, int]] = []  # (loss, gradient norm, lr, tokens), still where they were computed
     with Replicas(model, flat, threads) as replicas:
         begun = time.perf_counter()
         for step in range(1, steps + 1):
@@ -75,33 +76,29 @@ def train(
             with np.errstate(all="ignore"):  # what is not finite is told below, once
                 loss = replicas.gradients(micro, seed=(seed, step))
                 norm = clip_grad_norm(flat, clip)
-                pending.append((step, loss, optimizer.lr, norm, sum(len(b.ids) for b in micro)))
-                if check_every == 1:
-                    _check(pending, flat)
-                optimizer.step()
-            if step % check_every == 0 or step == steps:
-                if good is not None:
-                    try:
-                        _check(pending, flat)
-                    except Diverged:
+                pending.append((loss, norm, optimizer.lr, sum(len(b.ids) for b in micro)))
+                due = step % check_every == 0 or step == steps
+                read = [(float(loss), float(norm), lr, tokens) for loss, norm, lr, tokens in pending] if due else []
+                bad = next((i for i, (loss, norm, *_) in enumerate(read) if not (math.isfinite(loss) and math.isfinite(norm))), None)
+                if bad is not None:
+                    if good is not None:
                         flat.data[...] = good
-                        raise
+                    raise Diverged(step - len(read) + 1 + bad, _first_bad(flat), read[bad][0], kept=step - len(read))
+                optimizer.step()
+            if due:
+                if good is not None:
                     good[...] = flat.data
-                seconds, begun = time.perf_counter() - begun, time.perf_counter()
-                for number, loss, lr, norm, tokens in pending:
-                    yield Step(number, float(loss), lr, float(norm), tokens, seconds / len(pending))  # type: ignore[arg-type]
+                seconds = (time.perf_counter() - begun) / len(read)
+                for i, (loss, norm, lr, tokens) in enumerate(read):
+                    yield Step(step - len(read) + 1 + i, loss, lr, norm, tokens, seconds)
                 pending.clear()
                 begun = time.perf_counter()
     optimizer.lr = peak
 
 
-def _check(pending: list[tuple[int, object, float, object, int]], flat: FlatBuffer) -> None:
-    """Raise Diverged for the first step whose loss or gradient norm is not finite."""
-    for step, loss, _, norm, _ in pending:
-        if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):  # type: ignore[arg-type]
-            bad = (path for path, p in zip(flat.paths, flat.parameters, strict=True) if p.grad is None or not bool(_finite(p.grad)))
-            raise Diverged(step, next(bad, flat.paths[0]), float(loss))  # type: ignore[arg-type]
-
-
-def _finite(x):  # type: ignore[no-untyped-def]
-    return get_xp(x).isfinite(x).all()
+def _first_bad(flat: FlatBuffer) -> str:
+    """The path of the first parameter whose gradient is not finite."""
+    for path, p in zip(flat.paths, flat.parameters, strict=True):
+        if p.grad is not None and not bool(get_xp(p.grad).isfinite(p.grad).all()):
+            return path
+    return "none of the gradients"

@@ -6,7 +6,7 @@ and better than one thread with a parallel BLAS: the elementwise work is shared 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minilora.backend import Array, get_xp
-from minilora.layers import reseed
+from minilora.layers import Parameter, reseed
 from minilora.training.data import Batch
 from minilora.training.flat import FlatBuffer, adopt, fill_missing
 
@@ -27,6 +27,8 @@ class LanguageModel(Protocol):
     ) -> tuple[Array, Any]: ...
 
     def loss_backward(self, saved: Any) -> None: ...
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]: ...
 
 
 class Replicas:

@@ -1,6 +1,6 @@
 """Write optimizers.json: 12 clipped steps of each of torch's optimizers. Needs the extra `oracle`.
 
-    python tests/golden/make_optimizers.py
+python tests/golden/make_optimizers.py
 """
 
 import json
