@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         Tanh,
     )
     from minilora.lora import LoraConfig, LoRALinear, disabled, factorize, inject, merge, unmerge
-    from minilora.models import GPT2, MLP, GPT2Config
+    from minilora.models import GPT2, MLP, BertClassifier, BertConfig, GPT2Config, KVCache, Llama, LlamaConfig
     from minilora.training.flat import clip_grad_norm
     from minilora.training.optimizers import SGD, Adam, AdamW
     from minilora.training.schedules import schedule
@@ -47,7 +47,7 @@ _HOME = {
     "checking.gradcheck": "gradcheck",
     "layers": "GELU Attention Block Dropout Embedding Layer LayerNorm Linear Parameter RMSNorm ReLU Sequential SiLU Tanh",
     "lora": "LoRALinear LoraConfig disabled factorize inject merge unmerge",
-    "models": "GPT2 MLP GPT2Config",
+    "models": "BertClassifier BertConfig GPT2 MLP GPT2Config KVCache Llama LlamaConfig",
     "training.flat": "clip_grad_norm",
     "training.optimizers": "SGD Adam AdamW",
     "training.schedules": "schedule",

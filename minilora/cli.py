@@ -1,11 +1,17 @@
-"""The command line: argparse, and for each verb a few lines onto functions that Python users call too."""
+"""The command line: argparse, and for each verb a few lines onto functions that Python users call too.
+
+With --json a verb prints exactly one JSON object on standard output; everything else goes to standard error.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # What bad input, a missing extra or a full disk raise: told in one line. Anything else is a bug and shows its traceback.
 _TOLD = (ValueError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError)
@@ -13,9 +19,14 @@ _TOLD = (ValueError, OSError, ImportError, ArithmeticError, MemoryError, Runtime
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit status: 0, 1 after an error, 130 after Ctrl-C; argparse itself exits with 2."""
-    args = _parser().parse_args(argv)
+    parser, verbs = _parser()
+    debug = False
     try:
-        args.run(args)
+        args = _with_settings(parser, verbs, argv)
+        debug = args.debug
+        told = args.run(args)
+        if args.json:
+            print(json.dumps(_plain(told), allow_nan=False))
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
@@ -25,131 +36,295 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except _TOLD as error:
-        if args.debug:
+        if debug:
             raise
-        name = f" ({error.filename})" if isinstance(error, OSError) and error.filename and error.strerror else ""
-        text = error.strerror if name and isinstance(error, OSError) else str(error)
-        print(f"minilora: error: {text or type(error).__name__}{name}", file=sys.stderr)
+        text = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.strerror and error.filename else str(error)
+        print(f"minilora: error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
         return 1
 
 
-def _finetune(args: argparse.Namespace) -> None:
+# -- verbs: each returns what --json prints ---------------------------------------------------------------------------------
+
+
+def _finetune(args: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import fields
 
-    from minilora.training.finetune import Recipe, finetune
+    from minilora.training.finetune import finetune
+    from minilora.training.recipe import Recipe
 
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if getattr(args, field.name, None) is not None}
-    finetune(Recipe(**given), args.out)
+    return finetune(Recipe(**given), args.out, _say(args))
 
 
-def _generate(args: argparse.Namespace) -> None:
-    from minilora.formats.run import open_model
+def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    from minilora.formats.run import labels_of, open_model, tokenizer_of
+    from minilora.models.generate import context_length
+    from minilora.training.tasks import held_out_task, measure
+
+    labels = labels_of(args.adapter or args.model)
+    task_name = args.task or ("classify" if labels else "lm")
+    model = open_model(args.model, args.backend, args.adapter)
+    window = min(args.window, context_length(model))
+    task = held_out_task(args.data, task_name, tokenizer_of(args.model), window, labels, args.mask_prompt is not False)
+    result = measure(model, task, args.threads or min(os.cpu_count() or 1, 8))
+    say = _say(args)
+    say(f"{args.model} on {task.what}")
+    for name, value in result.items():
+        say(f"{name.replace('_', ' '):<16} {value:,.4f}" if isinstance(value, float) else f"{name.replace('_', ' '):<16} {value:,}")
+    return result
+
+
+def _generate(args: argparse.Namespace) -> dict[str, Any]:
+    from minilora.formats.chat import render_chat
+    from minilora.formats.run import open_model, tokenizer_of
     from minilora.models.generate import generate
-    from minilora.training.text import decode, encode
 
-    model = open_model(args.model, args.backend)
-    print(args.prompt, end="", flush=True)
-    pending: list[int] = []
-    for token in generate(model, encode(args.prompt), args.bytes, args.temperature, args.seed):
-        pending.append(token)
-        text = decode(pending)
-        if not text.endswith("\ufffd") or len(pending) > 3:  # a character of UTF-8 has up to four bytes
-            print(text, end="", flush=True)
-            pending.clear()
-    print(decode(pending))
+    model = open_model(args.model, args.backend, args.adapter)
+    if not hasattr(model, "decode"):
+        raise ValueError(f"{args.model} ({type(model).__name__}) does not generate text: it is no decoder.")
+    tokenizer = tokenizer_of(args.model, model.config.vocab_size)
+    prompt, special = args.prompt, True
+    if args.chat:
+        messages = ([{"role": "system", "content": args.system}] if args.system else []) + [{"role": "user", "content": args.prompt}]
+        marks = tokenizer.token(tokenizer.bos_id), tokenizer.token(tokenizer.eos_id)
+        prompt, special = render_chat(tokenizer.chat_template, messages, True, *marks), False
+    ids = tokenizer.encode(prompt, add_special=special)
+    stop = set(tokenizer.stop_ids)
+    drawn = generate(model, ids, args.tokens, args.temperature, args.seed, top_k=args.top_k, top_p=args.top_p, stop=stop)
+    show = not args.json
+    if show and not args.chat:
+        print(prompt, end="", flush=True)
+    text, ended, count = "", "length", 0
+
+    def counted() -> Any:
+        nonlocal count
+        for token in drawn:
+            count += 1
+            yield token
+
+    for piece in tokenizer.stream(counted(), skip_special=True):
+        text += piece
+        cut = min((at for at in (text.find(mark) for mark in args.stop or []) if at >= 0), default=-1)
+        if cut >= 0:
+            kept = text[:cut]
+            piece, ended = kept[len(text) - len(piece) :] if cut > len(text) - len(piece) else "", "stop"
+            text = kept
+        if show:
+            print(piece, end="", flush=True)
+        if ended == "stop":
+            break
+    if show:
+        print()
+    if ended == "length" and count < args.tokens:
+        ended = "stop"
+    return {"prompt": prompt, "text": text, "tokens": count, "ended": ended}
 
 
-def _merge(args: argparse.Namespace) -> None:
+def _merge(args: argparse.Namespace) -> dict[str, Any]:
     from minilora.formats.run import merge_run
 
-    changes = merge_run(args.run_folder, args.out)
+    changes = merge_run(args.model, args.out, args.adapter)
     still = [path for path, change in changes.items() if change == 0]
-    print(f"merged {len(changes)} adapters into {args.out}; the largest change of a weight is {max(changes.values()):.3g}")
+    _say(args)(f"merged {len(changes)} adapters into {args.out}; the largest change of a weight is {max(changes.values()):.3g}")
     if still:
         print(f"warning: {len(still)} adapters are still zero, {still[0]} first: was anything trained?", file=sys.stderr)
+    return {"folder": str(args.out), "adapters": len(changes), "largest_change": max(changes.values()), "still_zero": still}
 
 
-def _info(args: argparse.Namespace) -> None:
+def _info(args: argparse.Namespace) -> dict[str, Any]:
     from minilora.formats.run import describe
 
-    print(describe(args.model))
+    told, say = describe(args.model), _say(args)
+    say(f"model       {told['model']}: {told['model_type']}, " + ", ".join(f"{k} {v}" for k, v in told["config"].items() if type(v) is int))
+    say(f"parameters  {told['parameters']:,}: {told['bytes_float32'] / 1e6:.1f} MB in float32")
+    if adapter := told.get("adapter"):
+        ranks = ", ".join(map(str, adapter["r"]))
+        share = adapter["parameters"] / told["parameters"]
+        say(f"adapter     LoRA on {adapter['layers']} layers, r = {ranks}: {adapter['parameters']:,} parameters, {share:.1%} of the model")
+    if (results := told.get("results")) and "after" in results:
+        name = results["headline"]
+        say(f"held out    {name.replace('_', ' ')} {results['before'][name]:.3f} before, {results['after'][name]:.3f} after")
+    say("adaptable   " + "; ".join(f"{name} ({v['layers']}: {', '.join(v['sizes'])})" for name, v in told["adaptable"].items()))
+    return told
 
 
-def _gradcheck(args: argparse.Namespace) -> None:
+def _gradcheck(args: argparse.Namespace) -> dict[str, Any]:
     from minilora.backend import choose_backend
     from minilora.checking.catalogue import check_all
 
-    backend, wrong, count = choose_backend(args.backend), 0, 0
-    print(f"{'what':<36} {'gradients':>9} {'worst error':>12}")
-    for name, report in check_all(backend):
-        print(f"{name:<36} {len(report.entries):>9} {report.worst:>12.1e}  {'ok' if report.ok else 'WRONG'}", flush=True)
-        count, wrong = count + 1, wrong + (not report.ok)
+    say, errors, wrong = _say(args), {}, []
+    say(f"{'what':<44} {'gradients':>9} {'worst error':>12}")
+    for name, report in check_all(choose_backend(args.backend)):
+        say(f"{name:<44} {len(report.entries):>9} {report.worst:>12.1e}  {'ok' if report.ok else 'WRONG'}")
+        errors[name] = report.worst
         if not report.ok:
-            print(report)
+            wrong.append(name)
+            say(str(report))
     if wrong:
-        raise ArithmeticError(f"{wrong} of {count} backward passes disagree with finite differences.")
-    print(f"all {count} agree with central differences in float64, relative error below 1e-07")
+        raise ArithmeticError(f"{len(wrong)} of {len(errors)} backward passes disagree with finite differences: {', '.join(wrong)}.")
+    say(f"all {len(errors)} agree with central differences in float64, relative error below 1e-07")
+    return {"checked": len(errors), "worst": max(errors.values()), "errors": errors}
 
 
-def _parser() -> argparse.ArgumentParser:
+# -- arguments ---------------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of the verbs by name."""
     from minilora import __version__
 
     parser = argparse.ArgumentParser(prog="minilora", description="Low-rank adaptation with every gradient written by hand.")
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    verbs = parser.add_subparsers(required=True, metavar="finetune | generate | merge | info | gradcheck")
-    where = {"choices": ("auto", "numpy", "cupy"), "default": "auto", "help": "where to compute (default: auto)"}
+    verbs = parser.add_subparsers(required=True, dest="verb", metavar="finetune | evaluate | generate | merge | info | gradcheck")
 
-    p = verbs.add_parser("finetune", help="adapt a model to a text; without arguments, the bundled model to Python source")
-    p.add_argument("--model", help="folder of a byte-level GPT-2 (default: the bundled one, pydoc)")
-    p.add_argument("--data", metavar="PATH", help="a text file or a folder of them (default: the standard library's source)")
+    def verb(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        p = verbs.add_parser(name, help=help, description=help)
+        p.set_defaults(run=run)
+        p.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with any of these flags; flags given here win")
+        p.add_argument("--json", action="store_true", help="print one JSON object on standard output, all else on standard error")
+        return p
+
+    def where(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="where to compute (default: auto)")
+
+    a_model = "a run folder, an adapter or model folder, a .gguf file, an id of the hub, or pydoc, the bundled model"
+
+    p = verb("finetune", _finetune, "adapt a model to data; without arguments, the bundled model to Python source")
+    p.add_argument("--model", help="a model folder, a .gguf file, an id of the hub (default: the bundled one, pydoc)")
+    p.add_argument("--data", metavar="PATH", help="text, .jsonl or .csv, or a folder of them (default: the standard library's source)")
+    p.add_argument("--task", choices=("lm", "classify"), help="go on with a text, or tell its class (default: lm)")
     p.add_argument("--method", choices=("lora", "full"), help="what to train (default: lora)")
     p.add_argument("--r", "--rank", type=int, metavar="R", help="rank of the adapters (default: 8)")
     p.add_argument("--lora-alpha", "--alpha", type=float, metavar="ALPHA", help="the update is scaled by alpha / r (default: 16)")
+    p.add_argument("--lora-dropout", type=float, metavar="P", help="dropout on what the adapters read (default: 0)")
+    p.add_argument("--use-rslora", action="store_const", const=True, help="scale by alpha / sqrt(r) instead")
     p.add_argument("--target-modules", type=_names, metavar="NAMES", help="names separated by commas, or all-linear (the default)")
-    p.add_argument("--lr", type=float, help="peak learning rate (default: tuned for the method)")
+    p.add_argument("--layers-to-transform", type=_numbers, metavar="N,N", help="numbers of the blocks to adapt (default: all)")
+    p.add_argument("--bias", choices=("none", "all", "lora_only"), help="biases to train too (default: all for pydoc, else none)")
+    p.add_argument(
+        "--modules-to-save", type=_list, metavar="NAMES", help="modules to train whole (default: layer norms for pydoc, else none)"
+    )
+    p.add_argument("--lr", type=float, help="peak learning rate (default: by method and kind of data)")
     p.add_argument("--schedule", choices=("constant", "linear", "cosine"), help="shape of the learning rate (default: cosine)")
     p.add_argument("--warmup", type=int, metavar="STEPS", help="steps of linear warm-up (default: 10)")
     p.add_argument("--weight-decay", type=float, metavar="X", help="decoupled weight decay (default: 0)")
     p.add_argument("--clip", type=float, metavar="NORM", help="largest gradient norm (default: 1)")
-    p.add_argument("--steps", type=int, help="optimizer steps (default: 200)")
-    p.add_argument("--batch-size", type=int, metavar="N", help="windows a batch (default: 8)")
+    p.add_argument("--steps", type=int, help="optimizer steps (default: 120 for text, else by --epochs)")
+    p.add_argument("--epochs", type=float, help="times to go through records (default: 3)")
+    p.add_argument("--batch-size", type=int, metavar="N", help="windows or texts a batch (default: 8)")
+    p.add_argument("--tokens-per-batch", type=int, metavar="N", help="tokens a batch of records (default: 2048)")
     p.add_argument("--accumulate", type=int, metavar="N", help="batches a step (default: 1)")
-    p.add_argument("--window", type=int, metavar="BYTES", help="bytes a window (default: 256)")
-    p.add_argument("--eval-bytes", type=int, metavar="BYTES", help="held-out bytes to measure on (default: 65536)")
+    p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: 256)")
+    p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, help="learn completions only (default), or prompts too")
+    p.add_argument("--eval-bytes", type=int, metavar="N", help="how much held-out text to measure on (default: 65536)")
     p.add_argument("--seed", type=int, help="seed of initial weights, batches and samples (default: 0)")
     p.add_argument("--threads", type=int, metavar="N", help="replicas, one thread each (default: the cores, at most 8)")
     p.add_argument("--sample-bytes", type=int, metavar="N", help="length of the samples (default: 240)")
     p.add_argument("--out", metavar="FOLDER", help="a new run folder (default: runs/METHOD-N)")
-    p.add_argument("--backend", **where)  # type: ignore[arg-type]
-    p.set_defaults(run=_finetune)
+    where(p)
 
-    p = verbs.add_parser("generate", help="let a model, or what a run made, write on")
-    p.add_argument("model", nargs="?", default="pydoc", help="run folder, model folder, or pydoc (default)")
+    p = verb("evaluate", _evaluate, "measure a model on data: loss, perplexity, or accuracy, F1 and Matthews correlation")
+    p.add_argument("model", nargs="?", default="pydoc", help=f"{a_model} (default)")
+    p.add_argument("--adapter", metavar="FOLDER", help="an adapter to put on the model")
+    p.add_argument("--data", required=True, metavar="PATH", help="text, .jsonl or .csv, or a folder with a test or valid split")
+    p.add_argument("--task", choices=("lm", "classify"), help="default: what the run was trained for, else lm")
+    p.add_argument("--window", "--max-length", type=int, default=256, metavar="N", help="longest sequence, in tokens (default: 256)")
+    p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, help="measure completions only (default), or prompts too")
+    p.add_argument("--threads", type=int, metavar="N", help="default: the cores, at most 8")
+    where(p)
+
+    p = verb("generate", _generate, "let a model write on, token by token")
+    p.add_argument("model", nargs="?", default="pydoc", help=f"{a_model} (default)")
+    p.add_argument("--adapter", metavar="FOLDER", help="an adapter to put on the model")
     p.add_argument("--prompt", default="def ", help="text to go on from (default: 'def ')")
-    p.add_argument("--bytes", type=int, default=400, metavar="N", help="how much to write (default: 400)")
-    p.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest byte (default: 0.7)")
+    p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template, as the user's turn")
+    p.add_argument("--system", metavar="TEXT", help="the system's turn, with --chat")
+    p.add_argument("--tokens", "--bytes", type=int, default=400, metavar="N", help="how much to write at most (default: 400)")
+    p.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    p.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: 0, all)")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P (default: 1)")
+    p.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
     p.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
-    p.add_argument("--backend", **where)  # type: ignore[arg-type]
-    p.set_defaults(run=_generate)
+    where(p)
 
-    p = verbs.add_parser("merge", help="fold the adapter of a run into its model")
-    p.add_argument("run_folder", type=Path, help="a run folder, or an adapter folder")
+    p = verb("merge", _merge, "fold an adapter into its model, as a folder that transformers loads")
+    p.add_argument("model", help="a run folder or an adapter folder, or a model with --adapter")
+    p.add_argument("--adapter", metavar="FOLDER", help="an adapter to put on the model")
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the merged model")
-    p.set_defaults(run=_merge)
 
-    p = verbs.add_parser("info", help="what is in a model or a run folder")
-    p.add_argument("model", nargs="?", default="pydoc", help="run folder, adapter folder, model folder, or pydoc (default)")
-    p.set_defaults(run=_info)
+    p = verb("info", _info, "what is in a model or a run folder: parameters, memory, adaptable modules")
+    p.add_argument("model", nargs="?", default="pydoc", help=f"{a_model} (default)")
 
-    p = verbs.add_parser("gradcheck", help="check every gradient of this package by finite differences")
-    p.add_argument("--backend", **where)  # type: ignore[arg-type]
-    p.set_defaults(run=_gradcheck)
-    return parser
+    p = verb("gradcheck", _gradcheck, "check every gradient of this package by finite differences")
+    where(p)
+    return parser, dict(verbs.choices)
+
+
+def _with_settings(
+    parser: argparse.ArgumentParser, verbs: dict[str, argparse.ArgumentParser], argv: list[str] | None
+) -> argparse.Namespace:
+    """Parse; with --config, once more, with the file's values as defaults: so flags that are given win."""
+    from minilora.formats.settings import read_settings
+
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    path = early.parse_known_args(argv)[0].config
+    if path is None:
+        return parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    name = next((word for word in words if word in verbs), None)
+    if name is None:
+        return parser.parse_args(argv)
+    actions = {a.dest: a for a in verbs[name]._actions if a.dest not in ("help", "config")}
+    settings = read_settings(path, {dest: _type_of(action) for dest, action in actions.items()})
+    for dest, value in settings.items():
+        action = actions[dest]
+        if action.choices is not None and value not in action.choices:
+            raise ValueError(f"{path}: {dest} is {value!r}; choose {', '.join(map(str, action.choices))}.")
+        if isinstance(value, str) and callable(action.type):
+            value = action.type(value)
+        action.default, action.required = value, False
+        if action.nargs != "?" and not action.option_strings:
+            action.nargs = "?"
+    return parser.parse_args(argv)
+
+
+def _type_of(action: argparse.Action) -> Any:
+    """The type that a flag has in a TOML file."""
+    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        return bool
+    if isinstance(action, argparse._AppendAction):
+        return list
+    if action.type in (_names, _list, _numbers):
+        return str | list
+    return action.type if action.type in (int, float) else str
+
+
+def _say(args: argparse.Namespace) -> Any:
+    """print, or with --json print to standard error."""
+    return lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that JSON has not (nan, inf) as null."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _list(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _names(text: str) -> str | list[str]:
-    return text if text == "all-linear" else [name for name in text.split(",") if name]
+    return text if text == "all-linear" else _list(text)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ QUICK = [
     "--warmup",
     "1",
 ]
+TRAINED = 65536 + 4 * (384 + 128 + 512 + 128) + 9 * 2 * 128  # A and B, the biases of linear layers, the layer norms
 
 
 @pytest.fixture
@@ -65,13 +66,14 @@ def test_finetune_leaves_a_whole_run_folder(method, cwd, text, capsys):
     told = json.loads((folder / "run.json").read_text())
     assert told["configuration"]["method"] == method
     results = told["results"]
-    assert results["bits_per_byte_after"] < results["bits_per_byte_before"]
+    assert results["headline"] == "bits_per_byte"
+    assert results["after"]["bits_per_byte"] < results["before"]["bits_per_byte"]
     assert results["steps"] == 4
-    assert results["trainable_share"] == (1 if method == "full" else pytest.approx(65536 / 858880))
+    assert results["trainable_share"] == (1 if method == "full" else pytest.approx(TRAINED / 858880))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert set(lines[0]) == {"step", "loss", "lr", "grad_norm", "tokens"}
-    for word in ("trainable parameters", "bits per byte before", "a sample before", "a sample after", str(folder.relative_to(cwd))):
+    for word in ("trainable parameters", "held out  bits per byte", "a sample before", "a sample after", str(folder.relative_to(cwd))):
         assert word in out
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -91,7 +93,7 @@ def test_generate_merge_and_info_work_on_what_finetune_wrote(cwd, text, capsys):
     assert status == 0
     assert "LoRA on 8 layers, r = 2" in out
     assert "c_attn (4: 128 x 384)" in out
-    assert "bits per byte before" in out
+    assert "held out    bits per byte" in out
 
     status, out, _ = run(capsys, "merge", "run", "--out", "merged")
     assert status == 0

@@ -286,6 +286,7 @@ def test_windows_and_splits():
     assert batch.offsets.tolist() == [0, 4, 8]
     seen = np.concatenate([b.ids for b in held_out_windows(text, 7, 2)])
     assert seen.tolist() == list(range(49))
+    assert [b.ids[0] for b in held_out_windows(text, 7, 1, most=3)] == [0, 21, 42]
     shards = some_batch([5, 1, 1, 5, 4]).split(3)
     assert [int(s.offsets[-1]) for s in shards] == [5, 7, 4]
     assert len(some_batch([5]).split(4)) == 1

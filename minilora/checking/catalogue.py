@@ -29,7 +29,8 @@ from minilora.layers import (
     Tanh,
 )
 from minilora.lora import LoraConfig, LoRALinear, inject
-from minilora.models import GPT2, MLP, GPT2Config
+from minilora.models import GPT2, MLP, BertClassifier, BertConfig, GPT2Config, Llama, LlamaConfig
+from minilora.models.bert import BertLayer
 
 OFFSETS = [0, 3, 4, 9]  # three sequences, of 3, 1 and 5 tokens
 
@@ -61,7 +62,7 @@ class Pair(Layer):
 class LossOf(Layer):
     """A model's `loss` and `loss_backward` with the contract of a layer: y is the loss."""
 
-    def __init__(self, model: GPT2, labels: np.ndarray) -> None:
+    def __init__(self, model: GPT2 | BertClassifier | Llama, labels: np.ndarray) -> None:
         self.name, self.model, self.labels = f"{type(model).__name__}.loss", model, labels
 
     def forward(
@@ -113,6 +114,26 @@ def catalogue(seed: int = 0) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]
         yield f"GPT2, {name}", model, ids, {"offsets": OFFSETS}
         yield f"GPT2.loss, {name}", LossOf(model, labels), ids, {"offsets": OFFSETS}
 
+    encoder: dict[str, Any] = {"vocab_size": 7, "hidden_size": 6, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 9}
+    encoder |= {"max_position_embeddings": 6, "dropout": 0.1}
+    for name, alter in _BERT_VARIANTS.items():
+        classifier = _shaken(BertClassifier(BertConfig(**encoder, num_labels=3), **d), rng)
+        alter(classifier)
+        yield f"BertClassifier.loss, {name}", LossOf(classifier, np.array([2, -100, 0])), ids, {"offsets": OFFSETS}
+    yield "BertClassifier, head only", classifier, ids, {"offsets": OFFSETS}
+    yield "BertLayer", _shaken(BertLayer(BertConfig(**encoder), **d), rng), draw(9, 6), {"offsets": OFFSETS}
+    number = _shaken(BertClassifier(BertConfig(**encoder, num_labels=1, pooling="mean", hidden_act="relu"), **d), rng)
+    inject(number, LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"]), rng=1)
+    yield "BertClassifier.loss, regression on the mean", LossOf(number, np.array([0.7, -100, -1.2])), ids, {"offsets": OFFSETS}
+
+    for name, (options, change_llama) in _LLAMA_VARIANTS.items():
+        sizes = {"vocab_size": 7, "hidden_size": 6, "intermediate_size": 9, "num_hidden_layers": 2, "head_dim": 4}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 6}
+        llama = _shaken(Llama(LlamaConfig(**{**sizes, **heads, **options}), **d), rng)
+        change_llama(llama)
+        yield f"Llama, {name}", llama, ids, {"offsets": OFFSETS}
+        yield f"Llama.loss, {name}", LossOf(llama, labels), ids, {"offsets": OFFSETS}
+
 
 def check_all(backend: str = "numpy", tol: float = 1e-7) -> Iterator[tuple[str, Report]]:
     """(name, report) for everything in the catalogue, on a backend."""
@@ -163,6 +184,23 @@ def _pairs(draw: Callable[..., np.ndarray], rng: np.random.Generator) -> Iterato
             return F.attention_backward(dy, q, k, v, s, 3, OFFSETS)
 
         yield Pair(f"attention, {'causal' if causal else 'both ways'}", attend, attend_backward, k=draw(9, 6), v=draw(9, 6)), draw(9, 6)
+
+    def attend_grouped(q: Array, k: Array, v: Array) -> tuple[Array, list[Array]]:
+        return F.attention(q, k, v, 6, OFFSETS, n_kv_head=2)
+
+    def attend_grouped_backward(dy: Array, s: list[Array], q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        return F.attention_backward(dy, q, k, v, s, 6, OFFSETS, n_kv_head=2)
+
+    yield Pair("attention, grouped heads", attend_grouped, attend_grouped_backward, k=draw(9, 4), v=draw(9, 4)), draw(9, 12)
+    for interleaved in (False, True):
+
+        def turn(x: Array, interleaved: bool = interleaved) -> tuple[Array, None]:
+            return F.rotary(x, *_tables(x), interleaved), None
+
+        def turn_back(dy: Array, s: None, x: Array, interleaved: bool = interleaved) -> list[Array]:
+            return [F.rotary_backward(dy, *_tables(x), interleaved)]
+
+        yield Pair(f"rotary, {'interleaved' if interleaved else 'halves'}", turn, turn_back), draw(9, 12)
     for name, loss in {
         "mse": lambda x: F.mse(x, x * 0 + 0.3),
         "cross_entropy": lambda x: F.cross_entropy(x, labels),
@@ -194,6 +232,37 @@ _GPT2_VARIANTS: dict[str, Callable[[GPT2], object]] = {
 }
 
 
+_BERT_VARIANTS: dict[str, Callable[[BertClassifier], object]] = {
+    "all trained": lambda model: model,
+    "LoRA on query and value": lambda model: inject(
+        model, LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"]), rng=1
+    ),
+    "LoRA on all linear layers": lambda model: inject(model, LoraConfig(r=2, lora_dropout=0.2), rng=1),
+    "LoRA on the last layer": lambda model: inject(
+        model, LoraConfig(r=2, target_modules=["key", "intermediate.dense"], layers_to_transform=[1]), rng=1
+    ),
+    "last intermediate only": lambda model: model.freeze().bert.encoder.layer[1].intermediate.unfreeze(),
+    "norms only": lambda model: [layer.unfreeze() for _, layer in model.freeze().modules() if isinstance(layer, LayerNorm)],
+    "head only": lambda model: model.freeze().classifier.unfreeze(),
+}
+
+
+_LLAMA_VARIANTS: dict[str, tuple[dict[str, Any], Callable[[Llama], object]]] = {
+    "all trained, tied": ({"tie_word_embeddings": True}, lambda model: model),
+    "all trained, free head, biases": ({"attention_bias": True, "mlp_bias": True}, lambda model: model),
+    "LoRA on all linear layers, qwen2": (
+        {"model_type": "qwen2", "num_hidden_layers": 1},
+        lambda model: inject(model, LoraConfig(r=2, lora_dropout=0.2), rng=1),
+    ),
+    "LoRA on the last v and gate, tied": (
+        {"tie_word_embeddings": True},
+        lambda model: inject(model, LoraConfig(r=1, target_modules=["v_proj", "gate_proj"], layers_to_transform=[1]), rng=1),
+    ),
+    "LoRA on k and the head": ({}, lambda model: inject(model, LoraConfig(r=2, target_modules=["k_proj", "lm_head"]), rng=1)),
+    "head only": ({}, lambda model: model.freeze().lm_head.unfreeze()),
+}
+
+
 def _shaken(layer: Any, rng: np.random.Generator) -> Any:
     """Gains and biases away from 1 and 0, where mistakes hide."""
     for _, p in layer.parameters():
@@ -204,6 +273,11 @@ def _shaken(layer: Any, rng: np.random.Generator) -> Any:
 def _W(x: Array) -> Array:
     """A fixed frozen weight (5, 4), where x lives."""
     return to_backend(np.linspace(-1, 1, 20).reshape(5, 4), "numpy" if isinstance(x, np.ndarray) else "cupy")
+
+
+def _tables(x: Array) -> tuple[Array, Array]:
+    """Rotary tables for 3 heads of 4 features, where x lives."""
+    return F.rotary_tables(F.positions(9, OFFSETS, 9), 4, 100.0, x)
 
 
 def _split_first(values: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:

@@ -1,61 +1,328 @@
-"""Models as folders: config.json and model.safetensors, as published."""
+"""Models as published: a folder with config.json and model.safetensors (in one file or in shards), a .gguf file, or an id of the hub.
+
+PyTorch keeps the weight of a Linear as (out, in); here it is (in, out). It is turned here, as a view: nothing is copied that the
+file holds in the dtype asked for.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
-from pathlib import Path
-from typing import Any
+import importlib
+import re
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path, PureWindowsPath
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minilora.backend import choose_backend, to_numpy
-from minilora.formats.atomic import read_json, write_json
-from minilora.formats.tensors import read_tensors, write_tensors
-from minilora.layers import Layer
+from minilora.formats.atomic import read_json, write_file, write_json
+from minilora.formats.tensors import map_tensors, write_tensors
+from minilora.layers import Layer, Linear
 from minilora.lora import lora_layers
-from minilora.models import GPT2, GPT2Config
 
 BUNDLED = "pydoc"  # the model inside the package: load_model("pydoc")
 
 
-def model_folder(name: str | Path = BUNDLED) -> Path:
-    """The folder of a model: the bundled one by its name, anything else is a path.
+class Family(NamedTuple):
+    """What there is to know of an architecture to read its checkpoints."""
 
-    Raises FileNotFoundError when there is no such folder, or no config.json in it.
+    module: str
+    config: str
+    model: str
+    architectures: tuple[str, ...]  # classes of transformers whose checkpoints fit; the first is the one written
+    prefix: str  # what that class puts before the names of the bare model
+    embedding: str  # the table that a tied head shares
+    ignored: str  # regular expression: buffers, and heads for other tasks
+    fresh: tuple[str, ...] = ()  # modules that a bare model may lack; they then start at random
+
+
+_BERTS = ("BertForSequenceClassification", "BertModel", "BertForMaskedLM", "BertForPreTraining")
+_BERT_HEADS = r"(bert\.)?embeddings\.position_ids|cls\..*"
+_LLAMA = ("model.", "model.embed_tokens.weight", r".*rotary_emb\.inv_freq")
+FAMILIES = {
+    "gpt2": Family(
+        *("gpt2", "GPT2Config", "GPT2", ("GPT2LMHeadModel", "GPT2Model"), "transformer.", "transformer.wte.weight"),
+        r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
+    ),
+    "bert": Family("bert", "BertConfig", "BertClassifier", _BERTS, "bert.", "", _BERT_HEADS, ("bert.pooler.dense", "classifier")),
+    "llama": Family("llama", "LlamaConfig", "Llama", ("LlamaForCausalLM", "LlamaModel"), *_LLAMA),
+    "qwen2": Family("llama", "LlamaConfig", "Llama", ("Qwen2ForCausalLM", "Qwen2Model"), *_LLAMA),
+}
+
+_TOKENIZER_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
+_TOKENIZER_FILES += "vocab.txt vocab.json merges.txt tokenizer.model generation_config.json".split()
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "hidden_dropout_prob", "attention_probs_dropout_prob")  # of the config.json read
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    path_or_id: str | Path = BUNDLED, backend: str = "auto", dtype: Any = "float32", num_labels: int | None = None
+) -> Any:  # Any: one of the classes of FAMILIES, which have more in common than Layer
+    """A published model on a backend, frozen. Architectures: gpt2, bert, llama, qwen2.
+
+    path_or_id: a folder with config.json and model.safetensors (or shards and model.safetensors.index.json), a .gguf file, an id
+    "org/name" of the hub (fetched by huggingface_hub, whose cache and HF_HUB_OFFLINE hold), or "pydoc", the model in this package.
+    On NumPy, parameters that the file holds in `dtype` are read-only views of the mapped file.
+    num_labels: of a classifier; by default what config.json says. A classifier or pooler that the checkpoint has not is drawn from
+    N(0, 0.02^2), the same each time, and a line on standard error says so.
+
+    Raises FileNotFoundError; ValueError when the configuration, a file or a tensor does not fit; ImportError for a missing extra.
     """
-    folder = Path(__file__).parent.parent / "data" / BUNDLED if str(name) == BUNDLED else Path(name)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"there is no model at {name}: wanted a folder with config.json and model.safetensors, or {BUNDLED!r}.")
-    return folder
-
-
-def load_model(path_or_id: str | Path = BUNDLED, backend: str = "auto", dtype: Any = "float32") -> GPT2:
-    """The model in a folder (or the bundled one), on a backend, frozen.
-
-    Architectures: gpt2. Raises FileNotFoundError, or ValueError when the configuration or a tensor does not fit.
-    """
-    folder = model_folder(path_or_id)
+    if dtype is not None and str(np.dtype(dtype) if _is_dtype(dtype) else dtype) not in ("float64", "float32", "float16"):
+        raise ValueError(f"load_model: dtype is {dtype!r}; choose float32, float64 or float16.")
     backend = choose_backend(backend, quiet=True)
-    model = GPT2(read_config(folder), rng=0)
-    tensors, _ = read_tensors(folder / "model.safetensors")
-    assign(model, {_full_name(name): value for name, value in tensors.items()}, folder)
-    model.source = str(path_or_id)
+    if str(path_or_id).endswith(".gguf"):
+        source = Path(path_or_id)
+        raw, tensors = _read_gguf(source)
+        where = str(source)
+    else:
+        source, tensors = model_folder(path_or_id), None
+        where = f"{source}/config.json"
+        raw = read_json(where)
+    family = family_of(raw, where)
+    config, model_class = _classes(family)
+    config = config.from_json(raw, where)
+    if num_labels is not None:
+        config = _with_labels(config, num_labels, where)
+    model = model_class(config, rng=_Blank(), dtype="float32")
+    if tensors is None:
+        tensors = read_weights(source)
+    tensors = _renamed(model, family, tensors, source)
+    tensors |= _fresh(model, family, tensors, raw, source)
+    assign(model, _turned(model, tensors), source)
+    model.source = str(path_or_id) if str(path_or_id) == BUNDLED else str(source)
+    model.hub_id = str(path_or_id) if _is_hub_id(path_or_id) else None
     return model.freeze().to(backend, dtype)
 
 
-def read_config(folder: Path) -> GPT2Config:
-    """config.json as a GPT2Config. Raises ValueError for another architecture, or options that are not supported."""
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") != "gpt2":
-        raise ValueError(f"{folder}/config.json is of model_type {raw.get('model_type')!r}; supported: gpt2.")
-    if raw.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise ValueError(f"{folder}/config.json asks for activation_function {raw['activation_function']!r}; supported: gelu_new.")
-    known = {field.name for field in fields(GPT2Config)} - {"dropout"}
-    return GPT2Config(**{key: value for key, value in raw.items() if key in known})
+def model_folder(name: str | Path = BUNDLED) -> Path:
+    """The folder of a model: the bundled one by its name, a path, or what huggingface_hub has fetched for an id "org/name".
+
+    Raises FileNotFoundError when there is no such folder, or no config.json in it; ImportError when huggingface_hub is missing.
+    """
+    if _is_hub_id(name):
+        return _fetch(str(name))
+    folder = Path(__file__).parent.parent / "data" / BUNDLED if str(name) == BUNDLED else Path(name)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"there is no model at {name}: wanted a folder with config.json and model.safetensors, a .gguf file, "
+            f'an id of the hub ("org/name"), or {BUNDLED!r}.'
+        )
+    return folder
 
 
-def save_model(model: GPT2, folder: str | Path, dtype: Any = None) -> None:
-    """Write config.json and model.safetensors. Merged adapters are part of the weights; unmerged ones raise ValueError."""
+def family_of(raw: dict[str, Any], where: str) -> Family:
+    """The architecture that a config.json names. Raises ValueError, listing those supported, for another."""
+    family = FAMILIES.get(str(raw.get("model_type")))
+    if family is None:
+        raise ValueError(f"{where} is of model_type {raw.get('model_type')!r}; supported: {', '.join(FAMILIES)}.")
+    for name in raw.get("architectures") or ():
+        if name not in family.architectures:
+            raise ValueError(f"{where} is of architecture {name!r}; supported: {', '.join(family.architectures)}.")
+    return family
+
+
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """{name: array} of a folder's safetensors files, mapped. Raises FileNotFoundError or ValueError."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return map_tensors(folder / "model.safetensors")[0]
+    if index.is_file():
+        return _read_shards(index)
+    pickled = sorted(p.name for suffix in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{suffix}"))
+    if pickled:
+        raise ValueError(f"{folder} has only a pickled checkpoint ({pickled[0]}), which is not read; convert it to safetensors.")
+    raise FileNotFoundError(f"there is no file {folder}/model.safetensors, nor model.safetensors.index.json.")
+
+
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
+    """The tensors of all the files that an index names, each of which must lie beside it and hold what the index says."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} has no weight_map.")
+    files = []
+    for name in dict.fromkeys(places.values()):
+        if not isinstance(name, str) or name in ("", ".", "..") or PureWindowsPath(name).name != name:
+            raise ValueError(f"{index} names the file {name!r:.80}, which is not a plain name of a file in its folder.")
+        files.append(name)
+    shards = {file: map_tensors(index.parent / file)[0] for file in files}
+    for file, shard in shards.items():
+        listed = {name for name, place in places.items() if place == file}
+        if listed != shard.keys():
+            odd = min(listed ^ shard.keys())
+            where = "is not there" if odd in listed else "is there, but not in the index"
+            raise ValueError(f"{index} and {file} differ: {odd!r:.80} {where}.")
+    return {name: value for shard in shards.values() for name, value in shard.items()}
+
+
+def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    from minilora.formats.gguf import read_gguf
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    raw, tensors, _ = read_gguf(path)
+    return raw, tensors
+
+
+def _is_hub_id(name: str | Path) -> bool:
+    """Does this look like "org/name", with nothing of the sort on disk?"""
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
+
+
+def _fetch(hub_id: str) -> Path:
+    """The local snapshot of a model on the hub."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ImportError(
+            f"there is no folder {hub_id}, and to fetch it from the hub takes huggingface_hub: pip install 'minilora[hf]'."
+        ) from error
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except Exception as error:  # no network, offline, no such name, no permission: each has a class of its own, some from other libraries
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise FileNotFoundError(f"there is no folder {hub_id}, and the hub did not give it: {why:.300}") from None
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{hub_id} on the hub has no config.json; is it a model?")
+    return folder
+
+
+def _classes(family: Family) -> tuple[Any, Any]:
+    module = importlib.import_module(f"minilora.models.{family.module}")
+    return getattr(module, family.config), getattr(module, family.model)
+
+
+def _with_labels(config: Any, num_labels: int, where: str) -> Any:
+    """The configuration with another number of labels; names of labels stay if they still fit."""
+    if not hasattr(config, "num_labels"):
+        raise ValueError(f"{where}: this model is no classifier; num_labels is for bert.")
+    if num_labels == config.num_labels:
+        return config
+    return replace(config, num_labels=num_labels, id2label=None, problem_type=None)
+
+
+def _is_dtype(dtype: Any) -> bool:
+    try:
+        np.dtype(dtype)
+    except TypeError:
+        return False
+    return True
+
+
+class _Blank(np.random.Generator):
+    """Draws nothing: initial values that a checkpoint will replace cost no time, and one number of memory for each array."""
+
+    def __init__(self) -> None:
+        super().__init__(np.random.PCG64(0))
+
+    def normal(self, loc: Any = 0.0, scale: Any = 1.0, size: Any = None) -> Any:
+        shape = (size,) if isinstance(size, int) else size
+        return np.lib.stride_tricks.as_strided(np.zeros(()), shape, (0,) * len(shape)).view(_Unset)
+
+    def uniform(self, low: Any = 0.0, high: Any = 1.0, size: Any = None) -> Any:
+        return self.normal(size=size)
+
+
+class _Unset(np.ndarray):
+    """An array of one number, repeated by strides of zero; a change of dtype leaves it so."""
+
+    def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
+        return np.lib.stride_tricks.as_strided(np.zeros((), dtype), self.shape, (0,) * self.ndim)
+
+
+# -- fitting the tensors to the model ---------------------------------------------------------------------------------------
+
+
+def _renamed(model: Layer, family: Family, tensors: dict[str, np.ndarray], source: Path) -> dict[str, np.ndarray]:
+    """The tensors under the paths of the model: with the prefix that bare models lack, without buffers and a tied head."""
+    paths = {path for path, _ in model.parameters()}
+    head = f"{getattr(model, 'output_head', '')}.weight"
+    renamed: dict[str, np.ndarray] = {}
+    dropped = None
+    for name, value in tensors.items():
+        if re.fullmatch(family.ignored, name):
+            dropped = name if name.startswith("cls.") else dropped
+            continue
+        path = name if name in paths or name == head or name.startswith(family.prefix) else family.prefix + name
+        path = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", path))  # the first BERTs
+        if path in renamed:
+            raise ValueError(f"{source} does not fit the model: it has {path!r} twice.")
+        renamed[path] = value
+    if head in renamed and head not in paths and family.embedding:  # the head is the embedding: it may be there, if it is the same
+        tied = renamed.pop(head)
+        if not np.array_equal(tied, renamed.get(family.embedding, tied)):
+            raise ValueError(f"{source}: {head} differs from {family.embedding}, but the configuration says that they are tied.")
+    if dropped:
+        print(f"{source}: the head for another task ({dropped}, ...) is left out.", file=sys.stderr)
+    return renamed
+
+
+def _fresh(model: Any, family: Family, tensors: dict[str, np.ndarray], raw: dict[str, Any], source: Path) -> dict[str, np.ndarray]:
+    """Initial values, in the file's orientation, of modules that a checkpoint of a bare model has not. Said on standard error."""
+    if family.architectures[0] in (raw.get("architectures") or ()):
+        return {}
+    parameters = dict(model.parameters())
+    absent = [name for name in family.fresh if not any(path.startswith(f"{name}.") for path in tensors)]
+    rng, values = np.random.default_rng(0), {}
+    for name in absent:
+        W, b = parameters[f"{name}.weight"].data, parameters[f"{name}.bias"].data
+        values[f"{name}.weight"] = rng.normal(0, 0.02, W.shape).astype(W.dtype).T
+        values[f"{name}.bias"] = np.zeros(b.shape, b.dtype)
+    if absent:
+        print(f"{source} has no {' and no '.join(absent)}: drawn at random, to be trained.", file=sys.stderr)
+    return values
+
+
+def _turned(model: Any, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights of Linear from the file's orientation to (in, out), or back, as views."""
+    if model.weights_are_in_out:
+        return tensors
+    linear = {f"{path}.weight" for path, layer in model.modules() if isinstance(layer, Linear)}
+    return {path: value.T if path in linear else value for path, value in tensors.items()}
+
+
+def assign(model: Layer, tensors: dict[str, np.ndarray], source: str | Path) -> None:
+    """Set every parameter of the model to the tensor of the same path. Nothing is copied; the dtypes are the tensors'.
+
+    Raises ValueError, before anything is set, naming missing, unexpected and misshapen tensors, and values that are not finite.
+    """
+    parameters = dict(model.parameters())
+    missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    if missing:
+        raise ValueError(f"{source} does not fit the model: it misses {missing[0]!r} ({len(missing)} tensors in all).")
+    if extra:
+        raise ValueError(f"{source} does not fit the model: it has {extra[0]!r} too many ({len(extra)} tensors in all).")
+    for path, p in parameters.items():
+        value = tensors[path]
+        if value.shape != p.data.shape:
+            raise ValueError(f"{source} does not fit the model: {path} has shape {value.shape}, the model wants {p.data.shape}.")
+        if value.dtype.kind != "f" or not _finite(value):
+            raise ValueError(f"{source}: {path} ({value.dtype}) holds values that are not finite floating-point numbers.")
+    for path, p in parameters.items():
+        p.data = tensors[path]
+
+
+def _finite(x: np.ndarray) -> bool:
+    """By the extremes, which takes no memory, unlike isfinite: both are NaN if one element is."""
+    with np.errstate(invalid="ignore"):
+        return x.size == 0 or bool(np.isfinite(x.min()) and np.isfinite(x.max()))
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------------
+
+
+def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
+    """Write a folder that transformers loads: config.json, model.safetensors, and the tokenizer's files where the model came from some.
+
+    dtype: of the tensors; by default the model's. Merged adapters are part of the weights; unmerged ones raise ValueError.
+    """
     folder = Path(folder)
     merged = {}
     for path, layer in lora_layers(model):
@@ -65,33 +332,19 @@ def save_model(model: GPT2, folder: str | Path, dtype: Any = None) -> None:
     tensors = {path: to_numpy(merged.get(path, p.data)) for path, p in model.parameters() if ".lora_" not in path}
     if dtype is not None:
         tensors = {path: value.astype(dtype) for path, value in tensors.items()}
-    config = asdict(model.config)
-    del config["dropout"]
-    names = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "tie_word_embeddings": True}
-    write_tensors(folder / "model.safetensors", tensors)
-    write_json(folder / "config.json", {**names, **config})
+    told = {"model_type": model.model_type, **model.config.to_json()}
+    told["architectures"] = [FAMILIES[told["model_type"]].architectures[0]]
+    told["torch_dtype"] = str(max((value.dtype for value in tensors.values()), key=lambda d: d.itemsize))
+    source = Path(model.source) if model.source and model.source != BUNDLED else None
+    if source is not None and (source / "config.json").is_file():
+        told = {**{key: value for key, value in read_json(source / "config.json").items() if key in _KEPT}, **told}
+    write_tensors(folder / "model.safetensors", _turned(model, tensors))
+    write_json(folder / "config.json", told)
+    if source is not None and source.is_dir():
+        _copy(source, folder, _TOKENIZER_FILES)
 
 
-def assign(model: Layer, tensors: dict[str, np.ndarray], source: str | Path) -> None:
-    """Set every parameter of the model from tensors of the same path and shape, in the parameter's dtype.
-
-    Raises ValueError, before anything is set, naming missing, unexpected and misshapen tensors.
-    """
-    parameters = dict(model.parameters())
-    missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
-    if missing:
-        raise ValueError(f"{source} does not fit the model: it misses {missing[0]!r} ({len(missing)} tensors in all).")
-    if extra:
-        raise ValueError(f"{source} does not fit the model: it has {extra[0]!r} too many ({len(extra)} tensors in all).")
-    for path, p in parameters.items():
-        if tensors[path].shape != p.data.shape:
-            raise ValueError(f"{source} does not fit the model: {path} has shape {tensors[path].shape}, the model wants {p.data.shape}.")
-        if tensors[path].dtype.kind != "f" or not np.isfinite(tensors[path]).all():
-            raise ValueError(f"{source}: {path} ({tensors[path].dtype}) holds values that are not finite floating-point numbers.")
-    for path, p in parameters.items():
-        p.data = tensors[path].astype(p.data.dtype)
-
-
-def _full_name(name: str) -> str:
-    """The published "gpt2" names its tensors without the "transformer." that GPT2LMHeadModel puts before them."""
-    return name if name.startswith("transformer.") else f"transformer.{name}"
+def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (source / name).is_file() and (source / name).resolve() != (folder / name).resolve():
+            write_file(folder / name, partial(shutil.copyfile, source / name))

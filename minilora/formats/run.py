@@ -1,33 +1,64 @@
-"""Opening what a path names: a run folder, an adapter folder, a model folder, or the bundled model."""
+"""Opening what a path names: a run folder, an adapter folder, a model folder or file, an id of the hub, or the bundled model."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from minilora.formats.adapter import load_adapter, read_adapter_config
 from minilora.formats.atomic import read_json
-from minilora.formats.checkpoint import load_model, save_model
+from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_folder, save_model
+from minilora.formats.tokenizer import Tokenizer, load_tokenizer
 from minilora.layers import Linear
 from minilora.lora import lora_layers, merge
-from minilora.models import GPT2
 
 
-def open_model(path: str | Path, backend: str = "auto") -> GPT2:
-    """The model that a path names, with its adapter if there is one. Raises FileNotFoundError or ValueError as the loaders do."""
-    folder = Path(path)
-    if (folder / "model" / "config.json").is_file():  # a run of full fine-tuning
-        return load_model(folder / "model", backend)
-    adapter = _adapter_folder(folder)
-    if adapter is None:
-        if (folder / "run.json").is_file():
-            raise FileNotFoundError(f"{folder} is a run that has not saved an adapter or a model.")
-        return load_model(path, backend)
-    model = load_model(read_adapter_config(adapter).base_model_name_or_path or "pydoc", backend)
-    load_adapter(model, adapter)
+def open_model(path: str | Path, backend: str = "auto", adapter: str | Path | None = None) -> Any:
+    """The model that a path names, with the adapter that it or `adapter` names. Raises as the loaders do."""
+    base, found = base_of(path)
+    labels = labels_of(adapter or path)
+    model = load_model(base, backend, num_labels=len(labels) if labels else None)
+    found = _adapter_folder(Path(adapter)) or Path(adapter) if adapter else found
+    if found is not None:
+        load_adapter(model, found)
     return model
 
 
-def merge_run(path: str | Path, out: str | Path) -> dict[str, float]:
+def base_of(path: str | Path) -> tuple[str, Path | None]:
+    """(the model, its adapter folder or None) that a path names: a run knows its base, an adapter too, a model is its own."""
+    folder = Path(path)
+    if (folder / "model" / "config.json").is_file():  # a run of full fine-tuning
+        return str(folder / "model"), None
+    adapter = _adapter_folder(folder)
+    if adapter is not None:
+        return read_adapter_config(adapter).base_model_name_or_path or BUNDLED, adapter
+    if (folder / "run.json").is_file():
+        raise FileNotFoundError(f"{folder} is a run that has not saved an adapter or a model.")
+    return str(path), None
+
+
+def labels_of(path: str | Path) -> list[str] | None:
+    """The names of the classes that a run was trained for, None where there are none."""
+    for folder in (Path(path), Path(path).parent):
+        if (folder / "run.json").is_file():
+            return read_json(folder / "run.json").get("labels")
+    return None
+
+
+def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer of the model that a path names; vocab_size is read from its config.json if it is not given."""
+    base, _ = base_of(path)
+    if base.endswith(".gguf"):
+        from minilora.formats.gguf import read_gguf
+
+        return load_tokenizer(base, vocab_size or read_gguf(Path(base))[0]["vocab_size"])
+    folder = model_folder(base)
+    raw = read_json(folder / "config.json")
+    config = family_of(raw, f"{folder}/config.json")
+    return load_tokenizer(folder, vocab_size or raw.get("vocab_size") or _default_vocabulary(config))
+
+
+def merge_run(path: str | Path, out: str | Path, adapter: str | Path | None = None) -> dict[str, float]:
     """Write the merged model of a run or adapter folder to a new folder `out`. Returns {path: largest change of a weight}.
 
     Raises ValueError when there is no adapter, FileExistsError when `out` is in use.
@@ -35,18 +66,17 @@ def merge_run(path: str | Path, out: str | Path) -> dict[str, float]:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is in use; name another folder with --out, or remove it first.")
-    if _adapter_folder(Path(path)) is None:
+    if adapter is None and base_of(path)[1] is None:
         raise ValueError(f"{path} has no adapter to merge.")
-    model = open_model(path, "numpy")
+    model = open_model(path, "numpy", adapter)
     changes = merge(model)
     save_model(model, out)
     return changes
 
 
-def describe(path: str | Path) -> str:
-    """A few lines: parameters, memory, adapters, and the names that can be adapted."""
+def describe(path: str | Path) -> dict[str, Any]:
+    """What is in a model or a run: parameters, memory, adapters, results, and the names that can be adapted."""
     model = open_model(path, "numpy")
-    c = model.config
     adapters = lora_layers(model)
     adapted = sum(layer.lora_A.data.size + layer.lora_B.data.size for _, layer in adapters)
     count = sum(p.data.size for _, p in model.parameters()) - adapted
@@ -54,22 +84,26 @@ def describe(path: str | Path) -> str:
     for name, layer in model.modules():
         if isinstance(layer, Linear) and name:
             names.setdefault(name.rpartition(".")[2], []).append(f"{layer.in_features} x {layer.out_features}")
-    sizes_of = f"{c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, {c.vocab_size} tokens, {c.n_positions} positions"
-    lines = [
-        f"model       {path}: gpt2, {sizes_of}",
-        f"parameters  {count:,}: {4 * count / 1e6:.1f} MB in float32",
-    ]
+    told = {
+        "model": str(path),
+        "model_type": model.model_type,
+        "config": {key: value for key, value in model.config.to_json().items() if isinstance(value, (int, float, str))},
+        "parameters": count,
+        "bytes_float32": 4 * count,
+        "adaptable": {name: {"layers": len(sizes), "sizes": sorted(set(sizes))} for name, sizes in names.items()},
+    }
     if adapters:
-        r = ", ".join(map(str, sorted({layer.r for _, layer in adapters})))
-        lines.append(f"adapter     LoRA on {len(adapters)} layers, r = {r}: {adapted:,} parameters, {adapted / count:.1%} of the model")
+        told["adapter"] = {"layers": len(adapters), "r": sorted({layer.r for _, layer in adapters}), "parameters": adapted}
     if (Path(path) / "run.json").is_file():
-        results = read_json(Path(path) / "run.json").get("results", {})
-        if "bits_per_byte_after" in results:
-            lines.append(
-                f"held out    {results['bits_per_byte_before']:.3f} bits per byte before, {results['bits_per_byte_after']:.3f} after"
-            )
-    lines.append("adaptable   " + "; ".join(f"{name} ({len(sizes)}: {', '.join(sorted(set(sizes)))})" for name, sizes in names.items()))
-    return "\n".join(lines)
+        told["results"] = read_json(Path(path) / "run.json").get("results", {})
+    return told
+
+
+def _default_vocabulary(family: Any) -> int:
+    """vocab_size where config.json leaves it at its family's default."""
+    from minilora.formats.checkpoint import _classes
+
+    return int(_classes(family)[0].__dataclass_fields__["vocab_size"].default)
 
 
 def _adapter_folder(folder: Path) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,54 +14,97 @@ from minilora.functional.softmax import softmax, softmax_backward
 
 
 def attention(
-    q: Array, k: Array, v: Array, n_head: int, offsets: Sequence[int] | None = None, causal: bool = True, keep: bool = True
+    q: Array,
+    k: Array,
+    v: Array,
+    n_head: int,
+    offsets: Sequence[int] | None = None,
+    causal: bool = True,
+    keep: bool = True,
+    n_kv_head: int | None = None,
 ) -> tuple[Array, list[Array]]:
     """o = softmax(q k^T / sqrt d) v, for each sequence and each head on its own.
 
-    Shapes: q, k, v (T, H d) hold H heads of d features side by side -> o (T, H d). Sequence i is the rows
-    offsets[i] to offsets[i + 1] of all of them; None means that all rows are one sequence. `causal` lets a token
-    see itself and what came before it in its sequence.
+    Shapes: q (T, H d) holds H heads of d features side by side, k and v (T, G d) hold G = n_kv_head (default H) -> o (T, H d).
+    Grouped heads (arXiv 2305.13245): with n = H / G, the query heads g n to g n + n - 1 share the key and value head g.
+    Sequence i is the rows offsets[i] to offsets[i + 1] of all of them; None means that all rows are one sequence. `causal`
+    lets a token see itself and what came before it in its sequence.
 
-    Saved: the probabilities P of every sequence (H, t, t), which is t / d times the size of q. Recomputing them would
+    Saved: the probabilities P of every sequence (G, n t, t), which is t / d times the size of q. Recomputing them would
     cost one of the four products below. With keep=False nothing is kept.
     """
     check_offsets(offsets, q.shape[0])
-    if q.ndim != 2 or q.shape != k.shape or q.shape != v.shape or q.shape[1] % n_head:
-        raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} must be equal, with columns for {n_head} heads.")
-    xp = get_xp(q, k, v)
-    o = xp.empty_like(q)
+    G = n_kv_head or n_head
+    _check(q, k, v, n_head, G)
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"attention: q {q.shape} and k {k.shape} must have as many rows.")
+    o = get_xp(q, k, v).empty_like(q)
     saved = []
     for rows in sequences(offsets, q.shape[0]):
-        Q, K, V = _split(q[rows], n_head), _split(k[rows], n_head), _split(v[rows], n_head)  # (H, t, d)
-        S = (Q @ K.transpose(0, 2, 1)) * _scale(Q)  # (H, t, t)
-        if causal:
-            S = xp.where(_future(S.shape[1], xp), -math.inf, S)
-        P = softmax(S)
-        o[rows] = _join(P @ V)
+        Q, K, V = _below(q[rows], n_head, G), _split(k[rows], G), _split(v[rows], G)
+        P = _probabilities(Q, K, n_head, causal)  # (G, n t, t)
+        o[rows] = _beside(P @ V, n_head)
         if keep:
             saved.append(P)
     return o, saved
 
 
 def attention_backward(
-    do: Array, q: Array, k: Array, v: Array, saved: list[Array], n_head: int, offsets: Sequence[int] | None = None
+    do: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    saved: list[Array],
+    n_head: int,
+    offsets: Sequence[int] | None = None,
+    n_kv_head: int | None = None,
+    need: Collection[str] = ("dq", "dk", "dv"),
 ) -> tuple[Array, Array, Array]:
-    """Gradients of o = P V, P = softmax(S), S = Q K^T / sqrt d, sequence by sequence.
+    """Gradients of o = P V, P = softmax(S), S = Q K^T / sqrt d, sequence by sequence; each formed only if `need` names it.
 
     dV = P^T dO         dP = dO V^T
     dS = softmax'(dP)   zero where the mask put -inf, as P is zero there
     dQ = dS K / sqrt d  dK = dS^T Q / sqrt d
+
+    Query heads that share a key head lie below each other in the rows of Q, so the products with P^T and dS^T sum over them.
     """
+    G = n_kv_head or n_head
     xp = get_xp(do, q)
-    dq, dk, dv = xp.empty_like(q), xp.empty_like(k), xp.empty_like(v)
+    dq, dk, dv = (xp.empty_like(z) if name in need else None for name, z in (("dq", q), ("dk", k), ("dv", v)))
     for rows, P in zip(sequences(offsets, q.shape[0]), saved, strict=True):
-        Q, K, V, dO = (_split(z[rows], n_head) for z in (q, k, v, do))
-        dv[rows] = _join(P.transpose(0, 2, 1) @ dO)  #              O = P @ V
+        Q, K, V, dO = _below(q[rows], n_head, G), _split(k[rows], G), _split(v[rows], G), _below(do[rows], n_head, G)
+        if dv is not None:
+            dv[rows] = _join(P.transpose(0, 2, 1) @ dO)  #          O = P @ V
+        if dq is None and dk is None:
+            continue
         dS = softmax_backward(dO @ V.transpose(0, 2, 1), P)  #      P = softmax(S)
         dS *= _scale(Q)  #                                          S = Q @ K^T * scale
-        dq[rows] = _join(dS @ K)
-        dk[rows] = _join(dS.transpose(0, 2, 1) @ Q)
+        if dq is not None:
+            dq[rows] = _beside(dS @ K, n_head)
+        if dk is not None:
+            dk[rows] = _join(dS.transpose(0, 2, 1) @ Q)
     return dq, dk, dv
+
+
+def attention_to_past(q: Array, k: Array, v: Array, n_head: int, n_kv_head: int | None = None) -> Array:
+    """The last rows of a causal `attention` over one sequence, for generation: q (t, H d) are its last t tokens.
+
+    Shapes: k, v (s, G d) hold all s tokens so far, those of q among them -> o (t, H d). There is no backward.
+    """
+    G = n_kv_head or n_head
+    _check(q, k, v, n_head, G)
+    Q, K, V = _below(q, n_head, G), _split(k, G), _split(v, G)
+    return _beside(_probabilities(Q, K, n_head, causal=True) @ V, n_head)
+
+
+def positions(tokens: int, offsets: Sequence[int] | None, limit: int) -> np.ndarray:
+    """(tokens,) 0, 1, 2, ... from the start of each sequence, on the host. Raises ValueError for a sequence beyond `limit`."""
+    check_offsets(offsets, tokens)
+    bounds = np.array([0, tokens] if offsets is None else offsets)
+    lengths = np.diff(bounds)
+    if lengths.max() > limit:
+        raise ValueError(f"a sequence of {lengths.max()} tokens is longer than the model's {limit} positions.")
+    return np.arange(tokens) - np.repeat(bounds[:-1], lengths)
 
 
 def check_offsets(offsets: Sequence[int] | None, tokens: int) -> None:
@@ -79,6 +122,23 @@ def sequences(offsets: Sequence[int] | None, tokens: int) -> Iterator[slice]:
     return (slice(a, b) for a, b in pairwise(bounds))
 
 
+def _check(q: Array, k: Array, v: Array, H: int, G: int) -> None:
+    """Raise ValueError unless q (t, H d) and k, v (s, G d) fit each other and the numbers of heads."""
+    fits = q.ndim == k.ndim == 2 and k.shape == v.shape and H % G == 0 and q.shape[1] % H == 0
+    if not fits or q.shape[1] // H * G != k.shape[1]:
+        heads = f"{H} heads" if H == G else f"{H} and {G} heads"
+        raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} must have columns for {heads} of one size.")
+
+
+def _probabilities(Q: Array, K: Array, n_head: int, causal: bool) -> Array:
+    """P = softmax(S), S = Q K^T / sqrt d: Q (G, n t, d), K (G, s, d) -> P (G, n t, s)."""
+    S = (Q @ K.transpose(0, 2, 1)) * _scale(Q)
+    if causal:
+        xp, t, s = get_xp(S), S.shape[0] * S.shape[1] // n_head, S.shape[2]
+        S = xp.where(_future(t, s, xp), -math.inf, S.reshape(n_head, t, s)).reshape(S.shape)
+    return softmax(S)
+
+
 def _split(x: Array, n_head: int) -> Array:
     """(t, H d) -> (H, t, d), a view."""
     return x.reshape(x.shape[0], n_head, -1).transpose(1, 0, 2)
@@ -89,11 +149,20 @@ def _join(x: Array) -> Array:
     return x.transpose(1, 0, 2).reshape(x.shape[1], -1)
 
 
+def _below(x: Array, n_head: int, n_kv_head: int) -> Array:
+    """(t, H d) -> (G, n t, d): the n = H / G heads of a group below each other. A view if n is 1."""
+    return _split(x, n_head).reshape(n_kv_head, -1, x.shape[1] // n_head)
+
+
+def _beside(x: Array, n_head: int) -> Array:
+    """(G, n t, d) -> (t, H d), the inverse of `_below`."""
+    return _join(x.reshape(n_head, -1, x.shape[-1]))
+
+
 def _scale(Q: Array) -> float:
     return 1 / math.sqrt(Q.shape[-1])
 
 
-def _future(t: int, xp: Any) -> Array:
-    """(t, t) True where the column comes after the row."""
-    i = xp.arange(t)
-    return i[:, None] < i[None, :]
+def _future(t: int, s: int, xp: Any) -> Array:
+    """(t, s) True where the column comes after the row; the rows are the last t of s tokens."""
+    return xp.arange(s - t, s)[:, None] < xp.arange(s)[None, :]

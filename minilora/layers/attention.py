@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from minilora import functional as F
@@ -46,6 +46,12 @@ class Attention(Layer):
         dq, dk, dv = F.attention_backward(do, *_thirds(qkv), P, self.n_head, offsets)  # o = attention(q, k, v)
         dqkv = get_xp(dq).concatenate([dq, dk, dv], axis=1)
         return self.c_attn.backward(dqkv, s_attn, need_dx=need_dx)  #            qkv = c_attn(x)
+
+    def decode(self, x: Array, extend: Callable[[Array, Array], tuple[Array, Array]]) -> Array:
+        """`forward` of the next tokens of one sequence; extend(k, v) puts theirs behind those of the earlier ones and returns all."""
+        q, k, v = _thirds(self.c_attn.forward(x, keep=False)[0])
+        o = F.attention_to_past(q, *extend(k, v), self.n_head)
+        return self.c_proj.forward(o, keep=False)[0]
 
 
 def _thirds(qkv: Array) -> tuple[Array, Array, Array]:

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from minilora.backend import Rng, generator
+from minilora.backend import Rng, backend_name, generator, to_backend
 from minilora.layers.base import Layer
+from minilora.layers.embedding import Embedding
 from minilora.layers.linear import Linear
-from minilora.lora.config import LoraConfig
+from minilora.lora.config import CLASSIFIERS, LoraConfig, fits
 from minilora.lora.layer import LoRALinear, lora_layers
 
 
-def inject(model: Layer, config: LoraConfig, *, rng: Rng = None) -> list[str]:
+def inject(model: Layer, config: LoraConfig, *, rng: Rng = None, strict: bool = True) -> list[str]:
     """Freeze the model and replace each targeted Linear by a LoRALinear. Returns the paths of the adapted layers.
 
     The model may be any tree of layers. What is trainable afterwards: every lora_A and lora_B, the biases that
-    `config.bias` names, and `config.modules_to_save`.
+    `config.bias` names, and the modules of `config.saved_modules`.
 
-    Raises ValueError, before anything is changed, when a name matches nothing (with the nearest names), when a rank does
-    not fit, or when the model has adapters already.
+    Raises ValueError, before anything is changed, when a name or a pattern matches nothing (with the nearest names), when a
+    rank does not fit, or when the model has adapters already. strict=False is for an adapter that was trained elsewhere, whose
+    tensors tell what is there: some names may then match nothing and ranks may be beyond min(in, out), as PEFT has it.
     """
     if lora_layers(model):
         raise ValueError("inject: this model has LoRA layers already; load the base model again.")
-    targets = find_targets(model, config)
-    saved_modules = find_modules(model, config.modules_to_save or ())
-    for path, layer in targets.items():
-        r = config.rank_of(path)
-        if r > min(layer.in_features, layer.out_features):
-            raise ValueError(f"inject: rank {r} is beyond {path}, which is {layer.in_features} x {layer.out_features}.")
+    targets = find_targets(model, config, strict)
+    whole = find_modules(model, config, strict)
+    for path in targets:
+        if inside := [name for name in whole if f"{path}.".startswith(f"{name}.")]:
+            raise ValueError(f"inject: {path} is to be adapted and, in modules_to_save, to be trained whole ({inside[0]}); name one.")
+    if strict:
+        _check_ranks_and_patterns(targets, config)
 
     model.freeze()
     rng = generator(rng)
@@ -38,53 +41,77 @@ def inject(model: Layer, config: LoraConfig, *, rng: Rng = None) -> list[str]:
         adapted = LoRALinear(
             layer, config.rank_of(path), config.alpha_of(path), config.lora_dropout, config.use_rslora, config.init_lora_weights, rng=rng
         )
-        if config.bias == "lora_only" and adapted.bias is not None:
-            adapted.bias.trainable = True
         replace_module(model, path, adapted)
-    if config.bias == "all":
-        for path, p in model.parameters():
-            if path.rpartition(".")[2] == "bias":
-                p.trainable = True
-    for module in saved_modules.values():
-        module.unfreeze()
+    trained = trained_paths(model, config)
+    for path, p in model.parameters():
+        p.trainable = path in trained
+    model.base_values = {path: p.data.copy() for path, p in model.parameters() if p.trainable and ".lora_" not in path}
     model.lora_config = config  # what save_adapter writes down
     return list(targets)
 
 
-def find_targets(model: Layer, config: LoraConfig) -> dict[str, Linear]:
-    """{path: Linear} that the config names. Raises ValueError when a name matches no Linear."""
-    linears = {path: layer for path, layer in model.modules() if isinstance(layer, Linear) and path}
-    names = config.target_modules
+def trained_paths(model: Layer, config: LoraConfig) -> set[str]:
+    """The paths of all parameters that `config` trains in a model it was injected into."""
+    layers = dict(lora_layers(model))
+    biased = [path for path, _ in model.parameters() if path.rpartition(".")[2] == "bias"]
+    trained = {f"{path}.lora_{ab}" for path in layers for ab in "AB"}
+    if config.bias != "none":
+        trained |= {path for path in biased if config.bias == "all" or path.removesuffix(".bias") in layers}
+    for path, module in find_modules(model, config, strict=False).items():
+        trained |= {f"{path}.{name}" for name, _ in module.parameters()}
+    return trained
+
+
+def find_targets(model: Layer, config: LoraConfig, strict: bool = True) -> dict[str, Linear]:
+    """{path: Linear} that the config names, by PEFT's rules. Raises ValueError when a name matches no Linear, or something else."""
+    modules = _modules(model)
+    linears = {path: layer for path, layer in modules.items() if isinstance(layer, Linear)}
+    names, head = config.target_modules, getattr(model, "output_head", None)
     if names == "all-linear":
-        head = getattr(model, "output_head", None)  # as in PEFT, the layer that makes the logits is left out
-        found = {path: layer for path, layer in linears.items() if path != head}
+        if head is not None and head.endswith(CLASSIFIERS) and config.task_type != "SEQ_CLS":
+            head = None  # to PEFT, a classifier's head is one only if the task says so
+        named = [path for path in linears if path != head]
     elif isinstance(names, str):
-        found = {path: layer for path, layer in linears.items() if re.fullmatch(names, path)}
-        if not found:
+        named = [path for path in modules if re.fullmatch(names, path)]
+        if not any(path in linears for path in named):
             raise ValueError(f"target_modules: no linear layer matches {names!r}; there are {_examples(linears)}.")
     else:
-        for name in names:
-            if not any(_ends_with(path, name) for path in linears):
-                raise ValueError(f"target_modules: no linear layer is called {name!r}; {_nearest(name, linears)}.")
-        found = {path: layer for path, layer in linears.items() if any(_ends_with(path, name) for name in names)}
-        found = {path: layer for path, layer in found.items() if _in_layers(path, config.layers_to_transform)}
-    exclude = config.exclude_modules
-    if isinstance(exclude, str):
-        found = {path: layer for path, layer in found.items() if not re.fullmatch(exclude, path)}
-    elif exclude:
-        found = {path: layer for path, layer in found.items() if not any(_ends_with(path, name) for name in exclude)}
+        unknown = [name for name in names if not any(_ends_with(path, name) for path in modules)]
+        if unknown and (strict or len(unknown) == len(names)):
+            raise ValueError(f"target_modules: no linear layer is called {unknown[0]!r}; {_nearest(unknown[0], linears)}.")
+        named = [path for path in modules if path in names or (_is_named(path, names) and _in_layers(path, config))]
+
+    excluded = _excluded(modules, config, strict)
+    found = {path: modules[path] for path in named if path not in excluded and not _is_whole(path, config.saved_modules)}
     if not found:
-        raise ValueError("target_modules: no linear layer is left to adapt after exclude_modules and layers_to_transform.")
-    return found
+        raise ValueError("target_modules: no linear layer is left to adapt after exclude_modules, modules_to_save and layers_to_transform.")
+    for path in sorted(found.keys() - linears.keys()):
+        kind = "shares its weight with the embedding" if modules[path] is None else f"is not linear, but {type(modules[path]).__name__}"
+        raise ValueError(f"target_modules: {path} {kind}; only a Linear with a weight of its own can be adapted.")
+    return {path: linears[path] for path in found}
 
 
-def find_modules(model: Layer, names: Sequence[str]) -> dict[str, Layer]:
-    """{path: layer} for whole modules by name. Raises ValueError when a name matches none."""
-    modules = {path: layer for path, layer in model.modules() if path}
-    for name in names:
-        if not any(_ends_with(path, name) for path in modules):
+def find_modules(model: Layer, config: LoraConfig, strict: bool = True) -> dict[str, Layer]:
+    """{path: layer} of the modules that are trained whole: those whose path ends with a name, at a dot or not, as PEFT has it.
+
+    Raises ValueError when a name matches none, and for what shares its weight: where a head is tied to the embedding, PEFT
+    trains a copy of either and leaves the other as it was.
+    """
+    modules, names = _modules(model), config.saved_modules
+    classifier = config.task_type == "SEQ_CLS"
+    if classifier and not any(path.endswith(CLASSIFIERS) for path in modules):
+        raise ValueError("task_type='SEQ_CLS' trains the head whole, but no module is called 'classifier' or 'score'.")
+    for name in names if strict else ():
+        if not any(path.endswith(name) for path in modules) and not (classifier and name in CLASSIFIERS):
             raise ValueError(f"modules_to_save: no module is called {name!r}; {_nearest(name, modules)}.")
-    return {path: layer for path, layer in modules.items() if any(_ends_with(path, name) for name in names)}
+    tied = None in modules.values()
+    found = {}
+    for path, layer in modules.items():
+        if path.endswith(tuple(names)):
+            if layer is None or (tied and _has_vocabulary(model, layer)):
+                raise ValueError(f"modules_to_save: {path} cannot be trained whole, since embedding and head share their weight.")
+            found[path] = layer
+    return found
 
 
 def replace_module(model: Layer, path: str, new: Layer) -> None:
@@ -112,16 +139,24 @@ def unmerge(model: Layer) -> None:
 
 @contextmanager
 def disabled(model: Layer) -> Iterator[Layer]:
-    """`with disabled(model):` the base model answers, merged or not, to the bit; afterwards all is as it was."""
+    """`with disabled(model):` the base model answers, merged or not, to the bit; afterwards all is as it was.
+
+    Biases and modules that are trained whole are back at what they were when the adapter was injected, too.
+    """
     layers = [layer for _, layer in _adapters(model, "disabled")]
     before = [layer.enabled for layer in layers]
+    whole = [(p, p.data, model.base_values[path]) for path, p in model.parameters() if path in model.base_values]
     try:
         for layer in layers:
             layer.enabled = False
+        for p, now, then in whole:
+            p.data = to_backend(then, backend_name(now), now.dtype)
         yield model
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
+        for p, now, _ in whole:
+            p.data = now
 
 
 def _adapters(model: Layer, verb: str) -> list[tuple[str, LoRALinear]]:
@@ -131,24 +166,78 @@ def _adapters(model: Layer, verb: str) -> list[tuple[str, LoRALinear]]:
     return layers
 
 
+def _modules(model: Layer) -> dict[str, Layer | None]:
+    """{path: layer} of everything below the model; a head that is the embedding's own weight has a path, but is no layer."""
+    modules: dict[str, Layer | None] = {path: layer for path, layer in model.modules() if path}
+    head = getattr(model, "output_head", None)
+    return modules if head is None or head in modules else {**modules, head: None}
+
+
+def _has_vocabulary(model: Layer, layer: Layer) -> bool:
+    """Is the table of the token embeddings here, or below?"""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return any(isinstance(part, Embedding) and part.weight.data.shape[0] == size for _, part in layer.modules())
+
+
+def _check_ranks_and_patterns(targets: dict[str, Linear], config: LoraConfig) -> None:
+    for path, layer in targets.items():
+        r = config.rank_of(path)
+        if r > min(layer.in_features, layer.out_features):
+            advice = "; task_type='SEQ_CLS' trains a classifier's head whole" if path.endswith(CLASSIFIERS) else ""
+            raise ValueError(f"inject: rank {r} is beyond {path}, which is {layer.in_features} x {layer.out_features}{advice}.")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if not any(fits(key, path) for path in targets):
+                raise ValueError(f"{field}: {key!r} matches none of the adapted layers; {_nearest(key, targets)}.")
+
+
+def _excluded(paths: Iterable[str], config: LoraConfig, strict: bool) -> set[str]:
+    """The paths that exclude_modules names."""
+    names = config.exclude_modules
+    if not names:
+        return set()
+    if isinstance(names, str):
+        excluded = {path for path in paths if re.fullmatch(names, path)}
+        unused = [] if excluded else [names]
+    else:
+        excluded = {path for path in paths if _is_named(path, names)}
+        unused = [name for name in names if not any(_ends_with(path, name) for path in excluded)]
+    if unused and strict:
+        raise ValueError(f"exclude_modules: {unused[0]!r} matches no module, so there is nothing to exclude.")
+    return excluded
+
+
 def _ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def _in_layers(path: str, layers: int | Sequence[int] | None) -> bool:
-    """Is the first number in the path one of `layers`?"""
-    if layers is None:
+def _is_named(path: str, names: Sequence[str]) -> bool:
+    return any(_ends_with(path, name) for name in names)
+
+
+def _is_whole(path: str, names: Sequence[str]) -> bool:
+    """Is the path, or something it lies in, called by one of `names`? (Here PEFT reads them as expressions, and asks for a dot.)"""
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in names)
+
+
+def _in_layers(path: str, config: LoraConfig) -> bool:
+    """Is the number of the path's block one of layers_to_transform? It is the first after layers_pattern, or after any two names."""
+    if not config.layers_to_transform:
         return True
-    number = re.search(r"(?:^|\.)(\d+)\.", path)
-    return number is not None and int(number[1]) in ([layers] if isinstance(layers, int) else list(layers))
+    given = config.layers_pattern or ()
+    patterns = [rf"(?:^|.*?\.){p}" for p in ([given] if isinstance(given, str) else given)] or [r".*?\.[^.]*"]
+    for pattern in patterns:
+        if number := re.match(rf"{pattern}\.(?P<number>\d+)\.", path):
+            return int(number["number"]) in config.layers_to_transform  # type: ignore[operator]  # a list since __post_init__
+    return False
 
 
-def _nearest(name: str, paths: dict[str, Linear] | dict[str, Layer]) -> str:
+def _nearest(name: str, paths: Mapping[str, Layer | None]) -> str:
     short = sorted({part for path in paths for part in (path, path.rpartition(".")[2])})
     near = difflib.get_close_matches(name, short, n=3, cutoff=0.4)
     return f"did you mean {', '.join(map(repr, near))}?" if near else f"there are {_examples(paths)}"
 
 
-def _examples(paths: dict[str, Linear] | dict[str, Layer]) -> str:
+def _examples(paths: Mapping[str, Layer | None]) -> str:
     names = sorted({path.rpartition(".")[2] for path in paths})
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -20,7 +20,7 @@ class LoRALinear(Linear):
     Takes over the weight and bias of `base` (their paths stay those of the checkpoint) and freezes them; adds `lora_A`
     (in, r) and `lora_B` (r, out). Saved: x if A is trained, u = x A if B is.
 
-    Raises ValueError for a rank below 1 or beyond min(in, out).
+    Raises ValueError for a rank below 1. One beyond min(in, out) is a waste, but there are adapters that have it.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class LoRALinear(Linear):
         dtype: Any = None,
     ) -> None:
         m, n = base.in_features, base.out_features
-        if not 1 <= r <= min(m, n):
+        if r < 1:
             raise ValueError(f"LoRALinear: rank {r} does not fit a layer of {m} x {n}; choose 1 to {min(m, n)}.")
         self.weight, self.bias = base.weight, base.bias
         self.weight.trainable = False

@@ -1,6 +1,9 @@
 """One model, one file, module names as in its published checkpoint. Models know nothing of LoRA."""
 
+from minilora.models.bert import BertClassifier, BertConfig
+from minilora.models.cache import KVCache
 from minilora.models.gpt2 import GPT2, GPT2Config
+from minilora.models.llama import Llama, LlamaConfig
 from minilora.models.mlp import MLP
 
-__all__ = ["GPT2", "MLP", "GPT2Config"]
+__all__ = ["GPT2", "MLP", "BertClassifier", "BertConfig", "GPT2Config", "KVCache", "Llama", "LlamaConfig"]

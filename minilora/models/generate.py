@@ -1,35 +1,74 @@
-"""Sampling from a decoder, one token at a time."""
+"""Sampling from a decoder, one token at a time, with a cache of keys and values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import numpy as np
 
 from minilora.backend import to_numpy
-from minilora.models.gpt2 import GPT2
+from minilora.layers import Layer
+from minilora.models.cache import KVCache
 
 
-def generate(model: GPT2, prompt: np.ndarray, n: int, temperature: float = 0.8, rng: np.random.Generator | int = 0) -> Iterator[int]:
-    """n token ids that follow the prompt (T,), as they are drawn. temperature 0 takes the likeliest.
+def generate(
+    model: Any,
+    prompt: np.ndarray,
+    n: int,
+    temperature: float = 0.8,
+    rng: np.random.Generator | int = 0,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop: Collection[int] = (),
+) -> Iterator[int]:
+    """Up to n token ids that follow the prompt (T,), as they are drawn; it ends before a token in `stop`.
 
-    p = softmax(logits / temperature). When the text outgrows the model's positions, the oldest tokens are forgotten.
-    Raises ValueError for an empty prompt or a negative temperature.
+    `model` has decode(ids, cache), as GPT2 and Llama have. temperature, top_k and top_p as in `draw`. When the text outgrows the
+    model's positions, the older half is forgotten. Raises ValueError for an empty prompt or values out of range.
     """
+    if not hasattr(model, "decode"):
+        raise ValueError(f"{type(model).__name__} does not generate text: it is no decoder.")
     if len(prompt) == 0:
         raise ValueError("generate: the prompt is empty; give at least one token.")
+    rng = np.random.default_rng(rng)
+    limit = context_length(model)
+    ids = np.asarray(prompt, dtype=np.int64)[-limit:]
+    cache, new = KVCache(), ids
+    for _ in range(n):
+        if cache.length + len(new) > limit:
+            ids = ids[-max(1, limit // 2) :]
+            cache, new = KVCache(), ids
+        token = draw(to_numpy(model.decode(new, cache)), temperature, top_k, top_p, rng)
+        if token in stop:
+            return
+        yield token
+        new = np.array([token])
+        ids = np.append(ids, token)
+
+
+def draw(logits: np.ndarray, temperature: float, top_k: int, top_p: float, rng: np.random.Generator) -> int:
+    """One token from logits (V,):  p = softmax(logits / temperature), of which only some are kept; temperature 0 takes the likeliest.
+
+    top_k keeps the k likeliest (0: all); top_p the smallest set of likeliest tokens whose probabilities reach it (arXiv 1904.09751).
+    """
     if not temperature >= 0:
         raise ValueError(f"generate: temperature is {temperature}; it must be at least 0.")
-    rng = np.random.default_rng(rng)
-    ids = np.asarray(prompt, dtype=np.int64)
-    for _ in range(n):
-        ids = ids[-model.config.n_positions :]
-        h, _ = model.transformer.forward(ids, keep=False)
-        logits = to_numpy(h[-1:] @ model.head)[0].astype(np.float64)
-        if temperature == 0:
-            token = int(logits.argmax())
-        else:
-            p = np.exp((logits - logits.max()) / temperature)
-            token = int(rng.choice(len(p), p=p / p.sum()))
-        yield token
-        ids = np.append(ids, token)
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_k is {top_k} and top_p {top_p}; wanted at least 0, and above 0 up to 1.")
+    logits = logits.astype(np.float64)
+    if temperature == 0:
+        return int(logits.argmax())
+    p = np.exp((logits - logits.max()) / temperature)
+    order = np.argsort(-p, kind="stable")[: top_k or None]
+    p = p[order] / p[order].sum()
+    kept = int(np.searchsorted(np.cumsum(p), top_p)) + 1  # the token that reaches top_p is in
+    p = p[:kept]
+    return int(order[rng.choice(len(p), p=p / p.sum())])
+
+
+def context_length(model: Layer) -> int:
+    """The longest sequence that the model takes."""
+    config: Any = model.config  # type: ignore[attr-defined]
+    return int(getattr(config, "n_positions", None) or config.max_position_embeddings)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from minilora import functional as F
 from minilora.backend import Array, Rng, as_like, generator, get_xp
 from minilora.layers import Block, Dropout, Embedding, Layer, LayerNorm, Saved
+from minilora.models.cache import KVCache
 
 
 @dataclass
@@ -39,6 +41,29 @@ class GPT2Config:
                 raise ValueError(f"GPT2Config: {name} must be a positive integer, got {value!r}.")
         if self.n_embd % self.n_head:
             raise ValueError(f"GPT2Config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}.")
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], where: str) -> GPT2Config:
+        """The configuration in a config.json; `where` is its name for messages. Raises ValueError for options that are not supported."""
+        if raw.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise ValueError(f"{where} asks for activation_function {raw['activation_function']!r}; supported: gelu_new.")
+        for name, only in _ONLY.items():
+            if raw.get(name, only) != only:
+                raise ValueError(f"{where} asks for {name} {raw[name]!r}; supported: {only}.")
+        known = {field.name: raw[field.name] for field in fields(cls) if field.name in raw and field.name != "dropout"}
+        try:
+            return cls(**known)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as config.json keeps them."""
+        told = {key: value for key, value in asdict(self).items() if key != "dropout"}
+        return {"model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True, **told}
+
+
+# The options of transformers' GPT-2 that would change the result, at the value that is computed here.
+_ONLY = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}
 
 
 class Decoder(Layer):
@@ -82,15 +107,18 @@ class Decoder(Layer):
             self.wpe.backward(dx, s_wpe)  # x_0 = wte[ids] + wpe[position]: both get all of it
             self.wte.backward(dx, s_wte)
 
+    def decode(self, ids: Array, cache: KVCache) -> Array:
+        """h (t, n_embd) of the next t tokens of the sequence in the cache."""
+        total = cache.length + len(ids)
+        h = self.wte.forward(ids, keep=False)[0] + self.wpe.forward(self._positions(total, None)[cache.length :], keep=False)[0]
+        for i, block in enumerate(self.h):
+            h = h + block.attn.decode(block.ln_1.forward(h, keep=False)[0], partial(cache.extend, i))
+            h = h + block.mlp.forward(block.ln_2.forward(h, keep=False)[0], keep=False)[0]
+        cache.length = total
+        return self.ln_f.forward(h, keep=False)[0]
+
     def _positions(self, tokens: int, offsets: Sequence[int] | None) -> np.ndarray:
-        """0, 1, 2, ... from the start of each sequence."""
-        F.check_offsets(offsets, tokens)
-        bounds = np.array([0, tokens] if offsets is None else offsets)
-        lengths = np.diff(bounds)
-        limit = self.wpe.weight.data.shape[0]
-        if lengths.max() > limit:
-            raise ValueError(f"a sequence of {lengths.max()} tokens is longer than the model's {limit} positions.")
-        return np.arange(tokens) - np.repeat(bounds[:-1], lengths)
+        return F.positions(tokens, offsets, self.wpe.weight.data.shape[0])
 
 
 class GPT2(Layer):
@@ -99,6 +127,8 @@ class GPT2(Layer):
     Initial values (GPT-2, section 2.3): N(0, 0.02^2), biases zero, and 0.02 / sqrt(2 n_layer) for the projections into the residual stream.
     """
 
+    model_type = "gpt2"
+    weights_are_in_out = True
     output_head = "lm_head"  # tied: it is wte; named so that "all-linear" can leave it out
 
     def __init__(self, config: GPT2Config, *, rng: Rng = None, dtype: Any = "float32") -> None:
@@ -161,3 +191,10 @@ class GPT2(Layer):
             dense[at] = dh
             dh = dense
         self.transformer.backward(dh, s_h)
+
+    def decode(self, ids: Array, cache: KVCache) -> Array:
+        """The logits (vocab_size,) of what follows `ids` (t,), which follow the tokens in the cache and are added to it.
+
+        Raises ValueError for a sequence beyond n_positions, and leaves the cache's length as it was.
+        """
+        return (self.transformer.decode(ids, cache)[-1:] @ self.head)[0]

@@ -13,15 +13,25 @@ from minilora.functional import IGNORE
 
 @dataclass
 class Batch:
-    """ids and labels (T,), sequences bounded by offsets (n + 1,); all on the host. labels[t] is what row t must predict, or -100."""
+    """ids (T,), sequences bounded by offsets (n + 1,), and labels; all on the host.
+
+    labels is (T,), where labels[t] is what row t must predict, or -100; or, with per_sequence, (n,): one class for each sequence.
+    """
 
     ids: np.ndarray
     labels: np.ndarray
     offsets: np.ndarray
+    per_sequence: bool = False
+
+    def __post_init__(self) -> None:
+        wanted = len(self.offsets) - 1 if self.per_sequence else len(self.ids)
+        if self.labels.shape != (wanted,) or self.offsets[0] != 0 or self.offsets[-1] != len(self.ids):
+            what = f"{len(self.ids)} ids, offsets {self.offsets[0]} to {self.offsets[-1]}, labels of shape {self.labels.shape}"
+            raise ValueError(f"Batch: {what} do not fit; wanted offsets from 0 to the number of ids, and {wanted} labels.")
 
     @property
     def labelled(self) -> int:
-        """How many rows have a label."""
+        """How many rows, or with per_sequence how many sequences, have a label."""
         return int((self.labels != IGNORE).sum())
 
     def split(self, n: int) -> list[Batch]:
@@ -31,11 +41,12 @@ class Batch:
         for i in range(1, n):  # the sequence boundary nearest to the ideal cut
             cuts.add(int(np.argmin(np.abs(self.offsets - tokens * i / n))))
         bounds = sorted(cuts)
-        return [self._rows(a, b) for a, b in pairwise(bounds)]
+        return [self._sequences(a, b) for a, b in pairwise(bounds)]
 
-    def _rows(self, a: int, b: int) -> Batch:
+    def _sequences(self, a: int, b: int) -> Batch:
         first, last = self.offsets[a], self.offsets[b]
-        return Batch(self.ids[first:last], self.labels[first:last], self.offsets[a : b + 1] - first)
+        labels = self.labels[a:b] if self.per_sequence else self.labels[first:last]
+        return Batch(self.ids[first:last], labels, self.offsets[a : b + 1] - first, self.per_sequence)
 
 
 def windows(text: np.ndarray, starts: np.ndarray, length: int) -> Batch:
@@ -51,10 +62,12 @@ def random_windows(text: np.ndarray, length: int, batch_size: int, rng: np.rando
         yield windows(text, rng.integers(0, len(text) - length, size=batch_size), length)
 
 
-def held_out_windows(text: np.ndarray, length: int, batch_size: int) -> Iterator[Batch]:
-    """The text once, in consecutive windows; what is left over at the end is dropped."""
+def held_out_windows(text: np.ndarray, length: int, batch_size: int, most: int | None = None) -> Iterator[Batch]:
+    """The text once, in consecutive windows; what is left over at the end is dropped. `most`: at most so many, evenly spread."""
     check_length(text, length)
     starts = np.arange(0, len(text) - length, length)
+    if most is not None and most < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, most).astype(int)]
     for i in range(0, len(starts), batch_size):
         yield windows(text, starts[i : i + batch_size], length)
 

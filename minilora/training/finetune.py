@@ -1,136 +1,81 @@
-"""The main job: adapt a byte-level decoder to a text, by LoRA or by full fine-tuning, and measure what came of it."""
+"""The main job: adapt a model to data, by LoRA or by full fine-tuning, and measure what came of it."""
 
 from __future__ import annotations
 
 import math
-import os
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from minilora.backend import choose_backend, peak_memory
 from minilora.formats.adapter import save_adapter
-from minilora.formats.checkpoint import BUNDLED, load_model, save_model
+from minilora.formats.checkpoint import load_model, save_model
+from minilora.formats.run import tokenizer_of
+from minilora.formats.tokenizer import Tokenizer
 from minilora.lora import LoraConfig, inject, lora_layers
-from minilora.models import GPT2
-from minilora.models.generate import generate
-from minilora.training.data import check_length, held_out_windows, random_windows
-from minilora.training.evaluate import evaluate
+from minilora.models.generate import context_length, generate
+from minilora.training.datasets import load_dataset
 from minilora.training.loop import Diverged, train
 from minilora.training.optimizers import AdamW
 from minilora.training.plot import have_matplotlib, plot_run
+from minilora.training.recipe import Recipe
 from minilora.training.run_folder import RunFolder
-from minilora.training.schedules import schedule
-from minilora.training.text import decode, encode, read_text, split_text, stdlib_source
+from minilora.training.schedules import Schedule, schedule
+from minilora.training.tasks import Task, classify_task, measure, records_task, text_task
 
-LEARNING_RATE = {"lora": 1e-2, "full": 2e-3}  # each the best of the same grid: benchmarks/lora_vs_full.py
-PROMPT = "def read_config(path, encoding=None):\n    "
+PROMPT = "def read_config(path, encoding=None):\n    "  # what the samples of a text model go on from
 
-
-@dataclass
-class Recipe:
-    """What `finetune` is asked. None takes: for lr the tuned rate of the method, for warmup 10 steps or half the run, for data
-    the standard library's source. Raises ValueError for numbers out of range.
-    """
-
-    model: str = BUNDLED
-    data: str | None = None
-    method: str = "lora"
-    r: int = 8
-    lora_alpha: float = 16
-    target_modules: str | list[str] = "all-linear"
-    lr: float | None = None
-    schedule: str = "cosine"
-    warmup: int | None = None
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    steps: int = 200
-    batch_size: int = 8
-    accumulate: int = 1
-    window: int = 256
-    eval_bytes: int = 65536
-    seed: int = 0
-    threads: int = 0
-    backend: str = "auto"
-    sample_bytes: int = 240
-
-    def __post_init__(self) -> None:
-        if self.method not in LEARNING_RATE:
-            raise ValueError(f"unknown method {self.method!r}; choose {' or '.join(LEARNING_RATE)}.")
-        for name in ("steps", "batch_size", "accumulate", "window", "eval_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        self.warmup = min(10, self.steps // 2) if self.warmup is None else self.warmup
-        for name in ("threads", "sample_bytes", "seed", "warmup"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if not self.clip > 0:
-            raise ValueError(f"clip must be above 0, got {self.clip}.")
-        self.threads = self.threads or min(os.cpu_count() or 1, 8)
-        self.lr = LEARNING_RATE[self.method] if self.lr is None else self.lr
+Say = Callable[[str], None]
 
 
-def finetune(recipe: Recipe, out: str | Path | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) -> dict[str, Any]:
     """Run a recipe and leave a run folder. Returns the results, which are also in its run.json.
 
     Raises ValueError or OSError for bad input, before the folder is made; Diverged when the loss is not finite: what was
     trained until then is saved first. Ctrl-C saves likewise, and raises KeyboardInterrupt again.
     """
-    recipe.backend = choose_backend(recipe.backend)
-    model = load_model(recipe.model, recipe.backend)
-    train_text, held_out, what = _texts(recipe, model)
-    optimizer = _prepare(model, recipe)
-    rate = schedule(recipe.schedule, recipe.steps, recipe.warmup or 0)
-    batches = random_windows(train_text, recipe.window, recipe.batch_size, np.random.default_rng(recipe.seed))
-    folder = RunFolder.create(out, recipe.method)
-    folder.write_run(asdict(recipe), {})
-
-    total = sum(p.data.size for _, p in model.parameters())
-    trained = optimizer.flat.data.size
-    base = total - sum(layer.lora_A.data.size + layer.lora_B.data.size for _, layer in lora_layers(model))
-    say(f"model     {recipe.model}: {base:,} parameters, {recipe.backend}, {recipe.threads} thread{'s' * (recipe.threads > 1)}")
-    say(f"data      {what}: {len(train_text):,} bytes to train on, {len(held_out):,} held out")
-    method = (
-        f"LoRA r={recipe.r} alpha={recipe.lora_alpha:g} on {len(lora_layers(model))} layers"
-        if recipe.method == "lora"
-        else "full fine-tuning"
-    )
-    say(f"method    {method}: {trained:,} trainable parameters, {trained / base:.1%} of the model")
-
-    def measure() -> float:
-        nats, _ = evaluate(model, held_out_windows(held_out, recipe.window, 4), recipe.threads)
-        return nats / math.log(2)
-
-    def sample() -> str:
-        with threadpool_limits(1, user_api="blas"):  # one token at a time: products too small to share out
-            return decode(list(generate(model, encode(PROMPT), recipe.sample_bytes, 0.7, recipe.seed)))
-
     begun = time.perf_counter()
-    before, wrote_before = measure(), sample()
+    recipe.backend = choose_backend(recipe.backend)
+    model, tokenizer, task = _open(recipe)
+    recipe.settle(task.per_epoch)
+    assert task.train is not None and recipe.steps is not None
+    rate = schedule(recipe.schedule, recipe.steps, recipe.warmup or 0)
+    optimizer = _prepare(model, recipe)
+    folder = RunFolder.create(out, recipe.method)
+    folder.write_run(asdict(recipe), {}, task.labels)
+
+    trained = optimizer.flat.data.size
+    adapted = lora_layers(model)
+    base = sum(p.data.size for _, p in model.parameters()) - sum(a.lora_A.data.size + a.lora_B.data.size for _, a in adapted)
+    say(f"model     {recipe.model}: {base:,} parameters, {recipe.backend}, {recipe.threads} thread{'s' * (recipe.threads > 1)}")
+    say(f"data      {task.what}")
+    say(f"method    {_method(recipe, len(adapted))}: {trained:,} trainable parameters, {trained / base:.1%} of the model")
+
+    before, wrote_before = measure(model, task, recipe.threads), _sample(model, tokenizer, recipe)
     records: list[dict[str, Any]] = []
     try:
-        seconds, tokens = _train(model, optimizer, batches, rate, recipe, records)
+        seconds, tokens = _train(model, optimizer, task, rate, recipe, records)
     except (Diverged, KeyboardInterrupt) as stop:
         _save(model, folder, recipe)
         folder.write_metrics(records)
-        folder.write_run(asdict(recipe), {"stopped_after_step": len(records)})
+        folder.write_run(asdict(recipe), {"stopped_after_step": len(records)}, task.labels)
         if isinstance(stop, Diverged):
-            say(f"the {'adapter' if recipe.method == 'lora' else 'model'} as of step {stop.kept}, the last good one, is in {folder.path}")
+            say(f"the {_made(recipe)} as of step {stop.kept}, the last good one, is in {folder.path}")
         raise
     folder.write_metrics(records)
     size = _save(model, folder, recipe)
-    after, wrote_after = measure(), sample()
-    folder.write_samples(PROMPT, wrote_before, wrote_after)
+    after, wrote_after = measure(model, task, recipe.threads), _sample(model, tokenizer, recipe)
+    if wrote_after:
+        folder.write_samples(PROMPT, wrote_before, wrote_after)
     results = {
-        "bits_per_byte_before": before,
-        "bits_per_byte_after": after,
+        "headline": task.headline,
+        "before": before,
+        "after": after,
         "trainable_parameters": trained,
         "model_parameters": base,
         "trainable_share": trained / base,
@@ -141,67 +86,84 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Callable[[str],
         "seconds": time.perf_counter() - begun,
         "peak_memory_bytes": peak_memory(recipe.backend),
     }
-    folder.write_run(asdict(recipe), results)
+    folder.write_run(asdict(recipe), results, task.labels)
     _tell(say, folder, recipe, results, wrote_before, wrote_after)
-    _draw(say, folder, recipe, records, before, after)
+    _draw(say, folder, recipe, records, task, before, after)
     return {"folder": str(folder.path), **results}
 
 
-def _texts(recipe: Recipe, model: GPT2) -> tuple[np.ndarray, np.ndarray, str]:
-    """(train, held out, what it is), checked against the model and the window."""
-    if model.config.vocab_size < 256:
-        raise ValueError(f"{recipe.model} has {model.config.vocab_size} tokens; a model of bytes needs 256.")
-    if recipe.window > model.config.n_positions:
-        raise ValueError(f"a window of {recipe.window} is longer than the model's {model.config.n_positions} positions.")
-    if recipe.data is None:
-        train_text, held_out = stdlib_source(held_out=False), stdlib_source(held_out=True)
-        what = f"Python source of the standard library {sys.version_info.major}.{sys.version_info.minor}"
+def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
+    """The model, its tokenizer and the data, each checked against the others."""
+    if recipe.kind == "classify":
+        assert recipe.data is not None
+        tokenizer = tokenizer_of(recipe.model)
+        dataset = load_dataset(recipe.data, "classify", tokenizer, recipe.window, seed=recipe.seed)
+        model = load_model(recipe.model, recipe.backend, num_labels=len(dataset.labels or ()))
+        if not hasattr(model, "classifier"):
+            raise ValueError(f"{recipe.model} ({type(model).__name__}) has no classifier; task classify needs a BERT.")
+        task = classify_task(dataset, recipe.data, recipe.batch_size, recipe.seed)
     else:
-        train_text, held_out = split_text(read_text(recipe.data))
-        what = recipe.data
-    held_out = held_out[: recipe.eval_bytes + 1]
-    check_length(train_text, recipe.window)
-    check_length(held_out, recipe.window)
-    return train_text, held_out, what
+        model = load_model(recipe.model, recipe.backend)
+        if not hasattr(model, "decode"):
+            raise ValueError(f"{recipe.model} ({type(model).__name__}) is no decoder; task lm needs one. Is --task classify meant?")
+        tokenizer = tokenizer_of(recipe.model, model.config.vocab_size)
+        if recipe.kind == "text":
+            most = max(1, recipe.eval_bytes // recipe.window)
+            task = text_task(recipe.data, tokenizer, recipe.window, recipe.batch_size, most, recipe.seed)
+        else:
+            assert recipe.data is not None
+            task = records_task(recipe.data, tokenizer, recipe.window, recipe.tokens_per_batch, recipe.mask_prompt, recipe.seed)
+    if recipe.window > context_length(model):
+        raise ValueError(f"a window of {recipe.window} is longer than the model's {context_length(model)} positions.")
+    return model, tokenizer, task
 
 
-def _prepare(model: GPT2, recipe: Recipe) -> AdamW:
+def _prepare(model: Any, recipe: Recipe) -> AdamW:
     """Make trainable what the method trains, and its optimizer."""
+    assert recipe.lr is not None and recipe.bias is not None
     if recipe.method == "lora":
         config = LoraConfig(
-            r=recipe.r, lora_alpha=recipe.lora_alpha, target_modules=recipe.target_modules, base_model_name_or_path=recipe.model
+            r=recipe.r,
+            lora_alpha=recipe.lora_alpha,
+            lora_dropout=recipe.lora_dropout,
+            target_modules=recipe.target_modules,
+            layers_to_transform=recipe.layers_to_transform,
+            use_rslora=recipe.use_rslora,
+            bias=recipe.bias,
+            modules_to_save=recipe.modules_to_save,
+            task_type="SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM",
+            base_model_name_or_path=recipe.model,
         )
         inject(model, config, rng=recipe.seed)
     else:
         model.unfreeze()
-    assert recipe.lr is not None
     return AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
 
 
-def _train(model: GPT2, optimizer: AdamW, batches: Any, rate: Any, recipe: Recipe, records: list[dict[str, Any]]) -> tuple[float, int]:
+def _train(model: Any, optimizer: AdamW, task: Task, rate: Schedule, recipe: Recipe, records: list[dict[str, Any]]) -> tuple[float, int]:
     """Run the loop behind a progress bar, collecting a record a step. Returns (seconds, tokens) of the training alone."""
+    assert task.train is not None and recipe.steps is not None
     seconds, tokens = 0.0, 0
-    steps = train(
-        model,
-        optimizer,
-        batches,
-        recipe.steps,
-        rate,
-        clip=recipe.clip,
-        accumulate=recipe.accumulate,
-        threads=recipe.threads,
-        seed=recipe.seed,
-    )
+    options = {"clip": recipe.clip, "accumulate": recipe.accumulate, "threads": recipe.threads, "seed": recipe.seed}
+    unit, scale = ("bits/byte", math.log(2)) if task.headline == "bits_per_byte" else ("loss", 1.0)
     with tqdm(total=recipe.steps, unit="step", desc=recipe.method, dynamic_ncols=True) as bar:
-        for s in steps:
+        for s in train(model, optimizer, task.train, recipe.steps, rate, **options):  # type: ignore[arg-type]
             seconds, tokens = seconds + s.seconds, tokens + s.tokens
             records.append({"step": s.step, "loss": s.loss, "lr": s.lr, "grad_norm": s.grad_norm, "tokens": s.tokens})
-            bar.set_postfix_str(f"{s.loss / math.log(2):.3f} bits/byte, {tokens / seconds:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"{s.loss / scale:.3f} {unit}, {tokens / seconds:,.0f} tokens/s", refresh=False)
             bar.update()
     return seconds, tokens
 
 
-def _save(model: GPT2, folder: RunFolder, recipe: Recipe) -> int:
+def _sample(model: Any, tokenizer: Tokenizer, recipe: Recipe) -> str:
+    """What a model of text writes; nothing for other tasks."""
+    if recipe.kind != "text" or not recipe.sample_bytes:
+        return ""
+    with threadpool_limits(1, user_api="blas"):  # one token at a time: products too small to share out
+        return tokenizer.decode(list(generate(model, tokenizer.encode(PROMPT), recipe.sample_bytes, 0.7, recipe.seed)))
+
+
+def _save(model: Any, folder: RunFolder, recipe: Recipe) -> int:
     """Write the adapter, or the whole model. Returns the bytes of its tensors' file."""
     if recipe.method == "lora":
         return save_adapter(model, folder.adapter)
@@ -209,22 +171,44 @@ def _save(model: GPT2, folder: RunFolder, recipe: Recipe) -> int:
     return (folder.model / "model.safetensors").stat().st_size
 
 
-def _tell(say: Callable[[str], None], folder: RunFolder, recipe: Recipe, results: dict[str, Any], before: str, after: str) -> None:
-    say(f"held out  {results['bits_per_byte_before']:.3f} bits per byte before, {results['bits_per_byte_after']:.3f} after")
+def _method(recipe: Recipe, layers: int) -> str:
+    if recipe.method == "full":
+        return "full fine-tuning"
+    also = ["biases"] * (recipe.bias != "none") + (["the head"] if recipe.task == "classify" else []) + list(recipe.modules_to_save or [])
+    return f"LoRA r={recipe.r} alpha={recipe.lora_alpha:g} on {layers} layers{', with ' + ', '.join(also) if also else ''}"
+
+
+def _made(recipe: Recipe) -> str:
+    return "adapter" if recipe.method == "lora" else "model"
+
+
+def _tell(say: Say, folder: RunFolder, recipe: Recipe, results: dict[str, Any], wrote_before: str, wrote_after: str) -> None:
+    name, before, after = results["headline"], results["before"], results["after"]
+    say(
+        f"held out  {name.replace('_', ' ')} {before[name]:.3f} before, {after[name]:.3f} after; loss {before['loss']:.4f}, {after['loss']:.4f}"
+    )
     say(f"speed     {results['tokens_per_second']:,.0f} tokens a second, {results['seconds']:.1f} s in all")
-    name = "adapter" if recipe.method == "lora" else "model"
-    say(f"saved     {name} of {results['saved_bytes'] / 1e3:,.0f} kB beside a model of {results['model_bytes'] / 1e3:,.0f} kB")
-    for title, text in (("before", before), ("after", after)):
-        say(f"\n--- a sample {title} ---")
-        say((PROMPT + text).rstrip())
+    say(f"saved     {_made(recipe)} of {results['saved_bytes'] / 1e3:,.0f} kB beside a model of {results['model_bytes'] / 1e3:,.0f} kB")
+    if wrote_after:
+        for title, text in (("before", wrote_before), ("after", wrote_after)):
+            say(f"\n--- a sample {title} ---")
+            say((PROMPT + text).rstrip())
     say(f"\nwritten to {folder.path}")
 
 
 def _draw(
-    say: Callable[[str], None], folder: RunFolder, recipe: Recipe, records: list[dict[str, Any]], before: float, after: float
+    say: Say,
+    folder: RunFolder,
+    recipe: Recipe,
+    records: list[dict[str, Any]],
+    task: Task,
+    before: dict[str, float],
+    after: dict[str, float],
 ) -> None:
-    if have_matplotlib():
-        method = f"LoRA, rank {recipe.r}" if recipe.method == "lora" else "full fine-tuning"
-        plot_run(folder.curves, records, before, after, f"{recipe.model}, {method}, {len(records)} steps")
-    else:
+    if not have_matplotlib():
         say("no picture of the curves: matplotlib is not installed (pip install 'minilora[plot]')")
+        return
+    method = f"LoRA, rank {recipe.r}" if recipe.method == "lora" else "full fine-tuning"
+    unit, scale = ("bits per byte", math.log(2)) if task.headline == "bits_per_byte" else ("loss", 1.0)
+    title = f"{Path(recipe.model).name}, {method}, {len(records)} steps"
+    plot_run(folder.curves, records, before["loss"] / scale, after["loss"] / scale, title, unit, scale)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,27 @@ def have_matplotlib() -> bool:
     return True
 
 
-def plot_run(path: str | Path, records: list[dict[str, Any]], before: float, after: float, title: str) -> None:
-    """Training loss in bits per byte over steps, with the held-out figure before and after as levels, and the learning rate below."""
+def plot_run(path: str | Path, records: list[dict[str, Any]], before: float, after: float, title: str, unit: str, scale: float) -> None:
+    """The training loss over steps, divided by `scale` into `unit`, with the held-out figure before and after as levels.
+
+    The learning rate stands below.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps = [r["step"] for r in records]
-    bits = [r["loss"] / math.log(2) for r in records]
-    window = max(1, len(bits) // 20)
-    smooth = [sum(bits[max(0, i - window) : i + 1]) / len(bits[max(0, i - window) : i + 1]) for i in range(len(bits))]
+    losses = [r["loss"] / scale for r in records]
+    window = max(1, len(losses) // 20)
+    smooth = [sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    top.plot(steps, bits, color="#9ecae1", linewidth=1, label="training, each step")
+    top.plot(steps, losses, color="#9ecae1", linewidth=1, label="training, each step")
     top.plot(steps, smooth, color="#08519c", linewidth=2, label=f"training, mean of {window + 1} steps")
     top.axhline(before, color="#d95f02", linestyle="--", label=f"held out before: {before:.3f}")
     top.axhline(after, color="#1b7837", linestyle="-", label=f"held out after: {after:.3f}")
-    top.set_ylabel("bits per byte")
+    top.set_ylabel(unit)
     top.set_title(title)
     top.legend(frameon=False)
     bottom.plot(steps, [r["lr"] for r in records], color="#555555")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from minilora.formats.tokenizer import ByteTokenizer
+
 # Modules that Python 3.10 to 3.13 all have as plain source files. Those held out are never trained on.
 TRAIN = """argparse ast bdb calendar cmd code codeop colorsys compileall configparser contextlib copy csv dataclasses decimal dis
 doctest filecmp fileinput fnmatch fractions ftplib functools getopt getpass gettext glob graphlib gzip hashlib heapq hmac imaplib
@@ -57,9 +59,12 @@ def join(paths: list[Path]) -> np.ndarray:
 
 def encode(text: str) -> np.ndarray:
     """UTF-8 bytes as token ids."""
-    return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+    return _BYTES.encode(text)
 
 
 def decode(ids: list[int]) -> str:
     """Token ids as text; bytes that are no UTF-8 become replacement characters."""
-    return bytes(ids).decode("utf-8", errors="replace")
+    return _BYTES.decode(ids)
+
+
+_BYTES = ByteTokenizer()

@@ -1,0 +1,45 @@
+"""Settings from a TOML file, for `--config`."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def read_settings(path: str | Path, allowed: dict[str, Any]) -> dict[str, Any]:
+    """{name: value} of a flat TOML file. `allowed` gives the type of each name: bool, int, float, str, list, or a union of them.
+
+    A name may be spelled as its flag, with dashes. A float may be written as an integer. Raises FileNotFoundError; ValueError when
+    the file is not TOML, a name is unknown (the nearest ones are told) or given twice, or a value is of another type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no settings file {path}.")
+    try:
+        raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML ({error}).") from None
+    settings: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = key.replace("-", "_")
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(allowed))}."
+            raise ValueError(f"{path}: there is no setting {key!r}; {hint}")
+        if name in settings:
+            raise ValueError(f"{path}: {key!r} is given twice, with a dash and with an underscore.")
+        kinds = get_args(allowed[name]) or (allowed[name],)
+        if float in kinds and type(value) is int:
+            value = float(value) if int not in kinds else value
+        if type(value) not in kinds:
+            wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+            raise ValueError(f"{path}: {key} must be of type {wanted}, got {value!r}.")
+        settings[name] = value
+    return settings

@@ -1,0 +1,101 @@
+"""What a fine-tune is asked to do, and the defaults that depend on the model and the data."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from minilora.formats.checkpoint import BUNDLED
+from minilora.training.datasets import TASKS, is_dataset
+
+METHODS = ("lora", "full")
+
+# Peak learning rates. "text" is the best of one grid for each method (benchmarks/lora_vs_full.py); for published models LoRA takes
+# about ten times the rate of full fine-tuning ("LoRA Without Regret", 2025).
+_RATES = {
+    ("text", "lora"): 8e-3,
+    ("text", "full"): 2e-3,
+    ("lm", "lora"): 5e-4,
+    ("lm", "full"): 5e-5,
+    ("classify", "lora"): 1e-3,
+    ("classify", "full"): 5e-5,
+}
+
+
+@dataclass
+class Recipe:
+    """What `finetune` is asked; the names are those of the flags. None takes a default that `settle` works out:
+
+    data            the standard library's source
+    bias, modules_to_save   for the bundled model all biases and the layer norms, else none
+    lr              by kind of data and method, see _RATES
+    steps           120 for text; else `epochs` (3) times the batches of an epoch
+    warmup          10 steps, or half the run if that is shorter
+    threads         the cores, at most 8
+    Raises ValueError for values out of range.
+    """
+
+    model: str = BUNDLED
+    data: str | None = None
+    task: str = "lm"
+    method: str = "lora"
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    layers_to_transform: list[int] | None = None
+    use_rslora: bool = False
+    bias: str | None = None
+    modules_to_save: list[str] | None = None
+    lr: float | None = None
+    schedule: str = "cosine"
+    warmup: int | None = None
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    steps: int | None = None
+    epochs: float = 3
+    batch_size: int = 8
+    tokens_per_batch: int = 2048
+    accumulate: int = 1
+    window: int = 256
+    mask_prompt: bool = True
+    eval_bytes: int = 65536
+    seed: int = 0
+    threads: int = 0
+    backend: str = "auto"
+    sample_bytes: int = 240
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}; choose {' or '.join(METHODS)}.")
+        if self.task not in TASKS:
+            raise ValueError(f"unknown task {self.task!r}; choose {' or '.join(TASKS)}.")
+        if self.task == "classify" and self.data is None:
+            raise ValueError("task classify needs --data: a .jsonl or .csv file with text and label, or a folder with train and valid.")
+        for name in ("batch_size", "tokens_per_batch", "accumulate", "window", "eval_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("threads", "sample_bytes", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}.")
+        if not self.clip > 0 or not self.epochs > 0:
+            raise ValueError(f"clip and epochs must be above 0, got {self.clip} and {self.epochs}.")
+        self.threads = self.threads or min(os.cpu_count() or 1, 8)
+
+    @property
+    def kind(self) -> str:
+        """ "text" in windows, records to continue ("lm"), or records with a class ("classify")."""
+        return "text" if self.task == "lm" and (self.data is None or not is_dataset(self.data)) else self.task
+
+    def settle(self, per_epoch: int | None) -> None:
+        """Fill in what was left open; `per_epoch` is the number of batches in an epoch, None where epochs mean nothing."""
+        bundled = self.model == BUNDLED and self.method == "lora"
+        self.bias = self.bias or ("all" if bundled else "none")
+        if self.modules_to_save is None and bundled:
+            self.modules_to_save = ["ln_1", "ln_2", "ln_f"]
+        self.lr = _RATES[self.kind, self.method] if self.lr is None else self.lr
+        if self.steps is None:
+            self.steps = 120 if per_epoch is None else max(1, round(self.epochs * per_epoch / self.accumulate))
+        self.warmup = min(10, self.steps // 2) if self.warmup is None else self.warmup

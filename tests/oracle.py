@@ -1,0 +1,94 @@
+"""What test_gpt2 and test_bert share: the golden file of golden/make_models.py, and the models and adapters in it, loaded here."""
+
+import warnings
+
+import numpy as np
+from golden import make_models
+from safetensors.numpy import load_file, save_file
+
+import minilora as ml
+from minilora.formats.atomic import write_json
+from minilora.lora import lora_layers
+
+GOLDEN = load_file(make_models.FILE)
+ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "bert": "BertForSequenceClassification"}
+
+
+def part(name, kind):
+    """{key: array} of what the golden file has under <name>.<kind>."""
+    prefix = f"{name}.{kind}."
+    return {key.removeprefix(prefix): value for key, value in GOLDEN.items() if key.startswith(prefix)}
+
+
+def batch(name):
+    """(ids, labels, offsets): the sequences end to end."""
+    ids, labels = make_models.data(name)
+    return np.concatenate(ids), labels, np.cumsum([0, *map(len, ids)])
+
+
+def write_checkpoint(name, folder, dtype="float64", **config):
+    """The golden model as a folder, as transformers would write it."""
+    labels = {"id2label": {str(i): f"L{i}" for i in range(3)}} if name == "bert" else {}
+    folder.mkdir(exist_ok=True)
+    write_json(
+        folder / "config.json",
+        {"model_type": name, "architectures": [ARCHITECTURES[name]], **make_models.CONFIGS[name], **labels, **config},
+    )
+    save_file({key: value.astype(dtype) for key, value in part(name, "weights").items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def adapted(name, folder, dtype, backend="numpy"):
+    """The golden model with the golden adapter."""
+    model = ml.load_model(write_checkpoint(name, folder), "numpy", dtype)
+    ml.inject(model, ml.LoraConfig(**make_models.LORA[name]))
+    values = part(name, "lora")
+    layers = lora_layers(model)
+    assert {f"{path}.lora_{x}.weight" for path, _ in layers for x in "AB"} == values.keys()
+    for path, layer in layers:
+        layer.lora_A.data = values[f"{path}.lora_A.weight"].T.astype(dtype)
+        layer.lora_B.data = values[f"{path}.lora_B.weight"].T.astype(dtype)
+    return model.to(backend)
+
+
+def as_peft(model, values):
+    """{name as PEFT's: array, turned} of {path: array} of the trainable parameters."""
+    turned, linear = {}, {f"{path}.weight" for path, layer in model.modules() if isinstance(layer, ml.Linear)}
+    for path, value in values.items():
+        lora = path.endswith(("lora_A", "lora_B"))
+        turned[f"{path}.weight" if lora else path] = value.T if lora or (path in linear and not model.weights_are_in_out) else value
+    return turned
+
+
+def gradients(model):
+    return as_peft(model, {path: ml.to_numpy(p.grad) for path, p in model.parameters() if p.trainable})
+
+
+def deviation(found, wanted):
+    """The largest difference, relative to the largest value wanted; over all keys, which must be the same."""
+    if not isinstance(wanted, dict):
+        found, wanted = {"": ml.to_numpy(found)}, {"": wanted}
+    assert found.keys() == wanted.keys()
+    assert all(found[key].shape == wanted[key].shape for key in wanted)
+    return max(float(np.abs(found[key] - wanted[key]).max() / np.abs(wanted[key]).max()) for key in wanted)
+
+
+def train(model, name):
+    """The losses of the golden training run."""
+    ids, labels, offsets = batch(name)
+    optimizer = ml.AdamW(model.parameters(), lr=make_models.LR, weight_decay=0.01)
+    losses = []
+    for _ in range(make_models.STEPS):
+        loss, saved = model.loss(ids, labels, offsets)
+        model.loss_backward(saved)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return np.array(losses)
+
+
+def live(name):
+    """The golden values computed now, by the oracles that are installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs are not ours
+        return make_models.golden(name)

@@ -1,0 +1,463 @@
+"""Published checkpoints: mapped and not copied, in shards, bare, of the hub; written so that transformers reads them; bad files."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import types
+
+import numpy as np
+import oracle
+import pytest
+from golden import make_models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+import minilora as ml
+from minilora.formats.atomic import read_json, write_json
+from minilora.formats.tensors import map_tensors, read_tensors, write_tensors
+
+NAMES = ("gpt2", "bert")
+
+
+def logits(model, name):
+    ids, _, offsets = oracle.batch(name)
+    return ml.to_numpy(model.forward(ids, keep=False, offsets=offsets)[0])
+
+
+def is_mapped(x):
+    while x is not None and not isinstance(x, np.memmap):
+        x = getattr(x, "base", None)
+    return x is not None
+
+
+def edit(folder, change):
+    """Change the tensors of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def shards(folder, **changes):
+    """Split a folder's tensors over two files; `changes` are made to the index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(places.values()):
+        save_file({name: value for name, value in tensors.items() if places[name] == file}, folder / file)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places | changes})
+    return folder
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_mapped_and_a_mapped_model_does_all_that_others_do(name, tmp_path):
+    folder = oracle.write_checkpoint(name, tmp_path / "m", "float32")
+    model = ml.load_model(folder, "numpy")
+    assert all(is_mapped(p.data) and not p.data.flags.writeable for _, p in model.parameters())
+    assert not any(is_mapped(p.data) for _, p in ml.load_model(folder, "numpy", "float64").parameters())
+    assert model.source == str(folder)
+    assert not model.trainable
+    before = logits(model, name)
+    assert oracle.deviation(before, oracle.GOLDEN[f"{name}.logits"]) > 1e-3  # the golden logits are with the adapter
+
+    ids, labels, offsets = oracle.batch(name)
+    ml.inject(model, ml.LoraConfig(r=2, init_lora_weights=False), rng=0)
+    adapted = logits(model, name)
+    ml.merge(model)
+    np.testing.assert_allclose(logits(model, name), adapted, atol=1e-5)
+    ml.unmerge(model)
+
+    full = ml.load_model(folder, "numpy").unfreeze()
+    optimizer = ml.SGD(full.parameters(), lr=0.1)
+    _, saved = full.loss(ids, labels, offsets)
+    full.loss_backward(saved)
+    optimizer.step()
+    assert np.abs(logits(full, name) - before).max() > 1e-3
+    ml.save_model(full, folder)  # onto the file that `model` is mapped from
+    np.testing.assert_array_equal(logits(model.to("numpy", "float32"), name), adapted)
+    np.testing.assert_array_equal(logits(ml.load_model(folder, "numpy"), name), logits(full, name))
+
+
+def test_no_memory_is_taken_for_weights_that_are_mapped(tmp_path):
+    """A subprocess, so that the measure is of this alone: 40 MB of weights, and Python's arrays stay below 4 MB."""
+    model = ml.BertClassifier(ml.BertConfig(vocab_size=30000, hidden_size=320, num_hidden_layers=1, num_attention_heads=4), rng=0)
+    ml.save_model(model, tmp_path / "m")
+    assert (tmp_path / "m" / "model.safetensors").stat().st_size > 40e6
+    code = f"""
+import tracemalloc, minilora as ml, minilora.models, safetensors.numpy
+tracemalloc.start()
+model = ml.load_model({str(tmp_path / "m")!r}, "numpy")
+print(tracemalloc.get_traced_memory()[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 4e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shards_are_one_model(name, tmp_path):
+    whole = ml.load_model(oracle.write_checkpoint(name, tmp_path / "m"), "numpy", "float64")
+    again = ml.load_model(shards(oracle.write_checkpoint(name, tmp_path / "s")), "numpy", "float64")
+    np.testing.assert_array_equal(logits(whole, name), logits(again, name))
+
+
+def bare(folder, pooler=True):
+    """The folder as a BertModel is saved: no prefix, no classifier, perhaps no pooler, and a buffer."""
+
+    def change(tensors):
+        for key in list(tensors):
+            value = tensors.pop(key)
+            if key.startswith("bert.") and (pooler or "pooler" not in key):
+                tensors[key.removeprefix("bert.")] = value
+        tensors["embeddings.position_ids"] = np.arange(11)[None]
+
+    raw = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**{k: v for k, v in raw.items() if k != "id2label"}, "architectures": ["BertModel"]})
+    return edit(folder, change)
+
+
+def test_a_bare_bert_gets_a_classifier_and_says_so(tmp_path, capsys):
+    wanted = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "w"), "numpy", "float64")
+    assert capsys.readouterr().err == ""
+    folder = bare(oracle.write_checkpoint("bert", tmp_path / "m"))
+    model = ml.load_model(folder, "numpy", "float64", num_labels=5)
+    assert capsys.readouterr().err == f"{folder} has no classifier: drawn at random, to be trained.\n"
+    ids, _, offsets = oracle.batch("bert")
+    np.testing.assert_array_equal(model.embed(ids, offsets), wanted.embed(ids, offsets))
+    assert logits(model, "bert").shape == (4, 5)
+    W = model.classifier.weight.data
+    assert 0.01 < W.std() < 0.03
+    assert not model.classifier.bias.data.any()
+    np.testing.assert_array_equal(W, ml.load_model(folder, "numpy", "float64", num_labels=5).classifier.weight.data)
+    assert ml.load_model(folder, "numpy").config.num_labels == 2  # transformers' default
+    capsys.readouterr()
+    ml.load_model(bare(oracle.write_checkpoint("bert", tmp_path / "p"), pooler=False), "numpy")
+    assert "no bert.pooler.dense and no classifier" in capsys.readouterr().err
+
+
+def test_names_of_the_first_berts_and_heads_for_other_tasks(tmp_path, capsys):
+    folder = oracle.write_checkpoint("bert", tmp_path / "m", architectures=["BertForMaskedLM"])
+    wanted = logits(ml.load_model(folder, "numpy"), "bert")
+
+    def change(tensors):
+        for key in list(tensors):
+            old = key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            tensors[old] = tensors.pop(key)
+        tensors["cls.predictions.bias"] = np.zeros(61)
+
+    np.testing.assert_array_equal(logits(ml.load_model(edit(folder, change), "numpy"), "bert"), wanted)
+    assert "the head for another task (cls.predictions.bias, ...) is left out" in capsys.readouterr().err
+
+
+def test_gpt2s_buffers_are_ignored_and_its_head_may_be_there_if_it_is_the_embedding(tmp_path):
+    folder = oracle.write_checkpoint("gpt2", tmp_path / "m")
+    wanted = logits(ml.load_model(folder, "numpy"), "gpt2")
+    edit(folder, lambda t: t.update({"transformer.h.0.attn.bias": np.ones((1, 1, 13, 13)), "lm_head.weight": t["transformer.wte.weight"]}))
+    np.testing.assert_array_equal(logits(ml.load_model(folder, "numpy"), "gpt2"), wanted)
+    edit(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from transformer.wte.weight"):
+        ml.load_model(folder, "numpy")
+
+
+def raw_file(path, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def test_bfloat16_is_the_upper_half_of_float32_and_odd_places_are_read(tmp_path):
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    half = (x.view(np.uint32) >> 16).astype(np.uint16)
+    entry = {"dtype": "BF16", "shape": [3, 4], "data_offsets": [1, 25]}  # one byte before it: not aligned
+    path = raw_file(tmp_path / "x", {"a": {"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}, "x": entry}, b"\1" + half.tobytes())
+    tensors, _ = map_tensors(path)
+    assert tensors["x"].dtype == np.float32
+    assert np.abs(tensors["x"] - x).max() < 2**-7 * np.abs(x).max()
+    np.testing.assert_array_equal(tensors["x"].view(np.uint32), x.view(np.uint32) & 0xFFFF0000)
+
+
+def test_a_gguf_file_is_read_by_its_own_module(tmp_path, monkeypatch):
+    weights = oracle.part("bert", "weights")
+    raw = {"model_type": "bert", **make_models.CONFIGS["bert"], "num_labels": 3}
+    module = types.ModuleType("minilora.formats.gguf")
+    module.read_gguf = lambda path: (raw, weights, None)
+    monkeypatch.setitem(sys.modules, "minilora.formats.gguf", module)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        ml.load_model(tmp_path / "x.gguf", "numpy")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    model = ml.load_model(tmp_path / "x.gguf", "numpy", "float64")
+    wanted = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "m"), "numpy", "float64")
+    np.testing.assert_array_equal(logits(model, "bert"), logits(wanted, "bert"))
+    assert model.source == str(tmp_path / "x.gguf")
+
+
+# -- the hub ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_and_the_offline_switch_of_the_hub_are_respected(tmp_path):
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install 'minilora[hf]'")
+    home = tmp_path / "models--org--name"
+    (home / "snapshots" / "abc").mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc")
+    oracle.write_checkpoint("bert", home / "snapshots" / "abc")
+    code = """
+import minilora as ml
+model = ml.load_model("org/name", "numpy")
+print(model.hub_id, model.source)
+try:
+    ml.load_model("org/other", "numpy")
+except FileNotFoundError as error:
+    print(error)
+"""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.splitlines()
+    assert out[0] == f"org/name {home / 'snapshots' / 'abc'}"
+    assert out[1].startswith("there is no folder org/other, and the hub did not give it: ")
+    assert len(out) == 2
+
+
+def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatch):
+    asked = {}
+    hub = types.ModuleType("huggingface_hub")
+
+    def fetch(name, **options):
+        asked.update(options, name=name)
+        raise OSError("no\nnetwork")
+
+    hub.snapshot_download = fetch
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="the hub did not give it: no network"):
+        ml.load_model("org/name", "numpy")
+    assert asked["name"] == "org/name"
+    assert "*.safetensors" in asked["allow_patterns"]
+    assert not any(pattern.endswith((".bin", "*")) for pattern in asked["allow_patterns"])
+    hub.snapshot_download = lambda name, **options: str(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"org/name on the hub has no config.json"):
+        ml.load_model("org/name", "numpy")
+    for path in ("./org/name", "nowhere", str(tmp_path / "nowhere"), tmp_path / "nowhere"):  # not ids
+        with pytest.raises(FileNotFoundError, match="there is no model at"):
+            ml.load_model(path, "numpy")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"pip install 'minilora\[hf\]'"):
+        ml.load_model("org/name", "numpy")
+    oracle.write_checkpoint("gpt2", tmp_path / "name").rename(tmp_path / "org")
+    (tmp_path / "org").rename(tmp_path / "name")
+    monkeypatch.chdir(tmp_path.parent)
+    assert ml.load_model(f"{tmp_path.name}/name", "numpy").hub_id is None  # a folder that looks like an id
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "gpt2": ("GPT2LMHeadModel", make_models.CONFIGS["gpt2"]),
+    "bert": ("BertForSequenceClassification", {**make_models.CONFIGS["bert"], "num_labels": 3}),
+    "llama": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "llama, free head": ("LlamaForCausalLM", {"tie_word_embeddings": False}),
+    "qwen2": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+}
+LLAMA = {
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 20,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs are not ours
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_writes_is_read_and_what_is_written_transformers_reads(family, tmp_path):
+    torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
+    transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
+    name, options = FAMILIES[family]
+    model_type = family.partition(",")[0]
+    if model_type in ("llama", "qwen2"):
+        options = {**LLAMA, **options}
+    torch.manual_seed(0)
+    config = getattr(transformers, {"gpt2": "GPT2Config", "bert": "BertConfig", "llama": "LlamaConfig", "qwen2": "Qwen2Config"}[model_type])
+    theirs = getattr(transformers, name)(config(**options, initializer_range=0.3, bos_token_id=1, eos_token_id=2)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ids = np.random.default_rng(0).integers(0, 53, 9)
+
+    def judge(model):
+        with torch.no_grad():
+            return model(input_ids=torch.tensor(ids[None])).logits.numpy().reshape(-1, 3 if model_type == "bert" else 53)
+
+    ours = ml.load_model(tmp_path / "theirs", "numpy")
+    assert oracle.deviation(ours.forward(ids, keep=False)[0], judge(theirs)) < 1e-5
+    ml.inject(ours, ml.LoraConfig(r=2, init_lora_weights=False), rng=0)
+    ml.merge(ours)
+    ml.save_model(ours, tmp_path / "ours")
+    again, info = getattr(transformers, name).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info[key] for key in info), info
+    assert again.dtype == torch.float32
+    merged = ours.forward(ids, keep=False)[0]
+    assert np.abs(merged - judge(theirs)).max() > 0.1
+    assert oracle.deviation(merged, judge(again.eval())) < 1e-5
+    written, told = load_file(tmp_path / "ours" / "model.safetensors"), read_json(tmp_path / "ours" / "config.json")
+    assert ("lm_head.weight" in written) == (family == "llama, free head")
+    assert told["architectures"] == [name]
+    assert told["eos_token_id"] == 2
+    assert oracle.deviation(ml.load_model(tmp_path / "ours", "numpy").forward(ids, keep=False)[0], merged) < 1e-6
+    if model_type == "bert":
+        assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").config.num_labels == 3
+
+
+def test_the_tokenizer_goes_with_the_model(tmp_path):
+    folder = oracle.write_checkpoint("bert", tmp_path / "m")
+    for name in ("tokenizer.json", "vocab.txt", "notes.txt"):
+        (folder / name).write_text(name)
+    ml.save_model(ml.load_model(folder, "numpy"), tmp_path / "out", dtype="float16")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "vocab.txt"}
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "vocab.txt"
+    assert read_json(tmp_path / "out" / "config.json")["torch_dtype"] == "float16"
+    assert read_json(tmp_path / "out" / "config.json")["id2label"] == {"0": "L0", "1": "L1", "2": "L2"}
+
+
+# -- what can be wrong ------------------------------------------------------------------------------------------------------
+
+W = "bert.encoder.layer.1.output.dense.weight"
+
+
+def config(**changes):
+    return lambda f: write_json(f / "config.json", {**read_json(f / "config.json"), **changes})
+
+
+def only(name):
+    return lambda f: (f / "model.safetensors").rename(f / name)
+
+
+BAD = {
+    "missing": (lambda f: edit(f, lambda t: t.pop(W)), rf"misses '{W}' \(1 tensors"),
+    "half a classifier": (lambda f: edit(f, lambda t: t.pop("classifier.bias")), "misses 'classifier.bias'"),
+    "no classifier where one is promised": (
+        lambda f: edit(f, lambda t: [t.pop("classifier.bias"), t.pop("classifier.weight")]),
+        "misses 'classifier.bias'",
+    ),
+    "extra": (lambda f: edit(f, lambda t: t.update({"bert.stray": np.ones(1)})), "has 'bert.stray' too many"),
+    "twice": (lambda f: edit(f, lambda t: t.update({W[5:]: t[W]})), f"has '{W}' twice"),
+    "misshapen": (lambda f: edit(f, lambda t: t.update({W: t[W].T.copy()})), r"has shape \(12, 20\), the model wants \(20, 12\)"),
+    "NaN": (lambda f: edit(f, lambda t: t[W].__setitem__((1, 2), np.nan)), "not finite"),
+    "infinite": (lambda f: edit(f, lambda t: t[W].__setitem__((1, 2), -np.inf)), "not finite"),
+    "integers": (lambda f: edit(f, lambda t: t.update({W: t[W].astype(np.int32)})), r"\(int32\) holds values that are not finite"),
+    "architecture": (config(model_type="t5"), "model_type 't5'; supported: gpt2, bert, llama, qwen2"),
+    "task": (
+        config(architectures=["BertForTokenClassification"]),
+        "'BertForTokenClassification'; supported: BertForSequenceClassification",
+    ),
+    "a size that is not the tensors'": (config(intermediate_size=24), "has shape .*, the model wants"),
+    "pickled": (only("pytorch_model.bin"), r"only a pickled checkpoint \(pytorch_model.bin\), .* convert it to safetensors"),
+    "no weights": (only("weights.dat"), "there is no file .*model.safetensors, nor"),
+    "index outside": (lambda f: shards(f, **{W: "../model-00001-of-00002.safetensors"}), "not a plain name of a file in its folder"),
+    "index absolute": (lambda f: shards(f, **{W: "/etc/passwd"}), "'/etc/passwd', which is not a plain name"),
+    "index on another system": (lambda f: shards(f, **{W: "..\\x.safetensors"}), "not a plain name"),
+    "index of a number": (lambda f: shards(f, **{W: 3}), "names the file 3, which is not"),
+    "index without files": (lambda f: shards(f, **{W: "model-00003.safetensors"}), "there is no file"),
+    "index and shard differ": (lambda f: shards(f, stray="model-00001-of-00002.safetensors"), "differ: 'stray' is not there"),
+    "shard has more": (
+        lambda f: write_json(
+            shards(f) / "model.safetensors.index.json",
+            {"weight_map": {W: read_json(f / "model.safetensors.index.json")["weight_map"][W]}},
+        ),
+        "differ: .* is there, but not in the index",
+    ),
+    "index without a map": (lambda f: write_json(shards(f) / "model.safetensors.index.json", {"weight_map": []}), "has no weight_map"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_checkpoint(case, tmp_path):
+    folder = oracle.write_checkpoint("bert", tmp_path / "m")
+    spoil, message = BAD[case]
+    spoil(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        ml.load_model(folder, "numpy")
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match="no classifier; num_labels is for bert"):
+        ml.load_model("pydoc", "numpy", num_labels=3)
+    with pytest.raises(ValueError, match=r"classifier.weight has shape \(12, 3\), the model wants \(12, 4\)"):
+        ml.load_model(oracle.write_checkpoint("bert", tmp_path / "m"), "numpy", num_labels=4)
+    for dtype in ("bfloat16", "int8", "float3"):
+        with pytest.raises(ValueError, match=f"dtype is '{dtype}'; choose float32"):
+            ml.load_model("pydoc", "numpy", dtype)
+
+
+F4 = {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}
+BAD_FILES = {
+    "empty": (None, b"", None, "it has 0 bytes"),
+    "length beyond the file": ({"x": F4}, bytes(8), 10**6, "its header would be 1000000 bytes long"),
+    "length beyond all files": ({"x": F4}, bytes(8), 2**64 - 1, "its header would be"),
+    "no JSON": (b"{'x': 3}", b"", None, "its header is no JSON"),
+    "no text": (b"\xff\xfe{}", b"", None, "its header is no JSON"),
+    "a list": ([F4], bytes(8), None, "its header is a list"),
+    "nested without end": (b"[" * 100_000, b"", None, "its header is no JSON"),
+    "a name twice": (b'{"x": 1, "x": 2}', b"", None, "a name occurs twice"),
+    "truncated": ({"x": F4}, bytes(7), None, "speaks of 8 bytes of data, but 7 are there"),
+    "bytes left over": ({"x": F4}, bytes(9), None, "speaks of 8 bytes of data, but 9 are there"),
+    "shape and extent": ({"x": {**F4, "shape": [3, 1]}}, bytes(8), None, "which is 12 bytes, but has bytes 0 to 8"),
+    "backwards": ({"x": {**F4, "data_offsets": [8, 0]}}, bytes(8), None, "has bytes 8 to 0"),
+    "negative": ({"x": {**F4, "data_offsets": [-8, 0]}}, bytes(8), None, "not a dtype, a shape and two offsets"),
+    "huge": ({"x": {**F4, "shape": [2**40, 2**40]}}, bytes(8), None, "bytes, but has bytes 0 to 8"),
+    "huge and empty": ({"x": {**F4, "shape": [2**63, 0], "data_offsets": [0, 0]}}, b"", None, "not a dtype, a shape"),
+    "overlapping": (
+        {"x": F4, "y": {**F4, "data_offsets": [4, 12]}},
+        bytes(12),
+        None,
+        "of 'y' begins at byte 4, where that before it ends at 8",
+    ),
+    "a hole": ({"x": {**F4, "data_offsets": [8, 16]}}, bytes(16), None, "begins at byte 8, where that before it ends at 0"),
+    "a fraction": ({"x": {**F4, "shape": [2.0, 1]}}, bytes(8), None, "not a dtype, a shape"),
+    "a true shape": ({"x": {**F4, "shape": [2, True]}}, bytes(8), None, "not a dtype, a shape"),
+    "a hundred axes": ({"x": {**F4, "shape": [1] * 99 + [2]}}, bytes(8), None, "not a dtype, a shape"),
+    "no dtype": ({"x": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8), None, "of dtype None; supported: F64, F32, F16, BF16"),
+    "unknown dtype": ({"x": {**F4, "dtype": "F8_E4M3"}}, bytes(8), None, "of dtype 'F8_E4M3'; supported"),
+    "a list for a dtype": ({"x": {**F4, "dtype": ["F32"]}}, bytes(8), None, "supported: F64"),
+    "a text for a tensor": ({"x": "F32"}, bytes(8), None, "not a dtype, a shape"),
+    "metadata": ({"__metadata__": {"a": 1}, "x": F4}, bytes(8), None, "its metadata is not"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_header_that_lies(case, tmp_path):
+    header, data, length, message = BAD_FILES[case]
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"") if header is None else raw_file(path, header, data, length)
+    for read in (map_tensors, read_tensors):
+        with pytest.raises(ValueError, match="is not a readable safetensors file") as caught:
+            read(path)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 600
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 250), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 40))
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(tmp_path_factory, changes, cut):
+    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    write_tensors(path, {"a": np.ones((3, 2)), "b": np.arange(4, dtype=np.float32), "c": np.zeros((0, 5))})
+    content = bytearray(path.read_bytes())
+    for at, byte in changes:
+        content[at % len(content)] = byte
+    path.unlink()
+    path.write_bytes(content[: len(content) - cut])
+    refused = ""
+    try:
+        tensors, _ = map_tensors(path)
+    except ValueError as error:
+        refused = str(error)
+    if refused:
+        assert "is not a readable safetensors file" in refused
+    else:
+        assert cut == 0
+        assert sum(t.nbytes for t in tensors.values()) == 64

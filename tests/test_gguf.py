@@ -1,0 +1,316 @@
+"""GGUF files: names, orientation, the order of rotary pairs, quantized weights, the tokenizer's metadata, and broken files."""
+
+import struct
+import sys
+
+import numpy as np
+import pytest
+
+import minilora as ml
+from minilora.formats.gguf import in_halves, read_gguf
+from minilora.models import Llama, LlamaConfig
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'minilora[gguf]'")
+Type = gguf.GGMLQuantizationType
+
+IDS = np.array([1, 5, 66, 10, 0, 7, 7])
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+VARIANTS = {
+    "llama, tied": {"tie_word_embeddings": True},
+    "llama, free head, biases": {"attention_bias": True, "mlp_bias": True, "rope_theta": 500.0},
+    "llama, wide heads": {"head_dim": 10, "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2"},
+}
+
+
+def small(**options):
+    """Sizes that are no multiples of much; only rows that are quantized have to be multiples of 32."""
+    sizes = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 35, "num_hidden_layers": 2, "max_position_embeddings": 9}
+    return LlamaConfig(**{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, **options})
+
+
+def random_model(config):
+    model = Llama(config, rng=0)
+    rng = np.random.default_rng(1)
+    for _, p in model.parameters():
+        p.data = (p.data + 0.2 * rng.standard_normal(p.data.shape)).astype("float32")
+    return model
+
+
+def interleaved(W, n_head):
+    """The order that llama.cpp's converter gives to the rows of q and k (its `permute`)."""
+    return W.reshape(n_head, 2, -1, *W.shape[1:]).swapaxes(1, 2).reshape(W.shape)
+
+
+def write(path, model, kinds=(), meta=(), leave_out=(), more=()):
+    """The model as llama.cpp's converter writes it. kinds: {part of a published name: Type}; meta: metadata that wins."""
+    c = model.config
+    writer, a = gguf.GGUFWriter(path, c.model_type), c.model_type
+    told = {
+        f"{a}.block_count": c.num_hidden_layers,
+        f"{a}.context_length": c.max_position_embeddings,
+        f"{a}.embedding_length": c.hidden_size,
+        f"{a}.feed_forward_length": c.intermediate_size,
+        f"{a}.attention.head_count": c.num_attention_heads,
+        f"{a}.attention.head_count_kv": c.num_key_value_heads,
+        f"{a}.attention.key_length": c.head_dim,
+        f"{a}.attention.value_length": c.head_dim,
+        f"{a}.attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        f"{a}.rope.freq_base": c.rope_theta,
+        f"{a}.rope.dimension_count": c.head_dim,
+        f"{a}.vocab_size": c.vocab_size,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": [f"t{i}" for i in range(66)] + ["é"],
+        "tokenizer.ggml.merges": ["t 0", "t 1"],
+        "tokenizer.ggml.token_type": [3] + [1] * 66,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": "{{ messages }}",
+        **dict(meta),
+    }
+    add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+    for name, value in told.items():
+        if value is not None:
+            add[type(value)](name, value)
+    for name, value in [*state_dict(model).items(), *dict(more).items()]:
+        if name in leave_out:
+            continue
+        stem, _, kind = name.rpartition(".")
+        if stem.startswith("model.layers."):
+            number, _, part = stem.removeprefix("model.layers.").partition(".")
+            stem = f"blk.{number}.{NAMES[part]}"
+        else:
+            stem = NAMES.get(stem, stem)
+        if c.model_type == "llama" and "q_proj" in name:
+            value = interleaved(value, c.num_attention_heads)
+        if c.model_type == "llama" and "k_proj" in name:
+            value = interleaved(value, c.num_key_value_heads)
+        quantized = next((t for part, t in dict(kinds).items() if part in name), Type.F32)
+        writer.add_tensor(f"{stem}.{kind}", gguf.quantize(np.ascontiguousarray(value), quantized), raw_dtype=quantized)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def state_dict(model):
+    """{path: array}, Linear weights (out, in), as published."""
+    return {path: p.data.T if path.endswith(("proj.weight", "lm_head.weight")) else p.data for path, p in model.parameters()}
+
+
+def model_of(path):
+    """The model that a file holds, put together by hand."""
+    raw, tensors, _ = read_gguf(path)
+    model = Llama(LlamaConfig.from_json(raw, str(path)), rng=9)
+    assert {p for p, _ in model.parameters()} == tensors.keys()
+    for name, p in model.parameters():
+        value = tensors[name].T if name.endswith(("proj.weight", "lm_head.weight")) else tensors[name]
+        assert value.shape == p.data.shape
+        p.data = value
+    return model
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_was_written_is_read(name, tmp_path):
+    model = random_model(small(**VARIANTS[name]))
+    path = write(tmp_path / "a.gguf", model)
+    again = model_of(path)
+    assert again.config == LlamaConfig(**{**vars(model.config), "bos_token_id": 1, "eos_token_id": 2})
+    for (where, p), (_, q) in zip(model.parameters(), again.parameters(), strict=True):
+        np.testing.assert_array_equal(p.data, q.data, err_msg=where)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["llama, tied", "qwen2"])
+def test_transformers_reads_the_same_model(name, tmp_path):
+    for module in ("torch", "transformers"):
+        pytest.importorskip(module, reason=f"{module} is not installed: pip install 'minilora[oracle]'")
+    import torch
+    import transformers
+
+    kinds = {"q_proj.weight": Type.Q4_1, "embed": Type.Q8_0, "down": Type.F16}
+    path = write(tmp_path / "a.gguf", random_model(small(**VARIANTS[name])), kinds)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(IDS)[None]).logits[0].numpy()
+    logits, _ = model_of(path).forward(IDS, keep=False)
+    assert abs(logits - expected).max() < 1e-5 * abs(expected).max()
+
+
+def test_the_order_of_rotary_pairs_is_put_back_only_where_it_was_changed():
+    W = np.arange(24.0).reshape(12, 2)
+    np.testing.assert_array_equal(in_halves(interleaved(W, 3), 3), W)
+    assert (interleaved(W, 3) != W).any()
+
+
+def test_quantized_weights_are_near_their_source(tmp_path):
+    """Each value is within half a step of what was written: the steps are range / 15 (Q4_1) and largest / 127 (Q8_0) of 32 values."""
+    model = random_model(small())
+    kinds = {"q_proj.weight": Type.Q4_1, "gate_proj.weight": Type.Q4_1, "k_proj.weight": Type.Q8_0, "embed": Type.Q8_0, "down": Type.F16}
+    _, tensors, _ = read_gguf(write(tmp_path / "a.gguf", model, kinds))
+    for name, source in state_dict(model).items():
+        assert tensors[name].dtype == np.float32
+        kind = next((t for part, t in kinds.items() if part in name), Type.F32)
+        if kind == Type.F32:
+            np.testing.assert_array_equal(tensors[name], source)
+        elif kind == Type.F16:
+            np.testing.assert_array_equal(tensors[name], source.astype(np.float16))
+        else:  # a row of 32 is one block
+            step = np.ptp(source, axis=1) / 15 if kind == Type.Q4_1 else abs(source).max(axis=1) / 127
+            error = abs(tensors[name] - source).max(axis=1)
+            assert (error <= 0.51 * step + 2e-3 * abs(source).max(axis=1)).all()  # and the rounding of the step to float16
+            assert error.max() > 0
+
+
+def test_other_dtypes_and_mapped_arrays(tmp_path):
+    path = write(tmp_path / "a.gguf", random_model(small()))
+    _, tensors, _ = read_gguf(path, "float64")
+    assert {t.dtype for t in tensors.values()} == {np.dtype("float64")}
+    _, tensors, _ = read_gguf(path)
+    assert not tensors["model.norm.weight"].flags.writeable  # a view of the file
+
+
+def test_tokenizer_metadata(tmp_path):
+    path = write(tmp_path / "a.gguf", random_model(small()))
+    tokenizer = read_gguf(path)[2]
+    assert tokenizer.tokens[:2] == ["t0", "t1"]
+    assert tokenizer.tokens[66] == "é"
+    assert tokenizer.merges == ["t 0", "t 1"]
+    assert tokenizer.token_types == [3] + [1] * 66
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.unk) == (1, 2, None)
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer.add_bos is True
+    assert (tokenizer.kind, tokenizer.pre) == ("gpt2", "smollm")
+
+
+# -- broken and unsupported files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", [0, 3, 10, 20, 100, 0.1, 0.3, 0.6, 0.9, -1])
+def test_a_file_that_is_cut_off(part, tmp_path):
+    path = write(tmp_path / "a.gguf", random_model(small(num_hidden_layers=1)))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(part * len(whole)) if isinstance(part, float) else part])
+    with pytest.raises(ValueError, match=r"a\.gguf is not a readable GGUF file"):
+        read_gguf(path)
+
+
+def test_every_single_wrong_byte_of_the_header_is_read_or_refused(tmp_path):
+    """Never another exception, and never a hang. Lengths that lie are among them."""
+    path = write(tmp_path / "a.gguf", random_model(small(num_hidden_layers=1)), meta={"tokenizer.ggml.tokens": ["a"] * 67})
+    whole = path.read_bytes()
+    end = whole.index(b"output_norm.weight") + 60
+    messages = []
+    for at in np.random.default_rng(0).choice(end, 150, replace=False):
+        path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+        try:
+            read_gguf(path)
+        except ValueError as error:
+            messages.append(str(error))
+    assert len(messages) > 20
+    assert [message for message in messages if "a.gguf" not in message] == []
+
+
+def test_a_length_that_lies_is_not_followed(tmp_path):
+    """An array of 2^61 numbers, in a file of some kilobytes."""
+    path = write(tmp_path / "a.gguf", random_model(small(num_hidden_layers=1)))
+    whole = path.read_bytes()
+    at = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8
+    assert struct.unpack_from("<Q", whole, at)[0] == 67
+    path.write_bytes(whole[:at] + struct.pack("<Q", 2**61) + whole[at + 8 :])
+    with pytest.raises(ValueError, match="is not a readable GGUF file"):
+        read_gguf(path)
+
+
+def test_something_else(tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"{}" * 100)
+    with pytest.raises(ValueError, match="is not a readable GGUF file"):
+        read_gguf(path)
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*b\.gguf"):
+        read_gguf(tmp_path / "b.gguf")
+
+
+def test_without_the_library(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.gguf", random_model(small()))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"pip install 'minilora\[gguf\]'"):
+        read_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"meta": {"llama.block_count": 3}}, r"misses the tensor 'blk\.2\.attn_norm\.weight'"),
+        ({"meta": {"llama.block_count": 2**31}}, r"misses the tensor 'blk\.2\.attn_norm\.weight'"),
+        ({"meta": {"llama.block_count": 1}}, r"has a tensor 'blk\.1\.\w+\.weight', which is not part"),
+        ({"meta": {"llama.block_count": None}}, r"has no llama\.block_count"),
+        ({"meta": {"llama.block_count": "two"}}, r"llama\.block_count is two"),
+        ({"meta": {"llama.attention.head_count": 0}}, "0 heads"),
+        ({"meta": {"llama.attention.head_count": [4, 4]}}, r"head_count is \[4, 4\]"),
+        ({"meta": {"llama.rope.scaling.type": "yarn"}}, "rotary positions are scaled"),
+        ({"meta": {"llama.rope.scale_linear": 2.0}}, r"rope\.scale_linear is 2\.0"),
+        ({"meta": {"llama.rope.dimension_count": 4}}, "only a part of each head is turned"),
+        ({"meta": {"llama.expert_count": 8}}, "expert_count is 8"),
+        ({"meta": {"tokenizer.ggml.tokens": None}}, "has no tokenizer"),
+        ({"leave_out": ["model.norm.weight"]}, r"misses the tensor 'output_norm\.weight'"),
+        ({"leave_out": ["model.layers.1.mlp.up_proj.weight"]}, r"misses the tensor 'blk\.1\.ffn_up\.weight'"),
+        ({"leave_out": ["model.embed_tokens.weight"]}, r"misses the tensor 'token_embd\.weight'"),
+        ({"more": {"rope_freqs.weight": np.ones(4, np.float32)}}, "rotary positions are scaled"),
+        ({"more": {"extra.weight": np.ones(4, np.float32)}}, r"has a tensor 'extra\.weight', which is not part"),
+    ],
+)
+def test_what_is_not_supported_is_refused(changes, message, tmp_path):
+    path = write(tmp_path / "a.gguf", random_model(small()), **changes)
+    with pytest.raises(ValueError, match=rf"a\.gguf.*{message}"):
+        read_gguf(path)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    path = write(tmp_path / "a.gguf", random_model(small()))
+    path.write_bytes(path.read_bytes().replace(b"llama", b"gemma"))
+    with pytest.raises(ValueError, match="is of architecture 'gemma'; supported: llama, qwen2"):
+        read_gguf(path)
+
+
+def test_a_quantization_that_is_not_supported_is_refused(tmp_path):
+    """Q8_1 is a type of intermediate results, which the library knows by name alone."""
+    path = write(tmp_path / "a.gguf", random_model(small()), kinds={"embed": Type.Q8_0})
+    whole = path.read_bytes()
+    at = whole.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 16
+    assert struct.unpack_from("<I", whole, at)[0] == Type.Q8_0
+    path.write_bytes(whole[:at] + struct.pack("<I", Type.Q8_1) + whole[at + 4 :])
+    with pytest.raises(ValueError, match=r"a\.gguf: token_embd\.weight is quantized as Q8_1, which is not supported"):
+        read_gguf(path)
+
+
+def test_the_model_trains_with_adapters(tmp_path):
+    """Arrays that are views of a read-only file will do for frozen weights."""
+    model = model_of(write(tmp_path / "a.gguf", random_model(small())))
+    ml.inject(model, ml.LoraConfig(r=2), rng=0)
+    labels = np.append(IDS[1:], -100)
+    optimizer = ml.AdamW(model.parameters(), lr=0.02)
+    losses = []
+    for _ in range(8):
+        loss, saved = model.loss(IDS, labels)
+        optimizer.zero_grad()
+        model.loss_backward(saved)
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]

@@ -1,0 +1,58 @@
+"""Metrics, with scikit-learn and SciPy as judges."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn import metrics as judge
+
+from minilora.training.metrics import accuracy, classification_metrics, f1, matthews, pearson, perplexity, spearman
+
+pairs = st.integers(2, 5).flatmap(lambda k: st.lists(st.tuples(st.integers(0, k - 1), st.integers(0, k - 1)), min_size=1, max_size=30))
+
+
+@given(pairs)
+def test_classification_as_in_scikit_learn(drawn):
+    predicted, labels = np.array(drawn).T
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of classes that do not occur
+        assert accuracy(predicted, labels) == pytest.approx(judge.accuracy_score(labels, predicted))
+        assert f1(predicted, labels) == pytest.approx(judge.f1_score(labels, predicted, average="macro", zero_division=0))
+        assert matthews(predicted, labels) == pytest.approx(judge.matthews_corrcoef(labels, predicted), abs=1e-12)
+        if max(predicted.max(), labels.max()) < 2:
+            assert f1(predicted, labels, "binary") == pytest.approx(judge.f1_score(labels, predicted, zero_division=0))
+
+
+def test_known_values():
+    labels, predicted = np.array([1, 1, 1, 1, 0, 0]), np.array([1, 1, 1, 0, 1, 0])  # 3 true, 1 false positive, 1 missed, 1 right no
+    told = classification_metrics(predicted, labels, 2)
+    assert told == {"accuracy": pytest.approx(4 / 6), "f1": 0.75, "f1_macro": pytest.approx((0.75 + 0.5) / 2), "matthews": 0.25}
+    assert classification_metrics(predicted, labels, 3)["f1"] == told["f1_macro"]
+
+
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=3, max_size=20))
+def test_correlations_as_in_scipy(drawn):
+    x, y = np.array(drawn).T
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of constants
+        assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-9, nan_ok=True)
+        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-9, nan_ok=True)
+
+
+def test_perplexity_is_the_exponential_of_the_loss_and_never_raises():
+    assert perplexity(math.log(50)) == pytest.approx(50)
+    assert perplexity(1e5) == math.inf
+    assert math.isnan(perplexity(math.nan))
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="nothing to measure"):
+        accuracy(np.array([], int), np.array([], int))
+    with pytest.raises(ValueError, match=r"predictions have shape \(2,\), labels \(3,\)"):
+        matthews(np.zeros(2, int), np.zeros(3, int))
+    with pytest.raises(ValueError, match="classes 0 and 1"):
+        f1(np.array([2]), np.array([0]), "binary")

@@ -1,0 +1,407 @@
+"""Tokenizers and chat templates: bytes, tokenizer.json, GGUF's metadata, jinja2 in its sandbox."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from small_tokenizers import BPE, BYTES, CHATML, SPECIAL, TALK, library_bpe, library_wordpiece
+
+from minilora.formats.chat import assistant_spans, find_chat_template, render_chat
+from minilora.formats.tokenizer import ByteTokenizer, HFTokenizer, gguf_tokenizer, load_tokenizer
+
+REAL = Path("~/.cache/minilora-assets").expanduser()
+
+
+def folder_of(path, library, **files):
+    path.mkdir(exist_ok=True)
+    library.save(str(path / "tokenizer.json"))
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+def metadata(**changed):
+    """What the GGUF reader delivers, for the same vocabulary as BPE."""
+    model = json.loads(BPE.library.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    types = [3 if token in SPECIAL else 1 for token in tokens]
+    told = {"tokens": tokens, "merges": merges, "token_types": types, "bos": 1, "eos": 0, "unk": None}
+    return SimpleNamespace(**{**told, "chat_template": CHATML, "add_bos": False, **changed})
+
+
+# ---- encode, decode, stream ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
+@given(text=st.text())
+def test_decode_undoes_encode_and_streams_the_same(tokenizer, text):
+    ids = tokenizer.encode(text, add_special=False)
+    assert ids.dtype == np.int64
+    assert ids.ndim == 1
+    assert tokenizer.decode(ids) == text
+    assert "".join(tokenizer.stream(iter(ids))) == text
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
+@given(raw=st.binary(max_size=12))
+def test_a_stream_of_broken_characters_is_what_decode_makes_of_them(tokenizer, raw):
+    alphabet = {byte: BPE.library.token_to_id(char) for byte, char in byte_characters().items()}
+    ids = [b if tokenizer is BYTES else alphabet[b] for b in raw]
+    assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids) == raw.decode("utf-8", errors="replace")
+
+
+def byte_characters():
+    """GPT-2's character for every byte: printable ones stand for themselves, the others follow from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+
+
+def test_a_stream_gives_whole_characters_as_soon_as_they_are_whole():
+    assert list(BYTES.stream(BYTES.encode("a☃é"))) == ["a", "☃", "é"]
+    seen = []
+
+    def ids():
+        for id in BYTES.encode("é!"):
+            seen.append("".join(told))
+            yield id
+
+    told = []
+    for piece in BYTES.stream(ids()):
+        told.append(piece)
+    assert seen == ["", "", "é"]  # what had been told when the next byte was asked for
+
+
+def test_a_stream_keeps_the_spaces_between_words():
+    """Some decoders drop the space before the first token they see: the stream must not decode a token by itself."""
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁the": 0, "▁cat": 1, "s": 2}, unk_token="s"))
+    library.decoder = tokenizers.decoders.Metaspace()
+    tokenizer = HFTokenizer(library)
+    assert list(tokenizer.stream([0, 1, 2, 1])) == ["the", " cat", "s", " cat"]
+    assert tokenizer.decode([1]) == "cat"
+
+
+def test_special_tokens_are_read_in_texts_and_left_out_on_request():
+    ids = BPE.encode("the<|end|>")
+    assert ids[-1] == 0
+    assert BPE.decode(ids) == "the<|end|>"
+    assert BPE.decode(ids, skip_special=True) == "the"
+    assert "".join(BPE.stream(ids, skip_special=True)) == "the"
+    assert (BPE.token(0), BPE.token(None)) == ("<|end|>", "")
+
+
+# ---- tokenizer.json ------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_file_says_about_padding_and_truncation_does_not_apply(tmp_path):
+    library = library_wordpiece()
+    library.enable_padding(length=16)
+    library.enable_truncation(4)
+    tokenizer = load_tokenizer(folder_of(tmp_path, library), 10)
+    assert tokenizer.encode("A man eating food.").tolist() == [2, 4, 5, 6, 7, 8, 9, 3]
+    assert tokenizer.encode("A man", add_special=False).tolist() == [4, 5]
+    assert tokenizer.vocab_size == 10
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (None, None, False)
+
+
+def test_special_ids_come_from_the_files_beside_the_tokenizer(tmp_path):
+    config = {"vocab_size": 400, "bos_token_id": 2, "eos_token_id": 1}
+    only = load_tokenizer(folder_of(tmp_path / "a", library_bpe(), config=config), 400)
+    assert (only.bos_id, only.eos_id, only.stop_ids) == (2, 1, {1})
+    both = load_tokenizer(
+        folder_of(
+            tmp_path / "b",
+            library_bpe(),
+            config=config,
+            tokenizer_config={"eos_token": {"content": "<|end|>"}, "bos_token": None, "chat_template": CHATML},
+            special_tokens_map={"bos_token": "<|user|>"},
+            generation_config={"eos_token_id": [0, 2]},
+        ),
+        400,
+    )
+    assert (both.bos_id, both.eos_id, both.stop_ids) == (1, 0, {0, 1, 2})
+    assert both.chat_template == CHATML
+    assert not both.adds_bos
+
+
+def test_a_begin_token_that_the_tokenizer_adds_is_known(tmp_path):
+    library = library_bpe()
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="<|user|> $A", special_tokens=[("<|user|>", 1)])
+    tokenizer = load_tokenizer(folder_of(tmp_path, library, config={"bos_token_id": 1}), 400)
+    assert tokenizer.adds_bos
+    assert tokenizer.encode("the")[0] == 1
+
+
+def test_a_model_of_bytes_needs_no_file(tmp_path):
+    assert isinstance(load_tokenizer(tmp_path, 256), ByteTokenizer)
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json"):
+        load_tokenizer(tmp_path, 300)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        load_tokenizer(tmp_path / "absent", 300)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
+        load_tokenizer(tmp_path, 256)
+
+
+def test_ids_beyond_the_embedding_are_refused(tmp_path):
+    size = BPE.vocab_size
+    folder = folder_of(tmp_path, library_bpe())
+    assert load_tokenizer(folder, size).vocab_size == size
+    with pytest.raises(ValueError, match=f"ids up to {size - 1}, but the model's embedding has {size - 1} rows"):
+        load_tokenizer(folder, size - 1)
+    with pytest.raises(ValueError, match=f"ids up to {size - 1}, but the model's embedding has 20 rows"):
+        gguf_tokenizer(metadata(), 20)
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    folder_of(tmp_path, library_bpe())
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r"pip install 'minilora\[hf\]'"):
+        load_tokenizer(tmp_path, 400)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r"pip install 'minilora\[hf\]'"):
+        render_chat("never compiled before", TALK)
+
+
+# ---- GGUF ----------------------------------------------------------------------------------------------------------------------------
+
+
+@given(text=st.text() | st.sampled_from(["the capital of France is 2024", "<|user|>naïve<|end|> ☃"]))
+def test_a_gguf_vocabulary_is_the_tokenizer_it_was_made_from(text):
+    tokenizer = gguf_tokenizer(metadata(), 400)
+    assert tokenizer.encode(text).tolist() == BPE.encode(text).tolist()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_gguf_metadata_give_special_tokens_digits_and_the_begin_token():
+    tokenizer = gguf_tokenizer(metadata(), 400)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids, tokenizer.chat_template) == (1, 0, {0}, CHATML)
+    assert tokenizer.decode(tokenizer.encode("the<|end|>"), skip_special=True) == "the"
+    digits = {"merges": ["2 0", "2 4", "20 24"], "tokens": [*metadata().tokens[:-3], "20", "24", "2024"]}
+    for pre, wanted in (("gpt-2", ["2024"]), ("smollm", ["2", "0", "2", "4"])):
+        other = gguf_tokenizer(metadata(pre=pre, **digits), 400)
+        assert [other.decode([i]) for i in other.encode("2024")] == wanted
+    assert not tokenizer.adds_bos
+    begun = gguf_tokenizer(metadata(add_bos=True), 400)
+    assert begun.adds_bos
+    assert begun.encode("the").tolist() == [1, *tokenizer.encode("the")]
+    assert begun.encode("the", add_special=False).tolist() == tokenizer.encode("the").tolist()
+
+
+def test_qwen2s_way_of_splitting_is_transformers():
+    told = metadata(pre="qwen2")
+    ours = gguf_tokenizer(told, 400)
+    qwen2 = pytest.importorskip("transformers", reason="the oracle is not installed").Qwen2Tokenizer
+    merges = [tuple(merge.split(" ")) for merge in told.merges]
+    theirs = qwen2({token: i for i, token in enumerate(told.tokens)}, merges, unk_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>")
+
+    @given(st.text() | st.sampled_from(["IT'S 1234\r\n\n  x", "the\u0301 cat, the mat;  Paris"]))
+    def check(text):
+        assert ours.encode(text).tolist() == theirs(text)["input_ids"]
+
+    check()
+
+
+@pytest.mark.parametrize("made", [BPE, gguf_tokenizer(metadata(add_bos=True), 400)], ids=["bpe", "gguf"])
+def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(made, tmp_path):
+    made.save(tmp_path)
+    again = load_tokenizer(tmp_path, 400)
+    assert vars(again) | {"library": None} == vars(made) | {"library": None}
+    text = "the capital of France <|user|> 2024 ☃"
+    assert again.encode(text).tolist() == made.encode(text).tolist()
+    auto = pytest.importorskip("transformers", reason="the oracle is not installed").AutoTokenizer.from_pretrained(tmp_path)
+    assert auto(text)["input_ids"] == made.encode(text).tolist()
+    assert auto.eos_token_id == 0
+    assert auto.apply_chat_template(TALK, tokenize=False) == render_chat(CHATML, TALK)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"pre": "llama-bpe"}, "of model 'gpt2' and splits text as 'llama-bpe'; supported: .*'smollm', 'gpt-2', 'qwen2'"),
+        ({"kind": "llama"}, "of model 'llama'"),
+        ({"tokens": ["a", "b", "a"]}, "the token 'a' is in the vocabulary more than once"),
+        ({"merges": ["t h e"]}, "the merge 't h e' is not of two tokens"),
+        ({"merges": ["q q"]}, "the merge 'q q' is not of two tokens that give a third"),
+        ({"eos": 7000}, "eos is token 7000"),
+    ],
+)
+def test_gguf_metadata_that_do_not_fit_are_refused(changed, message):
+    with pytest.raises(ValueError, match=f"model.gguf: .*{message}"):
+        gguf_tokenizer(metadata(**changed), 400, "model.gguf")
+
+
+# ---- chat templates ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_template_is_found_where_it_is_kept(tmp_path):
+    assert find_chat_template(tmp_path) is None
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "from config"}))
+    assert find_chat_template(tmp_path) == "from config"
+    config.write_text(json.dumps({"chat_template": [{"name": "rag", "template": "no"}, {"name": "default", "template": "named"}]}))
+    assert find_chat_template(tmp_path) == "named"
+    (tmp_path / "chat_template.jinja").write_text("from jinja")
+    assert find_chat_template(tmp_path) == "from jinja"
+    (tmp_path / "chat_template.jinja").unlink()
+    for wrong in (7, [{"name": "default"}], ["default"]):
+        config.write_text(json.dumps({"chat_template": wrong}))
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template must be"):
+            find_chat_template(tmp_path)
+
+
+def test_chatml():
+    wanted = "<|im_start|>user\nHi<|im_end|>\n"
+    assert render_chat(CHATML, TALK[:1]) == wanted
+    assert render_chat(CHATML, TALK[:1], add_generation_prompt=True) == wanted + "<|im_start|>assistant\n"
+
+
+TEMPLATES = {
+    "chatml": CHATML,
+    "blocks are trimmed": "{{ bos_token }}\n{% for m in messages %}\n  {% if m.role == 'user' %}\n"
+    "[{{ m.content | trim }}]\n  {% endif %}\n{% endfor %}{{ eos_token }}",
+    "tojson keeps letters": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}",
+    "loop controls, namespace": "{% set ns = namespace(n=0, self=1) %}{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
+    "{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ dict(a=1).a }}",
+    "generation": "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}",
+    "the year": "{{ strftime_now('%Y') }}",
+    "no tools": "{{ tools is none }}{{ documents is none }}{{ unknown }}{{ messages[0].name }}",
+}
+RENDERED = {
+    "blocks are trimmed": "<s>\n[Hi]\n[Bye]\n</s>",
+    "loop controls, namespace": "21",
+    "generation": "Hello!\nSo <b>long</b>",
+    "no tools": "TrueTrue",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_render_as_in_transformers(name):
+    text = render_chat(TEMPLATES[name], TALK, True, "<s>", "</s>")
+    if name in RENDERED:
+        assert text == RENDERED[name]
+    if name.startswith("tojson"):
+        assert text.startswith('[{"role": "user", "content": "Hi"}, ')
+        assert "<b>" in text
+    utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="the oracle is not installed")
+    told, _ = utils.render_jinja_template(
+        [TALK], chat_template=TEMPLATES[name], add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
+    )
+    assert text == told[0]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ ''.__class__ }}",
+        "{{ ''['__class__'] }}",
+        "{{ '' | attr('__class__') }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.popen('id') }}",
+        "{{ '{0.__class__}'.format(1) }}",
+        "{{ ('%s' | format(1)).__class__ }}",
+        "{{ namespace(a=1).__class__ }}",
+        "{{ [''] | map(attribute='__class__') | list }}",
+        "{% set ns = namespace(__class__=1) %}",
+        "{{ self.__init__ }}",
+    ],
+)
+def test_a_template_cannot_leave_its_sandbox(template):
+    with pytest.raises(ValueError, match=r"^the chat template tries to leave its sandbox \(.*\)\.$"):
+        render_chat(template, TALK)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}\n{{ m.role }", "is broken at line 2"),
+        ("{% import 'os' as os %}", "fails with"),
+        ("{{ raise_exception('roles must alternate') }}", r"refuses these messages \(roles must alternate\)"),
+        ("{{ 1 / 0 }}", "fails with ZeroDivisionError"),
+        ("{{ nothing.at.all }}", "fails with UndefinedError"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "fails with OverflowError"),
+        (None, "has no chat template; put one into"),
+    ],
+)
+def test_a_broken_template_is_told_in_one_sentence(template, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        render_chat(template, TALK)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"role": "user"}, {"role": "user", "content": None}, "Hi", {"role": 1, "content": "x"}])
+def test_messages_are_objects_with_role_and_content(wrong):
+    with pytest.raises(ValueError, match="message 2 must be an object"):
+        render_chat(CHATML, [TALK[0], wrong])
+
+
+def test_objects_with_methods_do_not_reach_a_template():
+    with pytest.raises(ValueError, match="nothing but strings"):
+        render_chat(CHATML, [{**TALK[0], "image": np.zeros(2)}])
+
+
+# ---- what the assistant wrote --------------------------------------------------------------------------------------------------------
+
+
+def spans_of(template, messages=TALK, eos="<|im_end|>"):
+    text, spans = assistant_spans(template, messages, "", eos)
+    return [text[a:b] for a, b in spans]
+
+
+def test_the_assistants_words_end_with_the_end_token_and_not_after_it():
+    assert spans_of(CHATML) == ["Hello!<|im_end|>", "\nSo <b>long</b><|im_end|>"]
+    assert spans_of(CHATML, eos="") == ["Hello!<|im_end|>\n", "\nSo <b>long</b><|im_end|>\n"]
+    assert spans_of(CHATML, TALK[:1]) == []
+
+
+def test_templates_without_a_generation_prompt_or_with_a_longer_one():
+    plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    assert spans_of(plain, eos="") == ["assistant: Hello!\n", "assistant: \nSo <b>long</b>\n"]
+    thinking = CHATML.replace("assistant\n'", "assistant\n<think>'")
+    assert spans_of(thinking) == ["Hello!<|im_end|>", "\nSo <b>long</b><|im_end|>"]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    rewrites = "{% for m in messages %}{{ m.role }}{{ m.content if loop.last else '...' }}{% endfor %}"
+    with pytest.raises(ValueError, match="message 2 differently when others follow"):
+        spans_of(rewrites)
+
+
+# ---- the real ones -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (REAL / "minilm-check" / "tokenizer.json").is_file(), reason="the MiniLM of the registry is not unpacked here")
+def test_the_real_minilm_is_neither_padded_nor_cut():
+    tokenizer = load_tokenizer(REAL / "minilm-check", 30522)
+    assert tokenizer.encode("A man is eating food.").tolist() == [101, 1037, 2158, 2003, 5983, 2833, 1012, 102]
+    assert len(tokenizer.encode("A man is eating food. " * 60)) == 362
+    with pytest.raises(ValueError, match="ids up to 30521, but the model's embedding has 30000 rows"):
+        load_tokenizer(REAL / "minilm-check", 30000)
+
+
+@pytest.mark.skipif(not (REAL / "smollm2-check").is_dir(), reason="the SmolLM2 of the registry is not unpacked here")
+def test_the_real_smollm2_splits_digits_and_ends_turns():
+    (file,) = (REAL / "smollm2-check").glob("*.gguf")
+    tokenizer = load_tokenizer(file, 49152)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    text = render_chat(tokenizer.chat_template, question, True, tokenizer.token(tokenizer.bos_id), tokenizer.token(tokenizer.eos_id))
+    assert text.endswith("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
+    ids = tokenizer.encode(text, add_special=False)
+    assert (ids[0], tokenizer.eos_id, tokenizer.adds_bos) == (1, 2, False)
+    assert tokenizer.decode(ids) == text
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("in 2024")] == ["in", " ", "2", "0", "2", "4"]
+    with pytest.raises(ValueError, match="ids up to 49151, but the model's embedding has 49000 rows"):
+        load_tokenizer(file, 49000)
