@@ -47,9 +47,8 @@ def main() -> None:
             if method not in best or after < best[method][1]:
                 best[method] = (lr, after)
     closed = (before - best["lora"][1]) / (before - best["full"][1])
-    print(
-        f"best: full {best['full'][1]:.4f} at {best['full'][0]:g}, LoRA {best['lora'][1]:.4f} at {best['lora'][0]:g}: {closed:.1%} of the gap closed"
-    )
+    (full_lr, full), (lora_lr, lora) = best["full"], best["lora"]
+    print(f"best: full {full:.4f} at {full_lr:g}, LoRA {lora:.4f} at {lora_lr:g}: {closed:.1%} of the gap closed")
     print(
         json.dumps(
             {

@@ -184,9 +184,8 @@ def _made(recipe: Recipe) -> str:
 
 def _tell(say: Say, folder: RunFolder, recipe: Recipe, results: dict[str, Any], wrote_before: str, wrote_after: str) -> None:
     name, before, after = results["headline"], results["before"], results["after"]
-    say(
-        f"held out  {name.replace('_', ' ')} {before[name]:.3f} before, {after[name]:.3f} after; loss {before['loss']:.4f}, {after['loss']:.4f}"
-    )
+    what = name.replace("_", " ")
+    say(f"held out  {what} {before[name]:.3f} before, {after[name]:.3f} after; loss {before['loss']:.4f}, {after['loss']:.4f}")
     say(f"speed     {results['tokens_per_second']:,.0f} tokens a second, {results['seconds']:.1f} s in all")
     say(f"saved     {_made(recipe)} of {results['saved_bytes'] / 1e3:,.0f} kB beside a model of {results['model_bytes'] / 1e3:,.0f} kB")
     if wrote_after:

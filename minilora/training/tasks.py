@@ -74,7 +74,8 @@ def held_out_task(data: str, task: str, tokenizer: Tokenizer, window: int, label
     """What `evaluate` measures on: of a folder the test split, or valid; of a file, all of it."""
     if task == "lm" and not is_dataset(data):
         tokens = tokens_of(read_text(data), tokenizer)
-        check_length(tokens, window)
+        window = min(window, len(tokens) - 1)
+        check_length(tokens, max(1, window))
         return Task(str(data), _headline(tokenizer), list(held_out_windows(tokens, window, 4)))
     if Path(data).is_dir():
         dataset = load_dataset(data, task, tokenizer, window, mask_prompt, labels=labels)

