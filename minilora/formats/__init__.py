@@ -1,0 +1,1 @@
+"""Files: checkpoints, adapters, tokenizers, run folders. Nothing here knows training."""

@@ -1,0 +1,1 @@
+"""Optimizers, schedules, data, replicas and the loop."""
