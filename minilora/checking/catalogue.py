@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora import functional as F
+from minilora import kernels as K
 from minilora.backend import Array, to_backend
 from minilora.checking.gradcheck import Report, gradcheck
 from minilora.layers import (
@@ -97,7 +98,7 @@ def catalogue(seed: int = 0) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]
     yield "LayerNorm", _shaken(LayerNorm(5, dtype="float64"), rng), draw(6, 5), {}
     yield "RMSNorm", _shaken(RMSNorm(5, dtype="float64"), rng), draw(6, 5), {}
     for layer in (ReLU(), GELU(), GELU("tanh"), SiLU(), Tanh(), Dropout(0.4)):
-        yield type(layer).__name__ + (", tanh" if layer.__dict__.get("f") is F.gelu_tanh else ""), layer, draw(6, 5), {}
+        yield type(layer).__name__ + (", tanh" if layer.__dict__.get("f") is K.gelu_tanh else ""), layer, draw(6, 5), {}
     yield "Attention, causal", Attention(6, 3, **d), draw(9, 6), {"offsets": OFFSETS}
     yield "Attention, both ways", Attention(6, 2, causal=False, **d), draw(9, 6), {"offsets": OFFSETS}
     yield "FeedForward", FeedForward(4, 7, **d), draw(6, 4), {}

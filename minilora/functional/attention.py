@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-from minilora.backend import Array, get_xp
+from minilora.backend import Array, as_like, get_xp
 from minilora.functional.softmax import softmax, softmax_backward
 
 
@@ -22,28 +21,28 @@ def attention(
     causal: bool = True,
     keep: bool = True,
     n_kv_head: int | None = None,
+    rows: np.ndarray | None = None,
 ) -> tuple[Array, list[Array]]:
     """o = softmax(q k^T / sqrt d) v, for each sequence and each head on its own.
 
-    Shapes: q (T, H d) holds H heads of d features side by side, k and v (T, G d) hold G = n_kv_head (default H) -> o (T, H d).
+    Shapes: q (R, H d) holds H heads of d features side by side, k and v (T, G d) hold G = n_kv_head (default H) -> o (R, H d).
     Grouped heads (arXiv 2305.13245): with n = H / G, the query heads g n to g n + n - 1 share the key and value head g.
-    Sequence i is the rows offsets[i] to offsets[i + 1] of all of them; None means that all rows are one sequence. `causal`
+    Sequence i is the rows offsets[i] to offsets[i + 1] of k and v; None means that all rows are one sequence. `causal`
     lets a token see itself and what came before it in its sequence.
+    `rows` (R,), rising and on the host, tells which rows of k the queries belong to, where not all are asked for: the last
+    layer of a model needs those alone that its head will read. None: all, R = T.
 
-    Saved: the probabilities P of every sequence (G, n t, t), which is t / d times the size of q. Recomputing them would
+    Saved: the probabilities P of every sequence (G, n t, s), which is s / d times the size of q. Recomputing them would
     cost one of the four products below. With keep=False nothing is kept.
     """
-    check_offsets(offsets, q.shape[0])
     G = n_kv_head or n_head
-    _check(q, k, v, n_head, G)
-    if q.shape[0] != k.shape[0]:
-        raise ValueError(f"attention: q {q.shape} and k {k.shape} must have as many rows.")
+    check_attention(q, k, v, n_head, G, offsets, rows)
     o = get_xp(q, k, v).empty_like(q)
     saved = []
-    for rows in sequences(offsets, q.shape[0]):
-        Q, K, V = _below(q[rows], n_head, G), _split(k[rows], G), _split(v[rows], G)
-        P = _probabilities(Q, K, n_head, causal)  # (G, n t, t)
-        o[rows] = _beside(P @ V, n_head)
+    for at, seq, places in sequences(offsets, k.shape[0], rows):
+        Q, K, V = _below(q[at], n_head, G), _split(k[seq], G), _split(v[seq], G)
+        P = _probabilities(Q, K, n_head, causal, places)  # (G, n t, s)
+        o[at] = _beside(P @ V, n_head)
         if keep:
             saved.append(P)
     return o, saved
@@ -59,6 +58,7 @@ def attention_backward(
     offsets: Sequence[int] | None = None,
     n_kv_head: int | None = None,
     need: Collection[str] = ("dq", "dk", "dv"),
+    rows: np.ndarray | None = None,
 ) -> tuple[Array, Array, Array]:
     """Gradients of o = P V, P = softmax(S), S = Q K^T / sqrt d, sequence by sequence; each formed only if `need` names it.
 
@@ -71,30 +71,19 @@ def attention_backward(
     G = n_kv_head or n_head
     xp = get_xp(do, q)
     dq, dk, dv = (xp.empty_like(z) if name in need else None for name, z in (("dq", q), ("dk", k), ("dv", v)))
-    for rows, P in zip(sequences(offsets, q.shape[0]), saved, strict=True):
-        Q, K, V, dO = _below(q[rows], n_head, G), _split(k[rows], G), _split(v[rows], G), _below(do[rows], n_head, G)
+    for (at, seq, _), P in zip(sequences(offsets, k.shape[0], rows), saved, strict=True):
+        Q, K, V, dO = _below(q[at], n_head, G), _split(k[seq], G), _split(v[seq], G), _below(do[at], n_head, G)
         if dv is not None:
-            dv[rows] = _join(P.transpose(0, 2, 1) @ dO)  #          O = P @ V
+            dv[seq] = _join(P.transpose(0, 2, 1) @ dO)  #           O = P @ V
         if dq is None and dk is None:
             continue
         dS = softmax_backward(dO @ V.transpose(0, 2, 1), P)  #      P = softmax(S)
         dS *= _scale(Q)  #                                          S = Q @ K^T * scale
         if dq is not None:
-            dq[rows] = _beside(dS @ K, n_head)
+            dq[at] = _beside(dS @ K, n_head)
         if dk is not None:
-            dk[rows] = _join(dS.transpose(0, 2, 1) @ Q)
+            dk[seq] = _join(dS.transpose(0, 2, 1) @ Q)
     return dq, dk, dv
-
-
-def attention_to_past(q: Array, k: Array, v: Array, n_head: int, n_kv_head: int | None = None) -> Array:
-    """The last rows of a causal `attention` over one sequence, for generation: q (t, H d) are its last t tokens.
-
-    Shapes: k, v (s, G d) hold all s tokens so far, those of q among them -> o (t, H d). There is no backward.
-    """
-    G = n_kv_head or n_head
-    _check(q, k, v, n_head, G)
-    Q, K, V = _below(q, n_head, G), _split(k, G), _split(v, G)
-    return _beside(_probabilities(Q, K, n_head, causal=True) @ V, n_head)
 
 
 def positions(tokens: int, offsets: Sequence[int] | None, limit: int) -> np.ndarray:
@@ -116,53 +105,62 @@ def check_offsets(offsets: Sequence[int] | None, tokens: int) -> None:
         raise ValueError(f"offsets must rise from 0 to the number of tokens, {tokens}, with no empty sequence; got {list(offsets)[:8]}.")
 
 
-def sequences(offsets: Sequence[int] | None, tokens: int) -> Iterator[slice]:
-    """The rows of each sequence, as slices."""
+def sequences(
+    offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | None = None
+) -> Iterator[tuple[slice, slice, np.ndarray | None]]:
+    """(its rows of q, its rows of k and v, the places of the former among the latter or None for all) of each sequence."""
     bounds = [0, tokens] if offsets is None else [int(i) for i in offsets]
-    return (slice(a, b) for a, b in pairwise(bounds))
+    cuts = bounds if rows is None else [int(i) for i in np.searchsorted(rows, bounds)]
+    for (a, b), (first, last) in zip(pairwise(bounds), pairwise(cuts), strict=True):
+        yield slice(first, last), slice(a, b), None if rows is None else rows[first:last] - a
 
 
-def _check(q: Array, k: Array, v: Array, H: int, G: int) -> None:
-    """Raise ValueError unless q (t, H d) and k, v (s, G d) fit each other and the numbers of heads."""
+def check_attention(q: Array, k: Array, v: Array, H: int, G: int, offsets: Sequence[int] | None, rows: np.ndarray | None) -> None:
+    """Raise ValueError unless q (R, H d) and k, v (T, G d) fit each other, the numbers of heads, and R the rows asked for."""
     fits = q.ndim == k.ndim == 2 and k.shape == v.shape and H % G == 0 and q.shape[1] % H == 0
     if not fits or q.shape[1] // H * G != k.shape[1]:
         heads = f"{H} heads" if H == G else f"{H} and {G} heads"
         raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} must have columns for {heads} of one size.")
+    if q.shape[0] != (k.shape[0] if rows is None else len(rows)):
+        raise ValueError(f"attention: q {q.shape} and k {k.shape} must have as many rows{'' if rows is None else ' as are asked for'}.")
+    check_offsets(offsets, k.shape[0])
 
 
-def _probabilities(Q: Array, K: Array, n_head: int, causal: bool) -> Array:
-    """P = softmax(S), S = Q K^T / sqrt d: Q (G, n t, d), K (G, s, d) -> P (G, n t, s)."""
+def _probabilities(Q: Array, K: Array, n_head: int, causal: bool, places: np.ndarray | None) -> Array:
+    """P = softmax(S), S = Q K^T / sqrt d: Q (G, n t, d), K (G, s, d) -> P (G, n t, s).
+
+    causal: a query sees the keys up to its own place; the places (t,) are 0, 1, 2, ... where none are given.
+    """
     S = (Q @ K.transpose(0, 2, 1)) * _scale(Q)
     if causal:
-        xp, t, s = get_xp(S), S.shape[0] * S.shape[1] // n_head, S.shape[2]
-        S = xp.where(_future(t, s, xp), -math.inf, S.reshape(n_head, t, s)).reshape(S.shape)
+        xp, s = get_xp(S), S.shape[2]
+        place = xp.arange(s) if places is None else as_like(places, S)
+        future = xp.arange(s)[None, :] > place[:, None]  # (t, s)
+        S = xp.where(future, -math.inf, S.reshape(n_head, *future.shape)).reshape(S.shape)
     return softmax(S)
 
 
 def _split(x: Array, n_head: int) -> Array:
     """(t, H d) -> (H, t, d), a view."""
-    return x.reshape(x.shape[0], n_head, -1).transpose(1, 0, 2)
+    return x.reshape(x.shape[0], n_head, x.shape[1] // n_head).transpose(1, 0, 2)
 
 
 def _join(x: Array) -> Array:
     """(H, t, d) -> (t, H d), the inverse of `_split`."""
-    return x.transpose(1, 0, 2).reshape(x.shape[1], -1)
+    H, t, d = x.shape
+    return x.transpose(1, 0, 2).reshape(t, H * d)
 
 
 def _below(x: Array, n_head: int, n_kv_head: int) -> Array:
     """(t, H d) -> (G, n t, d): the n = H / G heads of a group below each other. A view if n is 1."""
-    return _split(x, n_head).reshape(n_kv_head, -1, x.shape[1] // n_head)
+    return _split(x, n_head).reshape(n_kv_head, n_head // n_kv_head * x.shape[0], x.shape[1] // n_head)
 
 
 def _beside(x: Array, n_head: int) -> Array:
     """(G, n t, d) -> (t, H d), the inverse of `_below`."""
-    return _join(x.reshape(n_head, -1, x.shape[-1]))
+    G, rows, d = x.shape
+    return _join(x.reshape(n_head, G * rows // n_head, d))
 
 
 def _scale(Q: Array) -> float:
     return 1 / math.sqrt(Q.shape[-1])
-
-
-def _future(t: int, s: int, xp: Any) -> Array:
-    """(t, s) True where the column comes after the row; the rows are the last t of s tokens."""
-    return xp.arange(s - t, s)[:, None] < xp.arange(s)[None, :]

@@ -17,8 +17,7 @@ def lora_linear(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: floa
     W + s A B is never formed: two thin products cost 2 T r (m + n) operations instead of 2 m n r + an m x n array.
     Saved: x (for dA; recomputing it would cost the layers below) and u (r numbers a token; recomputing it costs 2 T m r).
     """
-    if A.ndim != 2 or B.ndim != 2 or A.shape != (W.shape[0], B.shape[0]) or B.shape[1] != W.shape[1]:
-        raise ValueError(f"lora_linear: W {W.shape} asks for A ({W.shape[0]}, r) and B (r, {W.shape[1]}), got {A.shape} and {B.shape}.")
+    check_lora(W, A, B)
     y = linear(x, W, b)
     u = (x if mask is None else x * mask) @ A
     y += (s * u) @ B
@@ -56,3 +55,9 @@ def lora_linear_backward(
     if "dx" in need:
         dx += du @ A.T if mask is None else (du @ A.T) * mask
     return dx, dA, dB
+
+
+def check_lora(W: Array, A: Array, B: Array) -> None:
+    """Raise ValueError unless A B has the shape of W."""
+    if A.ndim != 2 or B.ndim != 2 or A.shape != (W.shape[0], B.shape[0]) or B.shape[1] != W.shape[1]:
+        raise ValueError(f"lora_linear: W {W.shape} asks for A ({W.shape[0]}, r) and B (r, {W.shape[1]}), got {A.shape} and {B.shape}.")

@@ -48,7 +48,7 @@ def rotary_backward(dy: Array, cos: Array, sin: Array, interleaved: bool = False
 
 def _pairs(x: Array, half: int, interleaved: bool) -> tuple[Array, Array]:
     """The first and the second of each pair, (T, H, d / 2) each, as views of x (T, H d)."""
-    heads = x.reshape(x.shape[0], -1, 2 * half)
+    heads = x.reshape(x.shape[0], x.shape[1] // (2 * half), 2 * half)
     if interleaved:
         return heads[:, :, 0::2], heads[:, :, 1::2]
     return heads[:, :, :half], heads[:, :, half:]

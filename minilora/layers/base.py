@@ -28,12 +28,14 @@ class Parameter:
     """
 
     __slots__ = ("_trainable", "data", "grad", "home")
+    changes = 0  # how often any parameter was made, frozen or unfrozen: what layers know of `trainable` holds until then
 
     def __init__(self, data: Array, trainable: bool = True) -> None:
         self.data = data
         self.grad: Array | None = None
         self.home: Array | None = None
         self._trainable = trainable
+        Parameter.changes += 1
 
     @property
     def trainable(self) -> bool:
@@ -42,6 +44,7 @@ class Parameter:
     @trainable.setter
     def trainable(self, value: bool) -> None:
         self._trainable = bool(value)
+        Parameter.changes += 1
         if not value:  # a frozen parameter has no gradient array at all
             self.grad = self.home = None
 
@@ -83,6 +86,7 @@ class Layer:
     lora_config: Any = None  # set on a model by `inject`
     base_values: dict[str, Array] = {}  # noqa: RUF012  (set by `inject`: what is trained whole, as it was before)
     source: str | None = None  # set on a model by `load_model`: the folder or file it came from
+    _known_flags: tuple[int, tuple[bool, ...]] | None = None
     hub_id: str | None = None  # ditto, if it was named by an id of the hub
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
@@ -120,7 +124,7 @@ class Layer:
     @property
     def trainable(self) -> bool:
         """Is anything here trainable?"""
-        return any(p.trainable for _, p in self.parameters())
+        return True in self._flags()
 
     # -- changing all parameters --------------------------------------------------------------------------------
 
@@ -179,7 +183,11 @@ class Layer:
         return saved.values
 
     def _flags(self) -> tuple[bool, ...]:
-        return tuple(p.trainable for _, p in self.parameters())
+        """What is trainable here; looked up again only after a change, since every forward and backward asks."""
+        known = self.__dict__.get("_known_flags")
+        if known is None or known[0] != Parameter.changes:
+            known = self._known_flags = (Parameter.changes, tuple(p.trainable for _, p in self.parameters()))
+        return known[1]
 
     def __repr__(self) -> str:
         lines = [f"{path}: {tuple(p.data.shape)} {p.data.dtype}{'' if p.trainable else ' frozen'}" for path, p in self.parameters()]

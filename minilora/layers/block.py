@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from minilora import functional as F
 from minilora.backend import Array, Rng
 from minilora.layers.activations import GELU
 from minilora.layers.attention import Attention
@@ -39,7 +42,7 @@ class FeedForward(Layer):
 
 
 class Block(Layer):
-    """h = x + attn(ln_1(x));   y = h + mlp(ln_2(h)).   x (T, d) -> y (T, d).
+    """h = x + attn(ln_1(x));   y = h + mlp(ln_2(h)).   x (T, d) -> y (T, d), or the `rows` of it that are asked for, (R, d).
 
     Each residual add sends the gradient both ways: dh = dy + (what comes back through mlp and ln_2), and so on.
     """
@@ -63,7 +66,7 @@ class Block(Layer):
         self.drop_2 = Dropout(dropout)
 
     def forward(
-        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Sequence[int] | None = None
+        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Sequence[int] | None = None, rows: np.ndarray | None = None
     ) -> tuple[Array, Saved | None]:
         # Who needs a gradient? Each part that has something trainable at or below it.
         at_a = need_dx or self.ln_1.trainable
@@ -72,9 +75,9 @@ class Block(Layer):
         at_y = at_m or self.mlp.trainable
 
         a, s_ln_1 = self.ln_1.forward(x, keep=keep and at_a, need_dx=need_dx)
-        a, s_attn = self.attn.forward(a, keep=keep and at_h, need_dx=at_a, offsets=offsets)
+        a, s_attn = self.attn.forward(a, keep=keep and at_h, need_dx=at_a, offsets=offsets, rows=rows)
         a, s_drop_1 = self.drop_1.forward(a, keep=keep and at_h, need_dx=at_h)
-        h = x + a
+        h = F.take_rows(x, rows) + a
 
         m, s_ln_2 = self.ln_2.forward(h, keep=keep and at_m, need_dx=at_h)
         m, s_mlp = self.mlp.forward(m, keep=keep and at_y, need_dx=at_m)
@@ -84,10 +87,10 @@ class Block(Layer):
         if not keep:
             return y, None
         needs = (at_a, at_h, at_m, at_y)
-        return y, self.save(need_dx, needs, s_ln_1, s_attn, s_drop_1, s_ln_2, s_mlp, s_drop_2)
+        return y, self.save(need_dx, needs, rows, len(x), s_ln_1, s_attn, s_drop_1, s_ln_2, s_mlp, s_drop_2)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        needs, s_ln_1, s_attn, s_drop_1, s_ln_2, s_mlp, s_drop_2 = self.load(saved, need_dx)
+        needs, rows, T, s_ln_1, s_attn, s_drop_1, s_ln_2, s_mlp, s_drop_2 = self.load(saved, need_dx)
         at_a, at_h, at_m, at_y = needs
 
         if not at_y:
@@ -101,9 +104,9 @@ class Block(Layer):
             return None
         dh = dy + dh  #                                                h feeds y twice: directly, and through ln_2 and mlp
 
-        da = self.drop_1.backward(dh, s_drop_1)  #                     h = x + a
+        da = self.drop_1.backward(dh, s_drop_1)  #                     h = x[rows] + a
         da = self.attn.backward(da, s_attn, need_dx=at_a)
         if not at_a:
             return None
         dx = self.ln_1.backward(da, s_ln_1, need_dx=need_dx)
-        return dh + dx if need_dx else None  #                         x feeds h twice
+        return F.take_rows_backward(dh, rows, T) + dx if need_dx else None  # x feeds h twice

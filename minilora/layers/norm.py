@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora import functional as F
+from minilora import kernels as K
 from minilora.backend import Array
 from minilora.layers.base import Layer, Parameter, Saved
 
@@ -23,7 +23,7 @@ class LayerNorm(Layer):
         self.bias = Parameter(np.zeros(n, dtype=dtype))
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
-        y, normed = F.layer_norm(x, self.weight.data, self.bias.data, self.eps)
+        y, normed = K.layer_norm(x, self.weight.data, self.bias.data, self.eps)
         if not keep:
             return y, None
         return y, self.save(need_dx, normed if need_dx or self.weight.trainable else None)
@@ -40,7 +40,7 @@ class LayerNorm(Layer):
         if normed is None:  # only the bias is trained
             self.bias.add_grad(dy.sum(axis=0))
             return None
-        dx, dgamma, dbeta = F.layer_norm_backward(dy, normed, self.weight.data, need)
+        dx, dgamma, dbeta = K.layer_norm_backward(dy, normed, self.weight.data, need)
         if dgamma is not None:
             self.weight.add_grad(dgamma)
         if dbeta is not None:
@@ -56,7 +56,7 @@ class RMSNorm(Layer):
         self.weight = Parameter(np.ones(n, dtype=dtype))
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
-        y, normed = F.rms_norm(x, self.weight.data, self.eps)
+        y, normed = K.rms_norm(x, self.weight.data, self.eps)
         if not keep:
             return y, None
         return y, self.save(need_dx, normed if need_dx or self.weight.trainable else None)
@@ -68,7 +68,7 @@ class RMSNorm(Layer):
             need.add("dgamma")
         if not need:
             return None
-        dx, dgamma = F.rms_norm_backward(dy, normed, self.weight.data, need)
+        dx, dgamma = K.rms_norm_backward(dy, normed, self.weight.data, need)
         if dgamma is not None:
             self.weight.add_grad(dgamma)
         return dx

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora import functional as F
+from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, backend_name, generator, get_xp, to_backend
 from minilora.layers.base import Layer, Parameter, Saved
 from minilora.layers.dropout import Dropout
@@ -78,7 +79,7 @@ class LoRALinear(Linear):
             return F.linear(x, W, b), self.save(need_dx, W, None, None, None) if keep else None
 
         key = self.dropout.next_key() if keep and self.dropout.p > 0 else None
-        y, u = F.lora_linear(x, self.weight.data, b, self.lora_A.data, self.lora_B.data, self.scaling, self._mask(x, key))
+        y, u = K.lora_linear(x, self.weight.data, b, self.lora_A.data, self.lora_B.data, self.scaling, self._mask(x, key))
         if not keep:
             return y, None
         return y, self.save(need_dx, None, x if self.lora_A.trainable else None, u if self.lora_B.trainable else None, key)
@@ -95,7 +96,7 @@ class LoRALinear(Linear):
         if self.lora_B.trainable:
             need.add("dB")
         mask = self._mask(dy, key)
-        dx, dA, dB = F.lora_linear_backward(dy, x, u, self.weight.data, self.lora_A.data, self.lora_B.data, self.scaling, mask, need)
+        dx, dA, dB = K.lora_linear_backward(dy, x, u, self.weight.data, self.lora_A.data, self.lora_B.data, self.scaling, mask, need)
         if dA is not None:
             self.lora_A.add_grad(dA)
         if dB is not None:

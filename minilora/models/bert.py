@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from minilora import functional as F
-from minilora.backend import Array, Rng, as_like, generator, get_xp
+from minilora import kernels as K
+from minilora.backend import Array, Rng, as_like, generator
 from minilora.layers import GELU, Dropout, Embedding, Layer, LayerNorm, Linear, ReLU, Saved, Tanh
+from minilora.models.stack import Prefix, frozen_blocks, run_blocks, run_blocks_backward
 
 _ACTIVATIONS: dict[str, Callable[[], Layer]] = {
     "gelu": GELU,
@@ -137,7 +139,7 @@ class BertEmbeddings(Layer):
 
 
 class BertSelfAttention(Layer):
-    """q = x W_q,  k = x W_k,  v = x W_v;   o = attention(q, k, v), in both directions.   x (T, d) -> o (T, d).
+    """q = x W_q,  k = x W_k,  v = x W_v;   o = attention(q, k, v), in both directions.   x (T, d) -> o (T, d), or its `rows` (R, d).
 
     Saved, if a gradient has to pass: q, k, v and the probabilities. The bias of `key` has gradient zero: it adds the same
     number to all scores of a row, and softmax does not see that.
@@ -150,27 +152,36 @@ class BertSelfAttention(Layer):
         self.value = Linear(c.hidden_size, c.hidden_size, rng=rng, dtype=dtype)
 
     def forward(
-        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Sequence[int] | None = None
+        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Sequence[int] | None = None, rows: np.ndarray | None = None
     ) -> tuple[Array, Saved | None]:
-        keep_parts = keep and (need_dx or self.trainable)
-        q, s_q = self.query.forward(x, keep=keep_parts, need_dx=need_dx)
-        k, s_k = self.key.forward(x, keep=keep_parts, need_dx=need_dx)
-        v, s_v = self.value.forward(x, keep=keep_parts, need_dx=need_dx)
-        o, P = F.attention(q, k, v, self.n_head, offsets, causal=False, keep=keep_parts)
+        need = {
+            f"d{name}"
+            for name, dense in (("q", self.query), ("k", self.key), ("v", self.value))
+            if need_dx or dense.trainable  # who needs the gradient of its output?
+        }
+        q, s_q = self.query.forward(F.take_rows(x, rows), keep=keep and "dq" in need, need_dx=need_dx)
+        k, s_k = self.key.forward(x, keep=keep and "dk" in need, need_dx=need_dx)
+        v, s_v = self.value.forward(x, keep=keep and "dv" in need, need_dx=need_dx)
+        o, P = K.attention(q, k, v, self.n_head, offsets, causal=False, keep=keep and bool(need), rows=rows)
         if not keep:
             return o, None
-        return o, self.save(need_dx, (q, k, v, P, offsets) if keep_parts else None, s_q, s_k, s_v)
+        return o, self.save(need_dx, need, (q, k, v, P, offsets, rows) if need else None, s_q, s_k, s_v)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        through, s_q, s_k, s_v = self.load(saved, need_dx)
-        if through is None:
+        need, through, s_q, s_k, s_v = self.load(saved, need_dx)
+        if not need:
             return None
-        q, k, v, P, offsets = through
-        dq, dk, dv = F.attention_backward(dy, q, k, v, P, self.n_head, offsets)  # o = attention(q, k, v)
-        dx_v: Array = self.value.backward(dv, s_v, need_dx=need_dx)  #               v = x W_v
-        dx_k: Array = self.key.backward(dk, s_k, need_dx=need_dx)  #                 k = x W_k
-        dx_q: Array = self.query.backward(dq, s_q, need_dx=need_dx)  #               q = x W_q
-        return dx_q + dx_k + dx_v if need_dx else None
+        q, k, v, P, offsets, rows = through
+        dq, dk, dv = K.attention_backward(dy, q, k, v, P, self.n_head, offsets, need=need, rows=rows)  # o = attention(q, k, v)
+        dx_q = dx_k = dx_v = None
+        if "dv" in need:
+            dx_v = self.value.backward(dv, s_v, need_dx=need_dx)  # v = x W_v
+        if "dk" in need:
+            dx_k = self.key.backward(dk, s_k, need_dx=need_dx)  #   k = x W_k
+        if "dq" in need:
+            dx_q = self.query.backward(dq, s_q, need_dx=need_dx)  # q = x[rows] W_q
+        # x feeds all three
+        return F.take_rows_backward(dx_q, rows, len(k)) + dx_k + dx_v if need_dx else None
 
 
 class BertProjection(Layer):
@@ -199,10 +210,10 @@ class BertIntermediate(Layer):
 
 
 class BertLayer(Layer):
-    """A post-norm block, x (T, d) -> y (T, d):
+    """A post-norm block, x (T, d) -> y (T, d), or the `rows` of it that are asked for, (R, d):
 
-        a = attention(x) W_o        z_1 = x + a        h = LN_1(z_1)
-        m = gelu(h W_i) W_2         z_2 = h + m        y = LN_2(z_2)
+        a = attention(x) W_o        z_1 = x[rows] + a        h = LN_1(z_1)
+        m = gelu(h W_i) W_2         z_2 = h + m              y = LN_2(z_2)
 
     The norms lie on the residual path: every gradient passes through both of them, and is split at each sum.
     """
@@ -213,7 +224,7 @@ class BertLayer(Layer):
         self.output = BertProjection(c.intermediate_size, c, rng, dtype)
 
     def forward(
-        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Sequence[int] | None = None
+        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Sequence[int] | None = None, rows: np.ndarray | None = None
     ) -> tuple[Array, Saved | None]:
         attn, out_1, inter, out_2 = self.attention.self, self.attention.output, self.intermediate, self.output
         # Who needs a gradient? Each part that has something trainable at or below it.
@@ -223,10 +234,10 @@ class BertLayer(Layer):
         at_i = at_h or inter.trainable
         at_z_2 = at_i or out_2.dense.trainable
 
-        a, s_attn = attn.forward(x, keep=keep and at_a, need_dx=need_dx, offsets=offsets)
+        a, s_attn = attn.forward(x, keep=keep and at_a, need_dx=need_dx, offsets=offsets, rows=rows)
         a, s_dense_1 = out_1.dense.forward(a, keep=keep and at_z_1, need_dx=at_a)
         a, s_drop_1 = out_1.dropout.forward(a, keep=keep and at_z_1, need_dx=at_z_1)
-        h, s_ln_1 = out_1.LayerNorm.forward(x + a, keep=keep and at_h, need_dx=at_z_1)
+        h, s_ln_1 = out_1.LayerNorm.forward(F.take_rows(x, rows) + a, keep=keep and at_h, need_dx=at_z_1)
 
         m, s_dense_i = inter.dense.forward(h, keep=keep and at_i, need_dx=at_h)
         m, s_act = inter.act.forward(m, keep=keep and at_i, need_dx=at_i)
@@ -237,10 +248,11 @@ class BertLayer(Layer):
         if not keep:
             return y, None
         needs = (at_a, at_z_1, at_h, at_i, at_z_2)
-        return y, self.save(need_dx, needs, s_attn, s_dense_1, s_drop_1, s_ln_1, s_dense_i, s_act, s_dense_2, s_drop_2, s_ln_2)
+        saves = (s_attn, s_dense_1, s_drop_1, s_ln_1, s_dense_i, s_act, s_dense_2, s_drop_2, s_ln_2)
+        return y, self.save(need_dx, needs, rows, len(x), *saves)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        needs, s_attn, s_dense_1, s_drop_1, s_ln_1, s_dense_i, s_act, s_dense_2, s_drop_2, s_ln_2 = self.load(saved, need_dx)
+        needs, rows, T, s_attn, s_dense_1, s_drop_1, s_ln_1, s_dense_i, s_act, s_dense_2, s_drop_2, s_ln_2 = self.load(saved, need_dx)
         at_a, at_z_1, at_h, at_i, at_z_2 = needs
         attn, out_1, inter, out_2 = self.attention.self, self.attention.output, self.intermediate, self.output
 
@@ -260,12 +272,12 @@ class BertLayer(Layer):
         dz_1: Array = out_1.LayerNorm.backward(dh, s_ln_1, need_dx=at_z_1)  # h = LN_1(z_1)
         if not at_z_1:
             return None
-        da = out_1.dropout.backward(dz_1, s_drop_1)  #                  z_1 = x + a
+        da = out_1.dropout.backward(dz_1, s_drop_1)  #                  z_1 = x[rows] + a
         da = out_1.dense.backward(da, s_dense_1, need_dx=at_a)  #       a = attention(x) W_o
         if not at_a:
             return None
         dx = attn.backward(da, s_attn, need_dx=need_dx)
-        return dz_1 + dx if need_dx else None  #                        x feeds z_1 twice
+        return F.take_rows_backward(dz_1, rows, T) + dx if need_dx else None  # x feeds z_1 twice
 
 
 class BertEncoder(Layer):
@@ -273,24 +285,24 @@ class BertEncoder(Layer):
 
     def __init__(self, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
         self.layer = [BertLayer(c, rng, dtype) for _ in range(c.num_hidden_layers)]
+        self.recompute = False  # save less, compute more: models/stack.py
 
     def forward(
-        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Sequence[int] | None = None
+        self,
+        x: Array,
+        keep: bool = True,
+        need_dx: bool = True,
+        offsets: Sequence[int] | None = None,
+        rows: np.ndarray | None = None,
+        first: int = 0,
     ) -> tuple[Array, Saved | None]:
-        needs, saves = [need_dx], []  # needs[i]: does the input of block i need its gradient?
-        for block in self.layer:
-            needs.append(needs[-1] or block.trainable)
-            x, s_block = block.forward(x, keep=keep and needs[-1], need_dx=needs[-2], offsets=offsets)
-            saves.append(s_block)
-        return x, self.save(need_dx, needs, saves) if keep else None
+        """`first`: x is the input of this block."""
+        y, ran = run_blocks(self.layer, x, need_dx, keep, first, rows, self.recompute, offsets=offsets)
+        return y, self.save(need_dx, ran) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        needs, saves = self.load(saved, need_dx)
-        for i in reversed(range(len(self.layer))):
-            if not needs[i + 1]:
-                return None
-            dy = self.layer[i].backward(dy, saves[i], need_dx=needs[i])
-        return dy if need_dx else None
+        (ran,) = self.load(saved, need_dx)
+        return run_blocks_backward(self.layer, dy, ran)
 
 
 class BertPooler(Layer):
@@ -326,10 +338,15 @@ class Bert(Layer):
         need_dx: bool = False,
         offsets: Sequence[int] | None = None,
         token_types: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
+        prefix: Prefix | None = None,
     ) -> tuple[Array, Saved | None]:
-        at_x = self.embeddings.trainable
-        h, s_emb = self.embeddings.forward(x, keep=keep and at_x, offsets=offsets, token_types=token_types)
-        h, s_enc = self.encoder.forward(h, keep=keep, need_dx=at_x, offsets=offsets)
+        """rows: the rows of h that are asked for, all by default. prefix: what `self.prefix` gave for these ids."""
+        at_x, s_emb = self.embeddings.trainable, None
+        if prefix is None:
+            h, s_emb = self.embeddings.forward(x, keep=keep and at_x, offsets=offsets, token_types=token_types)
+            prefix = Prefix(0, h)
+        h, s_enc = self.encoder.forward(prefix.x, keep=keep, need_dx=at_x, offsets=offsets, rows=rows, first=prefix.blocks)
         return h, self.save(need_dx, at_x, s_emb, s_enc) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
@@ -337,6 +354,12 @@ class Bert(Layer):
         dx = self.encoder.backward(dy, s_enc, need_dx=at_x)
         if at_x:
             self.embeddings.backward(dx, s_emb)
+
+    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix:
+        """What the frozen blocks at the bottom give for these ids."""
+        blocks = self.encoder.layer[: frozen_blocks(self.encoder.layer, self.embeddings.trainable)]
+        x, _ = self.embeddings.forward(ids, keep=False, offsets=offsets)
+        return Prefix(len(blocks), run_blocks(blocks, x, False, False, offsets=offsets)[0])
 
 
 class BertClassifier(Layer):
@@ -367,19 +390,24 @@ class BertClassifier(Layer):
         need_dx: bool = False,
         offsets: Sequence[int] | None = None,
         token_types: np.ndarray | None = None,
+        prefix: Prefix | None = None,
     ) -> tuple[Array, Saved | None]:
-        """x are token ids; `offsets` bound the sequences laid end to end in them. There is no dx: ids are integers."""
+        """x are token ids; `offsets` bound the sequences laid end to end in them. There is no dx: ids are integers.
+
+        BERT's pooler reads the first row of each sequence, so the last block computes no others. prefix: what `prefix` gave.
+        """
         pooler = self.bert.pooler if self.config.pooling == "first" else None
         at_h = self.bert.embeddings.trainable or self.bert.encoder.trainable
         at_p = at_h or (pooler is not None and pooler.trainable)
         bounds = _bounds(offsets, len(x))
 
-        h, s_bert = self.bert.forward(x, keep=keep and at_h, offsets=offsets, token_types=token_types)
+        rows = None if pooler is None else bounds[:-1]
+        h, s_bert = self.bert.forward(x, keep=keep and at_h, offsets=offsets, token_types=token_types, rows=rows, prefix=prefix)
         s_pool = None
         if pooler is None:
             p = _means(h, bounds)
         else:
-            p, s_pool = pooler.forward(h[as_like(bounds[:-1], h)], keep=keep and at_p, need_dx=at_h)
+            p, s_pool = pooler.forward(h, keep=keep and at_p, need_dx=at_h)
         p, s_drop = self.dropout.forward(p, keep=keep and at_p)
         logits, s_classifier = self.classifier.forward(p, keep=keep, need_dx=at_p)
         return logits, self.save(need_dx, at_h, at_p, bounds, s_bert, s_pool, s_drop, s_classifier) if keep else None
@@ -394,16 +422,22 @@ class BertClassifier(Layer):
         if s_pool is None:
             dh = _means_backward(dp, bounds)  #                          p = mean of each sequence
         else:
-            df: Array = self.bert.pooler.backward(dp, s_pool, need_dx=at_h)  #  p = pooler(h[first])
-            if not at_h:
-                return
-            dh = get_xp(df).zeros((int(bounds[-1]), df.shape[1]), dtype=df.dtype)
-            dh[as_like(bounds[:-1], df)] = df  #                         only first rows were read
+            dh = self.bert.pooler.backward(dp, s_pool, need_dx=at_h)  #  p = pooler(h), h the first rows alone
         if at_h:
             self.bert.backward(dh, s_bert)
 
+    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix:
+        """What the frozen blocks at the bottom give for these ids: the same in every epoch (models/stack.py)."""
+        return self.bert.prefix(ids, offsets)
+
     def loss(
-        self, ids: Array, labels: np.ndarray, offsets: Sequence[int] | None = None, count: int | None = None, keep: bool = True
+        self,
+        ids: Array,
+        labels: np.ndarray,
+        offsets: Sequence[int] | None = None,
+        count: int | None = None,
+        keep: bool = True,
+        prefix: Prefix | None = None,
     ) -> tuple[Array, Saved | None]:
         """The sum over labelled sequences of -log p(label), in regression of (logit - label)^2, by `count` (default: their number).
 
@@ -416,7 +450,7 @@ class BertClassifier(Layer):
         rows = np.flatnonzero(labels != F.IGNORE) if self.config.regression else F.labelled_rows(labels)
         if rows.size == 0 and count is None:
             raise ValueError("loss: no sequence is labelled.")
-        logits, saved = self.forward(ids, keep=keep, offsets=offsets)
+        logits, saved = self.forward(ids, keep=keep, offsets=offsets, prefix=prefix)
         N = rows.size if count is None else count
         if rows.size == 0:
             loss, dlogits = logits.sum() * 0, logits * 0

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from minilora import functional as F
-from minilora.backend import Array, Rng, as_like, generator, get_xp
+from minilora import kernels as K
+from minilora.backend import Array, Rng, generator
 from minilora.layers import Block, Dropout, Embedding, Layer, LayerNorm, Saved
 from minilora.models.cache import KVCache
+from minilora.models.stack import Prefix, frozen_blocks, run_blocks, run_blocks_backward
 
 
 @dataclass
@@ -76,36 +78,46 @@ class Decoder(Layer):
         self.drop = Dropout(c.dropout)
         self.h = [Block(c.n_embd, c.n_head, c.n_inner, c.layer_norm_epsilon, c.dropout, rng=rng, dtype=dtype) for _ in range(c.n_layer)]
         self.ln_f = LayerNorm(c.n_embd, c.layer_norm_epsilon, dtype=dtype)
+        self.recompute = False  # save less, compute more: models/stack.py
 
     def forward(
-        self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Sequence[int] | None = None
+        self,
+        x: Array,
+        keep: bool = True,
+        need_dx: bool = False,
+        offsets: Sequence[int] | None = None,
+        rows: np.ndarray | None = None,
+        prefix: Prefix | None = None,
     ) -> tuple[Array, Saved | None]:
-        """x are token ids; `offsets` bound the sequences laid end to end in them. There is no dx: ids are integers."""
-        positions = self._positions(len(x), offsets)
-        at_x = self.wte.trainable or self.wpe.trainable
-        tokens, s_wte = self.wte.forward(x, keep=keep and at_x)
-        places, s_wpe = self.wpe.forward(positions, keep=keep and at_x)
-        h, s_drop = self.drop.forward(tokens + places, keep=keep and at_x)
+        """x are token ids; `offsets` bound the sequences laid end to end in them. There is no dx: ids are integers.
 
-        needs, saves = [at_x], []  # needs[i]: does the input of block i need its gradient?
-        for block in self.h:
-            needs.append(needs[-1] or block.trainable)
-            h, s_block = block.forward(h, keep=keep and needs[-1], need_dx=needs[-2], offsets=offsets)
-            saves.append(s_block)
-        h, s_ln_f = self.ln_f.forward(h, keep=keep, need_dx=needs[-1])
-        return h, self.save(need_dx, needs, s_wte, s_wpe, s_drop, saves, s_ln_f) if keep else None
+        rows: the rows of h that are asked for, all by default. prefix: what `self.prefix` gave for these ids.
+        """
+        at_x = self.wte.trainable or self.wpe.trainable
+        s_wte = s_wpe = s_drop = None
+        if prefix is None:
+            tokens, s_wte = self.wte.forward(x, keep=keep and at_x)
+            places, s_wpe = self.wpe.forward(self._positions(len(x), offsets), keep=keep and at_x)
+            h, s_drop = self.drop.forward(tokens + places, keep=keep and at_x)
+            prefix = Prefix(0, h)
+        h, ran = run_blocks(self.h, prefix.x, at_x, keep, prefix.blocks, rows, self.recompute, offsets=offsets)
+        h, s_ln_f = self.ln_f.forward(h, keep=keep, need_dx=ran.needs[-1])
+        return h, self.save(need_dx, s_wte, s_wpe, s_drop, ran, s_ln_f) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
-        needs, s_wte, s_wpe, s_drop, saves, s_ln_f = self.load(saved, need_dx)
-        dh = self.ln_f.backward(dy, s_ln_f, need_dx=needs[-1])
-        for i in reversed(range(len(self.h))):
-            if not needs[i + 1]:
-                return
-            dh = self.h[i].backward(dh, saves[i], need_dx=needs[i])
-        if needs[0]:
-            dx = self.drop.backward(dh, s_drop)
+        s_wte, s_wpe, s_drop, ran, s_ln_f = self.load(saved, need_dx)
+        dh: Array = self.ln_f.backward(dy, s_ln_f, need_dx=ran.needs[-1])
+        dx = run_blocks_backward(self.h, dh, ran)
+        if dx is not None:
+            dx = self.drop.backward(dx, s_drop)
             self.wpe.backward(dx, s_wpe)  # x_0 = wte[ids] + wpe[position]: both get all of it
             self.wte.backward(dx, s_wte)
+
+    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix:
+        """What the frozen blocks at the bottom give for these ids."""
+        n = frozen_blocks(self.h, self.wte.trainable or self.wpe.trainable)
+        x = self.wte.forward(ids, keep=False)[0] + self.wpe.forward(self._positions(len(ids), offsets), keep=False)[0]
+        return Prefix(n, run_blocks(self.h[:n], x, False, False, offsets=offsets)[0])
 
     def decode(self, ids: Array, cache: KVCache) -> Array:
         """h (t, n_embd) of the next t tokens of the sequence in the cache."""
@@ -162,35 +174,40 @@ class GPT2(Layer):
         self.transformer.backward(dy @ self.head.T, s_h)
 
     def loss(
-        self, ids: Array, labels: np.ndarray, offsets: Sequence[int] | None = None, count: int | None = None, keep: bool = True
+        self,
+        ids: Array,
+        labels: np.ndarray,
+        offsets: Sequence[int] | None = None,
+        count: int | None = None,
+        keep: bool = True,
+        prefix: Prefix | None = None,
     ) -> tuple[Array, Saved | None]:
         """The sum over labelled rows of -log p(labels_t | what precedes), divided by `count` (default: their number).
 
         ids (T,); labels (T,) on the host: labels[t] is the token that row t has to predict (shifted already), or -100.
-        The head and the softmax run on labelled rows only, in blocks of the vocabulary. With keep=True the gradient of
-        h is computed along (it costs one product) and `loss_backward(saved)` goes on from there.
+        The last block, the head and the softmax run on labelled rows only, the latter two in blocks of the vocabulary. With
+        keep=True the gradient of h is computed along (it costs one product) and `loss_backward(saved)` goes on from there.
+        prefix: what `prefix(ids, offsets)` gave.
         Raises ValueError when no row is labelled and no `count` was given.
         """
         rows = F.labelled_rows(labels)
         if rows.size == 0 and count is None:
             raise ValueError("loss: no row is labelled.")
-        h, s_h = self.transformer.forward(ids, keep=keep, offsets=offsets)
-        everywhere = rows.size == labels.size
-        at = None if everywhere else as_like(rows, h)
+        h, s_h = self.transformer.forward(ids, keep=keep, offsets=offsets, rows=None if rows.size == len(ids) else rows, prefix=prefix)
         need = ({"dx", "dW"} if self.transformer.wte.trainable else {"dx"}) if keep else set()
-        loss, dh, dW = F.linear_cross_entropy(h if at is None else h[at], self.head, labels[rows], count, need)
-        return loss, self.save(False, h.shape, at, dh, dW, s_h) if keep else None
+        loss, dh, dW = K.linear_cross_entropy(h, self.head, labels[rows], count, need)
+        return loss, self.save(False, dh, dW, s_h) if keep else None
 
     def loss_backward(self, saved: Saved | None) -> None:
         """Add the gradients of `loss` to the trainable parameters."""
-        shape, at, dh, dW, s_h = self.load(saved, False)
+        dh, dW, s_h = self.load(saved, False)
         if dW is not None:
             self.transformer.wte.weight.add_grad(dW.T)  # the head is wte^T
-        if at is not None:  # only labelled rows had a loss
-            dense = get_xp(dh).zeros(shape, dtype=dh.dtype)
-            dense[at] = dh
-            dh = dense
         self.transformer.backward(dh, s_h)
+
+    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix:
+        """What the frozen blocks at the bottom give for these ids: the same in every epoch (models/stack.py)."""
+        return self.transformer.prefix(ids, offsets)
 
     def decode(self, ids: Array, cache: KVCache) -> Array:
         """The logits (vocab_size,) of what follows `ids` (t,), which follow the tokens in the cache and are added to it.

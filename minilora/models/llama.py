@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from minilora import functional as F
-from minilora.backend import Array, Rng, as_like, generator, get_xp
+from minilora import kernels as K
+from minilora.backend import Array, Rng, generator
 from minilora.layers import Embedding, Layer, Linear, RMSNorm, Saved
 from minilora.models.cache import KVCache
+from minilora.models.stack import Prefix, frozen_blocks, run_blocks, run_blocks_backward
 
 Tables = tuple[Array, Array]  # cos and sin of the rotary angles, (T, head_dim / 2) each
 Extend = Callable[[Array, Array], tuple[Array, Array]]  # new keys and values -> all of them, see KVCache.extend
@@ -143,33 +145,42 @@ class LlamaAttention(Layer):
         self.o_proj = Linear(h, d, c.attention_bias, rng=rng, dtype=dtype)
 
     def forward(  # type: ignore[override]
-        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Sequence[int] | None = None, *, rope: Tables
+        self,
+        x: Array,
+        keep: bool = True,
+        need_dx: bool = True,
+        offsets: Sequence[int] | None = None,
+        rows: np.ndarray | None = None,
+        *,
+        rope: Tables,
     ) -> tuple[Array, Saved | None]:
         need = {
             f"d{name}"
             for name, proj in (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj))
             if need_dx or proj.trainable  # who needs the gradient of its output?
         }
-        q, s_q = self.q_proj.forward(x, keep=keep and "dq" in need, need_dx=need_dx)
+        q, s_q = self.q_proj.forward(F.take_rows(x, rows), keep=keep and "dq" in need, need_dx=need_dx)
         k, s_k = self.k_proj.forward(x, keep=keep and "dk" in need, need_dx=need_dx)
         v, s_v = self.v_proj.forward(x, keep=keep and "dv" in need, need_dx=need_dx)
-        q, k = F.rotary(q, *rope), F.rotary(k, *rope)
-        o, P = F.attention(q, k, v, self.n_head, offsets, keep=keep and bool(need), n_kv_head=self.n_kv_head)
+        q, k = F.rotary(q, *(F.take_rows(table, rows) for table in rope)), F.rotary(k, *rope)
+        o, P = K.attention(q, k, v, self.n_head, offsets, keep=keep and bool(need), n_kv_head=self.n_kv_head, rows=rows)
         y, s_o = self.o_proj.forward(o, keep=keep, need_dx=bool(need))
         if not keep:
             return y, None
-        return y, self.save(need_dx, need, s_q, s_k, s_v, (q, k, v, P, offsets, rope) if need else None, s_o)
+        return y, self.save(need_dx, need, s_q, s_k, s_v, (q, k, v, P, offsets, rows, rope) if need else None, s_o)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         need, s_q, s_k, s_v, inner, s_o = self.load(saved, need_dx)
         do = self.o_proj.backward(dy, s_o, need_dx=bool(need))  #            y = o_proj(o)
         if not need:
             return None
-        q, k, v, P, offsets, rope = inner
-        dq, dk, dv = F.attention_backward(do, q, k, v, P, self.n_head, offsets, self.n_kv_head, need)  # o = attention(q, k, v)
+        q, k, v, P, offsets, rows, rope = inner
+        dq, dk, dv = K.attention_backward(do, q, k, v, P, self.n_head, offsets, self.n_kv_head, need, rows)  # o = attention(q, k, v)
         dx_q = dx_k = dx_v = None
         if "dq" in need:
-            dx_q = self.q_proj.backward(F.rotary_backward(dq, *rope), s_q, need_dx=need_dx)  #         q = rotary(q_proj(x))
+            dq = F.rotary_backward(dq, *(F.take_rows(table, rows) for table in rope))
+            dx_q = self.q_proj.backward(dq, s_q, need_dx=need_dx)  #                                   q = rotary(q_proj(x[rows]))
+            dx_q = F.take_rows_backward(dx_q, rows, len(k)) if need_dx else None
         if "dk" in need:
             dx_k = self.k_proj.backward(F.rotary_backward(dk, *rope), s_k, need_dx=need_dx)  #         k = rotary(k_proj(x))
         if "dv" in need:
@@ -181,14 +192,15 @@ class LlamaAttention(Layer):
         """`forward` of the next tokens of one sequence; extend(k, v) puts theirs behind those of the earlier ones and returns all."""
         q, k, v = (proj.forward(x, keep=False)[0] for proj in (self.q_proj, self.k_proj, self.v_proj))
         k, v = extend(F.rotary(k, *rope), v)
-        o = F.attention_to_past(F.rotary(q, *rope), k, v, self.n_head, self.n_kv_head)
+        last = np.arange(len(k) - len(q), len(k))
+        o, _ = K.attention(F.rotary(q, *rope), k, v, self.n_head, keep=False, n_kv_head=self.n_kv_head, rows=last)
         return self.o_proj.forward(o, keep=False)[0]
 
 
 class LlamaMLP(Layer):
     """SwiGLU (arXiv 2002.05202): y = (silu(g) * u) W_down,   g = x W_gate,   u = x W_up.   x (T, d) -> y (T, d).
 
-    Saved, if a gradient has to pass through: g and u (T, intermediate_size). silu(g) is computed again.
+    Saved, if a gradient has to pass through: what kernels/gate.py makes of g and u (T, intermediate_size), two arrays of that size.
     """
 
     def __init__(self, config: LlamaConfig, *, rng: Rng = None, dtype: Any = "float32") -> None:
@@ -202,24 +214,22 @@ class LlamaMLP(Layer):
         below = at_g or at_u
         g, s_gate = self.gate_proj.forward(x, keep=keep and at_g, need_dx=need_dx)
         u, s_up = self.up_proj.forward(x, keep=keep and at_u, need_dx=need_dx)
-        a = F.silu(g) * u
+        a, gate = K.swiglu(g, u, keep=keep and below)
         y, s_down = self.down_proj.forward(a, keep=keep, need_dx=below)
         if not keep:
             return y, None
-        return y, self.save(need_dx, at_g, at_u, s_gate, s_up, (g, u) if below else None, s_down)
+        return y, self.save(need_dx, at_g, at_u, s_gate, s_up, gate if below else None, s_down)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        at_g, at_u, s_gate, s_up, inner, s_down = self.load(saved, need_dx)
-        da = self.down_proj.backward(dy, s_down, need_dx=inner is not None)  # y = down_proj(a)
-        if inner is None:
+        at_g, at_u, s_gate, s_up, gate, s_down = self.load(saved, need_dx)
+        da = self.down_proj.backward(dy, s_down, need_dx=gate is not None)  # y = down_proj(a)
+        if gate is None:
             return None
-        g, u = inner
         dx_g = dx_u = None
+        dg, du = K.swiglu_backward(da, gate, (at_g, at_u))  #                  a = silu(g) * u
         if at_u:
-            du = da * F.silu(g)  #                                             a = silu(g) * u
             dx_u = self.up_proj.backward(du, s_up, need_dx=need_dx)  #         u = up_proj(x)
         if at_g:
-            dg = F.silu_backward(da * u, g)
             dx_g = self.gate_proj.backward(dg, s_gate, need_dx=need_dx)  #     g = gate_proj(x)
         # x feeds both
         return dx_g + dx_u if need_dx else None  # type: ignore[operator]
@@ -228,7 +238,7 @@ class LlamaMLP(Layer):
 class LlamaBlock(Layer):
     """h = x + self_attn(input_layernorm(x));   y = h + mlp(post_attention_layernorm(h)).   x (T, d) -> y (T, d).
 
-    Each residual add sends the gradient both ways, as in `layers/block.py`.
+    Each residual add sends the gradient both ways, as in `layers/block.py`. `rows`: those of y that are asked for, (R, d).
     """
 
     def __init__(self, config: LlamaConfig, *, rng: Rng = None, dtype: Any = "float32") -> None:
@@ -238,7 +248,14 @@ class LlamaBlock(Layer):
         self.mlp = LlamaMLP(config, rng=rng, dtype=dtype)
 
     def forward(  # type: ignore[override]
-        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Sequence[int] | None = None, *, rope: Tables
+        self,
+        x: Array,
+        keep: bool = True,
+        need_dx: bool = True,
+        offsets: Sequence[int] | None = None,
+        rows: np.ndarray | None = None,
+        *,
+        rope: Tables,
     ) -> tuple[Array, Saved | None]:
         # Who needs a gradient? Each part that has something trainable at or below it.
         at_a = need_dx or self.input_layernorm.trainable
@@ -247,18 +264,18 @@ class LlamaBlock(Layer):
         at_y = at_m or self.mlp.trainable
 
         a, s_norm_1 = self.input_layernorm.forward(x, keep=keep and at_a, need_dx=need_dx)
-        a, s_attn = self.self_attn.forward(a, keep=keep and at_h, need_dx=at_a, offsets=offsets, rope=rope)
-        h = x + a
+        a, s_attn = self.self_attn.forward(a, keep=keep and at_h, need_dx=at_a, offsets=offsets, rows=rows, rope=rope)
+        h = F.take_rows(x, rows) + a
 
         m, s_norm_2 = self.post_attention_layernorm.forward(h, keep=keep and at_m, need_dx=at_h)
         m, s_mlp = self.mlp.forward(m, keep=keep and at_y, need_dx=at_m)
         y = h + m
 
         needs = (at_a, at_h, at_m, at_y)
-        return y, self.save(need_dx, needs, s_norm_1, s_attn, s_norm_2, s_mlp) if keep else None
+        return y, self.save(need_dx, needs, rows, len(x), s_norm_1, s_attn, s_norm_2, s_mlp) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        needs, s_norm_1, s_attn, s_norm_2, s_mlp = self.load(saved, need_dx)
+        needs, rows, T, s_norm_1, s_attn, s_norm_2, s_mlp = self.load(saved, need_dx)
         at_a, at_h, at_m, at_y = needs
 
         if not at_y:
@@ -271,11 +288,11 @@ class LlamaBlock(Layer):
             return None
         dh = dy + dh  #                                                        h feeds y twice: directly, and through the norm and mlp
 
-        da = self.self_attn.backward(dh, s_attn, need_dx=at_a)  #              h = x + a
+        da = self.self_attn.backward(dh, s_attn, need_dx=at_a)  #              h = x[rows] + a
         if not at_a:
             return None
         dx = self.input_layernorm.backward(da, s_norm_1, need_dx=need_dx)
-        return dh + dx if need_dx else None  #                                 x feeds h twice
+        return F.take_rows_backward(dh, rows, T) + dx if need_dx else None  #  x feeds h twice
 
     def decode(self, x: Array, rope: Tables, extend: Extend) -> Array:
         """`forward` of the next tokens of one sequence, see LlamaAttention.decode."""
@@ -291,33 +308,43 @@ class LlamaDecoder(Layer):
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, rng=rng, dtype=dtype)
         self.layers = [LlamaBlock(c, rng=rng, dtype=dtype) for _ in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
+        self.recompute = False  # save less, compute more: models/stack.py
 
     def forward(
-        self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Sequence[int] | None = None
+        self,
+        x: Array,
+        keep: bool = True,
+        need_dx: bool = False,
+        offsets: Sequence[int] | None = None,
+        rows: np.ndarray | None = None,
+        prefix: Prefix | None = None,
     ) -> tuple[Array, Saved | None]:
-        """x are token ids; `offsets` bound the sequences laid end to end in them. There is no dx: ids are integers."""
-        positions = F.positions(len(x), offsets, self.config.max_position_embeddings)
-        at_x = self.embed_tokens.trainable
-        h, s_embed = self.embed_tokens.forward(x, keep=keep and at_x)
-        rope = self.tables(positions, h)
+        """x are token ids; `offsets` bound the sequences laid end to end in them. There is no dx: ids are integers.
 
-        needs, saves = [at_x], []  # needs[i]: does the input of block i need its gradient?
-        for block in self.layers:
-            needs.append(needs[-1] or block.trainable)
-            h, s_block = block.forward(h, keep=keep and needs[-1], need_dx=needs[-2], offsets=offsets, rope=rope)
-            saves.append(s_block)
-        h, s_norm = self.norm.forward(h, keep=keep, need_dx=needs[-1])
-        return h, self.save(need_dx, needs, s_embed, saves, s_norm) if keep else None
+        rows: the rows of h that are asked for, all by default. prefix: what `self.prefix` gave for these ids.
+        """
+        at_x, s_embed = self.embed_tokens.trainable, None
+        if prefix is None:
+            h, s_embed = self.embed_tokens.forward(x, keep=keep and at_x)
+            prefix = Prefix(0, h)
+        rope = self.tables(F.positions(len(x), offsets, self.config.max_position_embeddings), prefix.x)
+        h, ran = run_blocks(self.layers, prefix.x, at_x, keep, prefix.blocks, rows, self.recompute, offsets=offsets, rope=rope)
+        h, s_norm = self.norm.forward(h, keep=keep, need_dx=ran.needs[-1])
+        return h, self.save(need_dx, s_embed, ran, s_norm) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
-        needs, s_embed, saves, s_norm = self.load(saved, need_dx)
-        dh = self.norm.backward(dy, s_norm, need_dx=needs[-1])
-        for i in reversed(range(len(self.layers))):
-            if not needs[i + 1]:
-                return
-            dh = self.layers[i].backward(dh, saves[i], need_dx=needs[i])
-        if needs[0]:
-            self.embed_tokens.backward(dh, s_embed)
+        s_embed, ran, s_norm = self.load(saved, need_dx)
+        dh: Array = self.norm.backward(dy, s_norm, need_dx=ran.needs[-1])
+        dx = run_blocks_backward(self.layers, dh, ran)
+        if dx is not None:
+            self.embed_tokens.backward(dx, s_embed)
+
+    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix:
+        """What the frozen blocks at the bottom give for these ids."""
+        n = frozen_blocks(self.layers, self.embed_tokens.trainable)
+        x, _ = self.embed_tokens.forward(ids, keep=False)
+        rope = self.tables(F.positions(len(ids), offsets, self.config.max_position_embeddings), x)
+        return Prefix(n, run_blocks(self.layers[:n], x, False, False, offsets=offsets, rope=rope)[0])
 
     def decode(self, ids: Array, cache: KVCache) -> Array:
         """h (t, hidden_size) of the next t tokens of the sequence in the cache."""
@@ -380,50 +407,54 @@ class Llama(Layer):
             self.model.backward(dh, s_h)
 
     def loss(
-        self, ids: Array, labels: np.ndarray, offsets: Sequence[int] | None = None, count: int | None = None, keep: bool = True
+        self,
+        ids: Array,
+        labels: np.ndarray,
+        offsets: Sequence[int] | None = None,
+        count: int | None = None,
+        keep: bool = True,
+        prefix: Prefix | None = None,
     ) -> tuple[Array, Saved | None]:
         """The sum over labelled rows of -log p(labels_t | what precedes), divided by `count` (default: their number).
 
         ids (T,); labels (T,) on the host: labels[t] is the token that row t has to predict (shifted already), or -100.
-        The head and the softmax run on labelled rows only, in blocks of the vocabulary (all of it at once where the head is
-        not a plain Linear). With keep=True the gradient of h is computed along; `loss_backward(saved)` goes on from there.
+        The last block, the head and the softmax run on labelled rows only, the latter two in blocks of the vocabulary (all of it
+        at once where the head is not a plain Linear). With keep=True the gradient of h is computed along; `loss_backward(saved)`
+        goes on from there. prefix: what `prefix(ids, offsets)` gave.
         Raises ValueError when no row is labelled and no `count` was given.
         """
         rows = F.labelled_rows(labels)
         if rows.size == 0 and count is None:
             raise ValueError("loss: no row is labelled.")
-        h, s_h = self.model.forward(ids, keep=keep, offsets=offsets)
-        at = None if rows.size == labels.size else as_like(rows, h)
-        shape, h = h.shape, h if at is None else h[at]
+        h, s_h = self.model.forward(ids, keep=keep, offsets=offsets, rows=None if rows.size == len(ids) else rows, prefix=prefix)
         W, dz, s_head = self.head, None, None
         if W is not None:
             owner = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
             need = {name for name, wanted in (("dx", self.model.trainable), ("dW", owner.trainable)) if wanted and keep}
-            loss, dh, dW = F.linear_cross_entropy(h, W, labels[rows], count, need)
+            loss, dh, dW = K.linear_cross_entropy(h, W, labels[rows], count, need)
         else:
             dh = dW = None
             z, s_head = self.lm_head.forward(h, keep=keep, need_dx=self.model.trainable)
             loss, dz = z.sum(), z  # of no rows at all
             if rows.size:
                 loss, dz = (part * (rows.size / (count or rows.size)) for part in F.cross_entropy(z, labels[rows]))
-        return loss, self.save(False, shape, at, dh, dW, dz, s_head, s_h) if keep else None
+        return loss, self.save(False, dh, dW, dz, s_head, s_h) if keep else None
 
     def loss_backward(self, saved: Saved | None) -> None:
         """Add the gradients of `loss` to the trainable parameters."""
-        shape, at, dh, dW, dz, s_head, s_h = self.load(saved, False)
+        dh, dW, dz, s_head, s_h = self.load(saved, False)
         if dz is not None:
             dh = self.lm_head.backward(dz, s_head, need_dx=self.model.trainable)  # z = lm_head(h)
         elif dW is not None and self.config.tie_word_embeddings:
             self.model.embed_tokens.weight.add_grad(dW.T)  # the head is embed_tokens^T
         elif dW is not None:
             self.lm_head.weight.add_grad(dW)
-        if dh is None:  # only the head is trained
-            return
-        if at is not None:  # only labelled rows had a loss
-            dense = get_xp(dh).zeros(shape, dtype=dh.dtype)
-            dense[at] = dh
-            dh = dense
-        self.model.backward(dh, s_h)
+        if dh is not None:  # None: only the head is trained
+            self.model.backward(dh, s_h)
+
+    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix:
+        """What the frozen blocks at the bottom give for these ids: the same in every epoch (models/stack.py)."""
+        return self.model.prefix(ids, offsets)
 
     def decode(self, ids: Array, cache: KVCache) -> Array:
         """The logits (vocab_size,) of what follows `ids` (t,), which follow the tokens in the cache and are added to it.

@@ -16,6 +16,7 @@ from minilora.layers import Layer
 from minilora.training.data import Batch
 from minilora.training.flat import FlatBuffer, clip_grad_norm
 from minilora.training.optimizers import Optimizer
+from minilora.training.prefix import PrefixCache
 from minilora.training.replicas import Replicas
 from minilora.training.schedules import Schedule
 
@@ -53,12 +54,14 @@ def train(
     threads: int = 1,
     seed: int = 0,
     check_every: int | None = None,
+    prefix: PrefixCache | None = None,
 ) -> Iterator[Step]:
     """Take `steps` steps of `accumulate` batches each, at optimizer.lr * schedule(step); yield each as a Step.
 
     On NumPy every loss is looked at before its update is made. On a GPU that would synchronise: there the losses are read,
     and steps yielded, in groups of `check_every` (default 10), a copy of the parameters from the last check is kept, and the
     parameter that Diverged names is found at the end of the group.
+    prefix: keeps what frozen blocks give, for data that comes again.
     Raises Diverged when a loss or gradient norm is not finite, with the last good parameters back in place; ValueError when
     `batches` ends early or a batch has no label.
     """
@@ -66,7 +69,7 @@ def train(
     check_every = check_every or (1 if get_xp(flat.data) is np else 10)
     good = None if check_every == 1 else flat.data.copy()
     pending: list[tuple[Any, Any, float, int]] = []  # (loss, gradient norm, lr, tokens), still where they were computed
-    with Replicas(model, flat, threads) as replicas:
+    with Replicas(model, flat, threads, prefix) as replicas:
         begun = time.perf_counter()
         for step in range(1, steps + 1):
             micro = list(islice(batches, accumulate))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
-from minilora.backend import get_xp
+import numpy as np
+
+from minilora.backend import Array, get_xp
+from minilora.kernels.blocks import blocks
 from minilora.training.flat import FlatBuffer, Parameters
 
 
@@ -82,20 +85,26 @@ class AdamW(Optimizer):
 
     def step(self) -> None:
         w, g = self.flat.data, self.flat.gather()
-        xp = get_xp(w)
         self.t += 1
-        b1, b2 = self.betas
+        if get_xp(w) is np:
+            for part in blocks(w, g, self.m, self.v):  # each is read from memory once, and all that is between stays in the cache
+                self._update(*part)
+        else:
+            self._update(w, g, self.m, self.v)
+
+    def _update(self, w: Array, g: Array, m: Array, v: Array) -> None:
+        xp, (b1, b2) = get_xp(w), self.betas
         if self.weight_decay:
             if self.decoupled:
                 w *= 1 - self.lr * self.weight_decay
             else:
                 g = g + self.weight_decay * w
-        self.m *= b1
-        self.m += (1 - b1) * g
-        self.v *= b2
-        self.v += (1 - b2) * g * g
+        m *= b1
+        m += (1 - b1) * g
+        v *= b2
+        v += (1 - b2) * (g * g)
         c1, c2 = (1 - b1**self.t, 1 - b2**self.t) if self.bias_correction else (1.0, 1.0)
-        w -= (self.lr / c1) * self.m / (xp.sqrt(self.v) / math.sqrt(c2) + self.eps)
+        w -= (self.lr / c1) * m / (xp.sqrt(v) / math.sqrt(c2) + self.eps)
 
 
 class Adam(AdamW):

@@ -17,6 +17,9 @@ from minilora.backend import Array, get_xp
 from minilora.layers import Parameter, reseed
 from minilora.training.data import Batch
 from minilora.training.flat import FlatBuffer, adopt, fill_missing
+from minilora.training.prefix import PrefixCache
+
+SHARD = 512  # tokens: enough for products at full speed
 
 
 class LanguageModel(Protocol):
@@ -34,15 +37,20 @@ class LanguageModel(Protocol):
 class Replicas:
     """`gradients(batch)` leaves the gradient of the whole batch in `flat.grad`; the sum runs in a fixed order.
 
+    A batch is cut into shards of whole sequences, of about `tokens` tokens at most, and what a shard saves for its backward is gone
+    when the next one begins: the memory of a step does not grow with the batch. `prefix` keeps what frozen blocks give.
+
     Use as a context manager: it holds the threads, and limits BLAS to one thread each while it is open.
     """
 
-    def __init__(self, model, flat: FlatBuffer, threads: int = 1) -> None:  # type: ignore[no-untyped-def]
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}.")
+    def __init__(  # type: ignore[no-untyped-def]
+        self, model, flat: FlatBuffer, threads: int = 1, prefix: PrefixCache | None = None, tokens: int = SHARD
+    ) -> None:
+        if threads < 1 or tokens < 1:
+            raise ValueError(f"threads and tokens must be at least 1, got {threads} and {tokens}.")
         if get_xp(flat.data) is not np:
             threads = 1  # one device: it is parallel enough by itself
-        self.flat = flat
+        self.flat, self.prefix, self.tokens = flat, prefix, tokens
         self.models = [model] + [model.replica() for _ in range(threads - 1)]
         self.grads = [flat.grad]
         self.parameters = [flat.parameters]
@@ -73,7 +81,9 @@ class Replicas:
         count = sum(b.labelled for b in micro_batches)
         if count == 0:
             raise ValueError("no token in this batch is labelled; there is nothing to learn from.")
-        work = [b.split(len(self.models)) for b in micro_batches]
+        n = len(self.models)
+        shards = [shard for b in micro_batches for shard in b.split(n * -(-len(b.ids) // (n * self.tokens)))]
+        work = [[s for s in shards[k::n] if s.labelled] for k in range(n)]
 
         def run(k: int) -> Array | None:
             model, total = self.models[k], None
@@ -81,12 +91,11 @@ class Replicas:
             for p in self.parameters[k]:
                 p.grad = None
             with np.errstate(all="ignore"):  # a loss that is not finite is told by `train`, once
-                for shards in work:
-                    if k < len(shards):
-                        shard = shards[k]
-                        loss, saved = model.loss(shard.ids, shard.labels, shard.offsets, count)
-                        model.loss_backward(saved)
-                        total = loss if total is None else total + loss
+                for shard in work[k]:
+                    given = {} if self.prefix is None else {"prefix": self.prefix(model, shard)}
+                    loss, saved = model.loss(shard.ids, shard.labels, shard.offsets, count, **given)
+                    model.loss_backward(saved)
+                    total = loss if total is None else total + loss
             return total
 
         losses = list(map(run, range(len(self.models)))) if self.pool is None else list(self.pool.map(run, range(len(self.models))))

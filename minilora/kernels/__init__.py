@@ -1,0 +1,13 @@
+"""Fast twins of pairs in `functional/`, under the same names: what the layers call. To understand a gradient, read the pair there.
+
+On NumPy an elementwise formula written plainly passes over memory once for every operation, and makes an array for each. Here the
+arrays are walked through in blocks that stay in the cache, with `out=`, and forward keeps what backward would compute again.
+On CuPy each falls back to its pair. A twin agrees with its pair to rounding: tests/test_kernels.py.
+"""
+
+from minilora.kernels.activations import gelu, gelu_backward, gelu_tanh, gelu_tanh_backward, silu, silu_backward
+from minilora.kernels.attention import attention, attention_backward
+from minilora.kernels.gate import swiglu, swiglu_backward
+from minilora.kernels.lora import lora_linear, lora_linear_backward
+from minilora.kernels.losses import linear_cross_entropy
+from minilora.kernels.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward

@@ -1,0 +1,63 @@
+"""Twins of functional/lora.py: the low-rank product is added to the dense one block by block, and the bias along with it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from minilora import functional as F
+from minilora.backend import Array, get_xp
+from minilora.kernels.blocks import row_blocks
+
+
+def lora_linear(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: float, mask: Array | None = None) -> tuple[Array, Array]:
+    """As functional.lora_linear."""
+    if get_xp(x, W, A, B) is not np or x.ndim != 2 or x.dtype != A.dtype:
+        return F.lora_linear(x, W, b, A, B, s, mask)
+    F.check_lora(W, A, B)
+    y = F.linear(x, W, None)
+    u = (x if mask is None else x * mask) @ A
+    if b is None:
+        _add_product(y, s * u, B)
+    else:  # y += [s u, 1] @ [B; b]: one pass for both
+        r = u.shape[1]
+        wide = np.ones((len(u), r + 1), u.dtype)
+        np.multiply(u, s, out=wide[:, :r])
+        _add_product(y, wide, np.concatenate([B, b[None]]))
+    return y, u
+
+
+def lora_linear_backward(
+    dy: Array,
+    x: Array,
+    u: Array,
+    W: Array,
+    A: Array,
+    B: Array,
+    s: float,
+    mask: Array | None = None,
+    need: Collection[str] = ("dx", "dA", "dB"),
+) -> tuple[Array, Array, Array]:
+    """As functional.lora_linear_backward."""
+    if get_xp(dy) is not np or mask is not None:
+        return F.lora_linear_backward(dy, x, u, W, A, B, s, mask, need)
+    dB = (s * u).T @ dy if "dB" in need else None
+    if not {"dx", "dA"} & set(need):
+        return None, None, dB
+    du = s * (dy @ B.T)
+    dA = x.T @ du if "dA" in need else None
+    dx = dy @ W.T if "dx" in need else None
+    if dx is not None:
+        _add_product(dx, du, A.T)
+    return dx, dA, dB
+
+
+def _add_product(y: np.ndarray, u: np.ndarray, B: np.ndarray) -> None:
+    """y += u @ B, without an array of the size of y."""
+    product: np.ndarray | None = None
+    for at in row_blocks(*y.shape):
+        if product is None:
+            product = np.empty((at.stop - at.start, y.shape[1]), y.dtype)
+        part = np.matmul(u[at], B, out=product[: at.stop - at.start])
+        y[at] += part

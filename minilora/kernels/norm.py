@@ -1,0 +1,97 @@
+"""Twins of functional/norm.py in blocks of rows. Sums over a row are products with a vector, or `einsum`: both beat `mean` by far."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from minilora import functional as F
+from minilora.backend import Array, get_xp
+from minilora.kernels.blocks import row_blocks
+
+
+def layer_norm(x: Array, gamma: Array, beta: Array, eps: float = 1e-5) -> tuple[Array, tuple[Array, Array]]:
+    """As functional.layer_norm."""
+    if get_xp(x, gamma, beta) is not np or x.ndim != 2:
+        return F.layer_norm(x, gamma, beta, eps)
+    y, xhat, rstd, average = _empty(x)
+    for at in row_blocks(*x.shape):
+        np.subtract(x[at], (x[at] @ average)[:, None], out=xhat[at])
+        _scale(xhat[at], rstd[at], eps)
+        np.multiply(xhat[at], gamma, out=y[at])
+        y[at] += beta
+    return y, (xhat, rstd)
+
+
+def rms_norm(x: Array, gamma: Array, eps: float = 1e-6) -> tuple[Array, tuple[Array, Array]]:
+    """As functional.rms_norm."""
+    if get_xp(x, gamma) is not np or x.ndim != 2:
+        return F.rms_norm(x, gamma, eps)
+    y, xhat, rstd, _ = _empty(x)
+    for at in row_blocks(*x.shape):
+        xhat[at] = x[at]
+        _scale(xhat[at], rstd[at], eps)
+        np.multiply(xhat[at], gamma, out=y[at])
+    return y, (xhat, rstd)
+
+
+def layer_norm_backward(
+    dy: Array, saved: tuple[Array, Array], gamma: Array, need: Collection[str] = ("dx", "dgamma", "dbeta")
+) -> tuple[Array | None, Array | None, Array | None]:
+    """As functional.layer_norm_backward."""
+    xhat, rstd = saved
+    if get_xp(dy, xhat) is not np:
+        return F.layer_norm_backward(dy, saved, gamma, need)
+    dbeta = np.ones(len(dy), dy.dtype) @ dy if "dbeta" in need else None
+    dgamma = np.einsum("ij,ij->j", dy, xhat) if "dgamma" in need else None
+    if "dx" not in need:
+        return None, dgamma, dbeta
+    dx, _, _, average = _empty(xhat)
+    for at in row_blocks(*dy.shape):
+        dxhat = np.multiply(dy[at], gamma, out=dx[at])
+        mean = dxhat @ average
+        _project(dxhat, xhat[at])  #      dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat))
+        dxhat -= mean[:, None]
+        dxhat *= rstd[at]
+    return dx, dgamma, dbeta
+
+
+def rms_norm_backward(
+    dy: Array, saved: tuple[Array, Array], gamma: Array, need: Collection[str] = ("dx", "dgamma")
+) -> tuple[Array | None, Array | None]:
+    """As functional.rms_norm_backward."""
+    xhat, rstd = saved
+    if get_xp(dy, xhat) is not np:
+        return F.rms_norm_backward(dy, saved, gamma, need)
+    dgamma = np.einsum("ij,ij->j", dy, xhat) if "dgamma" in need else None
+    if "dx" not in need:
+        return None, dgamma
+    dx = np.empty_like(xhat)
+    for at in row_blocks(*dy.shape):
+        dxhat = np.multiply(dy[at], gamma, out=dx[at])
+        _project(dxhat, xhat[at])
+        dxhat *= rstd[at]
+    return dx, dgamma
+
+
+def _empty(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Room for y, xhat and rstd, and the vector whose product with a row is its mean."""
+    T, n = x.shape
+    return np.empty((T, n), x.dtype), np.empty((T, n), x.dtype), np.empty((T, 1), x.dtype), np.full(n, 1 / n, x.dtype)
+
+
+def _scale(x: np.ndarray, rstd: np.ndarray, eps: float) -> None:
+    """rstd = 1 / sqrt(mean(x^2) + eps) for each row;  x *= rstd."""
+    np.divide(np.einsum("ij,ij->i", x, x)[:, None], x.shape[1], out=rstd)
+    rstd += eps
+    np.sqrt(rstd, out=rstd)
+    np.divide(1, rstd, out=rstd)
+    x *= rstd
+
+
+def _project(dxhat: np.ndarray, xhat: np.ndarray) -> None:
+    """dxhat -= xhat mean(dxhat xhat): what lay along xhat is taken off each row."""
+    along = np.einsum("ij,ij->i", dxhat, xhat)
+    along /= xhat.shape[1]
+    dxhat -= xhat * along[:, None]

@@ -1,0 +1,173 @@
+"""The fast twins agree with the pairs they serve, on both backends, in both dtypes, on shapes that no block fits."""
+
+from importlib import import_module
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minilora as ml
+from minilora import functional as F
+from minilora import kernels as K
+
+attention_module, blocks_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in ("attention", "blocks", "losses"))
+TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks so small that every loop runs more than once."""
+    monkeypatch.setattr(blocks_module, "BLOCK", 23)
+    monkeypatch.setattr(losses_module, "_LOGITS", 2600)
+
+
+def close(a, b, dtype):
+    a, b = (None if z is None else ml.to_numpy(z) for z in (a, b))
+    if a is None or b is None:
+        assert a is b
+        return
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    scale = max(1.0, float(np.abs(b).max(initial=0)))
+    np.testing.assert_allclose(a, b, atol=TOLERANCE[dtype] * scale, rtol=0)
+
+
+@pytest.fixture(params=["float32", "float64"])
+def draw(request, on):
+    rng = np.random.default_rng(0)
+    f = lambda *shape: on(rng.standard_normal(shape), request.param)  # noqa: E731
+    f.dtype = request.param
+    return f
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
+def test_activations(name, draw, on):
+    x = draw(7, 13) * 3
+    x[0, :6] = on(np.array([0, -0.0, 5.59, -5.61, 40, -40.0]), draw.dtype)
+    before = x.copy()
+    y, saved = getattr(K, name)(x)
+    close(y, getattr(F, name)(x), draw.dtype)
+    dy = draw(7, 13)
+    close(getattr(K, f"{name}_backward")(dy, saved), getattr(F, f"{name}_backward")(dy, x), draw.dtype)
+    close(getattr(K, name)(x, keep=False)[0], y, draw.dtype)
+    close(getattr(K, name)(x.T)[0], y.T, draw.dtype)  # not contiguous
+    close(x, before, draw.dtype)
+
+
+def test_the_gate(draw):
+    g, u, dy = draw(5, 9), draw(5, 9), draw(5, 9)
+    y, saved = K.swiglu(g, u)
+    close(y, F.silu(g) * u, draw.dtype)
+    dg, du = K.swiglu_backward(dy, saved)
+    close(dg, F.silu_backward(dy * u, g), draw.dtype)
+    close(du, dy * F.silu(g), draw.dtype)
+    assert K.swiglu_backward(dy, saved, (False, True))[0] is None
+    assert K.swiglu_backward(dy, saved, (True, False))[1] is None
+    close(K.swiglu(g, u, keep=False)[0], y, draw.dtype)
+
+
+@pytest.mark.parametrize("need", [("dx", "dgamma", "dbeta"), ("dx",), ("dgamma",), ("dbeta",)])
+def test_norms(need, draw):
+    x, gamma, beta, dy = draw(9, 7) + 2, draw(7), draw(7), draw(9, 7)
+    for kernel, pair in (
+        (K.layer_norm(x, gamma, beta), F.layer_norm(x, gamma, beta)),
+        (K.rms_norm(x, gamma), F.rms_norm(x, gamma)),
+    ):
+        for a, b in zip((kernel[0], *kernel[1]), (pair[0], *pair[1]), strict=True):
+            close(a, b, draw.dtype)
+    saved = F.layer_norm(x, gamma, beta)[1]
+    for a, b in zip(K.layer_norm_backward(dy, saved, gamma, need), F.layer_norm_backward(dy, saved, gamma, need), strict=True):
+        close(a, b, draw.dtype)
+    saved = F.rms_norm(x, gamma)[1]
+    for a, b in zip(K.rms_norm_backward(dy, saved, gamma, need), F.rms_norm_backward(dy, saved, gamma, need), strict=True):
+        close(a, b, draw.dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("need", [("dx", "dA", "dB"), ("dx",), ("dA",), ("dB",), ("dx", "dB")])
+def test_lora(bias, need, draw, on):
+    x, W, b, A, B, dy = draw(11, 6), draw(6, 5), draw(5), draw(6, 2), draw(2, 5), draw(11, 5)
+    b = b if bias else None
+    mask = on((np.arange(66) % 3 > 0).reshape(11, 6) * 1.5, draw.dtype)
+    for m in (None, mask):
+        for a, e in zip(K.lora_linear(x, W, b, A, B, 0.7, m), F.lora_linear(x, W, b, A, B, 0.7, m), strict=True):
+            close(a, e, draw.dtype)
+        u = (x if m is None else x * m) @ A
+        for a, e in zip(
+            K.lora_linear_backward(dy, x, u, W, A, B, 0.7, m, need), F.lora_linear_backward(dy, x, u, W, A, B, 0.7, m, need), strict=True
+        ):
+            close(a, e, draw.dtype)
+    with pytest.raises(ValueError, match="asks for A"):
+        K.lora_linear(x, W, b, A.T, B, 1.0)
+
+
+@pytest.mark.parametrize("need", [("dx",), (), ("dx", "dW")])
+def test_the_loss_over_the_vocabulary(need, draw):
+    x, W, labels = draw(10, 6), draw(6, 517) * 3, np.random.default_rng(1).integers(0, 517, 10)
+    labels[0] = 516
+    for count in (None, 17):
+        for a, b in zip(K.linear_cross_entropy(x, W, labels, count, need), F.linear_cross_entropy(x, W, labels, count, need), strict=True):
+            close(a, b, draw.dtype)
+    far = x * 1e4  # logits of 1e5: nothing overflows
+    loss, dx, _ = K.linear_cross_entropy(far, W, labels, None, ("dx",))
+    assert np.isfinite(float(loss))
+    assert np.isfinite(ml.to_numpy(dx)).all()
+
+
+# -- attention: groups, blocks and rows ---------------------------------------------------------------------------------------
+
+
+def check_attention(lengths, heads, causal, rows, need, draw, d=3):
+    H, G = heads
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    T = int(offsets[-1])
+    R = T if rows is None else len(rows)
+    q, k, v, do = draw(R, H * d), draw(T, G * d), draw(T, G * d), draw(R, H * d)
+    wide = draw(T, 2 * G * d)
+    wide[:, : G * d] = k
+    k = wide[:, : G * d]  # as the columns of a fused projection: not contiguous
+    options = {"n_kv_head": G, "rows": rows}
+    o, saved = K.attention(q, k, v, H, offsets, causal, **options)
+    expected, P = F.attention(q, k, v, H, offsets, causal, **options)
+    close(o, expected, draw.dtype)
+    close(K.attention(q, k, v, H, offsets, causal, keep=False, **options)[0], expected, draw.dtype)
+    found = K.attention_backward(do, q, k, v, saved, H, offsets, need=need, **options)
+    wanted = F.attention_backward(do, q, k, v, P, H, offsets, need=need, **options)
+    for a, b in zip(found, wanted, strict=True):
+        close(a, b, draw.dtype)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [1, 7, 3, 7, 6, 1, 12], [40, 9]])
+@pytest.mark.parametrize("limits", [(128, 2**21, 512), (3, 2**21, 512), (4, 60, 512), (5, 2**21, 4)])
+def test_attention(causal, heads, lengths, limits, draw, monkeypatch):
+    for name, value in zip(("_QUERIES", "_SCORES", "_KEPT"), limits, strict=True):
+        monkeypatch.setattr(attention_module, name, value)
+    attention_module._grouped.cache_clear()
+    T = sum(lengths)
+    last = np.cumsum(lengths) - 1
+    some = np.flatnonzero(np.random.default_rng(2).random(T) < 0.4)
+    for rows in (None, last, some if len(some) else last, np.array([T - 1])):
+        check_attention(lengths, heads, causal, rows, ("dq", "dk", "dv"), draw)
+    for need in (("dq",), ("dk",), ("dv",), ("dq", "dv")):
+        check_attention(lengths, heads, causal, some if len(some) else last, need, draw)
+    attention_module._grouped.cache_clear()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.booleans(), st.integers(0, 2**32 - 1))
+def test_attention_of_any_batch(lengths, causal, seed):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.standard_normal(shape)  # noqa: E731
+    draw.dtype = "float64"
+    rows = np.flatnonzero(rng.random(sum(lengths)) < 0.5)
+    check_attention(lengths, (4, 2), causal, rows if len(rows) else None, ("dq", "dk", "dv"), draw)
+
+
+def test_attention_is_stable_at_large_scores(draw):
+    q, k, v = draw(9, 6) * 1e4, draw(9, 6) * 1e4, draw(9, 6)
+    o, saved = K.attention(q, k, v, 2, [0, 4, 9])
+    assert np.isfinite(ml.to_numpy(o)).all()
+    for g in K.attention_backward(v, q, k, v, saved, 2, [0, 4, 9]):
+        assert np.isfinite(ml.to_numpy(g)).all()
