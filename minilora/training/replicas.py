@@ -95,6 +95,7 @@ class Replicas:
                     given = {} if self.prefix is None else {"prefix": self.prefix(model, shard)}
                     loss, saved = model.loss(shard.ids, shard.labels, shard.offsets, count, **given)
                     model.loss_backward(saved)
+                    del saved  # before the next shard begins
                     total = loss if total is None else total + loss
             return total
 
