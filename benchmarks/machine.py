@@ -1,0 +1,83 @@
+"""What was measured on, and how much memory a process has had."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def describe() -> dict[str, Any]:
+    """The processor, and the versions of what computes."""
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "blas": _blas(),
+        **{name: _version(name) for name in ("numpy", "torch", "transformers", "peft")},
+        **{name: os.environ[name] for name in ("OPENBLAS_CORETYPE", "LD_PRELOAD") if name in os.environ},
+    }
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory.
+
+    On Linux from VmHWM: ru_maxrss begins at what the parent had when it started this process.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def busy_cores(seconds: float) -> float | None:
+    """How many cores were at work while this process slept; None where the system does not tell (Linux does)."""
+    before = _times()
+    time.sleep(seconds)
+    after = _times()
+    if before is None or after is None or after[0] == before[0]:
+        return None
+    return (os.cpu_count() or 1) * (1 - (after[1] - before[1]) / (after[0] - before[0]))
+
+
+def _times() -> tuple[int, int] | None:
+    """Clock ticks of all cores: (in all, idle)."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return None
+    ticks = [int(word) for word in stat.read_text().splitlines()[0].split()[1:9]]
+    return sum(ticks), ticks[3] + ticks[4]
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    features = [wide for wide in ("avx512f", "avx2") if wide in told.get("flags", "").split()]
+    return f"{name}, family {told['cpu family']} model {told['model']}, {features[0] if features else 'no avx2'}" if told else name
+
+
+def _blas() -> str:
+    import numpy  # noqa: F401  (loads it)
+    from threadpoolctl import threadpool_info
+
+    return "; ".join(
+        f"{i['internal_api']} {i['version']} {i.get('architecture', '')}".strip() for i in threadpool_info() if i["user_api"] == "blas"
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,27 @@
+"""This project's side of the benchmarks: the public way to train, as `minilora finetune` goes it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+import minilora as ml
+from minilora.training.data import Batch
+from minilora.training.loop import train
+
+LR, CLIP = 3e-3, 1.0
+
+
+def adapted(o: Namespace) -> Any:
+    """The model and the adapter in the folder."""
+    model = ml.load_model(o.folder / "model", "numpy")
+    ml.load_adapter(model, o.folder / "adapter")
+    return model
+
+
+def training(model: Any, batches: Iterator[Batch], o: Namespace, steps: int = 10**9) -> Iterator[float]:
+    """The losses of steps of AdamW, with clipping."""
+    optimizer = ml.AdamW(model.parameters(), LR)
+    for step in train(model, optimizer, batches, steps, lambda step: 1.0, clip=CLIP, threads=o.threads):
+        yield step.loss
