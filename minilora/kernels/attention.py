@@ -25,7 +25,7 @@ from minilora.backend import Array, get_xp
 
 _QUERIES = 128  # in a block, at most
 _SCORES = 2**21  # in a block, or a group: at most about so many
-_KEPT = 512
+_KEPT = 128
 
 
 class Group(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from minilora.backend import Array, get_xp
+from minilora.backend import Array, get_xp, keep_freed_memory
 from minilora.layers import Parameter, reseed
 from minilora.training.data import Batch
 from minilora.training.flat import FlatBuffer, adopt, fill_missing
@@ -63,6 +63,7 @@ class Replicas:
         self._limits: threadpool_limits | None = None
 
     def __enter__(self) -> Replicas:
+        keep_freed_memory()
         self._limits = threadpool_limits(1, user_api="blas")
         return self
 
