@@ -8,7 +8,7 @@ from typing import Any
 from minilora.formats.adapter import load_adapter, read_adapter_config
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_folder, save_model
-from minilora.formats.tokenizer import Tokenizer, load_tokenizer
+from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
 from minilora.layers import Linear
 from minilora.lora import lora_layers, merge
 
@@ -49,9 +49,10 @@ def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of the model that a path names; vocab_size is read from its config.json if it is not given."""
     base, _ = base_of(path)
     if base.endswith(".gguf"):
-        from minilora.formats.gguf import read_gguf
+        from minilora.formats.gguf import read_gguf_tokenizer
 
-        return load_tokenizer(base, vocab_size or read_gguf(Path(base))[0]["vocab_size"])
+        rows, vocabulary = read_gguf_tokenizer(base)
+        return gguf_tokenizer(vocabulary, vocab_size or rows, base)
     folder = model_folder(base)
     raw = read_json(folder / "config.json")
     config = family_of(raw, f"{folder}/config.json")
