@@ -98,7 +98,7 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
         assert recipe.data is not None
         tokenizer = tokenizer_of(recipe.model)
         dataset = load_dataset(recipe.data, "classify", tokenizer, recipe.window, seed=recipe.seed)
-        model = load_model(recipe.model, recipe.backend, num_labels=len(dataset.labels or ()))
+        model = load_model(recipe.model, recipe.backend, labels=dataset.labels)
         if not hasattr(model, "classifier"):
             raise ValueError(f"{recipe.model} ({type(model).__name__}) has no classifier; task classify needs a BERT.")
         task = classify_task(dataset, recipe.data, recipe.batch_size, recipe.seed)
@@ -132,7 +132,6 @@ def _prepare(model: Any, recipe: Recipe) -> AdamW:
             bias=recipe.bias,
             modules_to_save=recipe.modules_to_save,
             task_type="SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM",
-            base_model_name_or_path=recipe.model,
         )
         inject(model, config, rng=recipe.seed)
     else:

@@ -10,11 +10,11 @@ from minilora.training.datasets import TASKS, is_dataset
 
 METHODS = ("lora", "full")
 
-# Peak learning rates. "text" is the best of one grid for each method (benchmarks/lora_vs_full.py); for published models LoRA takes
-# about ten times the rate of full fine-tuning ("LoRA Without Regret", 2025).
+# Peak learning rates. Those of the bundled model are the best of one grid for each method (benchmarks/lora_vs_full.py); for published
+# models LoRA takes about ten times the rate of full fine-tuning ("LoRA Without Regret", 2025).
 _RATES = {
-    ("text", "lora"): 8e-3,
-    ("text", "full"): 2e-3,
+    (BUNDLED, "lora"): 8e-3,
+    (BUNDLED, "full"): 2e-3,
     ("lm", "lora"): 5e-4,
     ("lm", "full"): 5e-5,
     ("classify", "lora"): 1e-3,
@@ -28,7 +28,7 @@ class Recipe:
 
     data            the standard library's source
     bias, modules_to_save   for the bundled model all biases and the layer norms, else none
-    lr              by kind of data and method, see _RATES
+    lr              by model, task and method, see _RATES
     steps           120 for text; else `epochs` (3) times the batches of an epoch
     warmup          10 steps, or half the run if that is shorter
     threads         the cores, at most 8
@@ -95,7 +95,7 @@ class Recipe:
         self.bias = self.bias or ("all" if bundled else "none")
         if self.modules_to_save is None and bundled:
             self.modules_to_save = ["ln_1", "ln_2", "ln_f"]
-        self.lr = _RATES[self.kind, self.method] if self.lr is None else self.lr
+        self.lr = _RATES[BUNDLED if self.model == BUNDLED else self.task, self.method] if self.lr is None else self.lr
         if self.steps is None:
             self.steps = 120 if per_epoch is None else max(1, round(self.epochs * per_epoch / self.accumulate))
         self.warmup = min(10, self.steps // 2) if self.warmup is None else self.warmup
