@@ -102,8 +102,8 @@ def test_full_fine_tuning_keeps_the_names_of_the_classes(bert, cwd, run):
 
 
 def test_a_merged_classifier_loads_in_transformers_under_its_names(bert, cwd, run):
-    torch = pytest.importorskip("torch", reason="the live comparison needs torch: pip install 'minilora[oracle]'")
-    transformers = pytest.importorskip("transformers", reason="the live comparison needs transformers: pip install 'minilora[oracle]'")
+    torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
+    transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
     run("finetune", *QUICK, "--model", "bert", "--data", write_films(cwd / "films"), "--task", "classify", "--lr", 0.1, "--out", "run")
     run("merge", "run", "--out", "merged")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(cwd / "merged").eval()

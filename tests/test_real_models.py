@@ -68,8 +68,8 @@ def test_the_tokenizer_of_minilm_neither_pads_nor_cuts(minilm):
 
 
 def test_hidden_states_of_minilm_are_those_of_transformers(minilm):
-    torch = pytest.importorskip("torch", reason="the live comparison needs torch: pip install 'minilora[oracle]'")
-    transformers = pytest.importorskip("transformers", reason="the live comparison needs transformers: pip install 'minilora[oracle]'")
+    torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
+    transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
     tokenizer, model = load_tokenizer(minilm, 30522), ml.load_model(minilm, "numpy")
     ids, offsets = end_to_end([tokenizer.encode(sentence) for sentence in SENTENCES])
     oracle = transformers.BertModel.from_pretrained(minilm).eval()

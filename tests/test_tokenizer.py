@@ -198,7 +198,9 @@ def test_gguf_metadata_give_special_tokens_digits_and_the_begin_token():
 def test_qwen2s_way_of_splitting_is_transformers():
     told = metadata(pre="qwen2")
     ours = gguf_tokenizer(told, 400)
-    qwen2 = pytest.importorskip("transformers", reason="the oracle is not installed").Qwen2Tokenizer
+    qwen2 = pytest.importorskip(
+        "transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'"
+    ).Qwen2Tokenizer
     merges = [tuple(merge.split(" ")) for merge in told.merges]
     theirs = qwen2({token: i for i, token in enumerate(told.tokens)}, merges, unk_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>")
 
@@ -216,7 +218,9 @@ def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(made, tmp_path):
     assert vars(again) | {"library": None} == vars(made) | {"library": None}
     text = "the capital of France <|user|> 2024 ☃"
     assert again.encode(text).tolist() == made.encode(text).tolist()
-    auto = pytest.importorskip("transformers", reason="the oracle is not installed").AutoTokenizer.from_pretrained(tmp_path)
+    auto = pytest.importorskip(
+        "transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'"
+    ).AutoTokenizer.from_pretrained(tmp_path)
     assert auto(text)["input_ids"] == made.encode(text).tolist()
     assert auto.eos_token_id == 0
     assert auto.apply_chat_template(TALK, tokenize=False) == render_chat(CHATML, TALK)
@@ -291,7 +295,9 @@ def test_templates_render_as_in_transformers(name):
     if name.startswith("tojson"):
         assert text.startswith('[{"role": "user", "content": "Hi"}, ')
         assert "<b>" in text
-    utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="the oracle is not installed")
+    utils = pytest.importorskip(
+        "transformers.utils.chat_template_utils", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'"
+    )
     told, _ = utils.render_jinja_template(
         [TALK], chat_template=TEMPLATES[name], add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
     )
