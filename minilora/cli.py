@@ -220,10 +220,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--accumulate", type=int, metavar="N", help="batches a step (default: 1)")
     p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: 256)")
     p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, help="learn completions only (default), or prompts too")
-    p.add_argument("--eval-bytes", type=int, metavar="N", help="how much held-out text to measure on (default: 65536)")
+    p.add_argument(
+        "--eval-bytes", type=int, metavar="N", help="held-out text to measure on (default: 65536 bytes for pydoc, else 8192 tokens)"
+    )
     p.add_argument("--seed", type=int, help="seed of initial weights, batches and samples (default: 0)")
     p.add_argument("--threads", type=int, metavar="N", help="replicas, one thread each (default: the cores, at most 8)")
-    p.add_argument("--sample-bytes", type=int, metavar="N", help="length of the samples (default: 240)")
+    p.add_argument("--sample-bytes", type=int, metavar="N", help="length of the samples (default: 240 for pydoc, else none)")
     p.add_argument("--out", metavar="FOLDER", help="a new run folder (default: runs/METHOD-N)")
     where(p)
 

@@ -108,6 +108,7 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
             raise ValueError(f"{recipe.model} ({type(model).__name__}) is no decoder; task lm needs one. Is --task classify meant?")
         tokenizer = tokenizer_of(recipe.model, model.config.vocab_size)
         if recipe.kind == "text":
+            assert recipe.eval_bytes is not None
             most = max(1, recipe.eval_bytes // recipe.window)
             task = text_task(recipe.data, tokenizer, recipe.window, recipe.batch_size, most, recipe.seed)
         else:
