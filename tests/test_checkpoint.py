@@ -125,15 +125,15 @@ def test_a_bare_bert_gets_a_classifier_and_says_so(tmp_path, capsys):
     wanted = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "w"), "numpy", "float64")
     assert capsys.readouterr().err == ""
     folder = bare(oracle.write_checkpoint("bert", tmp_path / "m"))
-    model = ml.load_model(folder, "numpy", "float64", num_labels=5)
-    assert capsys.readouterr().err == f"{folder} has no classifier: drawn at random, to be trained.\n"
+    model = ml.load_model(folder, "numpy", "float64", labels=5)
+    assert capsys.readouterr().err == f"{folder} has no classifier: drawn at random, until it is trained or loaded.\n"
     ids, _, offsets = oracle.batch("bert")
     np.testing.assert_array_equal(model.embed(ids, offsets), wanted.embed(ids, offsets))
     assert logits(model, "bert").shape == (4, 5)
     W = model.classifier.weight.data
     assert 0.01 < W.std() < 0.03
     assert not model.classifier.bias.data.any()
-    np.testing.assert_array_equal(W, ml.load_model(folder, "numpy", "float64", num_labels=5).classifier.weight.data)
+    np.testing.assert_array_equal(W, ml.load_model(folder, "numpy", "float64", labels=5).classifier.weight.data)
     assert ml.load_model(folder, "numpy").config.num_labels == 2  # transformers' default
     capsys.readouterr()
     ml.load_model(bare(oracle.write_checkpoint("bert", tmp_path / "p"), pooler=False), "numpy")
@@ -384,10 +384,10 @@ def test_a_bad_checkpoint(case, tmp_path):
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match="no classifier; num_labels is for bert"):
-        ml.load_model("pydoc", "numpy", num_labels=3)
+    with pytest.raises(ValueError, match="this model is no classifier"):
+        ml.load_model("pydoc", "numpy", labels=3)
     with pytest.raises(ValueError, match=r"classifier.weight has shape \(12, 3\), the model wants \(12, 4\)"):
-        ml.load_model(oracle.write_checkpoint("bert", tmp_path / "m"), "numpy", num_labels=4)
+        ml.load_model(oracle.write_checkpoint("bert", tmp_path / "m"), "numpy", labels=4)
     for dtype in ("bfloat16", "int8", "float3"):
         with pytest.raises(ValueError, match=f"dtype is '{dtype}'; choose float32"):
             ml.load_model("pydoc", "numpy", dtype)

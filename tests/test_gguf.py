@@ -1,13 +1,16 @@
 """GGUF files: names, orientation, the order of rotary pairs, quantized weights, the tokenizer's metadata, and broken files."""
 
+import json
 import struct
 import sys
 
 import numpy as np
 import pytest
+from small_tokenizers import BPE, CHATML, SPECIAL
 
 import minilora as ml
 from minilora.formats.gguf import in_halves, read_gguf
+from minilora.formats.tokenizer import load_tokenizer
 from minilora.models import Llama, LlamaConfig
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'minilora[gguf]'")
@@ -314,3 +317,30 @@ def test_the_model_trains_with_adapters(tmp_path):
         optimizer.step()
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_merged_model_brings_its_tokenizer(tmp_path):
+    vocabulary = json.loads(BPE.library.to_str())["model"]
+    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
+    meta = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in vocabulary["merges"]],
+        "tokenizer.ggml.token_type": [3 if token in SPECIAL else 1 for token in tokens],
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": CHATML,
+    }
+    model = ml.load_model(write(tmp_path / "m.gguf", random_model(small(vocab_size=len(tokens))), meta=meta), "numpy")
+    ml.inject(model, ml.LoraConfig(r=2, init_lora_weights=False))
+    ml.merge(model)
+    ml.save_model(model, tmp_path / "merged")
+    tokenizer, text = load_tokenizer(tmp_path / "merged", len(tokens)), "the cat sat 2024<|end|>"
+    assert tokenizer.encode(text).tolist() == BPE.encode(text).tolist()
+    assert (tokenizer.stop_ids, tokenizer.chat_template) == ({0}, CHATML)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_said_to_be_missing(tmp_path, capsys):
+    model = ml.load_model(write(tmp_path / "m.gguf", random_model(small()), meta={"tokenizer.ggml.model": "llama"}), "numpy")
+    ml.save_model(model, tmp_path / "out")
+    assert "out is without a tokenizer: " in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +13,6 @@ from small_tokenizers import BPE, BYTES, CHATML, SPECIAL, TALK, library_bpe, lib
 
 from minilora.formats.chat import assistant_spans, find_chat_template, render_chat
 from minilora.formats.tokenizer import ByteTokenizer, HFTokenizer, gguf_tokenizer, load_tokenizer
-
-REAL = Path("~/.cache/minilora-assets").expanduser()
 
 
 def folder_of(path, library, **files):
@@ -201,7 +198,9 @@ def test_gguf_metadata_give_special_tokens_digits_and_the_begin_token():
 def test_qwen2s_way_of_splitting_is_transformers():
     told = metadata(pre="qwen2")
     ours = gguf_tokenizer(told, 400)
-    qwen2 = pytest.importorskip("transformers", reason="the oracle is not installed").Qwen2Tokenizer
+    qwen2 = pytest.importorskip(
+        "transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'"
+    ).Qwen2Tokenizer
     merges = [tuple(merge.split(" ")) for merge in told.merges]
     theirs = qwen2({token: i for i, token in enumerate(told.tokens)}, merges, unk_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>")
 
@@ -219,7 +218,9 @@ def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(made, tmp_path):
     assert vars(again) | {"library": None} == vars(made) | {"library": None}
     text = "the capital of France <|user|> 2024 ☃"
     assert again.encode(text).tolist() == made.encode(text).tolist()
-    auto = pytest.importorskip("transformers", reason="the oracle is not installed").AutoTokenizer.from_pretrained(tmp_path)
+    auto = pytest.importorskip(
+        "transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'"
+    ).AutoTokenizer.from_pretrained(tmp_path)
     assert auto(text)["input_ids"] == made.encode(text).tolist()
     assert auto.eos_token_id == 0
     assert auto.apply_chat_template(TALK, tokenize=False) == render_chat(CHATML, TALK)
@@ -294,7 +295,9 @@ def test_templates_render_as_in_transformers(name):
     if name.startswith("tojson"):
         assert text.startswith('[{"role": "user", "content": "Hi"}, ')
         assert "<b>" in text
-    utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="the oracle is not installed")
+    utils = pytest.importorskip(
+        "transformers.utils.chat_template_utils", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'"
+    )
     told, _ = utils.render_jinja_template(
         [TALK], chat_template=TEMPLATES[name], add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
     )
@@ -378,30 +381,3 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     rewrites = "{% for m in messages %}{{ m.role }}{{ m.content if loop.last else '...' }}{% endfor %}"
     with pytest.raises(ValueError, match="message 2 differently when others follow"):
         spans_of(rewrites)
-
-
-# ---- the real ones -------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not (REAL / "minilm-check" / "tokenizer.json").is_file(), reason="the MiniLM of the registry is not unpacked here")
-def test_the_real_minilm_is_neither_padded_nor_cut():
-    tokenizer = load_tokenizer(REAL / "minilm-check", 30522)
-    assert tokenizer.encode("A man is eating food.").tolist() == [101, 1037, 2158, 2003, 5983, 2833, 1012, 102]
-    assert len(tokenizer.encode("A man is eating food. " * 60)) == 362
-    with pytest.raises(ValueError, match="ids up to 30521, but the model's embedding has 30000 rows"):
-        load_tokenizer(REAL / "minilm-check", 30000)
-
-
-@pytest.mark.skipif(not (REAL / "smollm2-check").is_dir(), reason="the SmolLM2 of the registry is not unpacked here")
-def test_the_real_smollm2_splits_digits_and_ends_turns():
-    (file,) = (REAL / "smollm2-check").glob("*.gguf")
-    tokenizer = load_tokenizer(file, 49152)
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    text = render_chat(tokenizer.chat_template, question, True, tokenizer.token(tokenizer.bos_id), tokenizer.token(tokenizer.eos_id))
-    assert text.endswith("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
-    ids = tokenizer.encode(text, add_special=False)
-    assert (ids[0], tokenizer.eos_id, tokenizer.adds_bos) == (1, 2, False)
-    assert tokenizer.decode(ids) == text
-    assert [tokenizer.decode([i]) for i in tokenizer.encode("in 2024")] == ["in", " ", "2", "0", "2", "4"]
-    with pytest.raises(ValueError, match="ids up to 49151, but the model's embedding has 49000 rows"):
-        load_tokenizer(file, 49000)

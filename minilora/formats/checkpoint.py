@@ -10,7 +10,7 @@ import importlib
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -21,6 +21,7 @@ import numpy as np
 from minilora.backend import choose_backend, to_numpy
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.tensors import map_tensors, write_tensors
+from minilora.formats.tokenizer import load_tokenizer
 from minilora.layers import Layer, Linear
 from minilora.lora import lora_layers
 
@@ -62,15 +63,15 @@ _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "hidden_dropout_prob", 
 
 
 def load_model(
-    path_or_id: str | Path = BUNDLED, backend: str = "auto", dtype: Any = "float32", num_labels: int | None = None
+    path_or_id: str | Path = BUNDLED, backend: str = "auto", dtype: Any = "float32", labels: int | Sequence[str] | None = None
 ) -> Any:  # Any: one of the classes of FAMILIES, which have more in common than Layer
     """A published model on a backend, frozen. Architectures: gpt2, bert, llama, qwen2.
 
     path_or_id: a folder with config.json and model.safetensors (or shards and model.safetensors.index.json), a .gguf file, an id
     "org/name" of the hub (fetched by huggingface_hub, whose cache and HF_HUB_OFFLINE hold), or "pydoc", the model in this package.
     On NumPy, parameters that the file holds in `dtype` are read-only views of the mapped file.
-    num_labels: of a classifier; by default what config.json says. A classifier or pooler that the checkpoint has not is drawn from
-    N(0, 0.02^2), the same each time, and a line on standard error says so.
+    labels: the names of a classifier's classes, or how many there are; by default what config.json says. A classifier or pooler
+    that the checkpoint has not is drawn from N(0, 0.02^2), the same each time, and a line on standard error says so.
 
     Raises FileNotFoundError; ValueError when the configuration, a file or a tensor does not fit; ImportError for a missing extra.
     """
@@ -88,15 +89,15 @@ def load_model(
     family = family_of(raw, where)
     config, model_class = _classes(family)
     config = config.from_json(raw, where)
-    if num_labels is not None:
-        config = _with_labels(config, num_labels, where)
+    if labels is not None:
+        config = _with_labels(config, labels, where)
     model = model_class(config, rng=_Blank(), dtype="float32")
     if tensors is None:
         tensors = read_weights(source)
     tensors = _renamed(model, family, tensors, source)
     tensors |= _fresh(model, family, tensors, raw, source)
     assign(model, _turned(model, tensors), source)
-    model.source = str(path_or_id) if str(path_or_id) == BUNDLED else str(source)
+    model.source = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # an adapter will name it, from anywhere
     model.hub_id = str(path_or_id) if _is_hub_id(path_or_id) else None
     return model.freeze().to(backend, dtype)
 
@@ -199,13 +200,14 @@ def _classes(family: Family) -> tuple[Any, Any]:
     return getattr(module, family.config), getattr(module, family.model)
 
 
-def _with_labels(config: Any, num_labels: int, where: str) -> Any:
-    """The configuration with another number of labels; names of labels stay if they still fit."""
+def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
+    """The configuration with other classes: names, or a number of them, with which the names in it stay if they still fit."""
     if not hasattr(config, "num_labels"):
-        raise ValueError(f"{where}: this model is no classifier; num_labels is for bert.")
-    if num_labels == config.num_labels:
-        return config
-    return replace(config, num_labels=num_labels, id2label=None, problem_type=None)
+        raise ValueError(f"{where}: this model is no classifier, which takes a BERT.")
+    n, names = (labels, None) if isinstance(labels, int) else (len(labels), dict(enumerate(labels)))
+    if n == config.num_labels:
+        return replace(config, id2label=names or config.id2label)
+    return replace(config, num_labels=n, id2label=names, problem_type=None)
 
 
 def _is_dtype(dtype: Any) -> bool:
@@ -276,7 +278,7 @@ def _fresh(model: Any, family: Family, tensors: dict[str, np.ndarray], raw: dict
         values[f"{name}.weight"] = rng.normal(0, 0.02, W.shape).astype(W.dtype).T
         values[f"{name}.bias"] = np.zeros(b.shape, b.dtype)
     if absent:
-        print(f"{source} has no {' and no '.join(absent)}: drawn at random, to be trained.", file=sys.stderr)
+        print(f"{source} has no {' and no '.join(absent)}: drawn at random, until it is trained or loaded.", file=sys.stderr)
     return values
 
 
@@ -319,9 +321,10 @@ def _finite(x: np.ndarray) -> bool:
 
 
 def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
-    """Write a folder that transformers loads: config.json, model.safetensors, and the tokenizer's files where the model came from some.
+    """Write a folder that transformers loads: config.json, model.safetensors, and the tokenizer's files where the model came with one.
 
     dtype: of the tensors; by default the model's. Merged adapters are part of the weights; unmerged ones raise ValueError.
+    The tokenizer of a GGUF file is written if it can be read; else a line on standard error says why it is not.
     """
     folder = Path(folder)
     merged = {}
@@ -342,6 +345,11 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     write_json(folder / "config.json", told)
     if source is not None and source.is_dir():
         _copy(source, folder, _TOKENIZER_FILES)
+    elif source is not None and source.is_file():
+        try:
+            load_tokenizer(source, model.config.vocab_size).save(folder)
+        except (ValueError, ImportError) as error:
+            print(f"{folder} is without a tokenizer: {error}", file=sys.stderr)
 
 
 def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:

@@ -69,6 +69,13 @@ def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any],
     return config, tensors, _tokenizer(meta, path)
 
 
+def read_gguf_tokenizer(path: str | Path) -> tuple[int, GGUFTokenizer]:
+    """(rows of the embedding, tokenizer) of a GGUF file, without its weights. Raises as `read_gguf`."""
+    path = Path(path)
+    meta, stored = _open(path)
+    return _config(meta, {tensor.name: tensor for tensor in stored}, path)["vocab_size"], _tokenizer(meta, path)
+
+
 def in_halves(W: np.ndarray, n_head: int) -> np.ndarray:
     """Rows of a projection of q or k (H d, m), or its bias (H d,), from interleaved order to that of halves.
 
@@ -89,6 +96,7 @@ def _open(path: Path) -> tuple[dict[str, Any], list[Any]]:
 
     class Reader(gguf.GGUFReader):  # notices when the file ends before what its header announces
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> np.ndarray:
+            self.data = np.asarray(self.data)  # type: ignore[assignment]  # slices of a memmap take twice as long
             values = super()._get(offset, dtype, count, *args, **kwargs)
             if len(values) < count:  # NumPy cuts a slice short in silence, and a length that lies would be followed to its end
                 raise ValueError("it ends before what its header announces")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from minilora.formats.adapter import load_adapter, read_adapter_config
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_folder, save_model
-from minilora.formats.tokenizer import Tokenizer, load_tokenizer
+from minilora.formats.tensors import map_tensors
+from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
 from minilora.layers import Linear
 from minilora.lora import lora_layers, merge
 
@@ -16,9 +18,16 @@ from minilora.lora import lora_layers, merge
 def open_model(path: str | Path, backend: str = "auto", adapter: str | Path | None = None) -> Any:
     """The model that a path names, with the adapter that it or `adapter` names. Raises as the loaders do."""
     base, found = base_of(path)
-    labels = labels_of(adapter or path)
-    model = load_model(base, backend, num_labels=len(labels) if labels else None)
-    found = _adapter_folder(Path(adapter)) or Path(adapter) if adapter else found
+    if adapter is not None:
+        found = _adapter_folder(Path(adapter)) or Path(adapter)
+    try:
+        model = load_model(base, backend, labels=labels_of(adapter or path) or (_classes(found) if found else None))
+    except FileNotFoundError as error:
+        if base == str(path):
+            raise
+        raise FileNotFoundError(
+            f"the base model of {path} is not where it was: {error} Give it as the model, and --adapter {path}."
+        ) from None
     if found is not None:
         load_adapter(model, found)
     return model
@@ -49,9 +58,10 @@ def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of the model that a path names; vocab_size is read from its config.json if it is not given."""
     base, _ = base_of(path)
     if base.endswith(".gguf"):
-        from minilora.formats.gguf import read_gguf
+        from minilora.formats.gguf import read_gguf_tokenizer
 
-        return load_tokenizer(base, vocab_size or read_gguf(Path(base))[0]["vocab_size"])
+        rows, vocabulary = read_gguf_tokenizer(base)
+        return gguf_tokenizer(vocabulary, vocab_size or rows, base)
     folder = model_folder(base)
     raw = read_json(folder / "config.json")
     config = family_of(raw, f"{folder}/config.json")
@@ -99,11 +109,18 @@ def describe(path: str | Path) -> dict[str, Any]:
     return told
 
 
+def _classes(adapter: Path) -> int | None:
+    """How many classes the head in an adapter's file tells apart: PEFT keeps them nowhere else."""
+    file = adapter / "adapter_model.safetensors"
+    tensors = map_tensors(file)[0] if file.is_file() else {}
+    return next((len(value) for name, value in tensors.items() if re.search(r"\.classifier\.(lora_B\.)?weight$", name)), None)
+
+
 def _default_vocabulary(family: Any) -> int:
     """vocab_size where config.json leaves it at its family's default."""
-    from minilora.formats.checkpoint import _classes
+    from minilora.formats.checkpoint import _classes as classes
 
-    return int(_classes(family)[0].__dataclass_fields__["vocab_size"].default)
+    return int(classes(family)[0].__dataclass_fields__["vocab_size"].default)
 
 
 def _adapter_folder(folder: Path) -> Path | None:

@@ -132,9 +132,9 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        from minilora.formats.gguf import read_gguf
+        from minilora.formats.gguf import read_gguf_tokenizer
 
-        return gguf_tokenizer(read_gguf(path)[2], vocab_size, path)
+        return gguf_tokenizer(read_gguf_tokenizer(path)[1], vocab_size, path)
     folder, file = (path.parent, path) if path.suffix == ".json" else (path, path / "tokenizer.json")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} to take a tokenizer from.")
@@ -148,7 +148,7 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
 
 
 def gguf_tokenizer(vocabulary: Any, vocab_size: int, path: str | Path = "the GGUF file") -> HFTokenizer:
-    """The byte-level BPE in the metadata of a GGUF file, as `read_gguf` gives them (its GGUFTokenizer).
+    """The byte-level BPE in the metadata of a GGUF file, as `read_gguf_tokenizer` gives them (its GGUFTokenizer).
 
     `pre` says how a text is split before the merges: "gpt-2" words from spaces; "smollm" also every digit; "qwen2" by an expression of its
     own. Another way of splitting gives other ids for the same text, so others raise ValueError, as do SentencePiece vocabularies, and

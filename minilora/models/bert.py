@@ -74,6 +74,12 @@ class BertConfig:
         """Is the label a number? As in transformers, one label means so."""
         return self.num_labels == 1
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the labels in order; None where there are none, for which transformers writes LABEL_0, LABEL_1, ..."""
+        names = [self.id2label[i] for i in range(self.num_labels)] if self.id2label else []
+        return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str) -> BertConfig:
         """The configuration in a config.json; `where` is its name for messages. Raises ValueError for options that are not supported."""

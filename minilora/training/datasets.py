@@ -128,7 +128,7 @@ def load_examples(
     """All of one .jsonl or .csv file, in order: `load_dataset` without a split. task "classify" needs the names of the classes."""
     _check(task, max_length)
     if task == "classify" and labels is None:
-        raise ValueError("load_examples: give the names of the classes as labels.")
+        raise ValueError(f"{file}: the model does not name its classes; give a folder that has train.jsonl or train.csv too.")
     file = Path(file)
     make = _maker(task, tokenizer, max_length, mask_prompt, labels, chat_template or tokenizer.chat_template)
     return _examples(file, read_records(file), make)

@@ -98,7 +98,7 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
         assert recipe.data is not None
         tokenizer = tokenizer_of(recipe.model)
         dataset = load_dataset(recipe.data, "classify", tokenizer, recipe.window, seed=recipe.seed)
-        model = load_model(recipe.model, recipe.backend, num_labels=len(dataset.labels or ()))
+        model = load_model(recipe.model, recipe.backend, labels=dataset.labels)
         if not hasattr(model, "classifier"):
             raise ValueError(f"{recipe.model} ({type(model).__name__}) has no classifier; task classify needs a BERT.")
         task = classify_task(dataset, recipe.data, recipe.batch_size, recipe.seed)
@@ -108,6 +108,7 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
             raise ValueError(f"{recipe.model} ({type(model).__name__}) is no decoder; task lm needs one. Is --task classify meant?")
         tokenizer = tokenizer_of(recipe.model, model.config.vocab_size)
         if recipe.kind == "text":
+            assert recipe.eval_bytes is not None
             most = max(1, recipe.eval_bytes // recipe.window)
             task = text_task(recipe.data, tokenizer, recipe.window, recipe.batch_size, most, recipe.seed)
         else:
@@ -132,7 +133,6 @@ def _prepare(model: Any, recipe: Recipe) -> AdamW:
             bias=recipe.bias,
             modules_to_save=recipe.modules_to_save,
             task_type="SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM",
-            base_model_name_or_path=recipe.model,
         )
         inject(model, config, rng=recipe.seed)
     else:

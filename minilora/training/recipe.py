@@ -10,11 +10,11 @@ from minilora.training.datasets import TASKS, is_dataset
 
 METHODS = ("lora", "full")
 
-# Peak learning rates. "text" is the best of one grid for each method (benchmarks/lora_vs_full.py); for published models LoRA takes
-# about ten times the rate of full fine-tuning ("LoRA Without Regret", 2025).
+# Peak learning rates. Those of the bundled model are the best of one grid for each method (benchmarks/lora_vs_full.py); for published
+# models LoRA takes about ten times the rate of full fine-tuning ("LoRA Without Regret", 2025).
 _RATES = {
-    ("text", "lora"): 8e-3,
-    ("text", "full"): 2e-3,
+    (BUNDLED, "lora"): 8e-3,
+    (BUNDLED, "full"): 2e-3,
     ("lm", "lora"): 5e-4,
     ("lm", "full"): 5e-5,
     ("classify", "lora"): 1e-3,
@@ -24,13 +24,15 @@ _RATES = {
 
 @dataclass
 class Recipe:
-    """What `finetune` is asked; the names are those of the flags. None takes a default that `settle` works out:
+    """What `finetune` is asked; the names are those of the flags. None takes a default that depends on the model or the data:
 
     data            the standard library's source
     bias, modules_to_save   for the bundled model all biases and the layer norms, else none
-    lr              by kind of data and method, see _RATES
+    lr              by model, task and method, see _RATES
     steps           120 for text; else `epochs` (3) times the batches of an epoch
     warmup          10 steps, or half the run if that is shorter
+    eval_bytes      how much held-out text to measure on, in bytes for the bundled model (65,536), else in tokens (8,192)
+    sample_bytes    240 for the bundled model, else 0: no samples, as they go on from Python source
     threads         the cores, at most 8
     Raises ValueError for values out of range.
     """
@@ -59,11 +61,11 @@ class Recipe:
     accumulate: int = 1
     window: int = 256
     mask_prompt: bool = True
-    eval_bytes: int = 65536
+    eval_bytes: int | None = None
     seed: int = 0
     threads: int = 0
     backend: str = "auto"
-    sample_bytes: int = 240
+    sample_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -72,6 +74,9 @@ class Recipe:
             raise ValueError(f"unknown task {self.task!r}; choose {' or '.join(TASKS)}.")
         if self.task == "classify" and self.data is None:
             raise ValueError("task classify needs --data: a .jsonl or .csv file with text and label, or a folder with train and valid.")
+        bundled = self.model == BUNDLED
+        self.eval_bytes = (65536 if bundled else 8192) if self.eval_bytes is None else self.eval_bytes
+        self.sample_bytes = (240 if bundled else 0) if self.sample_bytes is None else self.sample_bytes
         for name in ("batch_size", "tokens_per_batch", "accumulate", "window", "eval_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -95,7 +100,7 @@ class Recipe:
         self.bias = self.bias or ("all" if bundled else "none")
         if self.modules_to_save is None and bundled:
             self.modules_to_save = ["ln_1", "ln_2", "ln_f"]
-        self.lr = _RATES[self.kind, self.method] if self.lr is None else self.lr
+        self.lr = _RATES[BUNDLED if self.model == BUNDLED else self.task, self.method] if self.lr is None else self.lr
         if self.steps is None:
             self.steps = 120 if per_epoch is None else max(1, round(self.epochs * per_epoch / self.accumulate))
         self.warmup = min(10, self.steps // 2) if self.warmup is None else self.warmup
