@@ -9,6 +9,7 @@ from typing import Any
 import minilora as ml
 from minilora.training.data import Batch
 from minilora.training.loop import train
+from minilora.training.prefix import PrefixCache
 
 LR, CLIP = 3e-3, 1.0
 
@@ -23,5 +24,5 @@ def adapted(o: Namespace) -> Any:
 def training(model: Any, batches: Iterator[Batch], o: Namespace, steps: int = 10**9) -> Iterator[float]:
     """The losses of steps of AdamW, with clipping."""
     optimizer = ml.AdamW(model.parameters(), LR)
-    for step in train(model, optimizer, batches, steps, lambda step: 1.0, clip=CLIP, threads=o.threads):
+    for step in train(model, optimizer, batches, steps, lambda step: 1.0, clip=CLIP, threads=o.threads, prefix=PrefixCache()):
         yield step.loss

@@ -218,6 +218,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--batch-size", type=int, metavar="N", help="windows or texts a batch (default: 8)")
     p.add_argument("--tokens-per-batch", type=int, metavar="N", help="tokens a batch of records (default: 2048)")
     p.add_argument("--accumulate", type=int, metavar="N", help="batches a step (default: 1)")
+    p.add_argument("--recompute", action="store_const", const=True, help="save less for the backward pass and compute more")
+    p.add_argument("--cache", action=argparse.BooleanOptionalAction, help="keep what frozen blocks give over epochs (default)")
     p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: 256)")
     p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, help="learn completions only (default), or prompts too")
     p.add_argument(

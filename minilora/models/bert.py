@@ -361,9 +361,11 @@ class Bert(Layer):
         if at_x:
             self.embeddings.backward(dx, s_emb)
 
-    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix:
-        """What the frozen blocks at the bottom give for these ids."""
+    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix | None:
+        """What the frozen blocks at the bottom give for these ids, None where there are none."""
         blocks = self.encoder.layer[: frozen_blocks(self.encoder.layer, self.embeddings.trainable)]
+        if not blocks:
+            return None
         x, _ = self.embeddings.forward(ids, keep=False, offsets=offsets)
         return Prefix(len(blocks), run_blocks(blocks, x, False, False, offsets=offsets)[0])
 
@@ -432,8 +434,8 @@ class BertClassifier(Layer):
         if at_h:
             self.bert.backward(dh, s_bert)
 
-    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix:
-        """What the frozen blocks at the bottom give for these ids: the same in every epoch (models/stack.py)."""
+    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix | None:
+        """What the frozen blocks at the bottom give for these ids: the same in every epoch (models/stack.py). None: there are none."""
         return self.bert.prefix(ids, offsets)
 
     def loss(

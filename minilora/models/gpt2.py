@@ -113,9 +113,11 @@ class Decoder(Layer):
             self.wpe.backward(dx, s_wpe)  # x_0 = wte[ids] + wpe[position]: both get all of it
             self.wte.backward(dx, s_wte)
 
-    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix:
-        """What the frozen blocks at the bottom give for these ids."""
+    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix | None:
+        """What the frozen blocks at the bottom give for these ids, None where there are none."""
         n = frozen_blocks(self.h, self.wte.trainable or self.wpe.trainable)
+        if n == 0:
+            return None
         x = self.wte.forward(ids, keep=False)[0] + self.wpe.forward(self._positions(len(ids), offsets), keep=False)[0]
         return Prefix(n, run_blocks(self.h[:n], x, False, False, offsets=offsets)[0])
 
@@ -205,8 +207,8 @@ class GPT2(Layer):
             self.transformer.wte.weight.add_grad(dW.T)  # the head is wte^T
         self.transformer.backward(dh, s_h)
 
-    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix:
-        """What the frozen blocks at the bottom give for these ids: the same in every epoch (models/stack.py)."""
+    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix | None:
+        """What the frozen blocks at the bottom give for these ids: the same in every epoch (models/stack.py). None: there are none."""
         return self.transformer.prefix(ids, offsets)
 
     def decode(self, ids: Array, cache: KVCache) -> Array:

@@ -339,9 +339,11 @@ class LlamaDecoder(Layer):
         if dx is not None:
             self.embed_tokens.backward(dx, s_embed)
 
-    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix:
-        """What the frozen blocks at the bottom give for these ids."""
+    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix | None:
+        """What the frozen blocks at the bottom give for these ids, None where there are none."""
         n = frozen_blocks(self.layers, self.embed_tokens.trainable)
+        if n == 0:
+            return None
         x, _ = self.embed_tokens.forward(ids, keep=False)
         rope = self.tables(F.positions(len(ids), offsets, self.config.max_position_embeddings), x)
         return Prefix(n, run_blocks(self.layers[:n], x, False, False, offsets=offsets, rope=rope)[0])
@@ -452,8 +454,8 @@ class Llama(Layer):
         if dh is not None:  # None: only the head is trained
             self.model.backward(dh, s_h)
 
-    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix:
-        """What the frozen blocks at the bottom give for these ids: the same in every epoch (models/stack.py)."""
+    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix | None:
+        """What the frozen blocks at the bottom give for these ids: the same in every epoch (models/stack.py). None: there are none."""
         return self.model.prefix(ids, offsets)
 
     def decode(self, ids: Array, cache: KVCache) -> Array:

@@ -23,6 +23,7 @@ from minilora.training.datasets import load_dataset
 from minilora.training.loop import Diverged, train
 from minilora.training.optimizers import AdamW
 from minilora.training.plot import have_matplotlib, plot_run
+from minilora.training.prefix import PrefixCache
 from minilora.training.recipe import Recipe
 from minilora.training.run_folder import RunFolder
 from minilora.training.schedules import Schedule, schedule
@@ -137,6 +138,9 @@ def _prepare(model: Any, recipe: Recipe) -> AdamW:
         inject(model, config, rng=recipe.seed)
     else:
         model.unfreeze()
+    for _, layer in model.modules():
+        if hasattr(layer, "recompute"):
+            layer.recompute = recipe.recompute
     return AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
 
 
@@ -145,9 +149,11 @@ def _train(model: Any, optimizer: AdamW, task: Task, rate: Schedule, recipe: Rec
     assert task.train is not None and recipe.steps is not None
     seconds, tokens = 0.0, 0
     options = {"clip": recipe.clip, "accumulate": recipe.accumulate, "threads": recipe.threads, "seed": recipe.seed}
+    comes_again = task.per_epoch is not None and recipe.steps * recipe.accumulate > task.per_epoch
+    prefix = PrefixCache() if recipe.cache and comes_again else None
     unit, scale = ("bits/byte", math.log(2)) if task.headline == "bits_per_byte" else ("loss", 1.0)
     with tqdm(total=recipe.steps, unit="step", desc=recipe.method, dynamic_ncols=True) as bar:
-        for s in train(model, optimizer, task.train, recipe.steps, rate, **options):  # type: ignore[arg-type]
+        for s in train(model, optimizer, task.train, recipe.steps, rate, prefix=prefix, **options):  # type: ignore[arg-type]
             seconds, tokens = seconds + s.seconds, tokens + s.tokens
             records.append({"step": s.step, "loss": s.loss, "lr": s.lr, "grad_norm": s.grad_norm, "tokens": s.tokens})
             bar.set_postfix_str(f"{s.loss / scale:.3f} {unit}, {tokens / seconds:,.0f} tokens/s", refresh=False)

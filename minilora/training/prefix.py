@@ -36,7 +36,7 @@ class PrefixCache:
         self.blocks = 0
         self._file: Any = None
 
-    def __call__(self, model: Any, batch: Batch) -> Prefix:
+    def __call__(self, model: Any, batch: Batch) -> Prefix | None:
         """Threads may ask at once, as long as no sequence is in two batches at a time: the worst is that it is computed twice."""
         bounds = [(int(a), int(b)) for a, b in pairwise(batch.offsets)]
         keys = [batch.ids[a:b].tobytes() for a, b in bounds]
@@ -46,7 +46,10 @@ class PrefixCache:
             ids = np.concatenate([batch.ids[slice(*bounds[i])] for i in new])
             lengths = [bounds[i][1] - bounds[i][0] for i in new]
             offsets = np.concatenate([[0], np.cumsum(lengths)])
-            self.blocks, x = model.prefix(ids, offsets)
+            prefix = model.prefix(ids, offsets)
+            if prefix is None:
+                return None
+            self.blocks, x = prefix
             for i, a, b in zip(new, offsets[:-1], offsets[1:], strict=True):
                 found[keys[i]] = x[a:b]
                 self._keep(keys[i], x[a:b])
