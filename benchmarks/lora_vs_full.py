@@ -1,6 +1,6 @@
 """The comparison of the LoRA paper in small: how much of what full fine-tuning gains does LoRA gain, on the same steps?
 
-    python -m benchmarks.lora_vs_full [--steps 120] [--seeds 1]
+    python -m benchmarks.lora_vs_full [--steps 200] [--seeds 1]
 
 Both methods run the main job (the bundled model, Python source) over the same grid of learning rates, and the best rate of
 each is compared: gap closed = (before - after LoRA) / (before - after full). Prints a table, then one line of JSON.
@@ -17,7 +17,7 @@ from pathlib import Path
 from minilora.training.finetune import finetune
 from minilora.training.recipe import Recipe
 
-RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
+RATES = [1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 5.6e-3, 8e-3, 1.1e-2, 1.6e-2]
 
 
 def run(method: str, lr: float, seed: int, **options: int) -> dict:
@@ -28,7 +28,7 @@ def run(method: str, lr: float, seed: int, **options: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--rates", type=float, nargs="*", default=RATES, help="the grid of learning rates, the same for both")

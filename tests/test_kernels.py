@@ -11,14 +11,16 @@ import minilora as ml
 from minilora import functional as F
 from minilora import kernels as K
 
-attention_module, blocks_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in ("attention", "blocks", "losses"))
+MODULES = ("attention", "blocks", "lora", "losses")
+attention_module, blocks_module, lora_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in MODULES)
 TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks so small that every loop runs more than once."""
-    monkeypatch.setattr(blocks_module, "BLOCK", 23)
+    for module in (blocks_module, lora_module):
+        monkeypatch.setattr(module, "BLOCK", 23)
     monkeypatch.setattr(losses_module, "_LOGITS", 2600)
 
 

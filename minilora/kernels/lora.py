@@ -1,4 +1,7 @@
-"""Twins of functional/lora.py: the low-rank product is added to the dense one block by block, and the bias along with it."""
+"""Twins of functional/lora.py: the low-rank product is added to the dense one block by block, and the bias along with it.
+
+What fits a block runs as the plain pair.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ import numpy as np
 
 from minilora import functional as F
 from minilora.backend import Array, get_xp
-from minilora.kernels.blocks import row_blocks
+from minilora.kernels.blocks import BLOCK, row_blocks
 
 
 def lora_linear(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: float, mask: Array | None = None) -> tuple[Array, Array]:
     """As functional.lora_linear."""
-    if get_xp(x, W, A, B) is not np or x.ndim != 2 or x.dtype != A.dtype:
+    if get_xp(x, W, A, B) is not np or x.ndim != 2 or x.dtype != A.dtype or len(x) * sum(W.shape) < BLOCK:
         return F.lora_linear(x, W, b, A, B, s, mask)
     F.check_lora(W, A, B)
     y = F.linear(x, W, None)
@@ -40,7 +43,7 @@ def lora_linear_backward(
     need: Collection[str] = ("dx", "dA", "dB"),
 ) -> tuple[Array, Array, Array]:
     """As functional.lora_linear_backward."""
-    if get_xp(dy) is not np or mask is not None:
+    if get_xp(dy) is not np or mask is not None or len(dy) * sum(W.shape) < BLOCK:
         return F.lora_linear_backward(dy, x, u, W, A, B, s, mask, need)
     dB = (s * u).T @ dy if "dB" in need else None
     if not {"dx", "dA"} & set(need):

@@ -9,24 +9,3 @@ from minilora.layers.embedding import Embedding
 from minilora.layers.linear import Linear
 from minilora.layers.norm import LayerNorm, RMSNorm
 from minilora.layers.sequential import Sequential
-
-__all__ = [
-    "GELU",
-    "Activation",
-    "Attention",
-    "Block",
-    "Dropout",
-    "Embedding",
-    "FeedForward",
-    "Layer",
-    "LayerNorm",
-    "Linear",
-    "Parameter",
-    "RMSNorm",
-    "ReLU",
-    "Saved",
-    "Sequential",
-    "SiLU",
-    "Tanh",
-    "reseed",
-]

@@ -4,5 +4,3 @@ from minilora.lora.config import LoraConfig
 from minilora.lora.factorization import factorize
 from minilora.lora.injection import disabled, find_targets, inject, merge, unmerge
 from minilora.lora.layer import LoRALinear, lora_layers
-
-__all__ = ["LoRALinear", "LoraConfig", "disabled", "factorize", "find_targets", "inject", "lora_layers", "merge", "unmerge"]
