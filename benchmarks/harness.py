@@ -118,18 +118,21 @@ def compare(
     warmup: int = 2,
     tolerance: float | None = 1e-4,
     fresh: bool = False,
+    words: tuple[str, str] = ("step", "losses"),
     **own: dict[str, Any],
 ) -> int:
     """Measure the first of `sides` against the others; print a table and a line of JSON. Returns the exit code.
 
     A round is `steps` steps, after `warmup` steps that are not timed. Losses may differ by `tolerance` of the first one; None: by
-    anything. fresh: every turn is a new process, timed from its start to the end of the warm-up.
+    anything. fresh: every turn is a new process, timed from its start to the end of the warm-up. words: what a step and its value are.
     """
     own["steps"] = {"type": int, "default": steps, "help": "steps a round"}
     own["no-compile"] = {"action": "store_true", "help": "leave out torch.compile"}
     args = options(doc, **own)
     names = [name for name in sides if not (args.no_compile and "compile" in name)]
-    print(f"{doc.splitlines()[0]}\n{args.threads} threads, {args.rounds} rounds of " + ("a process" if fresh else f"{args.steps} steps"))
+    print(
+        f"{doc.splitlines()[0]}\n{args.threads} threads, {args.rounds} rounds of " + ("a process" if fresh else f"{args.steps} {words[0]}s")
+    )
     with tempfile.TemporaryDirectory() as folder:
         given = {**vars(args), "warmup": warmup, "folder": folder}
         try:
@@ -139,7 +142,7 @@ def compare(
             print(f"benchmarks.{workload}: {failed}", file=sys.stderr)
             return 1
     told = summary(measured, 1 if fresh else args.steps, tolerance)
-    show({**heading(workload, args), "steps": args.steps, **told}, RIVALS)
+    show({**heading(workload, args), "steps": args.steps, **told}, RIVALS, words)
     return 0 if told["ok"] else 1
 
 

@@ -71,11 +71,14 @@ def summary(sides: Sequence[Measured], steps: int, tolerance: float | None) -> d
     return told
 
 
-def show(told: Mapping[str, Any], about: Mapping[str, str]) -> None:
-    """Print a summary as a table, and what there is to say of it; then all of it as one line of JSON."""
+def show(told: Mapping[str, Any], about: Mapping[str, str], words: tuple[str, str] = ("step", "losses")) -> None:
+    """Print a summary as a table, and what there is to say of it; then all of it as one line of JSON.
+
+    about: {side: what it is}; words: what a step and its value are called.
+    """
     names = list(told["sides"])
     first, width = names[0], max(map(len, names))
-    print(f"{'':{width}}{'ms a step':>11}   {first + ' / it':26}{'peak MB':>7}   {first} / it")
+    print(f"{'':{width}}{'ms a ' + words[0]:>11}   {first + ' / it':26}{'peak MB':>7}   {first} / it")
     for name, m in told["sides"].items():
         line = f"{name:{width}}{1e3 * statistics.median(m['seconds_per_step']):11.2f}   "
         spread = "{median:.3f} ({min:.3f} to {max:.3f})".format(**m["ratio"]) if "ratio" in m else ""
@@ -96,7 +99,7 @@ def show(told: Mapping[str, Any], about: Mapping[str, str]) -> None:
         print("there was nothing to compare with: this fails.")
     elif told["losses"]["tolerance"] is not None:
         verdict = "as wanted" if told["ok"] else "and this fails"
-        print("losses of {steps} steps: {first:.4f} to {last:.4f}; in the first {compared} apart by".format(**told["losses"]), end=" ")
+        print(words[1], "of {steps} steps: {first:.4f} to {last:.4f}; in the first {compared} apart by".format(**told["losses"]), end=" ")
         print("{apart} of the first, tolerance {tolerance}, ".format(**told["losses"]) + verdict)
     print(json.dumps(told), flush=True)
 

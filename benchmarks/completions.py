@@ -1,0 +1,119 @@
+"""SmolLM2-135M on prompts and completions from Python's own help, 8 pairs a batch, LoRA r 8 on all linear layers.
+
+    python -m benchmarks.completions [--random] [--rounds 5] [--threads 2] [--no-compile]
+
+The loss is on the completion. A prompt is whole sentences of 60 to 120 tokens, its completion the sentences that follow, 20 to 60
+tokens. The rival pads each batch to its longest pair, with labels of -100. --random: a Llama of SmolLM2's shape with random weights,
+and random tokens, which needs no download.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import RIVALS, compare
+
+BATCH, PROMPT, COMPLETION = 8, (60, 120), (20, 60)
+RANDOM = {"action": "store_true", "help": "random weights and tokens"}
+Pair = tuple[list[int], list[int]]
+
+
+def prepare(o: Namespace) -> None:
+    import minilora as ml
+
+    model, encode = smollm2(o.random)
+    ml.save_model(model, o.folder / "model")
+    ml.inject(model, ml.LoraConfig(r=8, task_type="CAUSAL_LM"), rng=0)
+    ml.save_adapter(model, o.folder / "adapter")
+    pairs = list(help_pairs(encode) if encode else random_pairs(model.config.vocab_size))
+    (o.folder / "pairs.json").write_text(json.dumps([pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]))
+
+
+def smollm2(random: bool) -> tuple[Any, Callable[[str], list[int]] | None]:
+    """The model and what makes tokens of a text; or a random one of its shape, and None."""
+    import minilora as ml
+
+    if random:
+        shape = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+        shape |= {"num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e5}
+        return ml.Llama(ml.LlamaConfig(**shape, tie_word_embeddings=True), rng=0).freeze(), None
+    from minilora.formats.tokenizer import load_tokenizer
+    from tests.assets import smollm2 as file
+
+    model = ml.load_model(file(), "numpy")
+    tokenizer = load_tokenizer(file(), model.config.vocab_size)
+    return model, lambda text: tokenizer.encode(text, add_special=False).tolist()
+
+
+def help_pairs(encode: Callable[[str], list[int]]) -> Iterator[Pair]:
+    """Sentences that follow one another in pydoc's topics, as long as they fit."""
+    from pydoc_data.topics import topics
+
+    for text in topics.values():
+        prompt: list[int] = []
+        completion: list[int] = []
+        for sentence in re.split(r"(?<=[.:])\s+(?=[A-Z])", text):
+            ids = encode(" " + " ".join(sentence.split()))
+            if len(prompt) < PROMPT[0]:
+                prompt = prompt + ids if len(prompt) + len(ids) <= PROMPT[1] else []
+            elif len(completion) + len(ids) > COMPLETION[1]:
+                prompt, completion = [], []
+            else:
+                completion += ids
+                if len(completion) >= COMPLETION[0]:
+                    yield prompt, completion
+                    prompt, completion = [], []
+
+
+def random_pairs(vocabulary: int, count: int = 500) -> Iterator[Pair]:
+    rng = np.random.default_rng(1)
+    for _ in range(count):
+        prompt, completion = (rng.zipf(1.3, rng.integers(low, high + 1)) % vocabulary for low, high in (PROMPT, COMPLETION))
+        yield prompt.tolist(), completion.tolist()
+
+
+def ours(o: Namespace) -> Iterator[float]:
+    from benchmarks.ours import adapted, training
+    from minilora.functional import IGNORE
+    from minilora.training.datasets import Example, batches_of, endless
+
+    examples = []
+    for prompt, completion in json.loads((o.folder / "pairs.json").read_text()):
+        labels = np.array([IGNORE] * (len(prompt) - 1) + completion)  # what each token but the last has to predict
+        examples.append(Example(np.array([*prompt, *completion])[:-1], labels))
+    return training(adapted(o), endless(lambda rng: batches_of(examples, BATCH, rng)), o)
+
+
+def rival(o: Namespace) -> Iterator[float]:
+    import torch
+
+    from benchmarks.rivals import adapted, shuffled, training
+
+    pairs = json.loads((o.folder / "pairs.json").read_text())
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        for numbers in shuffled(len(pairs), BATCH):
+            chosen = [pairs[i] for i in numbers]
+            longest = max(len(prompt) + len(completion) for prompt, completion in chosen)
+            ids, labels, mask = [], [], []
+            for prompt, completion in chosen:
+                pad = longest - len(prompt) - len(completion)
+                ids.append([*prompt, *completion, *[0] * pad])
+                labels.append([*[-100] * len(prompt), *completion, *[-100] * pad])
+                mask.append([1] * (longest - pad) + [0] * pad)
+            yield {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
+
+    return training(adapted("LlamaForCausalLM", o, use_cache=False), batches())
+
+
+SIDES = {"ours": ours, **dict.fromkeys(RIVALS, rival)}
+
+if __name__ == "__main__":
+    sys.exit(compare("completions", __doc__, SIDES, steps=2, random=RANDOM))
