@@ -1,6 +1,6 @@
 """The comparison of the LoRA paper in small: how much of what full fine-tuning gains does LoRA gain, on the same steps?
 
-    python -m benchmarks.lora_vs_full [--steps 200] [--seeds 1]
+    python -m benchmarks.lora_vs_full [--steps 120] [--seeds 1]
 
 Both methods run the main job (the bundled model, Python source) over the same grid of learning rates, and the best rate of
 each is compared: gap closed = (before - after LoRA) / (before - after full). Prints a table, then one line of JSON.
@@ -28,7 +28,7 @@ def run(method: str, lr: float, seed: int, **options: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--rates", type=float, nargs="*", default=RATES, help="the grid of learning rates, the same for both")

@@ -199,7 +199,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--task", choices=("lm", "classify"), help="go on with a text, or tell its class (default: lm)")
     p.add_argument("--method", choices=("lora", "full"), help="what to train (default: lora)")
     p.add_argument("--r", "--rank", type=int, metavar="R", help="rank of the adapters (default: 8)")
-    p.add_argument("--lora-alpha", "--alpha", type=float, metavar="ALPHA", help="the update is scaled by alpha / r (default: 16)")
+    p.add_argument("--lora-alpha", "--alpha", type=float, metavar="ALPHA", help="the update is scaled by alpha / r (default: 32)")
     p.add_argument("--lora-dropout", type=float, metavar="P", help="dropout on what the adapters read (default: 0)")
     p.add_argument("--use-rslora", action="store_const", const=True, help="scale by alpha / sqrt(r) instead")
     p.add_argument("--target-modules", type=_names, metavar="NAMES", help="names separated by commas, or all-linear (the default)")
@@ -209,7 +209,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "--modules-to-save", type=_list, metavar="NAMES", help="modules to train whole (default: layer norms for pydoc, else none)"
     )
     p.add_argument("--lr", type=float, help="peak learning rate (default: by model, task and method)")
-    p.add_argument("--schedule", choices=("constant", "linear", "cosine"), help="shape of the learning rate (default: cosine)")
+    p.add_argument("--schedule", choices=("constant", "linear", "cosine"), help="shape of the learning rate (default: linear)")
     p.add_argument("--warmup", type=int, metavar="STEPS", help="steps of linear warm-up (default: 10)")
     p.add_argument("--weight-decay", type=float, metavar="X", help="decoupled weight decay (default: 0)")
     p.add_argument("--clip", type=float, metavar="NORM", help="largest gradient norm (default: 1)")

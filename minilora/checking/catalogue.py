@@ -230,6 +230,7 @@ _GPT2_VARIANTS: dict[str, Callable[[GPT2], object]] = {
         model, LoraConfig(r=2, target_modules=["c_attn", "c_fc"], layers_to_transform=[1]), rng=1
     ),
     "biases only": _only_biases,
+    "recomputed": lambda model: setattr(model.transformer, "recompute", True),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ class PrefixCache:
             )
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self.folder, prefix="minilora-")  # noqa: SIM115  (lives as long as the cache)
+            weakref.finalize(self, self._file.close)
         start = self._file.seek(0, 2)
         start += -start % 64  # aligned for every dtype
         self._file.seek(start)

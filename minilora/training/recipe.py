@@ -44,7 +44,7 @@ class Recipe:
     task: str = "lm"
     method: str = "lora"
     r: int = 8
-    lora_alpha: float = 16
+    lora_alpha: float = 32
     lora_dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     layers_to_transform: list[int] | None = None
@@ -52,7 +52,7 @@ class Recipe:
     bias: str | None = None
     modules_to_save: list[str] | None = None
     lr: float | None = None
-    schedule: str = "cosine"
+    schedule: str = "linear"
     warmup: int | None = None
     weight_decay: float = 0.0
     clip: float = 1.0
