@@ -29,7 +29,7 @@ def write(o: Namespace, count: int | None = None, layers: list[int] | None = Non
     from minilora.formats.tokenizer import load_tokenizer
     from tests.assets import minilm, movie_snippets
 
-    model = ml.load_model(minilm(), "numpy", num_labels=2)
+    model = ml.load_model(minilm(), "numpy", labels=2)
     ml.save_model(model, o.folder / "model")
     config = ml.LoraConfig(r=8, target_modules=["query", "value"], layers_to_transform=layers, task_type="SEQ_CLS")
     ml.inject(model, config, rng=0)

@@ -23,7 +23,7 @@ def prepare(o: Namespace) -> None:
     import minilora as ml
     from tests.assets import minilm, movie_snippets
 
-    ml.save_model(ml.load_model(minilm(), "numpy", num_labels=2), o.folder / "model")
+    ml.save_model(ml.load_model(minilm(), "numpy", labels=2), o.folder / "model")
     (o.folder / "snippets.json").write_text(json.dumps(movie_snippets()[:BATCH]))
 
 

@@ -34,8 +34,11 @@ def prepare(o: Namespace) -> None:
 
 
 def ours(o: Namespace) -> Iterator[float]:
+    from threadpoolctl import threadpool_limits
+
     import minilora as ml
 
+    threadpool_limits(1, "blas")  # as in training: products this small are not worth sharing out
     tensors = load_file(o.folder / "toy.safetensors")
     model = ml.MLP(SIZES)
     ml.inject(model, ml.LoraConfig(r=R, lora_alpha=ALPHA))

@@ -19,7 +19,7 @@ from minilora.training.data import Batch
 from minilora.training.flat import FlatBuffer, adopt, fill_missing
 from minilora.training.prefix import PrefixCache
 
-SHARD = 512  # tokens: enough for products at full speed
+SHARD = 768  # tokens: enough for products at full speed
 
 
 class LanguageModel(Protocol):
