@@ -351,7 +351,6 @@ def test_every_field_of_peft_is_either_known_or_judged(peft):
 # -- what is not supported ------------------------------------------------------------------------------------------------------
 
 UNSUPPORTED = {
-    "use_dora": True,
     "use_qalora": True,
     "lora_bias": True,
     "ensure_weight_tying": True,

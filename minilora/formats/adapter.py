@@ -4,6 +4,7 @@ Here A is (in, r) and B is (r, out); in the files both are turned, as PyTorch's 
 (modules_to_save) of models whose files keep them so. This is the one place where that happens. Keys, after "base_model.model.":
 
     <path>.lora_A.weight (r, in)    <path>.lora_B.weight (out, r)    <path>.base_layer.bias    a bias of an adapted layer
+    <path>.<name>                   what other methods train, under its name there
     <path>                          any other parameter that is trained: of modules_to_save, or a bias with bias="all"
 """
 
@@ -24,8 +25,10 @@ from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.layers import Layer, Linear
 from minilora.lora import LoraConfig, inject, lora_layers
 from minilora.lora.injection import find_modules, find_targets, trained_paths
+from minilora.lora.layer import adapter_parameters
 
 _PREFIX = "base_model.model."
+_LINEAR = ("lora_A", "lora_B")  # in PEFT these are layers: their keys end with ".weight"
 _FINGERPRINT = "minilora.base"
 _NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")  # values by which a field of PEFT's that is unknown here asks for nothing
 _SAYS_NOTHING = {"peft_type", "peft_version", "auto_mapping", "revision", "inference_mode", "runtime_config"}
@@ -153,7 +156,8 @@ class _Door:
     def __init__(self, model: Layer) -> None:
         self.parameters = dict(model.parameters())
         self.adapted = {path for path, _ in lora_layers(model)}
-        self.turns = {f"{path}.lora_{ab}" for path in self.adapted for ab in "AB"}
+        self.own = set(adapter_parameters(model))
+        self.turns = set(self.own)
         if not getattr(model, "weights_are_in_out", True):
             self.turns |= {f"{path}.weight" for path, layer in model.modules() if isinstance(layer, Linear)}
 
@@ -161,7 +165,9 @@ class _Door:
         owner, _, name = path.rpartition(".")
         if owner not in self.adapted:
             return _PREFIX + path
-        return _PREFIX + (f"{path}.weight" if name in ("lora_A", "lora_B") else f"{owner}.base_layer.{name}")
+        if path in self.own:
+            return _PREFIX + (f"{path}.weight" if name in _LINEAR else path)
+        return f"{_PREFIX}{owner}.base_layer.{name}"
 
     def turned(self, path: str, value: np.ndarray) -> np.ndarray:
         """From here to the file, or back."""
@@ -191,7 +197,7 @@ def _to_peft(model: Layer, config: LoraConfig) -> dict[str, Any]:
     task = "CAUSAL_LM" if head == "lm_head" else "SEQ_CLS" if head in whole else None
     told["task_type"] = config.task_type or task
     told["modules_to_save"] = config.saved_modules or None
-    told["init_lora_weights"] = True
+    told["init_lora_weights"], told["use_dora"] = True, bool(config.use_dora)
     told["fan_in_fan_out"] = bool(getattr(model, "weights_are_in_out", True))
     told["base_model_name_or_path"] = config.base_model_name_or_path or model.hub_id or model.source
     return {"peft_type": "LORA", "inference_mode": True, **told}

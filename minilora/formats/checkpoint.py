@@ -23,6 +23,7 @@ from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.tensors import map_tensors, write_tensors
 from minilora.layers import Layer, Linear
 from minilora.lora import lora_layers
+from minilora.lora.layer import adapter_parameters
 
 BUNDLED = "pydoc"  # the model inside the package: load_model("pydoc")
 
@@ -323,13 +324,13 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
 
     dtype: of the tensors; by default the model's. Merged adapters are part of the weights; unmerged ones raise ValueError.
     """
-    folder = Path(folder)
+    folder, own = Path(folder), adapter_parameters(model)
     merged = {}
     for path, layer in lora_layers(model):
         if layer.merged is None:
             raise ValueError(f"save_model: {path} has an unmerged adapter; call minilora.merge first, or save_adapter.")
         merged[f"{path}.weight"] = layer.merged
-    tensors = {path: to_numpy(merged.get(path, p.data)) for path, p in model.parameters() if ".lora_" not in path}
+    tensors = {path: to_numpy(merged.get(path, p.data)) for path, p in model.parameters() if path not in own}
     if dtype is not None:
         tensors = {path: value.astype(dtype) for path, value in tensors.items()}
     told = {"model_type": model.model_type, **model.config.to_json()}

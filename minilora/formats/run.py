@@ -11,6 +11,7 @@ from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_fo
 from minilora.formats.tokenizer import Tokenizer, load_tokenizer
 from minilora.layers import Linear
 from minilora.lora import lora_layers, merge
+from minilora.lora.layer import adapter_parameters
 
 
 def open_model(path: str | Path, backend: str = "auto", adapter: str | Path | None = None) -> Any:
@@ -78,7 +79,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     """What is in a model or a run: parameters, memory, adapters, results, and the names that can be adapted."""
     model = open_model(path, "numpy")
     adapters = lora_layers(model)
-    adapted = sum(layer.lora_A.data.size + layer.lora_B.data.size for _, layer in adapters)
+    adapted = sum(p.data.size for p in adapter_parameters(model).values())
     count = sum(p.data.size for _, p in model.parameters()) - adapted
     names: dict[str, list[str]] = {}
     for name, layer in model.modules():

@@ -6,19 +6,21 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from minilora.backend import Rng, backend_name, generator, to_backend
+from minilora.family import adapter_of
 from minilora.layers.base import Layer
 from minilora.layers.embedding import Embedding
 from minilora.layers.linear import Linear
 from minilora.lora.config import CLASSIFIERS, LoraConfig, fits
-from minilora.lora.layer import LoRALinear, lora_layers
+from minilora.lora.layer import adapter_parameters, lora_layers
 
 
 def inject(model: Layer, config: LoraConfig, *, rng: Rng = None, strict: bool = True) -> list[str]:
     """Freeze the model and replace each targeted Linear by a LoRALinear. Returns the paths of the adapted layers.
 
-    The model may be any tree of layers. What is trainable afterwards: every lora_A and lora_B, the biases that
+    The model may be any tree of layers. What is trainable afterwards: what the adapters add, the biases that
     `config.bias` names, and the modules of `config.saved_modules`.
 
     Raises ValueError, before anything is changed, when a name or a pattern matches nothing (with the nearest names), when a
@@ -35,17 +37,17 @@ def inject(model: Layer, config: LoraConfig, *, rng: Rng = None, strict: bool = 
     if strict:
         _check_ranks_and_patterns(targets, config)
 
+    adapters = {path: adapter_of(layer, config) for path, layer in targets.items()}
+
     model.freeze()
     rng = generator(rng)
     for path, layer in targets.items():
-        adapted = LoRALinear(
-            layer, config.rank_of(path), config.alpha_of(path), config.lora_dropout, config.use_rslora, config.init_lora_weights, rng=rng
-        )
-        replace_module(model, path, adapted)
+        replace_module(model, path, adapters[path].of(layer, config, path, rng=rng))
     trained = trained_paths(model, config)
     for path, p in model.parameters():
         p.trainable = path in trained
-    model.base_values = {path: p.data.copy() for path, p in model.parameters() if p.trainable and ".lora_" not in path}
+    own = adapter_parameters(model)
+    model.base_values = {path: p.data.copy() for path, p in model.parameters() if p.trainable and path not in own}
     model.lora_config = config  # what save_adapter writes down
     return list(targets)
 
@@ -54,7 +56,7 @@ def trained_paths(model: Layer, config: LoraConfig) -> set[str]:
     """The paths of all parameters that `config` trains in a model it was injected into."""
     layers = dict(lora_layers(model))
     biased = [path for path, _ in model.parameters() if path.rpartition(".")[2] == "bias"]
-    trained = {f"{path}.lora_{ab}" for path in layers for ab in "AB"}
+    trained = set(adapter_parameters(model))
     if config.bias != "none":
         trained |= {path for path in biased if config.bias == "all" or path.removesuffix(".bias") in layers}
     for path, module in find_modules(model, config, strict=False).items():
@@ -159,7 +161,7 @@ def disabled(model: Layer) -> Iterator[Layer]:
             p.data = now
 
 
-def _adapters(model: Layer, verb: str) -> list[tuple[str, LoRALinear]]:
+def _adapters(model: Layer, verb: str) -> list[tuple[str, Any]]:
     layers = lora_layers(model)
     if not layers:
         raise ValueError(f"{verb}: this model has no LoRA layers; call inject or load_adapter first.")

@@ -12,9 +12,48 @@ from minilora.backend import Array, Rng, as_like, backend_name, generator, get_x
 from minilora.layers.base import Layer, Parameter, Saved
 from minilora.layers.dropout import Dropout
 from minilora.layers.linear import Linear, uniform
+from minilora.lora.config import LoraConfig
 
 
-class LoRALinear(Linear):
+class Adapted(Layer):
+    """What stands in the place of an adapted layer: its weight, frozen, and beside it what is trained. The base of the whole family."""
+
+    weight: Parameter
+    trains: tuple[str, ...] = ("lora_A", "lora_B")  # the names of what is trained
+    start: Any = None  # what it began with, where that was taken off the weight; see LoRALinear.W
+    enabled = True
+    merged: Array | None = None  # the weight and its change, while merged; the weight itself is never written to
+
+    def delta(self) -> Array:
+        """What the weight is changed by, of its shape."""
+        raise NotImplementedError(f"{type(self).__name__} has no delta.")
+
+    def merge(self) -> float:
+        """Answer with weight + delta from now on, at the cost of the base layer. Returns the largest change of a weight."""
+        delta = self.delta()
+        self.merged = (self.weight.data + delta).astype(self.weight.data.dtype)
+        return float(abs(delta).max())
+
+    def unmerge(self) -> None:
+        """Back to the weight with what is trained beside it; exactly, since the weight was not touched."""
+        self.merged = None
+
+    def alone(self, keep: bool) -> Array | None:
+        """The weight that answers alone: the merged one, or the base's own where the adapter is off; else None."""
+        if not self.enabled:
+            return self.weight.data
+        if self.merged is not None and keep and any(getattr(self, name).trainable for name in self.trains):
+            raise RuntimeError(f"this {type(self).__name__} is merged and cannot be trained; call minilora.unmerge(model) first.")
+        return self.merged
+
+    def to(self, backend: str | None = None, dtype: Any = None) -> Adapted:
+        super().to(backend, dtype)
+        if self.merged is not None:
+            self.merged = as_like(self.merged, self.weight.data).astype(self.weight.data.dtype)
+        return self
+
+
+class LoRALinear(Adapted, Linear):
     """y = x W + b + scaling (x A) B,   scaling = alpha / r, or alpha / sqrt(r) with use_rslora.
 
     Takes over the weight and bias of `base` (their paths stay those of the checkpoint) and freezes them; adds `lora_A`
@@ -48,8 +87,17 @@ class LoRALinear(Linear):
         self.lora_A = Parameter(to_backend(A.astype(dtype), home))
         self.lora_B = Parameter(to_backend(B.astype(dtype), home))
         self.dropout = Dropout(dropout)
-        self.enabled = True
-        self.merged: Array | None = None  # W + scaling A B, while merged; W itself is never written to
+
+    @classmethod
+    def of(cls, base: Linear, config: LoraConfig, path: str, **options: Any) -> LoRALinear:
+        """The layer that `config` asks for at `path`."""
+        c = config
+        return cls(base, c.rank_of(path), c.alpha_of(path), c.lora_dropout, c.use_rslora, c.init_lora_weights, **options)
+
+    @property
+    def W(self) -> Array:
+        """What is frozen: the weight, less what the adapter began with where it took that off the weight (PiSSA)."""
+        return self.weight.data if self.start is None else self.start.off(self.weight.data)
 
     @property
     def scaling(self) -> float:
@@ -59,26 +107,13 @@ class LoRALinear(Linear):
         """scaling A B, (in, out)."""
         return self.scaling * (self.lora_A.data @ self.lora_B.data)
 
-    def merge(self) -> float:
-        """Answer with W + scaling A B from now on, at the cost of one dense layer. Returns the largest change of a weight."""
-        delta = self.delta()
-        self.merged = (self.weight.data + delta).astype(self.weight.data.dtype)
-        return float(abs(delta).max())
-
-    def unmerge(self) -> None:
-        """Back to W beside A B; exactly, since W was not touched."""
-        self.merged = None
-
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
         b = None if self.bias is None else self.bias.data
-        if self.merged is not None or not self.enabled:  # one dense layer: the merged weight, or the base's own
-            if keep and self.enabled and (self.lora_A.trainable or self.lora_B.trainable):
-                raise RuntimeError("this LoRALinear is merged and cannot be trained; call minilora.unmerge(model) first.")
-            W = self.weight.data if self.merged is None or not self.enabled else self.merged
+        if (W := self.alone(keep)) is not None:
             return F.linear(x, W, b), self.save(need_dx, W, None, None, None) if keep else None
 
         key = self.dropout.next_key() if keep and self.dropout.p > 0 else None
-        y, u = F.lora_linear(x, self.weight.data, b, self.lora_A.data, self.lora_B.data, self.scaling, self._mask(x, key))
+        y, u = F.lora_linear(x, self.W, b, self.lora_A.data, self.lora_B.data, self.scaling, self._mask(x, key))
         if not keep:
             return y, None
         return y, self.save(need_dx, None, x if self.lora_A.trainable else None, u if self.lora_B.trainable else None, key)
@@ -95,7 +130,7 @@ class LoRALinear(Linear):
         if self.lora_B.trainable:
             need.add("dB")
         mask = self._mask(dy, key)
-        dx, dA, dB = F.lora_linear_backward(dy, x, u, self.weight.data, self.lora_A.data, self.lora_B.data, self.scaling, mask, need)
+        dx, dA, dB = F.lora_linear_backward(dy, x, u, self.W, self.lora_A.data, self.lora_B.data, self.scaling, mask, need)
         if dA is not None:
             self.lora_A.add_grad(dA)
         if dB is not None:
@@ -107,12 +142,6 @@ class LoRALinear(Linear):
         if key is None:
             return None
         return F.dropout_mask((like.shape[0], self.in_features), self.dropout.p, key, get_xp(like), like.dtype)
-
-    def to(self, backend: str | None = None, dtype: Any = None) -> LoRALinear:
-        super().to(backend, dtype)
-        if self.merged is not None:
-            self.merged = as_like(self.merged, self.weight.data).astype(self.weight.data.dtype)
-        return self
 
 
 def initial(m: int, n: int, r: int, init: bool | str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -131,6 +160,11 @@ def initial(m: int, n: int, r: int, init: bool | str, rng: np.random.Generator) 
     raise ValueError(f"LoRALinear: init is {init!r}; choose True, False, 'gaussian' or 'seed'.")
 
 
-def lora_layers(model: Layer) -> list[tuple[str, LoRALinear]]:
-    """(path, layer) of every LoRALinear in the model."""
-    return [(path, layer) for path, layer in model.modules() if isinstance(layer, LoRALinear)]
+def lora_layers(model: Layer) -> list[tuple[str, Any]]:
+    """(path, layer) of everything in the model that is Adapted."""
+    return [(path, layer) for path, layer in model.modules() if isinstance(layer, Adapted)]
+
+
+def adapter_parameters(model: Layer) -> dict[str, Parameter]:
+    """{path: parameter} of what the adapters in the model train."""
+    return {f"{path}.{name}": getattr(layer, name) for path, layer in lora_layers(model) for name in layer.trains}

@@ -18,6 +18,7 @@ from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.run import tokenizer_of
 from minilora.formats.tokenizer import Tokenizer
 from minilora.lora import LoraConfig, inject, lora_layers
+from minilora.lora.layer import adapter_parameters
 from minilora.models.generate import context_length, generate
 from minilora.training.datasets import load_dataset
 from minilora.training.loop import Diverged, train
@@ -51,7 +52,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
 
     trained = optimizer.flat.data.size
     adapted = lora_layers(model)
-    base = sum(p.data.size for _, p in model.parameters()) - sum(a.lora_A.data.size + a.lora_B.data.size for _, a in adapted)
+    base = sum(p.data.size for _, p in model.parameters()) - sum(p.data.size for p in adapter_parameters(model).values())
     say(f"model     {recipe.model}: {base:,} parameters, {recipe.backend}, {recipe.threads} thread{'s' * (recipe.threads > 1)}")
     say(f"data      {task.what}")
     say(f"method    {_method(recipe, len(adapted))}: {trained:,} trainable parameters, {trained / base:.1%} of the model")

@@ -69,6 +69,8 @@ def options(kind: str) -> dict[str, dict]:
         "gaussian": {"init_lora_weights": "gaussian"},
         "B not zero": {"init_lora_weights": False},
         "dropout": {"lora_dropout": 0.3},
+        "DoRA": {"use_dora": True},
+        "DoRA, rsLoRA, patterns, bias": {"use_dora": True, "use_rslora": True, "rank_pattern": {q: 4}, "bias": "lora_only"},
         "no task": {"task_type": None},
     }
     if kind == "bert":
