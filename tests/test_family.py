@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import minilora as ml
+from minilora.family.adapted import adapter_parameters
 from minilora.lora import lora_layers
-from minilora.lora.layer import adapter_parameters
 
 CONFIG = ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)
 IDS = np.array([1, 5, 2, 10, 0, 7, 7])
@@ -18,7 +18,7 @@ def gpt2(**options):
 
 def injected(model=None, **config):
     model = model or gpt2()
-    ml.inject(model, ml.LoraConfig(**{"r": 2, **config}), rng=0)
+    ml.inject(model, ml.LoraConfig(**{"r": 2, **config}), rng=0, train_step=lambda: gradients(model))
     return model
 
 
@@ -50,13 +50,23 @@ def distance(a, b):
 METHODS = {
     "DoRA": {"use_dora": True},
     "DoRA, exact, dropout": {"use_dora": "exact", "lora_dropout": 0.2},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "PiSSA": {"init_lora_weights": "pissa", "lora_alpha": 5},
+    "PiSSA, fast": {"init_lora_weights": "pissa_niter_2", "use_rslora": True, "rank_pattern": {"c_fc": 3}, "alpha_pattern": {"c_attn": 3}},
+    "OLoRA": {"init_lora_weights": "olora", "lora_dropout": 0.2},
+    "EVA": {"init_lora_weights": "eva"},
+    "EVA, ranks as asked": {"init_lora_weights": "eva", "eva_config": {"rho": 1.0, "whiten": True}},
+    "LoRA-GA": {"init_lora_weights": "lora_ga"},
+    "LoRA-GA, A2rBr, weight_svd": {"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "A2rBr", "scale": "weight_svd"}},
+    "LoRA-GA, random, gd_scale": {"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "random", "scale": "gd_scale"}},
+    "DoRA, PiSSA": {"use_dora": True, "init_lora_weights": "pissa"},
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_fresh_adapter_changes_nothing(method, backend):
     base = logits(gpt2().to(backend))
-    assert distance(logits(injected(**METHODS[method]).to(backend)), base) < 1e-6
+    assert distance(logits(injected(gpt2().to(backend), **METHODS[method])), base) < 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -127,7 +137,116 @@ def test_only_the_exact_gradient_of_dora_is_blind_to_the_lengths_of_the_columns(
     np.testing.assert_array_equal(dm[True], dm["exact"])
 
 
+# -- initial values ----------------------------------------------------------------------------------------------------------
+
+
+def one_layer(m=9, n=7, **config):
+    """(the layer, its weight) of a single Linear, adapted with r = 3."""
+    model = ml.MLP([m, n], rng=0, dtype="float64")
+    x, dy = np.random.default_rng(1).standard_normal((2, 40, max(m, n)))
+
+    def step():
+        model.backward(dy[:, :n], model.forward(x[:, :m])[1])
+
+    W = model.layers[0].weight.data.copy()
+    ml.inject(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 5, **config}), rng=0, train_step=step)
+    return model.layers[0], W
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_300"])
+def test_pissa_begins_with_the_principal_part(init):
+    layer, W = one_layer(init_lora_weights=init)
+    U, S, Vt = np.linalg.svd(W, full_matrices=False)
+    np.testing.assert_allclose(layer.scaling * layer.lora_A.data @ layer.lora_B.data, (U[:, :3] * S[:3]) @ Vt[:3], atol=1e-10)
+    np.testing.assert_allclose(layer.lora_A.data.T @ layer.lora_A.data, np.diag(S[:3] / layer.scaling), atol=1e-10)
+    np.testing.assert_allclose(np.linalg.svd(np.eye(9) @ layer.W, compute_uv=False)[:4], S[3:], atol=1e-10)
+    np.testing.assert_array_equal(layer.weight.data, W)
+
+
+def test_olora_begins_with_orthonormal_rows():
+    layer, W = one_layer(init_lora_weights="olora")
+    B = layer.lora_B.data
+    np.testing.assert_allclose(B @ B.T, np.eye(3), atol=1e-14)
+    np.testing.assert_allclose(layer.lora_A.data, W @ B.T, atol=1e-14)  # W^T = Q R, so that Q^T W^T = R
+
+
+def test_eva_finds_what_varies_and_gives_it_the_rank():
+    """Two layers side by side: one reads inputs that vary in three directions, the other in one."""
+    rng = np.random.default_rng(0)
+    directions, _ = np.linalg.qr(rng.standard_normal((8, 3)))
+    x = 5 + rng.standard_normal((200, 3)) * [4, 2, 1] @ directions.T + 1e-3 * rng.standard_normal((200, 8))
+
+    class Beside(ml.Sequential):
+        def forward(self, x, keep=True, need_dx=True):
+            many, one = self.layers
+            return many.forward(x, keep)[0] + one.forward(x @ directions[:, :1] @ directions[:, :1].T, keep)[0], None
+
+    model = Beside(ml.Linear(8, 6, rng=0, dtype="float64"), ml.Linear(8, 6, rng=0, dtype="float64"))
+    config = ml.LoraConfig(r=2, lora_alpha=4, init_lora_weights="eva", alpha_pattern={"layers.1": 6})
+    assert ml.inject(model, config, rng=0, train_step=lambda: model.forward(x)) == ["layers.0", "layers.1"]
+    many, one = model.layers
+    assert (many.r, many.alpha, one.r, one.alpha) == (3, 6, 1, 3)
+    assert model.lora_config.rank_pattern == {"layers.0": 3, "layers.1": 1}
+    assert np.abs(np.diag(many.lora_A.data.T @ directions)).min() > 0.99
+    assert not many.lora_B.data.any()
+
+
+def test_eva_leaves_out_a_layer_that_explains_too_little(tmp_path):
+    """One layer reads six directions, each a sixth of what there is; the other two, each a half."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 6))
+
+    class Beside(ml.Sequential):
+        def forward(self, x, keep=True, need_dx=True):
+            return self.layers[0].forward(x, keep)[0] + self.layers[1].forward(x * [1, 1, 0, 0, 0, 0], keep)[0], None
+
+    model = Beside(ml.Linear(6, 6, rng=0, dtype="float64"), ml.Linear(6, 6, rng=0, dtype="float64"))
+    config = ml.LoraConfig(r=1, init_lora_weights="eva", target_modules=["0", "1"])
+    assert ml.inject(model, config, rng=0, train_step=lambda: model.forward(x)) == ["layers.1"]
+    assert (type(model.layers[0]), model.layers[1].r, model.layers[1].scaling) == (ml.Linear, 2, config.lora_alpha)
+    assert (model.lora_config.target_modules, config.target_modules) == (["layers.1"], ["0", "1"])
+
+
+def test_lora_ga_begins_where_full_fine_tuning_would_go():
+    """With "unit", A B^T are singular vectors of the gradient: the first step of B is along its largest."""
+    layer, W = one_layer(init_lora_weights="lora_ga", lora_ga_config={"scale": "unit"})
+    x, dy = np.random.default_rng(1).standard_normal((2, 40, 9))
+    U, S, Vt = np.linalg.svd(x.T @ dy[:, :7], full_matrices=False)
+    np.testing.assert_allclose(np.abs(layer.lora_A.data), np.abs(U[:, :3]), atol=1e-12)
+    np.testing.assert_allclose(np.abs(layer.lora_B.data), np.abs(S[3:6, None] * Vt[3:6]), atol=1e-11)
+    np.testing.assert_allclose(W, layer.weight.data)
+    stable, _ = one_layer(init_lora_weights="lora_ga", lora_ga_config={"stable_gamma": 4})
+    np.testing.assert_allclose(stable.lora_B.data, layer.lora_B.data * 7**0.25 / 2, atol=1e-11)
+
+
+def test_looking_at_data_leaves_no_trace():
+    model, trained = gpt2(), []
+    model.transformer.wte.freeze()
+    with pytest.raises(ZeroDivisionError):
+        ml.inject(model, ml.LoraConfig(r=2, init_lora_weights="lora_ga"), train_step=lambda: trained.append(model.trainable) or 1 / 0)
+    assert trained == [True]
+    assert {path for path, p in model.parameters() if not p.trainable} == {"transformer.wte.weight"}
+    assert {type(layer) for _, layer in model.modules()} == {type(layer) for _, layer in gpt2().modules()}
+
+
 REFUSED = {
+    "EVA without data": ({"init_lora_weights": "eva", "train_step": None}, "'eva' looks at data: give inject a train_step"),
+    "EVA on too little": (
+        {"init_lora_weights": "eva", "r": 6, "train_step": "one token"},
+        "shown .*c_attn 1 tokens; rank 6 needs at least 7",
+    ),
+    "EVA of small rho": ({"init_lora_weights": "eva", "eva_config": {"rho": 0.5}}, "rho is 0.5; it must be at least 1"),
+    "EVA, unknown option": ({"init_lora_weights": "eva", "eva_config": {"tau": 0.9}}, "there is no option 'tau'; known: rho, whiten"),
+    "LoRA-GA beyond the SVD": (
+        {"init_lora_weights": "lora_ga", "r": 4},
+        "rank 4 needs 8 singular vectors, .* 6 x 18",
+    ),
+    "LoRA-GA without backward": ({"init_lora_weights": "lora_ga", "train_step": "one token"}, "train_step has left no gradient for"),
+    "LoRA-GA, direction": ({"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "up"}}, "direction is 'up'; choose ArB2r"),
+    "options of another": ({"init_lora_weights": "pissa", "eva_config": {"rho": 1}}, "eva_config goes with init_lora_weights='eva', not"),
+    "PiSSA beyond the SVD": ({"init_lora_weights": "pissa", "r": 7}, "rank 7 is beyond .*c_attn, which is 6 x 18"),
+    "OLoRA by iterations": ({"init_lora_weights": "olora_niter_3"}, "init_lora_weights is 'olora_niter_3'; choose one of True, False"),
+    "PiSSA by no iterations": ({"init_lora_weights": "pissa_niter_x"}, "init_lora_weights is 'pissa_niter_x'"),
     "DoRA of no kind": ({"use_dora": "both"}, "use_dora is 'both'"),
 }
 
@@ -136,8 +255,11 @@ REFUSED = {
 def test_refused_before_anything_is_changed(case):
     config, message = REFUSED[case]
     model = gpt2()
+    step = {"train_step": lambda: gradients(model)} if "train_step" not in config else {"train_step": config["train_step"]}
+    if step["train_step"] == "one token":
+        step = {"train_step": lambda: model.forward(IDS[:1], keep=False)}
     with pytest.raises(ValueError, match=message):
-        injected(model, **config)
+        ml.inject(model, ml.LoraConfig(**{"r": 2, **{key: value for key, value in config.items() if key != "train_step"}}), **step)
     assert lora_layers(model) == []
     assert all(p.trainable for _, p in model.parameters())
 

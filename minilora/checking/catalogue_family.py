@@ -11,7 +11,7 @@ from minilora.backend import Array, as_like
 from minilora.checking.catalogue import Pair, fixed_weight
 from minilora.family import dora
 from minilora.layers import Linear
-from minilora.lora import LoraConfig, inject
+from minilora.lora import LoraConfig, LoRALinear, inject
 from minilora.models import GPT2, GPT2Config
 
 
@@ -66,6 +66,10 @@ def family(seed: int) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]:
     yield "DoRALinear, norms held", shaken(HeldNorms(Linear(5, 4, **d), r=2, **d)), x, {}
     yield "DoRALinear, exact", shaken(dora.DoRALinear(Linear(5, 4, **d), r=2, exact=True, **d)), x, {}
     yield "DoRALinear, exact, rsLoRA, dropout", shaken(dora.DoRALinear(Linear(5, 4, **d), 3, 8, 0.3, True, exact=True, **d)), x, {}
+    for init in ("pissa", "olora"):
+        started = LoRALinear(Linear(5, 4, **d), 2, 3, 0.2, init=init, **d)
+        yield f"LoRALinear, {init}", shaken(started), x, {}
+    yield "DoRALinear, exact, pissa", shaken(dora.DoRALinear(Linear(5, 4, **d), r=2, init="pissa", exact=True, **d)), x, {}
     model = GPT2(GPT2Config(vocab_size=7, n_positions=6, n_embd=6, n_layer=1, n_head=3, n_inner=9), **d)
     inject(model, LoraConfig(r=2, use_dora="exact"), rng=1)
     yield "GPT2, DoRA", model, rng.integers(0, 7, 6), {}

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from typing import Any
 
 from minilora.backend import Array, Rng, get_xp
+from minilora.family.residual import column_squares
 from minilora.layers import Linear, Parameter, Saved
 from minilora.lora import LoraConfig, LoRALinear
 
@@ -120,14 +121,14 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = Parameter(c.astype(self.lora_A.data.dtype))
 
     @classmethod
-    def of(cls, base: Linear, config: LoraConfig, path: str, **options: Any) -> DoRALinear:
-        return super().of(base, config, path, exact=config.use_dora == "exact", **options)  # type: ignore[return-value]
+    def of(cls, base: Linear, config: LoraConfig, path: str, init: Any, **options: Any) -> LoRALinear:
+        return super().of(base, config, path, init, exact=config.use_dora == "exact", **options)
 
     def norms(self) -> tuple[Array, Array]:
         """c and K of `column_norms`. The squares of W's columns are computed once for each array that W is kept in."""
         W = self.W
         if self.squares is None or self.squares[0] is not self.weight.data:
-            self.squares = self.weight.data, get_xp(W).einsum("ij,ij->j", W, W)
+            self.squares = self.weight.data, column_squares(W)
         return column_norms(W, self.lora_A.data, self.lora_B.data, self.scaling, self.squares[1])
 
     def delta(self) -> Array:

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from minilora.backend import as_like, to_numpy
+from minilora.backend import Array, as_like, to_numpy
+from minilora.family.adapted import adapter_parameters
 from minilora.formats.atomic import read_json, write_json
 from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.layers import Layer, Linear
 from minilora.lora import LoraConfig, inject, lora_layers
 from minilora.lora.injection import find_modules, find_targets, trained_paths
-from minilora.lora.layer import adapter_parameters
 
 _PREFIX = "base_model.model."
 _LINEAR = ("lora_A", "lora_B")  # in PEFT these are layers: their keys end with ".weight"
@@ -52,8 +52,8 @@ def save_adapter(model: Layer, folder: str | Path, config: LoraConfig | None = N
             raise ValueError(
                 f"save_adapter: {path} is trainable, but the configuration does not name it; add its layer to modules_to_save."
             )
-    door = _Door(model)
-    tensors = {door.key(path): door.turned(path, to_numpy(p.data)) for path, p in model.parameters() if path in trained}
+    door, joined = _Door(model), _less_their_start(model)
+    tensors = {door.key(path): door.turned(path, to_numpy(joined.get(path, p.data))) for path, p in model.parameters() if path in trained}
     write_tensors(
         folder / "adapter_model.safetensors", tensors, {_FINGERPRINT: fingerprint(model, find_modules(model, config, strict=False))}
     )
@@ -127,7 +127,7 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
             raise ValueError(f"{path}: {key}={value!r} is not supported.")
     if raw.get("target_modules") is None:
         raise ValueError(f"{path}: target_modules is missing.")
-    given = {key: value for key, value in raw.items() if key in known and value is not None}
+    given = {key: value for key, value in raw.items() if key in known - _OF_THE_START and value is not None}
     given["init_lora_weights"] = True
     try:
         return LoraConfig(**given)
@@ -193,14 +193,25 @@ def _to_peft(model: Layer, config: LoraConfig) -> dict[str, Any]:
         meant = [path for path, _ in model.modules() if path.rpartition(".")[2] in names]
         told["target_modules"] = names if meant == adapted else adapted
         told["exclude_modules"] = None
+    if _less_their_start(model):
+        factor = 2**0.5 if config.use_rslora else 2
+        told["r"], told["rank_pattern"] = 2 * config.r, {key: 2 * r for key, r in config.rank_pattern.items()}
+        told["lora_alpha"] = factor * config.lora_alpha
+        told["alpha_pattern"] = {key: factor * alpha for key, alpha in config.alpha_pattern.items()}
     head = getattr(model, "output_head", None)
     task = "CAUSAL_LM" if head == "lm_head" else "SEQ_CLS" if head in whole else None
     told["task_type"] = config.task_type or task
     told["modules_to_save"] = config.saved_modules or None
-    told["init_lora_weights"], told["use_dora"] = True, bool(config.use_dora)
+    told |= {"init_lora_weights": True, "use_dora": bool(config.use_dora)} | dict.fromkeys(_OF_THE_START & told.keys())
     told["fan_in_fan_out"] = bool(getattr(model, "weights_are_in_out", True))
     told["base_model_name_or_path"] = config.base_model_name_or_path or model.hub_id or model.source
     return {"peft_type": "LORA", "inference_mode": True, **told}
+
+
+def _less_their_start(model: Layer) -> dict[str, Array]:
+    """{path: array} of the adapters that began by taking A B off the weight (PiSSA): on the file's unchanged weight, they have rank 2 r."""
+    started = [(path, layer) for path, layer in lora_layers(model) if getattr(layer, "start", None) is not None]
+    return {f"{path}.{name}": value for path, layer in started for name, value in layer.start.joined(layer).items()}
 
 
 def _check_ranks(targets: dict[str, Linear], config: LoraConfig, tensors: dict[str, np.ndarray]) -> None:

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.backend import choose_backend, to_numpy
+from minilora.family.adapted import adapter_parameters
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.tensors import map_tensors, write_tensors
 from minilora.layers import Layer, Linear
 from minilora.lora import lora_layers
-from minilora.lora.layer import adapter_parameters
 
 BUNDLED = "pydoc"  # the model inside the package: load_model("pydoc")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from minilora.family.adapted import adapter_parameters
 from minilora.formats.adapter import load_adapter, read_adapter_config
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_folder, save_model
 from minilora.formats.tokenizer import Tokenizer, load_tokenizer
 from minilora.layers import Linear
 from minilora.lora import lora_layers, merge
-from minilora.lora.layer import adapter_parameters
 
 
 def open_model(path: str | Path, backend: str = "auto", adapter: str | Path | None = None) -> Any:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from minilora.backend import Rng, backend_name, generator, to_backend
-from minilora.family import adapter_of
+from minilora.family import adapter_of, starts
+from minilora.family.adapted import adapter_parameters, lora_layers
 from minilora.layers.base import Layer
 from minilora.layers.embedding import Embedding
 from minilora.layers.linear import Linear
 from minilora.lora.config import CLASSIFIERS, LoraConfig, fits
-from minilora.lora.layer import adapter_parameters, lora_layers
 
 
-def inject(model: Layer, config: LoraConfig, *, rng: Rng = None, strict: bool = True) -> list[str]:
-    """Freeze the model and replace each targeted Linear by a LoRALinear. Returns the paths of the adapted layers.
+def inject(
+    model: Layer, config: LoraConfig, *, rng: Rng = None, strict: bool = True, train_step: Callable[[], Any] | None = None
+) -> list[str]:
+    """Freeze the model and replace each targeted layer by one that adapts it. Returns the paths of the adapted layers.
 
     The model may be any tree of layers. What is trainable afterwards: what the adapters add, the biases that
     `config.bias` names, and the modules of `config.saved_modules`.
@@ -26,6 +28,7 @@ def inject(model: Layer, config: LoraConfig, *, rng: Rng = None, strict: bool = 
     Raises ValueError, before anything is changed, when a name or a pattern matches nothing (with the nearest names), when a
     rank does not fit, or when the model has adapters already. strict=False is for an adapter that was trained elsewhere, whose
     tensors tell what is there: some names may then match nothing and ranks may be beyond min(in, out), as PEFT has it.
+    train_step runs the model on data, forward and backward, for the initial values that come from data ("eva", "lora_ga").
     """
     if lora_layers(model):
         raise ValueError("inject: this model has LoRA layers already; load the base model again.")
@@ -36,20 +39,26 @@ def inject(model: Layer, config: LoraConfig, *, rng: Rng = None, strict: bool = 
             raise ValueError(f"inject: {path} is to be adapted and, in modules_to_save, to be trained whole ({inside[0]}); name one.")
     if strict:
         _check_ranks_and_patterns(targets, config)
-
-    adapters = {path: adapter_of(layer, config) for path, layer in targets.items()}
+    rng, kinds = generator(rng), {path: adapter_of(layer, config) for path, layer in targets.items()}
+    before = [(p, p.trainable) for _, p in model.parameters()]
+    try:
+        config, inits = starts(model, targets, config, train_step)
+        adapted = {path: kinds[path].of(targets[path], config, path, init, rng=rng) for path, init in inits.items()}
+    except BaseException:
+        for p, trainable in before:
+            p.trainable = trainable
+        raise
 
     model.freeze()
-    rng = generator(rng)
-    for path, layer in targets.items():
-        replace_module(model, path, adapters[path].of(layer, config, path, rng=rng))
+    for path, layer in adapted.items():
+        replace_module(model, path, layer)
     trained = trained_paths(model, config)
     for path, p in model.parameters():
         p.trainable = path in trained
     own = adapter_parameters(model)
     model.base_values = {path: p.data.copy() for path, p in model.parameters() if p.trainable and path not in own}
     model.lora_config = config  # what save_adapter writes down
-    return list(targets)
+    return list(adapted)
 
 
 def trained_paths(model: Layer, config: LoraConfig) -> set[str]:

@@ -13,12 +13,12 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from minilora.backend import choose_backend, peak_memory
+from minilora.family.adapted import adapter_parameters
 from minilora.formats.adapter import save_adapter
 from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.run import tokenizer_of
 from minilora.formats.tokenizer import Tokenizer
 from minilora.lora import LoraConfig, inject, lora_layers
-from minilora.lora.layer import adapter_parameters
 from minilora.models.generate import context_length, generate
 from minilora.training.datasets import load_dataset
 from minilora.training.loop import Diverged, train
