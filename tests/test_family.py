@@ -6,6 +6,15 @@ import pytest
 import minilora as ml
 from minilora.family.adapted import adapter_parameters
 from minilora.lora import lora_layers
+from minilora.training.loraplus import create_loraplus_optimizer
+from minilora.training.preconditioned import (
+    create_lora_pro_optimizer,
+    create_lorafa_optimizer,
+    create_riemannian_optimizer,
+    lora_fa,
+    lora_pro,
+    riemannian,
+)
 
 CONFIG = ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)
 IDS = np.array([1, 5, 2, 10, 0, 7, 7])
@@ -60,6 +69,7 @@ METHODS = {
     "LoRA-GA, A2rBr, weight_svd": {"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "A2rBr", "scale": "weight_svd"}},
     "LoRA-GA, random, gd_scale": {"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "random", "scale": "gd_scale"}},
     "DoRA, PiSSA": {"use_dora": True, "init_lora_weights": "pissa"},
+    "embedding": {"target_modules": ["wte", "wpe", "c_fc"], "use_rslora": True, "lora_alpha": 2},
 }
 
 
@@ -229,7 +239,106 @@ def test_looking_at_data_leaves_no_trace():
     assert {type(layer) for _, layer in model.modules()} == {type(layer) for _, layer in gpt2().modules()}
 
 
+# -- embeddings --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapted_embedding_moves_the_rows_that_are_read(backend):
+    model = injected(target_modules=["wte"]).to(backend)
+    layer = model.transformer.wte
+    gradients(model)
+    dA = ml.to_numpy(layer.lora_embedding_A.grad)
+    assert set(np.flatnonzero(np.abs(dA).sum(axis=1))) == set(IDS[:-1].tolist())  # the last has no label, and nothing after it
+    assert not ml.to_numpy(layer.lora_embedding_B.grad).any()  # A is still zero
+    layer.lora_embedding_A.data += 1
+    assert float(abs(model.head - layer.weight.data.T).max()) == 0  # tied to the table, not to its adapter
+
+
+def test_a_tied_head_is_not_merged_with_the_embedding(tmp_path):
+    model = shake(injected(target_modules=["wte", "c_fc"]))
+    ml.merge(model)
+    with pytest.raises(ValueError, match=r"the head is tied to transformer\.wte"):
+        ml.save_model(model, tmp_path / "m")
+    free = ml.Llama(ml.LlamaConfig(vocab_size=11, hidden_size=6, intermediate_size=9, num_hidden_layers=1, num_attention_heads=3), rng=0)
+    shake(injected(free, target_modules=["embed_tokens"]))
+    ml.merge(free)
+    ml.save_model(free, tmp_path / "free")
+    assert distance(logits(ml.load_model(tmp_path / "free", "numpy")), logits(free)) < 1e-6
+
+
+# -- optimizers that know A and B --------------------------------------------------------------------------------------------
+
+
+def test_lora_plus_gives_b_its_own_rate_and_spares_biases_and_norms_the_decay(backend):
+    model = shake(injected(bias="all", modules_to_save=["ln_f"], use_dora=True)).to(backend)
+    model.transformer.wpe.unfreeze()
+    before = {path: ml.to_numpy(p.data).copy() for path, p in model.parameters() if p.trainable}
+    options = {"lr": 0.1, "loraplus_lr_ratio": 4, "loraplus_weight_decay": 0.5}
+    optimizer = create_loraplus_optimizer(model, ml.SGD, **options)
+    gradients(model)
+    optimizer.step()
+    for path, p in model.parameters():
+        if p.trainable:
+            fast = path.endswith("lora_B") or p.data.ndim == 1
+            decay = 0 if path.endswith("bias") or "ln_f" in path else 0.5
+            moved = 0.1 * (4 if fast else 1) * (ml.to_numpy(p.grad) + decay * before[path])
+            np.testing.assert_allclose(ml.to_numpy(p.data), before[path] - moved, atol=1e-6, err_msg=path)
+
+
+def factors(p=1.0):
+    """A, B, their gradients, the full gradient and a scaling; A longer and B shorter by p, their product the same."""
+    rng = np.random.default_rng(2)
+    A, B, G, s = p * rng.standard_normal((7, 3)), rng.standard_normal((3, 5)) / p, rng.standard_normal((7, 5)), 1.7
+    return A, B, s * G @ B.T, s * A.T @ G, G, s
+
+
+def onto(M):
+    """The projection onto the columns of M."""
+    return M @ np.linalg.pinv(M)
+
+
+@pytest.mark.parametrize("method", [riemannian, lora_pro])
+def test_preconditioned_steps_do_not_see_how_length_is_shared(method):
+    def step(p):
+        A, B, gA, gB, _, s = factors(p)
+        gA, gB = method(A, B, gA, gB, s, 0)
+        return gA @ B + A @ gB
+
+    np.testing.assert_allclose(step(5.0), step(1.0), rtol=1e-9)
+    A, B, gA, gB, *_ = factors(5.0)
+    assert np.abs(gA @ B + A @ gB - step(1.0)).max() > 1  # the plain ones do
+
+
+def test_lora_pro_is_the_nearest_step_along_the_tangent_of_the_full_gradient():
+    A, B, gA, gB, G, s = factors()
+    hA, hB = lora_pro(A, B, gA, gB, s, 0)
+    P, Q = onto(A), onto(B.T)
+    np.testing.assert_allclose(s * (hA @ B + A @ hB), P @ G + G @ Q - P @ G @ Q, atol=1e-12)
+    away = lambda X: ((hA + A @ X - gA) ** 2).sum() + ((hB - X @ B - gB) ** 2).sum()  # noqa: E731  (the same step, for any X)
+    for X in 1e-3 * np.random.default_rng(0).standard_normal((9, 3, 3)):
+        assert away(X) > away(0 * X)
+    assert not lora_pro(A, 0 * B, 0 * gA, gB, s, 1e-8)[0].any()  # B = 0, as at the start
+
+
+def test_lora_fa_keeps_no_x_and_steps_nearest_to_the_full_gradient(backend):
+    A, B, _, gB, G, s = factors()
+    np.testing.assert_allclose(s * A @ lora_fa(A, B, None, gB, s, 0)[1], onto(A) @ G, atol=1e-12)
+    model = injected(modules_to_save=["ln_f"]).to(backend)
+    before = {path: p.data.copy() for path, p in adapter_parameters(model).items()}
+    optimizer = create_lorafa_optimizer(model, lr=0.1)
+    layer = model.transformer.h[0].attn.c_attn
+    _, saved = layer.forward(layer.weight.data[:, :6])
+    assert sum(value is not None for value in saved.values) == 1  # x A
+    gradients(model)
+    optimizer.step()
+    for path, p in adapter_parameters(model).items():
+        assert (float(abs(p.data - before[path]).max()) > 0) == path.endswith("lora_B")
+
+
 REFUSED = {
+    "embedding beyond its rank": ({"target_modules": ["wte"], "r": 7}, r"rank 7 is beyond transformer\.wte, which is 11 x 6"),
+    "DoRA on an embedding": ({"target_modules": ["wte"], "use_dora": True}, "use_dora has no way to adapt a layer of type Embedding"),
+    "PiSSA on an embedding": ({"target_modules": ["wte"], "init_lora_weights": "pissa"}, "is for linear layers; transformer.wte is of"),
+    "neither linear nor an embedding": ({"target_modules": ["ln_f"]}, "is not linear, but LayerNorm; only a Linear or an Embedding"),
     "EVA without data": ({"init_lora_weights": "eva", "train_step": None}, "'eva' looks at data: give inject a train_step"),
     "EVA on too little": (
         {"init_lora_weights": "eva", "r": 6, "train_step": "one token"},
@@ -269,3 +378,27 @@ def test_dora_refuses_a_column_without_direction():
     model.transformer.h[1].mlp.c_fc.weight.data[:, 3] = 0
     with pytest.raises(ValueError, match="column of the weight is zero"):
         injected(model, use_dora=True)
+
+
+@pytest.mark.parametrize("create", [create_riemannian_optimizer, create_lora_pro_optimizer])
+def test_preconditioning_in_training(create, backend):
+    """It learns, other parameters take AdamW's own step, and there must be something to precondition."""
+    model, plain = (injected(modules_to_save=["ln_f"]).to(backend) for _ in range(2))
+    optimizers = create(model, ml.AdamW, lr=1e-2), ml.AdamW(plain.parameters(), lr=1e-2)
+    losses = []
+    for step in range(12):
+        for m, optimizer in zip((model, plain), optimizers, strict=True):
+            gradients(m)
+            optimizer.step()
+        losses.append(float(model.loss(IDS, LABELS, keep=False)[0]))
+        if step == 0:
+            gains = [dict(m.parameters())["transformer.ln_f.weight"].data for m in (model, plain)]
+            assert distance(*gains) == 0
+    assert losses[-1] < losses[0] - 0.05
+    with pytest.raises(ValueError, match="needs trainable lora_A and lora_B"):
+        create(gpt2(), ml.AdamW, lr=1e-2)
+
+
+def test_lora_plus_refuses_a_ratio_that_is_none():
+    with pytest.raises(ValueError, match="loraplus_lr_ratio must be a positive number, got 0"):
+        create_loraplus_optimizer(injected(), ml.AdamW, lr=1e-2, loraplus_lr_ratio=0)

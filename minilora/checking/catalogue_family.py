@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, as_like
-from minilora.checking.catalogue import Pair, fixed_weight
-from minilora.family import dora
-from minilora.layers import Linear
-from minilora.lora import LoraConfig, LoRALinear, inject
+from minilora.checking.catalogue import LossOf, Pair, fixed_weight
+from minilora.family import dora, embedding
+from minilora.layers import Embedding, Linear
+from minilora.lora import LoraConfig, LoRALinear, inject, lora_layers
 from minilora.models import GPT2, GPT2Config
 
 
@@ -70,6 +70,25 @@ def family(seed: int) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]:
         started = LoRALinear(Linear(5, 4, **d), 2, 3, 0.2, init=init, **d)
         yield f"LoRALinear, {init}", shaken(started), x, {}
     yield "DoRALinear, exact, pissa", shaken(dora.DoRALinear(Linear(5, 4, **d), r=2, init="pissa", exact=True, **d)), x, {}
-    model = GPT2(GPT2Config(vocab_size=7, n_positions=6, n_embd=6, n_layer=1, n_head=3, n_inner=9), **d)
+    ids = rng.integers(0, 6, 9)
+
+    def lora_embedding(A: Array, B: Array) -> tuple[Array, Any]:
+        return embedding.lora_embedding(ids, as_like(table, A), A, B, 0.7)
+
+    def lora_embedding_backward(dy: Array, u: Any, A: Array, B: Array) -> tuple[Array, Array]:
+        return embedding.lora_embedding_backward(dy, ids, u, A, B, 0.7)
+
+    table = draw(6, 5)
+    yield "lora_embedding", Pair("lora_embedding", lora_embedding, lora_embedding_backward, B=draw(2, 5)), draw(6, 2), {}
+    yield "LoRAEmbedding", shaken(embedding.LoRAEmbedding(Embedding(6, 5, **d), 2, 5, rng=rng)), ids, {}
+    config = GPT2Config(vocab_size=7, n_positions=6, n_embd=6, n_layer=1, n_head=3, n_inner=9)
+    model = GPT2(config, **d)
     inject(model, LoraConfig(r=2, use_dora="exact"), rng=1)
-    yield "GPT2, DoRA", model, rng.integers(0, 7, 6), {}
+    yield "GPT2, DoRA", model, ids[:6], {}
+    model = GPT2(config, **d)
+    for _, p in model.parameters():
+        p.data = p.data + 0.3 * rng.standard_normal(p.data.shape)
+    inject(model, LoraConfig(r=2, target_modules=["wte", "wpe", "c_fc"]), rng=1)
+    for _, layer in lora_layers(model):
+        shaken(layer)
+    yield "GPT2.loss, embeddings adapted, head tied", LossOf(model, np.append(ids[1:6], -100)), ids[:6], {}

@@ -12,12 +12,14 @@ from inspect import signature
 from typing import Any
 
 from minilora.layers.base import Layer
+from minilora.layers.linear import Linear
 
 Start = Callable[[Any, Any], tuple[Any, Any]]  # of a layer and a generator: the A and B that it begins with
 
 LAYERS = {  # (kind of layer, what asks for it: a field of the configuration, or its peft_type): the layer that takes the place
     ("Linear", "LORA"): "minilora.lora.layer:LoRALinear",
     ("Linear", "use_dora"): "minilora.family.dora:DoRALinear",
+    ("Embedding", "LORA"): "minilora.family.embedding:LoRAEmbedding",
 }
 
 STARTS = {  # init_lora_weights: a Start, which may take more by name (niter of "pissa_niter_4", what loftq_config holds)
@@ -63,6 +65,10 @@ def starts(model: Layer, targets: dict[str, Any], config: Any, train_step: Calla
     """(configuration, {path: value for the layer's init}); a start from data may change ranks, and leave targets out."""
     init = getattr(config, "init_lora_weights", True)
     options = getattr(config, f"{init}_config", None) or {}
+    if init not in (True, False, "gaussian"):
+        for path, layer in targets.items():
+            if not isinstance(layer, Linear):
+                raise ValueError(f"init_lora_weights={init!r} is for linear layers; {path} is of type {type(layer).__name__}.")
     if init not in STARTS_FROM_DATA:
         return config, dict.fromkeys(targets, init if init is True else start_of(init, **options))
     if train_step is None:

@@ -214,14 +214,12 @@ def _less_their_start(model: Layer) -> dict[str, Array]:
     return {f"{path}.{name}": value for path, layer in started for name, value in layer.start.joined(layer).items()}
 
 
-def _check_ranks(targets: dict[str, Linear], config: LoraConfig, tensors: dict[str, np.ndarray]) -> None:
+def _check_ranks(targets: dict[str, Any], config: LoraConfig, tensors: dict[str, np.ndarray]) -> None:
     """A rank beyond min(in, out) is believed where the tensors have it: nothing is made that is larger than the file."""
     for path, layer in targets.items():
-        r, A = config.rank_of(path), tensors.get(f"{_PREFIX}{path}.lora_A.weight")
-        if r > min(layer.in_features, layer.out_features) and (A is None or A.shape[:1] != (r,)):
-            raise ValueError(
-                f"rank {r} is beyond {path}, which is {layer.in_features} x {layer.out_features}, and not that of the tensors."
-            )
+        r, (m, n) = config.rank_of(path), layer.weight.data.shape
+        if r > min(m, n) and not any(r in value.shape for key, value in tensors.items() if key.startswith(f"{_PREFIX}{path}.")):
+            raise ValueError(f"rank {r} is beyond {path}, which is {m} x {n}, and not that of the tensors.")
 
 
 def _check_fit(folder: Path, tensors: dict[str, np.ndarray], wanted: dict[str, tuple[int, ...]]) -> None:

@@ -22,7 +22,7 @@ from minilora.backend import choose_backend, to_numpy
 from minilora.family.adapted import adapter_parameters
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.tensors import map_tensors, write_tensors
-from minilora.layers import Layer, Linear
+from minilora.layers import Embedding, Layer, Linear
 from minilora.lora import lora_layers
 
 BUNDLED = "pydoc"  # the model inside the package: load_model("pydoc")
@@ -324,11 +324,13 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
 
     dtype: of the tensors; by default the model's. Merged adapters are part of the weights; unmerged ones raise ValueError.
     """
-    folder, own = Path(folder), adapter_parameters(model)
+    folder, own, modules = Path(folder), adapter_parameters(model), dict(model.modules())
     merged = {}
     for path, layer in lora_layers(model):
         if layer.merged is None:
             raise ValueError(f"save_model: {path} has an unmerged adapter; call minilora.merge first, or save_adapter.")
+        if isinstance(layer, Embedding) and getattr(model, "output_head", path) not in modules:
+            raise ValueError(f"save_model: the head is tied to {path}, so that its adapter would change the head too; use save_adapter.")
         merged[f"{path}.weight"] = layer.merged
     tensors = {path: to_numpy(merged.get(path, p.data)) for path, p in model.parameters() if path not in own}
     if dtype is not None:

@@ -73,8 +73,8 @@ def trained_paths(model: Layer, config: LoraConfig) -> set[str]:
     return trained
 
 
-def find_targets(model: Layer, config: LoraConfig, strict: bool = True) -> dict[str, Linear]:
-    """{path: Linear} that the config names, by PEFT's rules. Raises ValueError when a name matches no Linear, or something else."""
+def find_targets(model: Layer, config: LoraConfig, strict: bool = True) -> dict[str, Any]:
+    """{path: Linear or Embedding} that the config names, by PEFT's rules. Raises ValueError when a name matches none, or something else."""
     modules = _modules(model)
     linears = {path: layer for path, layer in modules.items() if isinstance(layer, Linear)}
     names, head = config.target_modules, getattr(model, "output_head", None)
@@ -84,7 +84,7 @@ def find_targets(model: Layer, config: LoraConfig, strict: bool = True) -> dict[
         named = [path for path in linears if path != head]
     elif isinstance(names, str):
         named = [path for path in modules if re.fullmatch(names, path)]
-        if not any(path in linears for path in named):
+        if not any(isinstance(modules[path], (Linear, Embedding)) for path in named):
             raise ValueError(f"target_modules: no linear layer matches {names!r}; there are {_examples(linears)}.")
     else:
         unknown = [name for name in names if not any(_ends_with(path, name) for path in modules)]
@@ -96,10 +96,11 @@ def find_targets(model: Layer, config: LoraConfig, strict: bool = True) -> dict[
     found = {path: modules[path] for path in named if path not in excluded and not _is_whole(path, config.saved_modules)}
     if not found:
         raise ValueError("target_modules: no linear layer is left to adapt after exclude_modules, modules_to_save and layers_to_transform.")
-    for path in sorted(found.keys() - linears.keys()):
-        kind = "shares its weight with the embedding" if modules[path] is None else f"is not linear, but {type(modules[path]).__name__}"
-        raise ValueError(f"target_modules: {path} {kind}; only a Linear with a weight of its own can be adapted.")
-    return {path: linears[path] for path in found}
+    for path, layer in sorted(found.items()):
+        if not isinstance(layer, (Linear, Embedding)):
+            kind = "shares its weight with the embedding" if layer is None else f"is not linear, but {type(layer).__name__}"
+            raise ValueError(f"target_modules: {path} {kind}; only a Linear or an Embedding with a weight of its own can be adapted.")
+    return found
 
 
 def find_modules(model: Layer, config: LoraConfig, strict: bool = True) -> dict[str, Layer]:
@@ -190,12 +191,12 @@ def _has_vocabulary(model: Layer, layer: Layer) -> bool:
     return any(isinstance(part, Embedding) and part.weight.data.shape[0] == size for _, part in layer.modules())
 
 
-def _check_ranks_and_patterns(targets: dict[str, Linear], config: LoraConfig) -> None:
+def _check_ranks_and_patterns(targets: dict[str, Any], config: LoraConfig) -> None:
     for path, layer in targets.items():
-        r = config.rank_of(path)
-        if r > min(layer.in_features, layer.out_features):
+        r, (m, n) = config.rank_of(path), layer.weight.data.shape
+        if r > min(m, n):
             advice = "; task_type='SEQ_CLS' trains a classifier's head whole" if path.endswith(CLASSIFIERS) else ""
-            raise ValueError(f"inject: rank {r} is beyond {path}, which is {layer.in_features} x {layer.out_features}{advice}.")
+            raise ValueError(f"inject: rank {r} is beyond {path}, which is {m} x {n}{advice}.")
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
             if not any(fits(key, path) for path in targets):

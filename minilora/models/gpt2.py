@@ -153,7 +153,7 @@ class GPT2(Layer):
     ) -> tuple[Array, Saved | None]:
         h, s_h = self.transformer.forward(x, keep=keep, offsets=offsets)
         logits = h @ self.head
-        return logits, self.save(need_dx, h if self.transformer.wte.trainable else None, s_h) if keep else None
+        return logits, self.save(need_dx, h if self.transformer.wte.weight.trainable else None, s_h) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
         h, s_h = self.load(saved, need_dx)
@@ -177,7 +177,7 @@ class GPT2(Layer):
         h, s_h = self.transformer.forward(ids, keep=keep, offsets=offsets)
         everywhere = rows.size == labels.size
         at = None if everywhere else as_like(rows, h)
-        need = ({"dx", "dW"} if self.transformer.wte.trainable else {"dx"}) if keep else set()
+        need = ({"dx", "dW"} if self.transformer.wte.weight.trainable else {"dx"}) if keep else set()
         loss, dh, dW = F.linear_cross_entropy(h if at is None else h[at], self.head, labels[rows], count, need)
         return loss, self.save(False, h.shape, at, dh, dW, s_h) if keep else None
 

@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,18 @@ from minilora.lora import LoraConfig, inject, lora_layers
 from minilora.models.generate import context_length, generate
 from minilora.training.datasets import load_dataset
 from minilora.training.loop import Diverged, train
+from minilora.training.loraplus import create_loraplus_optimizer
 from minilora.training.optimizers import AdamW
 from minilora.training.plot import have_matplotlib, plot_run
+from minilora.training.preconditioned import create_lora_pro_optimizer, create_lorafa_optimizer, create_riemannian_optimizer
 from minilora.training.recipe import Recipe
 from minilora.training.run_folder import RunFolder
 from minilora.training.schedules import Schedule, schedule
 from minilora.training.tasks import Task, classify_task, measure, records_task, text_task
 
 PROMPT = "def read_config(path, encoding=None):\n    "  # what the samples of a text model go on from
+
+LOOK = 4  # batches that initial values from data look at
 
 Say = Callable[[str], None]
 
@@ -46,7 +52,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     recipe.settle(task.per_epoch)
     assert task.train is not None and recipe.steps is not None
     rate = schedule(recipe.schedule, recipe.steps, recipe.warmup or 0)
-    optimizer = _prepare(model, recipe)
+    optimizer = _prepare(model, recipe, task)
     folder = RunFolder.create(out, recipe.method)
     folder.write_run(asdict(recipe), {}, task.labels)
 
@@ -119,7 +125,7 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
     return model, tokenizer, task
 
 
-def _prepare(model: Any, recipe: Recipe) -> AdamW:
+def _prepare(model: Any, recipe: Recipe, task: Task) -> AdamW:
     """Make trainable what the method trains, and its optimizer."""
     assert recipe.lr is not None and recipe.bias is not None
     if recipe.method == "lora":
@@ -130,14 +136,39 @@ def _prepare(model: Any, recipe: Recipe) -> AdamW:
             target_modules=recipe.target_modules,
             layers_to_transform=recipe.layers_to_transform,
             use_rslora=recipe.use_rslora,
+            use_dora=recipe.use_dora,
+            init_lora_weights=recipe.init_lora_weights,
             bias=recipe.bias,
             modules_to_save=recipe.modules_to_save,
             task_type="SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM",
             base_model_name_or_path=recipe.model,
         )
-        inject(model, config, rng=recipe.seed)
+        inject(model, config, rng=recipe.seed, train_step=partial(_look, model, task))
     else:
         model.unfreeze()
+    return _optimizer(model, recipe)
+
+
+def _look(model: Any, task: Task) -> None:
+    """Run the model on the first batches, forward and backward, for initial values from data. Training begins with the same."""
+    assert task.train is not None
+    first = list(islice(task.train, LOOK))
+    task.train = chain(first, task.train)
+    for batch in first:
+        model.loss_backward(model.loss(batch.ids, batch.labels, batch.offsets)[1])
+
+
+def _optimizer(model: Any, recipe: Recipe) -> AdamW:
+    """AdamW, or its relative that knows A and B."""
+    assert recipe.lr is not None
+    if recipe.loraplus_lr_ratio is not None:
+        ratio, decay = recipe.loraplus_lr_ratio, recipe.weight_decay
+        return create_loraplus_optimizer(model, AdamW, lr=recipe.lr, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay)
+    if recipe.optimizer == "lora_fa":
+        return create_lorafa_optimizer(model, recipe.lr, recipe.weight_decay)
+    if recipe.optimizer != "adamw":
+        create = {"riemannian": create_riemannian_optimizer, "lora_pro": create_lora_pro_optimizer}[recipe.optimizer]
+        return create(model, AdamW, lr=recipe.lr, weight_decay=recipe.weight_decay)
     return AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
 
 
@@ -176,7 +207,11 @@ def _method(recipe: Recipe, layers: int) -> str:
     if recipe.method == "full":
         return "full fine-tuning"
     also = ["biases"] * (recipe.bias != "none") + (["the head"] if recipe.task == "classify" else []) + list(recipe.modules_to_save or [])
-    return f"LoRA r={recipe.r} alpha={recipe.lora_alpha:g} on {layers} layers{', with ' + ', '.join(also) if also else ''}"
+    how = [str(recipe.init_lora_weights)] * (recipe.init_lora_weights is not True) + [recipe.optimizer] * (recipe.optimizer != "adamw")
+    if recipe.loraplus_lr_ratio is not None:
+        how.append(f"LoRA+ of {recipe.loraplus_lr_ratio:g}")
+    name = ("DoRA" if recipe.use_dora else "LoRA") + (f" ({', '.join(how)})" if how else "")
+    return f"{name} r={recipe.r} alpha={recipe.lora_alpha:g} on {layers} layers{', with ' + ', '.join(also) if also else ''}"
 
 
 def _made(recipe: Recipe) -> str:
