@@ -200,7 +200,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--lora-dropout", type=float, metavar="P", help="dropout on what the adapters read (default: 0)")
     p.add_argument("--use-rslora", action="store_const", const=True, help="scale by alpha / sqrt(r) instead")
     p.add_argument("--use-dora", action="store_const", const=True, help="train the lengths of W's columns apart from their direction")
-    p.add_argument("--init-lora-weights", "--init", metavar="HOW", help="how A and B begin: gaussian, pissa, olora, eva, lora_ga, ...")
+    p.add_argument("--init-lora-weights", "--init", metavar="HOW", help="how A and B begin: gaussian, pissa, olora, eva, lora_ga, loftq")
+    p.add_argument("--quantize", choices=("nf4",), help="keep the frozen weights of linear layers in four bits")
     p.add_argument("--loraplus-lr-ratio", type=float, metavar="X", help="learning rate of B over that of A (LoRA+; default: 1)")
     p.add_argument(
         "--optimizer",

@@ -113,6 +113,8 @@ def test_generate_merge_and_info_work_on_what_finetune_wrote(cwd, text, capsys):
         (["--use-dora", "--init", "pissa"], "DoRA (pissa) r=8"),
         (["--init-lora-weights", "eva", "--loraplus-lr-ratio", "4"], "LoRA (eva, LoRA+ of 4) r=8"),
         (["--init", "lora_ga", "--optimizer", "lora_pro", "--backend", "numpy"], "LoRA (lora_ga, lora_pro) r=8"),
+        (["--quantize", "nf4"], "LoRA (nf4) r=8"),
+        (["--init", "loftq"], "LoRA (loftq) r=8"),
         (["--optimizer", "lora_fa", "--threads", "2", "--r", "4"], "LoRA (lora_fa) r=4"),
     ],
 )

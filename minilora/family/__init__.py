@@ -28,6 +28,7 @@ STARTS = {  # init_lora_weights: a Start, which may take more by name (niter of 
     "seed": "minilora.family.initial:seed",
     "pissa": "minilora.family.pissa:pissa",
     "olora": "minilora.family.olora:olora",
+    "loftq": "minilora.family.loftq:loftq",
 }
 STARTS_FROM_DATA = {  # init_lora_weights: a function of the model, the targets, the configuration and a step of training
     "eva": "minilora.family.eva:eva",

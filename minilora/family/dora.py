@@ -13,7 +13,7 @@ from collections.abc import Collection
 from typing import Any
 
 from minilora.backend import Array, Rng, get_xp
-from minilora.family.residual import column_squares
+from minilora.family.residual import column_squares, dense
 from minilora.layers import Linear, Parameter, Saved
 from minilora.lora import LoraConfig, LoRALinear
 
@@ -133,8 +133,8 @@ class DoRALinear(LoRALinear):
 
     def delta(self) -> Array:
         """What the weight is changed by: V m / c - W."""
-        V = self.weight.data + super().delta()
-        return V * (self.lora_magnitude_vector.data / self.norms()[0]) - self.weight.data
+        W = dense(self.weight.data)
+        return (W + super().delta()) * (self.lora_magnitude_vector.data / self.norms()[0]) - W
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
         if self.alone(keep) is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, get_xp
-from minilora.family.residual import Offset
+from minilora.family.residual import Offset, dense
 from minilora.family.watch import Watched, watching
 from minilora.layers import Layer
 from minilora.lora.config import LoraConfig
@@ -70,7 +70,7 @@ def _start(layer: Any, rng: np.random.Generator, G: Array, path: str, direction:
     if scale == "stable":
         B = B * (layer.out_features**0.25 / gamma**0.5)
     elif scale == "weight_svd":
-        B = B * (xp.linalg.svd(layer.weight.data, compute_uv=False)[0] / S[of_B][0])
+        B = B * (xp.linalg.svd(dense(layer.weight.data), compute_uv=False)[0] / S[of_B][0])
     elif scale == "gd_scale":
         A, B = A / s, B / s
     layer.start = Offset(A, B, s)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, get_xp
-from minilora.family.residual import Offset
+from minilora.family.residual import Offset, dense
 
 
 def olora(layer: Any, rng: np.random.Generator) -> tuple[Array, Array]:
     """A and B of `layer`, and layer.start. Raises ValueError where r is beyond min(in, out)."""
-    W = layer.weight.data
+    W = dense(layer.weight.data)
     if layer.r > min(W.shape):
         raise ValueError(f"olora: rank {layer.r} does not fit a matrix of shape {W.shape}.")
     Q, R = get_xp(W).linalg.qr(W.T)

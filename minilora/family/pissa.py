@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, get_xp, to_backend
-from minilora.family.residual import Offset
+from minilora.family.residual import Offset, dense
 from minilora.lora.factorization import factorize
 
 
@@ -21,7 +21,7 @@ def pissa(layer: Any, rng: np.random.Generator, *, niter: int | None = None) -> 
 
     "pissa_niter_4" is much cheaper for a large weight, and about as good. Raises ValueError where r is beyond min(in, out).
     """
-    W, s = layer.weight.data, layer.scaling
+    W, s = dense(layer.weight.data), layer.scaling
     A, B = factorize(W / s, layer.r) if niter is None else approximate(W / s, layer.r, niter, rng)
     layer.start = Offset(A, B, s)
     return A, B

@@ -17,6 +17,11 @@ def column_squares(W: Array) -> Array:
     return W.column_squares() if hasattr(W, "column_squares") else get_xp(W).einsum("ij,ij->j", W, W)
 
 
+def dense(W: Array) -> Array:
+    """W as an array."""
+    return W.dense() if hasattr(W, "dense") else W
+
+
 class Residual:
     """W - L R.   Shapes: W (m, n), L (m, r), R (r, n). Has what a product asks of a matrix: x @ this, this @ y, .T, .shape, .dtype."""
 

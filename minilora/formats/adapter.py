@@ -21,6 +21,8 @@ import numpy as np
 
 from minilora.backend import Array, as_like, to_numpy
 from minilora.family.adapted import adapter_parameters
+from minilora.family.nf4 import is_nf4
+from minilora.family.residual import dense
 from minilora.formats.atomic import read_json, write_json
 from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.layers import Layer, Linear
@@ -30,6 +32,7 @@ from minilora.lora.injection import find_modules, find_targets, trained_paths
 _PREFIX = "base_model.model."
 _LINEAR = ("lora_A", "lora_B")  # in PEFT these are layers: their keys end with ".weight"
 _FINGERPRINT = "minilora.base"
+_LOFTQ = "loftq:"  # before the fingerprint of a base that must be this one, quantized as it was
 _NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")  # values by which a field of PEFT's that is unknown here asks for nothing
 _SAYS_NOTHING = {"peft_type", "peft_version", "auto_mapping", "revision", "inference_mode", "runtime_config"}
 _OF_THE_START = {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}  # read with the init_lora_weights of that name only
@@ -54,9 +57,8 @@ def save_adapter(model: Layer, folder: str | Path, config: LoraConfig | None = N
             )
     door, joined = _Door(model), _less_their_start(model)
     tensors = {door.key(path): door.turned(path, to_numpy(joined.get(path, p.data))) for path, p in model.parameters() if path in trained}
-    write_tensors(
-        folder / "adapter_model.safetensors", tensors, {_FINGERPRINT: fingerprint(model, find_modules(model, config, strict=False))}
-    )
+    mark = _mark(config, fingerprint(model, find_modules(model, config, strict=False)), model)
+    write_tensors(folder / "adapter_model.safetensors", tensors, {_FINGERPRINT: mark} if mark else None)
     write_json(folder / "adapter_config.json", _to_peft(model, config))
     return (folder / "adapter_model.safetensors").stat().st_size
 
@@ -84,7 +86,8 @@ def load_adapter(model: Layer, folder: str | Path) -> LoraConfig:
         base = fingerprint(model, find_modules(model, config, strict=False))
     except ValueError as error:
         raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
-    if metadata.get(_FINGERPRINT, base) != base:
+    mark = metadata.get(_FINGERPRINT, base)
+    if mark.removeprefix(_LOFTQ) != base and (mark.startswith(_LOFTQ) or not _quantized(model)):
         raise ValueError(f"{folder}: this adapter was made for a base model with other weights than the one it is put on.")
     door = _Door(rehearsal)
     if config.bias == "all":
@@ -143,7 +146,7 @@ def fingerprint(model: Layer, without: Collection[str] = ()) -> str:
     digest = hashlib.sha256()
     for path, layer in model.modules():
         if isinstance(layer, Linear) and not any(f"{path}.".startswith(f"{skipped}.") for skipped in without):
-            W = layer.weight.data
+            W = dense(layer.weight.data)
             rows, columns = np.divmod(np.arange(0, W.size, max(1, W.size // 16)), W.shape[1])
             sample = to_numpy(W[as_like(rows, W), as_like(columns, W)])
             digest.update(f"{path}{tuple(W.shape)}".encode() + sample.astype(np.float16).tobytes())
@@ -202,10 +205,21 @@ def _to_peft(model: Layer, config: LoraConfig) -> dict[str, Any]:
     task = "CAUSAL_LM" if head == "lm_head" else "SEQ_CLS" if head in whole else None
     told["task_type"] = config.task_type or task
     told["modules_to_save"] = config.saved_modules or None
-    told |= {"init_lora_weights": True, "use_dora": bool(config.use_dora)} | dict.fromkeys(_OF_THE_START & told.keys())
+    told |= {"init_lora_weights": True, "use_dora": bool(config.use_dora), "eva_config": None, "lora_ga_config": None, "loftq_config": {}}
     told["fan_in_fan_out"] = bool(getattr(model, "weights_are_in_out", True))
     told["base_model_name_or_path"] = config.base_model_name_or_path or model.hub_id or model.source
     return {"peft_type": "LORA", "inference_mode": True, **told}
+
+
+def _quantized(model: Layer) -> bool:
+    return any(is_nf4(layer.weight.data) for _, layer in model.modules() if isinstance(layer, Linear))
+
+
+def _mark(config: LoraConfig, base: str, model: Layer) -> str | None:
+    """What the file says of the base that it fits. A quantized one is as good as what it was made from, but not for LoftQ."""
+    if config.init_lora_weights == "loftq":
+        return _LOFTQ + base
+    return None if _quantized(model) else base
 
 
 def _less_their_start(model: Layer) -> dict[str, Array]:

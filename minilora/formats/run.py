@@ -18,7 +18,8 @@ def open_model(path: str | Path, backend: str = "auto", adapter: str | Path | No
     """The model that a path names, with the adapter that it or `adapter` names. Raises as the loaders do."""
     base, found = base_of(path)
     labels = labels_of(adapter or path)
-    model = load_model(base, backend, num_labels=len(labels) if labels else None)
+    quantize = _record(adapter or path).get("configuration", {}).get("quantize", "")
+    model = load_model(base, backend, num_labels=len(labels) if labels else None, quantize=quantize)
     found = _adapter_folder(Path(adapter)) or Path(adapter) if adapter else found
     if found is not None:
         load_adapter(model, found)
@@ -40,10 +41,15 @@ def base_of(path: str | Path) -> tuple[str, Path | None]:
 
 def labels_of(path: str | Path) -> list[str] | None:
     """The names of the classes that a run was trained for, None where there are none."""
+    return _record(path).get("labels")
+
+
+def _record(path: str | Path) -> dict[str, Any]:
+    """The run.json of a run, or of the run that an adapter or a model lies in; empty where there is none."""
     for folder in (Path(path), Path(path).parent):
         if (folder / "run.json").is_file():
-            return read_json(folder / "run.json").get("labels")
-    return None
+            return read_json(folder / "run.json")
+    return {}
 
 
 def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:

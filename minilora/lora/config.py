@@ -31,8 +31,8 @@ class LoraConfig:
     lora_dropout        probability of dropping what the low-rank branch reads, in training
     use_rslora          scale by lora_alpha / sqrt(r) (arXiv 2312.03732)
     init_lora_weights   how A and B begin. True: A Kaiming-uniform(a = sqrt 5), B zero. Others are in family/ and docs/methods.md:
-                        "gaussian", False, "seed", "pissa", "pissa_niter_4", "olora", "eva", "lora_ga"
-    eva_config, lora_ga_config   options by name of "eva" and "lora_ga"
+                        "gaussian", False, "seed", "pissa", "pissa_niter_4", "olora", "eva", "lora_ga", "loftq"
+    eva_config, lora_ga_config, loftq_config   options by name of "eva", "lora_ga" and "loftq"
     use_dora            True: DoRA (arXiv 2402.09353), with the gradient that the paper and PEFT take. "exact": with the whole one
     bias                "none", "all" or "lora_only": which biases are trained too
     modules_to_save     names of modules that are trained whole and saved with the adapter: every module whose path ends with
@@ -59,6 +59,7 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     eva_config: dict[str, Any] | None = None
     lora_ga_config: dict[str, Any] | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
     use_dora: bool | str = False
     bias: str = "none"
     modules_to_save: Sequence[str] | None = None

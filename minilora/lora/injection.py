@@ -40,13 +40,13 @@ def inject(
     if strict:
         _check_ranks_and_patterns(targets, config)
     rng, kinds = generator(rng), {path: adapter_of(layer, config) for path, layer in targets.items()}
-    before = [(p, p.trainable) for _, p in model.parameters()]
+    before = [(p, p.trainable, p.data) for _, p in model.parameters()]
     try:
         config, inits = starts(model, targets, config, train_step)
         adapted = {path: kinds[path].of(targets[path], config, path, init, rng=rng) for path, init in inits.items()}
     except BaseException:
-        for p, trainable in before:
-            p.trainable = trainable
+        for p, trainable, data in before:
+            p.trainable, p.data = trainable, data
         raise
 
     model.freeze()

@@ -20,7 +20,7 @@ from minilora.formats.adapter import save_adapter
 from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.run import tokenizer_of
 from minilora.formats.tokenizer import Tokenizer
-from minilora.lora import LoraConfig, inject, lora_layers
+from minilora.lora import LoraConfig, disabled, inject, lora_layers
 from minilora.models.generate import context_length, generate
 from minilora.training.datasets import load_dataset
 from minilora.training.loop import Diverged, train
@@ -105,12 +105,12 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
         assert recipe.data is not None
         tokenizer = tokenizer_of(recipe.model)
         dataset = load_dataset(recipe.data, "classify", tokenizer, recipe.window, seed=recipe.seed)
-        model = load_model(recipe.model, recipe.backend, num_labels=len(dataset.labels or ()))
+        model = load_model(recipe.model, recipe.backend, num_labels=len(dataset.labels or ()), quantize=recipe.quantize)
         if not hasattr(model, "classifier"):
             raise ValueError(f"{recipe.model} ({type(model).__name__}) has no classifier; task classify needs a BERT.")
         task = classify_task(dataset, recipe.data, recipe.batch_size, recipe.seed)
     else:
-        model = load_model(recipe.model, recipe.backend)
+        model = load_model(recipe.model, recipe.backend, quantize=recipe.quantize)
         if not hasattr(model, "decode"):
             raise ValueError(f"{recipe.model} ({type(model).__name__}) is no decoder; task lm needs one. Is --task classify meant?")
         tokenizer = tokenizer_of(recipe.model, model.config.vocab_size)
@@ -198,6 +198,10 @@ def _sample(model: Any, tokenizer: Tokenizer, recipe: Recipe) -> str:
 def _save(model: Any, folder: RunFolder, recipe: Recipe) -> int:
     """Write the adapter, or the whole model. Returns the bytes of its tensors' file."""
     if recipe.method == "lora":
+        if recipe.init_lora_weights == "loftq":  # the adapter fits the quantized weights only, so that they are kept with it
+            model.lora_config.base_model_name_or_path = str(folder.base)
+            with disabled(model):
+                save_model(model, folder.base)
         return save_adapter(model, folder.adapter)
     save_model(model, folder.model)
     return (folder.model / "model.safetensors").stat().st_size
@@ -207,7 +211,8 @@ def _method(recipe: Recipe, layers: int) -> str:
     if recipe.method == "full":
         return "full fine-tuning"
     also = ["biases"] * (recipe.bias != "none") + (["the head"] if recipe.task == "classify" else []) + list(recipe.modules_to_save or [])
-    how = [str(recipe.init_lora_weights)] * (recipe.init_lora_weights is not True) + [recipe.optimizer] * (recipe.optimizer != "adamw")
+    how = [recipe.quantize] if recipe.quantize else []
+    how += [str(recipe.init_lora_weights)] * (recipe.init_lora_weights is not True) + [recipe.optimizer] * (recipe.optimizer != "adamw")
     if recipe.loraplus_lr_ratio is not None:
         how.append(f"LoRA+ of {recipe.loraplus_lr_ratio:g}")
     name = ("DoRA" if recipe.use_dora else "LoRA") + (f" ({', '.join(how)})" if how else "")

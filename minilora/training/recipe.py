@@ -48,6 +48,7 @@ class Recipe:
     use_rslora: bool = False
     use_dora: bool | str = False
     init_lora_weights: bool | str = True
+    quantize: str = ""
     optimizer: str = "adamw"
     loraplus_lr_ratio: float | None = None
     bias: str | None = None
@@ -77,9 +78,11 @@ class Recipe:
             raise ValueError(f"unknown optimizer {self.optimizer!r}; choose {' or '.join(OPTIMIZERS)}.")
         if self.optimizer != "adamw" and self.loraplus_lr_ratio is not None:
             raise ValueError(f"loraplus_lr_ratio and optimizer {self.optimizer!r} exclude each other; choose one.")
-        usual = {"use_dora": False, "init_lora_weights": True, "optimizer": "adamw", "loraplus_lr_ratio": None}
+        usual = {"use_dora": False, "init_lora_weights": True, "optimizer": "adamw", "loraplus_lr_ratio": None, "quantize": ""}
         if self.method == "full" and (named := next((name for name, value in usual.items() if getattr(self, name) != value), None)):
             raise ValueError(f"{named} is for adapters; method full has none.")
+        if self.quantize and self.init_lora_weights == "loftq":
+            raise ValueError("init_lora_weights 'loftq' quantizes by itself; leave quantize out.")
         if self.task not in TASKS:
             raise ValueError(f"unknown task {self.task!r}; choose {' or '.join(TASKS)}.")
         if self.task == "classify" and self.data is None:
