@@ -40,6 +40,8 @@ def _cupy_of(x: Array) -> Any:
     cupy = sys.modules.get("cupy")  # who holds a CuPy array has imported CuPy
     if cupy is not None and isinstance(x, cupy.ndarray):
         return cupy
+    if hasattr(x, "like"):  # a matrix made of arrays (family/residual.py, family/nf4.py)
+        return get_xp(x.like)
     raise TypeError(f"expected a NumPy or CuPy array, got {type(x).__name__}.")
 
 
@@ -52,6 +54,8 @@ def to_backend(x: Array, backend: str, dtype: Any = None) -> Array:
     """x on the named backend, in `dtype` if given. Copies only what has to change."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    if hasattr(x, "to_backend"):  # NF4
+        return x.to_backend(backend, dtype)
     if backend == "cupy":
         return import_cupy().asarray(x, dtype=dtype)
     host = x if isinstance(x, (np.ndarray, np.generic)) else x.get()
@@ -60,7 +64,7 @@ def to_backend(x: Array, backend: str, dtype: Any = None) -> Array:
 
 def to_numpy(x: Array) -> np.ndarray:
     """x as a NumPy array. From a GPU this copies and synchronises: for printing, saving and tests only."""
-    return to_backend(x, "numpy")
+    return to_backend(x.dense() if hasattr(x, "dense") else x, "numpy")
 
 
 def as_like(x: Array, like: Array) -> Array:

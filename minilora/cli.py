@@ -202,6 +202,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--lora-alpha", "--alpha", type=float, metavar="ALPHA", help="the update is scaled by alpha / r (default: 32)")
     p.add_argument("--lora-dropout", type=float, metavar="P", help="dropout on what the adapters read (default: 0)")
     p.add_argument("--use-rslora", action="store_const", const=True, help="scale by alpha / sqrt(r) instead")
+    p.add_argument("--use-dora", action="store_const", const=True, help="train the lengths of W's columns apart from their direction")
+    p.add_argument("--init-lora-weights", "--init", metavar="HOW", help="how A and B begin: gaussian, pissa, olora, eva, lora_ga, loftq")
+    p.add_argument("--quantize", choices=("nf4",), help="keep the frozen weights of linear layers in four bits")
+    p.add_argument("--loraplus-lr-ratio", type=float, metavar="X", help="learning rate of B over that of A (LoRA+; default: 1)")
+    p.add_argument(
+        "--optimizer",
+        choices=("adamw", "riemannian", "lora_pro", "lora_fa"),
+        help="AdamW, or what it is given for A and B (default: adamw)",
+    )
     p.add_argument("--target-modules", type=_names, metavar="NAMES", help="names separated by commas, or all-linear (the default)")
     p.add_argument("--layers-to-transform", type=_numbers, metavar="N,N", help="numbers of the blocks to adapt (default: all)")
     p.add_argument("--bias", choices=("none", "all", "lora_only"), help="biases to train too (default: all for pydoc, else none)")

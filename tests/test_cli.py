@@ -107,6 +107,29 @@ def test_generate_merge_and_info_work_on_what_finetune_wrote(cwd, text, capsys):
     assert "858,880" in out
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--use-dora", "--init", "pissa"], "DoRA (pissa) r=8"),
+        (["--init-lora-weights", "eva", "--loraplus-lr-ratio", "4"], "LoRA (eva, LoRA+ of 4) r=8"),
+        (["--init", "lora_ga", "--optimizer", "lora_pro", "--backend", "numpy"], "LoRA (lora_ga, lora_pro) r=8"),
+        (["--quantize", "nf4"], "LoRA (nf4) r=8"),
+        (["--init", "loftq"], "LoRA (loftq) r=8"),
+        (["--optimizer", "lora_fa", "--threads", "2", "--r", "4"], "LoRA (lora_fa) r=4"),
+    ],
+)
+def test_methods_of_the_family(flags, told, cwd, text, capsys):
+    out = finetune(capsys, "--data", text, "--out", "run", "--lr", "0.003", *flags)
+    assert told in out
+    results = json.loads((cwd / "run" / "run.json").read_text())["results"]
+    assert results["after"]["bits_per_byte"] < results["before"]["bits_per_byte"]
+    status, out, err = run(capsys, "evaluate", "run", "--data", text, "--window", "32", "--json")
+    assert status == 0, err
+    assert run(capsys, "merge", "run", "--out", "merged")[0] == 0
+    merged = run(capsys, "evaluate", "merged", "--data", text, "--window", "32", "--json")[1]
+    assert json.loads(merged)["loss"] == pytest.approx(json.loads(out)["loss"], rel=1e-5)
+
+
 def test_generate_and_info_know_the_bundled_model_and_full_runs(cwd, text, capsys):
     assert "858,880: 3.4 MB in float32" in run(capsys, "info")[1]
     finetune(capsys, "--data", text, "--out", "full", "--method", "full")
@@ -198,6 +221,10 @@ def a_file_as_run_folder(d):
 
 
 BAD = {
+    "no such start": (bad(["--init", "magic"]), "init_lora_weights is 'magic'; choose one of True, False, 'gaussian'"),
+    "a start beyond the SVD": (bad(["--init", "lora_ga", "--r", "100"]), "rank 100 needs 200 singular vectors"),
+    "two optimizers": (bad(["--optimizer", "riemannian", "--loraplus-lr-ratio", "4"]), "exclude each other; choose one"),
+    "adapters' optimizer without adapters": (bad(["--method", "full", "--optimizer", "lora_fa"]), "optimizer is for adapters; method full"),
     "rank 0": (bad(["--r", "0"]), "rank r must be an integer of at least 1, got 0"),
     "rank too large": (bad(["--r", "500"]), "rank 500 is beyond transformer.h.0.attn.c_attn"),
     "unknown module": (bad(["--target-modules", "q_proj,c_attn"]), "no linear layer is called 'q_proj'"),

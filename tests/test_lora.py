@@ -233,7 +233,7 @@ REFUSED = {
     "alpha": ({"lora_alpha": 0}, "lora_alpha must be a positive number"),
     "dropout": ({"lora_dropout": 1}, "below 1"),
     "bias": ({"bias": "some"}, "'none', 'all' or 'lora_only'"),
-    "init": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+    "init": ({"init_lora_weights": "magic"}, "init_lora_weights is .magic."),
     "module to save": ({"modules_to_save": ["ln_g"]}, "no module is called 'ln_g'; did you mean 'ln_"),
 }
 

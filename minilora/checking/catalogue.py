@@ -80,6 +80,8 @@ class LossOf(Layer):
 
 def catalogue(seed: int = 0) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]:
     """(name, object, x, forward options) of every pair, layer and model, on small odd shapes, in float64 on NumPy."""
+    from minilora.checking.catalogue_family import family
+
     rng = np.random.default_rng(seed)
 
     def draw(*shape: int) -> np.ndarray:
@@ -94,6 +96,7 @@ def catalogue(seed: int = 0) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]
     yield "LoRALinear", LoRALinear(Linear(5, 4, **d), r=2, **d), draw(6, 5), {}
     yield "LoRALinear, rsLoRA, dropout", LoRALinear(Linear(5, 4, **d), 3, 8, 0.3, True, **d), draw(6, 5), {}
     yield "LoRALinear, the seed's init", LoRALinear(Linear(5, 4, **d), r=2, init="seed", **d), draw(6, 5), {}
+    yield from family(seed + 1)
     yield "Embedding", Embedding(7, 5, **d), ids, {}
     yield "LayerNorm", _shaken(LayerNorm(5, dtype="float64"), rng), draw(6, 5), {}
     yield "RMSNorm", _shaken(RMSNorm(5, dtype="float64"), rng), draw(6, 5), {}
@@ -161,8 +164,8 @@ def _pairs(draw: Callable[..., np.ndarray], rng: np.random.Generator) -> Iterato
     yield (
         Pair(
             "lora_linear",
-            lambda x, A, B: F.lora_linear(x, _W(x), None, A, B, 0.7),
-            lambda dy, u, x, A, B: F.lora_linear_backward(dy, x, u, _W(x), A, B, 0.7),
+            lambda x, A, B: F.lora_linear(x, fixed_weight(x), None, A, B, 0.7),
+            lambda dy, u, x, A, B: F.lora_linear_backward(dy, x, u, fixed_weight(x), A, B, 0.7),
             A=draw(5, 2),
             B=draw(2, 4),
         ),
@@ -272,7 +275,7 @@ def _shaken(layer: Any, rng: np.random.Generator) -> Any:
     return layer
 
 
-def _W(x: Array) -> Array:
+def fixed_weight(x: Array) -> Array:
     """A fixed frozen weight (5, 4), where x lives."""
     return to_backend(np.linspace(-1, 1, 20).reshape(5, 4), "numpy" if isinstance(x, np.ndarray) else "cupy")
 

@@ -4,6 +4,7 @@ Here A is (in, r) and B is (r, out); in the files both are turned, as PyTorch's 
 (modules_to_save) of models whose files keep them so. This is the one place where that happens. Keys, after "base_model.model.":
 
     <path>.lora_A.weight (r, in)    <path>.lora_B.weight (out, r)    <path>.base_layer.bias    a bias of an adapted layer
+    <path>.<name>                   what other methods train, under its name there
     <path>                          any other parameter that is trained: of modules_to_save, or a bias with bias="all"
 """
 
@@ -18,7 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from minilora.backend import as_like, to_numpy
+from minilora.backend import Array, as_like, to_numpy
+from minilora.family.adapted import adapter_parameters
+from minilora.family.nf4 import is_nf4
+from minilora.family.residual import dense
 from minilora.formats.atomic import read_json, write_json
 from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.layers import Layer, Linear
@@ -26,7 +30,9 @@ from minilora.lora import LoraConfig, inject, lora_layers
 from minilora.lora.injection import find_modules, find_targets, trained_paths
 
 _PREFIX = "base_model.model."
+_LINEAR = ("lora_A", "lora_B")  # in PEFT these are layers: their keys end with ".weight"
 _FINGERPRINT = "minilora.base"
+_LOFTQ = "loftq:"  # before the fingerprint of a base that must be this one, quantized as it was
 _NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")  # values by which a field of PEFT's that is unknown here asks for nothing
 _SAYS_NOTHING = {"peft_type", "peft_version", "auto_mapping", "revision", "inference_mode", "runtime_config"}
 _OF_THE_START = {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}  # read with the init_lora_weights of that name only
@@ -49,11 +55,10 @@ def save_adapter(model: Layer, folder: str | Path, config: LoraConfig | None = N
             raise ValueError(
                 f"save_adapter: {path} is trainable, but the configuration does not name it; add its layer to modules_to_save."
             )
-    door = _Door(model)
-    tensors = {door.key(path): door.turned(path, to_numpy(p.data)) for path, p in model.parameters() if path in trained}
-    write_tensors(
-        folder / "adapter_model.safetensors", tensors, {_FINGERPRINT: fingerprint(model, find_modules(model, config, strict=False))}
-    )
+    door, joined = _Door(model), _less_their_start(model)
+    tensors = {door.key(path): door.turned(path, to_numpy(joined.get(path, p.data))) for path, p in model.parameters() if path in trained}
+    mark = _mark(config, fingerprint(model, find_modules(model, config, strict=False)), model)
+    write_tensors(folder / "adapter_model.safetensors", tensors, {_FINGERPRINT: mark} if mark else None)
     write_json(folder / "adapter_config.json", _to_peft(model, config))
     return (folder / "adapter_model.safetensors").stat().st_size
 
@@ -81,7 +86,8 @@ def load_adapter(model: Layer, folder: str | Path) -> LoraConfig:
         base = fingerprint(model, find_modules(model, config, strict=False))
     except ValueError as error:
         raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
-    if metadata.get(_FINGERPRINT, base) != base:
+    mark = metadata.get(_FINGERPRINT, base)
+    if mark.removeprefix(_LOFTQ) != base and (mark.startswith(_LOFTQ) or not _quantized(model)):
         raise ValueError(f"{folder}: this adapter was made for a base model with other weights than the one it is put on.")
     door = _Door(rehearsal)
     if config.bias == "all":
@@ -124,7 +130,7 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
             raise ValueError(f"{path}: {key}={value!r} is not supported.")
     if raw.get("target_modules") is None:
         raise ValueError(f"{path}: target_modules is missing.")
-    given = {key: value for key, value in raw.items() if key in known and value is not None}
+    given = {key: value for key, value in raw.items() if key in known - _OF_THE_START and value is not None}
     given["init_lora_weights"] = True
     try:
         return LoraConfig(**given)
@@ -140,7 +146,7 @@ def fingerprint(model: Layer, without: Collection[str] = ()) -> str:
     digest = hashlib.sha256()
     for path, layer in model.modules():
         if isinstance(layer, Linear) and not any(f"{path}.".startswith(f"{skipped}.") for skipped in without):
-            W = layer.weight.data
+            W = dense(layer.weight.data)
             rows, columns = np.divmod(np.arange(0, W.size, max(1, W.size // 16)), W.shape[1])
             sample = to_numpy(W[as_like(rows, W), as_like(columns, W)])
             digest.update(f"{path}{tuple(W.shape)}".encode() + sample.astype(np.float16).tobytes())
@@ -153,7 +159,8 @@ class _Door:
     def __init__(self, model: Layer) -> None:
         self.parameters = dict(model.parameters())
         self.adapted = {path for path, _ in lora_layers(model)}
-        self.turns = {f"{path}.lora_{ab}" for path in self.adapted for ab in "AB"}
+        self.own = set(adapter_parameters(model))
+        self.turns = set(self.own)
         if not getattr(model, "weights_are_in_out", True):
             self.turns |= {f"{path}.weight" for path, layer in model.modules() if isinstance(layer, Linear)}
 
@@ -161,7 +168,9 @@ class _Door:
         owner, _, name = path.rpartition(".")
         if owner not in self.adapted:
             return _PREFIX + path
-        return _PREFIX + (f"{path}.weight" if name in ("lora_A", "lora_B") else f"{owner}.base_layer.{name}")
+        if path in self.own:
+            return _PREFIX + (f"{path}.weight" if name in _LINEAR else path)
+        return f"{_PREFIX}{owner}.base_layer.{name}"
 
     def turned(self, path: str, value: np.ndarray) -> np.ndarray:
         """From here to the file, or back."""
@@ -187,24 +196,44 @@ def _to_peft(model: Layer, config: LoraConfig) -> dict[str, Any]:
         meant = [path for path, _ in model.modules() if path.rpartition(".")[2] in names]
         told["target_modules"] = names if meant == adapted else adapted
         told["exclude_modules"] = None
+    if _less_their_start(model):
+        factor = 2**0.5 if config.use_rslora else 2
+        told["r"], told["rank_pattern"] = 2 * config.r, {key: 2 * r for key, r in config.rank_pattern.items()}
+        told["lora_alpha"] = factor * config.lora_alpha
+        told["alpha_pattern"] = {key: factor * alpha for key, alpha in config.alpha_pattern.items()}
     head = getattr(model, "output_head", None)
     task = "CAUSAL_LM" if head == "lm_head" else "SEQ_CLS" if head in whole else None
     told["task_type"] = config.task_type or task
     told["modules_to_save"] = config.saved_modules or None
-    told["init_lora_weights"] = True
+    told |= {"init_lora_weights": True, "use_dora": bool(config.use_dora), "eva_config": None, "lora_ga_config": None, "loftq_config": {}}
     told["fan_in_fan_out"] = bool(getattr(model, "weights_are_in_out", True))
     told["base_model_name_or_path"] = config.base_model_name_or_path or model.hub_id or model.source
     return {"peft_type": "LORA", "inference_mode": True, **told}
 
 
-def _check_ranks(targets: dict[str, Linear], config: LoraConfig, tensors: dict[str, np.ndarray]) -> None:
+def _quantized(model: Layer) -> bool:
+    return any(is_nf4(layer.weight.data) for _, layer in model.modules() if isinstance(layer, Linear))
+
+
+def _mark(config: LoraConfig, base: str, model: Layer) -> str | None:
+    """What the file says of the base that it fits. A quantized one is as good as what it was made from, but not for LoftQ."""
+    if config.init_lora_weights == "loftq":
+        return _LOFTQ + base
+    return None if _quantized(model) else base
+
+
+def _less_their_start(model: Layer) -> dict[str, Array]:
+    """{path: array} of the adapters that began by taking A B off the weight (PiSSA): on the file's unchanged weight, they have rank 2 r."""
+    started = [(path, layer) for path, layer in lora_layers(model) if getattr(layer, "start", None) is not None]
+    return {f"{path}.{name}": value for path, layer in started for name, value in layer.start.joined(layer).items()}
+
+
+def _check_ranks(targets: dict[str, Any], config: LoraConfig, tensors: dict[str, np.ndarray]) -> None:
     """A rank beyond min(in, out) is believed where the tensors have it: nothing is made that is larger than the file."""
     for path, layer in targets.items():
-        r, A = config.rank_of(path), tensors.get(f"{_PREFIX}{path}.lora_A.weight")
-        if r > min(layer.in_features, layer.out_features) and (A is None or A.shape[:1] != (r,)):
-            raise ValueError(
-                f"rank {r} is beyond {path}, which is {layer.in_features} x {layer.out_features}, and not that of the tensors."
-            )
+        r, (m, n) = config.rank_of(path), layer.weight.data.shape
+        if r > min(m, n) and not any(r in value.shape for key, value in tensors.items() if key.startswith(f"{_PREFIX}{path}.")):
+            raise ValueError(f"rank {r} is beyond {path}, which is {m} x {n}, and not that of the tensors.")
 
 
 def _check_fit(folder: Path, tensors: dict[str, np.ndarray], wanted: dict[str, tuple[int, ...]]) -> None:

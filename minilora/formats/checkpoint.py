@@ -19,10 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.backend import choose_backend, to_numpy
+from minilora.family.adapted import adapter_parameters
+from minilora.family.nf4 import is_nf4, quantize_model
 from minilora.formats.atomic import read_json, write_file, write_json
+from minilora.formats.blank import Blank
+from minilora.formats.nf4 import CONFIG, is_nf4_config, packed, unpacked
 from minilora.formats.tensors import map_tensors, write_tensors
 from minilora.formats.tokenizer import load_tokenizer
-from minilora.layers import Layer, Linear
+from minilora.layers import Embedding, Layer, Linear
 from minilora.lora import lora_layers
 
 BUNDLED = "pydoc"  # the model inside the package: load_model("pydoc")
@@ -63,7 +67,11 @@ _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "hidden_dropout_prob", 
 
 
 def load_model(
-    path_or_id: str | Path = BUNDLED, backend: str = "auto", dtype: Any = "float32", labels: int | Sequence[str] | None = None
+    path_or_id: str | Path = BUNDLED,
+    backend: str = "auto",
+    dtype: Any = "float32",
+    labels: int | Sequence[str] | None = None,
+    quantize: str = "",
 ) -> Any:  # Any: one of the classes of FAMILIES, which have more in common than Layer
     """A published model on a backend, frozen. Architectures: gpt2, bert, llama, qwen2.
 
@@ -72,11 +80,15 @@ def load_model(
     On NumPy, parameters that the file holds in `dtype` are read-only views of the mapped file.
     labels: the names of a classifier's classes, or how many there are; by default what config.json says. A classifier or pooler
     that the checkpoint has not is drawn from N(0, 0.02^2), the same each time, and a line on standard error says so.
+    quantize: "nf4" keeps the weights of linear layers, but for the head, in four bits (family/nf4.py). A folder that holds them so,
+    as bitsandbytes does, is read as it is.
 
     Raises FileNotFoundError; ValueError when the configuration, a file or a tensor does not fit; ImportError for a missing extra.
     """
     if dtype is not None and str(np.dtype(dtype) if _is_dtype(dtype) else dtype) not in ("float64", "float32", "float16"):
         raise ValueError(f"load_model: dtype is {dtype!r}; choose float32, float64 or float16.")
+    if quantize not in ("", "nf4"):
+        raise ValueError(f"load_model: quantize is {quantize!r}; choose 'nf4', or '' for none.")
     backend = choose_backend(backend, quiet=True)
     if str(path_or_id).endswith(".gguf"):
         source = Path(path_or_id)
@@ -87,18 +99,22 @@ def load_model(
         where = f"{source}/config.json"
         raw = read_json(where)
     family = family_of(raw, where)
+    if is_nf4_config(raw.get("quantization_config")):
+        del raw["quantization_config"]
     config, model_class = _classes(family)
     config = config.from_json(raw, where)
     if labels is not None:
         config = _with_labels(config, labels, where)
-    model = model_class(config, rng=_Blank(), dtype="float32")
+    model = model_class(config, rng=Blank(), dtype="float32")
     if tensors is None:
-        tensors = read_weights(source)
+        tensors = unpacked(read_weights(source), source)
     tensors = _renamed(model, family, tensors, source)
     tensors |= _fresh(model, family, tensors, raw, source)
     assign(model, _turned(model, tensors), source)
     model.source = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # an adapter will name it, from anywhere
     model.hub_id = str(path_or_id) if _is_hub_id(path_or_id) else None
+    if quantize:
+        quantize_model(model)
     return model.freeze().to(backend, dtype)
 
 
@@ -218,27 +234,6 @@ def _is_dtype(dtype: Any) -> bool:
     return True
 
 
-class _Blank(np.random.Generator):
-    """Draws nothing: initial values that a checkpoint will replace cost no time, and one number of memory for each array."""
-
-    def __init__(self) -> None:
-        super().__init__(np.random.PCG64(0))
-
-    def normal(self, loc: Any = 0.0, scale: Any = 1.0, size: Any = None) -> Any:
-        shape = (size,) if isinstance(size, int) else size
-        return np.lib.stride_tricks.as_strided(np.zeros(()), shape, (0,) * len(shape)).view(_Unset)
-
-    def uniform(self, low: Any = 0.0, high: Any = 1.0, size: Any = None) -> Any:
-        return self.normal(size=size)
-
-
-class _Unset(np.ndarray):
-    """An array of one number, repeated by strides of zero; a change of dtype leaves it so."""
-
-    def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
-        return np.lib.stride_tricks.as_strided(np.zeros((), dtype), self.shape, (0,) * self.ndim)
-
-
 # -- fitting the tensors to the model ---------------------------------------------------------------------------------------
 
 
@@ -287,7 +282,7 @@ def _turned(model: Any, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]
     if model.weights_are_in_out:
         return tensors
     linear = {f"{path}.weight" for path, layer in model.modules() if isinstance(layer, Linear)}
-    return {path: value.T if path in linear else value for path, value in tensors.items()}
+    return {path: value.T if path in linear and not is_nf4(value) else value for path, value in tensors.items()}
 
 
 def assign(model: Layer, tensors: dict[str, np.ndarray], source: str | Path) -> None:
@@ -313,6 +308,7 @@ def assign(model: Layer, tensors: dict[str, np.ndarray], source: str | Path) -> 
 
 def _finite(x: np.ndarray) -> bool:
     """By the extremes, which takes no memory, unlike isfinite: both are NaN if one element is."""
+    x = getattr(x, "nested_absmax", x)
     with np.errstate(invalid="ignore"):
         return x.size == 0 or bool(np.isfinite(x.min()) and np.isfinite(x.max()))
 
@@ -323,16 +319,21 @@ def _finite(x: np.ndarray) -> bool:
 def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     """Write a folder that transformers loads: config.json, model.safetensors, and the tokenizer's files where the model came with one.
 
-    dtype: of the tensors; by default the model's. Merged adapters are part of the weights; unmerged ones raise ValueError.
+    dtype: of the tensors; by default the model's. Weights in NF4 are written so. Merged adapters are part of the weights; unmerged
+    ones raise ValueError, but `with minilora.disabled(model)` the base is written without them.
     The tokenizer of a GGUF file is written if it can be read; else a line on standard error says why it is not.
     """
-    folder = Path(folder)
-    merged = {}
+    folder, own, modules = Path(folder), adapter_parameters(model), dict(model.modules())
+    merged: dict[str, Any] = {}
     for path, layer in lora_layers(model):
-        if layer.merged is None:
+        if layer.enabled and layer.merged is None:
             raise ValueError(f"save_model: {path} has an unmerged adapter; call minilora.merge first, or save_adapter.")
-        merged[f"{path}.weight"] = layer.merged
-    tensors = {path: to_numpy(merged.get(path, p.data)) for path, p in model.parameters() if ".lora_" not in path}
+        if layer.enabled and isinstance(layer, Embedding) and getattr(model, "output_head", path) not in modules:
+            raise ValueError(f"save_model: the head is tied to {path}, so that its adapter would change the head too; use save_adapter.")
+        merged[f"{path}.weight"] = layer.merged if layer.enabled else layer.weight.data
+    values = {path: merged.get(path, p.data) for path, p in model.parameters() if path not in own}
+    quantized = {path: value for path, value in values.items() if is_nf4(value)}
+    tensors = {path: to_numpy(value) for path, value in values.items() if path not in quantized}
     if dtype is not None:
         tensors = {path: value.astype(dtype) for path, value in tensors.items()}
     told = {"model_type": model.model_type, **model.config.to_json()}
@@ -341,7 +342,10 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     source = Path(model.source) if model.source and model.source != BUNDLED else None
     if source is not None and (source / "config.json").is_file():
         told = {**{key: value for key, value in read_json(source / "config.json").items() if key in _KEPT}, **told}
-    write_tensors(folder / "model.safetensors", _turned(model, tensors))
+    tensors = _turned(model, tensors)
+    for path, value in quantized.items():
+        tensors, told["quantization_config"] = tensors | packed(path, value), CONFIG
+    write_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", told)
     if source is not None and source.is_dir():
         _copy(source, folder, _TOKENIZER_FILES)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from minilora.family.adapted import adapter_parameters
 from minilora.formats.adapter import load_adapter, read_adapter_config
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_folder, save_model
@@ -20,8 +21,10 @@ def open_model(path: str | Path, backend: str = "auto", adapter: str | Path | No
     base, found = base_of(path)
     if adapter is not None:
         found = _adapter_folder(Path(adapter)) or Path(adapter)
+    labels = labels_of(adapter or path) or (_classes(found) if found else None)
+    quantize = _record(adapter or path).get("configuration", {}).get("quantize", "")
     try:
-        model = load_model(base, backend, labels=labels_of(adapter or path) or (_classes(found) if found else None))
+        model = load_model(base, backend, labels=labels, quantize=quantize)
     except FileNotFoundError as error:
         if base == str(path):
             raise
@@ -48,10 +51,15 @@ def base_of(path: str | Path) -> tuple[str, Path | None]:
 
 def labels_of(path: str | Path) -> list[str] | None:
     """The names of the classes that a run was trained for, None where there are none."""
+    return _record(path).get("labels")
+
+
+def _record(path: str | Path) -> dict[str, Any]:
+    """The run.json of a run, or of the run that an adapter or a model lies in; empty where there is none."""
     for folder in (Path(path), Path(path).parent):
         if (folder / "run.json").is_file():
-            return read_json(folder / "run.json").get("labels")
-    return None
+            return read_json(folder / "run.json")
+    return {}
 
 
 def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
@@ -88,7 +96,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     """What is in a model or a run: parameters, memory, adapters, results, and the names that can be adapted."""
     model = open_model(path, "numpy")
     adapters = lora_layers(model)
-    adapted = sum(layer.lora_A.data.size + layer.lora_B.data.size for _, layer in adapters)
+    adapted = sum(p.data.size for p in adapter_parameters(model).values())
     count = sum(p.data.size for _, p in model.parameters()) - adapted
     names: dict[str, list[str]] = {}
     for name, layer in model.modules():

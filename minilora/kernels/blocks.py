@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -11,11 +12,11 @@ import numpy as np
 BLOCK = 2**17
 
 
-def blocks(*arrays: np.ndarray) -> Iterator[list[np.ndarray]]:
-    """Matching pieces of contiguous arrays of one size, as one-dimensional views."""
-    flat = [a.reshape(-1) for a in arrays]
+def blocks(*arrays: Any) -> Iterator[list[Any]]:
+    """Matching pieces of contiguous arrays of one size, as one-dimensional views; a number is the same in each."""
+    flat = [a.reshape(-1) if isinstance(a, np.ndarray) else a for a in arrays]
     for i in range(0, flat[0].size, BLOCK):
-        yield [a[i : i + BLOCK] for a in flat]
+        yield [a[i : i + BLOCK] if isinstance(a, np.ndarray) else a for a in flat]
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:

@@ -6,8 +6,10 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-INITS = (True, False, "gaussian", "seed")
+from minilora.family import check_start
+
 TASKS = (None, "CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
 CLASSIFIERS = ("classifier", "score")  # what transformers calls the head of its sequence classifiers
 
@@ -28,8 +30,10 @@ class LoraConfig:
     rank_pattern        {name or expression: r} for exceptions from r; alpha_pattern likewise. The first that fits counts
     lora_dropout        probability of dropping what the low-rank branch reads, in training
     use_rslora          scale by lora_alpha / sqrt(r) (arXiv 2312.03732)
-    init_lora_weights   True: A Kaiming-uniform(a = sqrt 5), B zero. "gaussian": A ~ N(0, 1 / r^2), B zero. False: both
-                        Kaiming-uniform. "seed": both N(0, 1), as in the sample this project began with
+    init_lora_weights   how A and B begin. True: A Kaiming-uniform(a = sqrt 5), B zero. Others are in family/ and docs/methods.md:
+                        "gaussian", False, "seed", "pissa", "pissa_niter_4", "olora", "eva", "lora_ga", "loftq"
+    eva_config, lora_ga_config, loftq_config   options by name of "eva", "lora_ga" and "loftq"
+    use_dora            True: DoRA (arXiv 2402.09353), with the gradient that the paper and PEFT take. "exact": with the whole one
     bias                "none", "all" or "lora_only": which biases are trained too
     modules_to_save     names of modules that are trained whole and saved with the adapter: every module whose path ends with
                         one, be it in the middle of a word ("norm" is "input_layernorm" too)
@@ -41,6 +45,7 @@ class LoraConfig:
     Raises ValueError when a value has no meaning. Fields of PEFT that are not listed here do not exist: nothing is ignored.
     """
 
+    peft_type: ClassVar[str] = "LORA"
     r: int = 8
     lora_alpha: float = 8
     target_modules: str | Sequence[str] = "all-linear"
@@ -52,6 +57,10 @@ class LoraConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     init_lora_weights: bool | str = True
+    eva_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    use_dora: bool | str = False
     bias: str = "none"
     modules_to_save: Sequence[str] | None = None
     task_type: str | None = None
@@ -69,12 +78,13 @@ class LoraConfig:
             raise ValueError(f"LoraConfig: lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1.")
         if not isinstance(self.use_rslora, bool):
             raise ValueError(f"LoraConfig: use_rslora is {self.use_rslora!r}; it must be true or false.")
+        if self.use_dora not in (True, False, "exact"):
+            raise ValueError(f"LoraConfig: use_dora is {self.use_dora!r}; choose True, False or 'exact'.")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"LoraConfig: bias is {self.bias!r}; choose 'none', 'all' or 'lora_only'.")
         if self.task_type not in TASKS:
             raise ValueError(f"LoraConfig: task_type is {self.task_type!r}; choose one of {', '.join(map(repr, TASKS))}.")
-        if self.init_lora_weights not in INITS:
-            raise ValueError(f"LoraConfig: init_lora_weights is {self.init_lora_weights!r}; choose one of {', '.join(map(repr, INITS))}.")
+        check_start(self)
         self._check_names()
         self._check_layers()
 

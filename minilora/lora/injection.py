@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from minilora.backend import Rng, backend_name, generator, to_backend
+from minilora.family import adapter_of, starts
+from minilora.family.adapted import adapter_parameters, lora_layers
 from minilora.layers.base import Layer
 from minilora.layers.embedding import Embedding
 from minilora.layers.linear import Linear
 from minilora.lora.config import CLASSIFIERS, LoraConfig, fits
-from minilora.lora.layer import LoRALinear, lora_layers
 
 
-def inject(model: Layer, config: LoraConfig, *, rng: Rng = None, strict: bool = True) -> list[str]:
-    """Freeze the model and replace each targeted Linear by a LoRALinear. Returns the paths of the adapted layers.
+def inject(
+    model: Layer, config: LoraConfig, *, rng: Rng = None, strict: bool = True, train_step: Callable[[], Any] | None = None
+) -> list[str]:
+    """Freeze the model and replace each targeted layer by one that adapts it. Returns the paths of the adapted layers.
 
-    The model may be any tree of layers. What is trainable afterwards: every lora_A and lora_B, the biases that
+    The model may be any tree of layers. What is trainable afterwards: what the adapters add, the biases that
     `config.bias` names, and the modules of `config.saved_modules`.
 
     Raises ValueError, before anything is changed, when a name or a pattern matches nothing (with the nearest names), when a
     rank does not fit, or when the model has adapters already. strict=False is for an adapter that was trained elsewhere, whose
     tensors tell what is there: some names may then match nothing and ranks may be beyond min(in, out), as PEFT has it.
+    train_step runs the model on data, forward and backward, for the initial values that come from data ("eva", "lora_ga").
     """
     if lora_layers(model):
         raise ValueError("inject: this model has LoRA layers already; load the base model again.")
@@ -34,27 +39,33 @@ def inject(model: Layer, config: LoraConfig, *, rng: Rng = None, strict: bool = 
             raise ValueError(f"inject: {path} is to be adapted and, in modules_to_save, to be trained whole ({inside[0]}); name one.")
     if strict:
         _check_ranks_and_patterns(targets, config)
+    rng, kinds = generator(rng), {path: adapter_of(layer, config) for path, layer in targets.items()}
+    before = [(p, p.trainable, p.data) for _, p in model.parameters()]
+    try:
+        config, inits = starts(model, targets, config, train_step)
+        adapted = {path: kinds[path].of(targets[path], config, path, init, rng=rng) for path, init in inits.items()}
+    except BaseException:
+        for p, trainable, data in before:
+            p.trainable, p.data = trainable, data
+        raise
 
     model.freeze()
-    rng = generator(rng)
-    for path, layer in targets.items():
-        adapted = LoRALinear(
-            layer, config.rank_of(path), config.alpha_of(path), config.lora_dropout, config.use_rslora, config.init_lora_weights, rng=rng
-        )
-        replace_module(model, path, adapted)
+    for path, layer in adapted.items():
+        replace_module(model, path, layer)
     trained = trained_paths(model, config)
     for path, p in model.parameters():
         p.trainable = path in trained
-    model.base_values = {path: p.data.copy() for path, p in model.parameters() if p.trainable and ".lora_" not in path}
+    own = adapter_parameters(model)
+    model.base_values = {path: p.data.copy() for path, p in model.parameters() if p.trainable and path not in own}
     model.lora_config = config  # what save_adapter writes down
-    return list(targets)
+    return list(adapted)
 
 
 def trained_paths(model: Layer, config: LoraConfig) -> set[str]:
     """The paths of all parameters that `config` trains in a model it was injected into."""
     layers = dict(lora_layers(model))
     biased = [path for path, _ in model.parameters() if path.rpartition(".")[2] == "bias"]
-    trained = {f"{path}.lora_{ab}" for path in layers for ab in "AB"}
+    trained = set(adapter_parameters(model))
     if config.bias != "none":
         trained |= {path for path in biased if config.bias == "all" or path.removesuffix(".bias") in layers}
     for path, module in find_modules(model, config, strict=False).items():
@@ -62,8 +73,8 @@ def trained_paths(model: Layer, config: LoraConfig) -> set[str]:
     return trained
 
 
-def find_targets(model: Layer, config: LoraConfig, strict: bool = True) -> dict[str, Linear]:
-    """{path: Linear} that the config names, by PEFT's rules. Raises ValueError when a name matches no Linear, or something else."""
+def find_targets(model: Layer, config: LoraConfig, strict: bool = True) -> dict[str, Any]:
+    """{path: Linear or Embedding} that the config names, by PEFT's rules. Raises ValueError when a name matches none, or something else."""
     modules = _modules(model)
     linears = {path: layer for path, layer in modules.items() if isinstance(layer, Linear)}
     names, head = config.target_modules, getattr(model, "output_head", None)
@@ -73,7 +84,7 @@ def find_targets(model: Layer, config: LoraConfig, strict: bool = True) -> dict[
         named = [path for path in linears if path != head]
     elif isinstance(names, str):
         named = [path for path in modules if re.fullmatch(names, path)]
-        if not any(path in linears for path in named):
+        if not any(isinstance(modules[path], (Linear, Embedding)) for path in named):
             raise ValueError(f"target_modules: no linear layer matches {names!r}; there are {_examples(linears)}.")
     else:
         unknown = [name for name in names if not any(_ends_with(path, name) for path in modules)]
@@ -85,10 +96,11 @@ def find_targets(model: Layer, config: LoraConfig, strict: bool = True) -> dict[
     found = {path: modules[path] for path in named if path not in excluded and not _is_whole(path, config.saved_modules)}
     if not found:
         raise ValueError("target_modules: no linear layer is left to adapt after exclude_modules, modules_to_save and layers_to_transform.")
-    for path in sorted(found.keys() - linears.keys()):
-        kind = "shares its weight with the embedding" if modules[path] is None else f"is not linear, but {type(modules[path]).__name__}"
-        raise ValueError(f"target_modules: {path} {kind}; only a Linear with a weight of its own can be adapted.")
-    return {path: linears[path] for path in found}
+    for path, layer in sorted(found.items()):
+        if not isinstance(layer, (Linear, Embedding)):
+            kind = "shares its weight with the embedding" if layer is None else f"is not linear, but {type(layer).__name__}"
+            raise ValueError(f"target_modules: {path} {kind}; only a Linear or an Embedding with a weight of its own can be adapted.")
+    return found
 
 
 def find_modules(model: Layer, config: LoraConfig, strict: bool = True) -> dict[str, Layer]:
@@ -159,7 +171,7 @@ def disabled(model: Layer) -> Iterator[Layer]:
             p.data = now
 
 
-def _adapters(model: Layer, verb: str) -> list[tuple[str, LoRALinear]]:
+def _adapters(model: Layer, verb: str) -> list[tuple[str, Any]]:
     layers = lora_layers(model)
     if not layers:
         raise ValueError(f"{verb}: this model has no LoRA layers; call inject or load_adapter first.")
@@ -179,12 +191,12 @@ def _has_vocabulary(model: Layer, layer: Layer) -> bool:
     return any(isinstance(part, Embedding) and part.weight.data.shape[0] == size for _, part in layer.modules())
 
 
-def _check_ranks_and_patterns(targets: dict[str, Linear], config: LoraConfig) -> None:
+def _check_ranks_and_patterns(targets: dict[str, Any], config: LoraConfig) -> None:
     for path, layer in targets.items():
-        r = config.rank_of(path)
-        if r > min(layer.in_features, layer.out_features):
+        r, (m, n) = config.rank_of(path), layer.weight.data.shape
+        if r > min(m, n):
             advice = "; task_type='SEQ_CLS' trains a classifier's head whole" if path.endswith(CLASSIFIERS) else ""
-            raise ValueError(f"inject: rank {r} is beyond {path}, which is {layer.in_features} x {layer.out_features}{advice}.")
+            raise ValueError(f"inject: rank {r} is beyond {path}, which is {m} x {n}{advice}.")
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
             if not any(fits(key, path) for path in targets):

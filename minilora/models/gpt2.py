@@ -167,7 +167,7 @@ class GPT2(Layer):
     ) -> tuple[Array, Saved | None]:
         h, s_h = self.transformer.forward(x, keep=keep, offsets=offsets)
         logits = h @ self.head
-        return logits, self.save(need_dx, h if self.transformer.wte.trainable else None, s_h) if keep else None
+        return logits, self.save(need_dx, h if self.transformer.wte.weight.trainable else None, s_h) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
         h, s_h = self.load(saved, need_dx)
@@ -196,7 +196,7 @@ class GPT2(Layer):
         if rows.size == 0 and count is None:
             raise ValueError("loss: no row is labelled.")
         h, s_h = self.transformer.forward(ids, keep=keep, offsets=offsets, rows=None if rows.size == len(ids) else rows, prefix=prefix)
-        need = ({"dx", "dW"} if self.transformer.wte.trainable else {"dx"}) if keep else set()
+        need = ({"dx", "dW"} if self.transformer.wte.weight.trainable else {"dx"}) if keep else set()
         loss, dh, dW = K.linear_cross_entropy(h, self.head, labels[rows], count, need)
         return loss, self.save(False, dh, dW, s_h) if keep else None
 

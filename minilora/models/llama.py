@@ -391,7 +391,7 @@ class Llama(Layer):
     ) -> tuple[Array, Saved | None]:
         h, s_h = self.model.forward(x, keep=keep, offsets=offsets)
         if self.config.tie_word_embeddings:
-            logits, s_head = h @ self.model.embed_tokens.weight.data.T, h if self.model.embed_tokens.trainable else None
+            logits, s_head = h @ self.model.embed_tokens.weight.data.T, h if self.model.embed_tokens.weight.trainable else None
         else:
             logits, s_head = self.lm_head.forward(h, keep=keep, need_dx=self.model.trainable)
         return logits, self.save(need_dx, s_head, s_h) if keep else None
@@ -432,7 +432,7 @@ class Llama(Layer):
         W, dz, s_head = self.head, None, None
         if W is not None:
             owner = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-            need = {name for name, wanted in (("dx", self.model.trainable), ("dW", owner.trainable)) if wanted and keep}
+            need = {name for name, wanted in (("dx", self.model.trainable), ("dW", owner.weight.trainable)) if wanted and keep}
             loss, dh, dW = K.linear_cross_entropy(h, W, labels[rows], count, need)
         else:
             dh = dW = None

@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,19 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from minilora.backend import choose_backend, peak_memory
+from minilora.family.adapted import adapter_parameters
 from minilora.formats.adapter import save_adapter
 from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.run import tokenizer_of
 from minilora.formats.tokenizer import Tokenizer
-from minilora.lora import LoraConfig, inject, lora_layers
+from minilora.lora import LoraConfig, disabled, inject, lora_layers
 from minilora.models.generate import context_length, generate
 from minilora.training.datasets import load_dataset
 from minilora.training.loop import Diverged, train
+from minilora.training.loraplus import create_loraplus_optimizer
 from minilora.training.optimizers import AdamW
 from minilora.training.plot import have_matplotlib, plot_run
+from minilora.training.preconditioned import create_lora_pro_optimizer, create_lorafa_optimizer, create_riemannian_optimizer
 from minilora.training.prefix import PrefixCache
 from minilora.training.recipe import Recipe
 from minilora.training.run_folder import RunFolder
@@ -30,6 +35,8 @@ from minilora.training.schedules import Schedule, schedule
 from minilora.training.tasks import Task, classify_task, measure, records_task, text_task
 
 PROMPT = "def read_config(path, encoding=None):\n    "  # what the samples of a text model go on from
+
+LOOK = 4  # batches that initial values from data look at
 
 Say = Callable[[str], None]
 
@@ -46,13 +53,13 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     recipe.settle(task.per_epoch)
     assert task.train is not None and recipe.steps is not None
     rate = schedule(recipe.schedule, recipe.steps, recipe.warmup or 0)
-    optimizer = _prepare(model, recipe)
+    optimizer = _prepare(model, recipe, task)
     folder = RunFolder.create(out, recipe.method)
     folder.write_run(asdict(recipe), {}, task.labels)
 
     trained = optimizer.flat.data.size
     adapted = lora_layers(model)
-    base = sum(p.data.size for _, p in model.parameters()) - sum(a.lora_A.data.size + a.lora_B.data.size for _, a in adapted)
+    base = sum(p.data.size for _, p in model.parameters()) - sum(p.data.size for p in adapter_parameters(model).values())
     say(f"model     {recipe.model}: {base:,} parameters, {recipe.backend}, {recipe.threads} thread{'s' * (recipe.threads > 1)}")
     say(f"data      {task.what}")
     say(f"method    {_method(recipe, len(adapted))}: {trained:,} trainable parameters, {trained / base:.1%} of the model")
@@ -99,12 +106,12 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
         assert recipe.data is not None
         tokenizer = tokenizer_of(recipe.model)
         dataset = load_dataset(recipe.data, "classify", tokenizer, recipe.window, seed=recipe.seed)
-        model = load_model(recipe.model, recipe.backend, labels=dataset.labels)
+        model = load_model(recipe.model, recipe.backend, labels=dataset.labels, quantize=recipe.quantize)
         if not hasattr(model, "classifier"):
             raise ValueError(f"{recipe.model} ({type(model).__name__}) has no classifier; task classify needs a BERT.")
         task = classify_task(dataset, recipe.data, recipe.batch_size, recipe.seed)
     else:
-        model = load_model(recipe.model, recipe.backend)
+        model = load_model(recipe.model, recipe.backend, quantize=recipe.quantize)
         if not hasattr(model, "decode"):
             raise ValueError(f"{recipe.model} ({type(model).__name__}) is no decoder; task lm needs one. Is --task classify meant?")
         tokenizer = tokenizer_of(recipe.model, model.config.vocab_size)
@@ -120,7 +127,7 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
     return model, tokenizer, task
 
 
-def _prepare(model: Any, recipe: Recipe) -> AdamW:
+def _prepare(model: Any, recipe: Recipe, task: Task) -> AdamW:
     """Make trainable what the method trains, and its optimizer."""
     assert recipe.lr is not None and recipe.bias is not None
     if recipe.method == "lora":
@@ -131,16 +138,41 @@ def _prepare(model: Any, recipe: Recipe) -> AdamW:
             target_modules=recipe.target_modules,
             layers_to_transform=recipe.layers_to_transform,
             use_rslora=recipe.use_rslora,
+            use_dora=recipe.use_dora,
+            init_lora_weights=recipe.init_lora_weights,
             bias=recipe.bias,
             modules_to_save=recipe.modules_to_save,
             task_type="SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM",
         )
-        inject(model, config, rng=recipe.seed)
+        inject(model, config, rng=recipe.seed, train_step=partial(_look, model, task))
     else:
         model.unfreeze()
     for _, layer in model.modules():
         if hasattr(layer, "recompute"):
             layer.recompute = recipe.recompute
+    return _optimizer(model, recipe)
+
+
+def _look(model: Any, task: Task) -> None:
+    """Run the model on the first batches, forward and backward, for initial values from data. Training begins with the same."""
+    assert task.train is not None
+    first = list(islice(task.train, LOOK))
+    task.train = chain(first, task.train)
+    for batch in first:
+        model.loss_backward(model.loss(batch.ids, batch.labels, batch.offsets)[1])
+
+
+def _optimizer(model: Any, recipe: Recipe) -> AdamW:
+    """AdamW, or its relative that knows A and B."""
+    assert recipe.lr is not None
+    if recipe.loraplus_lr_ratio is not None:
+        ratio, decay = recipe.loraplus_lr_ratio, recipe.weight_decay
+        return create_loraplus_optimizer(model, AdamW, lr=recipe.lr, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay)
+    if recipe.optimizer == "lora_fa":
+        return create_lorafa_optimizer(model, recipe.lr, recipe.weight_decay)
+    if recipe.optimizer != "adamw":
+        create = {"riemannian": create_riemannian_optimizer, "lora_pro": create_lora_pro_optimizer}[recipe.optimizer]
+        return create(model, AdamW, lr=recipe.lr, weight_decay=recipe.weight_decay)
     return AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
 
 
@@ -172,6 +204,10 @@ def _sample(model: Any, tokenizer: Tokenizer, recipe: Recipe) -> str:
 def _save(model: Any, folder: RunFolder, recipe: Recipe) -> int:
     """Write the adapter, or the whole model. Returns the bytes of its tensors' file."""
     if recipe.method == "lora":
+        if recipe.init_lora_weights == "loftq":  # the adapter fits the quantized weights only, so that they are kept with it
+            model.lora_config.base_model_name_or_path = str(folder.base.absolute())
+            with disabled(model):
+                save_model(model, folder.base)
         return save_adapter(model, folder.adapter)
     save_model(model, folder.model)
     return (folder.model / "model.safetensors").stat().st_size
@@ -181,7 +217,12 @@ def _method(recipe: Recipe, layers: int) -> str:
     if recipe.method == "full":
         return "full fine-tuning"
     also = ["biases"] * (recipe.bias != "none") + (["the head"] if recipe.task == "classify" else []) + list(recipe.modules_to_save or [])
-    return f"LoRA r={recipe.r} alpha={recipe.lora_alpha:g} on {layers} layers{', with ' + ', '.join(also) if also else ''}"
+    how = [recipe.quantize] if recipe.quantize else []
+    how += [str(recipe.init_lora_weights)] * (recipe.init_lora_weights is not True) + [recipe.optimizer] * (recipe.optimizer != "adamw")
+    if recipe.loraplus_lr_ratio is not None:
+        how.append(f"LoRA+ of {recipe.loraplus_lr_ratio:g}")
+    name = ("DoRA" if recipe.use_dora else "LoRA") + (f" ({', '.join(how)})" if how else "")
+    return f"{name} r={recipe.r} alpha={recipe.lora_alpha:g} on {layers} layers{', with ' + ', '.join(also) if also else ''}"
 
 
 def _made(recipe: Recipe) -> str:

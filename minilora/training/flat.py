@@ -16,7 +16,7 @@ class FlatBuffer:
     So an optimizer step, a norm, a sum over replicas or a checkpoint is one operation on one vector, however many
     parameters there are. Takes what `layer.parameters()` gives, or parameters alone; frozen ones are left as they are.
 
-    Raises ValueError when nothing is trainable, TypeError when the trainable parameters differ in dtype.
+    Raises ValueError when nothing is trainable or something that is is quantized, TypeError when the trainable parameters differ in dtype.
     """
 
     def __init__(self, parameters: Parameters) -> None:
@@ -24,6 +24,9 @@ class FlatBuffer:
         named = [(path, p) for path, p in named if p.trainable]
         if not named:
             raise ValueError("nothing is trainable: inject LoRA, or unfreeze some parameters, before making an optimizer.")
+        for path, p in named:
+            if hasattr(p.data, "dense"):
+                raise ValueError(f"{path} is quantized and cannot be trained; load the model without, or leave it frozen.")
         dtypes = {str(p.data.dtype) for _, p in named}
         if len(dtypes) > 1:
             raise TypeError(f"trainable parameters must share one dtype, got {', '.join(sorted(dtypes))}.")

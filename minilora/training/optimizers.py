@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +14,15 @@ from minilora.training.flat import FlatBuffer, Parameters
 
 
 class Optimizer:
-    """`step()` moves the parameters along their gradients, `zero_grad()` forgets the gradients. `lr` may be set between steps."""
+    """`step()` moves the parameters along their gradients, `zero_grad()` forgets the gradients. `lr` may be set between steps.
+
+    rates, decays    what lr and weight_decay are multiplied by: a number, or one for each element of the buffer (loraplus.py)
+    precondition     changes the gradients in place before each step (preconditioned.py)
+    """
+
+    rates: Any = 1.0
+    decays: Any = 1.0
+    precondition: Callable[[], None] | None = None
 
     def __init__(self, params: Parameters, lr: float) -> None:
         if not (math.isfinite(lr) and lr >= 0):
@@ -23,6 +33,13 @@ class Optimizer:
 
     def step(self) -> None:
         raise NotImplementedError
+
+    def gradient(self) -> Array:
+        """The gradient (n,) that a step follows."""
+        g = self.flat.gather()
+        if self.precondition is not None:
+            self.precondition()
+        return g
 
     def zero_grad(self) -> None:
         self.flat.zero_grad()
@@ -42,14 +59,14 @@ class SGD(Optimizer):
         self.v = get_xp(self.flat.data).zeros_like(self.flat.data) if momentum else None
 
     def step(self) -> None:
-        w, g = self.flat.data, self.flat.gather()
+        w, g = self.flat.data, self.gradient()
         if self.weight_decay:
-            g = g + self.weight_decay * w
+            g = g + self.weight_decay * self.decays * w
         if self.v is not None:
             self.v *= self.momentum
             self.v += g
             g = g + self.momentum * self.v if self.nesterov else self.v
-        w -= self.lr * g
+        w -= self.lr * self.rates * g
         self.t += 1
 
 
@@ -84,27 +101,29 @@ class AdamW(Optimizer):
         self.v = xp.zeros_like(self.flat.data)
 
     def step(self) -> None:
-        w, g = self.flat.data, self.flat.gather()
+        w, g = self.flat.data, self.gradient()
         self.t += 1
+        arrays = w, g, self.m, self.v, self.rates, self.decays
         if get_xp(w) is np:
-            for part in blocks(w, g, self.m, self.v):  # each is read from memory once, and all that is between stays in the cache
+            for part in blocks(*arrays):  # each is read from memory once, and all that is between stays in the cache
                 self._update(*part)
         else:
-            self._update(w, g, self.m, self.v)
+            self._update(*arrays)
 
-    def _update(self, w: Array, g: Array, m: Array, v: Array) -> None:
+    def _update(self, w: Array, g: Array, m: Array, v: Array, rates: Any, decays: Any) -> None:
         xp, (b1, b2) = get_xp(w), self.betas
+        lr = self.lr * rates
         if self.weight_decay:
             if self.decoupled:
-                w *= 1 - self.lr * self.weight_decay
+                w *= 1 - lr * self.weight_decay * decays
             else:
-                g = g + self.weight_decay * w
+                g = g + self.weight_decay * decays * w
         m *= b1
         m += (1 - b1) * g
         v *= b2
         v += (1 - b2) * (g * g)
         c1, c2 = (1 - b1**self.t, 1 - b2**self.t) if self.bias_correction else (1.0, 1.0)
-        w -= (self.lr / c1) * m / (xp.sqrt(v) / math.sqrt(c2) + self.eps)
+        w -= (lr / c1) * m / (xp.sqrt(v) / math.sqrt(c2) + self.eps)
 
 
 class Adam(AdamW):

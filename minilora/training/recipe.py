@@ -9,6 +9,7 @@ from minilora.formats.checkpoint import BUNDLED
 from minilora.training.datasets import TASKS, is_dataset
 
 METHODS = ("lora", "full")
+OPTIMIZERS = ("adamw", "riemannian", "lora_pro", "lora_fa")
 
 # Peak learning rates. Those of the bundled model are the best of one grid for each method (benchmarks/lora_vs_full.py); for published
 # models LoRA takes about ten times the rate of full fine-tuning ("LoRA Without Regret", 2025).
@@ -49,6 +50,11 @@ class Recipe:
     target_modules: str | list[str] = "all-linear"
     layers_to_transform: list[int] | None = None
     use_rslora: bool = False
+    use_dora: bool | str = False
+    init_lora_weights: bool | str = True
+    quantize: str = ""
+    optimizer: str = "adamw"
+    loraplus_lr_ratio: float | None = None
     bias: str | None = None
     modules_to_save: list[str] | None = None
     lr: float | None = None
@@ -74,6 +80,15 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; choose {' or '.join(METHODS)}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}; choose {' or '.join(OPTIMIZERS)}.")
+        if self.optimizer != "adamw" and self.loraplus_lr_ratio is not None:
+            raise ValueError(f"loraplus_lr_ratio and optimizer {self.optimizer!r} exclude each other; choose one.")
+        usual = {"use_dora": False, "init_lora_weights": True, "optimizer": "adamw", "loraplus_lr_ratio": None, "quantize": ""}
+        if self.method == "full" and (named := next((name for name, value in usual.items() if getattr(self, name) != value), None)):
+            raise ValueError(f"{named} is for adapters; method full has none.")
+        if self.quantize and self.init_lora_weights == "loftq":
+            raise ValueError("init_lora_weights 'loftq' quantizes by itself; leave quantize out.")
         if self.task not in TASKS:
             raise ValueError(f"unknown task {self.task!r}; choose {' or '.join(TASKS)}.")
         if self.task == "classify" and self.data is None:

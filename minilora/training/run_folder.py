@@ -19,6 +19,7 @@ class RunFolder:
     samples.txt     what the model wrote before and after
     adapter/        adapter_config.json, adapter_model.safetensors       (method lora)
     model/          config.json, model.safetensors                       (method full)
+    base/           the quantized model that the adapter fits              (method lora that begins with LoftQ)
     curves.png      the picture, if matplotlib is installed
     """
 
@@ -26,7 +27,7 @@ class RunFolder:
         self.path = Path(path)
         self.run, self.metrics = self.path / "run.json", self.path / "metrics.jsonl"
         self.samples, self.curves = self.path / "samples.txt", self.path / "curves.png"
-        self.adapter, self.model = self.path / "adapter", self.path / "model"
+        self.adapter, self.model, self.base = self.path / "adapter", self.path / "model", self.path / "base"
 
     @classmethod
     def create(cls, path: str | Path | None, method: str) -> RunFolder:

@@ -36,6 +36,7 @@ NAMES = {  # the list of blocks, two linear layers, a norm, a module with linear
     "bert": ("layer", "query", "intermediate.dense", "embeddings.LayerNorm", "intermediate", "bert.encoder.layer.0.attention.self.query"),
 }
 NAMES["tied llama"] = NAMES["llama"]
+EMBEDDING = {"gpt2": "wte", "llama": "embed_tokens", "tied llama": "embed_tokens", "bert": "word_embeddings"}
 GOLDEN = ("all linear layers", "patterns", "bias all", "modules with linear layers whole", "expression, rsLoRA", "layers by pattern")
 
 
@@ -69,8 +70,11 @@ def options(kind: str) -> dict[str, dict]:
         "gaussian": {"init_lora_weights": "gaussian"},
         "B not zero": {"init_lora_weights": False},
         "dropout": {"lora_dropout": 0.3},
+        "DoRA": {"use_dora": True},
+        "DoRA, rsLoRA, patterns, bias": {"use_dora": True, "use_rslora": True, "rank_pattern": {q: 4}, "bias": "lora_only"},
         "no task": {"task_type": None},
     }
+    told["embedding adapted"] = {"target_modules": [EMBEDDING[kind], q], "r": 3}
     if kind == "bert":
         told["no task, all linear layers"] = {"task_type": None, "target_modules": "all-linear"}
         told["the head by name"] = {"task_type": None, "modules_to_save": ["classifier"], "target_modules": "all-linear"}
@@ -84,7 +88,10 @@ def options(kind: str) -> dict[str, dict]:
     if kind == "gpt2":
         told["positions whole"] = {"modules_to_save": ["wpe"]}
     if kind == "tied llama":
-        told = {what: told[what] for what in ("names", "all linear layers", "bias all, a norm whole", "modules with linear layers whole")}
+        told = {
+            what: told[what]
+            for what in ("names", "all linear layers", "bias all, a norm whole", "modules with linear layers whole", "embedding adapted")
+        }
     return {what: usual | fields for what, fields in told.items()}
 
 
@@ -141,12 +148,12 @@ def logits(model, ids: np.ndarray = IDS[0]) -> np.ndarray:
     return out.reshape(-1, out.shape[-1]).numpy()
 
 
-def losses(model) -> np.ndarray:
-    """The losses of STEPS steps of AdamW, before each step."""
+def losses(model, optimizer=None) -> np.ndarray:
+    """The losses of STEPS steps of AdamW, or of another optimizer of torch's, before each step."""
     import torch
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, told = torch.optim.AdamW(trained, **ADAMW), []
+    optimizer, told = optimizer or torch.optim.AdamW(trained, **ADAMW), []
     for ids, labels in zip(torch.from_numpy(IDS), torch.from_numpy(LABELS), strict=True):
         out = quietly(model, input_ids=ids).logits
         if out.ndim == 3:  # the next token

@@ -206,6 +206,11 @@ METHODS = {
 }
 
 
+def _asks_first(other: Any) -> bool:
+    """Does the other operand of a product want to be asked, as CuPy finds out (NEP 13)?"""
+    return not isinstance(other, ndarray) and getattr(other, "__array_ufunc__", ...) is None
+
+
 def _add_methods() -> None:
     """Give `ndarray` its operators and methods, all made from NumPy's."""
 
@@ -226,7 +231,8 @@ def _add_methods() -> None:
     for name, ufunc in (pair.split(":") for pair in _OTHER.split()):
         setattr(ndarray, f"__{name}__", method(offered(getattr(np, ufunc))))
     multiply = offered(np.matmul, "product")
-    ndarray.__matmul__, ndarray.__rmatmul__ = method(multiply), reflected(multiply)
+    ndarray.__rmatmul__ = reflected(multiply)
+    ndarray.__matmul__ = lambda self, other: NotImplemented if _asks_first(other) else multiply(self, other)
     for kind, names in METHODS.items():
         for name in names.split():
             setattr(ndarray, name, method(offered(getattr(np.ndarray, name), kind)))

@@ -1,0 +1,94 @@
+"""The part of the catalogue that is LoRA's family (minilora/family): a method has its pairs and its layer here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import Array, as_like
+from minilora.checking.catalogue import LossOf, Pair, fixed_weight
+from minilora.family import dora, embedding
+from minilora.layers import Embedding, Linear
+from minilora.lora import LoraConfig, LoRALinear, inject, lora_layers
+from minilora.models import GPT2, GPT2Config
+
+
+class HeldNorms(dora.DoRALinear):
+    """DoRA with the column norms of its first moment: of this function, use_dora=True gives the gradient."""
+
+    held: tuple[Array, Array] | None = None
+
+    def norms(self) -> tuple[Array, Array]:
+        if self.held is None:
+            self.held = super().norms()
+        return tuple(as_like(v, self.lora_A.data) for v in self.held)
+
+
+def family(seed: int) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]:
+    """(name, object, x, forward options), as in `catalogue`."""
+    rng = np.random.default_rng(seed)
+    d: dict[str, Any] = {"rng": rng, "dtype": "float64"}
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape)
+
+    x = draw(6, 5)
+
+    def shaken(layer: Any) -> Any:
+        """What is trained, away from where it starts."""
+        for name in layer.trains:
+            p = getattr(layer, name)
+            p.data = p.data + 0.3 * rng.standard_normal(p.data.shape)
+        return layer
+
+    def norms(x: Array, A: Array, B: Array) -> tuple[Array, Any]:
+        W = fixed_weight(x)
+        c, K = dora.column_norms(W, A, B, 0.7, (W * W).sum(axis=0))
+        return c, (c, K)
+
+    def norms_backward(dc: Array, saved: Any, x: Array, A: Array, B: Array) -> list[Array]:
+        c, K = saved
+        return [x * 0, *dora.column_norms_backward(dc, c, K, fixed_weight(x), A, B, 0.7)]
+
+    def dora_linear(x: Array, A: Array, B: Array, m: Array, c: Array) -> tuple[Array, Any]:
+        y, *saved = dora.dora_linear(x, fixed_weight(x), None, A, B, m, c, 0.7)
+        return y, saved
+
+    def dora_linear_backward(dy: Array, saved: Any, x: Array, A: Array, B: Array, m: Array, c: Array) -> tuple[Array, ...]:
+        z, u = saved
+        return dora.dora_linear_backward(dy, x, z, u, fixed_weight(x), A, B, m, c, 0.7)
+
+    yield "column_norms", Pair("column_norms", norms, norms_backward, A=draw(5, 2), B=draw(2, 4)), x, {}
+    arrays = {"A": draw(5, 2), "B": draw(2, 4), "m": draw(4), "c": draw(4)}
+    yield "dora_linear", Pair("dora_linear", dora_linear, dora_linear_backward, **arrays), x, {}
+    yield "DoRALinear, norms held", shaken(HeldNorms(Linear(5, 4, **d), r=2, **d)), x, {}
+    yield "DoRALinear, exact", shaken(dora.DoRALinear(Linear(5, 4, **d), r=2, exact=True, **d)), x, {}
+    yield "DoRALinear, exact, rsLoRA, dropout", shaken(dora.DoRALinear(Linear(5, 4, **d), 3, 8, 0.3, True, exact=True, **d)), x, {}
+    for init in ("pissa", "olora"):
+        started = LoRALinear(Linear(5, 4, **d), 2, 3, 0.2, init=init, **d)
+        yield f"LoRALinear, {init}", shaken(started), x, {}
+    yield "DoRALinear, exact, pissa", shaken(dora.DoRALinear(Linear(5, 4, **d), r=2, init="pissa", exact=True, **d)), x, {}
+    ids = rng.integers(0, 6, 9)
+
+    def lora_embedding(A: Array, B: Array) -> tuple[Array, Any]:
+        return embedding.lora_embedding(ids, as_like(table, A), A, B, 0.7)
+
+    def lora_embedding_backward(dy: Array, u: Any, A: Array, B: Array) -> tuple[Array, Array]:
+        return embedding.lora_embedding_backward(dy, ids, u, A, B, 0.7)
+
+    table = draw(6, 5)
+    yield "lora_embedding", Pair("lora_embedding", lora_embedding, lora_embedding_backward, B=draw(2, 5)), draw(6, 2), {}
+    yield "LoRAEmbedding", shaken(embedding.LoRAEmbedding(Embedding(6, 5, **d), 2, 5, rng=rng)), ids, {}
+    config = GPT2Config(vocab_size=7, n_positions=6, n_embd=6, n_layer=1, n_head=3, n_inner=9)
+    model = GPT2(config, **d)
+    inject(model, LoraConfig(r=2, use_dora="exact"), rng=1)
+    yield "GPT2, DoRA", model, ids[:6], {}
+    model = GPT2(config, **d)
+    for _, p in model.parameters():
+        p.data = p.data + 0.3 * rng.standard_normal(p.data.shape)
+    inject(model, LoraConfig(r=2, target_modules=["wte", "wpe", "c_fc"]), rng=1)
+    for _, layer in lora_layers(model):
+        shaken(layer)
+    yield "GPT2.loss, embeddings adapted, head tied", LossOf(model, np.append(ids[1:6], -100)), ids[:6], {}

@@ -1,0 +1,55 @@
+"""What all methods have in common: a frozen weight with something trained beside it, that can be merged, and switched off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minilora.backend import Array, as_like
+from minilora.layers.base import Layer, Parameter
+
+
+class Adapted(Layer):
+    """What stands in the place of an adapted layer: its weight, frozen, and beside it what is trained. The base of the whole family."""
+
+    weight: Parameter
+    trains: tuple[str, ...] = ("lora_A", "lora_B")  # the names of what is trained
+    enabled = True
+    merged: Array | None = None  # the weight and its change, while merged; the weight itself is never written to
+
+    def delta(self) -> Array:
+        """What the weight is changed by, of its shape."""
+        raise NotImplementedError(f"{type(self).__name__} has no delta.")
+
+    def merge(self) -> float:
+        """Answer with weight + delta from now on, at the cost of the base layer. Returns the largest change of a weight."""
+        delta = self.delta()
+        self.merged = (self.weight.data + delta).astype(self.weight.data.dtype)
+        return float(abs(delta).max())
+
+    def unmerge(self) -> None:
+        """Back to the weight with what is trained beside it; exactly, since the weight was not touched."""
+        self.merged = None
+
+    def alone(self, keep: bool) -> Array | None:
+        """The weight that answers alone: the merged one, or the base's own where the adapter is off; else None."""
+        if not self.enabled:
+            return self.weight.data
+        if self.merged is not None and keep and any(getattr(self, name).trainable for name in self.trains):
+            raise RuntimeError(f"this {type(self).__name__} is merged and cannot be trained; call minilora.unmerge(model) first.")
+        return self.merged
+
+    def to(self, backend: str | None = None, dtype: Any = None) -> Adapted:
+        super().to(backend, dtype)
+        if self.merged is not None:
+            self.merged = as_like(self.merged, self.weight.data).astype(self.weight.data.dtype)
+        return self
+
+
+def lora_layers(model: Layer) -> list[tuple[str, Any]]:
+    """(path, layer) of everything in the model that is Adapted."""
+    return [(path, layer) for path, layer in model.modules() if isinstance(layer, Adapted)]
+
+
+def adapter_parameters(model: Layer) -> dict[str, Parameter]:
+    """{path: parameter} of what the adapters in the model train."""
+    return {f"{path}.{name}": getattr(layer, name) for path, layer in lora_layers(model) for name in layer.trains}

@@ -1,0 +1,71 @@
+"""NF4 weights in safetensors, in the layout that transformers and bitsandbytes write and read (family/nf4.py).
+
+<path>                                       (out in / 2, 1) bytes, two numbers each
+<path>.absmax                                (blocks,) bytes      the magnitudes of the blocks
+<path>.nested_absmax, .nested_quant_map      float32              theirs, and what a byte of <path>.absmax means
+<path>.quant_map                             (16,) float32        what four bits mean
+<path>.quant_state.bitsandbytes__nf4         JSON, as bytes       shape, block sizes, offset
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import to_numpy
+from minilora.family.nf4 import BLOCK, CODE, NESTED, NF4
+
+_STATE = ".quant_state.bitsandbytes__nf4"
+_PARTS = ("absmax", "nested_absmax", "nested_quant_map", "quant_map")
+CONFIG = {  # what config.json says of it; the first four decide
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "float32",
+}
+
+
+def is_nf4_config(config: Any) -> bool:
+    """Does a quantization_config of config.json say that the weights are in this layout?"""
+    return isinstance(config, dict) and all(config.get(key) == value for key, value in list(CONFIG.items())[:4])
+
+
+def packed(path: str, W: NF4) -> dict[str, np.ndarray]:
+    """The tensors that W (in, out) has in a file."""
+    state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "float32", "shape": W.shape[::-1]}
+    state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": W.offset}
+    parts = {"absmax": W.absmax, "nested_absmax": W.nested_absmax, "nested_quant_map": W.nested_code}
+    tensors = {f"{path}.{name}": to_numpy(value) for name, value in parts.items()}
+    tensors |= {path: to_numpy(W.codes)[:, None], f"{path}.quant_map": CODE}
+    return tensors | {path + _STATE: np.frombuffer(json.dumps(state).encode(), np.uint8)}
+
+
+def unpacked(tensors: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """The tensors of a file with its NF4 weights put together. Raises ValueError when the parts of one do not fit."""
+    found = dict(tensors)
+    for path in [name.removesuffix(_STATE) for name in tensors if name.endswith(_STATE)]:
+        try:
+            state = json.loads(found.pop(path + _STATE).tobytes())
+            codes, parts = found.pop(path), {name: np.asarray(found.pop(f"{path}.{name}")) for name in _PARTS}
+            n, m = state["shape"]
+            blocks = -(-n * m // BLOCK)
+            fit = {
+                "block sizes": (state["blocksize"], state["nested_blocksize"]) == (BLOCK, NESTED),
+                "numbers": codes.dtype == np.uint8 and codes.size == -(-n * m // 2),
+                "magnitudes": parts["absmax"].dtype == np.uint8 and parts["absmax"].shape == (blocks,),
+                "nested magnitudes": parts["nested_absmax"].shape == (-(-blocks // NESTED),) and np.isfinite(parts["nested_absmax"]).all(),
+                "code": np.array_equal(parts["quant_map"], CODE) and parts["nested_quant_map"].shape == (256,),
+                "offset": math.isfinite(state["nested_offset"]),
+            }
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{source}: the NF4 weight {path} is not whole ({type(error).__name__}: {error}).") from None
+        if wrong := [name for name, fits in fit.items() if not fits]:
+            raise ValueError(f"{source}: the NF4 weight {path} of shape {(n, m)} does not fit its {wrong[0]}.")
+        nested = np.array(parts["nested_absmax"]), float(state["nested_offset"])
+        found[path] = NF4((m, n), np.array(codes.ravel()), np.array(parts["absmax"]), *nested, nested_code=parts["nested_quant_map"])
+    return found

@@ -1,0 +1,224 @@
+"""LoRA's family against PEFT, live: gradients here; adapters both ways in test_peft, whose options the methods share."""
+
+import json
+
+import numpy as np
+import pytest
+from golden.make_adapters import IDS, LABELS, adapted, base, logits, losses, options, quietly
+from test_peft import bases, deviation, our_logits, our_losses, ours, peft  # noqa: F401  (fixtures)
+
+import minilora as ml
+from minilora.family.adapted import adapter_parameters
+from minilora.lora import lora_layers
+from minilora.models import BertClassifier
+from minilora.training.loraplus import create_loraplus_optimizer
+from minilora.training.preconditioned import create_lorafa_optimizer, create_riemannian_optimizer
+
+KINDS = ("bert", "gpt2", "llama")
+
+
+def next_tokens(ids):
+    labels = np.full(ids.shape, -100)
+    labels[:, :-1] = ids[:, 1:]
+    return labels
+
+
+def our_backward(model):
+    """Forward and backward on the first golden batch."""
+    labels = LABELS[0] if isinstance(model, BertClassifier) else next_tokens(IDS[0])
+    model.zero_grad()
+    model.loss_backward(model.loss(IDS[0].ravel(), labels.ravel(), offsets=[0, 7, 14])[1])
+
+
+def our_gradients(model):
+    """{path: gradient}, as PEFT has it."""
+    our_backward(model)
+    return {path: p.grad.T.copy() for path, p in adapter_parameters(model).items()}
+
+
+def their_backward(model):
+    """The same, of a model of transformers or PEFT."""
+    import torch
+
+    ids, labels = torch.from_numpy(IDS[0]), torch.from_numpy(LABELS[0])
+    model.zero_grad()
+    out = quietly(model, input_ids=ids).logits
+    if out.ndim == 3:
+        out, labels = out[:, :-1].reshape(-1, out.shape[-1]), ids[:, 1:].reshape(-1)
+    torch.nn.functional.cross_entropy(out, labels).backward()
+
+
+def their_gradients(model):
+    their_backward(model)
+    names = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters() if p.requires_grad}
+    names = {name.replace(".default.weight", "").replace(".default", ""): p for name, p in names.items()}
+    return {name: p.grad.numpy() for name, p in names.items() if "modules_to_save" not in name}
+
+
+METHODS = {
+    "DoRA": {"use_dora": True},
+    "DoRA, rsLoRA": {"use_dora": True, "use_rslora": True},
+    "embedding": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_pefts(kind, method, peft, bases, tmp_path):  # noqa: F811
+    theirs = adapted(kind, options(kind)["embedding adapted" if method == "embedding" else "names"] | METHODS[method])
+    quietly(theirs.save_pretrained, tmp_path)
+    model = ours(bases / kind)
+    ml.load_adapter(model, tmp_path)
+    found, wanted = our_gradients(model), their_gradients(theirs)
+    assert found.keys() == wanted.keys()
+    for path, g in wanted.items():
+        if kind == "bert" and path.endswith("embedding_A"):
+            found[path][:, 0] = 0  # to transformers, 0 is padding, which learns nothing; here nothing is padded
+        assert deviation(found[path], g, f"gradient, {kind}, {method}, {path}") < 1e-5
+
+
+def test_exact_dora_is_pefts_forward_and_another_gradient(peft, bases, tmp_path):  # noqa: F811
+    model = ours(bases / "llama")
+    fields = options("llama")["names"]
+    ml.inject(model, ml.LoraConfig(**fields, use_dora="exact"), rng=0)
+    rng = np.random.default_rng(3)
+    for p in adapter_parameters(model).values():
+        p.data = (p.data + 0.2 * rng.standard_normal(p.data.shape)).astype(np.float32)
+    ml.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"] is True
+    theirs = quietly(peft.PeftModel.from_pretrained, base("llama"), tmp_path, is_trainable=True).eval()
+    found, wanted = our_gradients(model), their_gradients(theirs)
+    last = "model.layers.1.mlp.up_proj"
+    assert deviation(found[f"{last}.lora_magnitude_vector"], wanted[f"{last}.lora_magnitude_vector"], "exact DoRA, dm") < 1e-5
+    assert deviation(found[f"{last}.lora_B"], wanted[f"{last}.lora_B"], "exact DoRA, dB") > 1e-2
+
+
+# -- initial values ----------------------------------------------------------------------------------------------------------
+
+
+def products(model):
+    """{path: scaling A B}, (in, out), of either side's model; no sign of a singular vector is in it."""
+    if isinstance(model, ml.Layer):
+        return {path: layer.scaling * layer.lora_A.data @ layer.lora_B.data for path, layer in lora_layers(model)}
+    found = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            A, B = (getattr(layer, f"lora_{ab}")["default"].weight.detach().numpy().T for ab in "AB")
+            found[name.removeprefix("base_model.model.")] = layer.scaling["default"] * A @ B
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "init"),
+    [*((kind, init) for kind in KINDS for init in ("pissa", "pissa_niter_400")), ("bert", "olora"), ("llama", "olora")],
+)  # PEFT's OLoRA does not know GPT-2's orientation
+def test_starts_that_are_taken_off_the_weight(kind, init, peft, bases, tmp_path):  # noqa: F811
+    fields = options(kind)["names"] | {"init_lora_weights": init, "r": 3, "lora_alpha": 4, "use_rslora": True}
+    theirs = adapted(kind, fields, seed=None)
+    model = ours(bases / kind)
+    untouched = our_logits(model)
+    ml.inject(model, ml.LoraConfig(**fields), rng=0)
+    found, wanted = products(model), products(theirs)
+    assert found.keys() == wanted.keys()
+    for path, change in wanted.items():
+        assert deviation(found[path], change, f"{init}, {kind}, {path}") < (1e-4 if "niter" not in init else 1e-3)
+    assert deviation(our_logits(model), logits(theirs), f"{init}, {kind}, at the start") < 1e-5
+    if "niter" not in init:  # a random subspace is another one there
+        wanted = losses(theirs)
+        assert deviation(our_losses(model), wanted, f"{init}, {kind}, 30 losses") < 1e-4
+
+    ml.save_adapter(model, tmp_path)
+    told = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (told["r"], told["init_lora_weights"]) == (6, True)
+    again = quietly(peft.PeftModel.from_pretrained, base(kind), tmp_path).eval()
+    assert deviation(our_logits(model), logits(again), f"{init}, {kind}, as a LoRA of rank 2 r") < 1e-5
+    with ml.disabled(model):
+        np.testing.assert_array_equal(our_logits(model), untouched)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "ga", [{}, {"direction": "A2rBr", "scale": "weight_svd"}, {"direction": "ArBr", "scale": "gd_scale"}, {"scale": "unit"}], ids=str
+)
+def test_lora_ga(kind, ga, peft, bases):  # noqa: F811
+    """Each singular vector up to its sign, which is nobody's choice."""
+    if kind == "gpt2" and ga.get("scale", "stable") == "stable":
+        ga = ga | {"scale": "unit"}  # PEFT takes a Conv1D's rows for its outputs there
+    fields = options(kind)["names"] | {"init_lora_weights": "lora_ga", "r": 3, "lora_ga_config": ga, "layers_to_transform": 0}
+    config = quietly(peft.LoraConfig, **fields | {"lora_ga_config": peft.LoraGAConfig(**ga)})
+    theirs = base(kind)
+    quietly(peft.tuners.lora.preprocess_loraga, theirs, config, lambda: their_backward(theirs))
+    theirs = quietly(peft.get_peft_model, theirs, config).eval()
+    model = ours(bases / kind)
+    ml.inject(model, ml.LoraConfig(**fields), rng=0, train_step=lambda: our_backward(model))
+    assert deviation(our_logits(model), logits(theirs), f"LoRA-GA, {kind}, at the start") < 1e-5
+    wanted = {name: p.detach().numpy() for name, p in theirs.named_parameters() if ".lora_" in name}
+    for path, p in adapter_parameters(model).items():
+        value = wanted[f"base_model.model.{path}.default.weight"].T
+        rough = 1e-2 if ga.get("scale") == "weight_svd" else 1e-3  # PEFT's singular value of W is of a random subspace
+        assert deviation(np.abs(p.data), np.abs(value), f"LoRA-GA, {kind}, {path}") < rough
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("eva", [{"rho": 1.0}, {"rho": 2.0}, {"rho": 2.0, "adjust_scaling_factors": False}], ids=str)
+def test_eva(kind, eva, peft, bases, tmp_path):  # noqa: F811
+    """The ranks are PEFT's, and so are the directions, as far as its incremental SVD finds them."""
+    import torch
+
+    fields = options(kind)["names"] | {"init_lora_weights": "eva", "r": 3, "eva_config": eva}
+    theirs = quietly(peft.get_peft_model, base(kind), quietly(peft.LoraConfig, **fields | {"eva_config": peft.EvaConfig(tau=1, **eva)}))
+    data = [{"input_ids": torch.from_numpy(IDS[0]), "attention_mask": torch.ones(IDS[0].shape, dtype=torch.int64)}]
+    quietly(peft.initialize_lora_eva_weights, theirs, data, show_progress_bar=False)
+    model = ours(bases / kind)
+    found = ml.inject(model, ml.LoraConfig(**fields), rng=0, train_step=lambda: our_logits(model))
+    wanted = {name.removeprefix("base_model.model."): m for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert set(found) == set(wanted)
+    for path, layer in lora_layers(model):
+        A = wanted[path].lora_A["default"].weight.detach().numpy()
+        assert A.shape == (layer.r, layer.in_features), path
+        assert layer.scaling == pytest.approx(wanted[path].scaling["default"])
+        cosines = np.linalg.svd(A @ layer.lora_A.data, compute_uv=False)
+        assert cosines.min() > 0.999, path
+        assert np.abs(np.diag(A @ layer.lora_A.data)).min() > 0.99, path
+    ml.save_adapter(model, tmp_path)
+    again = quietly(peft.PeftModel.from_pretrained, base(kind), tmp_path)
+    assert {name.removeprefix("base_model.model.") for name, m in again.named_modules() if hasattr(m, "lora_A")} == set(found)
+
+
+# -- optimizers --------------------------------------------------------------------------------------------------------------
+
+
+def lorafa(optimizers, model):
+    """PEFT's, with an eps that is next to nothing: it adds eps before it corrects the bias, and torch's AdamW after."""
+    optimizer = optimizers.create_lorafa_optimizer(model, 3, 8, 1e-2)
+    optimizer.param_groups[0]["eps"] = 1e-12
+    return optimizer
+
+
+OPTIMIZERS = {
+    "LoRA+": (
+        lambda m: create_loraplus_optimizer(m, ml.AdamW, lr=3e-3, loraplus_lr_ratio=5, loraplus_weight_decay=0.1),
+        lambda o, m, adamw: o.create_loraplus_optimizer(m, adamw, lr=3e-3, loraplus_lr_ratio=5, loraplus_weight_decay=0.1),
+    ),
+    "Riemannian": (
+        lambda m: create_riemannian_optimizer(m, ml.AdamW, lr=1e-2, weight_decay=0.1),
+        lambda o, m, adamw: o.create_riemannian_optimizer(m, adamw, lr=1e-2, weight_decay=0.1),
+    ),
+    "LoRA-FA": (lambda m: create_lorafa_optimizer(m, 1e-2, eps=1e-12), lambda o, m, adamw: lorafa(o, m)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", OPTIMIZERS)
+def test_thirty_steps_are_pefts(kind, method, peft, bases, tmp_path, monkeypatch):  # noqa: F811
+    import torch
+
+    monkeypatch.setattr("peft.optimizers.lorafa.is_bf16_available", lambda: False)  # else it takes products of half precision
+    theirs = adapted(kind, options(kind)["all linear layers"] | {"bias": "all", "use_dora": method == "LoRA+"}, seed=None)
+    quietly(theirs.save_pretrained, tmp_path)
+    model = ours(bases / kind)
+    ml.load_adapter(model, tmp_path)
+    ours_of, theirs_of = OPTIMIZERS[method]
+    wanted = losses(theirs, quietly(theirs_of, peft.optimizers, theirs, torch.optim.AdamW))
+    assert deviation(our_losses(model, ours_of(model)), wanted, f"30 losses, {kind}, {method}") < 1e-4
+    assert np.ptp(wanted) > 0.1 * wanted[0]
