@@ -164,7 +164,7 @@ BAD_ADAPTERS = {
     "foreign": (foreign, "not a readable safetensors file"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "there is no adapter in"),
     "not LoRA": (lambda f: edit_config(f, peft_type="IA3"), "peft_type is 'IA3'; supported: LORA"),
-    "DoRA": (lambda f: edit_config(f, use_dora=True), "use_dora=True is not supported"),
+    "DoRA": (lambda f: edit_config(f, use_dora=True), "the adapter misses .*lora_magnitude_vector"),
     "unknown": (lambda f: edit_config(f, use_magic="much"), "use_magic='much' is not supported"),
     "rank": (lambda f: edit_config(f, r=0), "at least 1"),
     "rank and tensors differ": (lambda f: edit_config(f, r=3), r"has shape \(2, 6\), this model wants \(3, 6\)"),

@@ -276,8 +276,8 @@ def _shaken(layer: Any, rng: np.random.Generator) -> Any:
 
 
 def fixed_weight(x: Array) -> Array:
-    """A fixed frozen weight (5, 4), where x lives."""
-    return to_backend(np.linspace(-1, 1, 20).reshape(5, 4), "numpy" if isinstance(x, np.ndarray) else "cupy")
+    """A fixed frozen weight (5, 4), where x lives and in its dtype."""
+    return to_backend(np.linspace(-1, 1, 20).reshape(5, 4), "numpy" if isinstance(x, np.ndarray) else "cupy", x.dtype)
 
 
 def _tables(x: Array) -> tuple[Array, Array]:

@@ -23,7 +23,7 @@ class HeldNorms(dora.DoRALinear):
     def norms(self) -> tuple[Array, Array]:
         if self.held is None:
             self.held = super().norms()
-        return tuple(as_like(v, self.lora_A.data) for v in self.held)
+        return tuple(as_like(v, self.lora_A.data).astype(self.lora_A.data.dtype) for v in self.held)
 
 
 def family(seed: int) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]:
@@ -73,7 +73,7 @@ def family(seed: int) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]:
     ids = rng.integers(0, 6, 9)
 
     def lora_embedding(A: Array, B: Array) -> tuple[Array, Any]:
-        return embedding.lora_embedding(ids, as_like(table, A), A, B, 0.7)
+        return embedding.lora_embedding(ids, as_like(table, A).astype(A.dtype), A, B, 0.7)
 
     def lora_embedding_backward(dy: Array, u: Any, A: Array, B: Array) -> tuple[Array, Array]:
         return embedding.lora_embedding_backward(dy, ids, u, A, B, 0.7)

@@ -25,6 +25,7 @@ from minilora.lora.config import LoraConfig
 class Inputs(Watched):
     """Sums x^T x and x over the inputs that a Linear gets."""
 
+    every_row = True
     tokens = 0
     squares: Array = 0
     sums: Array = 0

@@ -59,7 +59,7 @@ class Offset:
 
     def off(self, W: Array) -> Residual:
         """The matrix W - scaling A B."""
-        self.A, self.B = as_like(self.A, W), as_like(self.B, W)  # the layer may have moved
+        self.A, self.B = (as_like(v, W).astype(W.dtype, copy=False) for v in (self.A, self.B))  # the layer may have moved
         return Residual(W, self.scaling * self.A, self.B)
 
     def product(self) -> Array:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minilora import functional as F
 from minilora.backend import Array
 from minilora.layers import Dropout, Layer, Saved
 
@@ -30,6 +31,7 @@ class Ran(NamedTuple):
 
     needs: list[bool]
     saves: list[Any]
+    taken: tuple[np.ndarray, int] | None  # the rows that were taken of the last block's T, where it ran on all of them
 
 
 class Again(NamedTuple):
@@ -60,6 +62,9 @@ def run_blocks(
     """x (T, d) through blocks[first:] -> y (T, d), or its `rows` (R, d). need_dx: will the gradient of the first input be needed?"""
     needs: list[bool] = [need_dx]
     saves: list[Any] = []
+    taken = None
+    if rows is not None and any(layer.every_row for _, layer in blocks[-1].modules()):
+        taken, rows = (rows, len(x)), None
     for i, block in enumerate(blocks):
         needs.append(needs[-1] or block.trainable)
         if i < first:
@@ -69,11 +74,15 @@ def run_blocks(
         again = Again(x, given, [d.calls for d in _dropouts(block)]) if recompute and keep and needs[-1] else None
         x, saved = block.forward(x, keep=keep and needs[-1], **given)
         saves.append(again or saved)
-    return x, Ran(needs, saves)
+    if taken is not None:
+        x = F.take_rows(x, taken[0])
+    return x, Ran(needs, saves, taken)
 
 
 def run_blocks_backward(blocks: Sequence[Layer], dy: Array, ran: Ran) -> Array | None:
     """dx of the input of the lowest block, or None where nobody needs it."""
+    if ran.taken is not None and ran.needs[-1]:
+        dy = F.take_rows_backward(dy, *ran.taken)
     for i in reversed(range(len(blocks))):
         if not ran.needs[i + 1]:
             return None
