@@ -26,8 +26,8 @@ from benchmarks.real_models import compare_peaks, minilora
 from tests import assets
 
 TRAIN, HELD_OUT, FOR_CHOOSING = 200, 1000, 4000
-LEARN: dict[str, Any] = {"target-modules": "all-linear", "epochs": 3, "lr": 1e-3}
-GRID = {"target-modules": ["query,value", "all-linear"], "epochs": [3, 6], "lr": [1e-3, 2e-3]}
+LEARN: dict[str, Any] = {"target-modules": "query,value", "lora-alpha": 16, "epochs": 6, "lr": 4e-3}
+GRID = {"target-modules": ["query,value", "all-linear"], "lora-alpha": [16], "epochs": [3, 6], "lr": [1e-3, 2e-3, 4e-3]}
 
 Snippets = list[tuple[str, int]]
 

@@ -46,8 +46,9 @@ class Replicas:
     def __init__(  # type: ignore[no-untyped-def]
         self, model, flat: FlatBuffer, threads: int = 1, prefix: PrefixCache | None = None, tokens: int = SHARD
     ) -> None:
-        if threads < 1 or tokens < 1:
-            raise ValueError(f"threads and tokens must be at least 1, got {threads} and {tokens}.")
+        for name, value in (("threads", threads), ("tokens", tokens)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         if get_xp(flat.data) is not np:
             threads = 1  # one device: it is parallel enough by itself
         self.flat, self.prefix, self.tokens = flat, prefix, tokens
