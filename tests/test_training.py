@@ -118,7 +118,7 @@ def test_an_optimizer_notices_that_its_parameters_moved_away():
         (lambda: ml.schedule("linear", 10, warmup=10), "does not fit a run of 10"),
         (lambda: next(random_windows(np.zeros(8, np.uint8), 8, 2, np.random.default_rng(0))), "too short for one window of 8"),
         (lambda: evaluate(tiny(), []), "nothing to evaluate"),
-        (lambda: Replicas(tiny(), ml.SGD(tiny().parameters(), 1).flat, 0), "threads and tokens must be at least 1"),
+        (lambda: Replicas(tiny(), ml.SGD(tiny().parameters(), 1).flat, 0), "threads must be at least 1"),
     ],
 )
 def test_refused(call, message):
