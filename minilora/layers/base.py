@@ -100,7 +100,7 @@ class Layer:
 
     def children(self) -> Iterator[tuple[str, Any]]:
         """(name, Parameter or Layer) of the direct attributes; a list of layers gives "name.0", "name.1", ..."""
-        for name, value in vars(self).items():
+        for name, value in list(vars(self).items()):  # a list at once: another thread may note its flags meanwhile
             if isinstance(value, (Parameter, Layer)):
                 yield name, value
             elif isinstance(value, list):
