@@ -138,9 +138,10 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
     say(f"model       {told['model']}: {told['model_type']}, " + ", ".join(f"{k} {v}" for k, v in told["config"].items() if type(v) is int))
     say(f"parameters  {told['parameters']:,}: {told['bytes_float32'] / 1e6:.1f} MB in float32")
     if adapter := told.get("adapter"):
-        ranks = ", ".join(map(str, adapter["r"]))
+        on = f" on {adapter['layers']} layers" if adapter["layers"] else ""
+        ranks = f", r = {', '.join(map(str, adapter['r']))}" if "r" in adapter else ""
         share = adapter["parameters"] / told["parameters"]
-        say(f"adapter     LoRA on {adapter['layers']} layers, r = {ranks}: {adapter['parameters']:,} parameters, {share:.1%} of the model")
+        say(f"adapter     {adapter['method']}{on}{ranks}: {adapter['parameters']:,} parameters, {share:.1%} of the model")
     if (results := told.get("results")) and "after" in results:
         name = results["headline"]
         say(f"held out    {name.replace('_', ' ')} {results['before'][name]:.3f} before, {results['after'][name]:.3f} after")
@@ -172,6 +173,7 @@ def _gradcheck(args: argparse.Namespace) -> dict[str, Any]:
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser, and those of the verbs by name."""
     from minilora import __version__
+    from minilora.training.recipe import METHODS
 
     parser = argparse.ArgumentParser(prog="minilora", description="Low-rank adaptation with every gradient written by hand.")
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
@@ -194,13 +196,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--model", help="a model folder, a .gguf file, an id of the hub (default: the bundled one, pydoc)")
     p.add_argument("--data", metavar="PATH", help="text, .jsonl or .csv, or a folder of them (default: the standard library's source)")
     p.add_argument("--task", choices=("lm", "classify"), help="go on with a text, or tell its class (default: lm)")
-    p.add_argument("--method", choices=("lora", "full"), help="what to train (default: lora)")
+    p.add_argument("--method", choices=METHODS, help="what to train (default: lora)")
     p.add_argument("--r", "--rank", type=int, metavar="R", help="rank of the adapters (default: 8)")
     p.add_argument("--lora-alpha", "--alpha", type=float, metavar="ALPHA", help="the update is scaled by alpha / r (default: 16)")
     p.add_argument("--lora-dropout", type=float, metavar="P", help="dropout on what the adapters read (default: 0)")
     p.add_argument("--use-rslora", action="store_const", const=True, help="scale by alpha / sqrt(r) instead")
     p.add_argument("--target-modules", type=_names, metavar="NAMES", help="names separated by commas, or all-linear (the default)")
     p.add_argument("--layers-to-transform", type=_numbers, metavar="N,N", help="numbers of the blocks to adapt (default: all)")
+    p.add_argument("--reduction-factor", type=float, metavar="X", help="width of a layer over that of its bottleneck (default: 16)")
     p.add_argument("--bias", choices=("none", "all", "lora_only"), help="biases to train too (default: all for pydoc, else none)")
     p.add_argument(
         "--modules-to-save", type=_list, metavar="NAMES", help="modules to train whole (default: layer norms for pydoc, else none)"

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minilora.adapters import bottlenecks
 from minilora.backend import choose_backend, to_numpy
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.tensors import map_tensors, write_tensors
@@ -95,7 +96,7 @@ def load_model(
         tensors = read_weights(source)
     tensors = _renamed(model, family, tensors, source)
     tensors |= _fresh(model, family, tensors, raw, source)
-    assign(model, _turned(model, tensors), source)
+    assign(model, turned(model, tensors), source)
     model.source = str(path_or_id) if str(path_or_id) == BUNDLED else str(source)
     model.hub_id = str(path_or_id) if _is_hub_id(path_or_id) else None
     return model.freeze().to(backend, dtype)
@@ -280,9 +281,9 @@ def _fresh(model: Any, family: Family, tensors: dict[str, np.ndarray], raw: dict
     return values
 
 
-def _turned(model: Any, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def turned(model: Layer, tensors: dict[str, Any]) -> dict[str, Any]:
     """Weights of Linear from the file's orientation to (in, out), or back, as views."""
-    if model.weights_are_in_out:
+    if getattr(model, "weights_are_in_out", True):
         return tensors
     linear = {f"{path}.weight" for path, layer in model.modules() if isinstance(layer, Linear)}
     return {path: value.T if path in linear else value for path, value in tensors.items()}
@@ -321,9 +322,12 @@ def _finite(x: np.ndarray) -> bool:
 def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     """Write a folder that transformers loads: config.json, model.safetensors, and the tokenizer's files where the model came from some.
 
-    dtype: of the tensors; by default the model's. Merged adapters are part of the weights; unmerged ones raise ValueError.
+    dtype: of the tensors; by default the model's. Merged adapters are part of the weights; unmerged ones, and
+    bottlenecks, raise ValueError.
     """
     folder = Path(folder)
+    if bottled := bottlenecks(model):
+        raise ValueError(f"save_model: {bottled[0][0]} has a bottleneck adapter, which no weight can hold; use save_adapter.")
     merged = {}
     for path, layer in lora_layers(model):
         if layer.merged is None:
@@ -338,7 +342,7 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     source = Path(model.source) if model.source and model.source != BUNDLED else None
     if source is not None and (source / "config.json").is_file():
         told = {**{key: value for key, value in read_json(source / "config.json").items() if key in _KEPT}, **told}
-    write_tensors(folder / "model.safetensors", _turned(model, tensors))
+    write_tensors(folder / "model.safetensors", turned(model, tensors))
     write_json(folder / "config.json", told)
     if source is not None and source.is_dir():
         _copy(source, folder, _TOKENIZER_FILES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from minilora.adapters import PartialConfig, bottlenecks, method_name
 from minilora.formats.adapter import load_adapter, read_adapter_config
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_folder, save_model
@@ -61,6 +62,7 @@ def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
 def merge_run(path: str | Path, out: str | Path, adapter: str | Path | None = None) -> dict[str, float]:
     """Write the merged model of a run or adapter folder to a new folder `out`. Returns {path: largest change of a weight}.
 
+    Of what was trained as it is, with no adapter at all, that is its change from the base model.
     Raises ValueError when there is no adapter, FileExistsError when `out` is in use.
     """
     out = Path(out)
@@ -69,17 +71,20 @@ def merge_run(path: str | Path, out: str | Path, adapter: str | Path | None = No
     if adapter is None and base_of(path)[1] is None:
         raise ValueError(f"{path} has no adapter to merge.")
     model = open_model(path, "numpy", adapter)
-    changes = merge(model)
+    if isinstance(model.lora_config, PartialConfig):
+        changes = {name: float(abs(p.data - model.base_values[name]).max()) for name, p in model.parameters() if name in model.base_values}
+    else:
+        changes = merge(model)
     save_model(model, out)
     return changes
 
 
 def describe(path: str | Path) -> dict[str, Any]:
     """What is in a model or a run: parameters, memory, adapters, results, and the names that can be adapted."""
-    model = open_model(path, "numpy")
-    adapters = lora_layers(model)
-    adapted = sum(layer.lora_A.data.size + layer.lora_B.data.size for _, layer in adapters)
-    count = sum(p.data.size for _, p in model.parameters()) - adapted
+    base, adapter = base_of(path)
+    labels = labels_of(path)
+    model = load_model(base, "numpy", num_labels=len(labels) if labels else None)
+    count = sum(p.data.size for _, p in model.parameters())
     names: dict[str, list[str]] = {}
     for name, layer in model.modules():
         if isinstance(layer, Linear) and name:
@@ -92,8 +97,13 @@ def describe(path: str | Path) -> dict[str, Any]:
         "bytes_float32": 4 * count,
         "adaptable": {name: {"layers": len(sizes), "sizes": sorted(set(sizes))} for name, sizes in names.items()},
     }
-    if adapters:
-        told["adapter"] = {"layers": len(adapters), "r": sorted({layer.r for _, layer in adapters}), "parameters": adapted}
+    if adapter is not None:
+        config = load_adapter(model, adapter)
+        told["adapter"] = {"method": method_name(config), "layers": len(lora_layers(model)) + len(bottlenecks(model))}
+        if adapters := lora_layers(model):
+            told["adapter"]["r"] = sorted({layer.r for _, layer in adapters})
+        added = sum(p.data.size for _, p in model.parameters()) - count
+        told["adapter"]["parameters"] = added + sum(value.size for value in model.base_values.values())
     if (Path(path) / "run.json").is_file():
         told["results"] = read_json(Path(path) / "run.json").get("results", {})
     return told

@@ -1,4 +1,4 @@
-"""The main job: adapt a model to data, by LoRA or by full fine-tuning, and measure what came of it."""
+"""The main job: adapt a model to data, by LoRA, by another adapter or by full fine-tuning, and measure what came of it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from minilora.adapters import METHODS, inject, method_name
 from minilora.backend import choose_backend, peak_memory
 from minilora.formats.adapter import save_adapter
 from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.run import tokenizer_of
 from minilora.formats.tokenizer import Tokenizer
-from minilora.lora import LoraConfig, inject, lora_layers
+from minilora.lora import LoraConfig, lora_layers
 from minilora.models.generate import context_length, generate
 from minilora.training.datasets import load_dataset
 from minilora.training.loop import Diverged, train
@@ -45,16 +46,15 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     recipe.settle(task.per_epoch)
     assert task.train is not None and recipe.steps is not None
     rate = schedule(recipe.schedule, recipe.steps, recipe.warmup or 0)
-    optimizer = _prepare(model, recipe)
+    base = sum(p.data.size for _, p in model.parameters())
+    optimizer = prepare(model, recipe)
     folder = RunFolder.create(out, recipe.method)
     folder.write_run(asdict(recipe), {}, task.labels)
 
     trained = optimizer.flat.data.size
-    adapted = lora_layers(model)
-    base = sum(p.data.size for _, p in model.parameters()) - sum(a.lora_A.data.size + a.lora_B.data.size for _, a in adapted)
     say(f"model     {recipe.model}: {base:,} parameters, {recipe.backend}, {recipe.threads} thread{'s' * (recipe.threads > 1)}")
     say(f"data      {task.what}")
-    say(f"method    {_method(recipe, len(adapted))}: {trained:,} trainable parameters, {trained / base:.1%} of the model")
+    say(f"method    {_method(recipe, model)}: {trained:,} trainable parameters, {trained / base:.1%} of the model")
 
     before, wrote_before = measure(model, task, recipe.threads), _sample(model, tokenizer, recipe)
     records: list[dict[str, Any]] = []
@@ -118,10 +118,13 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
     return model, tokenizer, task
 
 
-def _prepare(model: Any, recipe: Recipe) -> AdamW:
+def prepare(model: Any, recipe: Recipe) -> AdamW:
     """Make trainable what the method trains, and its optimizer."""
     assert recipe.lr is not None and recipe.bias is not None
-    if recipe.method == "lora":
+    common: dict[str, Any] = {"modules_to_save": recipe.modules_to_save, "base_model_name_or_path": recipe.model}
+    if recipe.method == "full":
+        model.unfreeze()
+    elif recipe.method == "lora":
         config = LoraConfig(
             r=recipe.r,
             lora_alpha=recipe.lora_alpha,
@@ -130,13 +133,13 @@ def _prepare(model: Any, recipe: Recipe) -> AdamW:
             layers_to_transform=recipe.layers_to_transform,
             use_rslora=recipe.use_rslora,
             bias=recipe.bias,
-            modules_to_save=recipe.modules_to_save,
             task_type="SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM",
-            base_model_name_or_path=recipe.model,
+            **common,
         )
         inject(model, config, rng=recipe.seed)
     else:
-        model.unfreeze()
+        bottleneck = {"reduction_factor": recipe.reduction_factor} if recipe.method == "bottleneck" else {}
+        inject(model, METHODS[recipe.method](**bottleneck, **common), rng=recipe.seed)
     return AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
 
 
@@ -165,21 +168,22 @@ def _sample(model: Any, tokenizer: Tokenizer, recipe: Recipe) -> str:
 
 def _save(model: Any, folder: RunFolder, recipe: Recipe) -> int:
     """Write the adapter, or the whole model. Returns the bytes of its tensors' file."""
-    if recipe.method == "lora":
+    if recipe.method != "full":
         return save_adapter(model, folder.adapter)
     save_model(model, folder.model)
     return (folder.model / "model.safetensors").stat().st_size
 
 
-def _method(recipe: Recipe, layers: int) -> str:
-    if recipe.method == "full":
-        return "full fine-tuning"
+def _method(recipe: Recipe, model: Any) -> str:
+    if recipe.method != "lora":
+        return "full fine-tuning" if recipe.method == "full" else method_name(model.lora_config)
     also = ["biases"] * (recipe.bias != "none") + (["the head"] if recipe.task == "classify" else []) + list(recipe.modules_to_save or [])
+    layers = len(lora_layers(model))
     return f"LoRA r={recipe.r} alpha={recipe.lora_alpha:g} on {layers} layers{', with ' + ', '.join(also) if also else ''}"
 
 
 def _made(recipe: Recipe) -> str:
-    return "adapter" if recipe.method == "lora" else "model"
+    return "model" if recipe.method == "full" else "adapter"
 
 
 def _tell(say: Say, folder: RunFolder, recipe: Recipe, results: dict[str, Any], wrote_before: str, wrote_after: str) -> None:
@@ -207,7 +211,7 @@ def _draw(
     if not have_matplotlib():
         say("no picture of the curves: matplotlib is not installed (pip install 'minilora[plot]')")
         return
-    method = f"LoRA, rank {recipe.r}" if recipe.method == "lora" else "full fine-tuning"
+    method = {"lora": f"LoRA, rank {recipe.r}", "full": "full fine-tuning"}.get(recipe.method, recipe.method)
     unit, scale = ("bits per byte", math.log(2)) if task.headline == "bits_per_byte" else ("loss", 1.0)
     title = f"{Path(recipe.model).name}, {method}, {len(records)} steps"
     plot_run(folder.curves, records, before["loss"] / scale, after["loss"] / scale, title, unit, scale)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from minilora import adapters
 from minilora.formats.checkpoint import BUNDLED
 from minilora.training.datasets import TASKS, is_dataset
 
-METHODS = ("lora", "full")
+METHODS = ("lora", "full", *adapters.METHODS)
 
 # Peak learning rates. "text" is the best of one grid for each method (benchmarks/lora_vs_full.py); for published models LoRA takes
-# about ten times the rate of full fine-tuning ("LoRA Without Regret", 2025).
+# about ten times the rate of full fine-tuning ("LoRA Without Regret", 2025), and what trains fewer numbers still more.
 _RATES = {
     ("text", "lora"): 8e-3,
     ("text", "full"): 2e-3,
@@ -19,6 +20,8 @@ _RATES = {
     ("lm", "full"): 5e-5,
     ("classify", "lora"): 1e-3,
     ("classify", "full"): 5e-5,
+    **{(kind, "bottleneck"): 1e-3 for kind in ("text", "lm", "classify")},
+    **{(kind, method): 5e-3 for kind in ("text", "lm", "classify") for method in ("bitfit", "layer-norm", "head")},
 }
 
 
@@ -45,6 +48,7 @@ class Recipe:
     target_modules: str | list[str] = "all-linear"
     layers_to_transform: list[int] | None = None
     use_rslora: bool = False
+    reduction_factor: float = 16
     bias: str | None = None
     modules_to_save: list[str] | None = None
     lr: float | None = None
@@ -67,7 +71,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}; choose {' or '.join(METHODS)}.")
+            raise ValueError(f"unknown method {self.method!r}; choose {', '.join(METHODS)}.")
         if self.task not in TASKS:
             raise ValueError(f"unknown task {self.task!r}; choose {' or '.join(TASKS)}.")
         if self.task == "classify" and self.data is None:
