@@ -47,13 +47,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _finetune(args: argparse.Namespace) -> dict[str, Any]:
-    from dataclasses import fields
-
     from minilora.training.finetune import finetune
-    from minilora.training.recipe import Recipe
 
-    given = {field.name: getattr(args, field.name) for field in fields(Recipe) if getattr(args, field.name, None) is not None}
-    return finetune(Recipe(**given), args.out, _say(args))
+    return finetune(_recipe(args), args.out, _say(args))
+
+
+def _study(args: argparse.Namespace) -> dict[str, Any]:
+    from minilora.training.study import as_json, quick, rows_named, study
+
+    recipe = quick(_recipe(args)) if args.quick else _recipe(args)
+    names = args.rows or (["methods"] if recipe.task == "classify" else ["lora", "full", "bottleneck", "bitfit", "layer-norm"])
+    out = args.out or f"studies/{'-'.join(args.rows or [recipe.kind])}{'-quick' * args.quick}"
+    return as_json(study(recipe, rows_named(names), args.seeds or (2 if args.quick else 5), out, _say(args)), out)
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -167,6 +172,15 @@ def _gradcheck(args: argparse.Namespace) -> dict[str, Any]:
     return {"checked": len(errors), "worst": max(errors.values()), "errors": errors}
 
 
+def _recipe(args: argparse.Namespace) -> Any:
+    """The recipe that the flags ask for."""
+    from dataclasses import fields
+
+    from minilora.training.recipe import Recipe
+
+    return Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe) if getattr(args, field.name, None) is not None})
+
+
 # -- arguments ---------------------------------------------------------------------------------------------------------------
 
 
@@ -178,10 +192,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     parser = argparse.ArgumentParser(prog="minilora", description="Low-rank adaptation with every gradient written by hand.")
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    verbs = parser.add_subparsers(required=True, dest="verb", metavar="finetune | evaluate | generate | merge | info | gradcheck")
+    verbs = parser.add_subparsers(required=True, dest="verb", metavar="finetune | study | evaluate | generate | merge | info | gradcheck")
 
-    def verb(name: str, run: Any, help: str) -> argparse.ArgumentParser:
-        p = verbs.add_parser(name, help=help, description=help)
+    def verb(name: str, run: Any, help: str, *flags_of: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        p = verbs.add_parser(name, help=help, description=help, parents=flags_of, add_help=not flags_of, conflict_handler="resolve")
         p.set_defaults(run=run)
         p.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with any of these flags; flags given here win")
         p.add_argument("--json", action="store_true", help="print one JSON object on standard output, all else on standard error")
@@ -210,8 +224,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     p.add_argument("--lr", type=float, help="peak learning rate (default: by method and kind of data)")
     p.add_argument("--schedule", choices=("constant", "linear", "cosine"), help="shape of the learning rate (default: cosine)")
-    p.add_argument("--warmup", type=int, metavar="STEPS", help="steps of linear warm-up (default: 10)")
+    p.add_argument("--warmup", type=float, metavar="STEPS", help="steps of linear warm-up, or below 1 a share (default: 10)")
     p.add_argument("--weight-decay", type=float, metavar="X", help="decoupled weight decay (default: 0)")
+    p.add_argument("--pull", type=float, metavar="X", help="decoupled decay towards the weights it began with (default: 0)")
+    p.add_argument("--bias-correction", action=argparse.BooleanOptionalAction, help="Adam's (default: on)")
+    p.add_argument("--reinit", type=int, metavar="L", help="draw the pooler and the top L blocks anew (method full; default: no)")
     p.add_argument("--clip", type=float, metavar="NORM", help="largest gradient norm (default: 1)")
     p.add_argument("--steps", type=int, help="optimizer steps (default: 120 for text, else by --epochs)")
     p.add_argument("--epochs", type=float, help="times to go through records (default: 3)")
@@ -221,11 +238,20 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: 256)")
     p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, help="learn completions only (default), or prompts too")
     p.add_argument("--eval-bytes", type=int, metavar="N", help="how much held-out text to measure on (default: 65536)")
+    p.add_argument("--train-size", type=int, metavar="N", help="how many texts with a class to learn from (default: all)")
+    p.add_argument("--eval-size", type=int, metavar="N", help="how many of them to measure on (default: all that are held out)")
     p.add_argument("--seed", type=int, help="seed of initial weights, batches and samples (default: 0)")
     p.add_argument("--threads", type=int, metavar="N", help="replicas, one thread each (default: the cores, at most 8)")
     p.add_argument("--sample-bytes", type=int, metavar="N", help="length of the samples (default: 240)")
     p.add_argument("--out", metavar="FOLDER", help="a new run folder (default: runs/METHOD-N)")
     where(p)
+
+    p = verb("study", _study, "several ways to fine-tune, several seeds: mean, deviation, worst and failed runs; goes on if interrupted", p)
+    p.add_argument("--rows", type=_list, metavar="NAMES", help="methods, few-sample, or names of single rows, see training/study.py")
+    p.add_argument("--seeds", type=int, metavar="N", help="runs of each row (default: 5)")
+    p.add_argument("--quick", action="store_true", help="in small, with 2 seeds: minutes")
+    p.add_argument("--seed", type=int, help="of the examples to learn and to measure (default: 0)")
+    p.add_argument("--out", metavar="FOLDER", help="of the study, new or to be gone on with (default: studies/NAMES)")
 
     p = verb("evaluate", _evaluate, "measure a model on data: loss, perplexity, or accuracy, F1 and Matthews correlation")
     p.add_argument("model", nargs="?", default="pydoc", help=f"{a_model} (default)")

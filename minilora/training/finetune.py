@@ -21,6 +21,7 @@ from minilora.formats.tokenizer import Tokenizer
 from minilora.lora import LoraConfig, lora_layers
 from minilora.models.generate import context_length, generate
 from minilora.training.datasets import load_dataset
+from minilora.training.few_sample import PulledAdamW, few, reinitialise
 from minilora.training.loop import Diverged, train
 from minilora.training.optimizers import AdamW
 from minilora.training.plot import have_matplotlib, plot_run
@@ -42,10 +43,10 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     """
     begun = time.perf_counter()
     recipe.backend = choose_backend(recipe.backend)
-    model, tokenizer, task = _open(recipe)
+    model, tokenizer, task = open_recipe(recipe)
     recipe.settle(task.per_epoch)
-    assert task.train is not None and recipe.steps is not None
-    rate = schedule(recipe.schedule, recipe.steps, recipe.warmup or 0)
+    assert recipe.steps is not None
+    rate = schedule(recipe.schedule, recipe.steps, int(recipe.warmup or 0))
     base = sum(p.data.size for _, p in model.parameters())
     optimizer = prepare(model, recipe)
     folder = RunFolder.create(out, recipe.method)
@@ -92,7 +93,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     return {"folder": str(folder.path), **results}
 
 
-def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
+def open_recipe(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
     """The model, its tokenizer and the data, each checked against the others."""
     if recipe.kind == "classify":
         assert recipe.data is not None
@@ -101,7 +102,10 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
         model = load_model(recipe.model, recipe.backend, num_labels=len(dataset.labels or ()))
         if not hasattr(model, "classifier"):
             raise ValueError(f"{recipe.model} ({type(model).__name__}) has no classifier; task classify needs a BERT.")
-        task = classify_task(dataset, recipe.data, recipe.batch_size, recipe.seed)
+        if recipe.train_size is not None:
+            dataset.train = few(dataset.train, recipe.train_size, dataset.labels or (), recipe.seed)
+        dataset.valid = dataset.valid[: recipe.eval_size]
+        task = classify_task(dataset, recipe.data, recipe.batch_size)
     else:
         model = load_model(recipe.model, recipe.backend)
         if not hasattr(model, "decode"):
@@ -109,7 +113,7 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
         tokenizer = tokenizer_of(recipe.model, model.config.vocab_size)
         if recipe.kind == "text":
             most = max(1, recipe.eval_bytes // recipe.window)
-            task = text_task(recipe.data, tokenizer, recipe.window, recipe.batch_size, most, recipe.seed)
+            task = text_task(recipe.data, tokenizer, recipe.window, recipe.batch_size, most)
         else:
             assert recipe.data is not None
             task = records_task(recipe.data, tokenizer, recipe.window, recipe.tokens_per_batch, recipe.mask_prompt, recipe.seed)
@@ -121,6 +125,8 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
 def prepare(model: Any, recipe: Recipe) -> AdamW:
     """Make trainable what the method trains, and its optimizer."""
     assert recipe.lr is not None and recipe.bias is not None
+    if recipe.reinit is not None:
+        reinitialise(model, recipe.reinit, rng=recipe.seed)
     common: dict[str, Any] = {"modules_to_save": recipe.modules_to_save, "base_model_name_or_path": recipe.model}
     if recipe.method == "full":
         model.unfreeze()
@@ -140,17 +146,20 @@ def prepare(model: Any, recipe: Recipe) -> AdamW:
     else:
         bottleneck = {"reduction_factor": recipe.reduction_factor} if recipe.method == "bottleneck" else {}
         inject(model, METHODS[recipe.method](**bottleneck, **common), rng=recipe.seed)
-    return AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+    options = {"weight_decay": recipe.weight_decay, "bias_correction": recipe.bias_correction}
+    if recipe.pull:
+        return PulledAdamW(model.parameters(), recipe.lr, recipe.pull, **options)
+    return AdamW(model.parameters(), recipe.lr, **options)  # type: ignore[arg-type]
 
 
 def _train(model: Any, optimizer: AdamW, task: Task, rate: Schedule, recipe: Recipe, records: list[dict[str, Any]]) -> tuple[float, int]:
     """Run the loop behind a progress bar, collecting a record a step. Returns (seconds, tokens) of the training alone."""
-    assert task.train is not None and recipe.steps is not None
+    assert recipe.steps is not None
     seconds, tokens = 0.0, 0
     options = {"clip": recipe.clip, "accumulate": recipe.accumulate, "threads": recipe.threads, "seed": recipe.seed}
     unit, scale = ("bits/byte", math.log(2)) if task.headline == "bits_per_byte" else ("loss", 1.0)
     with tqdm(total=recipe.steps, unit="step", desc=recipe.method, dynamic_ncols=True) as bar:
-        for s in train(model, optimizer, task.train, recipe.steps, rate, **options):  # type: ignore[arg-type]
+        for s in train(model, optimizer, task.batches(recipe.seed), recipe.steps, rate, **options):  # type: ignore[arg-type]
             seconds, tokens = seconds + s.seconds, tokens + s.tokens
             records.append({"step": s.step, "loss": s.loss, "lr": s.lr, "grad_norm": s.grad_norm, "tokens": s.tokens})
             bar.set_postfix_str(f"{s.loss / scale:.3f} {unit}, {tokens / seconds:,.0f} tokens/s", refresh=False)

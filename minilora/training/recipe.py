@@ -13,15 +13,10 @@ METHODS = ("lora", "full", *adapters.METHODS)
 
 # Peak learning rates. "text" is the best of one grid for each method (benchmarks/lora_vs_full.py); for published models LoRA takes
 # about ten times the rate of full fine-tuning ("LoRA Without Regret", 2025), and what trains fewer numbers still more.
-_RATES = {
-    ("text", "lora"): 8e-3,
-    ("text", "full"): 2e-3,
-    ("lm", "lora"): 5e-4,
-    ("lm", "full"): 5e-5,
-    ("classify", "lora"): 1e-3,
-    ("classify", "full"): 5e-5,
-    **{(kind, "bottleneck"): 1e-3 for kind in ("text", "lm", "classify")},
-    **{(kind, method): 5e-3 for kind in ("text", "lm", "classify") for method in ("bitfit", "layer-norm", "head")},
+_RATES: dict[str, dict[str, float]] = {
+    "text": {"lora": 8e-3, "full": 2e-3, "bottleneck": 8e-3, "bitfit": 2e-2, "layer-norm": 2e-2, "head": 2e-2},
+    "lm": {"lora": 5e-4, "full": 5e-5, "bottleneck": 1e-3, "bitfit": 5e-3, "layer-norm": 5e-3, "head": 5e-3},
+    "classify": {"lora": 1e-3, "full": 5e-5, "bottleneck": 1e-3, "bitfit": 5e-3, "layer-norm": 5e-3, "head": 5e-3},
 }
 
 
@@ -33,7 +28,10 @@ class Recipe:
     bias, modules_to_save   for the bundled model all biases and the layer norms, else none
     lr              by kind of data and method, see _RATES
     steps           120 for text; else `epochs` (3) times the batches of an epoch
-    warmup          10 steps, or half the run if that is shorter
+    warmup          10 steps, or half the run if that is shorter; below 1 it is a share of the run
+    reinit          None; else the pooler and so many top blocks begin anew (method full only), see training/few_sample.py
+    pull            of the weights towards where they began; bias_correction=False is Adam as the first BERT had it
+    train_size, eval_size   of texts with a class: all; else at most so many, drawn by the seed
     threads         the cores, at most 8
     Raises ValueError for values out of range.
     """
@@ -53,8 +51,11 @@ class Recipe:
     modules_to_save: list[str] | None = None
     lr: float | None = None
     schedule: str = "cosine"
-    warmup: int | None = None
+    warmup: float | None = None
     weight_decay: float = 0.0
+    pull: float = 0.0
+    bias_correction: bool = True
+    reinit: int | None = None
     clip: float = 1.0
     steps: int | None = None
     epochs: float = 3
@@ -64,6 +65,8 @@ class Recipe:
     window: int = 256
     mask_prompt: bool = True
     eval_bytes: int = 65536
+    train_size: int | None = None
+    eval_size: int | None = None
     seed: int = 0
     threads: int = 0
     backend: str = "auto"
@@ -82,8 +85,16 @@ class Recipe:
         for name in ("threads", "sample_bytes", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}.")
+        for name in ("steps", "train_size", "eval_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            if name != "steps" and getattr(self, name) is not None and self.task != "classify":
+                raise ValueError(f"{name} counts texts with a class; it needs task classify.")
+        if self.reinit is not None and self.method != "full":
+            raise ValueError(f"reinit changes the weights that method {self.method} leaves frozen and does not save; it needs method full.")
+        for name in ("pull", "weight_decay", "warmup"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if not self.clip > 0 or not self.epochs > 0:
             raise ValueError(f"clip and epochs must be above 0, got {self.clip} and {self.epochs}.")
         self.threads = self.threads or min(os.cpu_count() or 1, 8)
@@ -99,7 +110,8 @@ class Recipe:
         self.bias = self.bias or ("all" if bundled else "none")
         if self.modules_to_save is None and bundled:
             self.modules_to_save = ["ln_1", "ln_2", "ln_f"]
-        self.lr = _RATES[self.kind, self.method] if self.lr is None else self.lr
+        self.lr = _RATES[self.kind][self.method] if self.lr is None else self.lr
         if self.steps is None:
             self.steps = 120 if per_epoch is None else max(1, round(self.epochs * per_epoch / self.accumulate))
         self.warmup = min(10, self.steps // 2) if self.warmup is None else self.warmup
+        self.warmup = round(self.warmup if self.warmup >= 1 else self.warmup * self.steps)
