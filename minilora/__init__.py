@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minilora.adapters import BottleneckConfig, BottleneckLinear, PartialConfig, inject
+    from minilora.adapters import BottleneckConfig, BottleneckLinear, PartialConfig, combine, extract, inject, input_roots, mixed
     from minilora.backend import choose_backend, seed, to_backend, to_numpy
     from minilora.checking.gradcheck import gradcheck
     from minilora.formats.adapter import load_adapter, save_adapter
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "adapters": "BottleneckConfig BottleneckLinear PartialConfig inject",
+    "adapters": "BottleneckConfig BottleneckLinear PartialConfig combine extract inject input_roots mixed",
     "backend": "choose_backend seed to_backend to_numpy",
     "formats.adapter": "load_adapter save_adapter",
     "formats.checkpoint": "load_model save_model",

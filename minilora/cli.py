@@ -136,6 +136,26 @@ def _merge(args: argparse.Namespace) -> dict[str, Any]:
     return {"folder": str(args.out), "adapters": len(changes), "largest_change": max(changes.values()), "still_zero": still}
 
 
+def _extract(args: argparse.Namespace) -> dict[str, Any]:
+    from minilora.training.extract_run import extract_run
+
+    threads = args.threads or min(os.cpu_count() or 1, 8)
+    asked = (args.base, args.r, args.energy, args.data, args.task, args.window, args.whole, threads)
+    return extract_run(args.model, args.out, *asked, say=_say(args))
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    from minilora.training.extract_run import compare
+
+    changes, say = compare(args.first, args.second), _say(args)
+    changed = sorted((path for path, change in changes.items() if change), key=lambda path: -changes[path])
+    for path in changed[:10]:
+        say(f"{changes[path]:10.3g}  {path}")
+    largest = f"; the largest change is {changes[changed[0]]:.3g}" if changed else ""
+    say(f"{len(changed)} of {len(changes)} parameters differ{largest}")
+    return {"largest_change": max(changes.values()), "changes": changes}
+
+
 def _info(args: argparse.Namespace) -> dict[str, Any]:
     from minilora.formats.run import describe
 
@@ -192,7 +212,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     parser = argparse.ArgumentParser(prog="minilora", description="Low-rank adaptation with every gradient written by hand.")
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    verbs = parser.add_subparsers(required=True, dest="verb", metavar="finetune | study | evaluate | generate | merge | info | gradcheck")
+    verbs = parser.add_subparsers(
+        required=True, dest="verb", metavar="finetune | study | evaluate | generate | merge | extract | compare | info | gradcheck"
+    )
 
     def verb(name: str, run: Any, help: str, *flags_of: argparse.ArgumentParser) -> argparse.ArgumentParser:
         p = verbs.add_parser(name, help=help, description=help, parents=flags_of, add_help=not flags_of, conflict_handler="resolve")
@@ -281,6 +303,22 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("model", help="a run folder or an adapter folder, or a model with --adapter")
     p.add_argument("--adapter", metavar="FOLDER", help="an adapter to put on the model")
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the merged model")
+
+    p = verb("extract", _extract, "turn a full fine-tune into a LoRA of its base model, by singular value decomposition")
+    p.add_argument("model", help="a run of full fine-tuning, a model, or an adapter that is to have another rank")
+    p.add_argument("--base", help="the model it was tuned from (default: what the run or adapter names)")
+    p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the adapter")
+    p.add_argument("--r", "--rank", type=int, default=8, metavar="R", help="rank of every layer (default: 8)")
+    p.add_argument("--energy", type=float, metavar="X", help="instead: for each layer the lowest rank that keeps so much, 0 to 1")
+    p.add_argument("--data", metavar="PATH", help="held-out data: the closest in what layers put out, not in weights; and a measurement")
+    p.add_argument("--task", choices=("lm", "classify"), help="default: what the run was trained for, else lm")
+    p.add_argument("--window", "--max-length", type=int, default=256, metavar="N", help="longest sequence, in tokens (default: 256)")
+    p.add_argument("--whole", action=argparse.BooleanOptionalAction, default=True, help="changed biases, norms and head go along (default)")
+    p.add_argument("--threads", type=int, metavar="N", help="default: the cores, at most 8")
+
+    p = verb("compare", _compare, "the largest change of each weight between two models, adapters counted in")
+    p.add_argument("first", help=a_model)
+    p.add_argument("second", help="another of the same kind")
 
     p = verb("info", _info, "what is in a model or a run folder: parameters, memory, adaptable modules")
     p.add_argument("model", nargs="?", default="pydoc", help=f"{a_model} (default)")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora import functional as F
-from minilora.adapters import BottleneckConfig, BottleneckLinear, PartialConfig, inject
+from minilora.adapters import BottleneckConfig, BottleneckLinear, PartialConfig, PerSequence, inject
 from minilora.backend import Array, to_backend
 from minilora.checking.gradcheck import Report, gradcheck
 from minilora.layers import (
@@ -99,6 +99,8 @@ def catalogue(seed: int = 0) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]
     bottleneck = BottleneckLinear(Linear(5, 4, **d), 2, rng=rng)
     bottleneck.bias.trainable = True  # type: ignore[union-attr]  # as with BottleneckConfig(train=["bias"])
     yield "BottleneckLinear, the bias trained", bottleneck, draw(6, 5), {}
+    several = [Linear(5, 4, **d), LoRALinear(Linear(5, 4, **d), r=2, **d), bottleneck]
+    yield "PerSequence", PerSequence(several, {6: [np.array(rows, dtype=int) for rows in ([0, 3], [1, 2, 5], [4])]}), draw(6, 5), {}
     yield "Embedding", Embedding(7, 5, **d), ids, {}
     yield "LayerNorm", _shaken(LayerNorm(5, dtype="float64"), rng), draw(6, 5), {}
     yield "RMSNorm", _shaken(RMSNorm(5, dtype="float64"), rng), draw(6, 5), {}
