@@ -64,7 +64,9 @@ def check_start(config: Any) -> None:
 
 def starts(model: Layer, targets: dict[str, Any], config: Any, train_step: Callable[[], Any] | None) -> tuple[Any, dict[str, Any]]:
     """(configuration, {path: value for the layer's init}); a start from data may change ranks, and leave targets out."""
-    init = getattr(config, "init_lora_weights", True)
+    if hasattr(config, "starts"):  # a type of its own
+        return config, config.starts(targets)
+    init = config.init_lora_weights
     options = getattr(config, f"{init}_config", None) or {}
     if init not in (True, False, "gaussian"):
         for path, layer in targets.items():
@@ -86,6 +88,11 @@ def adapter_of(layer: Layer, config: Any) -> Any:
         if (kind.__name__, asked[0]) in LAYERS:
             return _load(LAYERS[kind.__name__, asked[0]])
     raise ValueError(f"{asked[0]} has no way to adapt a layer of type {type(layer).__name__}.")
+
+
+def config_classes() -> dict[str, Any]:
+    """{peft_type: class of its configuration}."""
+    return {what: _load(where).config_class for (kind, what), where in LAYERS.items() if kind == "Linear" and what.isupper()}
 
 
 def _load(where: str) -> Any:
