@@ -195,6 +195,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--data", metavar="PATH", help="text, .jsonl or .csv, or a folder of them (default: the standard library's source)")
     p.add_argument("--task", choices=("lm", "classify"), help="go on with a text, or tell its class (default: lm)")
     p.add_argument("--method", choices=("lora", "full"), help="what to train (default: lora)")
+    p.add_argument("--peft-type", choices=("LORA", "VERA"), help="the kind of adapter (default: LORA; VERA wants an r of 256)")
     p.add_argument("--r", "--rank", type=int, metavar="R", help="rank of the adapters (default: 8)")
     p.add_argument("--lora-alpha", "--alpha", type=float, metavar="ALPHA", help="the update is scaled by alpha / r (default: 16)")
     p.add_argument("--lora-dropout", type=float, metavar="P", help="dropout on what the adapters read (default: 0)")

@@ -20,6 +20,7 @@ LAYERS = {  # (kind of layer, what asks for it: a field of the configuration, or
     ("Linear", "LORA"): "minilora.lora.layer:LoRALinear",
     ("Linear", "use_dora"): "minilora.family.dora:DoRALinear",
     ("Embedding", "LORA"): "minilora.family.embedding:LoRAEmbedding",
+    ("Linear", "VERA"): "minilora.family.vera:VeRALinear",
 }
 
 STARTS = {  # init_lora_weights: a Start, which may take more by name (niter of "pissa_niter_4", what loftq_config holds)
