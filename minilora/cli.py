@@ -140,7 +140,8 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
     if adapter := told.get("adapter"):
         ranks = ", ".join(map(str, adapter["r"]))
         share = adapter["parameters"] / told["parameters"]
-        say(f"adapter     LoRA on {adapter['layers']} layers, r = {ranks}: {adapter['parameters']:,} parameters, {share:.1%} of the model")
+        what = f"{adapter['kind']} on {adapter['layers']} layers, r = {ranks}"
+        say(f"adapter     {what}: {adapter['parameters']:,} parameters, {share:.1%} of the model")
     if (results := told.get("results")) and "after" in results:
         name = results["headline"]
         say(f"held out    {name.replace('_', ' ')} {results['before'][name]:.3f} before, {results['after'][name]:.3f} after")

@@ -1,7 +1,11 @@
 """LoRA's family: what each method promises, on NumPy and on the stand-in. Their gradients are in the catalogue (test_gradients)."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from golden import make_adapters
+from safetensors.numpy import load_file
 
 import minilora as ml
 from minilora.family.adapted import adapter_parameters
@@ -122,6 +126,43 @@ def test_a_replica_has_the_same_gradient_and_shares_the_weights(method, backend)
         assert float(abs(gradients(twin)[path] - g).max()) == 0
     own = {id(p.data) for _, p in model.parameters()}
     assert all(id(p.data) in own for _, p in twin.parameters())
+
+
+# -- PEFT's golden adapters (golden/make_family.py) --------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "golden"
+EXPECTED = load_file(GOLDEN / "family" / "expected.safetensors")
+
+
+def golden_llama(backend="numpy"):
+    return ml.load_model(GOLDEN / "peft" / "llama" / "base", backend)
+
+
+@pytest.mark.parametrize("what", ["dora", "embedding", "vera"])
+def test_golden_adapters_give_pefts_logits_and_gradients(what, backend):
+    model = golden_llama(backend)
+    ml.load_adapter(model, GOLDEN / "family" / what)
+    ids, offsets = make_adapters.IDS[0], [0, 7, 14]
+    assert distance(ml.to_numpy(model.forward(ids.ravel(), keep=False, offsets=offsets)[0]), EXPECTED[f"{what}.logits"]) < 1e-5
+    labels = np.full(ids.shape, -100)
+    labels[:, :-1] = ids[:, 1:]
+    model.loss_backward(model.loss(ids.ravel(), labels.ravel(), offsets)[1])
+    wanted = {key.removeprefix(f"{what}.gradient."): g for key, g in EXPECTED.items() if key.startswith(f"{what}.gradient.")}
+    found = {path: ml.to_numpy(p.grad).T for path, p in adapter_parameters(model).items()}
+    assert found.keys() == wanted.keys()
+    for path, g in wanted.items():
+        assert distance(found[path], g) < 1e-5, path
+
+
+def test_golden_start_of_pissa():
+    model = golden_llama()
+    ml.inject(model, ml.LoraConfig(r=3, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"))
+    tensors = load_file(GOLDEN / "family" / "pissa.safetensors")
+    for path, layer in lora_layers(model):
+        A, B = (tensors[f"base_model.model.{path}.lora_{ab}.weight"].T for ab in "AB")
+        assert distance(layer.lora_A.data @ layer.lora_B.data, A @ B) < 1e-4
+    ids = make_adapters.IDS[0].ravel()
+    assert distance(model.forward(ids, keep=False, offsets=[0, 7, 14])[0], EXPECTED["pissa.logits"]) < 1e-5
 
 
 # -- DoRA --------------------------------------------------------------------------------------------------------------------
@@ -298,7 +339,7 @@ def test_veras_matrices_come_from_the_key():
 
 
 def test_vera_takes_the_matrices_of_the_file(tmp_path):
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import save_file
 
     model = shake(injected(vera=True, r=5))
     ml.save_adapter(model, tmp_path)

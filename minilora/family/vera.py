@@ -172,6 +172,10 @@ class VeRALinear(Adapted, Linear):
         """The layer that `config` asks for at `path`."""
         return cls(base, config, init, rng)
 
+    @property
+    def r(self) -> int:
+        return int(self.vera_lambda_d.data.size)
+
     def shared(self) -> dict[str, Array]:
         """vera_A (r, m) and vera_B (n, r), turned as PEFT keeps them, unless the file leaves them out."""
         return {"vera_A": self.projections.A.T, "vera_B": self.projections.B.T} if self.saves_projections else {}
