@@ -72,6 +72,7 @@ METHODS = {
     "PiSSA": {"init_lora_weights": "pissa", "lora_alpha": 5},
     "PiSSA, fast": {"init_lora_weights": "pissa_niter_2", "use_rslora": True, "rank_pattern": {"c_fc": 3}, "alpha_pattern": {"c_attn": 3}},
     "OLoRA": {"init_lora_weights": "olora", "lora_dropout": 0.2},
+    "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
     "EVA": {"init_lora_weights": "eva"},
     "EVA, ranks as asked": {"init_lora_weights": "eva", "eva_config": {"rho": 1.0, "whiten": True}},
     "LoRA-GA": {"init_lora_weights": "lora_ga"},
@@ -226,6 +227,13 @@ def test_olora_begins_with_orthonormal_rows():
     B = layer.lora_B.data
     np.testing.assert_allclose(B @ B.T, np.eye(3), atol=1e-14)
     np.testing.assert_allclose(layer.lora_A.data, W @ B.T, atol=1e-14)  # W^T = Q R, so that Q^T W^T = R
+
+
+def test_orthogonal_factors_both_learn_from_the_first_step():
+    model = injected(init_lora_weights="orthogonal", r=4)
+    for path, g in gradients(model).items():
+        assert np.abs(g).max() > 0, path
+    assert all(np.abs(layer.lora_A.data).max() > 0.05 and np.abs(layer.delta()).max() < 1e-7 for _, layer in lora_layers(model))
 
 
 def test_eva_finds_what_varies_and_gives_it_the_rank():
@@ -430,6 +438,7 @@ def test_lora_fa_keeps_no_x_and_steps_nearest_to_the_full_gradient(backend):
 
 
 REFUSED = {
+    "orthogonal, odd": ({"init_lora_weights": "orthogonal", "r": 3}, "the rank must be even, got 3"),
     "VeRA and DoRA": ({"vera": True, "use_dora": True}, "use_dora and VeRA exclude each other"),
     "VeRA with LoRA's alpha": ({"vera": True, "lora_alpha": 16}, "lora_alpha and VeRA exclude each other"),
     "VeRA with LoRA's bias": ({"vera": True, "bias": "lora_only"}, "choose 'none', 'all' or 'vera_only'"),

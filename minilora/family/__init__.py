@@ -30,6 +30,7 @@ STARTS = {  # init_lora_weights: a Start, which may take more by name (niter of 
     "pissa": "minilora.family.pissa:pissa",
     "olora": "minilora.family.olora:olora",
     "loftq": "minilora.family.loftq:loftq",
+    "orthogonal": "minilora.family.orthogonal:orthogonal",
 }
 STARTS_FROM_DATA = {  # init_lora_weights: a function of the model, the targets, the configuration and a step of training
     "eva": "minilora.family.eva:eva",
