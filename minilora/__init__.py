@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minilora.backend import choose_backend, seed, to_backend, to_numpy
     from minilora.checking.gradcheck import gradcheck
+    from minilora.family.nf4 import quantize_model
+    from minilora.family.vera import VeraConfig
     from minilora.formats.adapter import load_adapter, save_adapter
     from minilora.formats.checkpoint import load_model, save_model
     from minilora.functional.losses import cross_entropy, mse
@@ -34,13 +36,17 @@ if TYPE_CHECKING:
     from minilora.lora import LoraConfig, LoRALinear, disabled, factorize, inject, merge, unmerge
     from minilora.models import GPT2, MLP, BertClassifier, BertConfig, GPT2Config, KVCache, Llama, LlamaConfig
     from minilora.training.flat import clip_grad_norm
+    from minilora.training.loraplus import create_loraplus_optimizer
     from minilora.training.optimizers import SGD, Adam, AdamW
+    from minilora.training.preconditioned import create_lora_pro_optimizer, create_lorafa_optimizer, create_riemannian_optimizer
     from minilora.training.schedules import schedule
 
 __version__ = "0.1.0"
 
 _HOME = {
     "backend": "choose_backend seed to_backend to_numpy",
+    "family.nf4": "quantize_model",
+    "family.vera": "VeraConfig",
     "formats.adapter": "load_adapter save_adapter",
     "formats.checkpoint": "load_model save_model",
     "functional.losses": "cross_entropy mse",
@@ -49,7 +55,9 @@ _HOME = {
     "lora": "LoRALinear LoraConfig disabled factorize inject merge unmerge",
     "models": "BertClassifier BertConfig GPT2 MLP GPT2Config KVCache Llama LlamaConfig",
     "training.flat": "clip_grad_norm",
+    "training.loraplus": "create_loraplus_optimizer",
     "training.optimizers": "SGD Adam AdamW",
+    "training.preconditioned": "create_lora_pro_optimizer create_lorafa_optimizer create_riemannian_optimizer",
     "training.schedules": "schedule",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

@@ -143,7 +143,8 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
     if adapter := told.get("adapter"):
         ranks = ", ".join(map(str, adapter["r"]))
         share = adapter["parameters"] / told["parameters"]
-        say(f"adapter     LoRA on {adapter['layers']} layers, r = {ranks}: {adapter['parameters']:,} parameters, {share:.1%} of the model")
+        what = f"{adapter['kind']} on {adapter['layers']} layers, r = {ranks}"
+        say(f"adapter     {what}: {adapter['parameters']:,} parameters, {share:.1%} of the model")
     if (results := told.get("results")) and "after" in results:
         name = results["headline"]
         say(f"held out    {name.replace('_', ' ')} {results['before'][name]:.3f} before, {results['after'][name]:.3f} after")
@@ -198,6 +199,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--data", metavar="PATH", help="text, .jsonl or .csv, or a folder of them (default: the standard library's source)")
     p.add_argument("--task", choices=("lm", "classify"), help="go on with a text, or tell its class (default: lm)")
     p.add_argument("--method", choices=("lora", "full"), help="what to train (default: lora)")
+    p.add_argument("--peft-type", choices=("LORA", "VERA"), help="the kind of adapter (default: LORA; VERA wants an r of 256)")
     p.add_argument("--r", "--rank", type=int, metavar="R", help="rank of the adapters (default: 8)")
     p.add_argument("--lora-alpha", "--alpha", type=float, metavar="ALPHA", help="the update is scaled by alpha / r (default: 32)")
     p.add_argument("--lora-dropout", type=float, metavar="P", help="dropout on what the adapters read (default: 0)")

@@ -114,6 +114,7 @@ def test_generate_merge_and_info_work_on_what_finetune_wrote(cwd, text, capsys):
         (["--init-lora-weights", "eva", "--loraplus-lr-ratio", "4"], "LoRA (eva, LoRA+ of 4) r=8"),
         (["--init", "lora_ga", "--optimizer", "lora_pro", "--backend", "numpy"], "LoRA (lora_ga, lora_pro) r=8"),
         (["--quantize", "nf4"], "LoRA (nf4) r=8"),
+        (["--peft-type", "VERA", "--r", "300", "--lora-dropout", "0.1"], "VeRA r=300 on 16 layers"),
         (["--init", "loftq"], "LoRA (loftq) r=8"),
         (["--optimizer", "lora_fa", "--threads", "2", "--r", "4"], "LoRA (lora_fa) r=4"),
     ],
@@ -125,6 +126,7 @@ def test_methods_of_the_family(flags, told, cwd, text, capsys):
     assert results["after"]["bits_per_byte"] < results["before"]["bits_per_byte"]
     status, out, err = run(capsys, "evaluate", "run", "--data", text, "--window", "32", "--json")
     assert status == 0, err
+    assert f"adapter     {told.split()[0]} on " in run(capsys, "info", "run")[1]
     assert run(capsys, "merge", "run", "--out", "merged")[0] == 0
     merged = run(capsys, "evaluate", "merged", "--data", text, "--window", "32", "--json")[1]
     assert json.loads(merged)["loss"] == pytest.approx(json.loads(out)["loss"], rel=1e-5)
@@ -223,6 +225,7 @@ def a_file_as_run_folder(d):
 BAD = {
     "no such start": (bad(["--init", "magic"]), "init_lora_weights is 'magic'; choose one of True, False, 'gaussian'"),
     "a start beyond the SVD": (bad(["--init", "lora_ga", "--r", "100"]), "rank 100 needs 200 singular vectors"),
+    "two methods": (bad(["--peft-type", "VERA", "--use-dora"]), "use_dora and VeRA exclude each other"),
     "two optimizers": (bad(["--optimizer", "riemannian", "--loraplus-lr-ratio", "4"]), "exclude each other; choose one"),
     "adapters' optimizer without adapters": (bad(["--method", "full", "--optimizer", "lora_fa"]), "optimizer is for adapters; method full"),
     "rank 0": (bad(["--r", "0"]), "rank r must be an integer of at least 1, got 0"),

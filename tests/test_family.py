@@ -1,10 +1,15 @@
 """LoRA's family: what each method promises, on NumPy and on the stand-in. Their gradients are in the catalogue (test_gradients)."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from golden import make_adapters
+from safetensors.numpy import load_file
 
 import minilora as ml
 from minilora.family.adapted import adapter_parameters
+from minilora.family.vera import Projections, VeraConfig
 from minilora.lora import lora_layers
 from minilora.training.loraplus import create_loraplus_optimizer
 from minilora.training.preconditioned import (
@@ -25,9 +30,13 @@ def gpt2(**options):
     return ml.GPT2(CONFIG, rng=0, **options)
 
 
+def config_of(vera=False, **config):
+    return (VeraConfig if vera else ml.LoraConfig)(**{"r": 2, **config})
+
+
 def injected(model=None, **config):
     model = model or gpt2()
-    ml.inject(model, ml.LoraConfig(**{"r": 2, **config}), rng=0, train_step=lambda: gradients(model))
+    ml.inject(model, config_of(**config), rng=0, train_step=lambda: gradients(model))
     return model
 
 
@@ -63,6 +72,7 @@ METHODS = {
     "PiSSA": {"init_lora_weights": "pissa", "lora_alpha": 5},
     "PiSSA, fast": {"init_lora_weights": "pissa_niter_2", "use_rslora": True, "rank_pattern": {"c_fc": 3}, "alpha_pattern": {"c_attn": 3}},
     "OLoRA": {"init_lora_weights": "olora", "lora_dropout": 0.2},
+    "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
     "EVA": {"init_lora_weights": "eva"},
     "EVA, ranks as asked": {"init_lora_weights": "eva", "eva_config": {"rho": 1.0, "whiten": True}},
     "LoRA-GA": {"init_lora_weights": "lora_ga"},
@@ -70,6 +80,8 @@ METHODS = {
     "LoRA-GA, random, gd_scale": {"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "random", "scale": "gd_scale"}},
     "DoRA, PiSSA": {"use_dora": True, "init_lora_weights": "pissa"},
     "embedding": {"target_modules": ["wte", "wpe", "c_fc"], "use_rslora": True, "lora_alpha": 2},
+    "VeRA": {"vera": True, "r": 9, "projection_prng_key": 3},
+    "VeRA, drawn anew": {"vera": True, "r": 4, "save_projection": False, "vera_dropout": 0.2, "bias": "vera_only"},
 }
 
 
@@ -109,12 +121,49 @@ def test_saved_and_loaded(method, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_replica_has_the_same_gradient_and_shares_the_weights(method, backend):
-    model = shake(injected(**{**METHODS[method], "lora_dropout": 0})).to(backend)
+    model = shake(injected(**{**METHODS[method], "vera_dropout" if "vera" in METHODS[method] else "lora_dropout": 0})).to(backend)
     twin = model.replica()
     for path, g in gradients(model).items():
         assert float(abs(gradients(twin)[path] - g).max()) == 0
     own = {id(p.data) for _, p in model.parameters()}
     assert all(id(p.data) in own for _, p in twin.parameters())
+
+
+# -- PEFT's golden adapters (golden/make_family.py) --------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "golden"
+EXPECTED = load_file(GOLDEN / "family" / "expected.safetensors")
+
+
+def golden_llama(backend="numpy"):
+    return ml.load_model(GOLDEN / "peft" / "llama" / "base", backend)
+
+
+@pytest.mark.parametrize("what", ["dora", "embedding", "vera"])
+def test_golden_adapters_give_pefts_logits_and_gradients(what, backend):
+    model = golden_llama(backend)
+    ml.load_adapter(model, GOLDEN / "family" / what)
+    ids, offsets = make_adapters.IDS[0], [0, 7, 14]
+    assert distance(ml.to_numpy(model.forward(ids.ravel(), keep=False, offsets=offsets)[0]), EXPECTED[f"{what}.logits"]) < 1e-5
+    labels = np.full(ids.shape, -100)
+    labels[:, :-1] = ids[:, 1:]
+    model.loss_backward(model.loss(ids.ravel(), labels.ravel(), offsets)[1])
+    wanted = {key.removeprefix(f"{what}.gradient."): g for key, g in EXPECTED.items() if key.startswith(f"{what}.gradient.")}
+    found = {path: ml.to_numpy(p.grad).T for path, p in adapter_parameters(model).items()}
+    assert found.keys() == wanted.keys()
+    for path, g in wanted.items():
+        assert distance(found[path], g) < 1e-5, path
+
+
+def test_golden_start_of_pissa():
+    model = golden_llama()
+    ml.inject(model, ml.LoraConfig(r=3, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"))
+    tensors = load_file(GOLDEN / "family" / "pissa.safetensors")
+    for path, layer in lora_layers(model):
+        A, B = (tensors[f"base_model.model.{path}.lora_{ab}.weight"].T for ab in "AB")
+        assert distance(layer.lora_A.data @ layer.lora_B.data, A @ B) < 1e-4
+    ids = make_adapters.IDS[0].ravel()
+    assert distance(model.forward(ids, keep=False, offsets=[0, 7, 14])[0], EXPECTED["pissa.logits"]) < 1e-5
 
 
 # -- DoRA --------------------------------------------------------------------------------------------------------------------
@@ -178,6 +227,13 @@ def test_olora_begins_with_orthonormal_rows():
     B = layer.lora_B.data
     np.testing.assert_allclose(B @ B.T, np.eye(3), atol=1e-14)
     np.testing.assert_allclose(layer.lora_A.data, W @ B.T, atol=1e-14)  # W^T = Q R, so that Q^T W^T = R
+
+
+def test_orthogonal_factors_both_learn_from_the_first_step():
+    model = injected(init_lora_weights="orthogonal", r=4)
+    for path, g in gradients(model).items():
+        assert np.abs(g).max() > 0, path
+    assert all(np.abs(layer.lora_A.data).max() > 0.05 and np.abs(layer.delta()).max() < 1e-7 for _, layer in lora_layers(model))
 
 
 def test_eva_finds_what_varies_and_gives_it_the_rank():
@@ -265,6 +321,53 @@ def test_a_tied_head_is_not_merged_with_the_embedding(tmp_path):
     assert distance(logits(ml.load_model(tmp_path / "free", "numpy")), logits(free)) < 1e-6
 
 
+# -- VeRA --------------------------------------------------------------------------------------------------------------------
+
+
+def test_vera_trains_two_vectors_a_layer_and_shares_the_rest(backend):
+    model = shake(injected(vera=True, r=5)).to(backend)
+    layers = [layer for _, layer in lora_layers(model)]
+    assert sum(p.data.size for _, p in model.parameters() if p.trainable) == sum(5 + layer.out_features for layer in layers)
+    gradients(model)  # puts the two matrices where they are needed, once
+    there = [layer.projections.like(layer.vera_lambda_d.data, 24, 24) for layer in (*layers, model.replica().transformer.h[0].mlp.c_fc)]
+    assert len({id(layer.projections) for layer in layers}) == 1
+    assert {(A.shape, B.shape) for A, B in there} == {((24, 5), (5, 24))}  # as the widest layers ask for
+    layer = model.transformer.h[0].mlp.c_fc
+    A, B = layer.projections.like(layer.weight.data, 6, 24)
+    wanted = (A * layer.vera_lambda_d.data) @ B * layer.vera_lambda_b.data
+    assert distance(layer.delta(), wanted) < 1e-6
+
+
+def test_veras_matrices_come_from_the_key():
+    """Known answers: those of PEFT 0.21.2, which draws with torch."""
+    shared = Projections.drawn(3, 4, 2, 0)
+    assert shared.A.T[0].tolist() == [-0.010587962344288826, 0.75864577293396, -1.1639615297317505]
+    assert shared.B.T[3].tolist() == [-1.6547120809555054, -1.1471062898635864]
+    assert np.abs(Projections.drawn(3, 4, 2, 1).A - shared.A).max() > 0.1
+
+
+def test_vera_takes_the_matrices_of_the_file(tmp_path):
+    from safetensors.numpy import save_file
+
+    model = shake(injected(vera=True, r=5))
+    ml.save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    assert (tensors["base_model.vera_A"].shape, tensors["base_model.vera_B"].shape) == ((5, 24), (24, 5))
+    save_file(tensors | {"base_model.vera_A": 2 * tensors["base_model.vera_A"]}, path)
+    again = gpt2()
+    ml.load_adapter(again, tmp_path)
+    found, was = (m.transformer.h[0].mlp.c_fc.matrices()[0] for m in (again, model))
+    assert distance(found, 2 * was) == 0
+    for change, message in (
+        ({"base_model.vera_A": None}, "misses 'base_model.vera_A'"),
+        ({"base_model.vera_B": tensors["base_model.vera_B"][:5]}, r"base_model.vera_B has shape \(5, 5\)"),
+    ):
+        save_file({key: value for key, value in (tensors | change).items() if value is not None}, path)
+        with pytest.raises(ValueError, match=message):
+            ml.load_adapter(gpt2(), tmp_path)
+
+
 # -- optimizers that know A and B --------------------------------------------------------------------------------------------
 
 
@@ -335,6 +438,14 @@ def test_lora_fa_keeps_no_x_and_steps_nearest_to_the_full_gradient(backend):
 
 
 REFUSED = {
+    "orthogonal, odd": ({"init_lora_weights": "orthogonal", "r": 3}, "the rank must be even, got 3"),
+    "VeRA and DoRA": ({"vera": True, "use_dora": True}, "use_dora and VeRA exclude each other"),
+    "VeRA with LoRA's alpha": ({"vera": True, "lora_alpha": 16}, "lora_alpha and VeRA exclude each other"),
+    "VeRA with LoRA's bias": ({"vera": True, "bias": "lora_only"}, "choose 'none', 'all' or 'vera_only'"),
+    "VeRA's key": ({"vera": True, "projection_prng_key": -1}, "projection_prng_key is -1; it must be an integer from 0"),
+    "VeRA's dropout": ({"vera": True, "vera_dropout": 1}, "vera_dropout is 1; it must be at least 0 and below 1"),
+    "VeRA's start": ({"vera": True, "d_initial": float("nan")}, "d_initial is nan; it must be a number"),
+    "VeRA on an embedding": ({"vera": True, "target_modules": ["wte"]}, "VERA has no way to adapt a layer of type Embedding"),
     "embedding beyond its rank": ({"target_modules": ["wte"], "r": 7}, r"rank 7 is beyond transformer\.wte, which is 11 x 6"),
     "DoRA on an embedding": ({"target_modules": ["wte"], "use_dora": True}, "use_dora has no way to adapt a layer of type Embedding"),
     "PiSSA on an embedding": ({"target_modules": ["wte"], "init_lora_weights": "pissa"}, "is for linear layers; transformer.wte is of"),
@@ -368,7 +479,7 @@ def test_refused_before_anything_is_changed(case):
     if step["train_step"] == "one token":
         step = {"train_step": lambda: model.forward(IDS[:1], keep=False)}
     with pytest.raises(ValueError, match=message):
-        ml.inject(model, ml.LoraConfig(**{"r": 2, **{key: value for key, value in config.items() if key != "train_step"}}), **step)
+        ml.inject(model, config_of(**{key: value for key, value in config.items() if key != "train_step"}), **step)
     assert lora_layers(model) == []
     assert all(p.trainable for _, p in model.parameters())
 

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 from golden.make_adapters import IDS, LABELS, adapted, base, logits, losses, options, quietly
+from safetensors.numpy import load_file
 from test_peft import bases, deviation, our_logits, our_losses, ours, peft  # noqa: F401  (fixtures)
 
 import minilora as ml
 from minilora.family.adapted import adapter_parameters
+from minilora.family.vera import VeraConfig
 from minilora.lora import lora_layers
 from minilora.models import BertClassifier
 from minilora.training.loraplus import create_loraplus_optimizer
@@ -222,3 +224,74 @@ def test_thirty_steps_are_pefts(kind, method, peft, bases, tmp_path, monkeypatch
     wanted = losses(theirs, quietly(theirs_of, peft.optimizers, theirs, torch.optim.AdamW))
     assert deviation(our_losses(model, ours_of(model)), wanted, f"30 losses, {kind}, {method}") < 1e-4
     assert np.ptp(wanted) > 0.1 * wanted[0]
+
+
+# -- VeRA --------------------------------------------------------------------------------------------------------------------
+
+
+def vera_options(kind):
+    usual = {key: options(kind)["names"][key] for key in ("target_modules", "task_type", "fan_in_fan_out")} | {"r": 5}
+    norm = options(kind)["a norm whole"]["modules_to_save"]
+    return {
+        "names": usual,
+        "all linear layers, drawn anew": usual | {"target_modules": "all-linear", "save_projection": False, "projection_prng_key": 7},
+        "biases, a norm, one layer": usual | {"bias": "vera_only", "modules_to_save": norm, "layers_to_transform": [1]},
+        "all biases, not zero": usual | {"bias": "all", "init_weights": False, "d_initial": 0.5, "r": 40},
+    }
+
+
+def vera_of_peft(kind, what, peft):  # noqa: F811
+    import torch
+
+    torch.manual_seed(1)
+    model = quietly(peft.get_peft_model, base(kind), quietly(peft.VeraConfig, **vera_options(kind)[what]))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize(("kind", "what"), [(kind, what) for kind in KINDS for what in vera_options(kind)])
+def test_vera_both_ways(kind, what, peft, bases, tmp_path):  # noqa: F811
+    theirs = vera_of_peft(kind, what, peft)
+    quietly(theirs.save_pretrained, tmp_path / "theirs")
+    model = ours(bases / kind)
+    ml.load_adapter(model, tmp_path / "theirs")
+    assert deviation(our_logits(model), logits(theirs), f"VeRA, PEFT -> here, {kind}, {what}") < 1e-5
+    found, wanted = our_gradients(model), their_gradients(theirs)
+    for path, g in found.items():
+        assert deviation(g, wanted[path], f"VeRA, gradient, {kind}, {what}, {path}") < 1e-5
+
+    rng = np.random.default_rng(2)
+    for _, p in model.parameters():
+        if p.trainable:
+            p.data = (p.data + 0.1 * rng.standard_normal(p.data.shape)).astype(np.float32)
+    ml.save_adapter(model, tmp_path / "ours")
+    again = quietly(peft.PeftModel.from_pretrained, base(kind), tmp_path / "ours").eval()
+    assert deviation(our_logits(model), logits(again), f"VeRA, here -> PEFT, {kind}, {what}") < 1e-5
+    before, after = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours"))
+    assert after.keys() == {key for key in before if "original_module" not in key and "modules_to_save" not in key}
+    told = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("theirs", "ours")]
+    assert told[1].keys() <= told[0].keys()
+
+
+def test_veras_matrices_are_pefts_to_the_bit(peft, bases):  # noqa: F811
+    theirs = vera_of_peft("llama", "all linear layers, drawn anew", peft)
+    model = ours(bases / "llama")
+    ml.inject(model, VeraConfig(**vera_options("llama")["all linear layers, drawn anew"]))
+    shared = lora_layers(model)[0][1].projections
+    np.testing.assert_array_equal(shared.A.T, theirs.base_model.vera_A["default"].numpy())
+    np.testing.assert_array_equal(shared.B.T, theirs.base_model.vera_B["default"].numpy())
+
+
+def test_every_field_of_veras_configuration(peft):  # noqa: F811
+    import dataclasses
+
+    of_both = {field.name for field in dataclasses.fields(peft.PeftConfig)}
+    theirs = {field.name for field in dataclasses.fields(peft.VeraConfig)} - of_both
+    known = {field.name for field in dataclasses.fields(VeraConfig)}
+    assert theirs <= known - set(VeraConfig.not_in_file)
+    for name in theirs - {"target_modules"}:
+        assert getattr(peft.VeraConfig(), name) == getattr(VeraConfig(), name), name

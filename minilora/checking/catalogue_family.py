@@ -9,7 +9,7 @@ import numpy as np
 
 from minilora.backend import Array, as_like
 from minilora.checking.catalogue import LossOf, Pair, fixed_weight
-from minilora.family import dora, embedding
+from minilora.family import dora, embedding, vera
 from minilora.layers import Embedding, Linear
 from minilora.lora import LoraConfig, LoRALinear, inject, lora_layers
 from minilora.models import GPT2, GPT2Config
@@ -81,6 +81,24 @@ def family(seed: int) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]:
     table = draw(6, 5)
     yield "lora_embedding", Pair("lora_embedding", lora_embedding, lora_embedding_backward, B=draw(2, 5)), draw(6, 2), {}
     yield "LoRAEmbedding", shaken(embedding.LoRAEmbedding(Embedding(6, 5, **d), 2, 5, rng=rng)), ids, {}
+
+    def vera_linear(x: Array, d: Array, e: Array) -> tuple[Array, Any]:
+        W, A, B = matrices(x)
+        return vera.vera_linear(x, W, None, A, B, d, e)
+
+    def vera_linear_backward(dy: Array, u: Any, x: Array, d: Array, e: Array) -> tuple[Array, ...]:
+        W, A, B = matrices(x)
+        return vera.vera_linear_backward(dy, u, W, A, B, d, e)
+
+    random = draw(5, 7), draw(7, 4)
+
+    def matrices(x: Array) -> list[Array]:
+        return [as_like(M, x).astype(x.dtype) for M in (fixed_weight(x), *random)]
+
+    yield "vera_linear", Pair("vera_linear", vera_linear, vera_linear_backward, d=draw(7), e=draw(4)), x, {}
+    for r, dropout in ((7, 0.0), (3, 0.3)):
+        layer = vera.VeRALinear(Linear(5, 4, **d), vera.VeraConfig(r=r, vera_dropout=dropout), vera.Projections.drawn(6, 5, r, 1))
+        yield f"VeRALinear, r = {r}", shaken(layer), x, {}
     config = GPT2Config(vocab_size=7, n_positions=6, n_embd=6, n_layer=1, n_head=3, n_inner=9)
     model = GPT2(config, **d)
     inject(model, LoraConfig(r=2, use_dora="exact"), rng=1)

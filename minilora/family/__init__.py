@@ -20,6 +20,7 @@ LAYERS = {  # (kind of layer, what asks for it: a field of the configuration, or
     ("Linear", "LORA"): "minilora.lora.layer:LoRALinear",
     ("Linear", "use_dora"): "minilora.family.dora:DoRALinear",
     ("Embedding", "LORA"): "minilora.family.embedding:LoRAEmbedding",
+    ("Linear", "VERA"): "minilora.family.vera:VeRALinear",
 }
 
 STARTS = {  # init_lora_weights: a Start, which may take more by name (niter of "pissa_niter_4", what loftq_config holds)
@@ -30,6 +31,7 @@ STARTS = {  # init_lora_weights: a Start, which may take more by name (niter of 
     "pissa": "minilora.family.pissa:pissa",
     "olora": "minilora.family.olora:olora",
     "loftq": "minilora.family.loftq:loftq",
+    "orthogonal": "minilora.family.orthogonal:orthogonal",
 }
 STARTS_FROM_DATA = {  # init_lora_weights: a function of the model, the targets, the configuration and a step of training
     "eva": "minilora.family.eva:eva",
@@ -65,7 +67,9 @@ def check_start(config: Any) -> None:
 
 def starts(model: Layer, targets: dict[str, Any], config: Any, train_step: Callable[[], Any] | None) -> tuple[Any, dict[str, Any]]:
     """(configuration, {path: value for the layer's init}); a start from data may change ranks, and leave targets out."""
-    init = getattr(config, "init_lora_weights", True)
+    if hasattr(config, "starts"):  # a type of its own
+        return config, config.starts(targets)
+    init = config.init_lora_weights
     options = getattr(config, f"{init}_config", None) or {}
     if init not in (True, False, "gaussian"):
         for path, layer in targets.items():
@@ -87,6 +91,11 @@ def adapter_of(layer: Layer, config: Any) -> Any:
         if (kind.__name__, asked[0]) in LAYERS:
             return _load(LAYERS[kind.__name__, asked[0]])
     raise ValueError(f"{asked[0]} has no way to adapt a layer of type {type(layer).__name__}.")
+
+
+def config_classes() -> dict[str, Any]:
+    """{peft_type: class of its configuration}."""
+    return {what: _load(where).config_class for (kind, what), where in LAYERS.items() if kind == "Linear" and what.isupper()}
 
 
 def _load(where: str) -> Any:

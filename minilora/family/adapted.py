@@ -38,6 +38,13 @@ class Adapted(Layer):
             raise RuntimeError(f"this {type(self).__name__} is merged and cannot be trained; call minilora.unmerge(model) first.")
         return self.merged
 
+    def shared(self) -> dict[str, Array]:
+        """{name: array} of what all layers of a model share and a file holds once; `share` takes it back."""
+        return {}
+
+    def share(self, arrays: dict[str, Array]) -> None:
+        raise NotImplementedError(f"{type(self).__name__} shares nothing.")
+
     def to(self, backend: str | None = None, dtype: Any = None) -> Adapted:
         super().to(backend, dtype)
         if self.merged is not None:

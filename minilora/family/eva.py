@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, get_xp, to_numpy
+from minilora.family.residual import dense
 from minilora.family.watch import Watched, watching
 from minilora.layers import Layer
 from minilora.lora.config import LoraConfig
@@ -31,9 +32,10 @@ class Inputs(Watched):
     sums: Array = 0
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Any]:
-        self.tokens += x.shape[0]
-        self.squares = self.squares + x.T @ x
-        self.sums = self.sums + x.sum(axis=0)
+        z = dense(x)
+        self.tokens += z.shape[0]
+        self.squares = self.squares + z.T @ z
+        self.sums = self.sums + z.sum(axis=0)
         return super().forward(x, keep, need_dx)
 
     def directions(self, path: str, r: int) -> tuple[Array, np.ndarray, np.ndarray]:

@@ -51,7 +51,7 @@ def lora_ga(
         train_step()
         if idle := next((path for path, watcher in watchers.items() if watcher.weight.grad is None), None):
             raise ValueError(f"lora_ga: train_step has left no gradient for {idle}; it must run the model forward and backward.")
-        gradients = {path: watcher.weight.grad / watcher.calls for path, watcher in watchers.items()}
+        gradients = {path: dense(watcher.weight.grad) / watcher.calls for path, watcher in watchers.items()}
     return config, {
         path: partial(_start, G=G, path=path, direction=direction, scale=scale, gamma=stable_gamma) for path, G in gradients.items()
     }

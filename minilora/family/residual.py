@@ -18,8 +18,9 @@ def column_squares(W: Array) -> Array:
 
 
 def dense(W: Array) -> Array:
-    """W as an array."""
-    return W.dense() if hasattr(W, "dense") else W
+    """W as an array, of float32 where its numbers are shorter: decompositions know no shorter ones."""
+    W = W.dense() if hasattr(W, "dense") else W
+    return W.astype("float32") if W.dtype.itemsize < 4 else W
 
 
 class Residual:

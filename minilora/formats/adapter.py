@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, as_like, to_numpy
+from minilora.family import config_classes
 from minilora.family.adapted import adapter_parameters
 from minilora.family.nf4 import is_nf4
 from minilora.family.residual import dense
@@ -30,6 +31,7 @@ from minilora.lora import LoraConfig, inject, lora_layers
 from minilora.lora.injection import find_modules, find_targets, trained_paths
 
 _PREFIX = "base_model.model."
+_SHARED = "base_model."  # before what belongs to no module
 _LINEAR = ("lora_A", "lora_B")  # in PEFT these are layers: their keys end with ".weight"
 _FINGERPRINT = "minilora.base"
 _LOFTQ = "loftq:"  # before the fingerprint of a base that must be this one, quantized as it was
@@ -57,6 +59,7 @@ def save_adapter(model: Layer, folder: str | Path, config: LoraConfig | None = N
             )
     door, joined = _Door(model), _less_their_start(model)
     tensors = {door.key(path): door.turned(path, to_numpy(joined.get(path, p.data))) for path, p in model.parameters() if path in trained}
+    tensors |= {key: to_numpy(value) for key, value in _shared(model).items()}
     mark = _mark(config, fingerprint(model, find_modules(model, config, strict=False)), model)
     write_tensors(folder / "adapter_model.safetensors", tensors, {_FINGERPRINT: mark} if mark else None)
     write_json(folder / "adapter_config.json", _to_peft(model, config))
@@ -94,9 +97,12 @@ def load_adapter(model: Layer, folder: str | Path) -> LoraConfig:
         tensors = {key: value for key, value in tensors.items() if not _COPY.search(key)}
     tensors = {key: value for key, value in tensors.items() if not door.is_of_the_base(key, value)}
     wanted = {door.key(path): door.turned(path, p.data).shape for path, p in rehearsal.parameters() if p.trainable}
-    _check_fit(folder, tensors, wanted)
+    shared = _shared(rehearsal)
+    _check_fit(folder, tensors, wanted | {key: value.shape for key, value in shared.items()})
 
     inject(model, config, rng=0, strict=False)
+    for _, layer in lora_layers(model) if shared else ():
+        layer.share({key.removeprefix(_SHARED): tensors[key] for key in shared})
     for path, p in model.parameters():
         if p.trainable:
             value = door.turned(path, tensors[door.key(path)]).astype(p.data.dtype)
@@ -116,15 +122,17 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
     """
     path = Path(folder) / "adapter_config.json"
     raw = read_json(path)
-    if raw.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{path}: peft_type is {raw['peft_type']!r}; supported: LORA.")
+    kinds = config_classes()
+    if raw.get("peft_type", "LORA") not in kinds:
+        raise ValueError(f"{path}: peft_type is {raw['peft_type']!r}; supported: {', '.join(kinds)}.")
+    kind = kinds[raw.get("peft_type", "LORA")]
     init = raw.get("init_lora_weights", True)
     if init not in _KEPT_THE_BASE:
         raise ValueError(
             f"{path}: init_lora_weights={init!r} is not supported, since it may have changed the base weights; "
             "let PEFT convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
-    known = {field.name for field in fields(LoraConfig)}
+    known = {field.name for field in fields(kind)}
     for key, value in raw.items():
         if key not in known | _SAYS_NOTHING | _OF_THE_START | _OF_OTHERS and value not in _NEUTRAL:
             raise ValueError(f"{path}: {key}={value!r} is not supported.")
@@ -133,7 +141,7 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
     given = {key: value for key, value in raw.items() if key in known - _OF_THE_START and value is not None}
     given["init_lora_weights"] = True
     try:
-        return LoraConfig(**given)
+        return kind(**given)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -208,7 +216,13 @@ def _to_peft(model: Layer, config: LoraConfig) -> dict[str, Any]:
     told |= {"init_lora_weights": True, "use_dora": bool(config.use_dora), "eva_config": None, "lora_ga_config": None, "loftq_config": {}}
     told["fan_in_fan_out"] = bool(getattr(model, "weights_are_in_out", True))
     told["base_model_name_or_path"] = config.base_model_name_or_path or model.hub_id or model.source
-    return {"peft_type": "LORA", "inference_mode": True, **told}
+    told = {key: value for key, value in told.items() if key not in config.not_in_file}
+    return {"peft_type": config.peft_type, "inference_mode": True, **told}
+
+
+def _shared(model: Layer) -> dict[str, Any]:
+    """{key: array}, as in the file, of what all adapted layers share and the file holds."""
+    return {f"{_SHARED}{name}": value for _, layer in lora_layers(model)[:1] for name, value in layer.shared().items()}
 
 
 def _quantized(model: Layer) -> bool:

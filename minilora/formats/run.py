@@ -111,7 +111,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         "adaptable": {name: {"layers": len(sizes), "sizes": sorted(set(sizes))} for name, sizes in names.items()},
     }
     if adapters:
-        told["adapter"] = {"layers": len(adapters), "r": sorted({layer.r for _, layer in adapters}), "parameters": adapted}
+        kind = {"LoRALinear": "LoRA"}.get(name := type(adapters[-1][1]).__name__, name.removesuffix("Linear"))
+        told["adapter"] = {"kind": kind, "layers": len(adapters), "r": sorted({layer.r for _, layer in adapters}), "parameters": adapted}
     if (Path(path) / "run.json").is_file():
         told["results"] = read_json(Path(path) / "run.json").get("results", {})
     return told

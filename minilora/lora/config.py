@@ -46,6 +46,7 @@ class LoraConfig:
     """
 
     peft_type: ClassVar[str] = "LORA"
+    not_in_file: ClassVar[tuple[str, ...]] = ()  # fields that PEFT's configuration of this type has not
     r: int = 8
     lora_alpha: float = 8
     target_modules: str | Sequence[str] = "all-linear"

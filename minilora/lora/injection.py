@@ -194,7 +194,7 @@ def _has_vocabulary(model: Layer, layer: Layer) -> bool:
 def _check_ranks_and_patterns(targets: dict[str, Any], config: LoraConfig) -> None:
     for path, layer in targets.items():
         r, (m, n) = config.rank_of(path), layer.weight.data.shape
-        if r > min(m, n):
+        if r > min(m, n) and config.peft_type == "LORA":
             advice = "; task_type='SEQ_CLS' trains a classifier's head whole" if path.endswith(CLASSIFIERS) else ""
             raise ValueError(f"inject: rank {r} is beyond {path}, which is {m} x {n}{advice}.")
     for field in ("rank_pattern", "alpha_pattern"):

@@ -26,6 +26,8 @@ class LoRALinear(Adapted, Linear):
     Raises ValueError for a rank below 1. One beyond min(in, out) is a waste, but there are adapters that have it.
     """
 
+    config_class = LoraConfig
+
     def __init__(
         self,
         base: Linear,

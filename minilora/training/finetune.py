@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from minilora.backend import choose_backend, peak_memory
+from minilora.family import config_classes
 from minilora.family.adapted import adapter_parameters
 from minilora.formats.adapter import save_adapter
 from minilora.formats.checkpoint import load_model, save_model
@@ -129,21 +130,9 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
 
 def _prepare(model: Any, recipe: Recipe, task: Task) -> AdamW:
     """Make trainable what the method trains, and its optimizer."""
-    assert recipe.lr is not None and recipe.bias is not None
+    assert recipe.lr is not None
     if recipe.method == "lora":
-        config = LoraConfig(
-            r=recipe.r,
-            lora_alpha=recipe.lora_alpha,
-            lora_dropout=recipe.lora_dropout,
-            target_modules=recipe.target_modules,
-            layers_to_transform=recipe.layers_to_transform,
-            use_rslora=recipe.use_rslora,
-            use_dora=recipe.use_dora,
-            init_lora_weights=recipe.init_lora_weights,
-            bias=recipe.bias,
-            modules_to_save=recipe.modules_to_save,
-            task_type="SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM",
-        )
+        config = _config(recipe)
         inject(model, config, rng=recipe.seed, train_step=partial(_look, model, task))
     else:
         model.unfreeze()
@@ -151,6 +140,27 @@ def _prepare(model: Any, recipe: Recipe, task: Task) -> AdamW:
         if hasattr(layer, "recompute"):
             layer.recompute = recipe.recompute
     return _optimizer(model, recipe)
+
+
+def _config(recipe: Recipe) -> LoraConfig:
+    """What `inject` is asked."""
+    assert recipe.bias is not None
+    asked: dict[str, Any] = {
+        "r": recipe.r,
+        "target_modules": recipe.target_modules,
+        "layers_to_transform": recipe.layers_to_transform,
+        "bias": recipe.bias,
+        "modules_to_save": recipe.modules_to_save,
+        "task_type": "SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM",
+        "use_dora": recipe.use_dora,
+        "init_lora_weights": recipe.init_lora_weights,
+        "use_rslora": recipe.use_rslora,
+    }
+    if recipe.peft_type == "LORA":
+        asked |= {"lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout}
+    else:
+        asked["vera_dropout"] = recipe.lora_dropout
+    return config_classes()[recipe.peft_type](**asked)
 
 
 def _look(model: Any, task: Task) -> None:
@@ -221,8 +231,11 @@ def _method(recipe: Recipe, layers: int) -> str:
     how += [str(recipe.init_lora_weights)] * (recipe.init_lora_weights is not True) + [recipe.optimizer] * (recipe.optimizer != "adamw")
     if recipe.loraplus_lr_ratio is not None:
         how.append(f"LoRA+ of {recipe.loraplus_lr_ratio:g}")
-    name = ("DoRA" if recipe.use_dora else "LoRA") + (f" ({', '.join(how)})" if how else "")
-    return f"{name} r={recipe.r} alpha={recipe.lora_alpha:g} on {layers} layers{', with ' + ', '.join(also) if also else ''}"
+    name, alpha = "DoRA" if recipe.use_dora else "LoRA", f" alpha={recipe.lora_alpha:g}"
+    if recipe.peft_type == "VERA":
+        name, alpha = "VeRA", ""
+    name += f" ({', '.join(how)})" if how else ""
+    return f"{name} r={recipe.r}{alpha} on {layers} layers{', with ' + ', '.join(also) if also else ''}"
 
 
 def _made(recipe: Recipe) -> str:

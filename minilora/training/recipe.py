@@ -44,6 +44,7 @@ class Recipe:
     data: str | None = None
     task: str = "lm"
     method: str = "lora"
+    peft_type: str = "LORA"
     r: int = 8
     lora_alpha: float = 32
     lora_dropout: float = 0.0
@@ -85,6 +86,7 @@ class Recipe:
         if self.optimizer != "adamw" and self.loraplus_lr_ratio is not None:
             raise ValueError(f"loraplus_lr_ratio and optimizer {self.optimizer!r} exclude each other; choose one.")
         usual = {"use_dora": False, "init_lora_weights": True, "optimizer": "adamw", "loraplus_lr_ratio": None, "quantize": ""}
+        usual["peft_type"] = "LORA"
         if self.method == "full" and (named := next((name for name, value in usual.items() if getattr(self, name) != value), None)):
             raise ValueError(f"{named} is for adapters; method full has none.")
         if self.quantize and self.init_lora_weights == "loftq":
