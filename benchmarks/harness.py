@@ -99,14 +99,18 @@ class Worker:
 def options(doc: str, rounds: int = 5, threads: int = 2, **own: dict[str, Any]) -> argparse.Namespace:
     """The command line. `own`: further options, {name: keywords of add_argument}."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help="how often each side has its turn")
-    parser.add_argument("--threads", type=int, default=threads, help="of each side")
+    parser.add_argument("--rounds", type=positive, default=rounds, help="how often each side has its turn")
+    parser.add_argument("--threads", type=positive, default=threads, help="of each side")
     for name, keywords in own.items():
         parser.add_argument(f"--{name}", **keywords)
-    args = parser.parse_args()
-    if args.rounds < 1 or args.threads < 1:
-        parser.error("--rounds and --threads must be at least 1")
-    return args
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    """A number on the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} should be an integer of at least 1")
+    return int(text)
 
 
 def compare(
@@ -126,7 +130,7 @@ def compare(
     A round is `steps` steps, after `warmup` steps that are not timed. Losses may differ by `tolerance` of the first one; None: by
     anything. fresh: every turn is a new process, timed from its start to the end of the warm-up. words: what a step and its value are.
     """
-    own["steps"] = {"type": int, "default": steps, "help": "steps a round"}
+    own["steps"] = {"type": positive, "default": steps, "help": "steps a round"}
     own["no-compile"] = {"action": "store_true", "help": "leave out torch.compile"}
     args = options(doc, **own)
     names = [name for name in sides if not (args.no_compile and "compile" in name)]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+DISTURBED = 0.1  # cores at work for something else
 COMPARED = 200  # steps whose losses are compared: in later ones, training itself has made rounding errors grow
 
 
@@ -63,7 +64,7 @@ def summary(sides: Sequence[Measured], steps: int, tolerance: float | None) -> d
         told["best"] = min(others, key=lambda m: statistics.median(m.seconds)).side
         told["ratio_to_best"] = told["sides"][told["best"]]["ratio"]
     apart = max((disagreement(first.losses, m.losses) for m in others), default=math.inf)
-    told["losses"] = {"steps": len(first.losses), "first": _number(first.losses[0]), "last": _number(first.losses[-1])}
+    told["losses"] = {"steps": len(first.losses), "first": _number(first.losses[0], 6), "last": _number(first.losses[-1], 6)}
     told["losses"] |= {"compared": min(COMPARED, len(first.losses)), "apart": _number(apart), "tolerance": tolerance}
     told["ok"] = bool(others) and (tolerance is None or apart <= tolerance)
     busy = [cores for m in sides for cores in m.others]
@@ -89,21 +90,18 @@ def show(told: Mapping[str, Any], about: Mapping[str, str], words: tuple[str, st
     if {"malloc", "compile"} <= told["sides"].keys():
         compiled, plain = (told["sides"][name]["seconds_per_step"] for name in ("compile", "malloc"))
         print(f"torch.compile takes {ratios(compiled, plain)['median']:.2f} of the time without it")
-    if told["busy_cores_between_turns"]:
-        print(
-            "between the turns, with all sides idle, {median:.2f} cores were busy, at most {max:.2f}".format(
-                **told["busy_cores_between_turns"]
-            )
-        )
+    if busy := told["busy_cores_between_turns"]:
+        warning = "; too busy for these figures to hold" if busy["median"] > DISTURBED else ""
+        print("between the turns, with all sides idle, {median:.2f} cores were busy, at most {max:.2f}".format(**busy) + warning)
     if "best" not in told:
         print("there was nothing to compare with: this fails.")
     elif told["losses"]["tolerance"] is not None:
         verdict = "as wanted" if told["ok"] else "and this fails"
-        print(words[1], "of {steps} steps: {first:.4f} to {last:.4f}; in the first {compared} apart by".format(**told["losses"]), end=" ")
+        print(words[1], "of {steps} steps: {first} to {last}; in the first {compared} apart by".format(**told["losses"]), end=" ")
         print("{apart} of the first, tolerance {tolerance}, ".format(**told["losses"]) + verdict)
     print(json.dumps(told), flush=True)
 
 
-def _number(x: float) -> float | None:
+def _number(x: float, digits: int = 3) -> float | None:
     """JSON knows no infinity."""
-    return float(f"{x:.3g}") if math.isfinite(x) else None
+    return float(f"{x:.{digits}g}") if math.isfinite(x) else None

@@ -1,0 +1,80 @@
+"""The arithmetic of benchmarks/, and one small run from end to end."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report import COMPARED, Measured, disagreement, exponent, ratios, summary
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_ratios_are_taken_within_a_round():
+    """The machine became ten times slower after the first round: the ratios do not show it, a ratio of medians would."""
+    assert ratios([1, 10, 11], [2, 20, 20]) == {"median": 0.5, "min": 0.5, "max": 0.55}
+
+
+def test_the_exponent_is_that_of_the_upper_half():
+    x = [1, 2, 4, 8, 16, 32]
+    assert exponent(x, [5 * a**1.5 for a in x]) == pytest.approx(1.5)
+    assert exponent(x[::-1], [max(64, 3 * a**2) for a in x[::-1]]) == pytest.approx(2, abs=1e-9)  # constant below 8
+    assert exponent([2, 4], [10, 5]) == pytest.approx(-1)
+
+
+def test_losses_are_compared_step_for_step():
+    assert disagreement([2.0, 1.0], [2.0, 1.1]) == pytest.approx(0.05)  # of the first loss, though the second is smaller
+    assert disagreement([2.0, 1.0], [2.0]) == disagreement([], []) == math.inf
+    assert disagreement([2.0, math.nan], [2.0, math.nan]) == disagreement([math.inf], [math.inf]) == math.inf
+    late = [1.0] * COMPARED
+    assert disagreement([*late, 1.0], [*late, 2.0]) == 0
+
+
+def sides(*losses):
+    return [Measured(f"side{i}", [1.0 + i, 2.0 + i], list(values), 100 * (i + 1), 10, [0.0]) for i, values in enumerate(losses)]
+
+
+@pytest.mark.parametrize("wrong", [[2.0, 1.001], [2.0, math.nan], [2.0]])
+def test_a_rival_whose_losses_differ_fails_the_benchmark(wrong):
+    right = [2.0, 1.0]
+    told = summary(sides(right, right, [2.0, 1.0000001]), 10, 1e-4)
+    assert told["ok"]
+    assert told["best"] == "side1"
+    assert told["ratio_to_best"] == {"median": pytest.approx(7 / 12), "min": 0.5, "max": pytest.approx(2 / 3)}
+    assert told["sides"]["side2"]["memory_ratio"] == pytest.approx(1 / 3)
+    assert told["sides"]["side1"]["seconds_per_step"] == [0.2, 0.3]
+    told = summary(sides(right, right, wrong), 10, 1e-4)
+    assert not told["ok"]
+    json.dumps(told, allow_nan=False)
+    assert summary(sides(right, wrong), 10, None)["ok"]  # where losses are not to be compared
+
+
+def test_without_a_rival_there_is_no_result():
+    assert not summary(sides([2.0]), 10, 1e-4)["ok"]
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "benchmarks.toy", "--rounds", "1", "--threads", "1", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="the rivals are not installed (pip install 'minilora[oracle]')")
+def test_a_small_run():
+    done = run("--steps", "2", "--no-compile")
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["command"] == "python -m benchmarks.toy --rounds 1 --threads 1 --steps 2 --no-compile"
+    assert list(told["sides"]) == ["ours", "eager", "malloc", "plain"]
+    assert told["losses"]["apart"] < 1e-5
+    assert told["losses"]["last"] < told["losses"]["first"]
+    assert all(side["seconds_per_step"][0] > 0 and side["peak_memory_bytes"] > 1e7 for side in told["sides"].values())
+
+
+def test_bad_input_is_one_sentence():
+    done = run("--rounds", "0")
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: argument --rounds: '0' should be an integer of at least 1\n")
