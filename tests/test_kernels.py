@@ -157,6 +157,13 @@ def test_attention(causal, heads, lengths, limits, draw, monkeypatch):
     attention_module._grouped.cache_clear()
 
 
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
+def test_far_out_the_slopes_are_zero_and_one(name, on, draw):
+    x = on(np.array([-1e5, -1e3, -40.0, 40.0, 1e3, 1e5]), draw.dtype)
+    slope = getattr(K, f"{name}_backward")(on(np.ones(6), draw.dtype), getattr(K, name)(x)[1])
+    np.testing.assert_allclose(ml.to_numpy(slope), [0, 0, 0, 1, 1, 1], atol=1e-12)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.booleans(), st.integers(0, 2**32 - 1))
 def test_attention_of_any_batch(lengths, causal, seed):

@@ -1,6 +1,9 @@
 """What is left out, kept or computed twice changes nothing: frozen prefixes, recomputed blocks, shards."""
 
+import tempfile
+import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -85,6 +88,27 @@ def test_what_does_not_fit_in_memory_goes_into_a_file(tmp_path):
     assert True in mapped
     assert False in mapped
     assert cache.bytes == 8 * 6 * len(batch.ids)
+
+
+def test_many_threads_may_write_to_the_file_at_once(tmp_path):
+    class Slow:
+        """A file in which another thread finds the time to step in between any two calls."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            time.sleep(1e-3)
+            return getattr(self.file, name)
+
+    model, batches = model_of("gpt2"), [batch_of("gpt2", seed=s) for s in range(8)]
+    cache = PrefixCache(limit=0, folder=tmp_path)
+    with tempfile.TemporaryFile(dir=tmp_path) as file, ThreadPoolExecutor(8) as pool:
+        cache._file = Slow(file)
+        list(pool.map(lambda batch: cache(model, batch), batches))
+        for batch in batches:
+            np.testing.assert_allclose(cache(model, batch).x, model.prefix(batch.ids, batch.offsets).x, atol=1e-13)
+        assert cache.bytes == sum(x.nbytes for x in cache.kept.values())
 
 
 def test_a_disk_that_is_full_is_told(tmp_path, monkeypatch):

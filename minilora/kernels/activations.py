@@ -16,7 +16,7 @@ from minilora.kernels.blocks import blocks, scratch
 
 _C = math.sqrt(2 / math.pi)
 _LARGEST = 5.6  # Phi is 1 to rounding in float32 from here on
-_P = (  # erf(x / sqrt 2) = tanh(x P(x^2)) to 1.3e-7 for |x| <= 5.6; tests/golden/make_erf.py prints them
+_P = (  # erf(x / sqrt 2) = tanh(x P(x^2)) to 1.3e-7 for |x| <= 5.6; tests/golden/make_gelu.py prints them
     0.7978849411010742,
     0.036333318799734116,
     -3.322647899040021e-05,
@@ -90,8 +90,9 @@ def _gelu(x: np.ndarray, y: np.ndarray, slope: np.ndarray | None, a: np.ndarray,
     t *= 0.5  #                                          t = Phi(x)
     np.multiply(x, t, out=y)
     if slope is not None:  #                             Phi + x phi
+        np.multiply(x, x, out=a)  #                      of x itself: far out x phi is zero only if phi knows how far
         a *= -0.5
-        np.exp(a, out=a)  #                              beyond 5.6, phi is taken as phi(5.6) = 6e-8: its product with x is rounding
+        np.exp(a, out=a)
         a *= 1 / math.sqrt(2 * math.pi)
         a *= x
         np.add(a, t, out=slope)

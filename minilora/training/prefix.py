@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 import weakref
 from itertools import pairwise
 from pathlib import Path
@@ -36,9 +37,10 @@ class PrefixCache:
         self.bytes = 0
         self.blocks = 0
         self._file: Any = None
+        self._lock = threading.Lock()
 
     def __call__(self, model: Any, batch: Batch) -> Prefix | None:
-        """Threads may ask at once, as long as no sequence is in two batches at a time: the worst is that it is computed twice."""
+        """Threads may ask at once; a sequence that two of them have is computed twice, and kept once."""
         bounds = [(int(a), int(b)) for a, b in pairwise(batch.offsets)]
         keys = [batch.ids[a:b].tobytes() for a, b in bounds]
         new = [i for i, key in enumerate(keys) if key not in self.kept]
@@ -58,13 +60,16 @@ class PrefixCache:
         return Prefix(self.blocks, get_xp(rows[0]).concatenate(rows))
 
     def _keep(self, key: bytes, x: Array) -> None:
-        if self.bytes + x.nbytes <= self.limit:
-            self.kept[key] = x.copy()
-        elif get_xp(x) is np:
-            self.kept[key] = self._to_file(x)
-        else:
-            return
-        self.bytes += x.nbytes
+        with self._lock:  # one place in the file, and one count of bytes, for each sequence
+            if key in self.kept:
+                return
+            if self.bytes + x.nbytes <= self.limit:
+                self.kept[key] = x.copy()
+            elif get_xp(x) is np:
+                self.kept[key] = self._to_file(x)
+            else:
+                return
+            self.bytes += x.nbytes
 
     def _to_file(self, x: np.ndarray) -> np.ndarray:
         """x at the end of the file, as a read-only view."""

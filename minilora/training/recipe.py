@@ -34,7 +34,7 @@ class Recipe:
     warmup          10 steps, or half the run if that is shorter
     eval_bytes      how much held-out text to measure on, in bytes for the bundled model (65,536), else in tokens (8,192)
     sample_bytes    240 for the bundled model, else 0: no samples, as they go on from Python source
-    recompute       blocks save their inputs alone, and run forward again in the backward pass: less memory, a third more time
+    recompute       blocks save their inputs alone, and run forward again in the backward pass: less memory, more time
     cache           what frozen blocks give is kept over epochs (training/prefix.py)
     threads         the cores, at most 8
     Raises ValueError for values out of range.
