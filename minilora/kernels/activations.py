@@ -15,7 +15,7 @@ from minilora.backend import Array, get_xp
 from minilora.kernels.blocks import blocks, scratch
 
 _C = math.sqrt(2 / math.pi)
-_LARGEST = 5.6  # Phi is 1 to rounding in float32 from here on
+_LARGEST = 5.6  # Phi is 1 to rounding in float32 from here on; P is good up to here
 _P = (  # erf(x / sqrt 2) = tanh(x P(x^2)) to 1.3e-7 for |x| <= 5.6; tests/golden/make_gelu.py prints them
     0.7978849411010742,
     0.036333318799734116,
@@ -84,7 +84,7 @@ def _gelu(x: np.ndarray, y: np.ndarray, slope: np.ndarray | None, a: np.ndarray,
         t += p
         t *= a
     t += _P[0]
-    t *= y
+    t *= x  #                                            beyond _LARGEST a straight line, which tanh takes to 1 exactly
     np.tanh(t, out=t)
     t += 1
     t *= 0.5  #                                          t = Phi(x)
