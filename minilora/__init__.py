@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minilora.adapters import BottleneckConfig, BottleneckLinear, PartialConfig, combine, extract, inject, input_roots, mixed
     from minilora.backend import choose_backend, seed, to_backend, to_numpy
     from minilora.checking.gradcheck import gradcheck
     from minilora.formats.adapter import load_adapter, save_adapter
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
         SiLU,
         Tanh,
     )
-    from minilora.lora import LoraConfig, LoRALinear, disabled, factorize, inject, merge, unmerge
+    from minilora.lora import LoraConfig, LoRALinear, disabled, factorize, merge, unmerge
     from minilora.models import GPT2, MLP, BertClassifier, BertConfig, GPT2Config, KVCache, Llama, LlamaConfig
     from minilora.training.flat import clip_grad_norm
     from minilora.training.optimizers import SGD, Adam, AdamW
@@ -40,13 +41,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "adapters": "BottleneckConfig BottleneckLinear PartialConfig combine extract inject input_roots mixed",
     "backend": "choose_backend seed to_backend to_numpy",
     "formats.adapter": "load_adapter save_adapter",
     "formats.checkpoint": "load_model save_model",
     "functional.losses": "cross_entropy mse",
     "checking.gradcheck": "gradcheck",
     "layers": "GELU Attention Block Dropout Embedding Layer LayerNorm Linear Parameter RMSNorm ReLU Sequential SiLU Tanh",
-    "lora": "LoRALinear LoraConfig disabled factorize inject merge unmerge",
+    "lora": "LoRALinear LoraConfig disabled factorize merge unmerge",
     "models": "BertClassifier BertConfig GPT2 MLP GPT2Config KVCache Llama LlamaConfig",
     "training.flat": "clip_grad_norm",
     "training.optimizers": "SGD Adam AdamW",

@@ -58,7 +58,7 @@ def check_start(config: Any) -> None:
         if name.endswith("_config") and value:
             if name != f"{init}_config":
                 raise ValueError(f"{name} goes with init_lora_weights={name.removesuffix('_config')!r}, not with {init!r}.")
-            known = [key for key, p in signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]  # type: ignore[arg-type]
+            known = [key for key, p in signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
             if unknown := next((key for key in value if key not in known), None):
                 raise ValueError(f"{name}: there is no option {unknown!r}; known: {', '.join(known)}.")
 
