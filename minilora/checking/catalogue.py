@@ -9,6 +9,7 @@ import numpy as np
 
 from minilora import functional as F
 from minilora import kernels as K
+from minilora.adapters import BottleneckConfig, BottleneckLinear, PartialConfig, PerSequence, inject
 from minilora.backend import Array, to_backend
 from minilora.checking.gradcheck import Report, gradcheck
 from minilora.layers import (
@@ -29,7 +30,7 @@ from minilora.layers import (
     SiLU,
     Tanh,
 )
-from minilora.lora import LoraConfig, LoRALinear, inject
+from minilora.lora import LoraConfig, LoRALinear
 from minilora.models import GPT2, MLP, BertClassifier, BertConfig, GPT2Config, Llama, LlamaConfig
 from minilora.models.bert import BertLayer
 
@@ -97,6 +98,13 @@ def catalogue(seed: int = 0) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]
     yield "LoRALinear, rsLoRA, dropout", LoRALinear(Linear(5, 4, **d), 3, 8, 0.3, True, **d), draw(6, 5), {}
     yield "LoRALinear, the seed's init", LoRALinear(Linear(5, 4, **d), r=2, init="seed", **d), draw(6, 5), {}
     yield from family(seed + 1)
+    for act in (GELU(), ReLU()):
+        yield f"BottleneckLinear, {type(act).__name__}", _shaken(BottleneckLinear(Linear(5, 4, **d), 3, act, **d), rng), draw(6, 5), {}
+    bottleneck = BottleneckLinear(Linear(5, 4, **d), 2, rng=rng)
+    bottleneck.bias.trainable = True  # type: ignore[union-attr]  # as with BottleneckConfig(train=["bias"])
+    yield "BottleneckLinear, the bias trained", bottleneck, draw(6, 5), {}
+    several = [Linear(5, 4, **d), LoRALinear(Linear(5, 4, **d), r=2, **d), bottleneck]
+    yield "PerSequence", PerSequence(several, {6: [np.array(rows, dtype=int) for rows in ([0, 3], [1, 2, 5], [4])]}), draw(6, 5), {}
     yield "Embedding", Embedding(7, 5, **d), ids, {}
     yield "LayerNorm", _shaken(LayerNorm(5, dtype="float64"), rng), draw(6, 5), {}
     yield "RMSNorm", _shaken(RMSNorm(5, dtype="float64"), rng), draw(6, 5), {}
@@ -221,10 +229,8 @@ def _pairs(draw: Callable[..., np.ndarray], rng: np.random.Generator) -> Iterato
     )
 
 
-def _only_biases(model: GPT2) -> None:
-    for path, p in model.parameters():
-        p.trainable = path.endswith("bias")
-
+_BOTTLENECK = BottleneckConfig(reduction_factor=3, init_std=0.5)
+_LAST = BottleneckConfig(reduction_factor=2, init_std=0.5, train=[], target_modules=r".*\.1\..*(output\.dense|mlp\.c_proj|o_proj)")
 
 _GPT2_VARIANTS: dict[str, Callable[[GPT2], object]] = {
     "all trained": lambda model: model,
@@ -232,8 +238,10 @@ _GPT2_VARIANTS: dict[str, Callable[[GPT2], object]] = {
     "LoRA on the last block": lambda model: inject(
         model, LoraConfig(r=2, target_modules=["c_attn", "c_fc"], layers_to_transform=[1]), rng=1
     ),
-    "biases only": _only_biases,
     "recomputed": lambda model: setattr(model.transformer, "recompute", True),
+    "biases only": lambda model: inject(model, PartialConfig(train=["bias"])),
+    "bottlenecks": lambda model: inject(model, _BOTTLENECK, rng=1),
+    "bottleneck on the last mlp": lambda model: inject(model, _LAST, rng=1),
 }
 
 
@@ -247,8 +255,11 @@ _BERT_VARIANTS: dict[str, Callable[[BertClassifier], object]] = {
         model, LoraConfig(r=2, target_modules=["key", "intermediate.dense"], layers_to_transform=[1]), rng=1
     ),
     "last intermediate only": lambda model: model.freeze().bert.encoder.layer[1].intermediate.unfreeze(),
-    "norms only": lambda model: [layer.unfreeze() for _, layer in model.freeze().modules() if isinstance(layer, LayerNorm)],
-    "head only": lambda model: model.freeze().classifier.unfreeze(),
+    "bottlenecks": lambda model: inject(model, _BOTTLENECK, rng=1),
+    "bottlenecks in the last layer": lambda model: inject(model, _LAST, rng=1),
+    "biases only": lambda model: inject(model, PartialConfig(train=["bias"])),
+    "norms only": lambda model: inject(model, PartialConfig(train=["norm"])),
+    "head only": lambda model: inject(model, PartialConfig(train=["head"])),
 }
 
 
@@ -264,7 +275,10 @@ _LLAMA_VARIANTS: dict[str, tuple[dict[str, Any], Callable[[Llama], object]]] = {
         lambda model: inject(model, LoraConfig(r=1, target_modules=["v_proj", "gate_proj"], layers_to_transform=[1]), rng=1),
     ),
     "LoRA on k and the head": ({}, lambda model: inject(model, LoraConfig(r=2, target_modules=["k_proj", "lm_head"]), rng=1)),
-    "head only": ({}, lambda model: model.freeze().lm_head.unfreeze()),
+    "head only": ({}, lambda model: inject(model, PartialConfig(train=["head"]))),
+    "bottlenecks": ({"mlp_bias": True}, lambda model: inject(model, _BOTTLENECK, rng=1)),
+    "bottleneck on the last o_proj": ({}, lambda model: inject(model, _LAST, rng=1)),
+    "norms only": ({}, lambda model: inject(model, PartialConfig(train=["norm"]))),
 }
 
 

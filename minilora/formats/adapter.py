@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapters import PartialConfig
 from minilora.backend import Array, as_like, to_numpy
 from minilora.family import config_classes
 from minilora.family.adapted import adapter_parameters
 from minilora.family.nf4 import is_nf4
 from minilora.family.residual import dense
+from minilora.formats import partial
 from minilora.formats.atomic import read_json, write_json
 from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.layers import Layer, Linear
@@ -42,13 +44,15 @@ _OF_OTHERS = {"megatron_core", "qalora_group_size"}  # read with megatron_config
 _KEPT_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")  # init_lora_weights that leave W alone: trained, a plain LoRA
 
 
-def save_adapter(model: Layer, folder: str | Path, config: LoraConfig | None = None) -> int:
+def save_adapter(model: Layer, folder: str | Path, config: LoraConfig | PartialConfig | None = None) -> int:
     """Write what was trained: adapters, and biases or modules_to_save with them. Returns the size of the tensors' file in bytes.
 
     `config` is what the model was injected with; by default the one `inject` left on the model. Raises ValueError when the model
     has no adapters, or has something trainable that the configuration does not name: the file would be without it.
     """
     config = config or model.lora_config
+    if isinstance(config, PartialConfig):
+        return partial.save(model, folder)
     if config is None or not lora_layers(model):
         raise ValueError("save_adapter: this model has no LoRA layers; call inject first.")
     folder, trained = Path(folder), trained_paths(model, config)
@@ -66,7 +70,7 @@ def save_adapter(model: Layer, folder: str | Path, config: LoraConfig | None = N
     return (folder / "adapter_model.safetensors").stat().st_size
 
 
-def load_adapter(model: Layer, folder: str | Path) -> LoraConfig:
+def load_adapter(model: Layer, folder: str | Path) -> LoraConfig | PartialConfig:
     """Inject the adapter in a folder into a base model. Returns its configuration.
 
     Everything is checked before the model is touched. Raises FileNotFoundError; ValueError when the configuration asks for what is
@@ -76,6 +80,8 @@ def load_adapter(model: Layer, folder: str | Path) -> LoraConfig:
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"there is no adapter in {folder}: wanted adapter_config.json and adapter_model.safetensors.")
     config = read_adapter_config(folder)
+    if isinstance(config, PartialConfig):
+        return partial.load(model, folder, config)
     if (folder / "adapter_model.bin").exists() and not (folder / "adapter_model.safetensors").exists():
         raise FileNotFoundError(
             f"{folder} has only adapter_model.bin, a pickle, which is never read; save it with safe_serialization=True."
@@ -114,8 +120,8 @@ def load_adapter(model: Layer, folder: str | Path) -> LoraConfig:
 _COPY = re.compile(r"\.(modules_to_save|original_module)\.(.+\.)?bias$")
 
 
-def read_adapter_config(folder: str | Path) -> LoraConfig:
-    """adapter_config.json as a LoraConfig. Raises ValueError, naming the field, for what would change the result and is not supported.
+def read_adapter_config(folder: str | Path) -> LoraConfig | PartialConfig:
+    """adapter_config.json as a configuration. Raises ValueError, naming the field, for what would change the result and is not supported.
 
     How training began does not matter: the tensors follow. But where it began by changing the base weights (PiSSA, OLoRA, CorDA,
     LoftQ, LoRA-GA), the tensors are the difference from weights that are not there.
@@ -123,8 +129,10 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
     path = Path(folder) / "adapter_config.json"
     raw = read_json(path)
     kinds = config_classes()
+    if str(raw.get("peft_type")) in partial.KINDS:
+        return partial.read_config(raw, path)
     if raw.get("peft_type", "LORA") not in kinds:
-        raise ValueError(f"{path}: peft_type is {raw['peft_type']!r}; supported: {', '.join(kinds)}.")
+        raise ValueError(f"{path}: peft_type is {raw['peft_type']!r}; supported: {', '.join([*kinds, *partial.KINDS])}.")
     kind = kinds[raw.get("peft_type", "LORA")]
     init = raw.get("init_lora_weights", True)
     if init not in _KEPT_THE_BASE:

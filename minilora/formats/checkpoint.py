@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minilora.adapters import bottlenecks
 from minilora.backend import choose_backend, to_numpy
 from minilora.family.adapted import adapter_parameters
 from minilora.family.nf4 import is_nf4, quantize_model
@@ -110,7 +111,7 @@ def load_model(
         tensors = unpacked(read_weights(source), source)
     tensors = _renamed(model, family, tensors, source)
     tensors |= _fresh(model, family, tensors, raw, source)
-    assign(model, _turned(model, tensors), source)
+    assign(model, turned(model, tensors), source)
     model.source = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # an adapter will name it, from anywhere
     model.hub_id = str(path_or_id) if _is_hub_id(path_or_id) else None
     if quantize:
@@ -277,9 +278,9 @@ def _fresh(model: Any, family: Family, tensors: dict[str, np.ndarray], raw: dict
     return values
 
 
-def _turned(model: Any, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def turned(model: Layer, tensors: dict[str, Any]) -> dict[str, Any]:
     """Weights of Linear from the file's orientation to (in, out), or back, as views."""
-    if model.weights_are_in_out:
+    if getattr(model, "weights_are_in_out", True):
         return tensors
     linear = {f"{path}.weight" for path, layer in model.modules() if isinstance(layer, Linear)}
     return {path: value.T if path in linear and not is_nf4(value) else value for path, value in tensors.items()}
@@ -320,9 +321,11 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     """Write a folder that transformers loads: config.json, model.safetensors, and the tokenizer's files where the model came with one.
 
     dtype: of the tensors; by default the model's. Weights in NF4 are written so. Merged adapters are part of the weights; unmerged
-    ones raise ValueError, but `with minilora.disabled(model)` the base is written without them.
+    ones raise ValueError, but `with minilora.disabled(model)` the base is written without them. Bottlenecks raise it in any case.
     The tokenizer of a GGUF file is written if it can be read; else a line on standard error says why it is not.
     """
+    if bottled := bottlenecks(model):
+        raise ValueError(f"save_model: {bottled[0][0]} has a bottleneck adapter, which no weight can hold; use save_adapter.")
     folder, own, modules = Path(folder), adapter_parameters(model), dict(model.modules())
     merged: dict[str, Any] = {}
     for path, layer in lora_layers(model):
@@ -342,7 +345,7 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     source = Path(model.source) if model.source and model.source != BUNDLED else None
     if source is not None and (source / "config.json").is_file():
         told = {**{key: value for key, value in read_json(source / "config.json").items() if key in _KEPT}, **told}
-    tensors = _turned(model, tensors)
+    tensors = turned(model, tensors)
     for path, value in quantized.items():
         tensors, told["quantization_config"] = tensors | packed(path, value), CONFIG
     write_tensors(folder / "model.safetensors", tensors)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minilora.family.adapted import adapter_parameters
+from minilora.adapters import PartialConfig, bottlenecks, method_name
 from minilora.formats.adapter import load_adapter, read_adapter_config
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_folder, save_model
@@ -18,6 +18,14 @@ from minilora.lora import lora_layers, merge
 
 def open_model(path: str | Path, backend: str = "auto", adapter: str | Path | None = None) -> Any:
     """The model that a path names, with the adapter that it or `adapter` names. Raises as the loaders do."""
+    model, found = _base(path, backend, adapter)
+    if found is not None:
+        load_adapter(model, found)
+    return model
+
+
+def _base(path: str | Path, backend: str, adapter: str | Path | None = None) -> tuple[Any, Path | None]:
+    """The base model that a path names, as it is, and the folder of the adapter that is to be put on it, if any."""
     base, found = base_of(path)
     if adapter is not None:
         found = _adapter_folder(Path(adapter)) or Path(adapter)
@@ -31,9 +39,7 @@ def open_model(path: str | Path, backend: str = "auto", adapter: str | Path | No
         raise FileNotFoundError(
             f"the base model of {path} is not where it was: {error} Give it as the model, and --adapter {path}."
         ) from None
-    if found is not None:
-        load_adapter(model, found)
-    return model
+    return model, found
 
 
 def base_of(path: str | Path) -> tuple[str, Path | None]:
@@ -79,6 +85,7 @@ def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
 def merge_run(path: str | Path, out: str | Path, adapter: str | Path | None = None) -> dict[str, float]:
     """Write the merged model of a run or adapter folder to a new folder `out`. Returns {path: largest change of a weight}.
 
+    Of what was trained as it is, with no adapter at all, that is its change from the base model.
     Raises ValueError when there is no adapter, FileExistsError when `out` is in use.
     """
     out = Path(out)
@@ -87,17 +94,18 @@ def merge_run(path: str | Path, out: str | Path, adapter: str | Path | None = No
     if adapter is None and base_of(path)[1] is None:
         raise ValueError(f"{path} has no adapter to merge.")
     model = open_model(path, "numpy", adapter)
-    changes = merge(model)
+    if isinstance(model.lora_config, PartialConfig):
+        changes = {name: float(abs(p.data - model.base_values[name]).max()) for name, p in model.parameters() if name in model.base_values}
+    else:
+        changes = merge(model)
     save_model(model, out)
     return changes
 
 
 def describe(path: str | Path) -> dict[str, Any]:
     """What is in a model or a run: parameters, memory, adapters, results, and the names that can be adapted."""
-    model = open_model(path, "numpy")
-    adapters = lora_layers(model)
-    adapted = sum(p.data.size for p in adapter_parameters(model).values())
-    count = sum(p.data.size for _, p in model.parameters()) - adapted
+    model, adapter = _base(path, "numpy")
+    count = sum(p.data.size for _, p in model.parameters())
     names: dict[str, list[str]] = {}
     for name, layer in model.modules():
         if isinstance(layer, Linear) and name:
@@ -110,9 +118,13 @@ def describe(path: str | Path) -> dict[str, Any]:
         "bytes_float32": 4 * count,
         "adaptable": {name: {"layers": len(sizes), "sizes": sorted(set(sizes))} for name, sizes in names.items()},
     }
-    if adapters:
-        kind = {"LoRALinear": "LoRA"}.get(name := type(adapters[-1][1]).__name__, name.removesuffix("Linear"))
-        told["adapter"] = {"kind": kind, "layers": len(adapters), "r": sorted({layer.r for _, layer in adapters}), "parameters": adapted}
+    if adapter is not None:
+        config = load_adapter(model, adapter)
+        told["adapter"] = {"method": method_name(config), "layers": len(lora_layers(model)) + len(bottlenecks(model))}
+        if adapters := lora_layers(model):
+            told["adapter"]["r"] = sorted({layer.r for _, layer in adapters})
+        added = sum(p.data.size for _, p in model.parameters()) - count
+        told["adapter"]["parameters"] = added + sum(value.size for value in model.base_values.values())
     if (Path(path) / "run.json").is_file():
         told["results"] = read_json(Path(path) / "run.json").get("results", {})
     return told

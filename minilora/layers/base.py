@@ -83,7 +83,7 @@ class Saved(NamedTuple):
 class Layer:
     """Base of everything that owns parameters. Parameters and sub-layers are found by walking the attributes."""
 
-    lora_config: Any = None  # set on a model by `inject`
+    lora_config: Any = None  # set on a model by `inject`: how it was adapted, by LoRA or otherwise
     base_values: dict[str, Array] = {}  # noqa: RUF012  (set by `inject`: what is trained whole, as it was before)
     source: str | None = None  # set on a model by `load_model`: the folder or file it came from
     hub_id: str | None = None  # ditto, if it was named by an id of the hub

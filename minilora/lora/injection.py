@@ -155,7 +155,9 @@ def disabled(model: Layer) -> Iterator[Layer]:
 
     Biases and modules that are trained whole are back at what they were when the adapter was injected, too.
     """
-    layers = [layer for _, layer in _adapters(model, "disabled")]
+    layers: list[Any] = [layer for _, layer in model.modules() if hasattr(layer, "enabled")]  # of LoRA, or of another kind
+    if not layers and not model.base_values:
+        _adapters(model, "disabled")
     before = [layer.enabled for layer in layers]
     whole = [(p, p.data, model.base_values[path]) for path, p in model.parameters() if path in model.base_values]
     try:

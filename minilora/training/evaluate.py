@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -12,6 +13,8 @@ from minilora.backend import get_xp
 from minilora.training.data import Batch
 from minilora.training.replicas import LanguageModel
 
+Told = TypeVar("Told")
+
 
 def evaluate(model: LanguageModel, batches: Iterable[Batch], threads: int = 1) -> tuple[float, int]:
     """(mean loss per labelled token in nats, number of labelled tokens). Nothing is saved, dropout is off.
@@ -19,11 +22,16 @@ def evaluate(model: LanguageModel, batches: Iterable[Batch], threads: int = 1) -
     The batches are shared out over threads; their losses are added in order, so the result does not depend on the threads.
     """
     batches = list(batches)
-    if any(get_xp(p.data) is not np for _, p in model.parameters()):
-        threads = 1  # one device: it is parallel enough by itself
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-        sums = list(pool.map(lambda b: float(model.loss(b.ids, b.labels, b.offsets, 1, keep=False)[0]), batches))
+    sums = share_out(model, batches, lambda model, b: float(model.loss(b.ids, b.labels, b.offsets, 1, keep=False)[0]), threads)
     tokens = sum(b.labelled for b in batches)
     if tokens == 0:
         raise ValueError("there is nothing to evaluate: no token is labelled.")
     return sum(sums) / tokens, tokens
+
+
+def share_out(model: LanguageModel, batches: Sequence[Batch], f: Callable[[Any, Batch], Told], threads: int = 1) -> list[Told]:
+    """[f(model, batch) for every batch], in order, with one BLAS thread in each of `threads` threads."""
+    if any(get_xp(p.data) is not np for _, p in model.parameters()):
+        threads = 1  # one device: it is parallel enough by itself
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda batch: f(model, batch), batches))

@@ -1,4 +1,4 @@
-"""The main job: adapt a model to data, by LoRA or by full fine-tuning, and measure what came of it."""
+"""The main job: adapt a model to data, by LoRA, by another adapter or by full fine-tuning, and measure what came of it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from minilora.adapters import METHODS, inject, method_name
 from minilora.backend import choose_backend, peak_memory
 from minilora.family import config_classes
-from minilora.family.adapted import adapter_parameters
 from minilora.formats.adapter import save_adapter
 from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.run import tokenizer_of
 from minilora.formats.tokenizer import Tokenizer
-from minilora.lora import LoraConfig, disabled, inject, lora_layers
+from minilora.lora import LoraConfig, disabled, lora_layers
 from minilora.models.generate import context_length, generate
 from minilora.training.datasets import load_dataset
+from minilora.training.few_sample import PulledAdamW, few, reinitialise
 from minilora.training.loop import Diverged, train
 from minilora.training.loraplus import create_loraplus_optimizer
 from minilora.training.optimizers import AdamW
@@ -50,20 +51,19 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     """
     begun = time.perf_counter()
     recipe.backend = choose_backend(recipe.backend)
-    model, tokenizer, task = _open(recipe)
+    model, tokenizer, task = open_recipe(recipe)
     recipe.settle(task.per_epoch)
-    assert task.train is not None and recipe.steps is not None
-    rate = schedule(recipe.schedule, recipe.steps, recipe.warmup or 0)
-    optimizer = _prepare(model, recipe, task)
+    assert recipe.steps is not None
+    rate = schedule(recipe.schedule, recipe.steps, int(recipe.warmup or 0))
+    base = sum(p.data.size for _, p in model.parameters())
+    optimizer = prepare(model, recipe, task)
     folder = RunFolder.create(out, recipe.method)
     folder.write_run(asdict(recipe), {}, task.labels)
 
     trained = optimizer.flat.data.size
-    adapted = lora_layers(model)
-    base = sum(p.data.size for _, p in model.parameters()) - sum(p.data.size for p in adapter_parameters(model).values())
     say(f"model     {recipe.model}: {base:,} parameters, {recipe.backend}, {recipe.threads} thread{'s' * (recipe.threads > 1)}")
     say(f"data      {task.what}")
-    say(f"method    {_method(recipe, len(adapted))}: {trained:,} trainable parameters, {trained / base:.1%} of the model")
+    say(f"method    {_method(recipe, model)}: {trained:,} trainable parameters, {trained / base:.1%} of the model")
 
     before, wrote_before = measure(model, task, recipe.threads), _sample(model, tokenizer, recipe)
     records: list[dict[str, Any]] = []
@@ -101,7 +101,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     return {"folder": str(folder.path), **results}
 
 
-def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
+def open_recipe(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
     """The model, its tokenizer and the data, each checked against the others."""
     if recipe.kind == "classify":
         assert recipe.data is not None
@@ -110,7 +110,10 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
         model = load_model(recipe.model, recipe.backend, labels=dataset.labels, quantize=recipe.quantize)
         if not hasattr(model, "classifier"):
             raise ValueError(f"{recipe.model} ({type(model).__name__}) has no classifier; task classify needs a BERT.")
-        task = classify_task(dataset, recipe.data, recipe.batch_size, recipe.seed)
+        if recipe.train_size is not None:
+            dataset.train = few(dataset.train, recipe.train_size, dataset.labels or (), recipe.seed)
+        dataset.valid = dataset.valid[: recipe.eval_size]
+        task = classify_task(dataset, recipe.data, recipe.batch_size)
     else:
         model = load_model(recipe.model, recipe.backend, quantize=recipe.quantize)
         if not hasattr(model, "decode"):
@@ -119,7 +122,7 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
         if recipe.kind == "text":
             assert recipe.eval_bytes is not None
             most = max(1, recipe.eval_bytes // recipe.window)
-            task = text_task(recipe.data, tokenizer, recipe.window, recipe.batch_size, most, recipe.seed)
+            task = text_task(recipe.data, tokenizer, recipe.window, recipe.batch_size, most)
         else:
             assert recipe.data is not None
             task = records_task(recipe.data, tokenizer, recipe.window, recipe.tokens_per_batch, recipe.mask_prompt, recipe.seed)
@@ -128,14 +131,18 @@ def _open(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
     return model, tokenizer, task
 
 
-def _prepare(model: Any, recipe: Recipe, task: Task) -> AdamW:
+def prepare(model: Any, recipe: Recipe, task: Task) -> AdamW:
     """Make trainable what the method trains, and its optimizer."""
-    assert recipe.lr is not None
-    if recipe.method == "lora":
-        config = _config(recipe)
-        inject(model, config, rng=recipe.seed, train_step=partial(_look, model, task))
-    else:
+    assert recipe.lr is not None and recipe.bias is not None
+    if recipe.reinit is not None:
+        reinitialise(model, recipe.reinit, rng=recipe.seed)
+    if recipe.method == "full":
         model.unfreeze()
+    elif recipe.method == "lora":
+        inject(model, _config(recipe), rng=recipe.seed, train_step=partial(_look, model, task, recipe.seed))
+    else:
+        bottleneck = {"reduction_factor": recipe.reduction_factor} if recipe.method == "bottleneck" else {}
+        inject(model, METHODS[recipe.method](**bottleneck, modules_to_save=recipe.modules_to_save), rng=recipe.seed)
     for _, layer in model.modules():
         if hasattr(layer, "recompute"):
             layer.recompute = recipe.recompute
@@ -163,39 +170,47 @@ def _config(recipe: Recipe) -> LoraConfig:
     return config_classes()[recipe.peft_type](**asked)
 
 
-def _look(model: Any, task: Task) -> None:
+def _look(model: Any, task: Task, seed: int) -> None:
     """Run the model on the first batches, forward and backward, for initial values from data. Training begins with the same."""
-    assert task.train is not None
-    first = list(islice(task.train, LOOK))
-    task.train = chain(first, task.train)
-    for batch in first:
+    for batch in islice(task.batches(seed), LOOK):
         model.loss_backward(model.loss(batch.ids, batch.labels, batch.offsets)[1])
 
 
 def _optimizer(model: Any, recipe: Recipe) -> AdamW:
-    """AdamW, or its relative that knows A and B."""
+    """AdamW, one that is pulled back, or relatives that know A and B."""
     assert recipe.lr is not None
-    if recipe.loraplus_lr_ratio is not None:
-        ratio, decay = recipe.loraplus_lr_ratio, recipe.weight_decay
-        return create_loraplus_optimizer(model, AdamW, lr=recipe.lr, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay)
     if recipe.optimizer == "lora_fa":
         return create_lorafa_optimizer(model, recipe.lr, recipe.weight_decay)
+    kind: type[AdamW] = AdamW
+    options: dict[str, Any] = {"bias_correction": recipe.bias_correction}
+    if recipe.pull:
+        kind, options["pull"] = PulledAdamW, recipe.pull
+    if recipe.loraplus_lr_ratio is not None:
+        options |= {"loraplus_lr_ratio": recipe.loraplus_lr_ratio, "loraplus_weight_decay": recipe.weight_decay}
+        return create_loraplus_optimizer(model, kind, lr=recipe.lr, **options)
+    options["weight_decay"] = recipe.weight_decay
     if recipe.optimizer != "adamw":
         create = {"riemannian": create_riemannian_optimizer, "lora_pro": create_lora_pro_optimizer}[recipe.optimizer]
-        return create(model, AdamW, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+        return create(model, kind, lr=recipe.lr, **options)
+    return kind(model.parameters(), recipe.lr, **options)
+
+
+def prefix_for(task: Task, recipe: Recipe) -> PrefixCache | None:
+    """Where what frozen blocks give is kept; None where nothing comes a second time."""
+    assert recipe.steps is not None
+    comes_again = task.per_epoch is not None and recipe.steps * recipe.accumulate > task.per_epoch
+    return PrefixCache() if recipe.cache and comes_again else None
 
 
 def _train(model: Any, optimizer: AdamW, task: Task, rate: Schedule, recipe: Recipe, records: list[dict[str, Any]]) -> tuple[float, int]:
     """Run the loop behind a progress bar, collecting a record a step. Returns (seconds, tokens) of the training alone."""
-    assert task.train is not None and recipe.steps is not None
+    assert recipe.steps is not None
     seconds, tokens = 0.0, 0
     options = {"clip": recipe.clip, "accumulate": recipe.accumulate, "threads": recipe.threads, "seed": recipe.seed}
-    comes_again = task.per_epoch is not None and recipe.steps * recipe.accumulate > task.per_epoch
-    prefix = PrefixCache() if recipe.cache and comes_again else None
+    prefix = prefix_for(task, recipe)
     unit, scale = ("bits/byte", math.log(2)) if task.headline == "bits_per_byte" else ("loss", 1.0)
     with tqdm(total=recipe.steps, unit="step", desc=recipe.method, dynamic_ncols=True) as bar:
-        for s in train(model, optimizer, task.train, recipe.steps, rate, prefix=prefix, **options):  # type: ignore[arg-type]
+        for s in train(model, optimizer, task.batches(recipe.seed), recipe.steps, rate, prefix=prefix, **options):  # type: ignore[arg-type]
             seconds, tokens = seconds + s.seconds, tokens + s.tokens
             records.append({"step": s.step, "loss": s.loss, "lr": s.lr, "grad_norm": s.grad_norm, "tokens": s.tokens})
             bar.set_postfix_str(f"{s.loss / scale:.3f} {unit}, {tokens / seconds:,.0f} tokens/s", refresh=False)
@@ -213,7 +228,7 @@ def _sample(model: Any, tokenizer: Tokenizer, recipe: Recipe) -> str:
 
 def _save(model: Any, folder: RunFolder, recipe: Recipe) -> int:
     """Write the adapter, or the whole model. Returns the bytes of its tensors' file."""
-    if recipe.method == "lora":
+    if recipe.method != "full":
         if recipe.init_lora_weights == "loftq":  # the adapter fits the quantized weights only, so that they are kept with it
             model.lora_config.base_model_name_or_path = str(folder.base.absolute())
             with disabled(model):
@@ -223,9 +238,9 @@ def _save(model: Any, folder: RunFolder, recipe: Recipe) -> int:
     return (folder.model / "model.safetensors").stat().st_size
 
 
-def _method(recipe: Recipe, layers: int) -> str:
-    if recipe.method == "full":
-        return "full fine-tuning"
+def _method(recipe: Recipe, model: Any) -> str:
+    if recipe.method != "lora":
+        return "full fine-tuning" if recipe.method == "full" else method_name(model.lora_config)
     also = ["biases"] * (recipe.bias != "none") + (["the head"] if recipe.task == "classify" else []) + list(recipe.modules_to_save or [])
     how = [recipe.quantize] if recipe.quantize else []
     how += [str(recipe.init_lora_weights)] * (recipe.init_lora_weights is not True) + [recipe.optimizer] * (recipe.optimizer != "adamw")
@@ -235,11 +250,12 @@ def _method(recipe: Recipe, layers: int) -> str:
     if recipe.peft_type == "VERA":
         name, alpha = "VeRA", ""
     name += f" ({', '.join(how)})" if how else ""
+    layers = len(lora_layers(model))
     return f"{name} r={recipe.r}{alpha} on {layers} layers{', with ' + ', '.join(also) if also else ''}"
 
 
 def _made(recipe: Recipe) -> str:
-    return "adapter" if recipe.method == "lora" else "model"
+    return "model" if recipe.method == "full" else "adapter"
 
 
 def _tell(say: Say, folder: RunFolder, recipe: Recipe, results: dict[str, Any], wrote_before: str, wrote_after: str) -> None:
@@ -267,7 +283,7 @@ def _draw(
     if not have_matplotlib():
         say("no picture of the curves: matplotlib is not installed (pip install 'minilora[plot]')")
         return
-    method = f"LoRA, rank {recipe.r}" if recipe.method == "lora" else "full fine-tuning"
+    method = {"lora": f"LoRA, rank {recipe.r}", "full": "full fine-tuning"}.get(recipe.method, recipe.method)
     unit, scale = ("bits per byte", math.log(2)) if task.headline == "bits_per_byte" else ("loss", 1.0)
     title = f"{Path(recipe.model).name}, {method}, {len(records)} steps"
     plot_run(folder.curves, records, before["loss"] / scale, after["loss"] / scale, title, unit, scale)

@@ -1,4 +1,4 @@
-"""The picture of a run."""
+"""The pictures of a run and of a study."""
 
 from __future__ import annotations
 
@@ -46,4 +46,37 @@ def plot_run(path: str | Path, records: list[dict[str, Any]], before: float, aft
     bottom.set_xlabel("step")
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
+    write_file(path, lambda temporary: figure.savefig(temporary, dpi=120))
+
+
+def plot_study(path: str | Path, table: list[Any], records: list[dict[str, Any]], unit: str, floor: float | None) -> None:
+    """Every run as a dot, a row for each treatment, with mean and standard deviation; beside it the mean over trained parameters."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.5 + 0.5 * len(table)), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
+    colours = [f"C{i % 10}" for i in range(len(table))]
+    for place, (line, colour) in enumerate(zip(table, colours, strict=True)):
+        own = [r for r in records if r["row"] == line.row and r["value"] is not None]
+        spread = [0.25 * (i / max(1, len(own) - 1) - 0.5) for i in range(len(own))]
+        for r, off in zip(own, spread, strict=True):
+            left.plot(r["value"], place + off, "x" if r["failed"] else "o", color=colour, alpha=0.5, markersize=5)
+        if own:
+            left.errorbar(
+                line.mean, place, xerr=line.std if line.std == line.std else None, fmt="|", color="black", capsize=3, markersize=14
+            )
+            right.errorbar(line.trained, line.mean, yerr=line.std if line.std == line.std else None, fmt="o", color=colour, capsize=3)
+            right.annotate(line.row, (line.trained, line.mean), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    if floor is not None:
+        left.axvline(floor, color="#888888", linestyle=":", label="to be beaten")
+        left.legend(frameon=False, fontsize=8)
+    left.set_yticks(range(len(table)), [line.row for line in table])
+    left.invert_yaxis()
+    left.set_xlabel(unit)
+    right.set(xscale="log", xlabel="trained parameters", ylabel=unit)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
     write_file(path, lambda temporary: figure.savefig(temporary, dpi=120))

@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from minilora import adapters
 from minilora.formats.checkpoint import BUNDLED
 from minilora.training.datasets import TASKS, is_dataset
 
-METHODS = ("lora", "full")
+METHODS = ("lora", "full", *adapters.METHODS)
 OPTIMIZERS = ("adamw", "riemannian", "lora_pro", "lora_fa")
 
-# Peak learning rates. Those of the bundled model are the best of one grid for each method (benchmarks/lora_vs_full.py); for published
-# models LoRA takes about ten times the rate of full fine-tuning ("LoRA Without Regret", 2025).
-_RATES = {
-    (BUNDLED, "lora"): 8e-3,
-    (BUNDLED, "full"): 2e-3,
-    ("lm", "lora"): 5e-4,
-    ("lm", "full"): 5e-5,
-    ("classify", "lora"): 1e-3,
-    ("classify", "full"): 5e-5,
+# Peak learning rates. Those of LoRA and of full fine-tuning of the bundled model are the best of one grid (benchmarks/lora_vs_full.py);
+# for published models LoRA takes about ten times the rate of full fine-tuning ("LoRA Without Regret", 2025), and what trains fewer
+# numbers still more.
+_RATES: dict[str, dict[str, float]] = {
+    BUNDLED: {"lora": 8e-3, "full": 2e-3, "bottleneck": 8e-3, "bitfit": 2e-2, "layer-norm": 2e-2, "head": 2e-2},
+    "lm": {"lora": 5e-4, "full": 5e-5, "bottleneck": 1e-3, "bitfit": 5e-3, "layer-norm": 5e-3, "head": 5e-3},
+    "classify": {"lora": 1e-3, "full": 5e-5, "bottleneck": 1e-3, "bitfit": 5e-3, "layer-norm": 5e-3, "head": 5e-3},
 }
 
 
@@ -31,11 +30,14 @@ class Recipe:
     bias, modules_to_save   for the bundled model all biases and the layer norms, else none
     lr              by model, task and method, see _RATES
     steps           120 for text; else `epochs` (3) times the batches of an epoch
-    warmup          10 steps, or half the run if that is shorter
+    warmup          10 steps, or half the run if that is shorter; below 1 it is a share of the run
     eval_bytes      how much held-out text to measure on, in bytes for the bundled model (65,536), else in tokens (8,192)
     sample_bytes    240 for the bundled model, else 0: no samples, as they go on from Python source
     recompute       blocks save their inputs alone, and run forward again in the backward pass: less memory, more time
     cache           what frozen blocks give is kept over epochs (training/prefix.py)
+    reinit          None; else the pooler and so many top blocks begin anew (method full only), see training/few_sample.py
+    pull            of the weights towards where they began; bias_correction=False is Adam as the first BERT had it
+    train_size, eval_size   of texts with a class: all; else at most so many, drawn by the seed
     threads         the cores, at most 8
     Raises ValueError for values out of range.
     """
@@ -56,12 +58,16 @@ class Recipe:
     quantize: str = ""
     optimizer: str = "adamw"
     loraplus_lr_ratio: float | None = None
+    reduction_factor: float = 16
     bias: str | None = None
     modules_to_save: list[str] | None = None
     lr: float | None = None
     schedule: str = "linear"
-    warmup: int | None = None
+    warmup: float | None = None
     weight_decay: float = 0.0
+    pull: float = 0.0
+    bias_correction: bool = True
+    reinit: int | None = None
     clip: float = 1.0
     steps: int | None = None
     epochs: float = 3
@@ -73,6 +79,8 @@ class Recipe:
     window: int = 256
     mask_prompt: bool = True
     eval_bytes: int | None = None
+    train_size: int | None = None
+    eval_size: int | None = None
     seed: int = 0
     threads: int = 0
     backend: str = "auto"
@@ -80,15 +88,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}; choose {' or '.join(METHODS)}.")
+            raise ValueError(f"unknown method {self.method!r}; choose {', '.join(METHODS)}.")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}; choose {' or '.join(OPTIMIZERS)}.")
         if self.optimizer != "adamw" and self.loraplus_lr_ratio is not None:
             raise ValueError(f"loraplus_lr_ratio and optimizer {self.optimizer!r} exclude each other; choose one.")
+        if self.optimizer == "lora_fa" and (self.pull or not self.bias_correction):
+            raise ValueError("optimizer lora_fa has neither a pull nor a choice of bias_correction; leave them out.")
         usual = {"use_dora": False, "init_lora_weights": True, "optimizer": "adamw", "loraplus_lr_ratio": None, "quantize": ""}
         usual["peft_type"] = "LORA"
-        if self.method == "full" and (named := next((name for name, value in usual.items() if getattr(self, name) != value), None)):
-            raise ValueError(f"{named} is for adapters; method full has none.")
+        if self.method != "lora" and (named := next((name for name, value in usual.items() if getattr(self, name) != value), None)):
+            raise ValueError(f"{named} is for LoRA; method {self.method} has none.")
         if self.quantize and self.init_lora_weights == "loftq":
             raise ValueError("init_lora_weights 'loftq' quantizes by itself; leave quantize out.")
         if self.task not in TASKS:
@@ -104,8 +114,16 @@ class Recipe:
         for name in ("threads", "sample_bytes", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}.")
+        for name in ("steps", "train_size", "eval_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            if name != "steps" and getattr(self, name) is not None and self.task != "classify":
+                raise ValueError(f"{name} counts texts with a class; it needs task classify.")
+        if self.reinit is not None and self.method != "full":
+            raise ValueError(f"reinit changes the weights that method {self.method} leaves frozen and does not save; it needs method full.")
+        for name in ("pull", "weight_decay", "warmup"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if not self.clip > 0 or not self.epochs > 0:
             raise ValueError(f"clip and epochs must be above 0, got {self.clip} and {self.epochs}.")
         self.threads = self.threads or min(os.cpu_count() or 1, 8)
@@ -121,7 +139,8 @@ class Recipe:
         self.bias = self.bias or ("all" if bundled else "none")
         if self.modules_to_save is None and bundled:
             self.modules_to_save = ["ln_1", "ln_2", "ln_f"]
-        self.lr = _RATES[BUNDLED if self.model == BUNDLED else self.task, self.method] if self.lr is None else self.lr
+        self.lr = _RATES[BUNDLED if self.model == BUNDLED else self.task][self.method] if self.lr is None else self.lr
         if self.steps is None:
             self.steps = 120 if per_epoch is None else max(1, round(self.epochs * per_epoch / self.accumulate))
         self.warmup = min(10, self.steps // 2) if self.warmup is None else self.warmup
+        self.warmup = round(self.warmup if self.warmup >= 1 else self.warmup * self.steps)

@@ -17,7 +17,7 @@ class RunFolder:
     run.json        the configuration, the names of the classes, and the results when there are any
     metrics.jsonl   one line a step: step, loss, lr, grad_norm, tokens. No times: the same run gives the same file
     samples.txt     what the model wrote before and after
-    adapter/        adapter_config.json, adapter_model.safetensors       (method lora)
+    adapter/        adapter_config.json, adapter_model.safetensors       (all methods but full)
     model/          config.json, model.safetensors                       (method full)
     base/           the quantized model that the adapter fits              (method lora that begins with LoftQ)
     curves.png      the picture, if matplotlib is installed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,37 @@ import numpy as np
 
 from minilora.backend import to_numpy
 from minilora.formats.tokenizer import ByteTokenizer, Tokenizer
+from minilora.functional import cross_entropy, mse
 from minilora.training.data import Batch, check_length, held_out_windows, random_windows
 from minilora.training.datasets import Dataset, Example, batches_of, endless, is_dataset, load_dataset, load_examples, packed_batches
-from minilora.training.evaluate import evaluate
+from minilora.training.evaluate import evaluate, share_out
 from minilora.training.metrics import classification_metrics, pearson, perplexity
 from minilora.training.text import read_text, split_text, stdlib_source
 
 
 @dataclass
 class Task:
-    """Endless training batches, held-out batches, and the name of the figure that is told first.
+    """Training batches without end, held-out batches, and the name of the figure that is told first.
 
-    what: the data in words; per_epoch: batches an epoch, None where an epoch means nothing; labels: the names of the classes.
+    train: a function of the seed by which they are drawn; what: the data in words; per_epoch: batches an epoch, None where an epoch
+    means nothing; labels: the names of the classes.
     """
 
     what: str
     headline: str
     held_out: list[Batch]
-    train: Iterator[Batch] | None = None
+    train: Callable[[int], Iterator[Batch]] | None = None
     per_epoch: int | None = None
     labels: list[str] | None = None
 
+    def batches(self, seed: int) -> Iterator[Batch]:
+        """Those to train on. Raises ValueError for a task that is only measured."""
+        if self.train is None:
+            raise ValueError(f"there is nothing to train on: {self.what}")
+        return self.train(seed)
 
-def text_task(data: str | None, tokenizer: Tokenizer, window: int, batch_size: int, most: int, seed: int) -> Task:
+
+def text_task(data: str | None, tokenizer: Tokenizer, window: int, batch_size: int, most: int) -> Task:
     """Plain text in windows that start anywhere: a file, a folder of them, or, without `data`, the standard library's source."""
     if data is None:
         texts = stdlib_source(held_out=False), stdlib_source(held_out=True)
@@ -46,10 +54,9 @@ def text_task(data: str | None, tokenizer: Tokenizer, window: int, batch_size: i
     for part in (train, held_out):
         check_length(part, window)
     unit = "bytes" if isinstance(tokenizer, ByteTokenizer) else "tokens"
-    batches = random_windows(train, window, batch_size, np.random.default_rng(seed))
     kept = list(held_out_windows(held_out, window, 4, most))
     what += f": {len(train):,} {unit} to train on, {sum(b.labelled for b in kept):,} of {len(held_out):,} held out to measure on"
-    return Task(what, _headline(tokenizer), kept, batches)
+    return Task(what, _headline(tokenizer), kept, lambda seed: random_windows(train, window, batch_size, np.random.default_rng(seed)))
 
 
 def records_task(data: str, tokenizer: Tokenizer, max_length: int, tokens_per_batch: int, mask_prompt: bool, seed: int) -> Task:
@@ -57,15 +64,21 @@ def records_task(data: str, tokenizer: Tokenizer, max_length: int, tokens_per_ba
     dataset = load_dataset(data, "lm", tokenizer, max_length, mask_prompt, seed=seed)
     _check_splits(dataset, data)
     epoch = list(packed_batches(dataset.train, tokens_per_batch))
-    train = endless(lambda rng: packed_batches(dataset.train, tokens_per_batch, rng), seed)
     held_out = list(packed_batches(dataset.valid, tokens_per_batch))
+
+    def train(seed: int) -> Iterator[Batch]:
+        return endless(lambda rng: packed_batches(dataset.train, tokens_per_batch, rng), seed)
+
     return Task(dataset.describe(), _headline(tokenizer), held_out, train, len(epoch))
 
 
-def classify_task(dataset: Dataset, data: str, batch_size: int, seed: int) -> Task:
+def classify_task(dataset: Dataset, data: str, batch_size: int) -> Task:
     """Texts with a class. The data is read before the model is, as it says how many classes there are."""
     _check_splits(dataset, data)
-    train = endless(lambda rng: batches_of(dataset.train, batch_size, rng), seed)
+
+    def train(seed: int) -> Iterator[Batch]:
+        return endless(lambda rng: batches_of(dataset.train, batch_size, rng), seed)
+
     per_epoch = -(-len(dataset.train) // batch_size)
     return Task(dataset.describe(), "accuracy", list(batches_of(dataset.valid, batch_size)), train, per_epoch, dataset.labels)
 
@@ -92,16 +105,21 @@ def held_out_task(data: str, task: str, tokenizer: Tokenizer, window: int, label
 
 def measure(model: Any, task: Task, threads: int = 1) -> dict[str, float]:
     """{"loss": nats a label, "tokens": how many were read, and the task's own figures} on the held-out batches."""
-    loss, labelled = evaluate(model, task.held_out, threads)
-    told: dict[str, float] = {"loss": loss, "tokens": sum(len(b.ids) for b in task.held_out)}
+    tokens = sum(len(b.ids) for b in task.held_out)
     if not task.held_out[0].per_sequence:
-        told |= {"labelled_tokens": labelled, "perplexity": perplexity(loss)}
+        loss, labelled = evaluate(model, task.held_out, threads)
+        told = {"loss": loss, "tokens": tokens, "labelled_tokens": labelled, "perplexity": perplexity(loss)}
         return told | ({"bits_per_byte": loss / math.log(2)} if task.headline == "bits_per_byte" else {})
-    logits = np.concatenate([to_numpy(model.forward(b.ids, keep=False, offsets=b.offsets)[0]) for b in task.held_out])
+    logits = np.concatenate(share_out(model, task.held_out, _logits, threads))
     labels = np.concatenate([b.labels for b in task.held_out])
     if logits.shape[1] == 1:
-        return told | {"pearson": pearson(logits[:, 0], labels)}
-    return told | {"sequences": len(labels)} | classification_metrics(logits.argmax(axis=1), labels, logits.shape[1])
+        return {"loss": float(mse(logits[:, 0], labels)[0]), "tokens": tokens, "pearson": pearson(logits[:, 0], labels)}
+    told = {"loss": float(cross_entropy(logits, labels)[0]), "tokens": tokens, "sequences": len(labels)}
+    return told | classification_metrics(logits.argmax(axis=1), labels, logits.shape[1])
+
+
+def _logits(model: Any, batch: Batch) -> np.ndarray:
+    return to_numpy(model.forward(batch.ids, keep=False, offsets=batch.offsets)[0])
 
 
 def tokens_of(text: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -1,0 +1,159 @@
+"""A fine-tuned model as a LoRA of its base:   dW = W_tuned - W_base ~ A B,   and how far two models are apart.
+
+Which rank? With the singular values S of dW, the energy that rank r keeps is sum_{i <= r} S_i^2 / sum_i S_i^2 (Eckart, Young 1936).
+With the inputs of each layer it is that of L dW, L^T L = x^T x / T: what counts is the change of what the layer puts out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from minilora.adapters.sums import with_lora
+from minilora.backend import Array, get_xp
+from minilora.family.adapted import Adapted
+from minilora.family.residual import dense
+from minilora.layers import Embedding, Layer, LayerNorm, Linear, RMSNorm, Saved
+from minilora.lora import LoraConfig, factorize
+from minilora.lora.config import CLASSIFIERS
+from minilora.lora.injection import replace_module
+
+_RIDGE = 1e-6  # of the mean square of the inputs: a direction that no input had is then cheap to get wrong, and not impossible
+
+
+@dataclass
+class Extracted:
+    """One layer: its rank, the share of the energy of dW (or L dW) that it keeps, and the largest element of dW and of dW - A B."""
+
+    path: str
+    rank: int
+    energy: float
+    largest_change: float
+    largest_error: float
+
+
+def extract(
+    base: Layer, tuned: Layer, r: int = 8, energy: float | None = None, inputs: dict[str, Array] | None = None, whole: bool = True
+) -> tuple[Layer, list[Extracted]]:
+    """A replica of `base` with the LoRA adapter that comes closest to `tuned`, and a line for each adapted layer.
+
+    r        the rank of every layer; or, with `energy` (0 to 1), each layer has the lowest rank that keeps so much of it
+    inputs   {path: root} of `input_roots`; without, or for a layer that is not in it, the closest in the weights themselves
+    whole    biases, norms and a classifier's head that have changed go along as they are (`bias` and `modules_to_save` of the adapter);
+             what else has changed, embeddings that is, has no place in an adapter, see `largest_changes`
+
+    `tuned` may be a full fine-tune or an adapted model, whose adapter then gets another rank.
+    Raises ValueError when the models are not of one kind, nothing has changed, or a rank is beyond what a layer's SVD has.
+    """
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"extract: the energy to keep is {energy}; it must be above 0 and at most 1.")
+    if r < 1:
+        raise ValueError(f"extract: the rank must be at least 1, got {r}.")
+    changed = largest_changes(base, tuned)
+    head = getattr(base, "output_head", "") or ""
+    head = head if head.endswith(CLASSIFIERS) else ""
+    ours, theirs = dict(base.modules()), dict(tuned.modules())
+    products, told = {}, []
+    for path, layer in ours.items():
+        if not isinstance(layer, Linear) or not changed[f"{path}.weight"] or path == head:
+            continue
+        dW = _weight(theirs[path]).astype("float64") - dense(layer.weight.data).astype("float64")
+        if energy is None and r > min(dW.shape):
+            raise ValueError(f"extract: rank {r} is beyond {path}, which is {dW.shape[0]} x {dW.shape[1]}.")
+        A, B = factorize(dW, min(dW.shape), (inputs or {}).get(path))
+        squares = (B * B).sum(axis=1)  # S_i, since B = sqrt(S) V^T
+        kept = (squares * squares).cumsum() / (squares * squares).sum()
+        rank = r if energy is None else min(int((kept < energy * (1 - 1e-12)).sum()) + 1, len(kept))
+        products[path] = A[:, :rank], B[:rank]
+        error = float(abs(dW - products[path][0] @ products[path][1]).max())
+        told.append(Extracted(path, rank, float(kept[rank - 1]), changed[f"{path}.weight"], error))
+    if not products:
+        raise ValueError("extract: no linear layer differs between the two models; there is nothing to extract.")
+
+    config = LoraConfig()
+    if whole:
+        norms = [p for p, layer in ours.items() if isinstance(layer, (LayerNorm, RMSNorm)) and changed[f"{p}.weight"]]
+        heads = [head] if head and any(changed[f"{head}.{name}"] for name, _ in ours[head].parameters()) else []
+        biased = any(value for path, value in changed.items() if path.endswith(".bias"))
+        config = LoraConfig(bias="all" if biased else "none", modules_to_save=[*norms, *heads] or None)
+    twin = with_lora(base, products, config)
+    sources = dict(tuned.parameters())
+    for path, p in twin.parameters():
+        if path in twin.base_values:
+            p.data = sources[path].data.astype(p.data.dtype)
+    return twin, told
+
+
+def largest_changes(base: Layer, tuned: Layer) -> dict[str, float]:
+    """{path: the largest |difference| of an element} for every parameter of the base; adapters count with the weight they are put on.
+
+    Raises ValueError when the models have not the same parameters, or hold something that no weight can.
+    """
+    theirs = dict(tuned.parameters())
+    adapted = {f"{path}.weight": layer for path, layer in tuned.modules() if isinstance(layer, Adapted)}
+    told = {}
+    for path, p in base.parameters():
+        other = theirs.get(path)
+        if other is None or other.data.shape != p.data.shape:
+            raise ValueError(
+                f"the models are not of one kind: {path} is {'missing' if other is None else f'{other.data.shape}'} in the second."
+            )
+        value, W = _weight(adapted[path]) if path in adapted else dense(other.data), dense(p.data)
+        told[path] = 0.0 if value is W else float(abs(value - W).max())
+    extra = sorted(path for path in theirs.keys() - told.keys() if path.rpartition(".")[0] + ".weight" not in adapted)
+    if extra:
+        raise ValueError(f"the models are not of one kind: the second has {extra[0]}, which no weight of the first can hold.")
+    return told
+
+
+def _weight(layer: Any) -> Array:
+    """What the layer multiplies with, its adapter included."""
+    if not isinstance(layer, Adapted):
+        return dense(layer.weight.data)
+    return layer.weight.data + layer.delta() if layer.merged is None else layer.merged
+
+
+class _Watched(Linear):
+    """A Linear that adds up x^T x of all it is given, in float64."""
+
+    def __init__(self, layer: Linear) -> None:
+        self.watched = layer
+        self.gram: Any = 0.0
+        self.count = 0
+
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+        wide = x.astype("float64")
+        self.gram = self.gram + wide.T @ wide
+        self.count += len(x)
+        return self.watched.forward(x, keep, need_dx)
+
+
+def input_roots(model: Layer, batches: Iterable[Any]) -> dict[str, Array]:
+    """{path: R (m, m)} of every Linear that saw the batches (each with ids and offsets), R^T R = x^T x / T + a small ridge.
+
+    R stands for all the inputs x wherever only x^T x counts, as in `factorize`. The ridge, 1e-6 of the mean square, stands for what the
+    data have not shown: few texts are enough to run, more are better.
+    """
+    twin = model.replica()
+    watched = {path: _Watched(layer) for path, layer in twin.modules() if isinstance(layer, Linear)}
+    for path, layer in reversed(watched.items()):  # what lies inside another first
+        replace_module(twin, path, layer)
+    for batch in batches:
+        twin.forward(batch.ids, keep=False, offsets=batch.offsets)  # type: ignore[call-arg]  # models take offsets
+    roots = {}
+    for path, layer in watched.items():
+        if layer.count:
+            C = layer.gram / layer.count
+            xp, m = get_xp(C), len(C)
+            one = xp.eye(m)
+            ridge = _RIDGE * float((C * one).sum()) / m or 1.0
+            roots[path] = xp.linalg.cholesky(C + ridge * one).T * math.sqrt(m)  # factorize divides by the number of rows, here m
+    return roots
+
+
+def embeddings_changed(base: Layer, changes: dict[str, float]) -> list[str]:
+    """The tables of embeddings that differ: they are not in what `extract` makes."""
+    tables = [f"{path}.weight" for path, layer in base.modules() if isinstance(layer, Embedding)]
+    return [path for path in tables if changes[path]]

@@ -1,0 +1,97 @@
+"""`minilora extract` and `minilora compare`: a fine-tuned model as a LoRA of its base, and how far two models are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minilora.adapters.extraction import embeddings_changed, extract, input_roots, largest_changes
+from minilora.formats.adapter import save_adapter
+from minilora.formats.atomic import read_json
+from minilora.formats.checkpoint import load_model
+from minilora.formats.run import base_of, labels_of, open_model, tokenizer_of
+from minilora.models.generate import context_length
+from minilora.training.tasks import held_out_task, measure
+
+
+def extract_run(
+    tuned: str,
+    out: str | Path,
+    base: str | None = None,
+    r: int = 8,
+    energy: float | None = None,
+    data: str | None = None,
+    task_name: str | None = None,
+    window: int = 256,
+    whole: bool = True,
+    threads: int = 1,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Write the adapter that brings `base` nearest to `tuned` to a new folder `out`; see adapters/extraction.py.
+
+    tuned  what `open_model` takes: a run of full fine-tuning, a model, or an adapter, which gets another rank. base: by default what the
+           run or adapter names. data: held-out data; each layer is then whitened with its inputs, and all three models are measured.
+    Raises ValueError when the base is not known or the models do not fit, FileExistsError when `out` is in use.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is in use; name another folder with --out, or remove it first.")
+    base = base or _base_named_by(tuned)
+    target = open_model(tuned, "numpy")
+    origin = load_model(base, "numpy", labels=getattr(target.config, "num_labels", None))
+    task = roots = None
+    if data is not None:
+        labels = labels_of(tuned)
+        window = min(window, context_length(target))
+        task = held_out_task(data, task_name or ("classify" if labels else "lm"), tokenizer_of(tuned), window, labels)
+        roots = input_roots(target, task.held_out)
+    adapted, layers = extract(origin, target, r, energy, roots, whole)
+    adapted.lora_config.base_model_name_or_path = base
+    size = save_adapter(adapted, out)
+
+    changes = largest_changes(origin, target)
+    left_out = {path: changes[path] for path in embeddings_changed(origin, changes)}
+    kept = [layer.energy for layer in layers]
+    ranks = sorted({layer.rank for layer in layers})
+    told = {
+        "folder": str(out),
+        "base": base,
+        "layers": [asdict(layer) for layer in layers],
+        "saved_bytes": size,
+        "largest_change": max(layer.largest_change for layer in layers),
+        "largest_error": max(layer.largest_error for layer in layers),
+        "left_out": left_out,
+    }
+    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    say(f"extracted a LoRA of rank {span} on {len(layers)} layers, {size / 1e3:,.0f} kB, into {out}")
+    say(f"energy    {min(kept):.1%} to {max(kept):.1%} of each layer's change{' as its inputs see it' if roots else ''}")
+    say(f"largest   change of a weight {told['largest_change']:.3g}; the adapter misses it by up to {told['largest_error']:.3g}")
+    for path, change in left_out.items():
+        say(f"left out  {path}, an embedding, which has changed by up to {change:.3g}")
+    if task is not None:
+        told["held_out"] = {name: measure(m, task, threads) for name, m in (("base", origin), ("tuned", target), ("extracted", adapted))}
+        figures = ", ".join(f"{name} {value[task.headline]:.4f}" for name, value in told["held_out"].items())  # type: ignore[attr-defined]
+        say(f"held out  {task.headline.replace('_', ' ')}: {figures}")
+    return told
+
+
+def compare(first: str, second: str) -> dict[str, float]:
+    """{parameter: the largest change of an element} between two models, adapters counted in. Raises ValueError when they do not fit."""
+    b = open_model(second, "numpy")
+    base, adapter = base_of(first)
+    a = open_model(first, "numpy") if adapter else load_model(base, "numpy", labels=getattr(b.config, "num_labels", None))
+    return largest_changes(a, b)
+
+
+def _base_named_by(tuned: str) -> str:
+    """The base model of a run of full fine-tuning, or of an adapter."""
+    folder = Path(tuned)
+    base, adapter = base_of(tuned)
+    if adapter is not None:
+        return base
+    for place in (folder, folder.parent):
+        if (place / "run.json").is_file():
+            return str(read_json(place / "run.json")["configuration"]["model"])
+    raise ValueError(f"{tuned} does not say which model it was tuned from; name that with --base.")

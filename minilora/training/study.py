@@ -1,0 +1,187 @@
+"""A study: several ways to fine-tune, each with several seeds, on the same data; mean, standard deviation, worst and failed runs.
+
+A row of the table is a name and what it changes of a common recipe, {"longer": {"steps": None, "epochs": 30}}. The seed draws the head
+of a classifier, the adapters, the batches and the dropout masks; which examples there are to learn and to measure does not change.
+The model is read once: each run has a replica of it, which shares the weights that it does not train.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from minilora.backend import choose_backend
+from minilora.training.few_sample import draw
+from minilora.training.finetune import open_recipe, prefix_for, prepare
+from minilora.training.loop import Diverged, train
+from minilora.training.plot import have_matplotlib, plot_study
+from minilora.training.prefix import PrefixCache
+from minilora.training.recipe import METHODS, Recipe
+from minilora.training.schedules import schedule
+from minilora.training.study_folder import StudyFolder
+from minilora.training.tasks import Task, measure
+
+Rows = dict[str, dict[str, Any]]
+
+_LONGER = {"steps": None, "epochs": 30}
+ROWS: Rows = {
+    **{method: {"method": method} for method in METHODS},
+    "standard": {"method": "full"},
+    "re-init": {"method": "full", "reinit": 1},
+    "longer": {"method": "full", **_LONGER},
+    "both": {"method": "full", "reinit": 1, **_LONGER},
+    "uncorrected": {"method": "full", "bias_correction": False},
+    "pulled": {"method": "full", "pull": 1.0},
+}
+GRIDS = {"methods": METHODS, "few-sample": ("standard", "re-init", "longer", "both", "uncorrected")}
+
+# What a row may not change: with other data, or another measure of it, there is nothing to compare.
+_SHARED = "model data task window batch_size tokens_per_batch mask_prompt train_size eval_size eval_bytes quantize seed backend".split()
+
+
+@dataclass
+class Summary:
+    """One row of the table. Figures are of the task's headline, over the runs that did not diverge; nan where there is none."""
+
+    row: str
+    runs: int
+    mean: float
+    std: float
+    worst: float
+    best: float
+    failed: int
+    trained: int
+    steps: int
+    seconds: float
+
+
+def rows_named(names: Sequence[str]) -> Rows:
+    """The rows that names of grids ("methods", "few-sample") and of single rows mean. Raises ValueError for an unknown one."""
+    for name in names:
+        if name not in GRIDS and name not in ROWS:
+            raise ValueError(f"there is no row {name!r}; choose from {', '.join((*GRIDS, *ROWS))}.")
+    return {row: ROWS[row] for name in names for row in GRIDS.get(name, (name,))}
+
+
+def quick(recipe: Recipe) -> Recipe:
+    """The recipe in small: a few minutes for the whole table on two cores, enough to see that all is in place."""
+    records = {"train_size": min(recipe.train_size or 64, 64), "eval_size": min(recipe.eval_size or 200, 200)}
+    text = {"steps": min(recipe.steps or 20, 20), "eval_bytes": 8192}
+    return replace(recipe, **(records if recipe.task == "classify" else text), window=min(recipe.window, 64))  # type: ignore[arg-type]
+
+
+def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Callable[[str], None] = print) -> list[Summary]:
+    """Run what is not done yet of len(rows) x seeds runs, and leave table.txt and study.png in the folder. Returns the table.
+
+    A run has failed when it diverged, or when it is no better than the most frequent class or, for text, than the model it began with.
+    An interrupted study goes on where it was when it is started again with the same recipe and folder; rows and seeds may be added.
+    Raises ValueError for a row that asks for other data, or a folder that holds another study or a damaged record.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}.")
+    for name, change in rows.items():
+        if shared := sorted(change.keys() & set(_SHARED)):
+            raise ValueError(f"row {name!r} changes {shared[0]}, which all rows of a study share; make it a study of its own.")
+    recipe.backend = choose_backend(recipe.backend)
+    recipes = {name: replace(recipe, **change) for name, change in rows.items()}
+    store = StudyFolder(folder, recipe, rows)
+    done = {(record["row"], record["seed"]) for record in store.records}
+    todo = [(name, seed) for seed in range(seeds) for name in rows if (name, seed) not in done]
+
+    model, _, task = open_recipe(recipe)
+    say(f"data      {task.what}")
+    say(f"study     {len(rows)} rows x {seeds} seeds in {store.path}" + (f"; {len(done)} runs were there already" if done else ""))
+    for each in recipes.values():
+        each.settle(task.per_epoch)
+    floor = _floor(model, task, recipe.threads) if todo else 0.0
+    prefixes = {name: prefix_for(task, each) for name, each in recipes.items()}  # the seeds of a row have the same frozen blocks
+    try:
+        with tqdm(total=sum(recipes[name].steps or 0 for name, _ in todo), unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
+            for name, seed in todo:
+                bar.set_description(f"{name}, seed {seed}")
+                store.add({"row": name, "seed": seed, **_run(model, task, replace(recipes[name], seed=seed), floor, bar, prefixes[name])})
+    except KeyboardInterrupt:
+        say(f"stopped; {len(store.records)} runs are in {store.path}, and the same command goes on from there.")
+        raise
+    records = [record for record in store.records if record["row"] in rows and record["seed"] < seeds]
+    table = [summarise(name, [r for r in records if r["row"] == name], task.headline) for name in rows]
+    text = format_table(table, task.headline)
+    say(text)
+    store.write_table(text)
+    if have_matplotlib():
+        plot_study(store.picture, table, records, task.headline.replace("_", " "), floor or None)
+    else:
+        say("no picture: matplotlib is not installed (pip install 'minilora[plot]')")
+    return table
+
+
+def _run(model: Any, task: Task, recipe: Recipe, floor: float, bar: tqdm, prefix: PrefixCache | None) -> dict[str, Any]:
+    """Train and measure once. The model itself is left as it is."""
+    twin = model.replica()
+    if task.labels is not None:
+        draw(twin.classifier, np.random.default_rng((recipe.seed, 1)))
+    optimizer, batches = prepare(twin, recipe, task), task.batches(recipe.seed)
+    assert recipe.steps is not None  # settled
+    rate = schedule(recipe.schedule, recipe.steps, int(recipe.warmup or 0))
+    told: dict[str, Any] = {"trained": int(optimizer.flat.data.size), "steps": recipe.steps, "failed": True, "value": None}
+    options: dict[str, Any] = {"clip": recipe.clip, "accumulate": recipe.accumulate, "threads": recipe.threads, "seed": recipe.seed}
+    options["prefix"] = prefix
+    left, seconds = recipe.steps, 0.0
+    try:
+        for step in train(twin, optimizer, batches, recipe.steps, rate, **options):
+            seconds += step.seconds
+            bar.update()
+            left -= 1
+    except Diverged as error:
+        bar.update(left)
+        return {**told, "seconds": seconds, "why": str(error)}
+    measured = measure(twin, task, recipe.threads)
+    value = measured[task.headline]
+    better = value > floor if task.headline == "accuracy" else value < floor
+    return {**told, "failed": not better, "value": value, "seconds": seconds, "measured": measured}
+
+
+def _floor(model: Any, task: Task, threads: int) -> float:
+    """What a run has to beat: the share of the most frequent class, or the loss of the model as it is."""
+    if task.labels is None:
+        return measure(model, task, threads)[task.headline]
+    labels = np.concatenate([batch.labels for batch in task.held_out])
+    return float(np.bincount(labels).max() / len(labels))
+
+
+def summarise(row: str, records: Sequence[dict[str, Any]], headline: str) -> Summary:
+    """The figures of one row; the standard deviation is that of a sample (n - 1)."""
+    values = sorted((r["value"] for r in records if r["value"] is not None), reverse=headline != "accuracy")  # the worst first
+    return Summary(
+        row,
+        runs=len(records),
+        mean=statistics.fmean(values) if values else float("nan"),
+        std=statistics.stdev(values) if len(values) > 1 else float("nan"),
+        worst=values[0] if values else float("nan"),
+        best=values[-1] if values else float("nan"),
+        failed=sum(r["failed"] for r in records),
+        trained=records[0]["trained"],
+        steps=records[0]["steps"],
+        seconds=statistics.fmean(r["seconds"] for r in records),
+    )
+
+
+def format_table(table: Sequence[Summary], headline: str) -> str:
+    """The table as text."""
+    width = max(len(line.row) for line in table)
+    lines = [f"{headline.replace('_', ' '):<{width}}    mean    std   worst    best  failed      trained  steps  seconds"]
+    for s in table:
+        figures = f"{s.mean:7.3f} {s.std:6.3f} {s.worst:7.3f} {s.best:7.3f}"
+        lines.append(f"{s.row:<{width}} {figures} {f'{s.failed}/{s.runs}':>7} {s.trained:12,} {s.steps:6,} {s.seconds:8.1f}")
+    return "\n".join(lines)
+
+
+def as_json(table: Sequence[Summary], folder: str | Path) -> dict[str, Any]:
+    """What `minilora study --json` prints."""
+    return {"folder": str(folder), "rows": [asdict(line) for line in table]}
