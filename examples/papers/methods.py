@@ -1,0 +1,137 @@
+"""LoRA, full fine-tuning, bottleneck adapters, biases, layer norms, the head alone: accuracy over trained parameters
+(LoRA, arXiv 2106.09685, tables 2 and 16; adapters, 1902.00751, section 3 and figure 4)
+
+    python -m examples.papers.methods [--quick]         about 20 minutes
+    python -m examples.papers.methods --choose          how RATES was chosen, on texts that are used for nothing else
+
+MiniLM learns 200 film snippets (2 classes) and 200 questions (6 classes) from six passes over them, and is measured on 1,000 others;
+five seeds each. Needs two packages with the model and the texts (tests/assets.py). `minilora study --rows methods` does the same with
+a folder of your own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from examples.papers.shown import BLUE, GREEN, GREY, RED, Claim, flags, real_texts, tell
+from minilora.training.recipe import Recipe
+from minilora.training.study import Summary, study
+
+TRAIN, VALID, EPOCHS = 200, 1000, 6
+ROWS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "LoRA, r = 1": {"method": "lora", "r": 1},
+    "LoRA, r = 8": {"method": "lora", "r": 8},
+    "LoRA, r = 32": {"method": "lora", "r": 32},
+    "bottleneck / 64": {"method": "bottleneck", "reduction_factor": 64},
+    "bottleneck / 16": {"method": "bottleneck", "reduction_factor": 16},
+    "bottleneck / 4": {"method": "bottleneck", "reduction_factor": 4},
+    "biases": {"method": "bitfit"},
+    "layer norms": {"method": "layer-norm"},
+    "head alone": {"method": "head"},
+}
+GRID = {
+    "full": [5e-5, 1e-4, 2e-4, 4e-4],
+    "lora": [5e-4, 1e-3, 2e-3, 4e-3],
+    "bottleneck": [5e-4, 1e-3, 2e-3, 4e-3],
+    "bitfit": [1e-3, 2e-3, 4e-3, 8e-3],
+    "layer-norm": [1e-3, 2e-3, 4e-3, 8e-3],
+    "head": [2e-3, 8e-3, 3e-2, 1e-1],
+}
+RATES: dict[str, dict[str, float]] = {
+    "films": {"full": 1e-4, "lora": 1e-3, "bottleneck": 1e-3, "bitfit": 4e-3, "layer-norm": 4e-3, "head": 8e-3},
+    "questions": {"full": 1e-4, "lora": 1e-3, "bottleneck": 1e-3, "bitfit": 4e-3, "layer-norm": 4e-3, "head": 8e-3},
+}
+
+
+def run(data: Path, rows: dict[str, dict[str, Any]], seeds: int, folder: Path, epochs: float = EPOCHS) -> list[Summary]:
+    from tests import assets
+
+    recipe = Recipe(model=str(assets.minilm()), data=str(data), task="classify", epochs=epochs, window=128, backend="numpy")
+    return study(recipe, rows, seeds, folder)
+
+
+def choose(folder: Path, seeds: int = 2) -> None:
+    """Print the best rate of each method, on texts for choosing."""
+    for name in RATES:
+        data = real_texts(name, folder / "data", TRAIN, 500, choose=True)
+        rows = {f"{method} {lr:g}": {"method": method, "lr": lr} for method, rates in GRID.items() for lr in rates}
+        table = {line.row: line.mean for line in run(data, rows, seeds, folder / name)}
+        best = {method: max(rates, key=lambda lr: table[f"{method} {lr:g}"]) for method, rates in GRID.items()}
+        print(f'    "{name}": {best},')
+
+
+def main() -> None:
+    args = flags(__doc__, choose={"action": "store_true", "help": "try GRID, and report nothing"})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if args.choose:
+            return choose(folder)
+        tables = {}
+        for name, rates in RATES.items():
+            train, valid, seeds, epochs = (32, 64, 2, 1) if args.quick else (TRAIN, VALID, 5, EPOCHS)
+            data = real_texts(name, folder / "data", train, valid)
+            rows = {row: {**fields, "lr": rates[fields["method"]]} for row, fields in ROWS.items()}
+            tables[name] = {line.row: line for line in run(data, rows, seeds, folder / name, epochs)}
+
+    def both(*rows: str) -> str:
+        told = (" against ".join(f"{t[row].mean:.3f} ± {t[row].std:.3f}" for row in rows) for t in tables.values())
+        return "; ".join(f"{name} {line}" for name, line in zip(tables, told, strict=True))
+
+    def apart(row: str, other: str) -> list[float]:
+        return [t[row].mean - t[other].mean for t in tables.values()]
+
+    any_table = tables["films"]
+    share = any_table["bottleneck / 16"].trained / any_table["full"].trained
+    claims = [
+        Claim(
+            "LoRA is on par with full fine-tuning (LoRA, table 2)",
+            "GLUE 87.2 against 86.4, 0.3 M of 125 M trained",
+            both("LoRA, r = 8", "full"),
+            min(apart("LoRA, r = 8", "full")) > -0.01,
+        ),
+        Claim(
+            "with few labels LoRA is better than full fine-tuning (LoRA, table 16: MNLI with 100 labels)",
+            "63.8 against 60.2",
+            both("LoRA, r = 8", "full"),
+            min(apart("LoRA, r = 8", "full")) > 0,
+        ),
+        Claim(
+            "bottleneck adapters are within 0.4 points of full fine-tuning with 3.6 % of its parameters (adapters, table 1)",
+            "GLUE 80.0 against 80.4",
+            f"{both('bottleneck / 16', 'full')}; {share:.1%} trained",
+            min(apart("bottleneck / 16", "full")) > -0.004,
+        ),
+        Claim(
+            "layer norms alone lose 3 to 4 points (adapters, figure 4)",
+            "3 to 4 points",
+            both("layer norms", "full"),
+            max(apart("layer norms", "full")) < -0.02,
+        ),
+        Claim(
+            "biases alone come close to full fine-tuning with little data (BitFit, arXiv 2106.10199)",
+            "on par up to about 1 point",
+            both("biases", "full"),
+            min(apart("biases", "full")) > -0.01,
+        ),
+    ]
+
+    def draw(figure: Any) -> None:
+        colours = {"full": RED, "LoRA": BLUE, "bottleneck": GREEN}
+        for axes, (name, table) in zip(figure.subplots(1, 2), tables.items(), strict=True):
+            for row, line in table.items():
+                colour = next((c for start, c in colours.items() if row.startswith(start)), GREY)
+                axes.errorbar(line.trained, line.mean, line.std, fmt="o", color=colour, capsize=3)
+                axes.annotate(row, (line.trained, line.mean), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            axes.set(
+                xscale="log", xlabel="trained parameters", ylabel="held-out accuracy", title=f"{TRAIN} {name}, mean and s.d. of the seeds"
+            )
+            axes.margins(x=0.15)
+
+    tell("methods", args.out, claims, {n: {r: vars(line) for r, line in t.items()} for n, t in tables.items()}, draw, (12, 4.8))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What the scripts of this folder share: flags, runs of the bundled model, real texts with a class, the table of claimed and seen."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.training.finetune import finetune
+from minilora.training.recipe import Recipe
+
+RESULTS = Path(__file__).parent / "results"
+BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+
+
+@dataclass
+class Claim:
+    """A line of the table: what is claimed and where, the figure there, the figure here, and whether it was seen here as well."""
+
+    says: str
+    claimed: str
+    seen: str
+    holds: bool
+
+
+def flags(doc: str, **own: dict[str, Any]) -> argparse.Namespace:
+    """--quick, --out, and what a script adds of its own."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="in small: to see that it runs, not for its figures")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the picture and the figures")
+    for name, keywords in own.items():
+        parser.add_argument(f"--{name}", **keywords)
+    return parser.parse_args()
+
+
+@contextmanager
+def adapted(**fields: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(run folder, results) of the main job: the bundled model learns Python source, or what `fields` of the recipe say."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        recipe = Recipe(sample_bytes=0, backend="numpy", **fields)
+        yield run, finetune(recipe, run, say=lambda line: None)
+
+
+def bits_after(**fields: Any) -> float:
+    """Held-out bits per byte after such a run."""
+    with adapted(**fields) as (_, results):
+        return float(results["after"]["bits_per_byte"])
+
+
+def write_texts(folder: Path, train: Sequence[tuple[str, Any]], valid: Sequence[tuple[str, Any]]) -> Path:
+    """Texts with a class as a folder that `minilora` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", train), ("valid", valid)):
+        lines = (json.dumps({"text": text, "label": str(label)}) + "\n" for text, label in part)
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def real_texts(name: str, folder: Path, train: int, valid: int, choose: bool = False) -> Path:
+    """ "films" (2 classes) or "questions" (6) in such a folder. Settings are chosen (`choose`) on texts that are used for nothing else."""
+    from tests import assets
+
+    texts: list[tuple[str, Any]] = assets.movie_snippets() if name == "films" else list(assets.questions())
+    order = np.random.default_rng(0).permutation(len(texts))
+    half = len(texts) // 2
+    order = order[:half] if choose else order[half:]
+    some = [texts[i] for i in order[: train + valid]]
+    return write_texts(folder / name, some[:train], some[train:])
+
+
+def tell(
+    name: str, out: Path, claims: Sequence[Claim], figures: dict[str, Any], draw: Callable[[Any], None], size: tuple[float, float]
+) -> None:
+    """Print the table, keep it with the figures in NAME.json, and draw NAME.png."""
+    print("\n| claim | claimed | seen | holds here |\n|---|---|---|---|")
+    for claim in claims:
+        print(f"| {claim.says} | {claim.claimed} | {claim.seen} | {'yes' if claim.holds else '**no**'} |")
+    out.mkdir(parents=True, exist_ok=True)
+    told = {"claims": [asdict(claim) for claim in claims], "figures": figures}
+    (out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no picture without matplotlib: pip install 'minilora[plot]'")
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out / f"{name}.png", dpi=100)
+    print(f"\nwritten to {out / name}.json and .png")
