@@ -15,6 +15,7 @@ import pytest
 import standin
 
 from minilora.backend import import_cupy, to_backend
+from minilora.kernels import cuda
 
 CHOICES = {"numpy": ["numpy"], "standin": ["standin"], "cupy": ["cupy"], "both": ["numpy", "standin"]}
 
@@ -24,7 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("backend") == "cupy":
+    if config.getoption("backend") != "cupy":
+        cuda.ENABLED = cuda.ENABLED and standin.cuda.COMPILER is not None
+    else:
         try:
             import_cupy()
         except (ImportError, RuntimeError) as error:
@@ -34,7 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     chosen = config.getoption("backend")
     if chosen != "cupy":
-        return "backends: " + ", ".join({"numpy": f"numpy {np.__version__}", "standin": "stand-in for cupy"}[b] for b in CHOICES[chosen])
+        sources = "CUDA sources run through g++" if cuda.ENABLED else "CUDA sources not run: there is no g++, or MINILORA_KERNELS=plain"
+        names = {"numpy": f"numpy {np.__version__}", "standin": f"stand-in for cupy ({sources})"}
+        return "backends: " + ", ".join(names[b] for b in CHOICES[chosen])
     cupy = import_cupy()
     version = cupy.cuda.runtime.driverGetVersion()
     device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()

@@ -115,7 +115,7 @@ def test_the_bundled_model_loses_little():
     from minilora.formats.tokenizer import ByteTokenizer
     from minilora.training.tasks import measure, text_task
 
-    task = text_task(None, ByteTokenizer(), 256, 8, 32, 0)
+    task = text_task(None, ByteTokenizer(), 256, 8, 32)
     plain, quantized = (measure(ml.load_model("pydoc", "numpy", quantize=how), task)["bits_per_byte"] for how in ("", "nf4"))
     assert abs(quantized - plain) < 0.03
 

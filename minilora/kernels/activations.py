@@ -12,6 +12,7 @@ import numpy as np
 
 from minilora import functional as F
 from minilora.backend import Array, get_xp
+from minilora.kernels import cuda
 from minilora.kernels.blocks import blocks, scratch
 
 _C = math.sqrt(2 / math.pi)
@@ -31,6 +32,8 @@ _P = (  # erf(x / sqrt 2) = tanh(x P(x^2)) to 1.3e-7 for |x| <= 5.6; tests/golde
 
 def gelu(x: Array, keep: bool = True) -> tuple[Array, Array | None]:
     """y = x Phi(x), and Phi(x) + x phi(x) if `keep`. In float64, where the polynomial is not good enough, the plain pair."""
+    if cuda.usable(x):
+        return _on_device("gelu", x, keep)
     if get_xp(x) is not np or x.dtype == np.float64:
         return F.gelu(x), x
     return _with_slope(_gelu, x, keep)
@@ -38,27 +41,41 @@ def gelu(x: Array, keep: bool = True) -> tuple[Array, Array | None]:
 
 def gelu_backward(dy: Array, saved: Array) -> Array:
     """dx = dy * slope, or the pair's where that ran."""
+    if cuda.usable(dy):
+        return dy * saved
     return F.gelu_backward(dy, saved) if get_xp(dy) is not np or dy.dtype == np.float64 else dy * saved
 
 
 def gelu_tanh(x: Array, keep: bool = True) -> tuple[Array, Array | None]:
     """y = x (1 + tanh z) / 2, and its slope if `keep`."""
+    if cuda.usable(x):
+        return _on_device("gelu_tanh", x, keep)
     return _with_slope(_gelu_tanh, x, keep) if get_xp(x) is np else (F.gelu_tanh(x), x)
 
 
 def gelu_tanh_backward(dy: Array, saved: Array) -> Array:
     """dx = dy * slope."""
-    return dy * saved if get_xp(dy) is np else F.gelu_tanh_backward(dy, saved)
+    return dy * saved if get_xp(dy) is np or cuda.usable(dy) else F.gelu_tanh_backward(dy, saved)
 
 
 def silu(x: Array, keep: bool = True) -> tuple[Array, Array | None]:
     """y = x sigmoid(x), and its slope if `keep`."""
+    if cuda.usable(x):
+        return _on_device("silu", x, keep)
     return _with_slope(silu_block, x, keep) if get_xp(x) is np else (F.silu(x), x)
 
 
 def silu_backward(dy: Array, saved: Array) -> Array:
     """dx = dy * slope."""
-    return dy * saved if get_xp(dy) is np else F.silu_backward(dy, saved)
+    return dy * saved if get_xp(dy) is np or cuda.usable(dy) else F.silu_backward(dy, saved)
+
+
+def _on_device(name: str, x: Array, keep: bool) -> tuple[Array, Array | None]:
+    xp = get_xp(x)
+    x = xp.ascontiguousarray(x)
+    y, slope = xp.empty_like(x), xp.empty_like(x) if keep else None
+    cuda.elementwise("activations", name, x.size, x, y, cuda.NULL if slope is None else slope)
+    return y, slope
 
 
 # -- one block each: x -> y, and the slope if there is a place for it; a and t are scratch -----------------------------------

@@ -16,26 +16,35 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minilora import functional as F
 from minilora.backend import Array, get_xp
+from minilora.kernels import cuda
 
 _QUERIES = 128  # in a block, at most
 _SCORES = 2**21  # in a block, or a group: at most about so many
+_ON_DEVICE = 8, 2**6  # there both are larger by these: what counts is how few launches there are
 _KEPT = 128
 
 
-class Group(NamedTuple):
-    """n sequences of up to s keys and t queries each."""
+class Places(NamedTuple):
+    """Which rows of an array (T, heads d) a group takes: (n, t) of them, sequence by sequence."""
 
-    keys: slice | np.ndarray  # their rows, or (n, s) of them, filled up with the first
-    queries: slice | np.ndarray  # (n, t) likewise
-    key_there: np.ndarray | None  # (n, s) False where filled up; None: nowhere
-    query_there: np.ndarray | None
-    limit: np.ndarray  # (n, t): a query sees the keys 0 to limit
+    rows: Any  # a slice, where they follow each other without a gap; else (n, t), filled up with the first
+    own: Any  # where among the n t those are that are not filled up, in order; None: everywhere
+    there: Any  # (n, t, 1) 1 or 0: the same as a factor; None: 1 everywhere
+
+
+class Group(NamedTuple):
+    """n sequences of up to s keys and t queries each. A query sees the keys 0 to limit (n, t), on the host and where the arrays are."""
+
+    keys: Places
+    queries: Places
+    limit: np.ndarray
+    seen: Any
 
 
 def attention(
@@ -50,23 +59,24 @@ def attention(
     rows: np.ndarray | None = None,
 ) -> tuple[Array, list]:
     """As functional.attention. Saved: for each group and block of queries E and 1 / sum, or None where they are computed again."""
-    if get_xp(q, k, v) is not np:
+    xp = get_xp(q, k, v)
+    if xp is not np and not cuda.usable(q, k, v):
         return F.attention(q, k, v, n_head, offsets, causal, keep, n_kv_head, rows)
     G = n_kv_head or n_head
     F.check_attention(q, k, v, n_head, G, offsets, rows)
-    o, saved = np.empty(q.shape, q.dtype), []
-    for group in _groups(offsets, k.shape[0], rows, causal, n_head):
+    o, saved = xp.empty(q.shape, dtype=q.dtype), []
+    for group in _groups(offsets, k.shape[0], rows, causal, n_head, xp):
         sizes = len(group.limit), G, k.shape[1] // G
         Q, K, V = _take(q, group.queries, *sizes), _take(k, group.keys, *sizes), _take(v, group.keys, *sizes)
-        O = _take(o, group.queries, *sizes)
+        O = _room(o, group.queries, *sizes)
         parts = []
-        for at, e in _blocks(group, n_head):
-            E, inverse = _weights(_scaled(Q[..., at, :]), K, group.limit[:, at], e)
+        for at, e in _blocks(group, n_head, xp):
+            E, inverse = _weights(_scaled(Q[..., at, :]), K, group, at, e)
             part = E @ V[:, :, 0, :e]
             part *= inverse
             O[..., at, :] = part.reshape(O[..., at, :].shape)
             parts.append((E, inverse) if keep and K.shape[3] <= _KEPT else None)
-        _put(O, o, group.queries, group.query_there)
+        _put(O, o, group.queries)
         if keep:
             saved.append((causal, parts))
     return o, saved
@@ -85,36 +95,35 @@ def attention_backward(
     rows: np.ndarray | None = None,
 ) -> tuple[Array, Array, Array]:
     """As functional.attention_backward."""
-    if get_xp(do, q) is not np:
+    xp = get_xp(do, q)
+    if xp is not np and not cuda.usable(do, q, k, v):
         return F.attention_backward(do, q, k, v, saved, n_head, offsets, n_kv_head, need, rows)
     G = n_kv_head or n_head
-    unread = np.empty if rows is None else np.zeros  # a sequence without a query gets no gradient
-    dq = np.empty(q.shape, q.dtype) if "dq" in need else None
-    dk, dv = (unread(k.shape, k.dtype) if name in need else None for name in ("dk", "dv"))
-    groups = _groups(offsets, k.shape[0], rows, saved[0][0], n_head) if saved else []
+    unread = xp.empty if rows is None else xp.zeros  # a sequence without a query gets no gradient
+    dq = xp.empty(q.shape, dtype=q.dtype) if "dq" in need else None
+    dk, dv = (unread(k.shape, dtype=k.dtype) if name in need else None for name in ("dk", "dv"))
+    groups = _groups(offsets, k.shape[0], rows, saved[0][0], n_head, xp) if saved else []
     for group, (_, parts) in zip(groups, saved, strict=True):
         sizes = len(group.limit), G, k.shape[1] // G
         Q, K, V = _take(q, group.queries, *sizes), _take(k, group.keys, *sizes), _take(v, group.keys, *sizes)
         dO = _take(do, group.queries, *sizes)
-        if group.query_there is not None:
-            dO = dO * group.query_there[:, None, None, :, None]  # what filled up has no gradient
-        dQ = None if dq is None else _take(dq, group.queries, *sizes)
-        dK, dV = (None if x is None else _take(x, group.keys, *sizes) for x in (dk, dv))
+        if group.queries.there is not None:
+            dO = dO * group.queries.there[:, None, None]  # what filled up has no gradient
+        dQ = None if dq is None else _room(dq, group.queries, *sizes)
+        dK, dV = (None if x is None else _room(x, group.keys, *sizes) for x in (dk, dv))
         for part in (dK, dV):
             if part is not None:
                 part[...] = 0
-        for (at, e), kept in zip(_blocks(group, n_head), parts, strict=True):
+        for (at, e), kept in zip(_blocks(group, n_head, xp), parts, strict=True):
             Q_at = _scaled(Q[..., at, :])
-            E, inverse = kept or _weights(Q_at, K, group.limit[:, at], e)
+            E, inverse = kept or _weights(Q_at, K, group, at, e)
             dO_at = dO[..., at, :].reshape(Q_at.shape) * inverse
             if dV is not None:
                 dV[:, :, 0, :e] += E.swapaxes(2, 3) @ dO_at  #            O = E @ V / sum
             if dQ is None and dK is None:
                 continue
             dS = dO_at @ V[:, :, 0, :e].swapaxes(2, 3)
-            D = np.einsum("ngts,ngts->ngt", dS, E)[..., None]
-            dS -= D * inverse
-            dS *= E  #                                                    E = exp(S - max)
+            _through_softmax(dS, E, inverse)  #                           E = exp(S - max)
             if dK is not None:
                 dK[:, :, 0, :e] += dS.swapaxes(2, 3) @ Q_at  #            S = Q_at @ K^T
             if dQ is not None:
@@ -122,18 +131,24 @@ def attention_backward(
                 part *= _scale(Q)
                 dQ[..., at, :] = part.reshape(dQ[..., at, :].shape)
         if dQ is not None:
-            _put(dQ, dq, group.queries, group.query_there)
+            _put(dQ, dq, group.queries)
         if dK is not None:
-            _put(dK, dk, group.keys, group.key_there)
+            _put(dK, dk, group.keys)
         if dV is not None:
-            _put(dV, dv, group.keys, group.key_there)
+            _put(dV, dv, group.keys)
     return dq, dk, dv
 
 
-def _weights(Q: np.ndarray, K: np.ndarray, limit: np.ndarray, e: int) -> tuple[np.ndarray, np.ndarray]:
+def _weights(Q: Array, K: Array, group: Group, at: slice, e: int) -> tuple[Array, Array]:
     """E = exp(S - max) (n, G, H / G t, e) and 1 / sum (..., 1), S = Q K^T where a query may look; Q is scaled."""
-    n, t = limit.shape
     S = Q @ K[:, :, 0, :e].swapaxes(2, 3)
+    xp, limit, (n, G, rows, _) = get_xp(S), group.limit[:, at], S.shape
+    t = limit.shape[1]
+    if xp is not np:
+        inverse = xp.empty((n, G, rows, 1), dtype=S.dtype)
+        seen = xp.ascontiguousarray(group.seen[:, at])
+        cuda.rowwise("softmax", "masked_exp", n * G * rows, e, S, seen, np.int32(G * rows), np.int32(t), np.int32(e), inverse)
+        return S, inverse
     first = int(limit.min()) + 1  # keys before this one are seen by every query
     if first < e:
         hidden = np.where(np.arange(first, e) > limit[:, :, None], -math.inf, 0).astype(S.dtype)
@@ -143,25 +158,40 @@ def _weights(Q: np.ndarray, K: np.ndarray, limit: np.ndarray, e: int) -> tuple[n
     return E, 1 / (E @ np.ones((e, 1), E.dtype))
 
 
-def _blocks(group: Group, n_head: int) -> Iterator[tuple[slice, int]]:
+def _through_softmax(dS: Array, E: Array, inverse: Array) -> None:
+    """dS = E (dS - D'), D' = (row sum of E * dS) / sum, in place."""
+    if get_xp(dS) is not np:
+        cuda.rowwise("softmax", "softmax_backward", dS.size // dS.shape[-1], dS.shape[-1], dS, E, inverse, np.int32(dS.shape[-1]))
+        return
+    dS -= np.einsum("ngts,ngts->ngt", dS, E)[..., None] * inverse
+    dS *= E
+
+
+def _blocks(group: Group, n_head: int, xp: Any) -> Iterator[tuple[slice, int]]:
     """(queries, number of keys that at least one of them sees) of each block."""
     n, t = group.limit.shape
-    step = max(16, min(_QUERIES, _SCORES // (n * n_head * (int(group.limit.max()) + 1))))
+    queries, scores = _sizes(xp)
+    step = max(16, min(queries, scores // (n * n_head * (int(group.limit.max()) + 1))))
     for a in range(0, t, step):
         at = slice(a, min(a + step, t))
         yield at, int(group.limit[:, at].max()) + 1
 
 
+def _sizes(xp: Any) -> tuple[int, int]:
+    """(queries in a block, scores in a block or a group), at most."""
+    return (_QUERIES, _SCORES) if xp is np else (_QUERIES * _ON_DEVICE[0], _SCORES * _ON_DEVICE[1])
+
+
 # -- groups ------------------------------------------------------------------------------------------------------------------
 
 
-def _groups(offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | None, causal: bool, n_head: int) -> list[Group]:
+def _groups(offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | None, causal: bool, n_head: int, xp: Any) -> list[Group]:
     bounds = np.array([0, tokens] if offsets is None else offsets, dtype=np.int64)
-    return _grouped(bounds.tobytes(), None if rows is None else np.asarray(rows, dtype=np.int64).tobytes(), causal, n_head)
+    return _grouped(bounds.tobytes(), None if rows is None else np.asarray(rows, dtype=np.int64).tobytes(), causal, n_head, xp)
 
 
 @lru_cache(maxsize=16)  # every layer of a step asks for the same
-def _grouped(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, n_head: int) -> list[Group]:
+def _grouped(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, n_head: int, xp: Any) -> list[Group]:
     """The groups, from the longest sequences to the shortest."""
     bounds = np.frombuffer(bounds_bytes, dtype=np.int64)
     rows = np.arange(bounds[-1]) if rows_bytes is None else np.frombuffer(rows_bytes, dtype=np.int64)
@@ -169,57 +199,68 @@ def _grouped(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, n_head
     lengths, asked = np.diff(bounds), np.diff(cuts)
     order = [int(i) for i in np.argsort(-lengths, kind="stable") if asked[i]]
     groups: list[Group] = []
+    queries_most, scores_most = _sizes(xp)
     while order:
         s = int(lengths[order[0]])
-        most = max(1, _SCORES // (n_head * s * min(s, _QUERIES)))
+        most = max(1, scores_most // (n_head * s * min(s, queries_most)))
         members = [i for i in order[:most] if lengths[i] >= 0.8 * s or s <= 8]
         order = order[len(members) :]
-        keys, key_there = _places(bounds, members)
-        queries, query_there = _places(cuts, members)
+        queries, query_there = _rows_of(cuts, members)
         ends = (lengths[members] - 1)[:, None]
         place = rows[queries] - bounds[members][:, None]
         limit = np.minimum(place, ends) if causal else np.broadcast_to(ends, queries.shape)
-        groups.append(Group(_as_slice(keys, key_there), _as_slice(queries, query_there), key_there, query_there, limit))
+        seen = limit if xp is np else xp.asarray(limit.astype(np.int32))
+        groups.append(Group(_places(*_rows_of(bounds, members), xp), _places(queries, query_there, xp), limit, seen))
     return groups
 
 
-def _places(bounds: np.ndarray, members: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
-    """(n, longest) the rows of each member, filled up with its first, and where they are its own."""
+def _rows_of(bounds: np.ndarray, members: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
+    """(n, longest) the rows of each member, filled up with its first, and where they are its own (None: everywhere)."""
     first, count = bounds[members][:, None], np.diff(bounds)[members][:, None]
     step = np.arange(count.max())[None, :]
     there = step < count
     return first + np.where(there, step, 0), None if there.all() else there
 
 
-def _as_slice(index: np.ndarray, there: np.ndarray | None) -> slice | np.ndarray:
-    """Rows that follow each other without a gap need no copy."""
+def _places(index: np.ndarray, there: np.ndarray | None, xp: Any) -> Places:
+    """Index arrays go to where they are needed once for each batch, not in every layer."""
     flat = index.reshape(-1)
-    if there is None and (np.diff(flat) == 1).all():
-        return slice(int(flat[0]), int(flat[-1]) + 1)
-    return index
+    if there is not None:
+        return Places(*(xp.asarray(x) for x in (index, np.flatnonzero(there), there[:, :, None].astype(np.int8))))
+    if (np.diff(flat) == 1).all():
+        return Places(slice(int(flat[0]), int(flat[-1]) + 1), None, None)
+    return Places(xp.asarray(index), None, None)
 
 
-def _take(x: np.ndarray, index: slice | np.ndarray, n: int, G: int, d: int) -> np.ndarray:
-    """(n, G, heads / G, t, d) of x (T, heads d). A view where the index is a slice: what is written there is in x."""
-    return x[index].reshape(n, -1, G, x.shape[1] // (G * d), d).transpose(0, 2, 3, 1, 4)
+def _take(x: Array, places: Places, n: int, G: int, d: int) -> Array:
+    """(n, G, heads / G, t, d) of x (T, heads d). A view where the rows are a slice: what is written there is in x."""
+    return x[places.rows].reshape(n, -1, G, x.shape[1] // (G * d), d).transpose(0, 2, 3, 1, 4)
 
 
-def _put(part: Array, x: Array, index: slice | np.ndarray, there: np.ndarray | None) -> None:
-    """The reverse of `_take`: x[index] = part, without what was filled up."""
-    if isinstance(index, slice):
+def _room(x: Array, places: Places, n: int, G: int, d: int) -> Array:
+    """As `_take`, to be written to and `_put`: what is in x does not matter."""
+    if isinstance(places.rows, slice):
+        return _take(x, places, n, G, d)
+    return get_xp(x).empty((n, G, x.shape[1] // (G * d), places.rows.shape[1], d), dtype=x.dtype)
+
+
+def _put(part: Array, x: Array, places: Places) -> None:
+    """The reverse of `_take`: x[rows] = part, without what was filled up."""
+    if isinstance(places.rows, slice):
         return
-    rows = part.transpose(0, 3, 1, 2, 4).reshape(*index.shape, -1)
-    if there is None:
+    rows = part.transpose(0, 3, 1, 2, 4).reshape(places.rows.size, -1)
+    index = places.rows.reshape(-1)
+    if places.own is None:
         x[index] = rows
     else:
-        x[index[there]] = rows[there]
+        x[index[places.own]] = rows[places.own]
 
 
-def _scale(Q: np.ndarray) -> float:
+def _scale(Q: Array) -> float:
     return 1 / math.sqrt(Q.shape[-1])
 
 
-def _scaled(Q: np.ndarray) -> np.ndarray:
+def _scaled(Q: Array) -> Array:
     """Q / sqrt d, (n, G, H / G t, d): the heads of a group of heads below each other."""
     n, G, _, _, d = Q.shape
     return (Q * _scale(Q)).reshape(n, G, -1, d)

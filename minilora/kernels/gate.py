@@ -6,13 +6,20 @@ import numpy as np
 
 from minilora import functional as F
 from minilora.backend import Array, get_xp
+from minilora.kernels import cuda
 from minilora.kernels.activations import silu_block
 from minilora.kernels.blocks import blocks, scratch
 
 
 def swiglu(g: Array, u: Array, keep: bool = True) -> tuple[Array, tuple[Array, Array] | None]:
     """y = silu(g) * u.   Saved: silu(g), which is dy / du, and u silu'(g), which is dy / dg."""
-    if get_xp(g, u) is not np:
+    xp = get_xp(g, u)
+    if cuda.usable(g, u):
+        g, u = xp.ascontiguousarray(g), xp.ascontiguousarray(u)
+        y, *kept = (xp.empty_like(g) for _ in range(3 if keep else 1))
+        cuda.elementwise("activations", "swiglu", g.size, g, u, y, *(kept or (cuda.NULL, cuda.NULL)))
+        return y, (kept[0], kept[1]) if keep else None
+    if xp is not np:
         return F.silu(g) * u, (g, u)
     g, u = np.ascontiguousarray(g), np.ascontiguousarray(u)
     y, by_u = np.empty_like(g), np.empty_like(g)
@@ -29,7 +36,7 @@ def swiglu(g: Array, u: Array, keep: bool = True) -> tuple[Array, tuple[Array, A
 
 def swiglu_backward(dy: Array, saved: tuple[Array, Array], need: tuple[bool, bool] = (True, True)) -> tuple[Array | None, Array | None]:
     """(dg, du), each formed only if needed:  dg = dy u silu'(g),   du = dy silu(g)."""
-    if get_xp(dy) is not np:
+    if get_xp(dy) is not np and not cuda.usable(dy):
         g, u = saved
         return F.silu_backward(dy * u, g) if need[0] else None, dy * F.silu(g) if need[1] else None
     by_u, by_g = saved

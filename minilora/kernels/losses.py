@@ -7,15 +7,19 @@ from collections.abc import Collection
 import numpy as np
 
 from minilora import functional as F
-from minilora.backend import Array, get_xp
+from minilora.backend import Array, as_like, get_xp
+from minilora.kernels import cuda
 
 _LOGITS = 2**20  # how many exist at a time
+_LOGITS_ON_DEVICE = 2**26
 
 
 def linear_cross_entropy(
     x: Array, W: Array, labels: Array, count: int | None = None, need: Collection[str] = ("dx", "dW")
 ) -> tuple[Array, Array | None, Array | None]:
     """As functional.linear_cross_entropy; where dW is needed, that one itself."""
+    if "dW" not in need and cuda.usable(x, W) and x.shape[0]:
+        return _on_device(x, W, labels, x.shape[0] if count is None else count, "dx" in need)
     if get_xp(x, W) is not np or "dW" in need or x.shape[0] == 0:
         return F.linear_cross_entropy(x, W, labels, count, need)
     F.check_ids(labels, W.shape[1], "linear_cross_entropy")
@@ -45,3 +49,22 @@ def linear_cross_entropy(
         dx -= W_label
         dx /= N
     return loss, dx, None
+
+
+def _on_device(x: Array, W: Array, labels: Array, N: int, need_dx: bool) -> tuple[Array, Array | None, None]:
+    """Two products and one kernel for each block of the vocabulary."""
+    F.check_ids(labels, W.shape[1], "linear_cross_entropy")
+    xp, T, V = get_xp(x), x.shape[0], W.shape[1]
+    width = min(V, max(256, _LOGITS_ON_DEVICE // T))
+    m, total, shrink = xp.full((T, 1), -np.inf, dtype=x.dtype), xp.zeros((T, 1), dtype=x.dtype), xp.empty((T, 1), dtype=x.dtype)
+    dx = xp.zeros_like(x) if need_dx else None
+    for first in range(0, V, width):
+        W_block = W[:, first : first + width]
+        z = x @ W_block
+        cuda.rowwise("softmax", "online_exp", T, z.shape[1], z, np.int32(z.shape[1]), m, total, shrink)
+        if dx is not None:
+            dx *= shrink
+            dx += z @ W_block.T
+    W_label = W.T[as_like(labels, x)]  # (T, d)
+    loss = (m[:, 0] + xp.log(total[:, 0]) - (x * W_label).sum(axis=1)).sum() / N
+    return loss, (dx / total - W_label) / N if dx is not None else None, None

@@ -8,11 +8,14 @@ import numpy as np
 
 from minilora import functional as F
 from minilora.backend import Array, get_xp
+from minilora.kernels import cuda
 from minilora.kernels.blocks import row_blocks
 
 
 def layer_norm(x: Array, gamma: Array, beta: Array, eps: float = 1e-5) -> tuple[Array, tuple[Array, Array]]:
     """As functional.layer_norm."""
+    if cuda.usable(x, gamma, beta) and x.ndim == 2:
+        return _on_device(x, gamma, beta, eps)
     if get_xp(x, gamma, beta) is not np or x.ndim != 2:
         return F.layer_norm(x, gamma, beta, eps)
     y, xhat, rstd, average = _empty(x)
@@ -26,6 +29,8 @@ def layer_norm(x: Array, gamma: Array, beta: Array, eps: float = 1e-5) -> tuple[
 
 def rms_norm(x: Array, gamma: Array, eps: float = 1e-6) -> tuple[Array, tuple[Array, Array]]:
     """As functional.rms_norm."""
+    if cuda.usable(x, gamma) and x.ndim == 2:
+        return _on_device(x, gamma, None, eps)
     if get_xp(x, gamma) is not np or x.ndim != 2:
         return F.rms_norm(x, gamma, eps)
     y, xhat, rstd, _ = _empty(x)
@@ -41,6 +46,9 @@ def layer_norm_backward(
 ) -> tuple[Array | None, Array | None, Array | None]:
     """As functional.layer_norm_backward."""
     xhat, rstd = saved
+    if cuda.usable(dy, xhat, gamma):
+        rest = F.layer_norm_backward(dy, saved, gamma, {"dgamma", "dbeta"} & set(need))[1:]  # two sums over rows
+        return _dx_on_device(dy, saved, gamma, True) if "dx" in need else None, *rest
     if get_xp(dy, xhat) is not np:
         return F.layer_norm_backward(dy, saved, gamma, need)
     dbeta = np.ones(len(dy), dy.dtype) @ dy if "dbeta" in need else None
@@ -62,6 +70,9 @@ def rms_norm_backward(
 ) -> tuple[Array | None, Array | None]:
     """As functional.rms_norm_backward."""
     xhat, rstd = saved
+    if cuda.usable(dy, xhat, gamma):
+        dgamma = F.rms_norm_backward(dy, saved, gamma, {"dgamma"} & set(need))[1]
+        return _dx_on_device(dy, saved, gamma, False) if "dx" in need else None, dgamma
     if get_xp(dy, xhat) is not np:
         return F.rms_norm_backward(dy, saved, gamma, need)
     dgamma = np.einsum("ij,ij->j", dy, xhat) if "dgamma" in need else None
@@ -73,6 +84,23 @@ def rms_norm_backward(
         _project(dxhat, xhat[at])
         dxhat *= rstd[at]
     return dx, dgamma
+
+
+def _on_device(x: Array, gamma: Array, beta: Array | None, eps: float) -> tuple[Array, tuple[Array, Array]]:
+    xp, n = get_xp(x), x.shape[1]
+    x = xp.ascontiguousarray(x)
+    y, xhat, rstd = xp.empty_like(x), xp.empty_like(x), xp.empty((len(x), 1), dtype=x.dtype)
+    given = (x, gamma, cuda.NULL if beta is None else beta, x.dtype.type(eps), np.int32(n))
+    cuda.rowwise("norm", "norm_forward", len(x), n, *given, y, xhat, rstd)
+    return y, (xhat, rstd)
+
+
+def _dx_on_device(dy: Array, saved: tuple[Array, Array], gamma: Array, centred: bool) -> Array:
+    xp, n = get_xp(dy), dy.shape[1]
+    dx = xp.empty_like(saved[0])
+    given = (xp.ascontiguousarray(dy), *saved, gamma, np.int32(centred), np.int32(n))
+    cuda.rowwise("norm", "norm_backward", len(dy), n, *given, dx)
+    return dx
 
 
 def _empty(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

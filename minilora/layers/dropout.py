@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minilora import functional as F
+from minilora import kernels as K
 from minilora.backend import Array
 from minilora.layers.base import Layer, Saved
 
@@ -35,13 +35,13 @@ class Dropout(Layer):
         if self.p == 0:
             return x, self.save(need_dx, None)
         key = self.next_key()
-        return F.dropout(x, self.p, key), self.save(need_dx, key)
+        return K.dropout(x, self.p, key), self.save(need_dx, key)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         (key,) = self.load(saved, need_dx)
         if not need_dx:
             return None
-        return dy if key is None else F.dropout_backward(dy, self.p, key)
+        return dy if key is None else K.dropout_backward(dy, self.p, key)
 
 
 def reseed(layer: Layer, *numbers: int) -> None:

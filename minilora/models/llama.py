@@ -162,7 +162,7 @@ class LlamaAttention(Layer):
         q, s_q = self.q_proj.forward(F.take_rows(x, rows), keep=keep and "dq" in need, need_dx=need_dx)
         k, s_k = self.k_proj.forward(x, keep=keep and "dk" in need, need_dx=need_dx)
         v, s_v = self.v_proj.forward(x, keep=keep and "dv" in need, need_dx=need_dx)
-        q, k = F.rotary(q, *(F.take_rows(table, rows) for table in rope)), F.rotary(k, *rope)
+        q, k = K.rotary(q, *(F.take_rows(table, rows) for table in rope)), K.rotary(k, *rope)
         o, P = K.attention(q, k, v, self.n_head, offsets, keep=keep and bool(need), n_kv_head=self.n_kv_head, rows=rows)
         y, s_o = self.o_proj.forward(o, keep=keep, need_dx=bool(need))
         if not keep:
@@ -178,11 +178,11 @@ class LlamaAttention(Layer):
         dq, dk, dv = K.attention_backward(do, q, k, v, P, self.n_head, offsets, self.n_kv_head, need, rows)  # o = attention(q, k, v)
         dx_q = dx_k = dx_v = None
         if "dq" in need:
-            dq = F.rotary_backward(dq, *(F.take_rows(table, rows) for table in rope))
+            dq = K.rotary_backward(dq, *(F.take_rows(table, rows) for table in rope))
             dx_q = self.q_proj.backward(dq, s_q, need_dx=need_dx)  #                                   q = rotary(q_proj(x[rows]))
             dx_q = F.take_rows_backward(dx_q, rows, len(k)) if need_dx else None
         if "dk" in need:
-            dx_k = self.k_proj.backward(F.rotary_backward(dk, *rope), s_k, need_dx=need_dx)  #         k = rotary(k_proj(x))
+            dx_k = self.k_proj.backward(K.rotary_backward(dk, *rope), s_k, need_dx=need_dx)  #         k = rotary(k_proj(x))
         if "dv" in need:
             dx_v = self.v_proj.backward(dv, s_v, need_dx=need_dx)  #                                   v = v_proj(x)
         # x feeds all three
@@ -191,9 +191,9 @@ class LlamaAttention(Layer):
     def decode(self, x: Array, rope: Tables, extend: Extend) -> Array:
         """`forward` of the next tokens of one sequence; extend(k, v) puts theirs behind those of the earlier ones and returns all."""
         q, k, v = (proj.forward(x, keep=False)[0] for proj in (self.q_proj, self.k_proj, self.v_proj))
-        k, v = extend(F.rotary(k, *rope), v)
+        k, v = extend(K.rotary(k, *rope), v)
         last = np.arange(len(k) - len(q), len(k))
-        o, _ = K.attention(F.rotary(q, *rope), k, v, self.n_head, keep=False, n_kv_head=self.n_kv_head, rows=last)
+        o, _ = K.attention(K.rotary(q, *rope), k, v, self.n_head, keep=False, n_kv_head=self.n_kv_head, rows=last)
         return self.o_proj.forward(o, keep=False)[0]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from standin import cuda
 from standin.arrays import argument, ndarray, offered, operand
 from standin.counting import Counts, count, note
 
@@ -133,6 +134,8 @@ def _make_module() -> CuPy:
         setattr(cupy, function.__name__, function)
     cupy.ndarray, cupy.__version__, cupy.add.at = ndarray, "14.2.0", add_at
     cupy.linalg = space(**{name: _solver(name) for name in LINALG.split()})
+    if cuda.COMPILER:
+        cupy.RawModule = cuda.RawModule
     cupy.is_available = lambda: True
     cupy.get_default_memory_pool = lambda: space(total_bytes=lambda: POOL_BYTES, used_bytes=lambda: POOL_BYTES // 2)
     stream = space(synchronize=lambda: note(syncs=1))

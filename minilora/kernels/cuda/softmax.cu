@@ -1,0 +1,53 @@
+// Rows of scores, a block for each. See ../attention.py and ../losses.py.
+
+// In place: e = exp(s - max) where a query may look, else 0; and 1 / sum. scores (sequences, heads, t, n), limit (sequences, t): the query
+// sees the keys 0 to limit. heads_t is heads times t.
+extern "C" __global__ void masked_exp(REAL* scores, const int* limit, int heads_t, int t, int n, REAL* inverse) {
+    extern __shared__ REAL shared[];
+    const long long row = (long long)blockIdx.x * n;
+    const int query = blockIdx.x / heads_t * t + blockIdx.x % t;
+    const int seen = limit[query] + 1 < n ? limit[query] + 1 : n;
+    REAL m = scores[row];
+    for (int j = threadIdx.x; j < seen; j += blockDim.x) m = scores[row + j] > m ? scores[row + j] : m;
+    m = block_max(m, shared);
+    REAL sum = 0;
+    for (int j = threadIdx.x; j < n; j += blockDim.x) {
+        REAL e = j < seen ? exp(scores[row + j] - m) : REAL(0);
+        scores[row + j] = e;
+        sum += e;
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) inverse[blockIdx.x] = 1 / sum;
+}
+
+// In place: dS = E (dS - D / sum), D = row sum of E dS.
+extern "C" __global__ void softmax_backward(REAL* dS, const REAL* E, const REAL* inverse, int n) {
+    extern __shared__ REAL shared[];
+    const long long row = (long long)blockIdx.x * n;
+    REAL along = 0;
+    for (int j = threadIdx.x; j < n; j += blockDim.x) along += E[row + j] * dS[row + j];
+    along = block_sum(along, shared) * inverse[blockIdx.x];
+    for (int j = threadIdx.x; j < n; j += blockDim.x) dS[row + j] = E[row + j] * (dS[row + j] - along);
+}
+
+// A block of `n` columns of the logits z, in place: e = exp(z - m) with m the largest so far, this block included; what was summed
+// before is to be shrunk by exp(m_before - m), and `total` is. (The online softmax, arXiv 1805.02867.)
+extern "C" __global__ void online_exp(REAL* z, int n, REAL* m, REAL* total, REAL* shrink) {
+    extern __shared__ REAL shared[];
+    const long long row = (long long)blockIdx.x * n;
+    const REAL before = m[blockIdx.x];
+    REAL largest = before;
+    for (int j = threadIdx.x; j < n; j += blockDim.x) largest = z[row + j] > largest ? z[row + j] : largest;
+    largest = block_max(largest, shared);
+    REAL sum = 0;
+    for (int j = threadIdx.x; j < n; j += blockDim.x) {
+        z[row + j] = exp(z[row + j] - largest);
+        sum += z[row + j];
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) {
+        shrink[blockIdx.x] = exp(before - largest);
+        total[blockIdx.x] = total[blockIdx.x] * shrink[blockIdx.x] + sum;
+        m[blockIdx.x] = largest;
+    }
+}

@@ -1,0 +1,160 @@
+"""The CUDA sources: compiled where there is a compiler, run on the CPU with real threads, equal to the pairs they stand for."""
+
+import re
+import shutil
+import subprocess
+from importlib import import_module
+
+import numpy as np
+import pytest
+import standin
+from standin import cuda as emulator
+
+import minilora as ml
+from minilora import functional as F
+from minilora import kernels as K
+from minilora.backend import backend_name
+from minilora.kernels import cuda
+
+attention_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in ("attention", "losses"))
+FILES = {"activations": 4, "adamw": 1, "dropout": 1, "norm": 2, "rotary": 1, "softmax": 3}
+needs_gpp = pytest.mark.skipif(emulator.COMPILER is None, reason="the stand-in runs CUDA sources through g++, which is not installed")
+
+
+def test_every_source_is_here_and_its_kernels_are_used():
+    folder = cuda._HERE
+    assert {path.stem for path in folder.glob("*.cu")} == set(FILES)
+    python = "".join(path.read_text() for path in folder.parent.rglob("*.py"))
+    for file, count in FILES.items():
+        names = re.findall(r"__global__ void (\w+)\(", cuda.source_of(file))
+        assert len(names) == count
+        assert all(f'"{name}"' in python for name in names)
+
+
+@pytest.mark.parametrize("real", ["float", "double"])
+@pytest.mark.parametrize("file", FILES)
+def test_the_sources_compile_for_a_gpu(file, real, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed (CuPy compiles the sources by itself, through NVRTC, where there is a GPU)")
+    (tmp_path / "source.cu").write_text(cuda.source_of(file))
+    command = [nvcc, "-ptx", "-arch=sm_80", f"-DREAL={real}", "-Werror", "all-warnings", "-o", str(tmp_path / "out.ptx"), "source.cu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "out.ptx").read_text()
+    assert text.count(".visible .entry") == FILES[file]
+    if real == "float":
+        assert ".f64" not in text, "a float kernel computes in double somewhere: slow on a GPU"
+
+
+@pytest.fixture(params=[1, 4, 32])
+def threads(request, monkeypatch, standin_cupy):
+    """So many real threads a block."""
+    monkeypatch.setattr(emulator, "THREADS", request.param)
+    return request.param
+
+
+def device(*shape, dtype="float64", seed=0):
+    return standin.module.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+
+
+def close(a, b, tolerance=1e-12):
+    np.testing.assert_allclose(ml.to_numpy(a), ml.to_numpy(b), rtol=0, atol=tolerance)
+
+
+@needs_gpp
+def test_rows_are_summed_by_many_threads(threads):
+    x, gamma, beta, dy = device(5, 70), device(70, seed=1), device(70, seed=2), device(5, 70, seed=3)
+    for got, pair in ((K.layer_norm(x, gamma, beta), F.layer_norm(x, gamma, beta)), (K.rms_norm(x, gamma), F.rms_norm(x, gamma))):
+        close(got[0], pair[0])
+        close(got[1][0], pair[1][0])
+        close(got[1][1], pair[1][1])
+    saved = F.layer_norm(x, gamma, beta)[1]
+    close(K.layer_norm_backward(dy, saved, gamma)[0], F.layer_norm_backward(dy, saved, gamma)[0])
+    close(K.rms_norm_backward(dy, saved, gamma)[0], F.rms_norm_backward(dy, saved, gamma)[0])
+
+
+@needs_gpp
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("offsets", [[0, 7, 14, 21], [0, 3, 12, 21]])
+def test_attention(threads, causal, offsets, monkeypatch):
+    monkeypatch.setattr(attention_module, "_KEPT", 8)  # of some sequences the probabilities are kept, of others computed again
+    q, k, v, do = device(21, 24), device(21, 12, seed=1), device(21, 12, seed=2), device(21, 24, seed=3)
+    for rows in (None, np.array([2, 6, 9, 20])):
+        q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
+        o, saved = K.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
+        wanted, P = F.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
+        close(o, wanted)
+        got = K.attention_backward(do_, q_, k, v, saved, 6, offsets, 3, rows=rows)
+        pair = F.attention_backward(do_, q_, k, v, P, 6, offsets, 3, rows=rows)
+        if rows is None:  # the pair leaves dk and dv of a sequence without a query unset
+            for a, b in zip(got, pair, strict=True):
+                close(a, b)
+        else:
+            close(got[0], pair[0])
+
+
+@needs_gpp
+def test_the_loss_in_blocks_of_the_vocabulary(threads, monkeypatch):
+    monkeypatch.setattr(losses_module, "_LOGITS_ON_DEVICE", 5 * 256)
+    x, W, labels = device(5, 8), device(8, 700, seed=1), np.array([0, 699, 256, 255, 3])
+    got, pair = (f(x, W, labels, 9, {"dx"}) for f in (K.linear_cross_entropy, F.linear_cross_entropy))
+    close(got[0], pair[0])
+    close(got[1], pair[1])
+    assert K.linear_cross_entropy(x, W, labels, 9, ())[1] is None
+
+
+@needs_gpp
+def test_masks_are_those_of_numpy_to_the_bit(threads):
+    x = device(37, 11, dtype="float32")
+    for p, key in ((0.1, 5), (0.5, 2**64 - 3), (0, 1)):
+        np.testing.assert_array_equal(K.dropout(x, p, key).get(), F.dropout(x.get(), p, key))
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        K.dropout(x, 1.0, 5)
+
+
+@needs_gpp
+@pytest.mark.parametrize("kind", [ml.AdamW, ml.Adam])
+@pytest.mark.parametrize("vectors", [False, True])
+def test_adamw_in_one_launch(threads, kind, vectors):
+    there, here = (ml.Linear(5, 3, rng=0, dtype="float64").to(backend) for backend in ("cupy", "numpy"))
+    optimizers = [kind(model.parameters(), 1e-2, weight_decay=0.1) for model in (there, here)]
+    for step in range(3):
+        for model, optimizer in zip((there, here), optimizers, strict=True):
+            if vectors:
+                optimizer.rates, optimizer.decays = (ml.to_backend(np.linspace(a, 1, 18), backend_name(optimizer.m)) for a in (0.5, 0))
+            for i, (_, p) in enumerate(model.parameters()):
+                p.grad = None
+                p.add_grad(ml.to_backend(np.random.default_rng(7 * step + i).standard_normal(p.data.shape), backend_name(p.data)))
+        with standin.count() as counted:
+            optimizers[0].step()
+        assert counted.launches == 1
+        optimizers[1].step()
+    for (_, a), (_, b) in zip(there.parameters(), here.parameters(), strict=True):
+        close(a.data, b.data, 1e-15)
+
+
+@needs_gpp
+def test_a_wrong_argument_is_refused_by_the_stand_in(standin_cupy):
+    module = standin_cupy.RawModule(code=cuda.source_of("dropout"), options=("-DREAL=float",))
+    launch = module.get_function("dropout")
+    x = device(4, dtype="float32")
+    good = [x, np.uint64(1), np.uint64(2), np.float32(1), x, np.int64(4)]
+    for place, bad in ((0, None), (0, device(4)), (1, 1), (3, np.float64(1)), (5, np.int32(4)), (0, device(4, 4, dtype="float32").T)):
+        with pytest.raises((TypeError, ValueError)):
+            launch((1,), (32,), (*good[:place], bad, *good[place + 1 :]))
+    with pytest.raises(TypeError, match="6 arguments"):
+        launch((1,), (32,), tuple(good[:-1]))
+    with pytest.raises(ValueError, match="launched"):
+        launch((0,), (32,), tuple(good))
+
+
+@needs_gpp
+def test_without_the_sources_the_pairs_run_on_the_device(monkeypatch, standin_cupy):
+    x, gamma = device(4, 6), device(6, seed=1)
+    with_them = K.gelu(x)[0], K.rms_norm(x, gamma)[0], K.dropout(x, 0.5, 3)
+    monkeypatch.setattr(cuda, "ENABLED", False)
+    for a, b in zip(with_them, (K.gelu(x)[0], K.rms_norm(x, gamma)[0], K.dropout(x, 0.5, 3)), strict=True):
+        close(a, b)
+    assert not cuda.usable(x)
+    assert cuda.usable(np.ones(2)) is False
