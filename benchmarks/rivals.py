@@ -15,11 +15,11 @@ from peft import PeftModel
 LR, CLIP = 3e-3, 1.0
 
 
-def adapted(kind: str, o: Namespace, **config: Any) -> Any:
+def adapted(kind: str, o: Namespace, device: str = "cpu", dtype: torch.dtype = torch.float32, **config: Any) -> Any:
     """The model of class `kind` and the adapter in the folder, compiled if the side says so. `config` overrides its config.json."""
     torch.set_num_threads(o.threads)
-    model = getattr(transformers, kind).from_pretrained(o.folder / "model", attn_implementation="sdpa", dtype=torch.float32, **config)
-    model = PeftModel.from_pretrained(model, o.folder / "adapter", is_trainable=True).train()
+    model = getattr(transformers, kind).from_pretrained(o.folder / "model", attn_implementation="sdpa", dtype=dtype, **config)
+    model = PeftModel.from_pretrained(model, o.folder / "adapter", is_trainable=True).train().to(device)
     return torch.compile(model) if "compile" in o.side else model
 
 

@@ -33,7 +33,7 @@ def prepare(o: Namespace) -> None:
     save_file(tensors, o.folder / "toy.safetensors")
 
 
-def ours(o: Namespace) -> Iterator[float]:
+def ours(o: Namespace, backend: str = "numpy") -> Iterator[float]:
     from threadpoolctl import threadpool_limits
 
     import minilora as ml
@@ -44,6 +44,8 @@ def ours(o: Namespace) -> Iterator[float]:
     ml.inject(model, ml.LoraConfig(r=R, lora_alpha=ALPHA))
     for path, p in model.parameters():
         p.data[...] = tensors[path].T
+    model.to(backend)
+    tensors["x"] = ml.to_backend(tensors["x"], backend)
     optimizer = ml.AdamW(model.parameters(), LR)
     for x, labels in cycle(zip(tensors["x"], tensors["labels"], strict=True)):
         logits, saved = model.forward(x, need_dx=False)
@@ -54,7 +56,7 @@ def ours(o: Namespace) -> Iterator[float]:
         yield float(loss)
 
 
-def peft(o: Namespace) -> Iterator[float]:
+def peft(o: Namespace, device: str = "cpu") -> Iterator[float]:
     from peft import LoraConfig, get_peft_model
 
     tensors = _tensors(o)
@@ -63,7 +65,7 @@ def peft(o: Namespace) -> Iterator[float]:
         if ".lora_" in name:  # base_model.model.0.lora_A.default.weight
             part, ab = name.split(".")[2:4]
             p.data = tensors[f"layers.{part}.{ab}"]
-    return _training(model, tensors, o)
+    return _training(model.to(device), {name: x.to(device) for name, x in tensors.items()}, o)
 
 
 def plain(o: Namespace) -> Iterator[float]:

@@ -15,6 +15,7 @@ import time
 from argparse import Namespace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from benchmarks.machine import peak_memory
 
@@ -30,18 +31,19 @@ def main() -> None:
     o = Namespace(**json.loads(sys.argv[1]))
     o.folder = Path(o.folder)
     try:
-        workload = importlib.import_module(f"benchmarks.{o.workload}")
+        workload: Any = importlib.import_module(f"benchmarks.{o.workload}")
         if o.side == "prepare":
             workload.prepare(o)
             return tell(losses=[], memory=0, loaded=0)
+        memory = getattr(workload, "peak_memory", peak_memory)  # on a GPU it is the device's
         steps = workload.SIDES[o.side](o)
-        loaded = peak_memory()  # before the first step
-        tell(losses=list(islice(steps, o.warmup)), memory=peak_memory(), loaded=loaded)
+        loaded = memory()  # before the first step
+        tell(losses=list(islice(steps, o.warmup)), memory=memory(), loaded=loaded)
         for _ in sys.stdin:
             begun = time.perf_counter()
             losses = list(islice(steps, o.steps))
             seconds = time.perf_counter() - begun
-            tell(losses=losses, seconds=seconds, memory=peak_memory(), loaded=loaded)
+            tell(losses=losses, seconds=seconds, memory=memory(), loaded=loaded)
     except Exception as error:
         tell(error=f"{type(error).__name__}: {' '.join(str(error).split()):.300}")
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from minilora.adapters import BottleneckConfig, BottleneckLinear, PartialConfig, combine, extract, inject, input_roots, mixed
     from minilora.backend import choose_backend, seed, to_backend, to_numpy
     from minilora.checking.gradcheck import gradcheck
-    from minilora.family.nf4 import quantize_model
+    from minilora.family.quantize import quantize_model
     from minilora.family.vera import VeraConfig
     from minilora.formats.adapter import load_adapter, save_adapter
     from minilora.formats.checkpoint import load_model, save_model
@@ -47,7 +47,7 @@ __version__ = "0.1.0"
 _HOME = {
     "adapters": "BottleneckConfig BottleneckLinear PartialConfig combine extract inject input_roots mixed",
     "backend": "choose_backend seed to_backend to_numpy",
-    "family.nf4": "quantize_model",
+    "family.quantize": "quantize_model",
     "family.vera": "VeraConfig",
     "formats.adapter": "load_adapter save_adapter",
     "formats.checkpoint": "load_model save_model",

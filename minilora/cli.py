@@ -243,7 +243,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--use-rslora", action="store_const", const=True, help="scale by alpha / sqrt(r) instead")
     p.add_argument("--use-dora", action="store_const", const=True, help="train the lengths of W's columns apart from their direction")
     p.add_argument("--init-lora-weights", "--init", metavar="HOW", help="how A and B begin: gaussian, pissa, olora, eva, lora_ga, loftq")
-    p.add_argument("--quantize", choices=("nf4",), help="keep the frozen weights of linear layers in four bits")
+    p.add_argument("--quantize", choices=("nf4", "float16", "bfloat16"), help="keep the frozen weights of linear layers in so many bits")
     p.add_argument("--loraplus-lr-ratio", type=float, metavar="X", help="learning rate of B over that of A (LoRA+; default: 1)")
     p.add_argument(
         "--optimizer",
@@ -281,6 +281,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--eval-size", type=int, metavar="N", help="how many of them to measure on (default: all that are held out)")
     p.add_argument("--seed", type=int, help="seed of initial weights, batches and samples (default: 0)")
     p.add_argument("--threads", type=int, metavar="N", help="replicas, one thread each (default: the cores, at most 8)")
+    p.add_argument("--tf32", action="store_const", const=True, help="on a GPU: products in TF32, faster and less exact")
     p.add_argument("--sample-bytes", type=int, metavar="N", help="length of the samples (default: 240 for pydoc, else none)")
     p.add_argument("--out", metavar="FOLDER", help="a new run folder (default: runs/METHOD-N)")
     where(p)

@@ -292,3 +292,34 @@ def test_windows_and_splits():
     assert len(some_batch([5]).split(4)) == 1
     starts = {int(b.ids[0]) for b in islice(random_windows(text, 7, 1, np.random.default_rng(0)), 300)}
     assert starts == set(range(43))  # every window, the last one too
+
+
+# -- memory runs out ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("most", "advice"), [(2, "2 of a batch's 8 sequences fit: --batch-size 2"), (0, "not even one of a batch's 8 sequences")]
+)
+def test_when_memory_runs_out_the_run_says_what_fits_and_keeps_what_it_has(most, advice, backend, tmp_path, monkeypatch):
+    from minilora.models import GPT2
+    from minilora.training.finetune import finetune
+    from minilora.training.recipe import Recipe
+
+    steps, loss = 0, GPT2.loss
+
+    def hungry(self, ids, labels, offsets=None, *args, **kwargs):
+        nonlocal steps
+        keep = kwargs.get("keep", True)
+        steps += keep
+        if keep and steps > 6 and len(offsets) - 1 > most:  # the first two steps, of two shards each, still have room
+            raise MemoryError("out of memory")
+        return loss(self, ids, labels, offsets, *args, **kwargs)
+
+    monkeypatch.setattr(GPT2, "loss", hungry)
+    recipe = Recipe(steps=9, window=256, eval_bytes=512, sample_bytes=0, threads=1, backend=backend)
+    with pytest.raises(MemoryError, match=advice) as told:
+        finetune(recipe, tmp_path / "run", say=lambda line: None)
+    assert f"is in {tmp_path / 'run'}" in str(told.value)
+    again = ml.load_model("pydoc", "numpy")
+    ml.load_adapter(again, tmp_path / "run" / "adapter")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["results"]["stopped_after_step"] >= 1

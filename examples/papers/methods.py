@@ -33,12 +33,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "head alone": {"method": "head"},
 }
 GRID = {
-    "full": [5e-5, 1e-4, 2e-4, 4e-4],
-    "lora": [5e-4, 1e-3, 2e-3, 4e-3],
-    "bottleneck": [5e-4, 1e-3, 2e-3, 4e-3],
-    "bitfit": [1e-3, 2e-3, 4e-3, 8e-3],
-    "layer-norm": [1e-3, 2e-3, 4e-3, 8e-3],
-    "head": [2e-3, 8e-3, 3e-2, 1e-1],
+    "full": [5e-5, 1e-4, 2e-4],
+    "lora": [5e-4, 1e-3, 2e-3],
+    "bottleneck": [5e-4, 1e-3, 2e-3],
+    "bitfit": [1e-3, 3e-3, 1e-2],
+    "layer-norm": [1e-3, 3e-3, 1e-2],
+    "head": [3e-3, 1e-2, 3e-2],
 }
 RATES: dict[str, dict[str, float]] = {
     "films": {"full": 1e-4, "lora": 1e-3, "bottleneck": 1e-3, "bitfit": 4e-3, "layer-norm": 4e-3, "head": 8e-3},

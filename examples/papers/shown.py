@@ -17,6 +17,7 @@ from minilora.training.finetune import finetune
 from minilora.training.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
+SMALL: dict[str, Any] = {}  # what --quick changes in every recipe
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 
 
@@ -37,7 +38,11 @@ def flags(doc: str, **own: dict[str, Any]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the picture and the figures")
     for name, keywords in own.items():
         parser.add_argument(f"--{name}", **keywords)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.quick:
+        SMALL.update(eval_bytes=4096, batch_size=2, window=64)
+        args.out = args.out if args.out != RESULTS else Path("quick")
+    return args
 
 
 @contextmanager
@@ -45,7 +50,7 @@ def adapted(**fields: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(run folder, results) of the main job: the bundled model learns Python source, or what `fields` of the recipe say."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        recipe = Recipe(sample_bytes=0, backend="numpy", **fields)
+        recipe = Recipe(**{"sample_bytes": 0, "backend": "numpy", **fields, **SMALL})
         yield run, finetune(recipe, run, say=lambda line: None)
 
 
@@ -76,15 +81,19 @@ def real_texts(name: str, folder: Path, train: int, valid: int, choose: bool = F
     return write_texts(folder / name, some[:train], some[train:])
 
 
+def table(claims: Sequence[dict[str, Any]]) -> str:
+    """Claims as kept in a file, as a table."""
+    lines = ["| claim | claimed | seen here | holds here |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| {c['says']} | {c['claimed']} | {c['seen']} | {'yes' if c['holds'] else '**no**'} |" for c in claims])
+
+
 def tell(
     name: str, out: Path, claims: Sequence[Claim], figures: dict[str, Any], draw: Callable[[Any], None], size: tuple[float, float]
 ) -> None:
     """Print the table, keep it with the figures in NAME.json, and draw NAME.png."""
-    print("\n| claim | claimed | seen | holds here |\n|---|---|---|---|")
-    for claim in claims:
-        print(f"| {claim.says} | {claim.claimed} | {claim.seen} | {'yes' if claim.holds else '**no**'} |")
-    out.mkdir(parents=True, exist_ok=True)
     told = {"claims": [asdict(claim) for claim in claims], "figures": figures}
+    print("\n" + table(told["claims"]))
+    out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -98,3 +107,35 @@ def tell(
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / f"{name}.png", dpi=100)
     print(f"\nwritten to {out / name}.json and .png")
+
+
+# -- README.md of this folder: python -m examples.papers.shown writes it from the results ------------------------------------------
+
+SCRIPTS = "methods few_sample rank learning_rate rslora subspace forgetting quantised latency".split()
+HEAD = """# The papers, re-run in small
+
+Each script trains, prints what is claimed beside what is seen, and leaves the figures and a picture in `results/`:
+
+    pip install -e '.[plot]'
+    python -m examples.papers.rank                    # from the top of the repository; --quick to see that it runs
+
+`methods` and `few_sample` adapt MiniLM to real texts, and fetch both by name (`tests/assets.py`); the others use the
+bundled model, which has 0.86 M parameters. That a claim about large models is **not** seen here is a result too, and no more than that.
+Measured on two cores. This page is made from the results by `python -m examples.papers.shown`.
+"""
+
+
+def page() -> str:
+    """The text of README.md."""
+    parts = [HEAD]
+    for name in SCRIPTS:
+        file = RESULTS / f"{name}.json"
+        if file.is_file():
+            title = (Path(__file__).parent / f"{name}.py").read_text().split('"""')[1].split("\n\n")[0].replace("\n", " ").strip()
+            claims = json.loads(file.read_text())["claims"]
+            parts.append(f"## {title}\n\n`{name}.py`\n\n{table(claims)}\n\n![{name}](results/{name}.png)\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "README.md").write_text(page())

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array
-from minilora.family.nf4 import NF4, is_nf4
+from minilora.family.nf4 import NF4
+from minilora.family.packed import is_packed
 from minilora.lora.factorization import factorize
 
 
@@ -24,7 +25,7 @@ def loftq(layer: Any, rng: np.random.Generator, *, loftq_bits: int = 4, loftq_it
     W, s = layer.weight.data, layer.scaling
     if loftq_bits != 4 or loftq_iter < 1:
         raise ValueError(f"loftq: loftq_bits={loftq_bits}, loftq_iter={loftq_iter}; supported: 4 bits, at least one iteration.")
-    if is_nf4(W):
+    if is_packed(W):
         raise ValueError("loftq: the weight is quantized already; load the model without.")
     rest = W
     for _ in range(loftq_iter):

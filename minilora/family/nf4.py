@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, backend_name, get_xp, to_backend, to_numpy
-from minilora.layers import Layer, Linear
+from minilora.family.packed import Packed
 
 BLOCK, NESTED = 64, 256
 CHUNK = 2**19  # numbers that are dequantized at a time
@@ -61,15 +61,12 @@ def quantize_blocks(values: np.ndarray, block: int, code: np.ndarray) -> tuple[n
     return nearest(padded, code).ravel()[: values.size], largest
 
 
-class NF4:
-    """A frozen matrix (m, n) in NF4. Has what a product asks of a matrix: x @ W, W @ y, .T, .shape, .dtype; sums with it are dense.
+class NF4(Packed):
+    """A frozen matrix (m, n) in NF4.
 
     codes (m n / 2,) two numbers a byte, absmax (blocks,) bytes, nested_absmax (blocks / 256,) and offset: see the module.
     dtype is that of what is dequantized; nested_code the fractions of nested_absmax, which a file may have of its own.
     """
-
-    __array_ufunc__ = None  # so that x @ this asks this class
-    ndim = 2
 
     def __init__(
         self,
@@ -100,10 +97,6 @@ class NF4:
         home = backend_name(W)
         codes, absmax, nested = (to_backend(a, home) for a in (q[::2] << 4 | q[1::2], absmax, nested))
         return cls(tuple(W.shape), codes, absmax, nested, float(offset), dtype)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -145,9 +138,6 @@ class NF4:
                 y[:, a:b] = x @ rows.T
         return y
 
-    def __matmul__(self, y: Array) -> Array:
-        return (y.T @ self.T).T
-
     def dense(self) -> Array:
         """The whole matrix, dequantized."""
         W = get_xp(self.codes).concatenate([rows for _, _, rows in self.rows()])
@@ -166,32 +156,6 @@ class NF4:
         moved.transposed = self.transposed
         return moved
 
-    def __add__(self, other: Any) -> Array:
-        return self.dense() + other
-
-    def __sub__(self, other: Any) -> Array:
-        return self.dense() - other
-
-    def __getitem__(self, key: Any) -> Array:
-        return self.dense()[key]
-
-    def copy(self) -> Array:
-        return self.dense()
-
 
 def is_nf4(value: Any) -> bool:
     return isinstance(value, NF4)
-
-
-def quantize_model(model: Layer) -> list[str]:
-    """Put the weight of every Linear into NF4 and freeze it, except that of the output head. Returns the paths of the layers.
-
-    Before `inject` or after it: adapters are left as they are. Weights that are in NF4 already stay.
-    """
-    done = []
-    for path, layer in model.modules():
-        if isinstance(layer, Linear) and path != getattr(model, "output_head", None) and not is_nf4(layer.weight.data):
-            layer.weight.trainable = False
-            layer.weight.data = NF4.of(layer.weight.data)
-            done.append(path)
-    return done

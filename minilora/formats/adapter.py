@@ -23,7 +23,7 @@ from minilora.adapters import PartialConfig
 from minilora.backend import Array, as_like, to_numpy
 from minilora.family import config_classes
 from minilora.family.adapted import adapter_parameters
-from minilora.family.nf4 import is_nf4
+from minilora.family.packed import is_packed
 from minilora.family.residual import dense
 from minilora.formats import partial
 from minilora.formats.atomic import read_json, write_json
@@ -234,7 +234,7 @@ def _shared(model: Layer) -> dict[str, Any]:
 
 
 def _quantized(model: Layer) -> bool:
-    return any(is_nf4(layer.weight.data) for _, layer in model.modules() if isinstance(layer, Linear))
+    return any(is_packed(layer.weight.data) for _, layer in model.modules() if isinstance(layer, Linear))
 
 
 def _mark(config: LoraConfig, base: str, model: Layer) -> str | None:

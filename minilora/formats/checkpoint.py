@@ -21,7 +21,8 @@ import numpy as np
 from minilora.adapters import bottlenecks
 from minilora.backend import choose_backend, to_numpy
 from minilora.family.adapted import adapter_parameters
-from minilora.family.nf4 import is_nf4, quantize_model
+from minilora.family.nf4 import is_nf4
+from minilora.family.quantize import PACK, quantize_model
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.blank import Blank
 from minilora.formats.nf4 import CONFIG, is_nf4_config, packed, unpacked
@@ -81,15 +82,15 @@ def load_model(
     On NumPy, parameters that the file holds in `dtype` are read-only views of the mapped file.
     labels: the names of a classifier's classes, or how many there are; by default what config.json says. A classifier or pooler
     that the checkpoint has not is drawn from N(0, 0.02^2), the same each time, and a line on standard error says so.
-    quantize: "nf4" keeps the weights of linear layers, but for the head, in four bits (family/nf4.py). A folder that holds them so,
-    as bitsandbytes does, is read as it is.
+    quantize: "nf4" keeps the weights of linear layers, but for the head, in four bits (family/nf4.py), "float16" and "bfloat16" in
+    sixteen (family/half.py). A folder that holds them in NF4, as bitsandbytes does, is read as it is.
 
     Raises FileNotFoundError; ValueError when the configuration, a file or a tensor does not fit; ImportError for a missing extra.
     """
     if dtype is not None and str(np.dtype(dtype) if _is_dtype(dtype) else dtype) not in ("float64", "float32", "float16"):
         raise ValueError(f"load_model: dtype is {dtype!r}; choose float32, float64 or float16.")
-    if quantize not in ("", "nf4"):
-        raise ValueError(f"load_model: quantize is {quantize!r}; choose 'nf4', or '' for none.")
+    if quantize not in ("", *PACK):
+        raise ValueError(f"load_model: quantize is {quantize!r}; choose {', '.join(map(repr, PACK))}, or '' for none.")
     backend = choose_backend(backend, quiet=True)
     if str(path_or_id).endswith(".gguf"):
         source = Path(path_or_id)
@@ -115,7 +116,7 @@ def load_model(
     model.source = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # an adapter will name it, from anywhere
     model.hub_id = str(path_or_id) if _is_hub_id(path_or_id) else None
     if quantize:
-        quantize_model(model)
+        quantize_model(model, quantize)
     return model.freeze().to(backend, dtype)
 
 

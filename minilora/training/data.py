@@ -43,6 +43,10 @@ class Batch:
         bounds = sorted(cuts)
         return [self._sequences(a, b) for a, b in pairwise(bounds)]
 
+    def first(self, n: int) -> Batch:
+        """Its first n sequences."""
+        return self._sequences(0, n)
+
     def _sequences(self, a: int, b: int) -> Batch:
         first, last = self.offsets[a], self.offsets[b]
         labels = self.labels[a:b] if self.per_sequence else self.labels[first:last]

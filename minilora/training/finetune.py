@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from minilora.training.datasets import load_dataset
 from minilora.training.few_sample import PulledAdamW, few, reinitialise
 from minilora.training.loop import Diverged, train
 from minilora.training.loraplus import create_loraplus_optimizer
+from minilora.training.memory import sequences_that_fit
 from minilora.training.optimizers import AdamW
 from minilora.training.plot import have_matplotlib, plot_run
 from minilora.training.preconditioned import create_lora_pro_optimizer, create_lorafa_optimizer, create_riemannian_optimizer
@@ -50,6 +52,8 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     trained until then is saved first. Ctrl-C saves likewise, and raises KeyboardInterrupt again.
     """
     begun = time.perf_counter()
+    if recipe.tf32:
+        os.environ["CUPY_TF32"] = "1"  # CuPy looks at it when it is imported
     recipe.backend = choose_backend(recipe.backend)
     model, tokenizer, task = open_recipe(recipe)
     recipe.settle(task.per_epoch)
@@ -69,12 +73,15 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     records: list[dict[str, Any]] = []
     try:
         seconds, tokens = _train(model, optimizer, task, rate, recipe, records)
-    except (Diverged, KeyboardInterrupt) as stop:
+    except (Diverged, KeyboardInterrupt, MemoryError) as stop:
         _save(model, folder, recipe)
         folder.write_metrics(records)
-        folder.write_run(asdict(recipe), {"stopped_after_step": len(records)}, task.labels)
+        done = optimizer.t if isinstance(stop, MemoryError) else len(records)
+        folder.write_run(asdict(recipe), {"stopped_after_step": done}, task.labels)
         if isinstance(stop, Diverged):
             say(f"the {_made(recipe)} as of step {stop.kept}, the last good one, is in {folder.path}")
+        if isinstance(stop, MemoryError):
+            raise MemoryError(_too_large(model, recipe, task, done, folder.path)) from stop
         raise
     folder.write_metrics(records)
     size = _save(model, folder, recipe)
@@ -252,6 +259,19 @@ def _method(recipe: Recipe, model: Any) -> str:
     name += f" ({', '.join(how)})" if how else ""
     layers = len(lora_layers(model))
     return f"{name} r={recipe.r}{alpha} on {layers} layers{', with ' + ', '.join(also) if also else ''}"
+
+
+def _too_large(model: Any, recipe: Recipe, task: Task, step: int, folder: Path) -> str:
+    """What to say when memory has run out, with a size of the batch that fits."""
+    batch = next(task.batches(recipe.seed))
+    n, fit = len(batch.offsets) - 1, sequences_that_fit(model, batch)
+    flag, size = ("--tokens-per-batch", int(batch.offsets[fit])) if recipe.kind == "lm" else ("--batch-size", fit)
+    advice = (
+        f"{fit} of a batch's {n} sequences fit: {flag} {size}"
+        if fit
+        else f"not even one of a batch's {n} sequences fits: a shorter --window"
+    )
+    return f"memory ran out after step {step}; {advice}, or --recompute. The {_made(recipe)} as it was then is in {folder}."
 
 
 def _made(recipe: Recipe) -> str:

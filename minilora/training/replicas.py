@@ -20,6 +20,7 @@ from minilora.training.flat import FlatBuffer, adopt, fill_missing
 from minilora.training.prefix import PrefixCache
 
 SHARD = 768  # tokens: enough for products at full speed
+SHARD_ON_DEVICE = 2**14  # there a product has to be large, and memory is scarcer than launches
 
 
 class LanguageModel(Protocol):
@@ -44,12 +45,14 @@ class Replicas:
     """
 
     def __init__(  # type: ignore[no-untyped-def]
-        self, model, flat: FlatBuffer, threads: int = 1, prefix: PrefixCache | None = None, tokens: int = SHARD
+        self, model, flat: FlatBuffer, threads: int = 1, prefix: PrefixCache | None = None, tokens: int | None = None
     ) -> None:
+        on_host = get_xp(flat.data) is np
+        tokens = (SHARD if on_host else SHARD_ON_DEVICE) if tokens is None else tokens
         for name, value in (("threads", threads), ("tokens", tokens)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        if get_xp(flat.data) is not np:
+        if not on_host:
             threads = 1  # one device: it is parallel enough by itself
         self.flat, self.prefix, self.tokens = flat, prefix, tokens
         self.models = [model] + [model.replica() for _ in range(threads - 1)]

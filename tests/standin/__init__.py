@@ -137,7 +137,8 @@ def _make_module() -> CuPy:
     if cuda.COMPILER:
         cupy.RawModule = cuda.RawModule
     cupy.is_available = lambda: True
-    cupy.get_default_memory_pool = lambda: space(total_bytes=lambda: POOL_BYTES, used_bytes=lambda: POOL_BYTES // 2)
+    pool = space(total_bytes=lambda: POOL_BYTES, used_bytes=lambda: POOL_BYTES // 2, free_all_blocks=lambda: None)
+    cupy.get_default_memory_pool = lambda: pool
     stream = space(synchronize=lambda: note(syncs=1))
     cupy.cuda = space(runtime=space(getDeviceCount=lambda: 1), get_current_stream=lambda: stream, is_available=lambda: True)
     return cupy

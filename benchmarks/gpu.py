@@ -1,0 +1,220 @@
+"""Everything there is to measure on a GPU, in one go, into benchmarks/results/gpu.json with the name of the device.
+
+    python -m benchmarks.gpu [--only suite curves dense-bf16 ...] [--rounds 5] [--no-compile]
+
+suite      the whole test suite with --backend cupy
+curves     the main job on NumPy and on CuPy: losses of 200 steps, and the held-out loss with weights in bfloat16
+launches   a step of GPT-2 small: its time, and that of Python alone, while the device has little to do
+the rest   against torch and PEFT of the same dtypes, sdpa attention, eager and compiled: a step's time, peak memory of the device
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import harness
+from benchmarks.harness import ROOT, Failed, options
+from benchmarks.machine import describe
+from benchmarks.report import summary
+
+# sequences x tokens a step; dtype of the frozen weights (float32: TF32 on both sides); every token labelled, or those of a completion
+JOBS: dict[str, dict[str, Any]] = {
+    "dense-bf16": {"model": "gpt2", "batch": 8, "window": 1024, "dtype": "bfloat16"},
+    "dense-tf32": {"model": "gpt2", "batch": 8, "window": 1024, "dtype": "float32"},
+    "snippets": {"model": "minilm", "batch": 32, "dtype": "float32"},
+    "completions-bf16": {"model": "llama", "batch": 8, "window": 512, "labelled": 128, "dtype": "bfloat16"},
+    "toy": {"model": "mlp", "dtype": "float32"},
+}
+RIVALS = ("eager", "compile")
+TOLERANCE = {"bfloat16": 0.05, "float32": 5e-3}  # of the first loss: TF32 and bfloat16 round products to 1e-3 and 4e-3
+
+
+# -- a side of a job: benchmarks/worker.py calls these, o.job names the job ----------------------------------------------------
+
+
+def prepare(o: Namespace) -> None:
+    import minilora as ml
+    from benchmarks import classification, toy
+    from benchmarks.completions import smollm2
+
+    if o.model == "mlp":
+        return toy.prepare(o)
+    if o.model == "minilm":
+        return classification.write(o)
+    model: Any = ml.GPT2(ml.GPT2Config(), rng=0) if o.model == "gpt2" else smollm2(random=True)[0]
+    ml.save_model(model, o.folder / "model")
+    ml.inject(model, ml.LoraConfig(r=8, task_type="CAUSAL_LM"), rng=0)
+    ml.save_adapter(model, o.folder / "adapter")
+    np.save(o.folder / "text.npy", np.random.default_rng(0).zipf(1.3, 200_000) % model.config.vocab_size)
+
+
+def windows(o: Namespace) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """ids and labels (batch, window) of each step, for both sides; all but the last `labelled` are -100."""
+    text, rng = np.load(o.folder / "text.npy"), np.random.default_rng(0)
+    while True:
+        starts = rng.integers(0, len(text) - o.window - 1, size=o.batch)
+        ids, labels = (np.stack([text[s + k : s + k + o.window] for s in starts]) for k in (0, 1))
+        labels[:, : o.window - o.labelled] = -100
+        yield ids, labels
+
+
+def ours(o: Namespace) -> Iterator[float]:
+    os.environ["CUPY_TF32"] = "1"
+    import minilora as ml
+    from benchmarks import classification, toy
+    from benchmarks.ours import training
+    from minilora.training.data import Batch
+    from minilora.training.datasets import batches_of, endless
+
+    if o.model == "mlp":
+        return toy.ours(o, "cupy")
+    model = ml.load_model(o.folder / "model", "cupy", quantize="" if o.dtype == "float32" else o.dtype)
+    ml.load_adapter(model, o.folder / "adapter")
+    if o.model == "minilm":
+        data = classification.examples(o)
+        return training(model, endless(lambda rng: batches_of(data, o.batch, rng)), o)
+    offsets = np.arange(o.batch + 1) * o.window
+    return training(model, (Batch(ids.ravel(), labels.ravel(), offsets) for ids, labels in windows(o)), o)
+
+
+def rival(o: Namespace) -> Iterator[float]:
+    import torch
+
+    from benchmarks import classification, toy
+    from benchmarks.rivals import adapted, training
+
+    torch.backends.cuda.matmul.allow_tf32 = True
+    if o.model == "mlp":
+        return toy.peft(o, "cuda")
+    kind = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "minilm": "AutoModelForSequenceClassification"}[o.model]
+    config = classification.NO_DROPOUT if o.model == "minilm" else {"use_cache": False}
+    model = adapted(kind, o, device="cuda", dtype=getattr(torch, o.dtype), **config)
+    if o.model == "minilm":
+        return training(model, ({name: x.to("cuda") for name, x in batch.items()} for batch in classification.padded_batches(o)))
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for ids, labels in windows(o):
+            there = torch.from_numpy(labels).to("cuda")
+            yield {"input_ids": torch.from_numpy(ids).to("cuda"), "labels": there, "shift_labels": there}
+
+    return training(model, batches())
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has taken of the device."""
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+        return int(sys.modules["torch"].cuda.max_memory_reserved())
+    if "cupy" in sys.modules:
+        return int(sys.modules["cupy"].get_default_memory_pool().total_bytes())
+    return 0
+
+
+SIDES = {"ours": ours, **dict.fromkeys(RIVALS, rival)}
+
+
+# -- the other figures -----------------------------------------------------------------------------------------------------------
+
+
+def suite() -> dict[str, Any]:
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--backend", "cupy", "-q", "-rs"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {"exit_code": done.returncode, "seconds": time.perf_counter() - begun, "end": done.stdout.splitlines()[-30:]}
+
+
+def curves(steps: int = 200) -> dict[str, Any]:
+    """Goals: losses 1e-4 apart, and the held-out loss with bfloat16 within 1 %."""
+    from minilora.training.finetune import finetune
+    from minilora.training.recipe import Recipe
+
+    ends, losses = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, fields in {"numpy": {}, "cupy": {}, "bfloat16": {"quantize": "bfloat16"}}.items():
+            backend = "numpy" if name == "numpy" else "cupy"
+            recipe = Recipe(backend=backend, steps=steps, sample_bytes=0, **fields)
+            ends[name] = finetune(recipe, Path(folder) / name, say=lambda line: None)["after"]["loss"]
+            losses[name] = [json.loads(line)["loss"] for line in (Path(folder) / name / "metrics.jsonl").read_text().splitlines()]
+    apart = float(np.abs(np.array(losses["numpy"]) - losses["cupy"]).max())
+    return {"losses_apart": apart, "held_out": ends, "bfloat16_beyond_float32": ends["bfloat16"] / ends["cupy"] - 1}
+
+
+def launches(steps: int = 20) -> dict[str, Any]:
+    """Milliseconds of a step of GPT-2 small with LoRA, of 8 x 1024 tokens, and of 1 x 16: the latter is Python and launches alone."""
+    os.environ["CUPY_TF32"] = "1"
+    import minilora as ml
+    from minilora.backend import synchronize
+    from minilora.training.data import random_windows
+    from minilora.training.loop import train
+
+    told = {}
+    for name, (batch, window) in {"8 x 1024": (8, 1024), "1 x 16": (1, 16)}.items():
+        model = ml.GPT2(ml.GPT2Config(), rng=0).to("cupy")
+        ml.inject(model, ml.LoraConfig(r=8), rng=0)
+        text = np.random.default_rng(0).zipf(1.3, 200_000) % 50257
+        batches = random_windows(text, window, batch, np.random.default_rng(0))
+        run = train(model, ml.AdamW(model.parameters(), 1e-3), batches, steps, lambda step: 1.0)
+        told[name] = 1e3 * float(np.median([step.seconds for step in run]))
+        synchronize("cupy")
+    return {"ms_a_step": told}
+
+
+def against_rivals(name: str, args: Namespace) -> dict[str, Any]:
+    job = {"labelled": JOBS[name].get("window", 0), **JOBS[name]}
+    names = ["ours", *(rival for rival in RIVALS if not (args.no_compile and rival == "compile"))]
+    with tempfile.TemporaryDirectory() as folder:
+        given = {"steps": 200 if name == "toy" else 10, "warmup": 10, "rounds": args.rounds, "threads": 1, "folder": folder, **job}
+        harness.prepare("gpu", given)
+        measured = harness.turns("gpu", names, given)
+    return summary(measured, given["steps"], TOLERANCE[job["dtype"]])
+
+
+FIGURES = {"suite": suite, "curves": curves, "launches": launches}
+
+
+def main() -> int:
+    from minilora.backend import import_cupy
+
+    names = [*FIGURES, *JOBS]
+    args = options(
+        __doc__,
+        **{
+            "only": {"nargs": "+", "choices": names, "default": names, "help": "which"},
+            "no-compile": {"action": "store_true", "help": "leave out torch.compile"},
+            "out": {"type": Path, "default": ROOT / "benchmarks" / "results" / "gpu.json", "help": "the file to write"},
+        },
+    )
+    try:
+        cupy = import_cupy()
+    except (ImportError, RuntimeError) as error:
+        print(f"benchmarks.gpu: {error}", file=sys.stderr)
+        return 1
+    about = cupy.cuda.runtime.getDeviceProperties(0)
+    machine = {**describe(), "device": about["name"].decode(), "memory": int(about["totalGlobalMem"]), "cupy": cupy.__version__}
+    machine |= {"driver": cupy.cuda.runtime.driverGetVersion(), "cuda": cupy.cuda.runtime.runtimeGetVersion()}
+    print(json.dumps(machine), flush=True)
+    told: dict[str, Any] = json.loads(args.out.read_text())["results"] if args.out.is_file() else {}
+    for name in args.only:
+        try:
+            told[name] = FIGURES[name]() if name in FIGURES else against_rivals(name, args)
+        except Failed as failed:
+            told[name] = {"failed": str(failed)}
+        print(f"{name}: {json.dumps(told[name])[:2000]}", flush=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"machine": machine, "results": told}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Frozen weights in 16 bits: half the memory, and on a GPU products by tensor cores.
+
+    y = x W      is taken as      s (x / s)_16 W_16,      s = max |x| / 256
+
+where _16 rounds to 16 bits. float16's numbers end at 65504 and thin out below 6e-5; scaled so, a gradient of any size, however small,
+passes through whole. That takes the place of scaling the loss: there is no factor to be found and
+kept, and no step is lost to an overflow. bfloat16 has float32's range, and needs none.
+
+What is trained, the norms, the softmax, the loss and the optimizer stay in float32, as do activations between products. On NumPy, which
+multiplies 16-bit matrices without BLAS, a block of W's rows at a time is widened instead: there these are weights of half the size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import Array, get_xp, to_backend
+from minilora.family.packed import Packed
+
+KINDS = ("float16", "bfloat16")
+CHUNK = 2**19  # numbers that are widened at a time
+_LARGEST = 256.0  # of x after scaling: 65504 leaves room for sums, and cuBLAS adds up in float32
+
+
+class Half(Packed):
+    """values (m, n) of a 16-bit dtype; `dtype` is that of what a product gives."""
+
+    def __init__(self, values: Array, dtype: Any = "float32") -> None:
+        self.values, self.dtype, self.shape, self.like = values, np.dtype(dtype), tuple(values.shape), values
+
+    @classmethod
+    def of(cls, W: Array, kind: str, dtype: Any = "float32") -> Half:
+        """W rounded to the nearest. Raises ValueError for an unknown kind, or where float16 would make infinities of it."""
+        values = W.astype(dtype_of(kind))
+        if kind == "float16" and float(abs(W).max()) > 65504:
+            raise ValueError(f"a weight of shape {tuple(W.shape)} has numbers beyond float16's 65504; choose bfloat16.")
+        return cls(values, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.values.nbytes)
+
+    @property
+    def T(self) -> Half:
+        return Half(self.values.T, self.dtype)
+
+    def __rmatmul__(self, x: Array) -> Array:
+        xp = get_xp(x)
+        if xp is np:
+            return _widened(x, self.values)
+        if self.values.dtype == np.float16:
+            scale = xp.maximum(xp.abs(x).max(), 1e-30) / _LARGEST  # stays on the device
+            return ((x / scale).astype(np.float16) @ self.values).astype(x.dtype) * scale
+        return (x.astype(self.values.dtype) @ self.values).astype(x.dtype)
+
+    def dense(self) -> Array:
+        return self.values.astype(self.dtype)
+
+    def column_squares(self) -> Array:
+        """The squared lengths of the columns (n,)."""
+        return (self.dense() ** 2).sum(axis=0)
+
+    def to_backend(self, backend: str, dtype: Any = None) -> Half:
+        """The same, moved; `dtype` is of what products give."""
+        return Half(to_backend(self.values, backend), dtype or self.dtype)
+
+
+def dtype_of(kind: str) -> Any:
+    """The dtype. Raises ValueError for an unknown kind, ImportError where bfloat16 needs what is not installed."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r} of 16-bit weights; choose {' or '.join(KINDS)}.")
+    if kind == "float16":
+        return np.dtype(np.float16)
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ImportError("bfloat16 needs ml_dtypes: pip install 'minilora[bf16]'") from None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def _widened(x: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """x W, where as many of W's rows as lie in a chunk are made wide at a time; of a W that lies column by column, columns."""
+    m, n = values.shape
+    if values.flags.c_contiguous:
+        step, y = max(1, CHUNK // n), np.zeros((len(x), n), x.dtype)
+        for a in range(0, m, step):
+            y += x[:, a : a + step] @ values[a : a + step].astype(x.dtype)
+        return y
+    step, y = max(1, CHUNK // m), np.empty((len(x), n), x.dtype)
+    for a in range(0, n, step):
+        y[:, a : a + step] = x @ values[:, a : a + step].astype(x.dtype)
+    return y
