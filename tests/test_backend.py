@@ -12,6 +12,7 @@ import standin
 import minilora as ml
 from minilora import backend as door
 from minilora.functional import dropout_mask
+from minilora.kernels import cuda
 from minilora.training.data import Batch
 from minilora.training.flat import clip_grad_norm
 from minilora.training.replicas import Replicas
@@ -278,3 +279,34 @@ def test_building_and_training_a_layer_loads_numpy_alone():
         "ml.choose_backend('numpy')"
     )
     assert beyond_numpy(modules) == {"minilora"}
+
+
+LAUNCHES = {"GPT-2": 110, "Llama": 150}  # of a block with LoRA on all linear layers, forward and backward; README.md says so
+
+
+@pytest.mark.skipif(not cuda.ENABLED, reason="counts launches of the CUDA sources, which need g++ here")
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_a_block(name, standin_cupy):
+    """Counted as what one more block costs; no synchronisation, and nothing goes to the device after the first step."""
+
+    def step(blocks):
+        sizes = {"n_layer": blocks, "n_embd": 12, "n_head": 2} if name == "GPT-2" else {"num_hidden_layers": blocks}
+        if name == "GPT-2":
+            model = ml.GPT2(ml.GPT2Config(vocab_size=20, n_positions=8, **sizes), rng=0)
+        else:
+            sizes |= {"hidden_size": 12, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+            model = ml.Llama(ml.LlamaConfig(vocab_size=20, max_position_embeddings=8, **sizes), rng=0)
+        ml.inject(model.to("cupy"), ml.LoraConfig(r=2), rng=0)
+        optimizer, ids = ml.AdamW(model.parameters(), 1e-3), np.arange(16) % 20
+        for _ in range(2):
+            with standin.count() as c:
+                _, saved = model.loss(ids, ids, [0, 8, 16])
+                model.loss_backward(saved)
+                optimizer.step()
+                optimizer.zero_grad()
+        return c
+
+    few, more = step(2), step(4)
+    assert (more.syncs, more.to_host) == (0, 0)
+    assert more.to_device == few.to_device <= 4  # ids, positions or angles, labels
+    assert (more.launches - few.launches) / 2 <= LAUNCHES[name]

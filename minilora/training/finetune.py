@@ -269,7 +269,7 @@ def _too_large(model: Any, recipe: Recipe, task: Task, step: int, folder: Path) 
     advice = (
         f"{fit} of a batch's {n} sequences fit: {flag} {size}"
         if fit
-        else f"not even one of a batch's {n} sequences fits: a shorter --window"
+        else f"not one of {n} sequences fits: a shorter --window"
     )
     return f"memory ran out after step {step}; {advice}, or --recompute. The {_made(recipe)} as it was then is in {folder}."
 
