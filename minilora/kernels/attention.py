@@ -27,7 +27,7 @@ from minilora.kernels import cuda
 _QUERIES = 128  # in a block, at most
 _SCORES = 2**21  # in a block, or a group: at most about so many
 _ON_DEVICE = 8, 2**6  # there both are larger by these: what counts is how few launches there are
-_KEPT = 128
+_KEPT = 192
 
 
 class Places(NamedTuple):
