@@ -84,7 +84,7 @@ def test_a_run_ends_where_that_on_float32_does(kind, tmp_path):
         again = ml.load_model("pydoc", "numpy", quantize=quantize)
         ml.load_adapter(again, tmp_path / f"run{quantize}" / "adapter")
     assert ends[kind] == pytest.approx(ends[""], rel=0.01)
-    assert ends[kind] != ends[""]
+    assert (ends[kind] == ends[""]) == (kind == "float16")  # the bundled model's file is in float16: nothing is rounded
 
 
 def test_half_of_the_memory():

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 import minilora as ml
 from minilora.checking.gradcheck import gradcheck
 from minilora.family import nf4
-from minilora.family.nf4 import NF4, quantize_model
+from minilora.family.nf4 import NF4
+from minilora.family.quantize import quantize_model
 
 GOLDEN = load_file(make_nf4.FILE)
 
@@ -140,7 +141,7 @@ def test_a_quantized_layer_cannot_be_trained():
     m.unfreeze()
     with pytest.raises(ValueError, match=r"self_attn\.q_proj\.weight is quantized and cannot be trained"):
         ml.AdamW(m.parameters())
-    with pytest.raises(ValueError, match="quantize is 'int8'; choose 'nf4', or '' for none"):
+    with pytest.raises(ValueError, match="quantize is 'int8'; choose 'nf4', 'float16', 'bfloat16', or '' for none"):
         ml.load_model("pydoc", quantize="int8")
 
 

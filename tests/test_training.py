@@ -297,9 +297,7 @@ def test_windows_and_splits():
 # -- memory runs out ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("most", "advice"), [(2, "2 of a batch's 8 sequences fit: --batch-size 2"), (0, "not one of 8 sequences fits")]
-)
+@pytest.mark.parametrize(("most", "advice"), [(2, "2 of a batch's 8 sequences fit: --batch-size 2"), (0, "not one of 8 sequences fits")])
 def test_when_memory_runs_out_the_run_says_what_fits_and_keeps_what_it_has(most, advice, backend, tmp_path, monkeypatch):
     from minilora.models import GPT2
     from minilora.training.finetune import finetune

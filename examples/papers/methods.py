@@ -53,7 +53,7 @@ def run(data: Path, rows: dict[str, dict[str, Any]], seeds: int, folder: Path, e
     return study(recipe, rows, seeds, folder)
 
 
-def choose(folder: Path, seeds: int = 2) -> None:
+def choose(folder: Path, seeds: int = 1) -> None:
     """Print the best rate of each method, on texts for choosing."""
     for name in RATES:
         data = real_texts(name, folder / "data", TRAIN, 500, choose=True)

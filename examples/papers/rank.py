@@ -34,7 +34,7 @@ def run(seeds: int, steps: int, **fields: object) -> tuple[int, list[float]]:
 
 def main() -> None:
     args = flags(__doc__)
-    ranks, seeds, steps = ([1, 8], 1, 10) if args.quick else ([1, 2, 4, 8, 16, 32, 64], 2, 120)
+    ranks, seeds, steps = ([1, 8], 1, 10) if args.quick else ([1, 2, 4, 8, 16, 64], 2, 120)
     by_rank = {r: run(seeds, steps, r=r) for r in ranks}
     by_place = {name: run(seeds, steps, target_modules=where, r=r) for name, (where, r) in SPENT.items()}
     middle = {r: statistics.median(after) for r, (_, after) in by_rank.items()}

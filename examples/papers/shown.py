@@ -91,7 +91,7 @@ def tell(
     name: str, out: Path, claims: Sequence[Claim], figures: dict[str, Any], draw: Callable[[Any], None], size: tuple[float, float]
 ) -> None:
     """Print the table, keep it with the figures in NAME.json, and draw NAME.png."""
-    told = {"claims": [asdict(claim) for claim in claims], "figures": figures}
+    told = {"claims": [{**asdict(claim), "holds": bool(claim.holds)} for claim in claims], "figures": figures}
     print("\n" + table(told["claims"]))
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")

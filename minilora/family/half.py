@@ -33,10 +33,9 @@ class Half(Packed):
     @classmethod
     def of(cls, W: Array, kind: str, dtype: Any = "float32") -> Half:
         """W rounded to the nearest. Raises ValueError for an unknown kind, or where float16 would make infinities of it."""
-        values = W.astype(dtype_of(kind))
         if kind == "float16" and float(abs(W).max()) > 65504:
             raise ValueError(f"a weight of shape {tuple(W.shape)} has numbers beyond float16's 65504; choose bfloat16.")
-        return cls(values, dtype)
+        return cls(W.astype(dtype_of(kind)), dtype)
 
     @property
     def nbytes(self) -> int:

@@ -266,11 +266,7 @@ def _too_large(model: Any, recipe: Recipe, task: Task, step: int, folder: Path) 
     batch = next(task.batches(recipe.seed))
     n, fit = len(batch.offsets) - 1, sequences_that_fit(model, batch)
     flag, size = ("--tokens-per-batch", int(batch.offsets[fit])) if recipe.kind == "lm" else ("--batch-size", fit)
-    advice = (
-        f"{fit} of a batch's {n} sequences fit: {flag} {size}"
-        if fit
-        else f"not one of {n} sequences fits: a shorter --window"
-    )
+    advice = f"{fit} of a batch's {n} sequences fit: {flag} {size}" if fit else f"not one of {n} sequences fits: a shorter --window"
     return f"memory ran out after step {step}; {advice}, or --recompute. The {_made(recipe)} as it was then is in {folder}."
 
 
