@@ -80,9 +80,9 @@ def import_cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
-        raise ImportError(
-            "the cupy backend needs CuPy: pip install 'minilora[cuda13]' (driver 580 or newer) or 'minilora[cuda12]'."
-        ) from error
+        why = "" if error.name == "cupy" else f" What is installed cannot be imported ({error}): is it for another CUDA?"
+        needs = "the cupy backend needs CuPy: pip install 'minilora[cuda13]' (driver 580 or newer) or 'minilora[cuda12]'."
+        raise ImportError(needs + why) from error
     try:
         devices = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # CuPy raises CUDARuntimeError, which cannot be named without CuPy
@@ -112,7 +112,7 @@ def choose_backend(name: str = "auto", quiet: bool = False) -> str:
         return "cupy"
     except (ImportError, RuntimeError) as error:
         if not quiet:
-            reason = "CuPy is not installed" if isinstance(error, ImportError) else "CuPy finds no GPU"
+            reason = "CuPy cannot be imported" if isinstance(error, ImportError) else "CuPy finds no GPU"
             print(f"backend: numpy ({reason})", file=sys.stderr)
         return "numpy"
 

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +91,14 @@ def no_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)  # Python's way of saying that an import fails
 
 
+def for_another_cuda(monkeypatch):
+    """A cupy that is there, and cannot be imported."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "cupy.py").write_text("raise ImportError('libnvrtc.so.12: cannot open shared object file')")
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.syspath_prepend(str(folder))
+
+
 def no_driver(monkeypatch):
     def fail():
         raise OSError("cudaErrorInsufficientDriver")
@@ -106,6 +116,7 @@ def no_device(monkeypatch):
     ("broken", "error", "message"),
     [
         (no_package, ImportError, r"pip install 'minilora\[cuda13\]'"),
+        (for_another_cuda, ImportError, r"cannot be imported \(libnvrtc.so.12.*is it for another CUDA"),
         (no_driver, RuntimeError, r"no usable NVIDIA driver \(cudaErrorInsufficientDriver\)"),
         (no_device, RuntimeError, "sees no GPU; is CUDA_VISIBLE_DEVICES empty"),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -26,6 +27,10 @@ def test_the_lists_are_true_of_cupy():
     names = [*standin.CONSTANTS.split(), *" ".join(standin.FUNCTIONS.values()).split()]
     methods = [*" ".join(METHODS.values()).split(), *(n for n in vars(cp.ndarray) if not n.startswith("_"))]
     assert [name for name in names if not hasattr(cupy, name)] == []
+    assert hasattr(cupy, "RawModule")
+    assert find_spec("cupy.cublas") is not None  # to import it takes CUDA's libraries
+    assert hasattr(cupy.cuda.MemoryPool, "free_all_blocks")
+    assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
     assert [name for name in standin.LINALG.split() if not hasattr(cupy.linalg, name)] == []
     assert [name for name in methods if not hasattr(cupy.ndarray, name)] == []
     assert [name for name in standin.LACKS.split() if hasattr(cupy, name)] == []

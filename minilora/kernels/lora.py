@@ -1,6 +1,6 @@
 """Twins of functional/lora.py: the low-rank product is added to the dense one block by block, and the bias along with it.
 
-What fits a block runs as the plain pair.
+What fits a block runs as the plain pair. On CuPy the scale, and adding to what is there, are part of a product: gemm(alpha, beta, out).
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ import numpy as np
 
 from minilora import functional as F
 from minilora.backend import Array, get_xp
+from minilora.kernels import cuda
 from minilora.kernels.blocks import BLOCK, row_blocks
 
 
 def lora_linear(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: float, mask: Array | None = None) -> tuple[Array, Array]:
     """As functional.lora_linear."""
+    if mask is None and x.ndim == 2 and cuda.usable(x, A, B):
+        F.check_lora(W, A, B)
+        y, u = F.linear(x, W, b), x @ A
+        return cuda.gemm(u, B, y, s, 1), u
     if get_xp(x, W, A, B) is not np or x.ndim != 2 or x.dtype != A.dtype or len(x) * sum(W.shape) < BLOCK:
         return F.lora_linear(x, W, b, A, B, s, mask)
     F.check_lora(W, A, B)
@@ -43,6 +48,8 @@ def lora_linear_backward(
     need: Collection[str] = ("dx", "dA", "dB"),
 ) -> tuple[Array, Array, Array]:
     """As functional.lora_linear_backward."""
+    if mask is None and cuda.usable(dy, A, B):
+        return _backward_on_device(dy, x, u, W, A, B, s, need)
     if get_xp(dy) is not np or mask is not None or len(dy) * sum(W.shape) < BLOCK:
         return F.lora_linear_backward(dy, x, u, W, A, B, s, mask, need)
     dB = (s * u).T @ dy if "dB" in need else None
@@ -54,6 +61,18 @@ def lora_linear_backward(
     if dx is not None:
         _add_product(dx, du, A.T)
     return dx, dA, dB
+
+
+def _backward_on_device(
+    dy: Array, x: Array, u: Array, W: Array, A: Array, B: Array, s: float, need: Collection[str]
+) -> tuple[Array | None, Array | None, Array | None]:
+    xp = get_xp(dy)
+    dB = cuda.gemm(u.T, dy, xp.empty(B.shape, dtype=B.dtype), s) if "dB" in need else None
+    if not {"dx", "dA"} & set(need):
+        return None, None, dB
+    du = cuda.gemm(dy, B.T, xp.empty((len(dy), B.shape[0]), dtype=dy.dtype), s)
+    dA = x.T @ du if "dA" in need else None
+    return cuda.gemm(du, A.T, dy @ W.T, 1, 1) if "dx" in need else None, dA, dB
 
 
 def _add_product(y: np.ndarray, u: np.ndarray, B: np.ndarray) -> None:

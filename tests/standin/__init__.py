@@ -136,6 +136,7 @@ def _make_module() -> CuPy:
     cupy.linalg = space(**{name: _solver(name) for name in LINALG.split()})
     if cuda.COMPILER:
         cupy.RawModule = cuda.RawModule
+    cupy.cublas = space(gemm=cuda.gemm)
     cupy.is_available = lambda: True
     pool = space(total_bytes=lambda: POOL_BYTES, used_bytes=lambda: POOL_BYTES // 2, free_all_blocks=lambda: None)
     cupy.get_default_memory_pool = lambda: pool

@@ -106,6 +106,22 @@ class RawModule:
         return ctypes.c_void_p(value._host.ctypes.data)
 
 
+def gemm(transa: str, transb: str, a: ndarray, b: ndarray, out: ndarray, alpha: float, beta: float) -> ndarray:
+    """cupy.cublas.gemm: out = alpha a b + beta out. What is contiguous in neither order is copied first."""
+    m, k, n = *a.shape, b.shape[1]
+    if (transa, transb) != ("N", "N") or b.shape[0] != k or out.shape != (m, n) or not a.dtype == b.dtype == out.dtype:
+        raise AssertionError(
+            f"gemm: {a.shape} {a.dtype}, {b.shape} {b.dtype} and {out.shape} {out.dtype} do not fit, or are turned by a flag."
+        )
+    if a.dtype.char not in "fd":
+        raise TypeError("invalid dtype")
+    copies = sum(not (x.flags.c_contiguous or x.flags.f_contiguous) for x in (a, b)) + 2 * (not out.flags.c_contiguous)
+    note(launches=1 + copies, products=[(m, n)])
+    product = a.dtype.type(alpha) * (a._host @ b._host)
+    out._host[...] = product + a.dtype.type(beta) * out._host if beta else product
+    return out
+
+
 def _split(parameter: str) -> tuple[str, str]:
     """("const REAL*", "x") of "const REAL* x"."""
     kind, _, name = parameter.strip().rpartition(" ")
