@@ -79,7 +79,9 @@ def main() -> None:
         for name, p in points.items():
             colour = RED if name.startswith("full") else BLUE if name.startswith("LoRA") else GREEN
             axes.plot(p["learned"], p["forgotten"], "o", color=colour, markersize=8)
-            axes.annotate(name, (p["learned"], p["forgotten"]), xytext=(6, -3), textcoords="offset points", fontsize=9)
+            below = name in ("biases", "LoRA, r = 8")  # others are near
+            place = (p["learned"], p["forgotten"]), (6, -14 if below else -1)
+            axes.annotate(name, place[0], xytext=place[1], textcoords="offset points", fontsize=9)
         axes.set(xlabel="learned: bits per byte less on Python source", ylabel="forgotten: bits per byte more on Python's help")
         axes.margins(x=0.25, y=0.1)
         axes.axhline(0, color="black", linewidth=0.5)
