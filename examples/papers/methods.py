@@ -24,10 +24,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "LoRA, r = 1": {"method": "lora", "r": 1},
     "LoRA, r = 8": {"method": "lora", "r": 8},
-    "LoRA, r = 32": {"method": "lora", "r": 32},
     "bottleneck / 64": {"method": "bottleneck", "reduction_factor": 64},
     "bottleneck / 16": {"method": "bottleneck", "reduction_factor": 16},
-    "bottleneck / 4": {"method": "bottleneck", "reduction_factor": 4},
     "biases": {"method": "bitfit"},
     "layer norms": {"method": "layer-norm"},
     "head alone": {"method": "head"},
@@ -41,8 +39,8 @@ GRID = {
     "head": [3e-3, 1e-2, 3e-2],
 }
 RATES: dict[str, dict[str, float]] = {
-    "films": {"full": 1e-4, "lora": 1e-3, "bottleneck": 1e-3, "bitfit": 4e-3, "layer-norm": 4e-3, "head": 8e-3},
-    "questions": {"full": 1e-4, "lora": 1e-3, "bottleneck": 1e-3, "bitfit": 4e-3, "layer-norm": 4e-3, "head": 8e-3},
+    "films": {"full": 1e-4, "lora": 1e-3, "bottleneck": 1e-3, "bitfit": 3e-3, "layer-norm": 1e-2, "head": 1e-2},
+    "questions": {"full": 1e-4, "lora": 1e-3, "bottleneck": 2e-3, "bitfit": 1e-2, "layer-norm": 1e-2, "head": 3e-2},
 }
 
 
