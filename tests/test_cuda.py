@@ -158,3 +158,16 @@ def test_without_the_sources_the_pairs_run_on_the_device(monkeypatch, standin_cu
         close(a, b)
     assert not cuda.usable(x)
     assert cuda.usable(np.ones(2)) is False
+
+
+@needs_gpp
+def test_what_does_not_fit_goes_to_the_pair(standin_cupy):
+    x, short, none = device(4, 8), device(4), device(0, 8)
+    for call in (lambda: K.layer_norm(x, short, short), lambda: K.rms_norm(x, short), lambda: K.rotary(x, device(3, 2), device(3, 2))):
+        with pytest.raises(ValueError, match="shape"):
+            call()
+    A, B, W = device(8, 2), device(2, 5), device(8, 5)
+    y, u = K.lora_linear(none, W, None, A, B, 1.0)
+    assert (y.shape, u.shape) == ((0, 5), (0, 2))
+    assert K.lora_linear_backward(device(0, 5), none, u, W, A, B, 1.0)[0].shape == (0, 8)
+    assert K.gelu(none)[0].shape == K.dropout(none, 0.5, 1).shape == (0, 8)

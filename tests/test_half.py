@@ -35,6 +35,12 @@ def test_products_are_right_to_rounding_whatever_the_size(kind, scale, on, backe
     np.testing.assert_allclose(ml.to_numpy(H.column_squares()), (ml.to_numpy(W) ** 2).sum(axis=0), rtol=4 * EPS[kind])
 
 
+def test_large_sums_do_not_overflow(on):
+    W, x = np.full((1024, 1), 0.5), np.ones((1, 1024))
+    assert ml.to_numpy(on(x, "float32") @ Half.of(on(W, "float32"), "float16"))[0, 0] == pytest.approx(512, rel=1e-3)
+    assert (on(x[:0], "float32") @ Half.of(on(W, "float32"), "float16")).shape == (0, 1)
+
+
 def test_zeros_stay_zeros(on):
     H = Half.of(arrays(6, 4, on=on), "float16")
     assert not ml.to_numpy(on(np.zeros((3, 6)), "float32") @ H).any()

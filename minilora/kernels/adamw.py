@@ -26,8 +26,8 @@ def adamw(
     decoupled: bool,
 ) -> None:
     """One step, in place. rates and decays: numbers, or arrays of the buffer's size. Everything is on the device."""
-    f = w.dtype.type
+    f, (b1, b2) = w.dtype.type, betas
     scales = [(x, f(y)) if hasattr(x, "shape") and x.shape else (cuda.NULL, f(x * y)) for x, y in ((rates, lr), (decays, weight_decay))]
     (rates, lr_), (decays, decay) = scales
-    numbers = (lr_, decay, f(betas[0]), f(betas[1]), f(corrections[0]), f(math.sqrt(corrections[1])), f(eps), np.int32(decoupled))
+    numbers = (lr_, decay, f(b1), f(b2), f(1 - b1), f(1 - b2), f(corrections[0]), f(math.sqrt(corrections[1])), f(eps), np.int32(decoupled))
     cuda.elementwise("adamw", "adamw", w.size, w, g, m, v, rates, decays, *numbers)

@@ -14,7 +14,7 @@ from minilora.kernels.blocks import blocks, scratch
 def swiglu(g: Array, u: Array, keep: bool = True) -> tuple[Array, tuple[Array, Array] | None]:
     """y = silu(g) * u.   Saved: silu(g), which is dy / du, and u silu'(g), which is dy / dg."""
     xp = get_xp(g, u)
-    if cuda.usable(g, u):
+    if cuda.usable(g, u) and g.shape == u.shape:
         g, u = xp.ascontiguousarray(g), xp.ascontiguousarray(u)
         y, *kept = (xp.empty_like(g) for _ in range(3 if keep else 1))
         cuda.elementwise("activations", "swiglu", g.size, g, u, y, *(kept or (cuda.NULL, cuda.NULL)))

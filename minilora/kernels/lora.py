@@ -17,7 +17,7 @@ from minilora.kernels.blocks import BLOCK, row_blocks
 
 def lora_linear(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: float, mask: Array | None = None) -> tuple[Array, Array]:
     """As functional.lora_linear."""
-    if mask is None and x.ndim == 2 and cuda.usable(x, A, B):
+    if mask is None and x.ndim == 2 and len(x) and cuda.usable(x, A, B):
         F.check_lora(W, A, B)
         y, u = F.linear(x, W, b), x @ A
         return cuda.gemm(u, B, y, s, 1), u
@@ -48,7 +48,7 @@ def lora_linear_backward(
     need: Collection[str] = ("dx", "dA", "dB"),
 ) -> tuple[Array, Array, Array]:
     """As functional.lora_linear_backward."""
-    if mask is None and cuda.usable(dy, A, B):
+    if mask is None and len(dy) and cuda.usable(dy, A, B):
         return _backward_on_device(dy, x, u, W, A, B, s, need)
     if get_xp(dy) is not np or mask is not None or len(dy) * sum(W.shape) < BLOCK:
         return F.lora_linear_backward(dy, x, u, W, A, B, s, mask, need)

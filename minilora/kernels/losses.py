@@ -52,7 +52,7 @@ def linear_cross_entropy(
 
 
 def _on_device(x: Array, W: Array, labels: Array, N: int, need_dx: bool) -> tuple[Array, Array | None, None]:
-    """Two products and one kernel for each block of the vocabulary."""
+    """Two products, one kernel and two sums for each block of the vocabulary."""
     F.check_ids(labels, W.shape[1], "linear_cross_entropy")
     xp, T, V = get_xp(x), x.shape[0], W.shape[1]
     width = min(V, max(256, _LOGITS_ON_DEVICE // T))

@@ -14,7 +14,7 @@ from minilora.kernels.blocks import row_blocks
 
 def layer_norm(x: Array, gamma: Array, beta: Array, eps: float = 1e-5) -> tuple[Array, tuple[Array, Array]]:
     """As functional.layer_norm."""
-    if cuda.usable(x, gamma, beta) and x.ndim == 2:
+    if cuda.usable(x, gamma, beta) and _fit(x, gamma, beta):
         return _on_device(x, gamma, beta, eps)
     if get_xp(x, gamma, beta) is not np or x.ndim != 2:
         return F.layer_norm(x, gamma, beta, eps)
@@ -29,7 +29,7 @@ def layer_norm(x: Array, gamma: Array, beta: Array, eps: float = 1e-5) -> tuple[
 
 def rms_norm(x: Array, gamma: Array, eps: float = 1e-6) -> tuple[Array, tuple[Array, Array]]:
     """As functional.rms_norm."""
-    if cuda.usable(x, gamma) and x.ndim == 2:
+    if cuda.usable(x, gamma) and _fit(x, gamma):
         return _on_device(x, gamma, None, eps)
     if get_xp(x, gamma) is not np or x.ndim != 2:
         return F.rms_norm(x, gamma, eps)
@@ -84,6 +84,11 @@ def rms_norm_backward(
         _project(dxhat, xhat[at])
         dxhat *= rstd[at]
     return dx, dgamma
+
+
+def _fit(x: Array, *of_features: Array) -> bool:
+    """Do the shapes? Where they do not, the pair has the words."""
+    return x.ndim == 2 and all(p.shape == (x.shape[1],) for p in of_features)
 
 
 def _on_device(x: Array, gamma: Array, beta: Array | None, eps: float) -> tuple[Array, tuple[Array, Array]]:

@@ -61,6 +61,7 @@ class GPT2Config:
     def to_json(self) -> dict[str, Any]:
         """The fields as config.json keeps them."""
         told = {key: value for key, value in asdict(self).items() if key != "dropout"}
+        told |= {"resid_pdrop": self.dropout, "embd_pdrop": self.dropout, "attn_pdrop": 0.0}  # else transformers takes 0.1
         return {"model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True, **told}
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -53,7 +55,9 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     """
     begun = time.perf_counter()
     if recipe.tf32:
-        os.environ["CUPY_TF32"] = "1"  # CuPy looks at it when it is imported
+        if "cupy" in sys.modules and os.environ.get("CUPY_TF32") != "1":
+            raise RuntimeError("tf32 has to be asked for before CuPy's first product: set CUPY_TF32=1 before Python starts.")
+        os.environ["CUPY_TF32"] = "1"
     recipe.backend = choose_backend(recipe.backend)
     model, tokenizer, task = open_recipe(recipe)
     recipe.settle(task.per_epoch)
@@ -81,6 +85,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
         if isinstance(stop, Diverged):
             say(f"the {_made(recipe)} as of step {stop.kept}, the last good one, is in {folder.path}")
         if isinstance(stop, MemoryError):
+            traceback.clear_frames(stop.__traceback__)  # what the failed step had saved is still held there
             raise MemoryError(_too_large(model, recipe, task, done, folder.path)) from stop
         raise
     folder.write_metrics(records)
@@ -267,7 +272,8 @@ def _too_large(model: Any, recipe: Recipe, task: Task, step: int, folder: Path) 
     n, fit = len(batch.offsets) - 1, sequences_that_fit(model, batch)
     flag, size = ("--tokens-per-batch", int(batch.offsets[fit])) if recipe.kind == "lm" else ("--batch-size", fit)
     advice = f"{fit} of a batch's {n} sequences fit: {flag} {size}" if fit else f"not one of {n} sequences fits: a shorter --window"
-    return f"memory ran out after step {step}; {advice}, or --recompute. The {_made(recipe)} as it was then is in {folder}."
+    advice += "" if recipe.recompute else ", or --recompute"
+    return f"memory ran out after step {step}; {advice}. The {_made(recipe)} as it was then is in {folder}."
 
 
 def _made(recipe: Recipe) -> str:

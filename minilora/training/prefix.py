@@ -52,6 +52,8 @@ class PrefixCache:
             prefix = model.prefix(ids, offsets)
             if prefix is None:
                 return None
+            if self.kept and prefix.blocks != self.blocks:
+                raise ValueError(f"this cache is of {self.blocks} frozen blocks, the model has {prefix.blocks}; take a cache of its own.")
             self.blocks, x = prefix
             for i, a, b in zip(new, offsets[:-1], offsets[1:], strict=True):
                 found[keys[i]] = x[a:b]

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minilora.backend import choose_backend
+from minilora.family import STARTS_FROM_DATA
 from minilora.training.few_sample import draw
 from minilora.training.finetune import open_recipe, prefix_for, prepare
 from minilora.training.loop import Diverged, train
@@ -100,12 +101,14 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Calla
     for each in recipes.values():
         each.settle(task.per_epoch)
     floor = _floor(model, task, recipe.threads) if todo else 0.0
-    prefixes = {name: prefix_for(task, each) for name, each in recipes.items()}  # the seeds of a row have the same frozen blocks
+    prefixes = {name: prefix_for(task, each) for name, each in recipes.items()}
     try:
         with tqdm(total=sum(recipes[name].steps or 0 for name, _ in todo), unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
             for name, seed in todo:
                 bar.set_description(f"{name}, seed {seed}")
-                store.add({"row": name, "seed": seed, **_run(model, task, replace(recipes[name], seed=seed), floor, bar, prefixes[name])})
+                each = replace(recipes[name], seed=seed)
+                record = _run(model, task, each, floor, bar, _same_blocks(each, prefixes[name], task))
+                store.add({"row": name, "seed": seed, **record})
     except KeyboardInterrupt:
         say(f"stopped; {len(store.records)} runs are in {store.path}, and the same command goes on from there.")
         raise
@@ -119,6 +122,11 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Calla
     else:
         say("no picture: matplotlib is not installed (pip install 'minilora[plot]')")
     return table
+
+
+def _same_blocks(recipe: Recipe, prefix: PrefixCache | None, task: Task) -> PrefixCache | None:
+    """The seeds of a row have the same frozen blocks; but for a start from data, which may leave out other layers for another seed."""
+    return prefix_for(task, recipe) if recipe.init_lora_weights in STARTS_FROM_DATA else prefix
 
 
 def _run(model: Any, task: Task, recipe: Recipe, floor: float, bar: tqdm, prefix: PrefixCache | None) -> dict[str, Any]:
