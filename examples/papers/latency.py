@@ -1,6 +1,6 @@
 """What an adapter costs at inference: LoRA nothing once it is merged, a bottleneck always (LoRA, arXiv 2106.09685, table 1)
 
-    python -m examples.papers.latency [--quick]         about 2 minutes
+    python -m examples.papers.latency [--quick]         about 6 minutes
 
 GPT-2 small with random weights on one thread: one forward pass of a batch, as the paper times it. The models take turns; told are
 ratios to the base model within a turn, and their median.

@@ -1,7 +1,7 @@
 """LoRA, full fine-tuning, bottleneck adapters, biases, layer norms, the head alone: accuracy over trained parameters
 (LoRA, arXiv 2106.09685, tables 2 and 16; adapters, 1902.00751, section 3 and figure 4)
 
-    python -m examples.papers.methods [--quick]         about 20 minutes on a quiet machine
+    python -m examples.papers.methods [--quick]         20 to 30 minutes
     python -m examples.papers.methods --choose          how RATES was chosen, on texts that are used for nothing else
 
 MiniLM learns 200 film snippets (2 classes) and 200 questions (6 classes) from six passes over them, and is measured on 1,000 others;
