@@ -219,8 +219,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         required=True, dest="verb", metavar="finetune | study | evaluate | generate | merge | extract | compare | info | gradcheck"
     )
 
-    def verb(name: str, run: Any, help: str, *flags_of: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        p = verbs.add_parser(name, help=help, description=help, parents=flags_of, add_help=not flags_of, conflict_handler="resolve")
+    def verb(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        p = verbs.add_parser(name, help=help, description=help)
         p.set_defaults(run=run)
         p.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with any of these flags; flags given here win")
         p.add_argument("--json", action="store_true", help="print one JSON object on standard output, all else on standard error")
@@ -229,64 +229,72 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     def where(p: argparse.ArgumentParser) -> None:
         p.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="where to compute (default: auto)")
 
+    def recipe_flags(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--model", help="a model folder, a .gguf file, an id of the hub (default: the bundled one, pydoc)")
+        p.add_argument("--data", metavar="PATH", help="text, .jsonl or .csv, or a folder of them (default: the standard library's source)")
+        p.add_argument("--task", choices=("lm", "classify"), help="go on with a text, or tell its class (default: lm)")
+        p.add_argument("--method", choices=METHODS, help="what to train (default: lora)")
+        p.add_argument("--peft-type", choices=("LORA", "VERA"), help="the kind of adapter (default: LORA; VERA wants an r of 256)")
+        p.add_argument("--r", "--rank", type=int, metavar="R", help="rank of the adapters (default: 8)")
+        p.add_argument("--lora-alpha", "--alpha", type=float, metavar="ALPHA", help="the update is scaled by alpha / r (default: 32)")
+        p.add_argument("--lora-dropout", type=float, metavar="P", help="dropout on what the adapters read (default: 0)")
+        p.add_argument("--use-rslora", action="store_const", const=True, help="scale by alpha / sqrt(r) instead")
+        p.add_argument("--use-dora", action="store_const", const=True, help="train the lengths of W's columns apart from their direction")
+        p.add_argument(
+            "--init-lora-weights", "--init", metavar="HOW", help="how A and B begin: gaussian, pissa, olora, eva, lora_ga, loftq"
+        )
+        p.add_argument(
+            "--quantize", choices=("nf4", "float16", "bfloat16"), help="keep the frozen weights of linear layers in so many bits"
+        )
+        p.add_argument("--loraplus-lr-ratio", type=float, metavar="X", help="learning rate of B over that of A (LoRA+; default: 1)")
+        p.add_argument(
+            "--optimizer",
+            choices=("adamw", "riemannian", "lora_pro", "lora_fa"),
+            help="AdamW, or what it is given for A and B (default: adamw)",
+        )
+        p.add_argument("--target-modules", type=_names, metavar="NAMES", help="names separated by commas, or all-linear (the default)")
+        p.add_argument("--layers-to-transform", type=_numbers, metavar="N,N", help="numbers of the blocks to adapt (default: all)")
+        p.add_argument("--reduction-factor", type=float, metavar="X", help="width of a layer over that of its bottleneck (default: 16)")
+        p.add_argument("--bias", choices=("none", "all", "lora_only"), help="biases to train too (default: all for pydoc, else none)")
+        p.add_argument(
+            "--modules-to-save", type=_list, metavar="NAMES", help="modules to train whole (default: layer norms for pydoc, else none)"
+        )
+        p.add_argument("--lr", type=float, help="peak learning rate (default: by model, task and method)")
+        p.add_argument("--schedule", choices=("constant", "linear", "cosine"), help="shape of the learning rate (default: linear)")
+        p.add_argument("--warmup", type=float, metavar="STEPS", help="steps of linear warm-up, or below 1 a share (default: 10)")
+        p.add_argument("--weight-decay", type=float, metavar="X", help="decoupled weight decay (default: 0)")
+        p.add_argument("--pull", type=float, metavar="X", help="decoupled decay towards the weights it began with (default: 0)")
+        p.add_argument("--bias-correction", action=argparse.BooleanOptionalAction, help="Adam's (default: on)")
+        p.add_argument("--reinit", type=int, metavar="L", help="draw the pooler and the top L blocks anew (method full; default: no)")
+        p.add_argument("--clip", type=float, metavar="NORM", help="largest gradient norm (default: 1)")
+        p.add_argument("--steps", type=int, help="optimizer steps (default: 120 for text, else by --epochs)")
+        p.add_argument("--epochs", type=float, help="times to go through records (default: 3)")
+        p.add_argument("--batch-size", type=int, metavar="N", help="windows or texts a batch (default: 8)")
+        p.add_argument("--tokens-per-batch", type=int, metavar="N", help="tokens a batch of records (default: 2048)")
+        p.add_argument("--accumulate", type=int, metavar="N", help="batches a step (default: 1)")
+        p.add_argument("--recompute", action="store_const", const=True, help="save less for the backward pass and compute more")
+        p.add_argument("--cache", action=argparse.BooleanOptionalAction, help="keep what frozen blocks give over epochs (default)")
+        p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: 256)")
+        p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, help="learn completions only (default), or prompts too")
+        p.add_argument(
+            "--eval-bytes", type=int, metavar="N", help="held-out text to measure on (default: 65536 bytes for pydoc, else 8192 tokens)"
+        )
+        p.add_argument("--train-size", type=int, metavar="N", help="how many texts with a class to learn from (default: all)")
+        p.add_argument("--eval-size", type=int, metavar="N", help="how many of them to measure on (default: all that are held out)")
+        p.add_argument("--threads", type=int, metavar="N", help="replicas, one thread each (default: the cores, at most 8)")
+        p.add_argument("--tf32", action="store_const", const=True, help="on a GPU: products in TF32, faster and less exact")
+        p.add_argument("--sample-bytes", type=int, metavar="N", help="length of the samples (default: 240 for pydoc, else none)")
+        where(p)
+
     a_model = "a run folder, an adapter or model folder, a .gguf file, an id of the hub, or pydoc, the bundled model"
 
     p = verb("finetune", _finetune, "adapt a model to data; without arguments, the bundled model to Python source")
-    p.add_argument("--model", help="a model folder, a .gguf file, an id of the hub (default: the bundled one, pydoc)")
-    p.add_argument("--data", metavar="PATH", help="text, .jsonl or .csv, or a folder of them (default: the standard library's source)")
-    p.add_argument("--task", choices=("lm", "classify"), help="go on with a text, or tell its class (default: lm)")
-    p.add_argument("--method", choices=METHODS, help="what to train (default: lora)")
-    p.add_argument("--peft-type", choices=("LORA", "VERA"), help="the kind of adapter (default: LORA; VERA wants an r of 256)")
-    p.add_argument("--r", "--rank", type=int, metavar="R", help="rank of the adapters (default: 8)")
-    p.add_argument("--lora-alpha", "--alpha", type=float, metavar="ALPHA", help="the update is scaled by alpha / r (default: 32)")
-    p.add_argument("--lora-dropout", type=float, metavar="P", help="dropout on what the adapters read (default: 0)")
-    p.add_argument("--use-rslora", action="store_const", const=True, help="scale by alpha / sqrt(r) instead")
-    p.add_argument("--use-dora", action="store_const", const=True, help="train the lengths of W's columns apart from their direction")
-    p.add_argument("--init-lora-weights", "--init", metavar="HOW", help="how A and B begin: gaussian, pissa, olora, eva, lora_ga, loftq")
-    p.add_argument("--quantize", choices=("nf4", "float16", "bfloat16"), help="keep the frozen weights of linear layers in so many bits")
-    p.add_argument("--loraplus-lr-ratio", type=float, metavar="X", help="learning rate of B over that of A (LoRA+; default: 1)")
-    p.add_argument(
-        "--optimizer",
-        choices=("adamw", "riemannian", "lora_pro", "lora_fa"),
-        help="AdamW, or what it is given for A and B (default: adamw)",
-    )
-    p.add_argument("--target-modules", type=_names, metavar="NAMES", help="names separated by commas, or all-linear (the default)")
-    p.add_argument("--layers-to-transform", type=_numbers, metavar="N,N", help="numbers of the blocks to adapt (default: all)")
-    p.add_argument("--reduction-factor", type=float, metavar="X", help="width of a layer over that of its bottleneck (default: 16)")
-    p.add_argument("--bias", choices=("none", "all", "lora_only"), help="biases to train too (default: all for pydoc, else none)")
-    p.add_argument(
-        "--modules-to-save", type=_list, metavar="NAMES", help="modules to train whole (default: layer norms for pydoc, else none)"
-    )
-    p.add_argument("--lr", type=float, help="peak learning rate (default: by model, task and method)")
-    p.add_argument("--schedule", choices=("constant", "linear", "cosine"), help="shape of the learning rate (default: linear)")
-    p.add_argument("--warmup", type=float, metavar="STEPS", help="steps of linear warm-up, or below 1 a share (default: 10)")
-    p.add_argument("--weight-decay", type=float, metavar="X", help="decoupled weight decay (default: 0)")
-    p.add_argument("--pull", type=float, metavar="X", help="decoupled decay towards the weights it began with (default: 0)")
-    p.add_argument("--bias-correction", action=argparse.BooleanOptionalAction, help="Adam's (default: on)")
-    p.add_argument("--reinit", type=int, metavar="L", help="draw the pooler and the top L blocks anew (method full; default: no)")
-    p.add_argument("--clip", type=float, metavar="NORM", help="largest gradient norm (default: 1)")
-    p.add_argument("--steps", type=int, help="optimizer steps (default: 120 for text, else by --epochs)")
-    p.add_argument("--epochs", type=float, help="times to go through records (default: 3)")
-    p.add_argument("--batch-size", type=int, metavar="N", help="windows or texts a batch (default: 8)")
-    p.add_argument("--tokens-per-batch", type=int, metavar="N", help="tokens a batch of records (default: 2048)")
-    p.add_argument("--accumulate", type=int, metavar="N", help="batches a step (default: 1)")
-    p.add_argument("--recompute", action="store_const", const=True, help="save less for the backward pass and compute more")
-    p.add_argument("--cache", action=argparse.BooleanOptionalAction, help="keep what frozen blocks give over epochs (default)")
-    p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: 256)")
-    p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, help="learn completions only (default), or prompts too")
-    p.add_argument(
-        "--eval-bytes", type=int, metavar="N", help="held-out text to measure on (default: 65536 bytes for pydoc, else 8192 tokens)"
-    )
-    p.add_argument("--train-size", type=int, metavar="N", help="how many texts with a class to learn from (default: all)")
-    p.add_argument("--eval-size", type=int, metavar="N", help="how many of them to measure on (default: all that are held out)")
+    recipe_flags(p)
     p.add_argument("--seed", type=int, help="seed of initial weights, batches and samples (default: 0)")
-    p.add_argument("--threads", type=int, metavar="N", help="replicas, one thread each (default: the cores, at most 8)")
-    p.add_argument("--tf32", action="store_const", const=True, help="on a GPU: products in TF32, faster and less exact")
-    p.add_argument("--sample-bytes", type=int, metavar="N", help="length of the samples (default: 240 for pydoc, else none)")
     p.add_argument("--out", metavar="FOLDER", help="a new run folder (default: runs/METHOD-N)")
-    where(p)
 
-    p = verb("study", _study, "several ways to fine-tune, several seeds: mean, deviation, worst and failed runs; goes on if interrupted", p)
+    p = verb("study", _study, "several ways to fine-tune, several seeds: mean, deviation, worst and failed runs; goes on if interrupted")
+    recipe_flags(p)
     p.add_argument("--rows", type=_list, metavar="NAMES", help="methods, few-sample, or names of single rows, see training/study.py")
     p.add_argument("--seeds", type=int, metavar="N", help="runs of each row (default: 5)")
     p.add_argument("--quick", action="store_true", help="in small, with 2 seeds: minutes")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import minilora as ml
-from minilora.cli import main
+from minilora.cli import _parser, main
 from minilora.training.text import HELD_OUT, TRAIN, decode, encode, stdlib_source
 
 QUICK = [
@@ -321,3 +321,15 @@ def test_the_standard_librarys_source_is_there_and_its_halves_are_apart():
 def test_bytes_and_text():
     assert decode(encode("naïve ☃").tolist()) == "naïve ☃"
     assert decode([104, 105, 0xE2]) == "hi\ufffd"
+
+
+def test_every_verb_has_its_help_and_a_wrong_flag_its_line(capsys):
+    """Each flag once, none of them turned into a word without dashes, and no traceback."""
+    words = {"compare": ["first", "second"], **{key: ["model"] for key in ("evaluate", "generate", "merge", "extract", "info")}}
+    for name, p in _parser()[1].items():
+        assert [action.dest for action in p._actions if not action.option_strings] == words.get(name, [])
+        assert f"minilora {name}" in p.format_help()
+        with pytest.raises(SystemExit) as stopped:
+            main([name, "--no-such-flag"])
+        assert stopped.value.code == 2
+        assert "usage: minilora" in capsys.readouterr().err
