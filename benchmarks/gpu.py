@@ -179,7 +179,7 @@ def against_rivals(name: str, args: Namespace) -> dict[str, Any]:
     return summary(measured, given["steps"], TOLERANCE[job["dtype"]])
 
 
-FIGURES = {"suite": suite, "curves": curves, "launches": launches}
+FIGURES = ("suite", "curves", "launches")  # functions above, each run in a process of its own
 
 
 def in_a_process(name: str) -> dict[str, Any]:

@@ -24,32 +24,26 @@ CLAIMED = {"standard": (52.2, 4.2), "re-init": (66.4, 0.6), "longer": (67.5, 1.1
 def main() -> None:
     args = flags(__doc__)
     train, valid, seeds = (48, 64, 2) if args.quick else (100, 1000, 5)
-    tables = {}
     with tempfile.TemporaryDirectory() as temporary:
         from tests import assets
 
-        for name in ("questions",):
-            data = real_texts(name, Path(temporary) / "data", train, valid)
-            recipe = Recipe(
-                model=str(assets.minilm()), data=str(data), task="classify", lr=1e-4, batch_size=16, warmup=0.1, window=128, backend="numpy"
-            )
-            tables[name] = {line.row: line for line in study(recipe, rows_named(["few-sample"]), seeds, Path(temporary) / name)}
+        data = real_texts("questions", Path(temporary) / "data", train, valid)
+        recipe = Recipe(
+            model=str(assets.minilm()), data=str(data), task="classify", lr=1e-4, batch_size=16, warmup=0.1, window=128, backend="numpy"
+        )
+        table = {line.row: line for line in study(recipe, rows_named(["few-sample"]), seeds, Path(temporary) / "study")}
 
     def seen(*rows: str) -> str:
-        told = (", ".join(f"{row} {t[row].mean:.3f} ± {t[row].std:.3f}" for row in rows) for t in tables.values())
-        return "; ".join(f"{name}: {line}" for name, line in zip(tables, told, strict=True))
-
-    def all_of(test: Any) -> bool:
-        return all(test(table) for table in tables.values())
+        return "questions: " + ", ".join(f"{row} {table[row].mean:.3f} ± {table[row].std:.3f}" for row in rows)
 
     def better(row: str) -> bool:
-        return all_of(lambda t: t[row].mean > t["standard"].mean)
+        return table[row].mean > table["standard"].mean
 
     told = {row: f"{mean} ± {std}" for row, (mean, std) in CLAIMED.items()}
     usual = f"MNLI-1k: {told['standard']}, "
-    failed = [f"{name}: {t['uncorrected'].failed} of {t['uncorrected'].runs}, with it {t['standard'].failed}" for name, t in tables.items()]
-    steadier = all_of(lambda t: t["longer"].std < t["standard"].std)
-    best = all_of(lambda t: t["both"].mean >= max(line.mean for line in t.values()))
+    without, usually = table["uncorrected"], table["standard"]
+    steadier = table["longer"].std < usually.std
+    best = table["both"].mean >= max(line.mean for line in table.values())
     claims = [
         Claim("longer training is better", usual + f"longer {told['longer']}", seen("standard", "longer"), better("longer")),
         Claim("longer training is steadier", usual + f"longer {told['longer']}", seen("standard", "longer"), steadier),
@@ -58,22 +52,22 @@ def main() -> None:
         Claim(
             "without bias correction runs fail",
             "many of 50 runs on RTE do (section 4)",
-            "; ".join(failed),
-            all_of(lambda t: t["uncorrected"].failed > t["standard"].failed),
+            f"questions: {without.failed} of {without.runs}, with it {usually.failed}",
+            without.failed > usually.failed,
         ),
     ]
 
     def draw(figure: Any) -> None:
         colours = (GREY, BLUE, RED, GREEN, "black")
-        for axes, (name, table) in zip([figure.subplots()], tables.items(), strict=True):
-            for y, (line, colour) in enumerate(zip(table.values(), colours, strict=True)):
-                axes.plot([line.worst, line.best], [y, y], color=colour, alpha=0.4, linewidth=6, solid_capstyle="round")
-                axes.errorbar(line.mean, y, xerr=line.std, fmt="o", color=colour, capsize=4)
-            axes.set_yticks(range(len(table)), list(table))
-            axes.invert_yaxis()
-            axes.set(xlabel="held-out accuracy: mean and s.d.; bars from worst to best", title=f"{train} {name}, {seeds} seeds")
+        axes = figure.subplots()
+        for y, (line, colour) in enumerate(zip(table.values(), colours, strict=True)):
+            axes.plot([line.worst, line.best], [y, y], color=colour, alpha=0.4, linewidth=6, solid_capstyle="round")
+            axes.errorbar(line.mean, y, xerr=line.std, fmt="o", color=colour, capsize=4)
+        axes.set_yticks(range(len(table)), list(table))
+        axes.invert_yaxis()
+        axes.set(xlabel="held-out accuracy: mean and s.d.; bars from worst to best", title=f"{train} questions, {seeds} seeds")
 
-    tell("few_sample", args.out, claims, {n: {r: vars(line) for r, line in t.items()} for n, t in tables.items()}, draw, (7, 3.6))
+    tell("few_sample", args.out, claims, {"questions": {row: vars(line) for row, line in table.items()}}, draw, (7, 3.6))
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def mixed(models: Sequence[Layer], which: Sequence[int], offsets: Sequence[int])
 
 
 def _no_loss(*_: Any, **__: Any) -> None:
-    """In `loss`, the last block of a decoder sees the labelled rows alone: PerSequence could not tell whose they are."""
+    """In `loss`, the last norm and the head of a decoder see the labelled rows alone: PerSequence could not tell whose they are."""
     raise ValueError("mixed: a mixture of decoders has no loss of its own; take forward and cross_entropy, or the models one by one.")
 
 
