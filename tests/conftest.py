@@ -16,6 +16,7 @@ import standin
 
 from minilora.backend import import_cupy, to_backend
 from minilora.kernels import cuda
+from minilora.kernels.cuda import blas
 
 CHOICES = {"numpy": ["numpy"], "standin": ["standin"], "cupy": ["cupy"], "both": ["numpy", "standin"]}
 
@@ -61,8 +62,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def standin_cupy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The stand-in, as what `import cupy` gives during this test; for tests that count."""
+    """The stand-in, as what `import cupy` gives during this test; for tests that count. Products go to its cuBLAS."""
     monkeypatch.setitem(sys.modules, "cupy", standin.module)
+    monkeypatch.setattr(blas, "bindings", lambda: standin.blas)
+    blas._handle_of.cache_clear()
     return standin.module
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from minilora.backend import Array, get_xp, to_backend
 from minilora.family.packed import Packed
+from minilora.kernels import cuda
 
 KINDS = ("float16", "bfloat16")
 CHUNK = 2**19  # numbers that are widened at a time
@@ -53,8 +54,8 @@ class Half(Packed):
         if self.values.dtype == np.float16 and len(x):
             largest = min(_LARGEST, _END / (self.shape[0] * max(self.peak, 1e-30)))
             scale = xp.maximum(xp.abs(x).max(), 1e-30) / largest  # stays on the device
-            return ((x / scale).astype(np.float16) @ self.values).astype(x.dtype) * scale
-        return (x.astype(self.values.dtype) @ self.values).astype(x.dtype)
+            return cuda.gemm((x / scale).astype(np.float16), self.values, dtype=x.dtype) * scale
+        return cuda.gemm(x.astype(self.values.dtype), self.values, dtype=x.dtype)
 
     def dense(self) -> Array:
         return self.values.astype(self.dtype)

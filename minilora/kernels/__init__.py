@@ -12,6 +12,7 @@ from minilora.kernels.adamw import adamw
 from minilora.kernels.attention import attention, attention_backward
 from minilora.kernels.dropout import dropout, dropout_backward
 from minilora.kernels.gate import swiglu, swiglu_backward
+from minilora.kernels.linear import linear, linear_backward, product
 from minilora.kernels.lora import lora_linear, lora_linear_backward
 from minilora.kernels.losses import linear_cross_entropy
 from minilora.kernels.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward

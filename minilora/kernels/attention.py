@@ -23,6 +23,7 @@ import numpy as np
 from minilora import functional as F
 from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
+from minilora.kernels.linear import product
 
 _QUERIES = 128  # in a block, at most
 _SCORES = 2**21  # in a block, or a group: at most about so many
@@ -72,9 +73,9 @@ def attention(
         parts = []
         for at, e in _blocks(group, n_head, xp):
             E, inverse = _weights(_scaled(Q[..., at, :]), K, group, at, e)
-            part = E @ V[:, :, 0, :e]
-            part *= inverse
-            O[..., at, :] = part.reshape(O[..., at, :].shape)
+            part = product(E, V[:, :, 0, :e])
+            into = O[..., at, :]
+            xp.multiply(part.reshape(into.shape), inverse.reshape(*into.shape[:-1], 1), out=into)
             parts.append((E, inverse) if keep and K.shape[3] <= _KEPT else None)
         _put(O, o, group.queries)
         if keep:
@@ -111,25 +112,22 @@ def attention_backward(
             dO = dO * group.queries.there[:, None, None]  # what filled up has no gradient
         dQ = None if dq is None else _room(dq, group.queries, *sizes)
         dK, dV = (None if x is None else _room(x, group.keys, *sizes) for x in (dk, dv))
-        for part in (dK, dV):
-            if part is not None:
-                part[...] = 0
-        for (at, e), kept in zip(_blocks(group, n_head, xp), parts, strict=True):
+        blocks = list(zip(_blocks(group, n_head, xp), parts, strict=True))
+        for i, ((at, e), kept) in enumerate(reversed(blocks)):  # the last sees the most keys
             Q_at = _scaled(Q[..., at, :])
             E, inverse = kept or _weights(Q_at, K, group, at, e)
             dO_at = dO[..., at, :].reshape(Q_at.shape) * inverse
             if dV is not None:
-                dV[:, :, 0, :e] += E.swapaxes(2, 3) @ dO_at  #            O = E @ V / sum
+                _collect(dV, product(E.swapaxes(2, 3), dO_at), i == 0)  #     O = E @ V / sum
             if dQ is None and dK is None:
                 continue
-            dS = dO_at @ V[:, :, 0, :e].swapaxes(2, 3)
+            dS = product(dO_at, V[:, :, 0, :e].swapaxes(2, 3))
             _through_softmax(dS, E, inverse)  #                           E = exp(S - max)
             if dK is not None:
-                dK[:, :, 0, :e] += dS.swapaxes(2, 3) @ Q_at  #            S = Q_at @ K^T
+                _collect(dK, product(dS.swapaxes(2, 3), Q_at), i == 0)  #     S = Q_at @ K^T
             if dQ is not None:
-                part = dS @ K[:, :, 0, :e]
-                part *= _scale(Q)
-                dQ[..., at, :] = part.reshape(dQ[..., at, :].shape)
+                part = product(dS, K[:, :, 0, :e])
+                xp.multiply(part.reshape(dQ[..., at, :].shape), _scale(Q), out=dQ[..., at, :])
         if dQ is not None:
             _put(dQ, dq, group.queries)
         if dK is not None:
@@ -139,9 +137,20 @@ def attention_backward(
     return dq, dk, dv
 
 
+def _collect(whole: Array, part: Array, first: bool) -> None:
+    """Add the gradient of the keys that a block sees to that of all, (n, G, 1, s, d); the first assigns."""
+    seen, unseen = whole[:, :, 0, : part.shape[2]], whole[:, :, 0, part.shape[2] :]
+    if not first:
+        seen += part
+        return
+    seen[...] = part
+    if unseen.size:
+        unseen[...] = 0
+
+
 def _weights(Q: Array, K: Array, group: Group, at: slice, e: int) -> tuple[Array, Array]:
     """E = exp(S - max) (n, G, H / G t, e) and 1 / sum (..., 1), S = Q K^T where a query may look; Q is scaled."""
-    S = Q @ K[:, :, 0, :e].swapaxes(2, 3)
+    S = product(Q, K[:, :, 0, :e].swapaxes(2, 3))
     xp, limit, (n, G, rows, _) = get_xp(S), group.limit[:, at], S.shape
     t = limit.shape[1]
     if xp is not np:

@@ -13,13 +13,14 @@ from minilora import functional as F
 from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
 from minilora.kernels.blocks import BLOCK, row_blocks
+from minilora.kernels.linear import linear, product
 
 
 def lora_linear(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: float, mask: Array | None = None) -> tuple[Array, Array]:
     """As functional.lora_linear."""
     if mask is None and x.ndim == 2 and len(x) and cuda.usable(x, A, B):
         F.check_lora(W, A, B)
-        y, u = F.linear(x, W, b), x @ A
+        y, u = linear(x, W, b), product(x, A)
         return cuda.gemm(u, B, y, s, 1), u
     if get_xp(x, W, A, B) is not np or x.ndim != 2 or x.dtype != A.dtype or len(x) * sum(W.shape) < BLOCK:
         return F.lora_linear(x, W, b, A, B, s, mask)
@@ -66,13 +67,12 @@ def lora_linear_backward(
 def _backward_on_device(
     dy: Array, x: Array, u: Array, W: Array, A: Array, B: Array, s: float, need: Collection[str]
 ) -> tuple[Array | None, Array | None, Array | None]:
-    xp = get_xp(dy)
-    dB = cuda.gemm(u.T, dy, xp.empty(B.shape, dtype=B.dtype), s) if "dB" in need else None
+    dB = cuda.gemm(u.T, dy, alpha=s) if "dB" in need else None
     if not {"dx", "dA"} & set(need):
         return None, None, dB
-    du = cuda.gemm(dy, B.T, xp.empty((len(dy), B.shape[0]), dtype=dy.dtype), s)
-    dA = x.T @ du if "dA" in need else None
-    return cuda.gemm(du, A.T, dy @ W.T, 1, 1) if "dx" in need else None, dA, dB
+    du = cuda.gemm(dy, B.T, alpha=s)
+    dA = product(x.T, du) if "dA" in need else None
+    return cuda.gemm(du, A.T, product(dy, W.T), 1, 1) if "dx" in need else None, dA, dB
 
 
 def _add_product(y: np.ndarray, u: np.ndarray, B: np.ndarray) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from minilora import functional as F
 from minilora.backend import Array, as_like, get_xp
 from minilora.kernels import cuda
+from minilora.kernels.linear import product
 
 _LOGITS = 2**20  # how many exist at a time
 _LOGITS_ON_DEVICE = 2**26
@@ -60,11 +61,11 @@ def _on_device(x: Array, W: Array, labels: Array, N: int, need_dx: bool) -> tupl
     dx = xp.zeros_like(x) if need_dx else None
     for first in range(0, V, width):
         W_block = W[:, first : first + width]
-        z = x @ W_block
+        z = product(x, W_block)
         cuda.rowwise("softmax", "online_exp", T, z.shape[1], z, np.int32(z.shape[1]), m, total, shrink)
         if dx is not None:
             dx *= shrink
-            dx += z @ W_block.T
+            cuda.gemm(z, W_block.T, dx, 1, 1)
     W_label = W.T[as_like(labels, x)]  # (T, d)
     loss = (m[:, 0] + xp.log(total[:, 0]) - (x * W_label).sum(axis=1)).sum() / N
     return loss, (dx / total - W_label) / N if dx is not None else None, None

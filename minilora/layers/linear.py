@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora import functional as F
+from minilora import kernels as K
 from minilora.backend import Array, Rng, generator
 from minilora.layers.base import Layer, Parameter, Saved
 
@@ -49,7 +49,7 @@ class Linear(Layer):
         return int(self.weight.data.shape[1])
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
-        y = F.linear(x, self.weight.data, None if self.bias is None else self.bias.data)
+        y = K.linear(x, self.weight.data, None if self.bias is None else self.bias.data)
         if not keep:
             return y, None
         return y, self.save(need_dx, x if self.weight.trainable else None)
@@ -61,7 +61,7 @@ class Linear(Layer):
             need.add("dW")
         if self.bias is not None and self.bias.trainable:
             need.add("db")
-        dx, dW, db = F.linear_backward(dy, x, self.weight.data, need)
+        dx, dW, db = K.linear_backward(dy, x, self.weight.data, need)
         if dW is not None:
             self.weight.add_grad(dW)
         if db is not None and self.bias is not None:

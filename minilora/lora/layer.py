@@ -76,7 +76,7 @@ class LoRALinear(Adapted, Linear):
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
         b = None if self.bias is None else self.bias.data
         if (W := self.alone(keep)) is not None:
-            return F.linear(x, W, b), self.save(need_dx, W, None, None, None) if keep else None
+            return K.linear(x, W, b), self.save(need_dx, W, None, None, None) if keep else None
 
         key = self.dropout.next_key() if keep and self.dropout.p > 0 else None
         y, u = K.lora_linear(x, self.W, b, self.lora_A.data, self.lora_B.data, self.scaling, self._mask(x, key))
@@ -89,7 +89,7 @@ class LoRALinear(Adapted, Linear):
         if self.bias is not None and self.bias.trainable:  # LoraConfig(bias="all" or "lora_only")
             self.bias.add_grad(dy.sum(axis=0))
         if W is not None:
-            return dy @ W.T if need_dx else None
+            return K.product(dy, W.T) if need_dx else None
         A, B = self.lora_A, self.lora_B
         need = {name for name, wanted in (("dx", need_dx), ("dA", A.trainable), ("dB", B.trainable)) if wanted}
         dx, dA, dB = K.lora_linear_backward(dy, x, u, self.W, A.data, B.data, self.scaling, self._mask(dy, key), need)

@@ -13,15 +13,18 @@ numbers (ours are drawn on the host).
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from standin import cuda
+from standin import blas, cuda, recording
 from standin.arrays import argument, ndarray, offered, operand
 from standin.counting import Counts, count, note
+from standin.recording import perform, waits
 
 __all__ = ["CONSTANTS", "FUNCTIONS", "LACKS", "LINALG", "Counts", "count", "module", "ndarray"]
 
@@ -49,8 +52,9 @@ LACKS = (  # what NumPy has and CuPy 14.2 has not, as far as anybody might reach
     "block bytes_ einsum_path errstate frompyfunc geomspace geterr insert longdouble matvec nanpercentile nanquantile ndenumerate "
     "nditer object_ seterr spacing str_ strings unstack vecdot vecmat"
 )
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # CuPy 14 has it where ml_dtypes is installed
 POOL_BYTES = 4096  # what the memory pool says it holds; there is none
-_DTYPES = "?bBhHiIlLqQefdFD"  # NumPy's characters for the dtypes that CuPy has
+_DTYPES = "?bBhHiIlLqQefdFD" + BFLOAT16.char  # NumPy's characters for the dtypes that CuPy has
 _ATOMIC = "iILQefd"  # those of add.at; int64 is not among them
 
 
@@ -70,6 +74,7 @@ def array(x: Any, dtype: Any = None) -> ndarray:
     host = np.array(x, dtype=dtype)
     if host.dtype.char not in _DTYPES:
         raise ValueError(f"Unsupported dtype {host.dtype}")
+    waits()  # while a step is recorded, memory of the host would be read again and again
     note(to_device=1, bytes=host.nbytes)
     return ndarray(host)
 
@@ -103,9 +108,10 @@ def add_at(a: ndarray, index: Any, value: Any) -> None:
     """a[index] += value, where an index that comes twice adds twice."""
     if a.dtype.char not in _ATOMIC:
         raise TypeError(f"add.at only supports int32, uint32, uint64, float16, float32 and float64, got {a.dtype}.")
-    key, _, mask = a._resolve(index)
+    _, _, mask = a._resolve(index)
     note(launches=1, syncs=mask)
-    np.add.at(a._host, key, operand(value))
+    value = operand(value)
+    perform(lambda: np.add.at(a._host, a._resolve(index)[0], value))
 
 
 def _solver(name: str) -> Callable:
@@ -121,6 +127,15 @@ def _solver(name: str) -> Callable:
             return tuple(y * np.nan for y in results) if isinstance(results, tuple) else results * np.nan
 
     return call
+
+
+class MemoryPool:
+    """A pool of its own; `malloc` is only named."""
+
+    malloc = None
+
+    def total_bytes(self) -> int:
+        return POOL_BYTES
 
 
 def _make_module() -> CuPy:
@@ -140,8 +155,9 @@ def _make_module() -> CuPy:
     cupy.is_available = lambda: True
     pool = space(total_bytes=lambda: POOL_BYTES, used_bytes=lambda: POOL_BYTES // 2, free_all_blocks=lambda: None)
     cupy.get_default_memory_pool = lambda: pool
-    stream = space(synchronize=lambda: note(syncs=1))
-    cupy.cuda = space(runtime=space(getDeviceCount=lambda: 1), get_current_stream=lambda: stream, is_available=lambda: True)
+    runtime = space(getDeviceCount=lambda: 1, getDevice=lambda: 0)
+    cupy.cuda = space(runtime=runtime, get_current_stream=recording.current, Stream=recording.Stream, is_available=lambda: True)
+    cupy.cuda.MemoryPool, cupy.cuda.using_allocator = MemoryPool, lambda allocator: contextlib.nullcontext()
     return cupy
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from standin.counting import note
+from standin.recording import perform, recording, refuse_product, waits
 
 
 class Flags(NamedTuple):
@@ -28,6 +30,8 @@ class ndarray:
         if not isinstance(host, np.ndarray):
             raise TypeError("the stand-in's arrays are made by asarray, zeros, ..., not by ndarray(shape).")
         self._host = host
+        if (graph := recording()) is not None:
+            graph.kept.append(host)
 
     # -- what NumPy would like to do, and must not ------------------------------------------------------------------
 
@@ -50,6 +54,7 @@ class ndarray:
     itemsize = property(lambda self: self._host.itemsize)
     strides = property(lambda self: self._host.strides)
     T = property(lambda self: ndarray(self._host.T))
+    data = property(lambda self: SimpleNamespace(ptr=self._host.ctypes.data))
 
     @property
     def flags(self) -> Flags:
@@ -66,6 +71,7 @@ class ndarray:
 
     def get(self) -> np.ndarray:
         """A copy on the host."""
+        waits()
         note(syncs=1, to_host=1, bytes=self.nbytes)
         return self._host.copy()
 
@@ -93,15 +99,21 @@ class ndarray:
     # -- indexing and copying ---------------------------------------------------------------------------------------
 
     def __getitem__(self, key: Any) -> ndarray:
-        key, gathers, mask = self._resolve(key)
-        result = self._host[key]  # an array even for one element, as the key holds an Ellipsis; a view where it can be one
+        resolved, gathers, mask = self._resolve(key)
         note(launches=gathers, syncs=mask)
-        return ndarray(result.copy() if gathers else result)
+        if not gathers:
+            return ndarray(self._host[resolved])  # an array even for one element, as the key holds an Ellipsis
+        return ndarray(computed(lambda: self._host[self._resolve(key)[0]].copy()))
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        key, _, mask = self._resolve(key)
+        _, _, mask = self._resolve(key)
         note(launches=1, syncs=mask)
-        self._host[key] = operand(value)
+        value = operand(value)
+
+        def run() -> None:
+            self._host[self._resolve(key)[0]] = value
+
+        perform(run)
 
     def _resolve(self, key: Any) -> tuple[tuple[Any, ...], bool, bool]:
         """(the key for NumPy, is there an index array in it, is there a mask in it).
@@ -110,6 +122,8 @@ class ndarray:
         """
         keys = key if isinstance(key, tuple) else (key,)
         taken = [0 if k is None or k is Ellipsis else k.ndim if is_mask(k) else 1 for k in keys]
+        if any(map(is_mask, keys)):
+            waits()
         resolved, axis = [], 0
         for k, axes in zip(keys, taken, strict=True):
             if isinstance(k, (np.ndarray, list, tuple)):
@@ -182,13 +196,25 @@ def offered(function: Callable, kind: str = "launch") -> Callable:
         if kind not in ("create", "empty") and not any(isinstance(a, ndarray) for a in flat):
             raise TypeError(f"cupy.{name} was called without a CuPy array.")
         inputs, options = [convert(a) for a in args], {key: argument(value) for key, value in kwargs.items()}
+        if kind == "sync":
+            waits()
+        if kind == "product":
+            refuse_product()
+
+        def run(**target: Any) -> Any:
+            with np.errstate(all="ignore"):
+                return function(*inputs, **options, **target)
+
         if out is not None:
-            options["out"] = out._host
-        with np.errstate(all="ignore"):
-            result = function(*inputs, **options)
+            note(launches=1)
+            perform(lambda: run(out=out._host))
+            return out
+        result = run() if kind in ("empty", "view") else computed(run)
+        if kind == "view" and not np.may_share_memory(result, inputs[0]):
+            result = computed(run)
         launches = kind != "empty" and not (kind == "view" and np.may_share_memory(result, inputs[0]))
         note(launches=launches, syncs=kind == "sync", products=[np.shape(result)] if kind == "product" else [])
-        return device(result) if out is None else out
+        return device(result)
 
     return call
 
@@ -204,6 +230,24 @@ METHODS = {
     "sync": "nonzero",
     "product": "dot",
 }
+
+
+def computed(run: Callable[[], Any]) -> Any:
+    """What `run` gives. While a step is recorded: an array of that shape with nothing in it, and a note that it is to be filled."""
+    result = run()
+    if recording() is None:
+        return result
+    arrays = [np.array(x) for x in (result if isinstance(result, tuple) else (result,))]
+
+    def again() -> None:
+        fresh = run()
+        for array, value in zip(arrays, fresh if isinstance(fresh, tuple) else (fresh,), strict=True):
+            array[...] = value
+
+    for array in arrays:
+        array[...] = np.nan if array.dtype.kind in "fV" else 1
+    perform(again)
+    return tuple(arrays) if isinstance(result, tuple) else arrays[0]
 
 
 def _asks_first(other: Any) -> bool:

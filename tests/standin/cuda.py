@@ -20,6 +20,7 @@ import numpy as np
 
 from standin.arrays import ndarray
 from standin.counting import note
+from standin.recording import perform, refuse_product
 
 COMPILER = shutil.which("g++")
 THREADS = 1
@@ -85,7 +86,8 @@ class RawModule:
             if self.uses_shared and shared_mem < block[0] * np.dtype(_REALS[self.real][0]).itemsize:
                 raise ValueError(f"{name}: {shared_mem} bytes of shared memory are too few for {block[0]} threads.")
             note(launches=1)
-            run(grid[0], min(THREADS, block[0]), *(self._argument(name, kind, p, a) for (kind, p), a in zip(params, args, strict=True)))
+            given = [self._argument(name, kind, p, a) for (kind, p), a in zip(params, args, strict=True)]
+            perform(lambda: run(grid[0], min(THREADS, block[0]), *given))
 
         return launch
 
@@ -108,6 +110,7 @@ class RawModule:
 
 def gemm(transa: str, transb: str, a: ndarray, b: ndarray, out: ndarray, alpha: float, beta: float) -> ndarray:
     """cupy.cublas.gemm: out = alpha a b + beta out. What is contiguous in neither order is copied first."""
+    refuse_product()
     m, k, n = *a.shape, b.shape[1]
     if (transa, transb) != ("N", "N") or b.shape[0] != k or out.shape != (m, n) or not a.dtype == b.dtype == out.dtype:
         raise AssertionError(

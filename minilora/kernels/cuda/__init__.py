@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, get_xp
+from minilora.kernels.cuda.blas import gemm as gemm
 
 ENABLED = os.environ.get("MINILORA_KERNELS") != "plain"
 NULL = np.intp(0)  # for a pointer that may be null; CuPy turns None into another address (cupy/cupy#9046)
 THREADS = 256
-_REAL = {"float32": "float", "float64": "double"}
+REAL = {"float32": "float", "float64": "double"}
 _HERE = Path(__file__).parent
 
 
@@ -27,7 +28,7 @@ def usable(first: Array, *others: Array | None) -> bool:
     if not ENABLED or isinstance(first, np.ndarray):
         return False
     given = [first, *(x for x in others if x is not None)]
-    return get_xp(*given) is not np and first.dtype.name in _REAL and all(x.dtype == first.dtype for x in given)
+    return get_xp(*given) is not np and first.dtype.name in REAL and all(x.dtype == first.dtype for x in given)
 
 
 def source_of(file: str) -> str:
@@ -42,14 +43,7 @@ def _function(xp: Any, file: str, name: str, dtype: str) -> Any:
 
 @cache
 def _module(xp: Any, file: str, dtype: str) -> Any:
-    return xp.RawModule(code=source_of(file), options=(f"-DREAL={_REAL[dtype]}",))
-
-
-def gemm(a: Array, b: Array, out: Array, alpha: float = 1.0, beta: float = 0.0) -> Array:
-    """out = alpha a b + beta out, in one launch: scaling a product and adding it cost nothing."""
-    from cupy import cublas
-
-    return cublas.gemm("N", "N", a, b, out=out, alpha=alpha, beta=beta)
+    return xp.RawModule(code=source_of(file), options=(f"-DREAL={REAL[dtype]}",))
 
 
 def elementwise(file: str, name: str, n: int, *args: Any) -> None:

@@ -1,0 +1,83 @@
+"""nvmath.bindings.cublas on a CPU: what cuBLAS's manual says of its calls, done with NumPy on the memory that the pointers name.
+
+Everything is taken as cuBLAS takes it: matrices column by column, with a leading dimension, and turned by a flag. An argument that cuBLAS
+would refuse raises, and so does a call without a stream and a workspace, which could not be recorded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from standin.counting import note
+from standin.recording import perform
+
+_TYPES = {0: np.dtype("float32"), 1: np.dtype("float64"), 2: np.dtype("float16"), 14: np.dtype(ml_dtypes.bfloat16)}
+_SUMS = {68: "float32", 77: "float32", 70: "float64"}
+_HANDLE = 1234
+_state = {"stream": None, "workspace": None}
+
+
+def create() -> int:
+    _state.update(stream=None, workspace=None)
+    return _HANDLE
+
+
+def set_stream(handle: int, stream: int) -> None:
+    _state.update(stream=stream, workspace=None)
+
+
+def set_workspace(handle: int, workspace: int, size: int) -> None:
+    if not workspace or workspace % 16 or size <= 0:
+        raise ValueError(f"cublasSetWorkspace: {size} bytes at {workspace} are not a workspace.")
+    _state["workspace"] = workspace
+
+
+def gemm_ex(handle, turn_a, turn_b, m, n, k, alpha, a, a_type, a_lead, b, b_type, b_lead, beta, c, c_type, c_lead, compute, algorithm):  # type: ignore[no-untyped-def]
+    first = (handle, turn_a, turn_b, m, n, k, alpha)
+    gemm_strided_batched_ex(
+        *first, a, a_type, a_lead, 0, b, b_type, b_lead, 0, beta, c, c_type, c_lead, 0, 1, compute, algorithm, flat=True
+    )
+
+
+def gemm_strided_batched_ex(  # type: ignore[no-untyped-def]
+    handle, turn_a, turn_b, m, n, k, alpha, a, a_type, a_lead, a_step, b, b_type, b_lead, b_step,
+    beta, c, c_type, c_lead, c_step, count, compute, algorithm, flat=False,
+):  # fmt: skip
+    """C_i = alpha op(A_i) op(B_i) + beta C_i, column by column; op turns where the flag is 1."""
+    types = _TYPES[a_type], _TYPES[b_type], _TYPES[c_type]
+    fits = types[0] == types[1] and (types[2] == types[0] or (types[0].itemsize == 2 and types[2] == np.float32))
+    if handle != _HANDLE or _state["workspace"] is None or algorithm != -1:
+        raise RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED: no handle, no stream or no workspace.")
+    if not fits or (_SUMS[compute] == "float64") != (types[0] == np.float64) or min(m, n, k, count) <= 0:
+        raise RuntimeError(f"CUBLAS_STATUS_NOT_SUPPORTED: {types}, sums in {_SUMS[compute]}, {m} x {n} x {k}, {count} times.")
+    if a_lead < (k if turn_a else m) or b_lead < (n if turn_b else k) or c_lead < m or (count > 1 and not c_step):
+        raise RuntimeError(f"CUBLAS_STATUS_INVALID_VALUE: leading dimensions {a_lead}, {b_lead}, {c_lead} of {m} x {n} x {k}.")
+    number = ctypes.c_double if types[0] == np.float64 else ctypes.c_float
+    alpha, beta = (number.from_address(place).value for place in (alpha, beta))
+
+    def run() -> None:
+        for i in range(count):
+            A = _columns(a, types[0], a_step * i, a_lead, *((k, m) if turn_a else (m, k)))
+            B = _columns(b, types[1], b_step * i, b_lead, *((n, k) if turn_b else (k, n)))
+            C = _columns(c, types[2], c_step * i, c_lead, m, n)
+            sums = _SUMS[compute]
+            A, B = (A.T if turn_a else A).astype(sums), (B.T if turn_b else B).astype(sums)
+            with np.errstate(all="ignore"):
+                result = alpha * (A @ B)
+                C[...] = (result + beta * C.astype(sums) if beta else result).astype(types[2])
+
+    note(launches=1, products=[(n, m) if flat else (count, n, m)])
+    perform(run)
+
+
+def _columns(place: int, dtype: np.dtype, first: int, lead: int, rows: int, columns: int) -> Any:
+    """The matrix that lies there column by column, as a view."""
+    size = (columns - 1) * lead + rows
+    memory = (ctypes.c_char * (size * dtype.itemsize)).from_address(place + first * dtype.itemsize)
+    numbers = np.frombuffer(memory, dtype, size)
+    step = dtype.itemsize
+    return np.lib.stride_tricks.as_strided(numbers, (rows, columns), (step, lead * step))
