@@ -4,7 +4,7 @@
 
 suite      the whole test suite with --backend cupy
 curves     the main job on NumPy and on CuPy: losses of 200 steps, and the held-out loss with weights in bfloat16
-launches   a step of GPT-2 small: its time, and that of Python alone, while the device has little to do
+launches   a step of GPT-2 small, launch by launch and recorded: its time, and that of Python alone, while the device has little to do
 the rest   against torch and PEFT of the same dtypes, sdpa attention, eager and compiled: a step's time, peak memory of the device
 """
 
@@ -18,6 +18,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,14 @@ def rival(o: Namespace) -> Iterator[float]:
     return training(model, batches())
 
 
-def peak_memory() -> int:
+def peak_memory() -> int:  # called by benchmarks/worker.py
     """The most bytes that this process has taken of the device."""
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         return int(sys.modules["torch"].cuda.max_memory_reserved())
     if "cupy" in sys.modules:
-        return int(sys.modules["cupy"].get_default_memory_pool().total_bytes())
+        from minilora.backend import peak_memory
+
+        return peak_memory("cupy")
     return 0
 
 
@@ -151,20 +154,22 @@ def curves(steps: int = 200) -> dict[str, Any]:
 
 
 def launches(steps: int = 40) -> dict[str, Any]:
-    """Milliseconds of a step of GPT-2 small with LoRA, of 8 x 1024 tokens, and of 1 x 16: the latter is Python and launches alone."""
+    """Milliseconds of a step of GPT-2 small with LoRA, launch by launch and recorded: of 8 x 1024 tokens, and of 1 x 16, where the device
+    has little to do and what is left is Python and launches."""
     import minilora as ml
     from minilora.backend import synchronize
     from minilora.training.data import random_windows
     from minilora.training.loop import train
 
     told = {}
-    for name, (batch, window) in {"8 x 1024": (8, 1024), "1 x 16": (1, 16)}.items():
+    for (batch, window), record in product(((8, 1024), (1, 16)), (False, True)):
         model = ml.GPT2(ml.GPT2Config(), rng=0).to("cupy")
         ml.inject(model, ml.LoraConfig(r=8), rng=0)
         text = np.random.default_rng(0).zipf(1.3, 200_000) % 50257
         batches = random_windows(text, window, batch, np.random.default_rng(0))
-        run = train(model, ml.AdamW(model.parameters(), 1e-3), batches, steps, lambda step: 1.0)
-        told[name] = 1e3 * float(np.median([step.seconds for step in run][10:]))  # in the first group of ten, sources are compiled
+        run = train(model, ml.AdamW(model.parameters(), 1e-3), batches, steps, lambda step: 1.0, record=record)
+        seconds = [step.seconds for step in run][10:]  # in the first group of ten, sources are compiled and the step is recorded
+        told[f"{batch} x {window}{', recorded' * record}"] = 1e3 * float(np.median(seconds))
         synchronize("cupy")
     return {"ms_a_step": told}
 

@@ -10,13 +10,16 @@ Two rules keep the rest of the code free of the question "CPU or GPU?":
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
 Array = Any  # a numpy.ndarray or a cupy.ndarray; the code below never asks which
 Rng = np.random.Generator | int | None  # what draws initial values: a generator, a seed, or the module's own generator
 BACKENDS = ("numpy", "cupy")
+POOL_OWNERS: WeakSet[Any] = WeakSet()  # whoever has a memory pool besides CuPy's own, as .pool (kernels/cuda/replay.py)
 
 
 def get_xp(*arrays: Array | None) -> Any:
@@ -70,6 +73,21 @@ def to_numpy(x: Array) -> np.ndarray:
 def as_like(x: Array, like: Array) -> Array:
     """x moved to where `like` lives; its own dtype is kept (token ids stay integers)."""
     return to_backend(x, backend_name(like)) if get_xp(x) is not get_xp(like) else x
+
+
+def constant(x: np.ndarray, like: Array) -> Array:
+    """`as_like` for what comes again in every step, as positions do: on a device it is kept, and found by its content. Only to be read."""
+    return x if get_xp(like) is np else _kept(x.tobytes(), x.dtype, x.shape, get_xp(like))
+
+
+def forget_constants() -> None:
+    """Let go of what `constant` keeps."""
+    _kept.cache_clear()
+
+
+@lru_cache(maxsize=64)
+def _kept(content: bytes, dtype: np.dtype, shape: tuple[int, ...], xp: Any) -> Array:
+    return xp.asarray(np.frombuffer(content, dtype).reshape(shape))
 
 
 def import_cupy() -> Any:
@@ -158,9 +176,10 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(backend: str = "numpy") -> int:
-    """Peak bytes: of this process (NumPy), or held by CuPy's memory pool, which does not shrink by itself."""
+    """Peak bytes: of this process (NumPy), or held by CuPy's memory pools, which do not shrink by themselves."""
     if backend == "cupy":
-        return int(import_cupy().get_default_memory_pool().total_bytes())
+        pools = import_cupy().get_default_memory_pool(), *(owner.pool for owner in POOL_OWNERS)
+        return sum(int(pool.total_bytes()) for pool in pools)
     try:
         import resource
     except ImportError:  # Windows has no resource module

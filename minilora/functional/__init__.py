@@ -17,7 +17,7 @@ from minilora.functional.dropout import dropout, dropout_backward, dropout_mask
 from minilora.functional.embedding import check_ids, embedding, embedding_backward
 from minilora.functional.linear import linear, linear_backward
 from minilora.functional.lora import check_lora, lora_linear, lora_linear_backward
-from minilora.functional.losses import IGNORE, cross_entropy, labelled_rows, linear_cross_entropy, mse
+from minilora.functional.losses import IGNORE, Labelled, cross_entropy, labelled, linear_cross_entropy, mse
 from minilora.functional.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from minilora.functional.rotary import rotary, rotary_backward, rotary_tables
 from minilora.functional.rows import take_rows, take_rows_backward

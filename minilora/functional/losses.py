@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import numpy as np
 
 from minilora.backend import Array, as_like, get_xp
 from minilora.functional.embedding import check_ids
+from minilora.functional.rows import take_rows, take_rows_backward
 
 IGNORE = -100  # the label that says "no loss here", as in PyTorch and transformers
 
@@ -21,38 +23,46 @@ def mse(y: Array, target: Array) -> tuple[Array, Array]:
     return (error * error).mean(), error * (2 / error.size)
 
 
-def labelled_rows(labels: Array, ignore_index: int = IGNORE) -> np.ndarray:
-    """The positions of labels (T,) that count. Labels are wanted on the host: counting them on a device would synchronise."""
+class Labelled(NamedTuple):
+    """Which of `total` rows have a label, on the host (None: all), and their labels, on the host or where the model is."""
+
+    rows: np.ndarray | None
+    targets: Array
+    total: int
+
+
+def labelled(labels: Array | Labelled, ignore_index: int = IGNORE) -> Labelled:
+    """Labels (T,) less those that do not count. They are wanted on the host: counting them on a device would synchronise."""
+    if isinstance(labels, Labelled):
+        return labels
     if not isinstance(labels, np.ndarray):
         raise TypeError("labels must be a NumPy array: keep them on the host, they are moved when needed.")
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise TypeError(f"labels must be a one-dimensional integer array, got {labels.dtype} of shape {labels.shape}.")
-    return np.flatnonzero(labels != ignore_index)
+    rows = np.flatnonzero(labels != ignore_index)
+    return Labelled(None if rows.size == labels.size else rows, labels[rows], labels.size)
 
 
-def cross_entropy(logits: Array, labels: Array, ignore_index: int = IGNORE) -> tuple[Array, Array]:
+def cross_entropy(logits: Array, labels: Array | Labelled, ignore_index: int = IGNORE) -> tuple[Array, Array]:
     """loss = mean over labelled rows of (logsumexp(z_t) - z_t[label_t]),   dz_t = (softmax(z_t) - onehot(label_t)) / N.
 
     Shapes: logits (T, V), labels (T,) on the host -> loss (), dlogits (T, V), zero in rows labelled `ignore_index`.
     For a large vocabulary use `linear_cross_entropy`, which never holds the logits.
     """
-    rows = labelled_rows(labels, ignore_index)
-    if logits.ndim != 2 or labels.shape[0] != logits.shape[0]:
-        raise ValueError(f"cross_entropy: logits have shape {logits.shape}, labels {labels.shape}; wanted (T, V) and (T,).")
-    if rows.size == 0:
-        raise ValueError(f"cross_entropy: no row is labelled (all {labels.size} are {ignore_index}).")
-    check_ids(labels[rows], logits.shape[1], "cross_entropy")
-    xp = get_xp(logits)
-    rows, label = as_like(rows, logits), as_like(labels[rows], logits)
-    z = logits[rows]
+    rows, label, T = labelled(labels, ignore_index)
+    if logits.ndim != 2 or logits.shape[0] != T:
+        raise ValueError(f"cross_entropy: logits have shape {logits.shape}, labels ({T},); wanted (T, V) and (T,).")
+    if label.size == 0:
+        raise ValueError(f"cross_entropy: no row is labelled (all {T} are {ignore_index}).")
+    check_ids(label, logits.shape[1], "cross_entropy")
+    xp, label = get_xp(logits), as_like(label, logits)
+    z = take_rows(logits, rows)
     z = z - z.max(axis=1, keepdims=True)
     e = xp.exp(z)
     total = e.sum(axis=1, keepdims=True)
     onehot = label[:, None] == xp.arange(z.shape[1])
     loss = (xp.log(total[:, 0]) - (z * onehot).sum(axis=1)).mean()
-    dlogits = xp.zeros_like(logits)
-    dlogits[rows] = (e / total - onehot) / len(rows)
-    return loss, dlogits
+    return loss, take_rows_backward((e / total - onehot) / len(z), rows, T)
 
 
 def linear_cross_entropy(

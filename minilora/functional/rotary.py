@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minilora.backend import Array, as_like, get_xp
+from minilora.backend import Array, constant, get_xp
 
 
 def rotary_tables(positions: np.ndarray, d: int, theta: float, like: Array) -> tuple[Array, Array]:
@@ -18,7 +18,7 @@ def rotary_tables(positions: np.ndarray, d: int, theta: float, like: Array) -> t
     if d < 2 or d % 2:
         raise ValueError(f"rotary: a head has {d} features; they are turned in pairs, so their number must be even.")
     angles = positions[:, None] * theta ** (-np.arange(0, d, 2) / d)
-    return as_like(np.cos(angles).astype(like.dtype), like), as_like(np.sin(angles).astype(like.dtype), like)
+    return constant(np.cos(angles).astype(like.dtype), like), constant(np.sin(angles).astype(like.dtype), like)
 
 
 def rotary(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array:

@@ -223,6 +223,11 @@ def _grouped(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, n_head
     return groups
 
 
+def forget_groups() -> None:
+    """Let go of the index arrays that are kept for the last batches."""
+    _grouped.cache_clear()
+
+
 def _rows_of(bounds: np.ndarray, members: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
     """(n, longest) the rows of each member, filled up with its first, and where they are its own (None: everywhere)."""
     first, count = bounds[members][:, None], np.diff(bounds)[members][:, None]

@@ -19,12 +19,12 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Array:
     return y
 
 
-def linear_backward(
-    dy: Array, x: Array | None, W: Array, need: Collection[str] = ("dx", "dW", "db")
-) -> tuple[Array | None, Array | None, Array | None]:
+def linear_backward(dy: Array, x: Array, W: Array, need: Collection[str] = ("dx", "dW", "db")) -> tuple[Array, Array, Array]:
     """As functional.linear_backward."""
+    if not cuda.usable(dy, W):
+        return F.linear_backward(dy, x, W, need)
     db = dy.sum(axis=0) if "db" in need else None
-    dW = product(x.T, dy) if x is not None and "dW" in need else None
+    dW = product(x.T, dy) if "dW" in need else None
     return product(dy, W.T) if "dx" in need else None, dW, db
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from minilora import functional as F
 from minilora import kernels as K
-from minilora.backend import Array, Rng, as_like, generator
+from minilora.backend import Array, Rng, as_like, constant, generator
 from minilora.layers import GELU, Dropout, Embedding, Layer, LayerNorm, Linear, ReLU, Saved, Tanh
 from minilora.models.stack import Prefix, frozen_blocks, run_blocks, run_blocks_backward
 
@@ -128,7 +128,7 @@ class BertEmbeddings(Layer):
         types = np.zeros(len(x), dtype=np.int64) if token_types is None else token_types
         at_sum = self.word_embeddings.trainable or self.position_embeddings.trainable or self.token_type_embeddings.trainable
         w, s_word = self.word_embeddings.forward(x, keep=keep and at_sum)
-        p, s_place = self.position_embeddings.forward(places, keep=keep and at_sum)
+        p, s_place = self.position_embeddings.forward(constant(places, w), keep=keep and at_sum)
         t, s_type = self.token_type_embeddings.forward(types, keep=keep and at_sum)
         h, s_ln = self.LayerNorm.forward(w + p + t, keep=keep, need_dx=at_sum)
         h, s_drop = self.dropout.forward(h, keep=keep)
@@ -455,7 +455,7 @@ class BertClassifier(Layer):
         n = len(_bounds(offsets, len(ids))) - 1
         if labels.shape != (n,):
             raise ValueError(f"loss: labels have shape {labels.shape}, but there are {n} sequences; one label a sequence is wanted.")
-        rows = np.flatnonzero(labels != F.IGNORE) if self.config.regression else F.labelled_rows(labels)
+        rows = np.flatnonzero(labels != F.IGNORE)
         if rows.size == 0 and count is None:
             raise ValueError("loss: no sequence is labelled.")
         logits, saved = self.forward(ids, keep=keep, offsets=offsets, prefix=prefix)

@@ -17,7 +17,7 @@ import numpy as np
 
 from minilora import functional as F
 from minilora import kernels as K
-from minilora.backend import Array, Rng, generator
+from minilora.backend import Array, Rng, constant, generator
 from minilora.layers import Block, Dropout, Embedding, Layer, LayerNorm, Saved
 from minilora.models.cache import KVCache
 from minilora.models.stack import Prefix, frozen_blocks, run_blocks, run_blocks_backward
@@ -98,7 +98,7 @@ class Decoder(Layer):
         s_wte = s_wpe = s_drop = None
         if prefix is None:
             tokens, s_wte = self.wte.forward(x, keep=keep and at_x)
-            places, s_wpe = self.wpe.forward(self._positions(len(x), offsets), keep=keep and at_x)
+            places, s_wpe = self.wpe.forward(constant(self._positions(len(x), offsets), tokens), keep=keep and at_x)
             h, s_drop = self.drop.forward(tokens + places, keep=keep and at_x)
             prefix = Prefix(0, h)
         h, ran = run_blocks(self.h, prefix.x, at_x, keep, prefix.blocks, rows, self.recompute, offsets=offsets)
@@ -119,7 +119,8 @@ class Decoder(Layer):
         n = frozen_blocks(self.h, self.wte.trainable or self.wpe.trainable)
         if n == 0:
             return None
-        x = self.wte.forward(ids, keep=False)[0] + self.wpe.forward(self._positions(len(ids), offsets), keep=False)[0]
+        x = self.wte.forward(ids, keep=False)[0]
+        x = x + self.wpe.forward(constant(self._positions(len(ids), offsets), x), keep=False)[0]
         return Prefix(n, run_blocks(self.h[:n], x, False, False, offsets=offsets)[0])
 
     def decode(self, ids: Array, cache: KVCache) -> Array:
@@ -179,7 +180,7 @@ class GPT2(Layer):
     def loss(
         self,
         ids: Array,
-        labels: np.ndarray,
+        labels: np.ndarray | F.Labelled,
         offsets: Sequence[int] | None = None,
         count: int | None = None,
         keep: bool = True,
@@ -193,12 +194,12 @@ class GPT2(Layer):
         prefix: what `prefix(ids, offsets)` gave.
         Raises ValueError when no row is labelled and no `count` was given.
         """
-        rows = F.labelled_rows(labels)
-        if rows.size == 0 and count is None:
+        rows, targets, _ = F.labelled(labels)
+        if targets.size == 0 and count is None:
             raise ValueError("loss: no row is labelled.")
-        h, s_h = self.transformer.forward(ids, keep=keep, offsets=offsets, rows=None if rows.size == len(ids) else rows, prefix=prefix)
+        h, s_h = self.transformer.forward(ids, keep=keep, offsets=offsets, rows=rows, prefix=prefix)
         need = ({"dx", "dW"} if self.transformer.wte.weight.trainable else {"dx"}) if keep else set()
-        loss, dh, dW = K.linear_cross_entropy(h, self.head, labels[rows], count, need)
+        loss, dh, dW = K.linear_cross_entropy(h, self.head, targets, count, need)
         return loss, self.save(False, dh, dW, s_h) if keep else None
 
     def loss_backward(self, saved: Saved | None) -> None:

@@ -411,7 +411,7 @@ class Llama(Layer):
     def loss(
         self,
         ids: Array,
-        labels: np.ndarray,
+        labels: np.ndarray | F.Labelled,
         offsets: Sequence[int] | None = None,
         count: int | None = None,
         keep: bool = True,
@@ -425,21 +425,22 @@ class Llama(Layer):
         goes on from there. prefix: what `prefix(ids, offsets)` gave.
         Raises ValueError when no row is labelled and no `count` was given.
         """
-        rows = F.labelled_rows(labels)
-        if rows.size == 0 and count is None:
+        rows, targets, _ = F.labelled(labels)
+        if targets.size == 0 and count is None:
             raise ValueError("loss: no row is labelled.")
-        h, s_h = self.model.forward(ids, keep=keep, offsets=offsets, rows=None if rows.size == len(ids) else rows, prefix=prefix)
+        h, s_h = self.model.forward(ids, keep=keep, offsets=offsets, rows=rows, prefix=prefix)
         W, dz, s_head = self.head, None, None
         if W is not None:
             owner = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
             need = {name for name, wanted in (("dx", self.model.trainable), ("dW", owner.weight.trainable)) if wanted and keep}
-            loss, dh, dW = K.linear_cross_entropy(h, W, labels[rows], count, need)
+            loss, dh, dW = K.linear_cross_entropy(h, W, targets, count, need)
         else:
             dh = dW = None
             z, s_head = self.lm_head.forward(h, keep=keep, need_dx=self.model.trainable)
             loss, dz = z.sum(), z  # of no rows at all
-            if rows.size:
-                loss, dz = (part * (rows.size / (count or rows.size)) for part in F.cross_entropy(z, labels[rows]))
+            if len(z):
+                mean = F.cross_entropy(z, F.Labelled(None, targets, len(z)))
+                loss, dz = (part * (len(z) / (count or len(z))) for part in mean)
         return loss, self.save(False, dh, dW, dz, s_head, s_h) if keep else None
 
     def loss_backward(self, saved: Saved | None) -> None:

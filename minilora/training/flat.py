@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from minilora.backend import Array, get_xp
 from minilora.layers import Parameter
 
@@ -53,6 +55,11 @@ class FlatBuffer:
         fill_missing(self.parameters)
         return self.grad
 
+    def claim(self) -> None:
+        """Every parameter's gradient is what lies in its part of the buffer: it was written there by a recorded step."""
+        for p in self.parameters:
+            p.grad = p.home
+
     def zero_grad(self) -> None:
         """Forget all gradients; the next backward assigns."""
         for p in self.parameters:
@@ -80,7 +87,7 @@ def clip_grad_norm(flat: FlatBuffer, max_norm: float) -> Array:
     """
     grad = flat.gather()
     xp = get_xp(grad)
-    norm = xp.sqrt(xp.vdot(grad, grad))
+    norm = xp.sqrt(xp.vdot(grad, grad) if xp is np else (grad * grad).sum())  # CuPy's vdot cannot be recorded
     grad *= xp.minimum(1, max_norm / (norm + 1e-6)).astype(grad.dtype)
     return norm
 

@@ -14,9 +14,10 @@ import numpy as np
 from minilora.backend import get_xp
 from minilora.layers import Layer
 from minilora.training.data import Batch
-from minilora.training.flat import FlatBuffer, clip_grad_norm
+from minilora.training.flat import FlatBuffer
 from minilora.training.optimizers import Optimizer
 from minilora.training.prefix import PrefixCache
+from minilora.training.recorded import Gradients
 from minilora.training.replicas import Replicas
 from minilora.training.schedules import Schedule
 
@@ -55,13 +56,14 @@ def train(
     seed: int = 0,
     check_every: int | None = None,
     prefix: PrefixCache | None = None,
+    record: bool = True,
 ) -> Iterator[Step]:
     """Take `steps` steps of `accumulate` batches each, at optimizer.lr * schedule(step); yield each as a Step.
 
     On NumPy every loss is looked at before its update is made. On a GPU that would synchronise: there the losses are read,
     and steps yielded, in groups of `check_every` (default 10), a copy of the parameters from the last check is kept, and the
     parameter that Diverged names is found at the end of the group.
-    prefix: keeps what frozen blocks give, for data that comes again.
+    prefix: keeps what frozen blocks give, for data that comes again. record: on a GPU, launch steps of one shape whole (recorded.py).
     Raises Diverged when a loss or gradient norm is not finite, with the last good parameters back in place; ValueError when
     `batches` ends early or a batch has no label.
     """
@@ -70,6 +72,7 @@ def train(
     good = None if check_every == 1 else flat.data.copy()
     pending: list[tuple[Any, Any, float, int]] = []  # (loss, gradient norm, lr, tokens), still where they were computed
     with Replicas(model, flat, threads, prefix) as replicas:
+        gradients = Gradients(replicas, clip, record)
         begun = time.perf_counter()
         for step in range(1, steps + 1):
             micro = list(islice(batches, accumulate))
@@ -77,8 +80,7 @@ def train(
                 raise ValueError(f"the data ended at step {step} of {steps}.")
             optimizer.lr = peak * schedule(step - 1)
             with np.errstate(all="ignore"):  # what is not finite is told below, once
-                loss = replicas.gradients(micro, seed=(seed, step))
-                norm = clip_grad_norm(flat, clip)
+                loss, norm = gradients(micro, seed=(seed, step))
                 pending.append((loss, norm, optimizer.lr, sum(len(b.ids) for b in micro)))
                 due = step % check_every == 0 or step == steps
                 read = [(float(loss), float(norm), lr, tokens) for loss, norm, lr, tokens in pending] if due else []

@@ -77,17 +77,26 @@ class Replicas:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
+    def shards(self, micro_batches: Sequence[Batch]) -> tuple[list[Batch], int]:
+        """(what is computed at a time, the number of labels in all). Raises ValueError when there is none."""
+        count = sum(b.labelled for b in micro_batches)
+        if count == 0:
+            raise ValueError("no token in this batch is labelled; there is nothing to learn from.")
+        n = len(self.models)
+        return [shard for b in micro_batches for shard in b.split(n * -(-len(b.ids) // (n * self.tokens)))], count
+
+    def kept(self, shard: Batch) -> bool:
+        """Is there something that frozen blocks give for it, and a place where that is kept?"""
+        return self.prefix is not None and self.prefix(self.models[0], shard) is not None
+
     def gradients(self, micro_batches: Sequence[Batch], seed: Sequence[int] = ()) -> Array:
         """Forward and backward over all micro-batches, as if they were one batch. Returns their mean loss per labelled token.
 
         Weighted by tokens: every part divides by the number of labels in the whole, so that accumulation equals the large batch.
         `seed` (the run's, the step) makes dropout masks a function of the step.
         """
-        count = sum(b.labelled for b in micro_batches)
-        if count == 0:
-            raise ValueError("no token in this batch is labelled; there is nothing to learn from.")
+        shards, count = self.shards(micro_batches)
         n = len(self.models)
-        shards = [shard for b in micro_batches for shard in b.split(n * -(-len(b.ids) // (n * self.tokens)))]
         work = [[s for s in shards[k::n] if s.labelled] for k in range(n)]
 
         def run(k: int) -> Array | None:

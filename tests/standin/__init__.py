@@ -26,7 +26,7 @@ from standin.arrays import argument, ndarray, offered, operand
 from standin.counting import Counts, count, note
 from standin.recording import perform, waits
 
-__all__ = ["CONSTANTS", "FUNCTIONS", "LACKS", "LINALG", "Counts", "count", "module", "ndarray"]
+__all__ = ["CONSTANTS", "FUNCTIONS", "LACKS", "LINALG", "Counts", "blas", "count", "module", "ndarray"]
 
 CONSTANTS = (
     "bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128 "

@@ -138,6 +138,14 @@ class ndarray:
             resolved.append(Ellipsis)
         return tuple(resolved), any(isinstance(k, ndarray) for k in keys), any(map(is_mask, keys))
 
+    def set(self, host: np.ndarray) -> None:
+        """Copy from the host."""
+        waits()
+        if not isinstance(host, np.ndarray) or host.shape != self.shape or host.dtype != self.dtype or not host.flags.c_contiguous:
+            raise TypeError(f"set: wanted a contiguous NumPy array of {self.shape} {self.dtype}.")
+        note(to_device=1, bytes=host.nbytes)
+        self._host[...] = host
+
     def fill(self, value: Any) -> None:
         self[...] = value
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ def _plain(x: Array) -> bool:
     if (along != 1 and columns > 1) or (across < columns and rows > 1):
         return False
     apart = [(count, step) for count, step in zip(counts, steps, strict=True) if count > 1]
-    return all(step == next_step * next_count for (_, step), (next_count, next_step) in zip(apart, apart[1:], strict=False))
+    return all(step == next_step * next_count for (_, step), (next_count, next_step) in pairwise(apart))
 
 
 def _step(x: Array) -> int:

@@ -1,0 +1,63 @@
+"""The gradient of a batch on a GPU, and its norm, as one recorded piece of work where batches have one shape (kernels/cuda/replay.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from minilora import functional as F
+from minilora.backend import Array, get_xp
+from minilora.kernels import cuda
+from minilora.kernels.cuda import blas
+from minilora.kernels.cuda.replay import Replay
+from minilora.layers import Dropout
+from minilora.training.data import Batch
+from minilora.training.flat import clip_grad_norm
+from minilora.training.replicas import Replicas
+
+
+class Gradients:
+    """`gradients(micro_batches, seed)` leaves the clipped gradient in the flat buffer; returns the loss and the norm before clipping.
+
+    Without dropout, whose masks are new in every step, and with one label a token, batches of one shape with the same rows labelled are
+    recorded. What frozen blocks gave, where it is kept (training/prefix.py), comes from elsewhere, and such steps are not.
+    """
+
+    def __init__(self, replicas: Replicas, clip: float, record: bool = True) -> None:
+        self.replicas, self.clip = replicas, clip
+        model, on_host = replicas.models[0], get_xp(replicas.flat.data) is np
+        dropout = any(layer.p > 0 for _, layer in model.modules() if isinstance(layer, Dropout))
+        able = not on_host and not dropout and cuda.ENABLED and blas.bindings() is not None
+        self.replay = Replay() if record and able and hasattr(model, "config") else None
+
+    def __call__(self, micro_batches: Sequence[Batch], seed: Sequence[int] = ()) -> tuple[Array, Array]:
+        if self.replay is not None and not any(b.per_sequence for b in micro_batches):
+            shards, count = self.replicas.shards(micro_batches)
+            shards = [shard for shard in shards if shard.labelled]
+            if not any(self.replicas.kept(shard) for shard in shards):
+                return self._recorded(self.replay, shards, count)
+        loss = self.replicas.gradients(micro_batches, seed)
+        return loss, clip_grad_norm(self.replicas.flat, self.clip)
+
+    def _recorded(self, replay: Replay, shards: list[Batch], count: int) -> tuple[Array, Array]:
+        model, flat, labelled = self.replicas.models[0], self.replicas.flat, [F.labelled(shard.labels) for shard in shards]
+        for shard, label in zip(shards, labelled, strict=True):  # on the device nobody looks at them
+            F.check_ids(shard.ids, model.config.vocab_size, "embedding")
+            F.check_ids(label.targets, model.config.vocab_size, "cross_entropy")
+
+        def work(*placed: Array) -> tuple[Array, Array]:
+            flat.zero_grad()
+            total = None
+            for i, (shard, label) in enumerate(zip(shards, labelled, strict=True)):
+                loss, saved = model.loss(placed[2 * i], label._replace(targets=placed[2 * i + 1]), shard.offsets, count)
+                model.loss_backward(saved)
+                total = loss if total is None else total + loss
+            return total, clip_grad_norm(flat, self.clip)
+
+        rows = [None if label.rows is None else label.rows.tobytes() for label in labelled]
+        key = count, self.clip, tuple(shard.offsets.tobytes() for shard in shards), tuple(rows)
+        arrays = [x for shard, label in zip(shards, labelled, strict=True) for x in (shard.ids, label.targets)]
+        loss, norm = replay(key, work, arrays)
+        flat.claim()
+        return loss, norm

@@ -1,0 +1,155 @@
+"""Steps that are recorded once and launched whole: the same numbers, next to no launches, and no harm where it cannot be."""
+
+import warnings
+
+import numpy as np
+import pytest
+import standin
+
+import minilora as ml
+from minilora.backend import forget_constants, peak_memory
+from minilora.kernels import cuda
+from minilora.kernels.cuda import blas
+from minilora.kernels.cuda.replay import AFTER, Replay
+from minilora.training.data import Batch, random_windows
+from minilora.training.loop import train
+
+pytestmark = pytest.mark.skipif(not cuda.ENABLED, reason="records launches of the CUDA sources, which need g++ here")
+
+GPT2 = ml.GPT2Config(vocab_size=40, n_positions=16, n_embd=12, n_layer=2, n_head=2)
+SIZES = {"num_hidden_layers": 2, "hidden_size": 12, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+LLAMA = ml.LlamaConfig(vocab_size=40, max_position_embeddings=16, **SIZES)
+TEXT = np.random.default_rng(0).integers(0, 40, 500)
+
+
+def model_of(config, dropout=0.0):
+    model = (ml.GPT2 if config is GPT2 else ml.Llama)(config, rng=0)
+    ml.inject(model.to("cupy"), ml.LoraConfig(r=2, lora_dropout=dropout), rng=1)
+    return model
+
+
+def losses(config, record, steps=9, dropout=0.0, batches=None, **options):
+    """(loss, norm) of each step, and the trained numbers at the end."""
+    model = model_of(config, dropout)
+    optimizer = ml.AdamW(model.parameters(), 1e-2)
+    batches = batches or random_windows(TEXT, 8, 3, np.random.default_rng(2))
+    run = train(model, optimizer, batches, steps, lambda step: 1 - step / steps, record=record, check_every=1, clip=0.1, **options)
+    return [(step.loss, step.grad_norm) for step in run], ml.to_numpy(optimizer.flat.data)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["GPT-2", "Llama"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_recorded_run_is_the_same_run_to_the_bit(config, accumulate, standin_cupy):
+    """Other data, another rate and another bias correction in every step; of some rows no label."""
+
+    def batches():
+        rng = np.random.default_rng(3)
+        for batch in random_windows(TEXT, 8, 3, rng):
+            batch.labels[[2, 5, 9]] = -100
+            yield batch
+
+    plain, recorded = (losses(config, record, batches=batches(), accumulate=accumulate) for record in (False, True))
+    assert plain[0] == recorded[0]
+    np.testing.assert_array_equal(plain[1], recorded[1])
+
+
+def test_what_a_recorded_step_asks_of_the_device(standin_cupy):
+    """Counted as what ten more steps cost, read at the end alone."""
+
+    def counted(steps):
+        forget_constants()
+        model = model_of(GPT2)
+        batches = random_windows(TEXT, 8, 3, np.random.default_rng(2))
+        with standin.count() as c:
+            list(train(model, ml.AdamW(model.parameters(), 1e-2), batches, steps, lambda step: 1.0, check_every=steps))
+        return c
+
+    few, more = counted(9), counted(19)
+    assert more.syncs - few.syncs == 20  # the losses and norms of ten steps
+    assert (more.launches - few.launches) / 10 <= 4  # the graph, a copy of the loss and of the norm, AdamW
+    assert (more.to_device - few.to_device) / 10 == 2  # ids and labels
+
+
+def test_what_changes_is_not_recorded(standin_cupy):
+    """Dropout draws new masks in every step, and shapes that do not repeat are not worth it."""
+    assert losses(GPT2, True, dropout=0.3)[0] == losses(GPT2, False, dropout=0.3)[0]
+
+    def batches():
+        for length in (5, 6, 7, 8, 5, 6, 7, 8, 5):
+            ids = TEXT[: 2 * length]
+            yield Batch(ids, ids, np.array([0, length, 2 * length]))
+
+    assert losses(GPT2, True, batches=batches())[0] == losses(GPT2, False, batches=batches())[0]
+
+
+def test_a_bad_id_is_found_before_a_launch(standin_cupy):
+    """CuPy would wrap it silently, and a recording looks at nothing."""
+
+    def batches():
+        for i, batch in enumerate(random_windows(TEXT, 8, 3, np.random.default_rng(2))):
+            batch.ids[4] += 100 * (i == AFTER + 2)
+            yield batch
+
+    with pytest.raises(ValueError, match=r"id \d+ at position 4 is outside 0 to 39"):
+        losses(GPT2, True, batches=batches())
+
+
+@pytest.mark.filterwarnings("default")
+def test_without_the_bindings_steps_run_as_they_are(standin_cupy, monkeypatch):
+    wanted = losses(GPT2, False)
+    monkeypatch.setattr(blas, "bindings", lambda: None)
+    plain = losses(GPT2, True)
+    np.testing.assert_allclose(plain[0], wanted[0], rtol=1e-4)
+    replay, x = Replay(), standin_cupy.asarray(np.eye(3))
+    for i in range(AFTER + 1):
+        if i == AFTER - 1:
+            with pytest.warns(UserWarning, match="could not be recorded: calling cuBLAS API during stream capture"):
+                (y,) = replay("key", lambda x: (x @ x,), [x])
+        else:
+            (y,) = replay("key", lambda x: (x @ x,), [x])
+        np.testing.assert_array_equal(y.get(), np.eye(3))
+
+
+@pytest.mark.parametrize("wrong", ["counts", "waits", "reads the host"])
+def test_work_that_must_not_be_recorded_is_found_out(wrong, standin_cupy):
+    """A number that changes, a value that is read, an array of the host: the recording is dropped, the results stay right."""
+    replay, calls = Replay(), []
+
+    def work(x):
+        calls.append(1)
+        if wrong == "waits":
+            assert float(x.sum()) > 0
+        if wrong == "reads the host":
+            x = x * standin_cupy.asarray(np.arange(3.0))
+        return (x * len(calls) if wrong == "counts" else x * 2,)
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for i in range(AFTER + 2):
+            (y,) = replay(0, work, [np.ones(3) + i])
+            factor = len(calls) if wrong == "counts" else 2
+            np.testing.assert_array_equal(y.get(), (1 + i) * factor * (np.arange(3) if wrong == "reads the host" else 1))
+    assert ["could not be recorded" in str(warning.message) for warning in told] == [True]
+    assert replay.recorded is None
+
+
+def test_memory_of_a_recording_is_counted(standin_cupy):
+    replay = Replay()
+    before = peak_memory("cupy")
+    for _ in range(AFTER):
+        replay(0, lambda x: (x + 1,), [np.ones(3)])
+    assert peak_memory("cupy") - before == standin.POOL_BYTES
+    del replay
+    assert peak_memory("cupy") == before
+
+
+def test_the_toy_benchmark_takes_the_same_steps(standin_cupy, tmp_path):
+    from argparse import Namespace
+    from itertools import islice
+
+    from benchmarks import toy
+
+    o = Namespace(folder=tmp_path)
+    toy.prepare(o)
+    here, there = (list(islice(toy.ours(o, backend), 8)) for backend in ("numpy", "cupy"))
+    np.testing.assert_allclose(here, there, rtol=1e-5)
