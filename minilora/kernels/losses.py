@@ -18,9 +18,9 @@ _LOGITS_ON_DEVICE = 2**26
 def linear_cross_entropy(
     x: Array, W: Array, labels: Array, count: int | None = None, need: Collection[str] = ("dx", "dW")
 ) -> tuple[Array, Array | None, Array | None]:
-    """As functional.linear_cross_entropy; where dW is needed, that one itself."""
-    if "dW" not in need and cuda.usable(x, W) and x.shape[0]:
-        return _on_device(x, W, labels, x.shape[0] if count is None else count, "dx" in need)
+    """As functional.linear_cross_entropy; on NumPy, where dW is needed, that one itself."""
+    if cuda.usable(x, W) and x.shape[0]:
+        return _on_device(x, W, labels, x.shape[0] if count is None else count, need)
     if get_xp(x, W) is not np or "dW" in need or x.shape[0] == 0:
         return F.linear_cross_entropy(x, W, labels, count, need)
     F.check_ids(labels, W.shape[1], "linear_cross_entropy")
@@ -52,13 +52,13 @@ def linear_cross_entropy(
     return loss, dx, None
 
 
-def _on_device(x: Array, W: Array, labels: Array, N: int, need_dx: bool) -> tuple[Array, Array | None, None]:
-    """Two products, one kernel and two sums for each block of the vocabulary."""
+def _on_device(x: Array, W: Array, labels: Array, N: int, need: Collection[str]) -> tuple[Array, Array | None, Array | None]:
+    """Two products and one kernel for each block of the vocabulary; dW needs the final maximum and sum, hence a second pass."""
     F.check_ids(labels, W.shape[1], "linear_cross_entropy")
     xp, T, V = get_xp(x), x.shape[0], W.shape[1]
     width = min(V, max(256, _LOGITS_ON_DEVICE // T))
     m, total, shrink = xp.full((T, 1), -np.inf, dtype=x.dtype), xp.zeros((T, 1), dtype=x.dtype), xp.empty((T, 1), dtype=x.dtype)
-    dx = xp.zeros_like(x) if need_dx else None
+    dx = xp.zeros_like(x) if "dx" in need else None
     for first in range(0, V, width):
         W_block = W[:, first : first + width]
         z = product(x, W_block)
@@ -66,6 +66,15 @@ def _on_device(x: Array, W: Array, labels: Array, N: int, need_dx: bool) -> tupl
         if dx is not None:
             dx *= shrink
             cuda.gemm(z, W_block.T, dx, 1, 1)
-    W_label = W.T[as_like(labels, x)]  # (T, d)
+    labels = as_like(labels, x)
+    W_label = W.T[labels]  # (T, d)
     loss = (m[:, 0] + xp.log(total[:, 0]) - (x * W_label).sum(axis=1)).sum() / N
-    return loss, (dx / total - W_label) / N if dx is not None else None, None
+    dW = xp.empty_like(W) if "dW" in need else None
+    for first in range(0, V if dW is not None else 0, width):
+        p = product(x, W[:, first : first + width])
+        p -= m
+        xp.exp(p, out=p)
+        p /= total
+        p -= labels[:, None] == xp.arange(first, first + p.shape[1])  # softmax - onehot
+        cuda.gemm(x.T, p, dW[:, first : first + width], 1 / N)  # type: ignore[index]
+    return loss, (dx / total - W_label) / N if dx is not None else None, dW

@@ -50,19 +50,22 @@ class Replay:
         return _as_it_is(work, arrays)
 
     def _record(self, key: Hashable, work: Work, arrays: Sequence[Array]) -> tuple[Array, ...]:
-        recording = _Recording()
         try:
+            recording = _Recording()
             given = recording.rehearse(work, arrays)
             recording.record(work)
             again = recording.launch(arrays)
             if not all(np.allclose(to_numpy(x), to_numpy(y), rtol=1e-3, equal_nan=True) for x, y in zip(given, again, strict=True)):
                 raise RuntimeError("the recording gives something else than the step itself")
+            self.recorded = key, recording
+            return again
+        except MemoryError:  # as it is, there may be room
+            self.refused = "out of memory"
         except Exception as error:  # CuPy's errors have no common class, and none of them may cost the run
             self.refused = " ".join(str(error).split())
             warnings.warn(f"steps run one launch after the other, as this one could not be recorded: {self.refused}", stacklevel=2)
-            return _as_it_is(work, arrays)
-        self.recorded = key, recording
-        return again
+        del recording  # and its memory
+        return _as_it_is(work, arrays)
 
 
 def _as_it_is(work: Work, arrays: Sequence[Array]) -> tuple[Array, ...]:
