@@ -309,9 +309,7 @@ def test_when_memory_runs_out_the_run_says_what_fits_and_keeps_what_it_has(most,
         nonlocal steps
         keep = kwargs.get("keep", True)
         steps += keep
-        if (
-            keep and steps > (4 if backend == "numpy" else 2) and len(offsets) - 1 > most
-        ):  # two steps, on NumPy of two shards, still have room
+        if keep and steps > (4 if backend == "numpy" else 2) and len(offsets) - 1 > most:  # two steps have room
             raise MemoryError("out of memory")
         return loss(self, ids, labels, offsets, *args, **kwargs)
 

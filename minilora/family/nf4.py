@@ -18,6 +18,7 @@ import numpy as np
 
 from minilora.backend import Array, backend_name, get_xp, to_backend, to_numpy
 from minilora.family.packed import Packed
+from minilora.kernels.linear import product
 
 BLOCK, NESTED = 64, 256
 CHUNK = 2**19  # numbers that are dequantized at a time
@@ -133,9 +134,9 @@ class NF4(Packed):
         y = (xp.zeros if self.transposed else xp.empty)((x.shape[0], self.shape[1]), dtype=self.dtype)
         for a, b, rows in self.rows():
             if self.transposed:
-                y += x[:, a:b] @ rows  # x W^T, summed over the columns of W
+                y += product(x[:, a:b], rows)  # x W^T, summed over the columns of W
             else:
-                y[:, a:b] = x @ rows.T
+                y[:, a:b] = product(x, rows.T)
         return y
 
     def dense(self) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from minilora.backend import Array, as_like, get_xp
+from minilora.kernels.linear import product
 
 
 def column_squares(W: Array) -> Array:
@@ -38,8 +39,8 @@ class Residual:
         return Residual(self.W.T, self.R.T, self.L.T)
 
     def __rmatmul__(self, x: Array) -> Array:
-        y = x @ self.W
-        y -= (x @ self.L) @ self.R
+        y = product(x, self.W)
+        y -= product(product(x, self.L), self.R)
         return y
 
     def __matmul__(self, y: Array) -> Array:

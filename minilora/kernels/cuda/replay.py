@@ -12,6 +12,7 @@ What cannot be recorded runs as it is, and a warning says why, once. A recording
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 
@@ -95,6 +96,8 @@ class _Recording:
 
     def record(self, work: Work) -> None:
         with self.cupy.cuda.using_allocator(self.pool.malloc), self.stream:
+            gc.collect()
+            gc.disable()  # what it found now might free something of the device in the middle of the recording
             self.stream.begin_capture()
             try:
                 self.outputs = work(*self.inputs)
@@ -102,6 +105,8 @@ class _Recording:
                 with contextlib.suppress(Exception):  # it is of no use any more, but has to be ended
                     self.stream.end_capture()
                 raise
+            finally:
+                gc.enable()
             self.graph = self.stream.end_capture()
 
     def launch(self, arrays: Sequence[Array]) -> tuple[Array, ...]:

@@ -1,0 +1,65 @@
+"""What a step of GPT-2 small costs before any arithmetic: launches, and the time of Python. Needs no GPU.
+
+    python -m benchmarks.python_cost
+
+launches   counted by the tests' stand-in for CuPy, launch by launch and recorded (minilora/kernels/cuda/replay.py)
+python     milliseconds a step, of twelve blocks of width 12 and 16 tokens, where arithmetic is next to nothing: on NumPy, which has the
+           same Python and calls of its own in place of CuPy's; and of a recorded step, on the stand-in, with a graph that does nothing
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import ROOT
+
+sys.path.insert(0, str(ROOT / "tests"))
+STEPS = 60
+
+
+def step_times(backend: str, record: bool, after: Any = lambda: None) -> list[float]:
+    """Seconds of each step; `after` is called once the first ten are done."""
+    import minilora as ml
+    from minilora.training.data import random_windows
+    from minilora.training.loop import train
+
+    config = ml.GPT2Config(vocab_size=50, n_positions=16, n_embd=12, n_head=12, n_layer=12)
+    model = ml.GPT2(config, rng=0).to(backend)
+    ml.inject(model, ml.LoraConfig(r=8), rng=0)
+    batches = random_windows(np.random.default_rng(0).integers(0, 50, 1000), 16, 1, np.random.default_rng(0))
+    times = []
+    begun = time.perf_counter()
+    for step in train(model, ml.AdamW(model.parameters(), 1e-3), batches, STEPS, lambda step: 1.0, check_every=1, record=record):
+        times.append(time.perf_counter() - begun)
+        if step.step == 10:
+            after()
+        begun = time.perf_counter()
+    return times[10:]
+
+
+def main() -> int:
+    import standin
+    from standin.recording import Graph
+
+    from minilora.kernels.cuda import blas
+
+    told: dict[str, Any] = {"python, launch by launch, ms": 1e3 * float(np.median(step_times("numpy", False)))}
+    sys.modules["cupy"] = standin.module
+    blas.bindings = lambda: standin.blas  # type: ignore[assignment]
+    for record in (False, True):
+        with standin.count() as counts:
+            step_times("cupy", record, after=lambda counts=counts: setattr(counts, "launches", 0))
+        told[f"launches{', recorded' * record}"] = round(counts.launches / (STEPS - 10), 1)
+    nothing = lambda: setattr(Graph, "launch", lambda self, stream=None: None)  # noqa: E731
+    told["python, recorded, ms"] = 1e3 * float(np.median(step_times("cupy", True, after=nothing)))
+    print(json.dumps(told, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

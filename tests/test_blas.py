@@ -1,0 +1,116 @@
+"""Products on the device: every layout that a matrix may have, against NumPy, through cuBLAS's raw calls and through CuPy's own."""
+
+import inspect
+
+import ml_dtypes
+import numpy as np
+import pytest
+import standin
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minilora.kernels.cuda import blas
+
+LAYOUTS = ("rows", "columns", "part of a wider one", "every other row", "every other column")
+
+
+def laid_out(x, layout):
+    """x (..., m, n) on the device, lying there as `layout` says."""
+    there = standin.module.asarray
+    if layout == "columns":
+        return there(np.ascontiguousarray(x.swapaxes(-1, -2))).swapaxes(-1, -2)
+    *stack, m, n = x.shape
+    room, at = {
+        "rows": ((m, n), (slice(None), slice(None))),
+        "part of a wider one": ((m, n + 5), (slice(None), slice(2, n + 2))),
+        "every other row": ((2 * m, n), (slice(0, 2 * m, 2), slice(None))),
+        "every other column": ((m, 2 * n), (slice(None), slice(0, 2 * n, 2))),
+    }[layout]
+    wide = there(np.full((*stack, *room), 7, x.dtype))
+    wide[(..., *at)] = there(x)
+    return wide[(..., *at)]
+
+
+@pytest.fixture(params=["cuBLAS", "CuPy"])
+def way(request, standin_cupy, monkeypatch):
+    if request.param == "CuPy":
+        monkeypatch.setattr(blas, "bindings", lambda: None)
+    return request.param
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.tuples(*[st.integers(1, 5)] * 3),
+    stack=st.sampled_from([(), (3,), (2, 3), (1, 2), (2, 1)]),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
+    dtype=st.sampled_from(["float32", "float64"]),
+    alpha=st.sampled_from([1.0, -0.5]),
+    beta=st.sampled_from([0.0, 1.0, 0.25]),
+)
+def test_all_layouts(way, sizes, stack, layouts, dtype, alpha, beta):
+    (m, k, n), rng = sizes, np.random.default_rng(0)
+    a, b, c = (rng.standard_normal((*stack, *shape)).astype(dtype) for shape in ((m, k), (k, n), (m, n)))
+    out = laid_out(c, layouts[2])
+    assert blas.gemm(laid_out(a, layouts[0]), laid_out(b, layouts[1]), out, alpha, beta) is out
+    np.testing.assert_allclose(out.get(), alpha * (a @ b) + beta * c, rtol=1e-5, atol=1e-5)
+    new = blas.gemm(laid_out(a, layouts[0]), laid_out(b, layouts[1]), alpha=alpha)
+    np.testing.assert_allclose(new.get(), alpha * (a @ b), rtol=1e-5, atol=1e-5, strict=True)
+
+
+def test_what_is_not_asked_for_is_not_touched(way):
+    wide = standin.module.asarray(np.full((3, 9), 7.0))
+    blas.gemm(standin.module.asarray(np.ones((3, 2))), standin.module.asarray(np.ones((2, 4))), wide[:, 1:5])
+    assert wide.get().tolist() == [[7, 2, 2, 2, 2, 7, 7, 7, 7]] * 3
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("stack", [(), (2, 3)])
+def test_sixteen_bits_may_give_thirty_two(way, dtype, stack):
+    """Of the factors' rounding alone: sums are taken in float32, and what they give is not rounded again."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((*stack, *shape)).astype(dtype) for shape in ((4, 100), (100, 3)))
+    exact = a.astype("float64") @ b.astype("float64")
+    there = [standin.module.asarray(x) for x in (a, b)]
+    same, wide = blas.gemm(*there), blas.gemm(*there, dtype="float32")
+    assert (same.dtype, wide.dtype) == (dtype, np.float32)
+    if way == "cuBLAS":
+        np.testing.assert_allclose(wide.get(), exact, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(same.get().astype("float64"), exact, rtol=float(ml_dtypes.finfo(dtype).eps), atol=0.02)
+
+
+def test_empty_sums_and_results(way):
+    zeros, xp = standin.module.zeros, standin.module
+    assert blas.gemm(zeros((2, 0)), zeros((0, 3))).get().tolist() == [[0, 0, 0]] * 2
+    assert blas.gemm(zeros((2, 0)), zeros((0, 3)), xp.ones((2, 3)), beta=0.5).get().tolist() == [[0.5] * 3] * 2
+    assert blas.gemm(zeros((0, 4)), zeros((4, 3))).shape == (0, 3)
+
+
+def test_what_does_not_fit_is_refused(way):
+    xp = standin.module
+    for a, b in (
+        (xp.ones((2, 3)), xp.ones((4, 2))),
+        (xp.ones((2, 3)), xp.ones((3, 2), dtype="float32")),
+        (xp.ones((1, 2, 3)), xp.ones((2, 3, 2))),
+    ):
+        with pytest.raises(ValueError, match="do not make"):
+            blas.gemm(a, b)
+
+
+def test_views_are_not_copied(standin_cupy):
+    """Queries, keys and values are columns of one matrix; CuPy's products would copy each."""
+    qkv = standin.module.asarray(np.random.default_rng(0).standard_normal((6, 12)))
+    for a, b in ((qkv[:, :4], qkv[:, 4:8].T), (qkv[:, :4].T, qkv[:, 8:])):
+        with standin.count() as c:
+            blas.gemm(a, b)
+        assert c.launches == 1
+
+
+def test_the_bindings_are_those_that_the_stand_in_plays():
+    cublas = pytest.importorskip("nvmath.bindings.cublas", reason="compares with NVIDIA's bindings; it needs nvmath-python, but no GPU")
+    for name in ("create", "set_stream", "set_workspace", "gemm_ex", "gemm_strided_batched_ex"):
+        signature = getattr(cublas, name).__doc__.partition("(")[2].partition(")")[0]
+        played = [p for p in inspect.signature(getattr(standin.blas, name)).parameters.values() if p.default is p.empty]
+        assert len(signature.split(",") if signature else []) == len(played), name
+    kinds = cublas.ComputeType
+    assert (kinds.COMPUTE_32F, kinds.COMPUTE_32F_FAST_TF32, kinds.COMPUTE_64F) == (blas._FLOAT32, blas._TF32, blas._FLOAT64)
+    assert cublas.GemmAlgo.DEFAULT == blas._DEFAULT_ALGORITHM
