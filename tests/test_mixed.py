@@ -1,0 +1,181 @@
+"""Activations in 16 bits: every kernel equals the float32 pair on the same rounded numbers, to the type's own rounding."""
+
+from importlib import import_module
+
+import ml_dtypes
+import numpy as np
+import pytest
+import standin
+
+import minilora as ml
+from minilora import functional as F
+from minilora import kernels as K
+from minilora.kernels import cuda
+
+attention_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in ("attention", "losses"))
+KINDS = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half the distance from 1 to the next number
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def draw(kind, on):
+    """draw(5, 3) is of 16 bits, draw(5, 3, dtype="float32") is not; both are on the backend under test."""
+    rng = np.random.default_rng(0)
+    return lambda *shape, dtype=None, scale=1.0: on((scale * rng.standard_normal(shape)).astype(dtype or KINDS[kind]))
+
+
+def wide(value):
+    """The same in float32, on the host."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(wide, value))
+    return ml.to_numpy(value).astype("float32") if hasattr(value, "dtype") and value.dtype.itemsize == 2 else value_on_host(value)
+
+
+def value_on_host(value):
+    return ml.to_numpy(value) if hasattr(value, "dtype") else value
+
+
+def check(kind, got, wanted, dtypes, ulps=4.0):
+    """Each of `got` in its dtype ("half" or "float32"), and within so many roundings of `wanted`, measured on the largest number."""
+    for g, w, dtype in zip(got, wanted, dtypes, strict=True):
+        if dtype is None:
+            assert g is None
+            continue
+        assert g.dtype == (KINDS[kind] if dtype == "half" else np.dtype(dtype))
+        g, w = wide(g), wide(w)
+        assert g.shape == w.shape
+        np.testing.assert_allclose(g, w, rtol=0, atol=ulps * EPS[kind] * max(float(np.abs(w).max(initial=0)), 1e-6))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(kind, bias, draw):
+    x, W, b, dy = draw(6, 12), draw(12, 7), draw(7, dtype="float32") if bias else None, draw(6, 7)
+    check(kind, [K.linear(x, W, b), K.product(x, W)], [F.linear(*wide([x, W, b])), wide(x) @ wide(W)], ["half", "half"])
+    dx, dW, db = K.linear_backward(dy, None, W, ("dx", "db"))
+    check(kind, [dx, dW, db], F.linear_backward(wide(dy), None, wide(W), ("dx", "db")), ["half", None, "float32"])
+
+
+def test_a_head_of_float32_gives_float32_and_takes_gradients_back_to_16_bits(kind, draw):
+    x, W, b, dy = draw(6, 12), draw(12, 7, dtype="float32"), draw(7, dtype="float32"), draw(6, 7, dtype="float32")
+    check(kind, [K.linear(x, W, b)], [F.linear(*wide([x, W, b]))], ["float32"], ulps=1e-2)
+    check(kind, K.linear_backward(dy, x, W), F.linear_backward(*wide([dy, x, W])), ["half", "float32", "float32"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("need", [("dx", "dA", "dB"), ("dA",), ("dB",), ("dx",)])
+def test_lora(kind, masked, need, draw, on):
+    x, W, dy = draw(6, 12), draw(12, 7), draw(6, 7)
+    b, A, B = (draw(*shape, dtype="float32") for shape in ((7,), (12, 2), (2, 7)))
+    mask = on((np.arange(72).reshape(6, 12) % 3 > 0).astype("float32") * 1.5) if masked else None
+    y, u = K.lora_linear(x, W, b, A, B, 0.7, mask)
+    wanted, wanted_u = F.lora_linear(*wide([x, W, b, A, B]), 0.7, wide(mask))
+    check(kind, [y, u], [wanted, wanted_u], ["half", "half"])
+    got = K.lora_linear_backward(dy, x, u, W, A, B, 0.7, mask, need)
+    pair = F.lora_linear_backward(*wide([dy, x, u, W, A, B]), 0.7, wide(mask), need)
+    check(kind, got, pair, ["half" if "dx" in need else None, *("float32" if name in need else None for name in ("dA", "dB"))])
+
+
+def test_norms(kind, draw):
+    x, dy, gamma, beta = draw(5, 70), draw(5, 70), draw(70, dtype="float32"), draw(70, dtype="float32")
+    for f, given in (("layer_norm", (gamma, beta)), ("rms_norm", (gamma,))):
+        y, (xhat, rstd) = getattr(K, f)(x, *given)
+        wanted, saved = getattr(F, f)(*wide([x, *given]))
+        check(kind, [y, xhat, rstd], [wanted, *saved], ["half", "half", "float32"])
+        got = getattr(K, f"{f}_backward")(dy, (xhat, rstd), gamma)
+        pair = getattr(F, f"{f}_backward")(wide(dy), wide((xhat, rstd)), wide(gamma))
+        check(kind, got, pair, ["half", *["float32"] * len(given)])
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
+def test_activations(kind, name, draw):
+    x, dy = draw(5, 9, scale=3.0), draw(5, 9)
+    y, slope = getattr(K, name)(x)
+    dx = getattr(K, f"{name}_backward")(dy, slope)
+    pair = getattr(F, name)(wide(x)), getattr(F, f"{name}_backward")(wide(dy), wide(x))
+    check(kind, [y, slope, dx], [pair[0], wide(slope), pair[1]], ["half"] * 3)
+    assert getattr(K, name)(x, False)[1] is None
+
+
+def test_plain_activations(kind, draw):
+    x, dy = draw(5, 9), draw(5, 9)
+    for layer in (ml.ReLU(), ml.Tanh()):
+        y, saved = layer.forward(x)
+        wanted, pair = layer.forward(wide(x))
+        check(kind, [y, layer.backward(dy, saved)], [wanted, layer.backward(wide(dy), pair)], ["half"] * 2)
+
+
+def test_the_gate(kind, draw):
+    g, u, dy = draw(5, 9), draw(5, 9), draw(5, 9)
+    y, saved = K.swiglu(g, u)
+    wanted, pair = K.swiglu(wide(g), wide(u))
+    got = [y, *saved, *K.swiglu_backward(dy, saved)]
+    check(kind, got, [wanted, *pair, *K.swiglu_backward(wide(dy), pair)], ["half"] * 5)
+    assert K.swiglu(g, u, keep=False)[1] is None
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary(kind, interleaved, draw, on):
+    x, angles = draw(5, 24), np.random.default_rng(1).standard_normal((5, 4))
+    tables = on(np.cos(angles), "float32"), on(np.sin(angles), "float32")
+    for name in ("rotary", "rotary_backward"):
+        got, pair = getattr(K, name)(x, *tables, interleaved), getattr(F, name)(*wide([x, *tables]), interleaved)
+        check(kind, [got], [pair], ["half"])
+
+
+def test_dropout_draws_the_masks_of_float32(kind, draw):
+    x = draw(37, 11)
+    check(kind, [K.dropout(x, 0.1, 5)], [F.dropout(wide(x), 0.1, 5)], ["half"], ulps=1)
+    assert (wide(K.dropout(x, 0.1, 5)) == 0).sum() == (F.dropout(wide(x), 0.1, 5) == 0).sum()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("offsets", [[0, 7, 14, 21], [0, 3, 12, 21]])
+def test_attention(kind, causal, offsets, draw, monkeypatch):
+    monkeypatch.setattr(attention_module, "_KEPT", 8)  # of some sequences what is saved is computed again
+    q, k, v, do = draw(21, 24), draw(21, 24)[:, :12], draw(21, 12), draw(21, 24)
+    for rows in (None, np.array([2, 6, 9, 20])):
+        q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
+        o, saved = K.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
+        wanted, pair = K.attention(*wide([q_, k, v]), 6, offsets, causal, n_kv_head=3, rows=rows)
+        check(kind, [o], [wanted], ["half"])
+        kept = [part[0] for _, parts in saved for part in parts if part is not None]
+        assert kept
+        assert all(E.dtype == KINDS[kind] for E in kept)
+        got = K.attention_backward(do_, q_, k, v, saved, 6, offsets, 3, rows=rows)
+        check(kind, got, K.attention_backward(*wide([do_, q_, k, v]), pair, 6, offsets, 3, rows=rows), ["half"] * 3, ulps=8)
+
+
+@pytest.mark.parametrize("head", ["half", "float32"])
+def test_the_loss_over_the_vocabulary(kind, head, draw, monkeypatch):
+    for name in ("_LOGITS", "_LOGITS_ON_DEVICE"):
+        monkeypatch.setattr(losses_module, name, 5 * 256)
+    x, W, labels = draw(5, 8), draw(8, 700, dtype=None if head == "half" else head), np.array([0, 699, 256, 255, 3])
+    got, pair = K.linear_cross_entropy(x, W, labels, 9, {"dx"}), F.linear_cross_entropy(*wide([x, W]), labels, 9, {"dx"})
+    check(kind, got[:1], pair[:1], ["float32"], ulps=1e-2)
+    check(kind, got[1:], pair[1:], ["half", None])
+    assert K.linear_cross_entropy(x, W, labels, 9, ())[1] is None
+    if head == "float32":
+        got, pair = K.linear_cross_entropy(x, W, labels), F.linear_cross_entropy(*wide([x, W]), labels)
+        check(kind, got, pair, ["float32", "half", "float32"])
+    z = draw(5, 7)
+    check(kind, K.cross_entropy(z, labels % 7), F.cross_entropy(wide(z), labels % 7), ["float32", "half"])
+
+
+def test_rounding_is_to_the_nearest_even_and_keeps_what_is_no_number(kind, standin_cupy):
+    """The sources convert by themselves. Every number of the type is read, multiplied and written (by dropout)."""
+    if not cuda.ENABLED:
+        pytest.skip("the stand-in runs CUDA sources through g++")
+    every = np.arange(2**16, dtype=np.uint16).view(KINDS[kind])  # all numbers of the type, read and written
+    x = standin.module.asarray(every)
+    with np.errstate(all="ignore"):
+        for p in (0.0, 0.75, 1 - 1 / 1.1):  # times 1, 4 (some beyond the largest) and 1.1, in float32, where it is kept
+            got = K.dropout(x, p, 3).get()
+            kept = F.dropout_mask(every.shape, p, 3, np, "float32") > 0
+            wanted = np.where(kept, every.astype("float32") * np.float32(1 / (1 - p)), np.float32(0)).astype(KINDS[kind])
+            np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))
+            np.testing.assert_array_equal(got[~np.isnan(got)].view(np.uint16), wanted[~np.isnan(wanted)].view(np.uint16))
