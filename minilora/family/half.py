@@ -22,7 +22,7 @@ from minilora.kernels import cuda
 from minilora.kernels.half import chunked_product
 
 KINDS = ("float16", "bfloat16")
-_LARGEST, _END = 256.0, 65504.0  # of x after scaling, and of float16
+_LARGEST, END = 256.0, 65504.0  # of x after scaling, and of float16
 
 
 class Half(Packed):
@@ -35,7 +35,7 @@ class Half(Packed):
     def of(cls, W: Array, kind: str, dtype: Any = "float32") -> Half:
         """W rounded to the nearest. Raises ValueError for an unknown kind, or where float16 would make infinities of it."""
         peak = float(abs(W).max())
-        if kind == "float16" and peak > _END:
+        if kind == "float16" and peak > END:
             raise ValueError(f"a weight of shape {tuple(W.shape)} has numbers beyond float16's 65504; choose bfloat16.")
         return cls(W.astype(dtype_of(kind)), peak, dtype)
 
@@ -52,7 +52,7 @@ class Half(Packed):
         if xp is np:
             return chunked_product(x, self.values)
         if self.values.dtype == np.float16 and len(x):
-            largest = min(_LARGEST, _END / (self.shape[0] * max(self.peak, 1e-30)))
+            largest = min(_LARGEST, END / (self.shape[0] * max(self.peak, 1e-30)))
             scale = xp.maximum(xp.abs(x).max(), 1e-30) / largest  # stays on the device
             return cuda.gemm((x / scale).astype(np.float16), self.values, dtype=x.dtype) * scale
         return cuda.gemm(x.astype(self.values.dtype), self.values, dtype=x.dtype)

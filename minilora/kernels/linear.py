@@ -19,8 +19,10 @@ def linear_backward(
     dy: Array, x: Array | None, W: Array, need: Collection[str] = ("dx", "dW", "db")
 ) -> tuple[Array | None, Array | None, Array | None]:
     """As functional.linear_backward. dx is of x's dtype where x was saved, else of dy's; dW and db are never of 16 bits."""
-    dx, dW, db = _linear_backward(dy, x if x is None or is_half(W) else wide(x), W, need)
-    return dx.astype(x.dtype) if is_half(x) and not is_half(W) and dx is not None else dx, dW, db
+    if is_half(W):
+        return _linear_backward(dy, x, W, need)
+    dx, dW, db = _linear_backward(wide(dy), x if x is None else wide(x), W, need)
+    return dx.astype(x.dtype) if is_half(x) and dx is not None else dx, dW, db
 
 
 @in_float32(NARROW)
