@@ -10,6 +10,7 @@ import standin
 import minilora as ml
 from minilora import functional as F
 from minilora import kernels as K
+from minilora.family.quantize import narrow_model
 from minilora.kernels import cuda
 
 attention_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in ("attention", "losses"))
@@ -179,3 +180,58 @@ def test_rounding_is_to_the_nearest_even_and_keeps_what_is_no_number(kind, stand
             wanted = np.where(kept, every.astype("float32") * np.float32(1 / (1 - p)), np.float32(0)).astype(KINDS[kind])
             np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))
             np.testing.assert_array_equal(got[~np.isnan(got)].view(np.uint16), wanted[~np.isnan(wanted)].view(np.uint16))
+
+
+# -- whole models -------------------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "gpt2": lambda: ml.GPT2(ml.GPT2Config(vocab_size=60, n_positions=32, n_embd=32, n_layer=2, n_head=2, dropout=0.1), rng=0),
+    "llama": lambda: ml.Llama(ml.LlamaConfig(**LLAMA), rng=0),
+    "bert": lambda: ml.BertClassifier(ml.BertConfig(**BERT), rng=0),
+}
+LLAMA = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA |= {"num_key_value_heads": 2, "max_position_embeddings": 32, "tie_word_embeddings": True}
+BERT = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+BERT |= {"max_position_embeddings": 32, "num_labels": 3}
+IDS, OFFSETS = np.random.default_rng(0).integers(0, 60, 21), np.array([0, 9, 14, 21])
+
+
+def adapted(name, kind, backend, narrow=True, **options):
+    """A small model with weights of 16 bits, or with the same numbers in float32, and LoRA with B away from zero."""
+    model = MODELS[name]()
+    for _, p in model.parameters():
+        p.data = p.data * 3 if p.data.ndim == 2 else p.data  # activations of a size that tells right from wrong
+    narrow_model(model, kind)
+    if not narrow:
+        model.to(dtype="float32")
+    model.to(backend)
+    options = {"r": 2, "target_modules": "all-linear", "task_type": "SEQ_CLS" if name == "bert" else None, **options}
+    ml.inject(model, ml.LoraConfig(**options), rng=1)
+    for i, (path, p) in enumerate(model.parameters()):
+        if path.endswith("lora_B"):
+            p.data = ml.to_backend(np.random.default_rng(i).normal(0, 0.1, p.data.shape), backend, "float32")
+    return model
+
+
+def gradients(model, name, labels=None):
+    labels = np.array([0, 2, 1]) if name == "bert" else IDS[::-1].copy()
+    loss, saved = model.loss(IDS, labels, OFFSETS)
+    model.loss_backward(saved)
+    return loss, {path: p.grad for path, p in model.parameters() if p.trainable}
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2, "bias": "all"}, {"modules_to_save": ["LN"]}])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_a_model_are_those_of_float32(name, kind, options, backend):
+    if "modules_to_save" in options:
+        options = {"modules_to_save": {"gpt2": ["ln_1"], "llama": ["norm"], "bert": ["pooler.dense", "LayerNorm"]}[name]}
+    loss, grads = gradients(adapted(name, kind, backend, **options), name)
+    wanted_loss, wanted = gradients(adapted(name, kind, backend, narrow=False, **options), name)
+    assert loss.dtype == np.float32
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=4 * EPS[kind])
+    assert grads.keys() == wanted.keys()
+    for path, g in grads.items():
+        assert g.dtype == np.float32, path
+        g, w = ml.to_numpy(g), ml.to_numpy(wanted[path])
+        print(name, path, np.linalg.norm(g - w) / np.linalg.norm(w) / EPS[kind])
+        assert np.linalg.norm(g - w) <= 12 * EPS[kind] * np.linalg.norm(w) + 1e-6, path

@@ -76,13 +76,16 @@ def fill_missing(parameters: list[Parameter]) -> None:
             p.grad[...] = 0
 
 
-def clip_grad_norm(flat: FlatBuffer, max_norm: float) -> Array:
+def clip_grad_norm(flat: FlatBuffer, max_norm: float, scale: float = 1.0) -> Array:
     """Scale the gradient so that its Euclidean norm is at most max_norm. Returns the norm before, as a 0-d array.
 
-    The factor min(1, max_norm / norm) is computed where the gradient lives: nothing is copied to the host.
+    The factor min(1, max_norm / norm) is computed where the gradient lives: nothing is copied to the host. Gradients that are `scale`
+    times too large (loss_scale.py) are divided by it before.
     """
     grad = flat.gather()
     xp = get_xp(grad)
+    if scale != 1:
+        grad *= 1 / scale
     norm = xp.sqrt(xp.vdot(grad, grad))
     grad *= xp.minimum(1, max_norm / (norm + 1e-6)).astype(grad.dtype)
     return norm
