@@ -1,4 +1,4 @@
-"""Put the frozen weights of a model into fewer bits: those of linear layers alone (quantize_model), or all, and with them the activations."""
+"""Put the frozen weights of a model into fewer bits: those of linear layers (quantize_model), or all, and with them the activations."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ import numpy as np
 from minilora.adapters import bottlenecks
 from minilora.backend import choose_backend, to_numpy
 from minilora.family.adapted import adapter_parameters
-from minilora.family.nf4 import is_nf4
 from minilora.family.half import KINDS
+from minilora.family.nf4 import is_nf4
 from minilora.family.quantize import PACK, narrow_model, quantize_model
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.blank import Blank
@@ -83,9 +83,10 @@ def load_model(
     On NumPy, parameters that the file holds in `dtype` are read-only views of the mapped file.
     labels: the names of a classifier's classes, or how many there are; by default what config.json says. A classifier or pooler
     that the checkpoint has not is drawn from N(0, 0.02^2), the same each time, and a line on standard error says so.
+    dtype: "float16" and "bfloat16" are of matrices, embeddings included, and so of activations (kernels/half.py): norms, biases, and what
+    `inject` makes trainable, are then of float32.
     quantize: "nf4" keeps the weights of linear layers, but for the head, in four bits (family/nf4.py), "float16" and "bfloat16" in
-    sixteen (family/half.py). dtype "float16" or "bfloat16" keeps all matrices so, the tables of embeddings too, and makes activations of
-    16 bits; norms, biases and what `inject` makes trainable are of float32 (docs/methods.md). A folder that holds them in NF4, as bitsandbytes does, is read as it is.
+    sixteen (family/half.py), with activations in `dtype`. A folder that holds them in NF4, as bitsandbytes does, is read as it is.
 
     Raises FileNotFoundError; ValueError when the configuration, a file or a tensor does not fit; ImportError for a missing extra.
     """

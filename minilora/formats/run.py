@@ -17,7 +17,7 @@ from minilora.lora import lora_layers, merge
 
 
 def open_model(path: str | Path, backend: str = "auto", adapter: str | Path | None = None, dtype: str | None = None) -> Any:
-    """The model that a path names, with the adapter that it or `adapter` names, in a dtype or in that of its run. Raises as the loaders do."""
+    """The model that a path names, with the adapter that it or `adapter` names; dtype: by default its run's. Raises as the loaders do."""
     model, found = _base(path, backend, adapter, dtype)
     if found is not None:
         load_adapter(model, found)
@@ -25,7 +25,7 @@ def open_model(path: str | Path, backend: str = "auto", adapter: str | Path | No
 
 
 def _base(path: str | Path, backend: str, adapter: str | Path | None = None, dtype: str | None = None) -> tuple[Any, Path | None]:
-    """The base model that a path names, as it is, and the folder of the adapter that is to be put on it, if any. dtype: as the run had it."""
+    """The base model that a path names, as it is, and the folder of the adapter that is to be put on it, if any."""
     base, found = base_of(path)
     if adapter is not None:
         found = _adapter_folder(Path(adapter)) or Path(adapter)

@@ -11,8 +11,8 @@ from minilora.kernels.activations import gelu, gelu_backward, gelu_tanh, gelu_ta
 from minilora.kernels.adamw import adamw
 from minilora.kernels.attention import attention, attention_backward
 from minilora.kernels.dropout import dropout, dropout_backward
-from minilora.kernels.half import wide
 from minilora.kernels.gate import swiglu, swiglu_backward
+from minilora.kernels.half import wide
 from minilora.kernels.linear import linear, linear_backward, product
 from minilora.kernels.lora import lora_linear, lora_linear_backward
 from minilora.kernels.losses import cross_entropy, linear_cross_entropy

@@ -22,7 +22,7 @@ def linear_backward(
     if is_half(W):
         return _linear_backward(dy, x, W, need)
     dx, dW, db = _linear_backward(wide(dy), x if x is None else wide(x), W, need)
-    return dx.astype(x.dtype) if is_half(x) and dx is not None else dx, dW, db
+    return dx if x is None or dx is None else dx.astype(x.dtype, copy=False), dW, db
 
 
 @in_float32(NARROW)
@@ -46,9 +46,7 @@ def _linear(x: Array, W: Array, b: Array | None) -> Array:
 
 
 @in_float32(NARROW, WIDE, WIDE)
-def _linear_backward(
-    dy: Array, x: Array | None, W: Array, need: Collection[str]
-) -> tuple[Array | None, Array | None, Array | None]:
+def _linear_backward(dy: Array, x: Array | None, W: Array, need: Collection[str]) -> tuple[Array | None, Array | None, Array | None]:
     db = wide(dy).sum(axis=0) if "db" in need else None
     dW = product(x.T, dy) if x is not None and "dW" in need else None
     return product(dy, W.T) if "dx" in need else None, dW, db

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def layer_norm_backward(
     """As functional.layer_norm_backward."""
     xhat, rstd = saved
     if cuda.usable(dy, xhat, real=(gamma, rstd)):
-        rest = F.layer_norm_backward(*_of_parameters(dy, saved, gamma, {"dgamma", "dbeta"} & set(need)))[1:]  # two sums over rows
+        rest = _of_parameters(F.layer_norm_backward, dy, saved, gamma, {"dgamma", "dbeta"} & set(need))  # two sums over rows
         return _dx_on_device(dy, saved, gamma, True) if "dx" in need else None, *rest
     if get_xp(dy, xhat) is not np:
         return F.layer_norm_backward(dy, saved, gamma, need)
@@ -76,7 +77,7 @@ def rms_norm_backward(
     """As functional.rms_norm_backward."""
     xhat, rstd = saved
     if cuda.usable(dy, xhat, real=(gamma, rstd)):
-        dgamma = F.rms_norm_backward(*_of_parameters(dy, saved, gamma, {"dgamma"} & set(need)))[1]
+        (dgamma,) = _of_parameters(F.rms_norm_backward, dy, saved, gamma, {"dgamma"} & set(need))
         return _dx_on_device(dy, saved, gamma, False) if "dx" in need else None, dgamma
     if get_xp(dy, xhat) is not np:
         return F.rms_norm_backward(dy, saved, gamma, need)
@@ -105,9 +106,11 @@ def _on_device(x: Array, gamma: Array, beta: Array | None, eps: float) -> tuple[
     return y, (xhat, rstd)
 
 
-def _of_parameters(dy: Array, saved: tuple[Array, Array], gamma: Array, need: set[str]) -> tuple[Array, tuple[Array, Array], Array, set[str]]:
-    """What the pair is given for the gradients of parameters alone: made wide first, but only if there are any, since sums are over rows."""
-    return (wide(dy), (wide(saved[0]), saved[1]), gamma, need) if need else (dy, saved, gamma, need)
+def _of_parameters(pair: Any, dy: Array, saved: tuple[Array, Array], gamma: Array, need: set[str]) -> Any:
+    """The gradients of parameters, by the pair: sums over rows, so that 16 bits are widened first."""
+    if need:
+        dy, saved = wide(dy), (wide(saved[0]), saved[1])
+    return pair(dy, saved, gamma, need)[1:]
 
 
 def _dx_on_device(dy: Array, saved: tuple[Array, Array], gamma: Array, centred: bool) -> Array:

@@ -29,8 +29,8 @@ from minilora.models.generate import context_length, generate
 from minilora.training.datasets import load_dataset
 from minilora.training.few_sample import PulledAdamW, few, reinitialise
 from minilora.training.loop import Diverged, train
-from minilora.training.loss_scale import LossScale
 from minilora.training.loraplus import create_loraplus_optimizer
+from minilora.training.loss_scale import LossScale
 from minilora.training.memory import sequences_that_fit
 from minilora.training.optimizers import AdamW
 from minilora.training.plot import have_matplotlib, plot_run

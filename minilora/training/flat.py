@@ -17,7 +17,7 @@ class FlatBuffer:
     So an optimizer step, a norm, a sum over replicas or a checkpoint is one operation on one vector, however many
     parameters there are. Takes what `layer.parameters()` gives, or parameters alone; frozen ones are left as they are.
 
-    Raises ValueError when nothing is trainable or something that is is quantized or of 16 bits, TypeError when the trainable parameters differ in dtype.
+    Raises ValueError when nothing is trainable, or something that is is quantized or of 16 bits, TypeError when the dtypes differ.
     """
 
     def __init__(self, parameters: Parameters) -> None:
@@ -29,7 +29,7 @@ class FlatBuffer:
             if hasattr(p.data, "dense"):
                 raise ValueError(f"{path} is quantized and cannot be trained; load the model without, or leave it frozen.")
             if is_half(p.data):
-                raise ValueError(f"{path} is of {p.data.dtype}, in which small steps are lost; train adapters, or load the model in float32.")
+                raise ValueError(f"{path} is of {p.data.dtype}, in which small steps are lost; train adapters, or load it in float32.")
         dtypes = {str(p.data.dtype) for _, p in named}
         if len(dtypes) > 1:
             raise TypeError(f"trainable parameters must share one dtype, got {', '.join(sorted(dtypes))}.")

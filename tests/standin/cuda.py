@@ -67,7 +67,7 @@ class RawModule:
 
     def __init__(self, *, code: str, options: tuple[str, ...] = ()) -> None:
         self.kernels = {name: [_split(p) for p in params.split(",")] for name, params in _KERNEL.findall(code)}
-        self.types = {name: type_ for name, type_ in (o.removeprefix("-D").split("=") for o in options)}
+        self.types = dict(option.removeprefix("-D").split("=") for option in options)
         self.types.setdefault("ACT", self.types["REAL"])
         self.uses_shared = "extern __shared__" in code
         wrappers = "".join(
