@@ -1,5 +1,7 @@
 """Activations in 16 bits: every kernel equals the float32 pair on the same rounded numbers, to the type's own rounding."""
 
+import json
+import sys
 from importlib import import_module
 
 import ml_dtypes
@@ -10,8 +12,20 @@ import standin
 import minilora as ml
 from minilora import functional as F
 from minilora import kernels as K
+from minilora.cli import main
 from minilora.family.quantize import narrow_model
+from minilora.formats.atomic import read_json
+from minilora.formats.run import merge_run, open_model
 from minilora.kernels import cuda
+from minilora.models.cache import KVCache
+from minilora.models.generate import generate
+from minilora.training.data import Batch
+from minilora.training.finetune import finetune
+from minilora.training.flat import clip_grad_norm
+from minilora.training.loop import Diverged, train
+from minilora.training.loss_scale import LossScale
+from minilora.training.prefix import PrefixCache
+from minilora.training.recipe import Recipe
 
 attention_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in ("attention", "losses"))
 KINDS = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -196,6 +210,12 @@ BERT |= {"max_position_embeddings": 32, "num_labels": 3}
 IDS, OFFSETS = np.random.default_rng(0).integers(0, 60, 21), np.array([0, 9, 14, 21])
 
 
+def narrowed(name, kind):
+    model = MODELS[name]()
+    narrow_model(model, kind)
+    return model
+
+
 def adapted(name, kind, backend, narrow=True, **options):
     """A small model with weights of 16 bits, or with the same numbers in float32, and LoRA with B away from zero."""
     model = MODELS[name]()
@@ -213,14 +233,14 @@ def adapted(name, kind, backend, narrow=True, **options):
     return model
 
 
-def gradients(model, name, labels=None):
+def gradients(model, name):
     labels = np.array([0, 2, 1]) if name == "bert" else IDS[::-1].copy()
     loss, saved = model.loss(IDS, labels, OFFSETS)
     model.loss_backward(saved)
     return loss, {path: p.grad for path, p in model.parameters() if p.trainable}
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2, "bias": "all"}, {"modules_to_save": ["LN"]}])
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2, "bias": "all"}, {"modules_to_save": None}])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_of_a_model_are_those_of_float32(name, kind, options, backend):
     if "modules_to_save" in options:
@@ -228,10 +248,234 @@ def test_gradients_of_a_model_are_those_of_float32(name, kind, options, backend)
     loss, grads = gradients(adapted(name, kind, backend, **options), name)
     wanted_loss, wanted = gradients(adapted(name, kind, backend, narrow=False, **options), name)
     assert loss.dtype == np.float32
-    assert float(loss) == pytest.approx(float(wanted_loss), rel=4 * EPS[kind])
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=EPS[kind])
     assert grads.keys() == wanted.keys()
-    for path, g in grads.items():
-        assert g.dtype == np.float32, path
-        g, w = ml.to_numpy(g), ml.to_numpy(wanted[path])
-        print(name, path, np.linalg.norm(g - w) / np.linalg.norm(w) / EPS[kind])
-        assert np.linalg.norm(g - w) <= 12 * EPS[kind] * np.linalg.norm(w) + 1e-6, path
+    assert all(g.dtype == np.float32 for g in grads.values())
+    norm = np.linalg.norm
+    lengths = {path: norm(ml.to_numpy(w)) for path, w in wanted.items()}
+    apart = {path: norm(ml.to_numpy(g) - ml.to_numpy(wanted[path])) for path, g in grads.items()}
+    assert norm(list(apart.values())) <= 5 * EPS[kind] * norm(list(lengths.values()))
+    least = 0.01 * max(lengths.values())  # of BERT's key.bias the gradient is zero
+    for path, length in lengths.items():
+        assert apart[path] <= 16 * EPS[kind] * (length + least), path
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_tokens_are_generated(name, kind, backend):
+    """decode, token by token, gives the logits of the whole sequence; both are of 16 bits."""
+    model, cache = adapted(name, kind, backend), KVCache(block=4)
+    logits, _ = model.forward(IDS, keep=False)
+    assert logits.dtype == KINDS[kind]
+    for part in (IDS[:5], IDS[5:6], IDS[6:13], IDS[13:]):
+        last = model.decode(part, cache)
+    check(kind, [last], [wide(logits)[-1]], ["half"], ulps=8)
+    assert len(list(generate(model, IDS, 5))) == 5
+
+
+@pytest.mark.parametrize("config", [ml.BottleneckConfig(reduction_factor=4), ml.PartialConfig(train=["bias", "norm"])])
+def test_other_adapters(config, kind, backend):
+    """What is trained is of float32, the rest of the model goes on in 16 bits."""
+    grads = []
+    for narrow in (True, False):
+        model = narrowed("bert", kind)
+        model.to(backend, None if narrow else "float32")
+        ml.inject(model, config, rng=0)
+        grads.append(gradients(model, "bert")[1])
+    assert all(g.dtype == np.float32 for g in grads[0].values())
+    got, wanted = (np.concatenate([ml.to_numpy(g).ravel() for g in each.values()]) for each in grads)
+    assert np.linalg.norm(got - wanted) <= 6 * EPS[kind] * np.linalg.norm(wanted)
+
+
+def test_what_is_saved_takes_half(kind, backend):
+    def size(value):
+        if hasattr(value, "nbytes"):
+            return value.nbytes
+        return sum(map(size, value.values() if isinstance(value, dict) else value)) if isinstance(value, (tuple, list, dict)) else 0
+
+    saved = [size(adapted("gpt2", kind, backend, narrow).loss(IDS, IDS, OFFSETS)[1]) for narrow in (True, False)]
+    assert 0.5 <= saved[0] / saved[1] < 0.55
+
+
+def test_a_step_neither_waits_nor_has_more_products(kind, standin_cupy):
+    counts = []
+    for narrow in (True, False):
+        model = adapted("gpt2", kind, "cupy", narrow)
+        optimizer = ml.AdamW(model.parameters(), lr=1e-3)
+        assert optimizer.flat.data.dtype == optimizer.m.dtype == np.float32
+        with standin.count() as c:
+            loss, saved = model.loss(IDS, IDS, OFFSETS)
+            model.loss_backward(saved)
+            clip_grad_norm(optimizer.flat, 1.0, 2.0**15)
+            optimizer.step()
+        assert (c.syncs, c.to_host, loss.dtype) == (0, 0, np.float32)
+        counts.append(c)
+    assert counts[0].products == counts[1].products
+    assert counts[0].launches < 1.35 * counts[1].launches  # A and B are narrowed, some results too
+
+
+# -- training -----------------------------------------------------------------------------------------------------------------
+
+SMALL = {"steps": 30, "batch_size": 4, "window": 64, "eval_bytes": 4096, "sample_bytes": 0, "threads": 1, "backend": "numpy"}
+
+
+def run(folder, **fields):
+    return finetune(Recipe(**{**SMALL, **fields}), folder, say=lambda line: None)
+
+
+def test_a_run_ends_where_that_on_float32_does(tmp_path):
+    """Held-out loss within 1 %; what is saved is opened as it was made, measures the same, and is merged in float32."""
+    ends = {dtype: run(tmp_path / dtype, dtype=dtype) for dtype in ("float32", *KINDS)}
+    for kind, dtype in KINDS.items():
+        assert ends[kind]["after"]["loss"] == pytest.approx(ends["float32"]["after"]["loss"], rel=0.01)
+        model = open_model(tmp_path / kind, "numpy")
+        assert {str(p.data.dtype) for path, p in model.parameters() if ".lora_" not in path} == {kind, "float32"}
+        assert model.transformer.wte.weight.data.dtype == dtype
+        assert all(change > 0 for change in merge_run(tmp_path / kind, tmp_path / f"{kind} merged").values())
+        assert open_model(tmp_path / f"{kind} merged", "numpy").transformer.wte.weight.data.dtype == np.float32
+    assert ends["float16"]["loss_scale"] == {"value": 2.0**15, "good": 30, "left_out": 0}
+    assert "loss_scale" not in ends["bfloat16"]
+
+
+def test_the_flag(tmp_path):
+    flags = {name: value for name, value in SMALL.items() if name != "steps"}
+    given = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["finetune", "--steps", "2", "--dtype", "bfloat16", "--out", str(tmp_path / "run"), *given]) == 0
+    assert read_json(tmp_path / "run" / "run.json")["configuration"]["dtype"] == "bfloat16"
+
+
+def test_frozen_blocks_are_kept_in_16_bits(kind, tmp_path):
+    model = adapted("gpt2", kind, "numpy", target_modules=["c_attn"], layers_to_transform=[1])
+    batch = Batch(IDS, IDS, OFFSETS)
+    wanted = model.prefix(IDS, OFFSETS)
+    for limit in (2**20, 0):  # in memory, in a file
+        cache = PrefixCache(limit, tmp_path)
+        for _ in range(2):
+            found = cache(model, batch)
+            assert found.x.dtype == KINDS[kind]
+            np.testing.assert_array_equal(wide(found.x), wide(wanted.x))
+
+
+def flat_of(model):
+    optimizer = ml.AdamW(model.parameters(), lr=1e-2)
+    return optimizer, [optimizer.flat.data, optimizer.m, optimizer.v]
+
+
+def batches(count=None):
+    return iter([Batch(IDS, IDS[::-1].copy(), OFFSETS)] * (count or 100))
+
+
+def test_an_overflow_halves_the_scale_and_changes_nothing_else(backend):
+    model = adapted("gpt2", "float16", backend)
+    optimizer, arrays = flat_of(model)
+    scale = LossScale(2.0**30)  # what the loss gives overflows for certain
+    before = [ml.to_numpy(x).copy() for x in arrays]
+    steps = train(model, optimizer, batches(), 40, lambda step: 1.0, loss_scale=scale)
+    first = next(steps)
+    assert np.isfinite(first.loss)
+    assert not np.isfinite(first.grad_norm)
+    assert (scale.value, scale.left_out, optimizer.t) == (2.0**29, 1, 0)
+    for x, then in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(ml.to_numpy(x), then)
+    norms = [step.grad_norm for step in steps]
+    assert np.isfinite(norms[-10:]).all()
+    assert optimizer.t == np.isfinite(norms).sum()
+    assert scale.left_out == 0
+    assert np.isfinite(ml.to_numpy(optimizer.flat.data)).all()
+
+
+def test_the_scale_does_not_change_the_gradient(backend):
+    """Nor the loss, nor the norm: in float32 by not a bit, as it is a power of two."""
+    told = []
+    for value in (1.0, 2.0**15):
+        model = adapted("gpt2", "float16", backend, narrow=False)
+        optimizer, (data, *_) = flat_of(model)
+        step = next(train(model, optimizer, batches(), 1, lambda step: 1.0, loss_scale=LossScale(value)))
+        told.append((step.loss, step.grad_norm, ml.to_numpy(data)))
+    assert told[0][:2] == told[1][:2]
+    np.testing.assert_array_equal(told[0][2], told[1][2])
+
+
+def test_small_gradients_do_not_vanish(backend):
+    """Of a loss that is divided by a million labels, float16 sees little; scaled, it is the gradient of float32 but for rounding."""
+    apart = {}
+    for value in (1.0, 2.0**15):
+        found = []
+        for narrow in (True, False):
+            model = adapted("gpt2", "float16", backend, narrow)
+            _, saved = model.loss(IDS, IDS[::-1].copy(), OFFSETS, 10**6 / value)
+            model.loss_backward(saved)
+            found.append(np.concatenate([ml.to_numpy(p.grad).ravel() for _, p in model.parameters() if p.trainable]) / value)
+        apart[value] = np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[1])
+    assert apart[2.0**15] < 5 * EPS["float16"] < apart[1.0]
+
+
+def test_the_scale_grows_gives_up_and_goes_on_from_its_state():
+    scale = LossScale()
+    for _ in range(LossScale.PATIENCE - 1):
+        scale.update(True)
+    again = LossScale.from_state(json.loads(json.dumps(scale.state())))
+    for each in (scale, again):
+        assert each.value == 2.0**15
+        each.update(True)
+        assert each.state() == {"value": 2.0**16, "good": 0, "left_out": 0}
+    for _ in range(LossScale.LIMIT - 1):
+        scale.update(False)
+    assert not scale.lost
+    scale.update(False)
+    assert scale.lost
+    with pytest.raises(ValueError, match="above 0"):
+        LossScale(0)
+    assert LossScale.of(adapted("gpt2", "bfloat16", "numpy")) is None
+    assert LossScale.of(adapted("gpt2", "float16", "numpy")).value == 2.0**15
+
+
+def test_what_no_scale_can_help_diverges(backend):
+    model = adapted("gpt2", "float16", backend)
+    model.transformer.ln_f.weight.data[...] = np.nan
+    optimizer, _ = flat_of(model)
+    before = ml.to_numpy(optimizer.flat.data).copy()
+    with pytest.raises(Diverged, match="step 20") as stop:
+        list(train(model, optimizer, batches(), 40, lambda step: 1.0))
+    assert stop.value.kept == 0
+    np.testing.assert_array_equal(ml.to_numpy(optimizer.flat.data), before)
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_is_told_in_a_sentence(kind, monkeypatch):
+    with pytest.raises(ValueError, match="dtype is 'float8'; choose float32, float64, float16 or bfloat16"):
+        ml.load_model("pydoc", "numpy", "float8")
+    with pytest.raises(ValueError, match=f"dtype {kind} and quantize 'nf4' exclude each other"):
+        ml.load_model("pydoc", "numpy", kind, quantize="nf4")
+    with pytest.raises(ValueError, match="unknown dtype 'float8'; choose float32, bfloat16, float16"):
+        Recipe(dtype="float8")
+    with pytest.raises(ValueError, match="quantize exclude each other"):
+        Recipe(dtype=kind, quantize="nf4")
+    with pytest.raises(ValueError, match="method full"):
+        Recipe(dtype=kind, method="full")
+    model = ml.load_model("pydoc", "numpy", kind)
+    with pytest.raises(ValueError, match=f"wte.weight is of {kind}, in which small steps are lost"):
+        ml.AdamW(model.unfreeze().parameters(), 1e-3)
+    bert = narrowed("bert", kind)
+    with pytest.raises(ValueError, match="to train bert.embeddings.word_embeddings needs weights of float32; load the model"):
+        ml.inject(bert, ml.LoraConfig(target_modules=["query"], modules_to_save=["word_embeddings"]))
+    for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"target_modules": ["wpe"]}):
+        with pytest.raises(ValueError, match="float32.*load the model with dtype='float32'"):
+            ml.inject(model, ml.LoraConfig(**{"target_modules": ["c_attn"], **options}))
+    ml.inject(model, ml.LoraConfig(target_modules=["c_attn"]))
+    with pytest.raises(ValueError, match=f"merge needs weights of float32, these are of {kind}"):
+        ml.merge(model)
+    with pytest.raises(ValueError, match="is quantized"):
+        narrow_model(ml.load_model("pydoc", "numpy", quantize="nf4"), kind)
+
+
+def test_numbers_beyond_float16_and_a_missing_extra(monkeypatch):
+    model = ml.GPT2(ml.GPT2Config(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=1), rng=0)
+    model.transformer.wpe.weight.data[0, 0] = -1e5
+    with pytest.raises(ValueError, match=r"wpe.weight has numbers beyond float16's 65504; choose bfloat16"):
+        narrow_model(model, "float16")
+    assert model.transformer.wte.weight.data.dtype == np.float32  # nothing was changed
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(ImportError, match=r"minilora\[bf16\]"):
+        ml.load_model("pydoc", "numpy", "bfloat16")
