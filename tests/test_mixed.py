@@ -165,6 +165,23 @@ def test_attention(kind, causal, offsets, draw, monkeypatch):
         check(kind, got, K.attention_backward(*wide([do_, q_, k, v]), pair, 6, offsets, 3, rows=rows), ["half"] * 3, ulps=8)
 
 
+def test_scores_are_of_float32(kind, draw):
+    """Large ones, which the softmax would make errors of a quarter of."""
+    q, k, v, do = draw(21, 8, scale=6.0), draw(21, 8, scale=6.0), draw(21, 8), draw(21, 8)
+    o, saved = K.attention(q, k, v, 2)
+    wanted, pair = K.attention(*wide([q, k, v]), 2)
+    check(kind, [o], [wanted], ["half"])
+    check(kind, K.attention_backward(do, q, k, v, saved, 2), K.attention_backward(*wide([do, q, k, v]), pair, 2), ["half"] * 3, ulps=8)
+
+
+def test_masks_and_angles_are_of_float32(kind, backend):
+    """1 / (1 - p) is no number of 16 bits, nor is the cosine of an angle."""
+    layer = adapted("gpt2", kind, backend, lora_dropout=0.1).transformer.h[0].attn.c_attn
+    mask = layer._mask(layer.weight.data, 3)
+    assert float(mask.max()) == np.float32(1 / 0.9)
+    assert all(table.dtype == np.float32 for table in adapted("llama", kind, backend).model.tables(np.arange(3)))
+
+
 @pytest.mark.parametrize("head", ["half", "float32"])
 def test_the_loss_over_the_vocabulary(kind, head, draw, monkeypatch):
     for name in ("_LOGITS", "_LOGITS_ON_DEVICE"):
@@ -332,6 +349,10 @@ def test_a_run_ends_where_that_on_float32_does(tmp_path):
         assert model.transformer.wte.weight.data.dtype == dtype
         assert all(change > 0 for change in merge_run(tmp_path / kind, tmp_path / f"{kind} merged").values())
         assert open_model(tmp_path / f"{kind} merged", "numpy").transformer.wte.weight.data.dtype == np.float32
+        with ml.disabled(model):
+            ml.save_model(model, tmp_path / f"{kind} base")
+        again = ml.load_model(tmp_path / f"{kind} base", "numpy", kind)
+        np.testing.assert_array_equal(again.transformer.wte.weight.data, model.transformer.wte.weight.data)
     assert ends["float16"]["loss_scale"] == {"value": 2.0**15, "good": 30, "left_out": 0}
     assert "loss_scale" not in ends["bfloat16"]
 
