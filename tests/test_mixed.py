@@ -479,10 +479,10 @@ def test_what_cannot_be_is_told_in_a_sentence(kind, monkeypatch):
     with pytest.raises(ValueError, match=f"wte.weight is of {kind}, in which small steps are lost"):
         ml.AdamW(model.unfreeze().parameters(), 1e-3)
     bert = narrowed("bert", kind)
-    with pytest.raises(ValueError, match="to train bert.embeddings.word_embeddings needs weights of float32; load the model"):
+    with pytest.raises(ValueError, match=r"to train bert\.embeddings\.word_embeddings needs weights of float32; load the model"):
         ml.inject(bert, ml.LoraConfig(target_modules=["query"], modules_to_save=["word_embeddings"]))
     for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"target_modules": ["wpe"]}):
-        with pytest.raises(ValueError, match="float32.*load the model with dtype='float32'"):
+        with pytest.raises(ValueError, match=r"float32.*load the model with dtype='float32'"):
             ml.inject(model, ml.LoraConfig(**{"target_modules": ["c_attn"], **options}))
     ml.inject(model, ml.LoraConfig(target_modules=["c_attn"]))
     with pytest.raises(ValueError, match=f"merge needs weights of float32, these are of {kind}"):
