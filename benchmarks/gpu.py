@@ -28,7 +28,7 @@ from benchmarks.harness import ROOT, Failed, options
 from benchmarks.machine import describe
 from benchmarks.report import summary
 
-# sequences x tokens a step; dtype of frozen weights and activations (float32: TF32 on both sides); every token labelled, or those of a completion
+# sequences x tokens a step; dtype of weights and activations (float32: TF32 on both sides); every token labelled, or those of a completion
 JOBS: dict[str, dict[str, Any]] = {
     "dense-bf16": {"model": "gpt2", "batch": 8, "window": 1024, "dtype": "bfloat16"},
     "dense-tf32": {"model": "gpt2", "batch": 8, "window": 1024, "dtype": "float32"},

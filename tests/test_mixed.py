@@ -71,6 +71,8 @@ def check(kind, got, wanted, dtypes, ulps=4.0):
 def test_linear(kind, bias, draw):
     x, W, b, dy = draw(6, 12), draw(12, 7), draw(7, dtype="float32") if bias else None, draw(6, 7)
     check(kind, [K.linear(x, W, b), K.product(x, W)], [F.linear(*wide([x, W, b])), wide(x) @ wide(W)], ["half", "half"])
+    x_32 = draw(6, 12, dtype="float32")  # a weight of 16 bits does not narrow what is wider
+    check(kind, [K.linear(x_32, W, b)], [F.linear(*wide([x_32, W, b]))], ["float32"], ulps=1e-2)
     dx, dW, db = K.linear_backward(dy, None, W, ("dx", "db"))
     check(kind, [dx, dW, db], F.linear_backward(wide(dy), None, wide(W), ("dx", "db")), ["half", None, "float32"])
 
