@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--only suite curves dense-bf16 ...] [--rounds 5] [--no-compile]
 
 suite      the whole test suite with --backend cupy
-curves     the main job on NumPy and on CuPy: losses of 200 steps, and the held-out loss with weights in bfloat16
+curves     the main job on NumPy and on CuPy: losses of 200 steps, and the held-out loss with weights and activations in bfloat16
 launches   a step of GPT-2 small, launch by launch and recorded: its time, and that of Python alone, while the device has little to do
 the rest   against torch and PEFT of the same dtypes, sdpa attention, eager and compiled: a step's time, peak memory of the device
 """
@@ -29,7 +29,7 @@ from benchmarks.harness import ROOT, Failed, options
 from benchmarks.machine import describe
 from benchmarks.report import summary
 
-# sequences x tokens a step; dtype of the frozen weights (float32: TF32 on both sides); every token labelled, or those of a completion
+# sequences x tokens a step; dtype of weights and activations (float32: TF32 on both sides); every token labelled, or those of a completion
 JOBS: dict[str, dict[str, Any]] = {
     "dense-bf16": {"model": "gpt2", "batch": 8, "window": 1024, "dtype": "bfloat16"},
     "dense-tf32": {"model": "gpt2", "batch": 8, "window": 1024, "dtype": "float32"},
@@ -80,7 +80,7 @@ def ours(o: Namespace) -> Iterator[float]:
 
     if o.model == "mlp":
         return toy.ours(o, "cupy")
-    model = ml.load_model(o.folder / "model", "cupy", quantize="" if o.dtype == "float32" else o.dtype)
+    model = ml.load_model(o.folder / "model", "cupy", o.dtype)
     ml.load_adapter(model, o.folder / "adapter")
     if o.model == "minilm":
         data = classification.examples(o)
@@ -144,7 +144,7 @@ def curves(steps: int = 200) -> dict[str, Any]:
 
     ends, losses = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, fields in {"numpy": {}, "cupy": {}, "bfloat16": {"quantize": "bfloat16"}}.items():
+        for name, fields in {"numpy": {}, "cupy": {}, "bfloat16": {"dtype": "bfloat16"}}.items():
             backend = "numpy" if name == "numpy" else "cupy"
             recipe = Recipe(backend=backend, steps=steps, sample_bytes=0, **fields)
             ends[name] = finetune(recipe, Path(folder) / name, say=lambda line: None)["after"]["loss"]

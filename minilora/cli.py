@@ -246,6 +246,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         p.add_argument(
             "--quantize", choices=("nf4", "float16", "bfloat16"), help="keep the frozen weights of linear layers in so many bits"
         )
+        p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of activations and frozen matrices (default: float32)")
         p.add_argument("--loraplus-lr-ratio", type=float, metavar="X", help="learning rate of B over that of A (LoRA+; default: 1)")
         p.add_argument(
             "--optimizer",

@@ -31,19 +31,29 @@ def test_every_source_is_here_and_its_kernels_are_used():
         assert all(f'"{name}"' in python for name in names)
 
 
-@pytest.mark.parametrize("real", ["float", "double"])
+@pytest.mark.parametrize("dtype", cuda.REAL)
 @pytest.mark.parametrize("file", FILES)
-def test_the_sources_compile_for_a_gpu(file, real, tmp_path):
+def test_the_sources_compile_for_a_gpu(file, dtype, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed (CuPy compiles the sources by itself, through NVRTC, where there is a GPU)")
     (tmp_path / "source.cu").write_text(cuda.source_of(file))
-    command = [nvcc, "-ptx", "-arch=sm_80", f"-DREAL={real}", "-Werror", "all-warnings", "-o", str(tmp_path / "out.ptx"), "source.cu"]
+    command = [
+        nvcc,
+        "-ptx",
+        "-arch=sm_80",
+        *cuda.options_of(dtype),
+        "-Werror",
+        "all-warnings",
+        "-o",
+        str(tmp_path / "out.ptx"),
+        "source.cu",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out.ptx").read_text()
     assert text.count(".visible .entry") == FILES[file]
-    if real == "float":
+    if dtype != "float64":
         assert ".f64" not in text, "a float kernel computes in double somewhere: slow on a GPU"
 
 

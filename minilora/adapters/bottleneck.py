@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, Rng, backend_name, generator
+from minilora.family.adapted import trained_dtype
 from minilora.layers import GELU, Activation, Linear, Saved
 
 
@@ -35,7 +36,7 @@ class BottleneckLinear(Linear):
         for layer in (self.down, self.up):
             layer.weight.data = truncated_normal(rng, layer.weight.data.shape, init_std)
             layer.bias.data = np.zeros(layer.out_features)  # type: ignore[union-attr]
-            layer.to(backend_name(base.weight.data), dtype or base.weight.data.dtype)
+            layer.to(backend_name(base.weight.data), dtype or trained_dtype(base.weight.data))
         self.enabled = True
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
@@ -47,7 +48,7 @@ class BottleneckLinear(Linear):
         a, s_act = self.act.forward(z, keep=keep)
         y, s_up = self.up.forward(a, keep=keep)
         y += h
-        return y, self.save(need_dx, at_h, s_h, s_down, s_act, s_up) if keep else None
+        return y.astype(h.dtype, copy=False), self.save(need_dx, at_h, s_h, s_down, s_act, s_up) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         at_h, s_h, s_down, s_act, s_up = self.load(saved, need_dx)

@@ -9,6 +9,7 @@ from minilora import lora
 from minilora.adapters.bottleneck import BottleneckLinear
 from minilora.adapters.config import NON_LINEARITIES, BottleneckConfig, PartialConfig
 from minilora.backend import Rng, generator
+from minilora.family.adapted import train_only
 from minilora.layers import Layer, LayerNorm, Linear, RMSNorm
 from minilora.lora.config import CLASSIFIERS, LoraConfig
 from minilora.lora.injection import find_modules, find_targets, replace_module
@@ -52,8 +53,7 @@ def inject(
         for path, layer in targets.items():
             act = NON_LINEARITIES[config.non_linearity]()
             replace_module(model, path, BottleneckLinear(layer, config.size(layer.out_features), act, config.init_std, rng=rng))
-    for path, p in model.parameters():
-        p.trainable = path in trained or path not in own
+    train_only(model, trained | {path for path, _ in model.parameters() if path not in own})
     model.base_values = {path: p.data.copy() for path, p in model.parameters() if path in trained}
     model.lora_config = config
     return list(targets)

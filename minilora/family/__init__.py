@@ -11,6 +11,8 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
+from minilora.family.adapted import INSTEAD
+from minilora.kernels.half import is_half
 from minilora.layers.base import Layer
 from minilora.layers.linear import Linear
 
@@ -75,6 +77,8 @@ def starts(model: Layer, targets: dict[str, Any], config: Any, train_step: Calla
         for path, layer in targets.items():
             if not isinstance(layer, Linear):
                 raise ValueError(f"init_lora_weights={init!r} is for linear layers; {path} is of type {type(layer).__name__}.")
+            if init not in ("seed", "orthogonal") and not callable(init):
+                _check_wide(layer, f"init_lora_weights={init!r}")
     if init not in STARTS_FROM_DATA:
         return config, dict.fromkeys(targets, start_of(init, **options))
     if train_step is None:
@@ -89,6 +93,8 @@ def adapter_of(layer: Layer, config: Any) -> Any:
         raise ValueError(f"{' and '.join(asked)} exclude each other; choose one.")
     for kind in type(layer).__mro__:
         if (kind.__name__, asked[0]) in LAYERS:
+            if (kind.__name__, asked[0]) != ("Linear", "LORA"):
+                _check_wide(layer, f"{asked[0]} on a layer of type {kind.__name__}")
             return _load(LAYERS[kind.__name__, asked[0]])
     raise ValueError(f"{asked[0]} has no way to adapt a layer of type {type(layer).__name__}.")
 
@@ -96,6 +102,12 @@ def adapter_of(layer: Layer, config: Any) -> Any:
 def config_classes() -> dict[str, Any]:
     """{peft_type: class of its configuration}."""
     return {what: _load(where).config_class for (kind, what), where in LAYERS.items() if kind == "Linear" and what.isupper()}
+
+
+def _check_wide(layer: Any, what: str) -> None:
+    """Raise ValueError where a method reads the weight itself, and that has 16 bits."""
+    if is_half(layer.weight.data):
+        raise ValueError(f"{what} needs weights of float32, these are of {layer.weight.data.dtype}; {INSTEAD}")
 
 
 def _load(where: str) -> Any:

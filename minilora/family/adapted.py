@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from minilora.backend import Array, as_like
+from minilora.kernels.half import is_half, wide
 from minilora.layers.base import Layer, Parameter
+from minilora.layers.embedding import Embedding
+
+INSTEAD = "load the model with dtype='float32', or use quantize for weights of 16 bits."
 
 
 class Adapted(Layer):
@@ -21,7 +27,12 @@ class Adapted(Layer):
         raise NotImplementedError(f"{type(self).__name__} has no delta.")
 
     def merge(self) -> float:
-        """Answer with weight + delta from now on, at the cost of the base layer. Returns the largest change of a weight."""
+        """Answer with weight + delta from now on, at the cost of the base layer. Returns the largest change of a weight.
+
+        Raises ValueError for weights of 16 bits, in which small changes would be lost.
+        """
+        if is_half(self.weight.data):
+            raise ValueError(f"merge needs weights of float32, these are of {self.weight.data.dtype}; {INSTEAD}")
         delta = self.delta()
         self.merged = (self.weight.data + delta).astype(self.weight.data.dtype)
         return float(abs(delta).max())
@@ -60,3 +71,22 @@ def lora_layers(model: Layer) -> list[tuple[str, Any]]:
 def adapter_parameters(model: Layer) -> dict[str, Parameter]:
     """{path: parameter} of what the adapters in the model train."""
     return {f"{path}.{name}": getattr(layer, name) for path, layer in lora_layers(model) for name in layer.trains}
+
+
+def trained_dtype(W: Array) -> Any:
+    """The dtype of what is trained beside a weight: the weight's own, but float32 beside 16 bits."""
+    return np.dtype("float32") if is_half(W) else W.dtype
+
+
+def train_only(model: Layer, trained: set[str]) -> None:
+    """Freeze all parameters but those of these paths, which are widened to float32 where they have 16 bits."""
+    for path, p in model.parameters():
+        p.trainable = path in trained
+        if p.trainable:
+            p.data = wide(p.data)
+
+
+def check_whole(path: str, layer: Layer) -> None:
+    """Raise ValueError where training `layer` whole would make activations of 16 bits wider: an embedding is where they begin."""
+    if any(isinstance(part, Embedding) and is_half(part.weight.data) for _, part in layer.modules()):
+        raise ValueError(f"to train {path} needs weights of float32; {INSTEAD}")

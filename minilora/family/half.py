@@ -19,10 +19,10 @@ import numpy as np
 from minilora.backend import Array, get_xp, to_backend
 from minilora.family.packed import Packed
 from minilora.kernels import cuda
+from minilora.kernels.half import chunked_product
 
 KINDS = ("float16", "bfloat16")
-CHUNK = 2**19  # numbers that are widened at a time
-_LARGEST, _END = 256.0, 65504.0  # of x after scaling, and of float16
+_LARGEST, END = 256.0, 65504.0  # of x after scaling, and of float16
 
 
 class Half(Packed):
@@ -35,7 +35,7 @@ class Half(Packed):
     def of(cls, W: Array, kind: str, dtype: Any = "float32") -> Half:
         """W rounded to the nearest. Raises ValueError for an unknown kind, or where float16 would make infinities of it."""
         peak = float(abs(W).max())
-        if kind == "float16" and peak > _END:
+        if kind == "float16" and peak > END:
             raise ValueError(f"a weight of shape {tuple(W.shape)} has numbers beyond float16's 65504; choose bfloat16.")
         return cls(W.astype(dtype_of(kind)), peak, dtype)
 
@@ -50,9 +50,9 @@ class Half(Packed):
     def __rmatmul__(self, x: Array) -> Array:
         xp = get_xp(x)
         if xp is np:
-            return _widened(x, self.values)
+            return chunked_product(x, self.values)
         if self.values.dtype == np.float16 and len(x):
-            largest = min(_LARGEST, _END / (self.shape[0] * max(self.peak, 1e-30)))
+            largest = min(_LARGEST, END / (self.shape[0] * max(self.peak, 1e-30)))
             scale = xp.maximum(xp.abs(x).max(), 1e-30) / largest  # stays on the device
             return cuda.gemm((x / scale).astype(np.float16), self.values, dtype=x.dtype) * scale
         return cuda.gemm(x.astype(self.values.dtype), self.values, dtype=x.dtype)
@@ -80,17 +80,3 @@ def dtype_of(kind: str) -> Any:
     except ImportError:
         raise ImportError("bfloat16 needs ml_dtypes: pip install 'minilora[bf16]'") from None
     return np.dtype(ml_dtypes.bfloat16)
-
-
-def _widened(x: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """x W, where as many of W's rows as lie in a chunk are made wide at a time; of a W that lies column by column, columns."""
-    m, n = values.shape
-    if values.flags.c_contiguous:
-        step, y = max(1, CHUNK // n), np.zeros((len(x), n), x.dtype)
-        for a in range(0, m, step):
-            y += x[:, a : a + step] @ values[a : a + step].astype(x.dtype)
-        return y
-    step, y = max(1, CHUNK // m), np.empty((len(x), n), x.dtype)
-    for a in range(0, n, step):
-        y[:, a : a + step] = x @ values[:, a : a + step].astype(x.dtype)
-    return y

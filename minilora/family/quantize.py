@@ -1,4 +1,4 @@
-"""Put the frozen weights of a model into fewer bits."""
+"""Put the frozen weights of a model into fewer bits: those of linear layers (quantize_model), or all, and with them the activations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from minilora.family.half import KINDS, Half
+from minilora.family.half import END, KINDS, Half, dtype_of
 from minilora.family.nf4 import NF4
 from minilora.family.packed import is_packed
 from minilora.layers import Layer, Linear
@@ -29,3 +29,20 @@ def quantize_model(model: Layer, kind: str = "nf4") -> list[str]:
             layer.weight.data = PACK[kind](layer.weight.data)
             done.append(path)
     return done
+
+
+def narrow_model(model: Layer, kind: str) -> None:
+    """Make every matrix of the model "float16" or "bfloat16", and freeze it; vectors (biases, and the weights of norms) become float32.
+
+    The tables of embeddings are among the matrices, so that activations are of 16 bits from the first (kernels/half.py). Raises ValueError
+    for an unknown kind, quantized weights, or numbers beyond float16's; ImportError where bfloat16 needs what is not installed.
+    """
+    dtype = dtype_of(kind)
+    for path, p in model.parameters():
+        if is_packed(p.data):
+            raise ValueError(f"{path} is quantized, and stays so; load the model with dtype='float32'.")
+        if p.data.ndim == 2 and kind == "float16" and max(p.data.max(), -p.data.min()) > END:
+            raise ValueError(f"{path} has numbers beyond float16's 65504; choose bfloat16.")
+    for _, p in model.parameters():
+        p.trainable = False
+        p.data = p.data.astype(dtype if p.data.ndim == 2 else "float32", copy=False)

@@ -28,6 +28,7 @@ from minilora.family.residual import dense
 from minilora.formats import partial
 from minilora.formats.atomic import read_json, write_json
 from minilora.formats.tensors import read_tensors, write_tensors
+from minilora.kernels.half import is_half
 from minilora.layers import Layer, Linear
 from minilora.lora import LoraConfig, inject, lora_layers
 from minilora.lora.injection import find_modules, find_targets, trained_paths
@@ -234,7 +235,7 @@ def _shared(model: Layer) -> dict[str, Any]:
 
 
 def _quantized(model: Layer) -> bool:
-    return any(is_packed(layer.weight.data) for _, layer in model.modules() if isinstance(layer, Linear))
+    return any(is_packed(layer.weight.data) or is_half(layer.weight.data) for _, layer in model.modules() if isinstance(layer, Linear))
 
 
 def _mark(config: LoraConfig, base: str, model: Layer) -> str | None:

@@ -21,8 +21,9 @@ import numpy as np
 from minilora.adapters import bottlenecks
 from minilora.backend import choose_backend, to_numpy
 from minilora.family.adapted import adapter_parameters
+from minilora.family.half import KINDS
 from minilora.family.nf4 import is_nf4
-from minilora.family.quantize import PACK, quantize_model
+from minilora.family.quantize import PACK, narrow_model, quantize_model
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.blank import Blank
 from minilora.formats.nf4 import CONFIG, is_nf4_config, packed, unpacked
@@ -82,13 +83,18 @@ def load_model(
     On NumPy, parameters that the file holds in `dtype` are read-only views of the mapped file.
     labels: the names of a classifier's classes, or how many there are; by default what config.json says. A classifier or pooler
     that the checkpoint has not is drawn from N(0, 0.02^2), the same each time, and a line on standard error says so.
+    dtype: "float16" and "bfloat16" are of matrices, embeddings included, and so of activations (kernels/half.py): norms, biases, and what
+    `inject` makes trainable, are then of float32.
     quantize: "nf4" keeps the weights of linear layers, but for the head, in four bits (family/nf4.py), "float16" and "bfloat16" in
-    sixteen (family/half.py). A folder that holds them in NF4, as bitsandbytes does, is read as it is.
+    sixteen (family/half.py), with activations in `dtype`. A folder that holds them in NF4, as bitsandbytes does, is read as it is.
 
     Raises FileNotFoundError; ValueError when the configuration, a file or a tensor does not fit; ImportError for a missing extra.
     """
-    if dtype is not None and str(np.dtype(dtype) if _is_dtype(dtype) else dtype) not in ("float64", "float32", "float16"):
-        raise ValueError(f"load_model: dtype is {dtype!r}; choose float32, float64 or float16.")
+    kind = None if dtype is None else str(np.dtype(dtype) if _is_dtype(dtype) else dtype)
+    if kind not in (None, "float64", "float32", *KINDS):
+        raise ValueError(f"load_model: dtype is {dtype!r}; choose float32, float64, {' or '.join(KINDS)}.")
+    if quantize and kind in KINDS:
+        raise ValueError(f"load_model: dtype {kind} and quantize {quantize!r} exclude each other; choose one.")
     if quantize not in ("", *PACK):
         raise ValueError(f"load_model: quantize is {quantize!r}; choose {', '.join(map(repr, PACK))}, or '' for none.")
     backend = choose_backend(backend, quiet=True)
@@ -117,7 +123,9 @@ def load_model(
     model.hub_id = str(path_or_id) if _is_hub_id(path_or_id) else None
     if quantize:
         quantize_model(model, quantize)
-    return model.freeze().to(backend, dtype)
+    if kind in KINDS:
+        narrow_model(model, kind)
+    return model.freeze().to(backend, None if kind in KINDS else dtype)
 
 
 def model_folder(name: str | Path = BUNDLED) -> Path:

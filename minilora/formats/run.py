@@ -16,23 +16,23 @@ from minilora.layers import Linear
 from minilora.lora import lora_layers, merge
 
 
-def open_model(path: str | Path, backend: str = "auto", adapter: str | Path | None = None) -> Any:
-    """The model that a path names, with the adapter that it or `adapter` names. Raises as the loaders do."""
-    model, found = _base(path, backend, adapter)
+def open_model(path: str | Path, backend: str = "auto", adapter: str | Path | None = None, dtype: str | None = None) -> Any:
+    """The model that a path names, with the adapter that it or `adapter` names; dtype: by default its run's. Raises as the loaders do."""
+    model, found = _base(path, backend, adapter, dtype)
     if found is not None:
         load_adapter(model, found)
     return model
 
 
-def _base(path: str | Path, backend: str, adapter: str | Path | None = None) -> tuple[Any, Path | None]:
+def _base(path: str | Path, backend: str, adapter: str | Path | None = None, dtype: str | None = None) -> tuple[Any, Path | None]:
     """The base model that a path names, as it is, and the folder of the adapter that is to be put on it, if any."""
     base, found = base_of(path)
     if adapter is not None:
         found = _adapter_folder(Path(adapter)) or Path(adapter)
     labels = labels_of(adapter or path) or (_classes(found) if found else None)
-    quantize = _record(adapter or path).get("configuration", {}).get("quantize", "")
+    asked = _record(adapter or path).get("configuration", {})
     try:
-        model = load_model(base, backend, labels=labels, quantize=quantize)
+        model = load_model(base, backend, dtype or asked.get("dtype", "float32"), labels=labels, quantize=asked.get("quantize", ""))
     except FileNotFoundError as error:
         if base == str(path):
             raise
@@ -93,7 +93,7 @@ def merge_run(path: str | Path, out: str | Path, adapter: str | Path | None = No
         raise FileExistsError(f"{out} is in use; name another folder with --out, or remove it first.")
     if adapter is None and base_of(path)[1] is None:
         raise ValueError(f"{path} has no adapter to merge.")
-    model = open_model(path, "numpy", adapter)
+    model = open_model(path, "numpy", adapter, "float32")  # a sum is not rounded to what the run was computed in
     if isinstance(model.lora_config, PartialConfig):
         changes = {name: float(abs(p.data - model.base_values[name]).max()) for name, p in model.parameters() if name in model.base_values}
     else:

@@ -14,6 +14,7 @@ from minilora import functional as F
 from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
 from minilora.kernels.blocks import blocks, scratch
+from minilora.kernels.half import NARROW, in_float32
 
 _C = math.sqrt(2 / math.pi)
 _LARGEST = 5.6  # Phi is 1 to rounding in float32 from here on; P is good up to here
@@ -30,6 +31,7 @@ _P = (  # erf(x / sqrt 2) = tanh(x P(x^2)) to 1.3e-7 for |x| <= 5.6; tests/golde
 )
 
 
+@in_float32(NARROW, NARROW)
 def gelu(x: Array, keep: bool = True) -> tuple[Array, Array | None]:
     """y = x Phi(x), and Phi(x) + x phi(x) if `keep`. In float64, where the polynomial is not good enough, the plain pair."""
     if cuda.usable(x):
@@ -39,6 +41,7 @@ def gelu(x: Array, keep: bool = True) -> tuple[Array, Array | None]:
     return _with_slope(_gelu, x, keep)
 
 
+@in_float32(NARROW)
 def gelu_backward(dy: Array, saved: Array) -> Array:
     """dx = dy * slope, or the pair's where that ran."""
     if cuda.usable(dy):
@@ -46,6 +49,7 @@ def gelu_backward(dy: Array, saved: Array) -> Array:
     return F.gelu_backward(dy, saved) if get_xp(dy) is not np or dy.dtype == np.float64 else dy * saved
 
 
+@in_float32(NARROW, NARROW)
 def gelu_tanh(x: Array, keep: bool = True) -> tuple[Array, Array | None]:
     """y = x (1 + tanh z) / 2, and its slope if `keep`."""
     if cuda.usable(x):
@@ -53,11 +57,13 @@ def gelu_tanh(x: Array, keep: bool = True) -> tuple[Array, Array | None]:
     return _with_slope(_gelu_tanh, x, keep) if get_xp(x) is np else (F.gelu_tanh(x), x)
 
 
+@in_float32(NARROW)
 def gelu_tanh_backward(dy: Array, saved: Array) -> Array:
     """dx = dy * slope."""
     return dy * saved if get_xp(dy) is np or cuda.usable(dy) else F.gelu_tanh_backward(dy, saved)
 
 
+@in_float32(NARROW, NARROW)
 def silu(x: Array, keep: bool = True) -> tuple[Array, Array | None]:
     """y = x sigmoid(x), and its slope if `keep`."""
     if cuda.usable(x):
@@ -65,6 +71,7 @@ def silu(x: Array, keep: bool = True) -> tuple[Array, Array | None]:
     return _with_slope(silu_block, x, keep) if get_xp(x) is np else (F.silu(x), x)
 
 
+@in_float32(NARROW)
 def silu_backward(dy: Array, saved: Array) -> Array:
     """dx = dy * slope."""
     return dy * saved if get_xp(dy) is np or cuda.usable(dy) else F.silu_backward(dy, saved)

@@ -8,7 +8,8 @@ E = exp(S - max) is kept rather than P = E / sum: with the queries scaled once, 
     dV = E^T dO'      dS = E (dO' V^T - D'),  D' = (row sum of E * (dO' V^T)) / sum
 
 divide by `sum` rows of d features in place of rows of s. Beyond _KEPT keys E is not kept, but computed again: memory is then
-linear in the length of a sequence.
+linear in the length of a sequence. In 16 bits, on the device, E is P itself, and nothing is divided later: dO / sum could be too small for
+float16. S and dP are of float32 there, and narrowed once they have been through the softmax.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 from minilora import functional as F
 from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
+from minilora.kernels.half import NARROW, WIDE, in_float32, is_half
 from minilora.kernels.linear import product
 
 _QUERIES = 128  # in a block, at most
@@ -48,6 +50,7 @@ class Group(NamedTuple):
     seen: Any
 
 
+@in_float32(NARROW, [(WIDE, [(NARROW, WIDE)])])
 def attention(
     q: Array,
     k: Array,
@@ -75,7 +78,11 @@ def attention(
             E, inverse = _weights(_scaled(Q[..., at, :]), K, group, at, e)
             part = product(E, V[:, :, 0, :e])
             into = O[..., at, :]
-            xp.multiply(part.reshape(into.shape), inverse.reshape(*into.shape[:-1], 1), out=into)
+            part = part.reshape(into.shape)
+            if inverse is None:
+                into[...] = part
+            else:
+                xp.multiply(part, inverse.reshape(*into.shape[:-1], 1), out=into)
             parts.append((E, inverse) if keep and K.shape[3] <= _KEPT else None)
         _put(O, o, group.queries)
         if keep:
@@ -83,6 +90,7 @@ def attention(
     return o, saved
 
 
+@in_float32(NARROW, NARROW, NARROW)
 def attention_backward(
     do: Array,
     q: Array,
@@ -109,20 +117,22 @@ def attention_backward(
         Q, K, V = _take(q, group.queries, *sizes), _take(k, group.keys, *sizes), _take(v, group.keys, *sizes)
         dO = _take(do, group.queries, *sizes)
         if group.queries.there is not None:
-            dO = dO * group.queries.there[:, None, None]  # what filled up has no gradient
+            dO = (dO * group.queries.there[:, None, None]).astype(do.dtype, copy=False)  # what filled up has no gradient
         dQ = None if dq is None else _room(dq, group.queries, *sizes)
         dK, dV = (None if x is None else _room(x, group.keys, *sizes) for x in (dk, dv))
         blocks = list(zip(_blocks(group, n_head, xp), parts, strict=True))
         for i, ((at, e), kept) in enumerate(reversed(blocks)):  # the last sees the most keys
             Q_at = _scaled(Q[..., at, :])
             E, inverse = kept or _weights(Q_at, K, group, at, e)
-            dO_at = dO[..., at, :].reshape(Q_at.shape) * inverse
+            dO_at = dO[..., at, :].reshape(Q_at.shape)
+            if inverse is not None:
+                dO_at = dO_at * inverse
             if dV is not None:
                 _collect(dV, product(E.swapaxes(2, 3), dO_at), i == 0)  #     O = E @ V / sum
             if dQ is None and dK is None:
                 continue
-            dS = product(dO_at, V[:, :, 0, :e].swapaxes(2, 3))
-            _through_softmax(dS, E, inverse)  #                           E = exp(S - max)
+            dS = _wide_product(dO_at, V[:, :, 0, :e].swapaxes(2, 3))
+            dS = _through_softmax(dS, E, inverse)  #                      E = exp(S - max)
             if dK is not None:
                 _collect(dK, product(dS.swapaxes(2, 3), Q_at), i == 0)  #     S = Q_at @ K^T
             if dQ is not None:
@@ -148,15 +158,19 @@ def _collect(whole: Array, part: Array, first: bool) -> None:
         unseen[...] = 0
 
 
-def _weights(Q: Array, K: Array, group: Group, at: slice, e: int) -> tuple[Array, Array]:
-    """E = exp(S - max) (n, G, H / G t, e) and 1 / sum (..., 1), S = Q K^T where a query may look; Q is scaled."""
-    S = product(Q, K[:, :, 0, :e].swapaxes(2, 3))
+def _weights(Q: Array, K: Array, group: Group, at: slice, e: int) -> tuple[Array, Array | None]:
+    """E = exp(S - max) (n, G, H / G t, e) and 1 / sum (..., 1), or P and None; S = Q K^T where a query may look; Q is scaled."""
+    S = _wide_product(Q, K[:, :, 0, :e].swapaxes(2, 3))
     xp, limit, (n, G, rows, _) = get_xp(S), group.limit[:, at], S.shape
     t = limit.shape[1]
     if xp is not np:
+        given = S, xp.ascontiguousarray(group.seen[:, at]), np.int32(G * rows), np.int32(t), np.int32(e)
+        if is_half(Q):
+            P = xp.empty(S.shape, dtype=Q.dtype)
+            cuda.rowwise("softmax", "masked_exp", n * G * rows, e, *given, cuda.NULL, P, like=P)
+            return P, None
         inverse = xp.empty((n, G, rows, 1), dtype=S.dtype)
-        seen = xp.ascontiguousarray(group.seen[:, at])
-        cuda.rowwise("softmax", "masked_exp", n * G * rows, e, S, seen, np.int32(G * rows), np.int32(t), np.int32(e), inverse)
+        cuda.rowwise("softmax", "masked_exp", n * G * rows, e, *given, inverse, cuda.NULL)
         return S, inverse
     first = int(limit.min()) + 1  # keys before this one are seen by every query
     if first < e:
@@ -167,13 +181,22 @@ def _weights(Q: Array, K: Array, group: Group, at: slice, e: int) -> tuple[Array
     return E, 1 / (E @ np.ones((e, 1), E.dtype))
 
 
-def _through_softmax(dS: Array, E: Array, inverse: Array) -> None:
-    """dS = E (dS - D'), D' = (row sum of E * dS) / sum, in place."""
-    if get_xp(dS) is not np:
-        cuda.rowwise("softmax", "softmax_backward", dS.size // dS.shape[-1], dS.shape[-1], dS, E, inverse, np.int32(dS.shape[-1]))
-        return
-    dS -= np.einsum("ngts,ngts->ngt", dS, E)[..., None] * inverse
-    dS *= E
+def _through_softmax(dS: Array, E: Array, inverse: Array | None) -> Array:
+    """dS = E (dS - D'), D' = (row sum of E * dS) / sum, in place, or new where E has 16 bits."""
+    xp, n = get_xp(dS), dS.shape[-1]
+    if xp is np:
+        dS -= np.einsum("ngts,ngts->ngt", dS, E)[..., None] * inverse
+        dS *= E
+        return dS
+    narrow = xp.empty(dS.shape, dtype=E.dtype) if inverse is None else None
+    given = dS, E, cuda.NULL if inverse is None else inverse, np.int32(n), cuda.NULL if narrow is None else narrow
+    cuda.rowwise("softmax", "softmax_backward", dS.size // n, n, *given, like=E)
+    return dS if narrow is None else narrow
+
+
+def _wide_product(a: Array, b: Array) -> Array:
+    """a b, in float32 of factors of 16 bits."""
+    return cuda.gemm(a, b, dtype=np.float32) if is_half(a) else product(a, b)
 
 
 def _blocks(group: Group, n_head: int, xp: Any) -> Iterator[tuple[slice, int]]:
@@ -277,4 +300,4 @@ def _scale(Q: Array) -> float:
 def _scaled(Q: Array) -> Array:
     """Q / sqrt d, (n, G, H / G t, d): the heads of a group of heads below each other."""
     n, G, _, _, d = Q.shape
-    return (Q * _scale(Q)).reshape(n, G, -1, d)
+    return (Q * _scale(Q)).astype(Q.dtype, copy=False).reshape(n, G, -1, d)

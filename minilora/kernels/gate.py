@@ -9,8 +9,10 @@ from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
 from minilora.kernels.activations import silu_block
 from minilora.kernels.blocks import blocks, scratch
+from minilora.kernels.half import NARROW, in_float32
 
 
+@in_float32(NARROW, (NARROW, NARROW))
 def swiglu(g: Array, u: Array, keep: bool = True) -> tuple[Array, tuple[Array, Array] | None]:
     """y = silu(g) * u.   Saved: silu(g), which is dy / du, and u silu'(g), which is dy / dg."""
     xp = get_xp(g, u)
@@ -34,6 +36,7 @@ def swiglu(g: Array, u: Array, keep: bool = True) -> tuple[Array, tuple[Array, A
     return y, (by_u, by_g) if by_g is not None else None
 
 
+@in_float32(NARROW, NARROW)
 def swiglu_backward(dy: Array, saved: tuple[Array, Array], need: tuple[bool, bool] = (True, True)) -> tuple[Array | None, Array | None]:
     """(dg, du), each formed only if needed:  dg = dy u silu'(g),   du = dy silu(g)."""
     if get_xp(dy) is not np and not cuda.usable(dy):

@@ -1,6 +1,7 @@
 """Twins of functional/lora.py: the low-rank product is added to the dense one block by block, and the bias along with it.
 
 What fits a block runs as the plain pair. On CuPy the scale, and adding to what is there, are part of a product: gemm(alpha, beta, out).
+Beside activations of 16 bits A and B are of float32: for the products they are narrowed, their gradients are summed in float32.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from minilora import functional as F
 from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
 from minilora.kernels.blocks import BLOCK, row_blocks
+from minilora.kernels.half import NARROW, WIDE, in_float32, is_half
 from minilora.kernels.linear import linear, product
 
 
+@in_float32(NARROW, NARROW)
 def lora_linear(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: float, mask: Array | None = None) -> tuple[Array, Array]:
     """As functional.lora_linear."""
-    if mask is None and x.ndim == 2 and len(x) and cuda.usable(x, A, B):
+    if x.ndim == 2 and len(x) and _on_device(x, A, B, mask):
         F.check_lora(W, A, B)
-        y, u = linear(x, W, b), product(x, A)
-        return cuda.gemm(u, B, y, s, 1), u
+        y, u = linear(x, W, b), product(_masked(x, mask), _as(x, A))
+        return cuda.gemm(u, _as(x, B), y, s, 1), u
     if get_xp(x, W, A, B) is not np or x.ndim != 2 or x.dtype != A.dtype or len(x) * sum(W.shape) < BLOCK:
         return F.lora_linear(x, W, b, A, B, s, mask)
     F.check_lora(W, A, B)
@@ -37,6 +40,7 @@ def lora_linear(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: floa
     return y, u
 
 
+@in_float32(NARROW, WIDE, WIDE)
 def lora_linear_backward(
     dy: Array,
     x: Array,
@@ -49,8 +53,8 @@ def lora_linear_backward(
     need: Collection[str] = ("dx", "dA", "dB"),
 ) -> tuple[Array, Array, Array]:
     """As functional.lora_linear_backward."""
-    if mask is None and len(dy) and cuda.usable(dy, A, B):
-        return _backward_on_device(dy, x, u, W, A, B, s, need)
+    if len(dy) and _on_device(dy, A, B, mask):
+        return _backward_on_device(dy, x, u, W, A, B, s, mask, need)
     if get_xp(dy) is not np or mask is not None or len(dy) * sum(W.shape) < BLOCK:
         return F.lora_linear_backward(dy, x, u, W, A, B, s, mask, need)
     dB = (s * u).T @ dy if "dB" in need else None
@@ -64,15 +68,35 @@ def lora_linear_backward(
     return dx, dA, dB
 
 
+def _on_device(x: Array, A: Array, B: Array, mask: Array | None) -> bool:
+    """A mask is for the pair, but in 16 bits."""
+    return cuda.usable(x, real=(A, B)) and (mask is None or is_half(x))
+
+
 def _backward_on_device(
-    dy: Array, x: Array, u: Array, W: Array, A: Array, B: Array, s: float, need: Collection[str]
+    dy: Array, x: Array, u: Array, W: Array, A: Array, B: Array, s: float, mask: Array | None, need: Collection[str]
 ) -> tuple[Array | None, Array | None, Array | None]:
-    dB = cuda.gemm(u.T, dy, alpha=s) if "dB" in need else None
+    dB = cuda.gemm(u.T, dy, alpha=s, dtype=B.dtype) if "dB" in need else None
     if not {"dx", "dA"} & set(need):
         return None, None, dB
-    du = cuda.gemm(dy, B.T, alpha=s)
-    dA = product(x.T, du) if "dA" in need else None
-    return cuda.gemm(du, A.T, product(dy, W.T), 1, 1) if "dx" in need else None, dA, dB
+    du = cuda.gemm(dy, _as(dy, B).T, alpha=s)
+    dA = cuda.gemm(_masked(x, mask).T, du, dtype=A.dtype) if "dA" in need else None
+    if "dx" not in need:
+        return None, dA, dB
+    dx = product(dy, W.T)
+    if mask is None:
+        return cuda.gemm(du, _as(dy, A).T, dx, 1, 1), dA, dB
+    dx += _masked(product(du, _as(dy, A).T), mask)
+    return dx, dA, dB
+
+
+def _as(x: Array, A: Array) -> Array:
+    """A in x's dtype, as products have factors of one."""
+    return A if A.dtype == x.dtype else A.astype(x.dtype)
+
+
+def _masked(x: Array, mask: Array | None) -> Array:
+    return x if mask is None else (x * mask).astype(x.dtype)
 
 
 def _add_product(y: np.ndarray, u: np.ndarray, B: np.ndarray) -> None:

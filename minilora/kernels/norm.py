@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
@@ -10,11 +11,13 @@ from minilora import functional as F
 from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
 from minilora.kernels.blocks import row_blocks
+from minilora.kernels.half import NARROW, WIDE, in_float32, wide
 
 
+@in_float32(NARROW, (NARROW, WIDE))
 def layer_norm(x: Array, gamma: Array, beta: Array, eps: float = 1e-5) -> tuple[Array, tuple[Array, Array]]:
     """As functional.layer_norm."""
-    if cuda.usable(x, gamma, beta) and _fit(x, gamma, beta):
+    if cuda.usable(x, real=(gamma, beta)) and _fit(x, gamma, beta):
         return _on_device(x, gamma, beta, eps)
     if get_xp(x, gamma, beta) is not np or x.ndim != 2:
         return F.layer_norm(x, gamma, beta, eps)
@@ -27,9 +30,10 @@ def layer_norm(x: Array, gamma: Array, beta: Array, eps: float = 1e-5) -> tuple[
     return y, (xhat, rstd)
 
 
+@in_float32(NARROW, (NARROW, WIDE))
 def rms_norm(x: Array, gamma: Array, eps: float = 1e-6) -> tuple[Array, tuple[Array, Array]]:
     """As functional.rms_norm."""
-    if cuda.usable(x, gamma) and _fit(x, gamma):
+    if cuda.usable(x, real=(gamma,)) and _fit(x, gamma):
         return _on_device(x, gamma, None, eps)
     if get_xp(x, gamma) is not np or x.ndim != 2:
         return F.rms_norm(x, gamma, eps)
@@ -41,13 +45,14 @@ def rms_norm(x: Array, gamma: Array, eps: float = 1e-6) -> tuple[Array, tuple[Ar
     return y, (xhat, rstd)
 
 
+@in_float32(NARROW, WIDE, WIDE)
 def layer_norm_backward(
     dy: Array, saved: tuple[Array, Array], gamma: Array, need: Collection[str] = ("dx", "dgamma", "dbeta")
 ) -> tuple[Array | None, Array | None, Array | None]:
     """As functional.layer_norm_backward."""
     xhat, rstd = saved
-    if cuda.usable(dy, xhat, gamma):
-        rest = F.layer_norm_backward(dy, saved, gamma, {"dgamma", "dbeta"} & set(need))[1:]  # two sums over rows
+    if cuda.usable(dy, xhat, real=(gamma, rstd)):
+        rest = _of_parameters(F.layer_norm_backward, dy, saved, gamma, {"dgamma", "dbeta"} & set(need))  # two sums over rows
         return _dx_on_device(dy, saved, gamma, True) if "dx" in need else None, *rest
     if get_xp(dy, xhat) is not np:
         return F.layer_norm_backward(dy, saved, gamma, need)
@@ -65,13 +70,14 @@ def layer_norm_backward(
     return dx, dgamma, dbeta
 
 
+@in_float32(NARROW, WIDE)
 def rms_norm_backward(
     dy: Array, saved: tuple[Array, Array], gamma: Array, need: Collection[str] = ("dx", "dgamma")
 ) -> tuple[Array | None, Array | None]:
     """As functional.rms_norm_backward."""
     xhat, rstd = saved
-    if cuda.usable(dy, xhat, gamma):
-        dgamma = F.rms_norm_backward(dy, saved, gamma, {"dgamma"} & set(need))[1]
+    if cuda.usable(dy, xhat, real=(gamma, rstd)):
+        (dgamma,) = _of_parameters(F.rms_norm_backward, dy, saved, gamma, {"dgamma"} & set(need))
         return _dx_on_device(dy, saved, gamma, False) if "dx" in need else None, dgamma
     if get_xp(dy, xhat) is not np:
         return F.rms_norm_backward(dy, saved, gamma, need)
@@ -94,10 +100,17 @@ def _fit(x: Array, *of_features: Array) -> bool:
 def _on_device(x: Array, gamma: Array, beta: Array | None, eps: float) -> tuple[Array, tuple[Array, Array]]:
     xp, n = get_xp(x), x.shape[1]
     x = xp.ascontiguousarray(x)
-    y, xhat, rstd = xp.empty_like(x), xp.empty_like(x), xp.empty((len(x), 1), dtype=x.dtype)
-    given = (x, gamma, cuda.NULL if beta is None else beta, x.dtype.type(eps), np.int32(n))
+    y, xhat, rstd = xp.empty_like(x), xp.empty_like(x), xp.empty((len(x), 1), dtype=cuda.real_of(x))
+    given = (x, gamma, cuda.NULL if beta is None else beta, cuda.real_of(x)(eps), np.int32(n))
     cuda.rowwise("norm", "norm_forward", len(x), n, *given, y, xhat, rstd)
     return y, (xhat, rstd)
+
+
+def _of_parameters(pair: Any, dy: Array, saved: tuple[Array, Array], gamma: Array, need: set[str]) -> Any:
+    """The gradients of parameters, by the pair: sums over rows, so that 16 bits are widened first."""
+    if need:
+        dy, saved = wide(dy), (wide(saved[0]), saved[1])
+    return pair(dy, saved, gamma, need)[1:]
 
 
 def _dx_on_device(dy: Array, saved: tuple[Array, Array], gamma: Array, centred: bool) -> Array:

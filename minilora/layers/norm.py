@@ -38,7 +38,7 @@ class LayerNorm(Layer):
         if not need:
             return None
         if normed is None:  # only the bias is trained
-            self.bias.add_grad(dy.sum(axis=0))
+            self.bias.add_grad(K.wide(dy).sum(axis=0))
             return None
         dx, dgamma, dbeta = K.layer_norm_backward(dy, normed, self.weight.data, need)
         if dgamma is not None:

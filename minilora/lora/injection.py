@@ -10,7 +10,7 @@ from typing import Any
 
 from minilora.backend import Rng, backend_name, generator, to_backend
 from minilora.family import adapter_of, starts
-from minilora.family.adapted import adapter_parameters, lora_layers
+from minilora.family.adapted import adapter_parameters, check_whole, lora_layers, train_only
 from minilora.layers.base import Layer
 from minilora.layers.embedding import Embedding
 from minilora.layers.linear import Linear
@@ -53,8 +53,7 @@ def inject(
     for path, layer in adapted.items():
         replace_module(model, path, layer)
     trained = trained_paths(model, config)
-    for path, p in model.parameters():
-        p.trainable = path in trained
+    train_only(model, trained)
     own = adapter_parameters(model)
     model.base_values = {path: p.data.copy() for path, p in model.parameters() if p.trainable and path not in own}
     model.lora_config = config  # what save_adapter writes down
@@ -122,6 +121,7 @@ def find_modules(model: Layer, config: LoraConfig, strict: bool = True) -> dict[
         if path.endswith(tuple(names)):
             if layer is None or (tied and _has_vocabulary(model, layer)):
                 raise ValueError(f"modules_to_save: {path} cannot be trained whole, since embedding and head share their weight.")
+            check_whole(path, layer)
             found[path] = layer
     return found
 

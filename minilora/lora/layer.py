@@ -9,7 +9,7 @@ from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array, Rng, backend_name, generator, get_xp, to_backend
 from minilora.family import Start, start_of
-from minilora.family.adapted import Adapted
+from minilora.family.adapted import Adapted, trained_dtype
 from minilora.layers.base import Parameter, Saved
 from minilora.layers.dropout import Dropout
 from minilora.layers.linear import Linear
@@ -50,7 +50,7 @@ class LoRALinear(Adapted, Linear):
         self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
         self.start: Any = None  # what A B began with, where that is taken off the weight; see W
         self.dropout = Dropout(dropout)
-        home, dtype = backend_name(base.weight.data), dtype or base.weight.data.dtype
+        home, dtype = backend_name(base.weight.data), dtype or trained_dtype(base.weight.data)
         A, B = start_of(init)(self, generator(rng))
         self.lora_A, self.lora_B = (Parameter(to_backend(value, home, dtype)) for value in (A, B))
 
@@ -87,7 +87,7 @@ class LoRALinear(Adapted, Linear):
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         W, x, u, key = self.load(saved, need_dx)
         if self.bias is not None and self.bias.trainable:  # LoraConfig(bias="all" or "lora_only")
-            self.bias.add_grad(dy.sum(axis=0))
+            self.bias.add_grad(K.wide(dy).sum(axis=0))
         if W is not None:
             return K.product(dy, W.T) if need_dx else None
         A, B = self.lora_A, self.lora_B
@@ -103,4 +103,4 @@ class LoRALinear(Adapted, Linear):
         """The dropout mask (tokens of `like`, in), or None without dropout."""
         if key is None:
             return None
-        return F.dropout_mask((like.shape[0], self.in_features), self.dropout.p, key, get_xp(like), like.dtype)
+        return F.dropout_mask((like.shape[0], self.in_features), self.dropout.p, key, get_xp(like), self.lora_A.data.dtype)

@@ -463,10 +463,10 @@ class BertClassifier(Layer):
         if rows.size == 0:
             loss, dlogits = logits.sum() * 0, logits * 0
         elif self.config.regression:
-            loss, dlogits = _squares(logits, labels, rows, N)
+            loss, dlogits = _squares(K.wide(logits), labels, rows, N)
+            dlogits = dlogits.astype(logits.dtype, copy=False)
         else:
-            mean, dmean = F.cross_entropy(logits, labels)
-            loss, dlogits = mean * (rows.size / N), dmean * (rows.size / N)
+            loss, dlogits = K.cross_entropy(logits, labels, rows.size / N)
         return loss, self.save(False, dlogits, saved) if keep else None
 
     def loss_backward(self, saved: Saved | None) -> None:
@@ -490,7 +490,7 @@ def _means(h: Array, bounds: np.ndarray) -> Array:
     """p_i = mean of the rows of sequence i.   h (T, d) -> p (n, d), as one product with an (n, T) matrix of 1 / length."""
     lengths = np.diff(bounds)
     M = (np.arange(len(lengths))[:, None] == np.repeat(np.arange(len(lengths)), lengths)) / lengths[:, None]
-    return as_like(M.astype(h.dtype), h) @ h
+    return K.product(as_like(M.astype(h.dtype), h), h)
 
 
 def _means_backward(dp: Array, bounds: np.ndarray) -> Array:

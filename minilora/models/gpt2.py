@@ -168,14 +168,14 @@ class GPT2(Layer):
         self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Sequence[int] | None = None
     ) -> tuple[Array, Saved | None]:
         h, s_h = self.transformer.forward(x, keep=keep, offsets=offsets)
-        logits = h @ self.head
+        logits = K.linear(h, self.head)
         return logits, self.save(need_dx, h if self.transformer.wte.weight.trainable else None, s_h) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
         h, s_h = self.load(saved, need_dx)
         if h is not None:
             self.transformer.wte.weight.add_grad(dy.T @ h)  # logits = h @ wte^T
-        self.transformer.backward(dy @ self.head.T, s_h)
+        self.transformer.backward(K.product(dy, self.head.T), s_h)
 
     def loss(
         self,
@@ -218,4 +218,4 @@ class GPT2(Layer):
 
         Raises ValueError for a sequence beyond n_positions, and leaves the cache's length as it was.
         """
-        return (self.transformer.decode(ids, cache)[-1:] @ self.head)[0]
+        return K.linear(self.transformer.decode(ids, cache)[-1:], self.head)[0]

@@ -327,7 +327,7 @@ class LlamaDecoder(Layer):
         if prefix is None:
             h, s_embed = self.embed_tokens.forward(x, keep=keep and at_x)
             prefix = Prefix(0, h)
-        rope = self.tables(F.positions(len(x), offsets, self.config.max_position_embeddings), prefix.x)
+        rope = self.tables(F.positions(len(x), offsets, self.config.max_position_embeddings))
         h, ran = run_blocks(self.layers, prefix.x, at_x, keep, prefix.blocks, rows, self.recompute, offsets=offsets, rope=rope)
         h, s_norm = self.norm.forward(h, keep=keep, need_dx=ran.needs[-1])
         return h, self.save(need_dx, s_embed, ran, s_norm) if keep else None
@@ -345,7 +345,7 @@ class LlamaDecoder(Layer):
         if n == 0:
             return None
         x, _ = self.embed_tokens.forward(ids, keep=False)
-        rope = self.tables(F.positions(len(ids), offsets, self.config.max_position_embeddings), x)
+        rope = self.tables(F.positions(len(ids), offsets, self.config.max_position_embeddings))
         return Prefix(n, run_blocks(self.layers[:n], x, False, False, offsets=offsets, rope=rope)[0])
 
     def decode(self, ids: Array, cache: KVCache) -> Array:
@@ -353,15 +353,15 @@ class LlamaDecoder(Layer):
         total = cache.length + len(ids)
         places = F.positions(total, None, self.config.max_position_embeddings)[cache.length :]
         h, _ = self.embed_tokens.forward(ids, keep=False)
-        rope = self.tables(places, h)
+        rope = self.tables(places)
         for i, block in enumerate(self.layers):
             h = block.decode(h, rope, partial(cache.extend, i))
         cache.length = total
         return self.norm.forward(h, keep=False)[0]
 
-    def tables(self, positions: np.ndarray, like: Array) -> Tables:
-        """cos and sin for these positions, where `like` lives."""
-        return F.rotary_tables(positions, self.config.head_dim, self.config.rope_theta, like)  # type: ignore[arg-type]
+    def tables(self, positions: np.ndarray) -> Tables:
+        """cos and sin for these positions, where the model lives; beside activations of 16 bits they are of float32, as the norm is."""
+        return F.rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.norm.weight.data)  # type: ignore[arg-type]
 
 
 class Llama(Layer):
@@ -391,7 +391,7 @@ class Llama(Layer):
     ) -> tuple[Array, Saved | None]:
         h, s_h = self.model.forward(x, keep=keep, offsets=offsets)
         if self.config.tie_word_embeddings:
-            logits, s_head = h @ self.model.embed_tokens.weight.data.T, h if self.model.embed_tokens.weight.trainable else None
+            logits, s_head = K.linear(h, self.head), h if self.model.embed_tokens.weight.trainable else None
         else:
             logits, s_head = self.lm_head.forward(h, keep=keep, need_dx=self.model.trainable)
         return logits, self.save(need_dx, s_head, s_h) if keep else None
@@ -404,7 +404,7 @@ class Llama(Layer):
             E = self.model.embed_tokens.weight
             if E.trainable:
                 E.add_grad(dy.T @ s_head)  #                                        logits = h @ E^T
-            dh = dy @ E.data
+            dh = K.product(dy, E.data)
         if self.model.trainable:
             self.model.backward(dh, s_h)
 
@@ -439,8 +439,7 @@ class Llama(Layer):
             z, s_head = self.lm_head.forward(h, keep=keep, need_dx=self.model.trainable)
             loss, dz = z.sum(), z  # of no rows at all
             if len(z):
-                mean = F.cross_entropy(z, F.Labelled(None, targets, len(z)))
-                loss, dz = (part * (len(z) / (count or len(z))) for part in mean)
+                loss, dz = K.cross_entropy(z, F.Labelled(None, targets, len(z)), len(z) / (count or len(z)))
         return loss, self.save(False, dh, dW, dz, s_head, s_h) if keep else None
 
     def loss_backward(self, saved: Saved | None) -> None:
@@ -466,7 +465,7 @@ class Llama(Layer):
         """
         h = self.model.decode(ids, cache)[-1:]
         W = self.head
-        return (h @ W if W is not None else self.lm_head.forward(h, keep=False)[0])[0]
+        return (K.linear(h, W) if W is not None else self.lm_head.forward(h, keep=False)[0])[0]
 
     @property
     def head(self) -> Array | None:

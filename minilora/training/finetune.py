@@ -30,6 +30,7 @@ from minilora.training.datasets import load_dataset
 from minilora.training.few_sample import PulledAdamW, few, reinitialise
 from minilora.training.loop import Diverged, train
 from minilora.training.loraplus import create_loraplus_optimizer
+from minilora.training.loss_scale import LossScale
 from minilora.training.memory import sequences_that_fit
 from minilora.training.optimizers import AdamW
 from minilora.training.plot import have_matplotlib, plot_run
@@ -75,13 +76,14 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
 
     before, wrote_before = measure(model, task, recipe.threads), _sample(model, tokenizer, recipe)
     records: list[dict[str, Any]] = []
+    scale = LossScale.of(model)
     try:
-        seconds, tokens = _train(model, optimizer, task, rate, recipe, records)
+        seconds, tokens = _train(model, optimizer, task, rate, recipe, records, scale)
     except (Diverged, KeyboardInterrupt, MemoryError) as stop:
         _save(model, folder, recipe)
         folder.write_metrics(records)
         done = optimizer.t if isinstance(stop, MemoryError) else len(records)
-        folder.write_run(asdict(recipe), {"stopped_after_step": done}, task.labels)
+        folder.write_run(asdict(recipe), {"stopped_after_step": done, **_state(scale)}, task.labels)
         if isinstance(stop, Diverged):
             say(f"the {_made(recipe)} as of step {stop.kept}, the last good one, is in {folder.path}")
         if isinstance(stop, MemoryError):
@@ -106,6 +108,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
         "tokens_per_second": tokens / seconds,
         "seconds": time.perf_counter() - begun,
         "peak_memory_bytes": peak_memory(recipe.backend),
+        **_state(scale),
     }
     folder.write_run(asdict(recipe), results, task.labels)
     _tell(say, folder, recipe, results, wrote_before, wrote_after)
@@ -119,7 +122,7 @@ def open_recipe(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
         assert recipe.data is not None
         tokenizer = tokenizer_of(recipe.model)
         dataset = load_dataset(recipe.data, "classify", tokenizer, recipe.window, seed=recipe.seed)
-        model = load_model(recipe.model, recipe.backend, labels=dataset.labels, quantize=recipe.quantize)
+        model = load_model(recipe.model, recipe.backend, recipe.dtype, labels=dataset.labels, quantize=recipe.quantize)
         if not hasattr(model, "classifier"):
             raise ValueError(f"{recipe.model} ({type(model).__name__}) has no classifier; task classify needs a BERT.")
         if recipe.train_size is not None:
@@ -127,7 +130,7 @@ def open_recipe(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
         dataset.valid = dataset.valid[: recipe.eval_size]
         task = classify_task(dataset, recipe.data, recipe.batch_size)
     else:
-        model = load_model(recipe.model, recipe.backend, quantize=recipe.quantize)
+        model = load_model(recipe.model, recipe.backend, recipe.dtype, quantize=recipe.quantize)
         if not hasattr(model, "decode"):
             raise ValueError(f"{recipe.model} ({type(model).__name__}) is no decoder; task lm needs one. Is --task classify meant?")
         tokenizer = tokenizer_of(recipe.model, model.config.vocab_size)
@@ -214,18 +217,26 @@ def prefix_for(task: Task, recipe: Recipe) -> PrefixCache | None:
     return PrefixCache() if recipe.cache and comes_again else None
 
 
-def _train(model: Any, optimizer: AdamW, task: Task, rate: Schedule, recipe: Recipe, records: list[dict[str, Any]]) -> tuple[float, int]:
+def _state(scale: LossScale | None) -> dict[str, Any]:
+    """What a run in float16 would go on from, for its run.json."""
+    return {} if scale is None else {"loss_scale": scale.state()}
+
+
+def _train(
+    model: Any, optimizer: AdamW, task: Task, rate: Schedule, recipe: Recipe, records: list[dict[str, Any]], scale: LossScale | None
+) -> tuple[float, int]:
     """Run the loop behind a progress bar, collecting a record a step. Returns (seconds, tokens) of the training alone."""
     assert recipe.steps is not None
     seconds, tokens = 0.0, 0
-    options = {"clip": recipe.clip, "accumulate": recipe.accumulate, "threads": recipe.threads, "seed": recipe.seed}
-    prefix = prefix_for(task, recipe)
-    unit, scale = ("bits/byte", math.log(2)) if task.headline == "bits_per_byte" else ("loss", 1.0)
+    options: dict[str, Any] = {"clip": recipe.clip, "accumulate": recipe.accumulate, "threads": recipe.threads, "seed": recipe.seed}
+    options |= {"prefix": prefix_for(task, recipe), "loss_scale": scale}
+    unit, nats = ("bits/byte", math.log(2)) if task.headline == "bits_per_byte" else ("loss", 1.0)
     with tqdm(total=recipe.steps, unit="step", desc=recipe.method, dynamic_ncols=True) as bar:
-        for s in train(model, optimizer, task.batches(recipe.seed), recipe.steps, rate, prefix=prefix, **options):  # type: ignore[arg-type]
+        for s in train(model, optimizer, task.batches(recipe.seed), recipe.steps, rate, **options):
             seconds, tokens = seconds + s.seconds, tokens + s.tokens
-            records.append({"step": s.step, "loss": s.loss, "lr": s.lr, "grad_norm": s.grad_norm, "tokens": s.tokens})
-            bar.set_postfix_str(f"{s.loss / scale:.3f} {unit}, {tokens / seconds:,.0f} tokens/s", refresh=False)
+            norm = s.grad_norm if math.isfinite(s.grad_norm) else None  # JSON knows no infinity; the step was left out
+            records.append({"step": s.step, "loss": s.loss, "lr": s.lr, "grad_norm": norm, "tokens": s.tokens})
+            bar.set_postfix_str(f"{s.loss / nats:.3f} {unit}, {tokens / seconds:,.0f} tokens/s", refresh=False)
             bar.update()
     return seconds, tokens
 
@@ -255,6 +266,7 @@ def _method(recipe: Recipe, model: Any) -> str:
         return "full fine-tuning" if recipe.method == "full" else method_name(model.lora_config)
     also = ["biases"] * (recipe.bias != "none") + (["the head"] if recipe.task == "classify" else []) + list(recipe.modules_to_save or [])
     how = [recipe.quantize] if recipe.quantize else []
+    how += [recipe.dtype] * (recipe.dtype != "float32")
     how += [str(recipe.init_lora_weights)] * (recipe.init_lora_weights is not True) + [recipe.optimizer] * (recipe.optimizer != "adamw")
     if recipe.loraplus_lr_ratio is not None:
         how.append(f"LoRA+ of {recipe.loraplus_lr_ratio:g}")

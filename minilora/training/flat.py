@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from minilora.backend import Array, get_xp
+from minilora.kernels.half import is_half
 from minilora.layers import Parameter
 
 Parameters = Iterable["Parameter | tuple[str, Parameter]"]
@@ -18,7 +19,7 @@ class FlatBuffer:
     So an optimizer step, a norm, a sum over replicas or a checkpoint is one operation on one vector, however many
     parameters there are. Takes what `layer.parameters()` gives, or parameters alone; frozen ones are left as they are.
 
-    Raises ValueError when nothing is trainable or something that is is quantized, TypeError when the trainable parameters differ in dtype.
+    Raises ValueError when nothing is trainable, or something that is is quantized or of 16 bits, TypeError when the dtypes differ.
     """
 
     def __init__(self, parameters: Parameters) -> None:
@@ -29,6 +30,8 @@ class FlatBuffer:
         for path, p in named:
             if hasattr(p.data, "dense"):
                 raise ValueError(f"{path} is quantized and cannot be trained; load the model without, or leave it frozen.")
+            if is_half(p.data):
+                raise ValueError(f"{path} is of {p.data.dtype}, in which small steps are lost; train adapters, or load it in float32.")
         dtypes = {str(p.data.dtype) for _, p in named}
         if len(dtypes) > 1:
             raise TypeError(f"trainable parameters must share one dtype, got {', '.join(sorted(dtypes))}.")
@@ -80,13 +83,16 @@ def fill_missing(parameters: list[Parameter]) -> None:
             p.grad[...] = 0
 
 
-def clip_grad_norm(flat: FlatBuffer, max_norm: float) -> Array:
+def clip_grad_norm(flat: FlatBuffer, max_norm: float, scale: float = 1.0) -> Array:
     """Scale the gradient so that its Euclidean norm is at most max_norm. Returns the norm before, as a 0-d array.
 
-    The factor min(1, max_norm / norm) is computed where the gradient lives: nothing is copied to the host.
+    The factor min(1, max_norm / norm) is computed where the gradient lives: nothing is copied to the host. Gradients that are `scale`
+    times too large (loss_scale.py) are divided by it before.
     """
     grad = flat.gather()
     xp = get_xp(grad)
+    if scale != 1:
+        grad *= 1 / scale
     norm = xp.sqrt(xp.vdot(grad, grad) if xp is np else (grad * grad).sum())  # CuPy's vdot cannot be recorded
     grad *= xp.minimum(1, max_norm / (norm + 1e-6)).astype(grad.dtype)
     return norm

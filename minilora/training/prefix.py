@@ -87,6 +87,6 @@ class PrefixCache:
         start = self._file.seek(0, 2)
         start += -start % 64  # aligned for every dtype
         self._file.seek(start)
-        self._file.write(np.ascontiguousarray(x).data)
+        self._file.write(np.ascontiguousarray(x).view(np.uint8).data)  # as bytes: of bfloat16 NumPy gives no others
         self._file.flush()
         return np.memmap(self._file, x.dtype, "r", start, x.shape)

@@ -9,6 +9,7 @@ from minilora import adapters
 from minilora.formats.checkpoint import BUNDLED
 from minilora.training.datasets import TASKS, is_dataset
 
+DTYPES = ("float32", "bfloat16", "float16")
 METHODS = ("lora", "full", *adapters.METHODS)
 OPTIMIZERS = ("adamw", "riemannian", "lora_pro", "lora_fa")
 
@@ -38,6 +39,7 @@ class Recipe:
     reinit          None; else the pooler and so many top blocks begin anew (method full only), see training/few_sample.py
     pull            of the weights towards where they began; bias_correction=False is Adam as the first BERT had it
     train_size, eval_size   of texts with a class: all; else at most so many, drawn by the seed
+    dtype           of activations and frozen matrices; what is trained, norms and loss are of float32 (kernels/half.py)
     tf32            on a GPU: products of float32 in 19 bits, several times as fast, with errors of 1e-3
     threads         the cores, at most 8
     Raises ValueError for values out of range.
@@ -57,6 +59,7 @@ class Recipe:
     use_dora: bool | str = False
     init_lora_weights: bool | str = True
     quantize: str = ""
+    dtype: str = "float32"
     optimizer: str = "adamw"
     loraplus_lr_ratio: float | None = None
     reduction_factor: float = 16
@@ -101,6 +104,11 @@ class Recipe:
         usual["peft_type"] = "LORA"
         if self.method != "lora" and (named := next((name for name, value in usual.items() if getattr(self, name) != value), None)):
             raise ValueError(f"{named} is for LoRA; method {self.method} has none.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}; choose {', '.join(DTYPES)}.")
+        if self.dtype != "float32" and (self.quantize or self.method == "full"):
+            other = "quantize" if self.quantize else "method full, which trains in float32,"
+            raise ValueError(f"dtype {self.dtype} and {other} exclude each other; choose one.")
         if self.quantize and self.init_lora_weights == "loftq":
             raise ValueError("init_lora_weights 'loftq' quantizes by itself; leave quantize out.")
         if self.task not in TASKS:

@@ -31,32 +31,35 @@ class Gradients:
         able = not on_host and not dropout and cuda.ENABLED and blas.bindings() is not None
         self.replay = Replay() if record and able and hasattr(model, "config") else None
 
-    def __call__(self, micro_batches: Sequence[Batch], seed: Sequence[int] = ()) -> tuple[Array, Array]:
+    def __call__(self, micro_batches: Sequence[Batch], seed: Sequence[int] = (), scale: float = 1.0) -> tuple[Array, Array]:
         if self.replay is not None and not any(b.per_sequence for b in micro_batches):
             shards, count = self.replicas.shards(micro_batches)
             shards = [shard for shard in shards if shard.labelled]
             if not any(self.replicas.kept(shard) for shard in shards):
-                return self._recorded(self.replay, shards, count)
-        loss = self.replicas.gradients(micro_batches, seed)
-        return loss, clip_grad_norm(self.replicas.flat, self.clip)
+                return self._recorded(self.replay, shards, count, scale)
+        loss = self.replicas.gradients(micro_batches, seed, scale)
+        return loss, clip_grad_norm(self.replicas.flat, self.clip, scale)
 
-    def _recorded(self, replay: Replay, shards: list[Batch], count: int) -> tuple[Array, Array]:
+    def _recorded(self, replay: Replay, shards: list[Batch], count: int, scale: float) -> tuple[Array, Array]:
         model, flat, labelled = self.replicas.models[0], self.replicas.flat, [F.labelled(shard.labels) for shard in shards]
         for shard, label in zip(shards, labelled, strict=True):  # on the device nobody looks at them
             F.check_ids(shard.ids, model.config.vocab_size, "embedding")
             F.check_ids(label.targets, model.config.vocab_size, "cross_entropy")
 
+        divisor = count if scale == 1 else count / scale
+
         def work(*placed: Array) -> tuple[Array, Array]:
             flat.zero_grad()
-            total = None
+            losses = []
             for i, (shard, label) in enumerate(zip(shards, labelled, strict=True)):
-                loss, saved = model.loss(placed[2 * i], label._replace(targets=placed[2 * i + 1]), shard.offsets, count)
+                loss, saved = model.loss(placed[2 * i], label._replace(targets=placed[2 * i + 1]), shard.offsets, divisor)
                 model.loss_backward(saved)
-                total = loss if total is None else total + loss
-            return total, clip_grad_norm(flat, self.clip)
+                losses.append(loss)
+            total = sum(losses[1:], losses[0])
+            return total if scale == 1 else total / scale, clip_grad_norm(flat, self.clip, scale)
 
         rows = [None if label.rows is None else label.rows.tobytes() for label in labelled]
-        key = count, self.clip, tuple(shard.offsets.tobytes() for shard in shards), tuple(rows)
+        key = count, scale, tuple(shard.offsets.tobytes() for shard in shards), tuple(rows)
         arrays = [x for shard, label in zip(shards, labelled, strict=True) for x in (shard.ids, label.targets)]
         loss, norm = replay(key, work, arrays)
         flat.claim()

@@ -89,13 +89,15 @@ class Replicas:
         """Is there something that frozen blocks give for it, and a place where that is kept?"""
         return self.prefix is not None and self.prefix(self.models[0], shard) is not None
 
-    def gradients(self, micro_batches: Sequence[Batch], seed: Sequence[int] = ()) -> Array:
+    def gradients(self, micro_batches: Sequence[Batch], seed: Sequence[int] = (), scale: float = 1.0) -> Array:
         """Forward and backward over all micro-batches, as if they were one batch. Returns their mean loss per labelled token.
 
         Weighted by tokens: every part divides by the number of labels in the whole, so that accumulation equals the large batch.
-        `seed` (the run's, the step) makes dropout masks a function of the step.
+        `seed` (the run's, the step) makes dropout masks a function of the step. The gradients, but not the loss, are left `scale` times
+        as large: what loss and gradients are divided by is that much smaller (loss_scale.py).
         """
         shards, count = self.shards(micro_batches)
+        divisor = count if scale == 1 else count / scale  # no count any more, but all that is done with one is to divide by it
         n = len(self.models)
         work = [[s for s in shards[k::n] if s.labelled] for k in range(n)]
 
@@ -107,7 +109,7 @@ class Replicas:
             with np.errstate(all="ignore"):  # a loss that is not finite is told by `train`, once
                 for shard in work[k]:
                     given = {} if self.prefix is None else {"prefix": self.prefix(model, shard)}
-                    loss, saved = model.loss(shard.ids, shard.labels, shard.offsets, count, **given)
+                    loss, saved = model.loss(shard.ids, shard.labels, shard.offsets, divisor, **given)
                     model.loss_backward(saved)
                     del saved  # before the next shard begins
                     total = loss if total is None else total + loss
@@ -118,4 +120,5 @@ class Replicas:
         for grad, parameters in zip(self.grads[1:], self.parameters[1:], strict=True):  # in order: the sum is repeatable
             fill_missing(parameters)
             self.flat.grad += grad
-        return sum(loss for loss in losses if loss is not None)
+        total = sum(loss for loss in losses if loss is not None)
+        return total if scale == 1 else total / scale

@@ -43,7 +43,8 @@ ROWS: Rows = {
 GRIDS = {"methods": METHODS, "few-sample": ("standard", "re-init", "longer", "both", "uncorrected")}
 
 # What a row may not change: with other data, or another measure of it, there is nothing to compare.
-_SHARED = "model data task window batch_size tokens_per_batch mask_prompt train_size eval_size eval_bytes quantize seed backend".split()
+_SHARED = "model data task window batch_size tokens_per_batch mask_prompt train_size eval_size eval_bytes quantize".split()
+_SHARED += ["dtype", "seed", "backend"]
 
 
 @dataclass

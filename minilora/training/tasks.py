@@ -14,6 +14,7 @@ import numpy as np
 from minilora.backend import to_numpy
 from minilora.formats.tokenizer import ByteTokenizer, Tokenizer
 from minilora.functional import cross_entropy, mse
+from minilora.kernels import wide
 from minilora.training.data import Batch, check_length, held_out_windows, random_windows
 from minilora.training.datasets import Dataset, Example, batches_of, endless, is_dataset, load_dataset, load_examples, packed_batches
 from minilora.training.evaluate import evaluate, share_out
@@ -119,7 +120,7 @@ def measure(model: Any, task: Task, threads: int = 1) -> dict[str, float]:
 
 
 def _logits(model: Any, batch: Batch) -> np.ndarray:
-    return to_numpy(model.forward(batch.ids, keep=False, offsets=batch.offsets)[0])
+    return to_numpy(wide(model.forward(batch.ids, keep=False, offsets=batch.offsets)[0]))
 
 
 def tokens_of(text: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

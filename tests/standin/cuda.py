@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from standin.arrays import ndarray
@@ -28,6 +29,7 @@ _SHARED = 2**16  # bytes
 _KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
 _SCALARS = {"int": (np.int32, ctypes.c_int32), "long long": (np.int64, ctypes.c_int64), "unsigned long long": (np.uint64, ctypes.c_uint64)}
 _REALS = {"float": (np.float32, ctypes.c_float), "double": (np.float64, ctypes.c_double)}
+_HALVES = {"float16": (np.float16, None), "bfloat16": (ml_dtypes.bfloat16, None)}  # of arrays alone
 
 _BEFORE = """
 #include <barrier>
@@ -42,7 +44,7 @@ static thread_local Dim threadIdx, blockIdx;
 static std::unique_ptr<std::barrier<>> joined;
 static void __syncthreads() { if (joined) joined->arrive_and_wait(); }
 #define __global__
-#define __device__ static
+#define __device__ inline
 #define __shared__
 alignas(16) REAL shared[65536 / sizeof(REAL)];
 template <class F> static void launch_(F kernel, int grid, int block) {
@@ -65,7 +67,8 @@ class RawModule:
 
     def __init__(self, *, code: str, options: tuple[str, ...] = ()) -> None:
         self.kernels = {name: [_split(p) for p in params.split(",")] for name, params in _KERNEL.findall(code)}
-        self.real = next(o.removeprefix("-DREAL=") for o in options)
+        self.types = dict(option.removeprefix("-D").split("=") for option in options)
+        self.types.setdefault("ACT", self.types["REAL"])
         self.uses_shared = "extern __shared__" in code
         wrappers = "".join(
             f'extern "C" void launch_{name}(int grid, int block, {", ".join(f"{kind} {p}" for kind, p in params)}) '
@@ -83,7 +86,7 @@ class RawModule:
                 raise TypeError(f"{name} takes {len(params)} arguments, got {len(args)}.")
             if block[0] & (block[0] - 1) or not 1 <= block[0] <= 1024 or not 1 <= grid[0] < 2**31:
                 raise ValueError(f"{name}: a grid of {grid} blocks of {block} threads cannot be launched, or not be summed over.")
-            if self.uses_shared and shared_mem < block[0] * np.dtype(_REALS[self.real][0]).itemsize:
+            if self.uses_shared and shared_mem < block[0] * np.dtype(_REALS[self.types["REAL"]][0]).itemsize:
                 raise ValueError(f"{name}: {shared_mem} bytes of shared memory are too few for {block[0]} threads.")
             note(launches=1)
             given = [self._argument(name, kind, p, a) for (kind, p), a in zip(params, args, strict=True)]
@@ -92,7 +95,7 @@ class RawModule:
         return launch
 
     def _argument(self, kernel: str, kind: str, name: str, value: Any) -> Any:
-        kind = kind.replace("REAL", self.real).removeprefix("const ")
+        kind = re.sub("REAL|ACT", lambda found: self.types[found[0]], kind).removeprefix("const ")
         if not kind.endswith("*"):
             dtype, c = (_SCALARS | _REALS)[kind]
             if type(value) is not dtype:
@@ -100,7 +103,7 @@ class RawModule:
             return c(value)
         if isinstance(value, np.intp) and value == 0:
             return ctypes.c_void_p(None)
-        dtype = np.dtype((_SCALARS | _REALS)[kind.removesuffix("*").strip()][0])
+        dtype = np.dtype((_SCALARS | _REALS | _HALVES)[kind.removesuffix("*").strip()][0])
         if not isinstance(value, ndarray) or value.dtype != dtype:
             raise TypeError(f"{kernel}: {name} is a {kind}; give an array of {dtype}, not {getattr(value, 'dtype', type(value).__name__)}.")
         if not value.flags.c_contiguous:

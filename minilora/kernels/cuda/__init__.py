@@ -7,6 +7,7 @@ written for, and all of them with MINILORA_KERNELS=plain in the environment. tes
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,33 @@ from minilora.kernels.cuda.blas import gemm as gemm
 ENABLED = os.environ.get("MINILORA_KERNELS") != "plain"
 NULL = np.intp(0)  # for a pointer that may be null; CuPy turns None into another address (cupy/cupy#9046)
 THREADS = 256
-REAL = {"float32": "float", "float64": "double"}
+REAL = {"float32": "float", "float64": "double", "float16": "float", "bfloat16": "float"}  # what arrays of a dtype are computed in
 _HERE = Path(__file__).parent
 
 
-def usable(first: Array, *others: Array | None) -> bool:
-    """Are these on the device, all of one dtype that the sources are written for?"""
+def usable(first: Array, *alike: Array | None, real: Sequence[Array | None] = ()) -> bool:
+    """Are these on the device, in a dtype that the sources are written for: `alike` in the first's, `real` in what it is computed in?"""
     if not ENABLED or isinstance(first, np.ndarray):
         return False
-    given = [first, *(x for x in others if x is not None)]
-    return get_xp(*given) is not np and first.dtype.name in REAL and all(x.dtype == first.dtype for x in given)
+    given = [x for x in alike if x is not None], [x for x in real if x is not None]
+    if get_xp(first, *given[0], *given[1]) is np or first.dtype.name not in REAL:
+        return False
+    return all(x.dtype == first.dtype for x in given[0]) and all(x.dtype == real_of(first) for x in given[1])
+
+
+def real_of(x: Array) -> Any:
+    """The type of the numbers that arrays like x are computed in: float32 for those of 16 bits."""
+    return np.float64 if x.dtype == np.float64 else np.float32
 
 
 def source_of(file: str) -> str:
     """The text of FILE.cu, with what all of them share before it."""
     return (_HERE / "common.cuh").read_text() + (_HERE / f"{file}.cu").read_text()
+
+
+def options_of(dtype: str) -> tuple[str, ...]:
+    """What a source is compiled with for activations of a dtype: REAL is what is computed in, ACT the activations' own type if another."""
+    return (f"-DREAL={REAL[dtype]}", *([f"-DACT={dtype}"] if dtype in ("float16", "bfloat16") else []))
 
 
 @cache
@@ -43,7 +56,7 @@ def _function(xp: Any, file: str, name: str, dtype: str) -> Any:
 
 @cache
 def _module(xp: Any, file: str, dtype: str) -> Any:
-    return xp.RawModule(code=source_of(file), options=(f"-DREAL={REAL[dtype]}",))
+    return xp.RawModule(code=source_of(file), options=options_of(dtype))
 
 
 def elementwise(file: str, name: str, n: int, *args: Any) -> None:
@@ -53,12 +66,12 @@ def elementwise(file: str, name: str, n: int, *args: Any) -> None:
         _function(get_xp(args[0]), file, name, args[0].dtype.name)((blocks,), (THREADS,), (*args, np.int64(n)))
 
 
-def rowwise(file: str, name: str, rows: int, width: int, *args: Any) -> None:
-    """Launch a kernel with a block for each of the rows, of `width` elements each."""
+def rowwise(file: str, name: str, rows: int, width: int, *args: Any, like: Array | None = None) -> None:
+    """Launch a kernel with a block for each of the rows, of `width` elements each. like: an array of activations, if the first is none."""
     threads = 32
     while threads < min(width, THREADS):
         threads *= 2
     if rows:
-        like = args[0]
-        shared = threads * like.dtype.itemsize
+        like = args[0] if like is None else like
+        shared = threads * np.dtype(real_of(like)).itemsize
         _function(get_xp(like), file, name, like.dtype.name)((rows,), (threads,), args, shared_mem=shared)

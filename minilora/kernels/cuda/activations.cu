@@ -1,6 +1,6 @@
 // y = f(x) and its slope f'(x) in one pass, where `slope` is not null; dx = dy f'(x) is then one product. See ../activations.py.
 
-extern "C" __global__ void gelu(const REAL* x, REAL* y, REAL* slope, long long n) {
+extern "C" __global__ void gelu(const ACT* x, ACT* y, ACT* slope, long long n) {
     const REAL r = REAL(0.70710678118654752440), c = REAL(0.39894228040143267794);  // 1 / sqrt 2, 1 / sqrt(2 pi)
     GRID_STRIDE(i, n) {
         REAL a = x[i], phi = REAL(0.5) * erfc(-a * r);  // Phi(a)
@@ -9,7 +9,7 @@ extern "C" __global__ void gelu(const REAL* x, REAL* y, REAL* slope, long long n
     }
 }
 
-extern "C" __global__ void gelu_tanh(const REAL* x, REAL* y, REAL* slope, long long n) {
+extern "C" __global__ void gelu_tanh(const ACT* x, ACT* y, ACT* slope, long long n) {
     const REAL c = REAL(0.79788456080286535588), k = REAL(0.044715);  // sqrt(2 / pi)
     GRID_STRIDE(i, n) {
         REAL a = x[i], t = tanh(c * (a + k * a * a * a));
@@ -18,7 +18,7 @@ extern "C" __global__ void gelu_tanh(const REAL* x, REAL* y, REAL* slope, long l
     }
 }
 
-extern "C" __global__ void silu(const REAL* x, REAL* y, REAL* slope, long long n) {
+extern "C" __global__ void silu(const ACT* x, ACT* y, ACT* slope, long long n) {
     GRID_STRIDE(i, n) {
         REAL a = x[i], s = 1 / (1 + exp(-a));
         y[i] = a * s;
@@ -27,7 +27,7 @@ extern "C" __global__ void silu(const REAL* x, REAL* y, REAL* slope, long long n
 }
 
 // y = silu(g) u; kept: by_u = silu(g) = dy/du, and by_g = u silu'(g) = dy/dg, where it is not null. See ../gate.py.
-extern "C" __global__ void swiglu(const REAL* g, const REAL* u, REAL* y, REAL* by_u, REAL* by_g, long long n) {
+extern "C" __global__ void swiglu(const ACT* g, const ACT* u, ACT* y, ACT* by_u, ACT* by_g, long long n) {
     GRID_STRIDE(i, n) {
         REAL a = g[i], s = 1 / (1 + exp(-a)), f = a * s;
         y[i] = f * u[i];

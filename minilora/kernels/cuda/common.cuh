@@ -1,7 +1,48 @@
-// What all kernels share. REAL is the type of the arrays (float or double), given when the source is compiled.
+// What all kernels share. REAL is the type that is computed in (float or double), ACT that of activations: REAL itself unless given when
+// the source is compiled, or one of the two of 16 bits below. They turn into a float where they are read, and round where they are written.
 //
 // Elementwise kernels: a thread takes every (threads of the grid)th element. Kernels over rows: a block takes a row, its threads every
 // (threads of the block)th element, and what they have summed is joined in `shared`, which holds one number a thread.
+
+#ifndef ACT
+#define ACT REAL
+#endif
+
+// The upper half of a float. Rounded to the nearest, of two equally near to the even one; what is no number stays none.
+struct bfloat16 {
+    unsigned short bits;
+
+    __device__ operator float() const {
+        union { unsigned int bits; float value; } whole = {(unsigned int)bits << 16};
+        return whole.value;
+    }
+    __device__ void operator=(float value) {
+        union { float value; unsigned int bits; } whole = {value};
+        bits = value == value ? (unsigned short)((whole.bits + 0x7fffu + ((whole.bits >> 16) & 1)) >> 16) : (unsigned short)0x7fc0;
+    }
+};
+
+// IEEE's 16 bits. The device converts by instructions whose names the headers would have.
+struct float16 {
+    unsigned short bits;
+
+    __device__ operator float() const {
+#ifdef __CUDACC__
+        float value;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+        return value;
+#else
+        return __builtin_bit_cast(_Float16, bits);
+#endif
+    }
+    __device__ void operator=(float value) {
+#ifdef __CUDACC__
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+        bits = __builtin_bit_cast(unsigned short, (_Float16)value);
+#endif
+    }
+};
 
 #define GRID_STRIDE(i, n) \
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (long long)gridDim.x * blockDim.x)

@@ -1,7 +1,7 @@
 // Layer norm and RMS norm, a block for each row of n features. See functional/norm.py for the equations.
 
 // y = gamma xhat + beta, xhat = (x - mean) rstd; beta null: RMS norm, without beta and without the mean.
-extern "C" __global__ void norm_forward(const REAL* x, const REAL* gamma, const REAL* beta, REAL eps, int n, REAL* y, REAL* xhat, REAL* rstd) {
+extern "C" __global__ void norm_forward(const ACT* x, const REAL* gamma, const REAL* beta, REAL eps, int n, ACT* y, ACT* xhat, REAL* rstd) {
     extern __shared__ REAL shared[];
     const long long row = (long long)blockIdx.x * n;
     REAL mean = 0;
@@ -26,7 +26,7 @@ extern "C" __global__ void norm_forward(const REAL* x, const REAL* gamma, const 
 
 // dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)), dxhat = gamma dy; `centred` 0: RMS norm, without the first mean.
 extern "C" __global__ void norm_backward(
-    const REAL* dy, const REAL* xhat, const REAL* rstd, const REAL* gamma, int centred, int n, REAL* dx) {
+    const ACT* dy, const ACT* xhat, const REAL* rstd, const REAL* gamma, int centred, int n, ACT* dx) {
     extern __shared__ REAL shared[];
     const long long row = (long long)blockIdx.x * n;
     REAL sum = 0, along = 0;

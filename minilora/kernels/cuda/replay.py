@@ -28,7 +28,7 @@ AFTER = 3  # times in a row that work has to come with the same key and shapes
 
 class Replay:
     """`replay(key, work, arrays)` is work(*arrays): done as it is, until the same key and shapes have come AFTER times in a row; then it is
-    recorded, and from then on launched. One recording is kept: it holds the memory of its work.
+    recorded, and from then on launched. One recording is kept, the last: it holds the memory of its work.
 
     work       takes arrays of the device, and returns a tuple of them; what it gives depends on them, on `key` and on arrays that stay
                where they are (weights, gradients), on nothing else. Random numbers and step numbers would be those of the recording
@@ -46,7 +46,8 @@ class Replay:
         if self.recorded is not None and self.recorded[0] == key:
             return self.recorded[1].launch(arrays)
         self.last, self.times = key, self.times + 1 if self.last == key else 1
-        if self.recorded is None and self.refused is None and self.times >= AFTER:
+        if self.refused is None and self.times >= AFTER:
+            self.recorded = None  # and its memory, before the next one takes its own
             return self._record(key, work, arrays)
         return _as_it_is(work, arrays)
 

@@ -1,7 +1,7 @@
 // Each pair of features of each head turned by the angle of its row: (a cos - b sin, b cos + a sin). See functional/rotary.py.
 // x (rows, heads 2 half); sign -1 turns back. Pair i of a head is its features i and i + half, or, interleaved, 2 i and 2 i + 1.
 extern "C" __global__ void rotary(
-    const REAL* x, const REAL* cosine, const REAL* sine, REAL sign, int heads, int half, int interleaved, REAL* y, long long n) {
+    const ACT* x, const REAL* cosine, const REAL* sine, REAL sign, int heads, int half, int interleaved, ACT* y, long long n) {
     GRID_STRIDE(i, n) {  // of rows * heads * half pairs
         const long long row = i / (heads * half), head = i / half;  // head counts on from one row to the next
         const int pair = i % half;

@@ -1,8 +1,8 @@
 // Rows of scores, a block for each. See ../attention.py and ../losses.py.
 
 // In place: e = exp(s - max) where a query may look, else 0; and 1 / sum. scores (sequences, heads, t, n), limit (sequences, t): the query
-// sees the keys 0 to limit. heads_t is heads times t.
-extern "C" __global__ void masked_exp(REAL* scores, const int* limit, int heads_t, int t, int n, REAL* inverse) {
+// sees the keys 0 to limit. heads_t is heads times t. With P, which is of 16 bits, the rows of it get e / sum, and `inverse` is not written.
+extern "C" __global__ void masked_exp(REAL* scores, const int* limit, int heads_t, int t, int n, REAL* inverse, ACT* P) {
     extern __shared__ REAL shared[];
     const long long row = (long long)blockIdx.x * n;
     const int query = blockIdx.x / heads_t * t + blockIdx.x % t;
@@ -17,22 +17,31 @@ extern "C" __global__ void masked_exp(REAL* scores, const int* limit, int heads_
         sum += e;
     }
     sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) inverse[blockIdx.x] = 1 / sum;
+    if (P) {
+        for (int j = threadIdx.x; j < n; j += blockDim.x) P[row + j] = scores[row + j] / sum;
+    } else if (threadIdx.x == 0) {
+        inverse[blockIdx.x] = 1 / sum;
+    }
 }
 
-// In place: dS = E (dS - D / sum), D = row sum of E dS.
-extern "C" __global__ void softmax_backward(REAL* dS, const REAL* E, const REAL* inverse, int n) {
+// In place: dS = E (dS - D / sum), D = row sum of E dS. With `out`, which is of 16 bits, it goes there; `inverse` null: E is divided already.
+extern "C" __global__ void softmax_backward(REAL* dS, const ACT* E, const REAL* inverse, int n, ACT* out) {
     extern __shared__ REAL shared[];
     const long long row = (long long)blockIdx.x * n;
     REAL along = 0;
     for (int j = threadIdx.x; j < n; j += blockDim.x) along += E[row + j] * dS[row + j];
-    along = block_sum(along, shared) * inverse[blockIdx.x];
-    for (int j = threadIdx.x; j < n; j += blockDim.x) dS[row + j] = E[row + j] * (dS[row + j] - along);
+    along = block_sum(along, shared);
+    if (inverse) along *= inverse[blockIdx.x];
+    for (int j = threadIdx.x; j < n; j += blockDim.x) {
+        REAL d = E[row + j] * (dS[row + j] - along);
+        if (out) out[row + j] = d;
+        else dS[row + j] = d;
+    }
 }
 
 // A block of `n` columns of the logits z, in place: e = exp(z - m) with m the largest so far, this block included; what was summed
-// before is to be shrunk by exp(m_before - m), and `total` is. (The online softmax, arXiv 1805.02867.)
-extern "C" __global__ void online_exp(REAL* z, int n, REAL* m, REAL* total, REAL* shrink) {
+// before is to be shrunk by exp(m_before - m), and `total` is. (The online softmax, arXiv 1805.02867.) With `out`, of 16 bits, e is there too.
+extern "C" __global__ void online_exp(REAL* z, int n, REAL* m, REAL* total, REAL* shrink, ACT* out) {
     extern __shared__ REAL shared[];
     const long long row = (long long)blockIdx.x * n;
     const REAL before = m[blockIdx.x];
@@ -43,6 +52,7 @@ extern "C" __global__ void online_exp(REAL* z, int n, REAL* m, REAL* total, REAL
     for (int j = threadIdx.x; j < n; j += blockDim.x) {
         z[row + j] = exp(z[row + j] - largest);
         sum += z[row + j];
+        if (out) out[row + j] = z[row + j];
     }
     sum = block_sum(sum, shared);
     if (threadIdx.x == 0) {

@@ -1,0 +1,504 @@
+"""Activations in 16 bits: every kernel equals the float32 pair on the same rounded numbers, to the type's own rounding."""
+
+import json
+import sys
+from importlib import import_module
+
+import ml_dtypes
+import numpy as np
+import pytest
+import standin
+
+import minilora as ml
+from minilora import functional as F
+from minilora import kernels as K
+from minilora.cli import main
+from minilora.family.quantize import narrow_model
+from minilora.formats.atomic import read_json
+from minilora.formats.run import merge_run, open_model
+from minilora.kernels import cuda
+from minilora.models.cache import KVCache
+from minilora.models.generate import generate
+from minilora.training.data import Batch
+from minilora.training.finetune import finetune
+from minilora.training.flat import clip_grad_norm
+from minilora.training.loop import Diverged, train
+from minilora.training.loss_scale import LossScale
+from minilora.training.prefix import PrefixCache
+from minilora.training.recipe import Recipe
+
+attention_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in ("attention", "losses"))
+KINDS = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half the distance from 1 to the next number
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def draw(kind, on):
+    """draw(5, 3) is of 16 bits, draw(5, 3, dtype="float32") is not; both are on the backend under test."""
+    rng = np.random.default_rng(0)
+    return lambda *shape, dtype=None, scale=1.0: on((scale * rng.standard_normal(shape)).astype(dtype or KINDS[kind]))
+
+
+def wide(value):
+    """The same in float32, on the host."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(wide, value))
+    return ml.to_numpy(value).astype("float32") if hasattr(value, "dtype") and value.dtype.itemsize == 2 else value_on_host(value)
+
+
+def value_on_host(value):
+    return ml.to_numpy(value) if hasattr(value, "dtype") else value
+
+
+def check(kind, got, wanted, dtypes, ulps=4.0):
+    """Each of `got` in its dtype ("half" or "float32"), and within so many roundings of `wanted`, measured on the largest number."""
+    for g, w, dtype in zip(got, wanted, dtypes, strict=True):
+        if dtype is None:
+            assert g is None
+            continue
+        assert g.dtype == (KINDS[kind] if dtype == "half" else np.dtype(dtype))
+        g, w = wide(g), wide(w)
+        assert g.shape == w.shape
+        np.testing.assert_allclose(g, w, rtol=0, atol=ulps * EPS[kind] * max(float(np.abs(w).max(initial=0)), 1e-6))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(kind, bias, draw):
+    x, W, b, dy = draw(6, 12), draw(12, 7), draw(7, dtype="float32") if bias else None, draw(6, 7)
+    check(kind, [K.linear(x, W, b), K.product(x, W)], [F.linear(*wide([x, W, b])), wide(x) @ wide(W)], ["half", "half"])
+    x_32 = draw(6, 12, dtype="float32")  # a weight of 16 bits does not narrow what is wider
+    check(kind, [K.linear(x_32, W, b)], [F.linear(*wide([x_32, W, b]))], ["float32"], ulps=1e-2)
+    dx, dW, db = K.linear_backward(dy, None, W, ("dx", "db"))
+    check(kind, [dx, dW, db], F.linear_backward(wide(dy), None, wide(W), ("dx", "db")), ["half", None, "float32"])
+
+
+def test_a_head_of_float32_gives_float32_and_takes_gradients_back_to_16_bits(kind, draw):
+    x, W, b, dy = draw(6, 12), draw(12, 7, dtype="float32"), draw(7, dtype="float32"), draw(6, 7, dtype="float32")
+    check(kind, [K.linear(x, W, b)], [F.linear(*wide([x, W, b]))], ["float32"], ulps=1e-2)
+    check(kind, K.linear_backward(dy, x, W), F.linear_backward(*wide([dy, x, W])), ["half", "float32", "float32"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("need", [("dx", "dA", "dB"), ("dA",), ("dB",), ("dx",)])
+def test_lora(kind, masked, need, draw, on):
+    x, W, dy = draw(6, 12), draw(12, 7), draw(6, 7)
+    b, A, B = (draw(*shape, dtype="float32") for shape in ((7,), (12, 2), (2, 7)))
+    mask = on((np.arange(72).reshape(6, 12) % 3 > 0).astype("float32") * 1.5) if masked else None
+    y, u = K.lora_linear(x, W, b, A, B, 0.7, mask)
+    wanted, wanted_u = F.lora_linear(*wide([x, W, b, A, B]), 0.7, wide(mask))
+    check(kind, [y, u], [wanted, wanted_u], ["half", "half"])
+    got = K.lora_linear_backward(dy, x, u, W, A, B, 0.7, mask, need)
+    pair = F.lora_linear_backward(*wide([dy, x, u, W, A, B]), 0.7, wide(mask), need)
+    check(kind, got, pair, ["half" if "dx" in need else None, *("float32" if name in need else None for name in ("dA", "dB"))])
+
+
+def test_norms(kind, draw):
+    x, dy, gamma, beta = draw(5, 70), draw(5, 70), draw(70, dtype="float32"), draw(70, dtype="float32")
+    for f, given in (("layer_norm", (gamma, beta)), ("rms_norm", (gamma,))):
+        y, (xhat, rstd) = getattr(K, f)(x, *given)
+        wanted, saved = getattr(F, f)(*wide([x, *given]))
+        check(kind, [y, xhat, rstd], [wanted, *saved], ["half", "half", "float32"])
+        got = getattr(K, f"{f}_backward")(dy, (xhat, rstd), gamma)
+        pair = getattr(F, f"{f}_backward")(wide(dy), wide((xhat, rstd)), wide(gamma))
+        check(kind, got, pair, ["half", *["float32"] * len(given)])
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
+def test_activations(kind, name, draw):
+    x, dy = draw(5, 9, scale=3.0), draw(5, 9)
+    y, slope = getattr(K, name)(x)
+    dx = getattr(K, f"{name}_backward")(dy, slope)
+    pair = getattr(F, name)(wide(x)), getattr(F, f"{name}_backward")(wide(dy), wide(x))
+    check(kind, [y, slope, dx], [pair[0], wide(slope), pair[1]], ["half"] * 3)
+    assert getattr(K, name)(x, False)[1] is None
+
+
+def test_plain_activations(kind, draw):
+    x, dy = draw(5, 9), draw(5, 9)
+    for layer in (ml.ReLU(), ml.Tanh()):
+        y, saved = layer.forward(x)
+        wanted, pair = layer.forward(wide(x))
+        check(kind, [y, layer.backward(dy, saved)], [wanted, layer.backward(wide(dy), pair)], ["half"] * 2)
+
+
+def test_the_gate(kind, draw):
+    g, u, dy = draw(5, 9), draw(5, 9), draw(5, 9)
+    y, saved = K.swiglu(g, u)
+    wanted, pair = K.swiglu(wide(g), wide(u))
+    got = [y, *saved, *K.swiglu_backward(dy, saved)]
+    check(kind, got, [wanted, *pair, *K.swiglu_backward(wide(dy), pair)], ["half"] * 5)
+    assert K.swiglu(g, u, keep=False)[1] is None
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary(kind, interleaved, draw, on):
+    x, angles = draw(5, 24), np.random.default_rng(1).standard_normal((5, 4))
+    tables = on(np.cos(angles), "float32"), on(np.sin(angles), "float32")
+    for name in ("rotary", "rotary_backward"):
+        got, pair = getattr(K, name)(x, *tables, interleaved), getattr(F, name)(*wide([x, *tables]), interleaved)
+        check(kind, [got], [pair], ["half"])
+
+
+def test_dropout_draws_the_masks_of_float32(kind, draw):
+    x = draw(37, 11)
+    check(kind, [K.dropout(x, 0.1, 5)], [F.dropout(wide(x), 0.1, 5)], ["half"], ulps=1)
+    assert (wide(K.dropout(x, 0.1, 5)) == 0).sum() == (F.dropout(wide(x), 0.1, 5) == 0).sum()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("offsets", [[0, 7, 14, 21], [0, 3, 12, 21]])
+def test_attention(kind, causal, offsets, draw, monkeypatch):
+    monkeypatch.setattr(attention_module, "_KEPT", 8)  # of some sequences what is saved is computed again
+    q, k, v, do = draw(21, 24), draw(21, 24)[:, :12], draw(21, 12), draw(21, 24)
+    for rows in (None, np.array([2, 6, 9, 20])):
+        q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
+        o, saved = K.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
+        wanted, pair = K.attention(*wide([q_, k, v]), 6, offsets, causal, n_kv_head=3, rows=rows)
+        check(kind, [o], [wanted], ["half"])
+        kept = [part[0] for _, parts in saved for part in parts if part is not None]
+        assert kept
+        assert all(E.dtype == KINDS[kind] for E in kept)
+        got = K.attention_backward(do_, q_, k, v, saved, 6, offsets, 3, rows=rows)
+        check(kind, got, K.attention_backward(*wide([do_, q_, k, v]), pair, 6, offsets, 3, rows=rows), ["half"] * 3, ulps=8)
+
+
+def test_scores_are_of_float32(kind, draw):
+    """Large ones, which the softmax would make errors of a quarter of."""
+    q, k, v, do = draw(21, 8, scale=6.0), draw(21, 8, scale=6.0), draw(21, 8), draw(21, 8)
+    o, saved = K.attention(q, k, v, 2)
+    wanted, pair = K.attention(*wide([q, k, v]), 2)
+    check(kind, [o], [wanted], ["half"])
+    check(kind, K.attention_backward(do, q, k, v, saved, 2), K.attention_backward(*wide([do, q, k, v]), pair, 2), ["half"] * 3, ulps=8)
+
+
+def test_masks_and_angles_are_of_float32(kind, backend):
+    """1 / (1 - p) is no number of 16 bits, nor is the cosine of an angle."""
+    layer = adapted("gpt2", kind, backend, lora_dropout=0.1).transformer.h[0].attn.c_attn
+    mask = layer._mask(layer.weight.data, 3)
+    assert float(mask.max()) == np.float32(1 / 0.9)
+    assert all(table.dtype == np.float32 for table in adapted("llama", kind, backend).model.tables(np.arange(3)))
+
+
+@pytest.mark.parametrize("head", ["half", "float32"])
+def test_the_loss_over_the_vocabulary(kind, head, draw, monkeypatch):
+    for name in ("_LOGITS", "_LOGITS_ON_DEVICE"):
+        monkeypatch.setattr(losses_module, name, 5 * 256)
+    x, W, labels = draw(5, 8), draw(8, 700, dtype=None if head == "half" else head), np.array([0, 699, 256, 255, 3])
+    got, pair = K.linear_cross_entropy(x, W, labels, 9, {"dx"}), F.linear_cross_entropy(*wide([x, W]), labels, 9, {"dx"})
+    check(kind, got[:1], pair[:1], ["float32"], ulps=1e-2)
+    check(kind, got[1:], pair[1:], ["half", None])
+    assert K.linear_cross_entropy(x, W, labels, 9, ())[1] is None
+    if head == "float32":
+        got, pair = K.linear_cross_entropy(x, W, labels), F.linear_cross_entropy(*wide([x, W]), labels)
+        check(kind, got, pair, ["float32", "half", "float32"])
+    z = draw(5, 7)
+    check(kind, K.cross_entropy(z, labels % 7), F.cross_entropy(wide(z), labels % 7), ["float32", "half"])
+
+
+def test_rounding_is_to_the_nearest_even_and_keeps_what_is_no_number(kind, standin_cupy):
+    """The sources convert by themselves. Every number of the type is read, multiplied and written (by dropout)."""
+    if not cuda.ENABLED:
+        pytest.skip("the stand-in runs CUDA sources through g++")
+    every = np.arange(2**16, dtype=np.uint16).view(KINDS[kind])  # all numbers of the type, read and written
+    x = standin.module.asarray(every)
+    with np.errstate(all="ignore"):
+        for p in (0.0, 0.75, 1 - 1 / 1.1):  # times 1, 4 (some beyond the largest) and 1.1, in float32, where it is kept
+            got = K.dropout(x, p, 3).get()
+            kept = F.dropout_mask(every.shape, p, 3, np, "float32") > 0
+            wanted = np.where(kept, every.astype("float32") * np.float32(1 / (1 - p)), np.float32(0)).astype(KINDS[kind])
+            np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))
+            np.testing.assert_array_equal(got[~np.isnan(got)].view(np.uint16), wanted[~np.isnan(wanted)].view(np.uint16))
+
+
+# -- whole models -------------------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "gpt2": lambda: ml.GPT2(ml.GPT2Config(vocab_size=60, n_positions=32, n_embd=32, n_layer=2, n_head=2, dropout=0.1), rng=0),
+    "llama": lambda: ml.Llama(ml.LlamaConfig(**LLAMA), rng=0),
+    "bert": lambda: ml.BertClassifier(ml.BertConfig(**BERT), rng=0),
+}
+LLAMA = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA |= {"num_key_value_heads": 2, "max_position_embeddings": 32, "tie_word_embeddings": True}
+BERT = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+BERT |= {"max_position_embeddings": 32, "num_labels": 3}
+IDS, OFFSETS = np.random.default_rng(0).integers(0, 60, 21), np.array([0, 9, 14, 21])
+
+
+def narrowed(name, kind):
+    model = MODELS[name]()
+    narrow_model(model, kind)
+    return model
+
+
+def adapted(name, kind, backend, narrow=True, **options):
+    """A small model with weights of 16 bits, or with the same numbers in float32, and LoRA with B away from zero."""
+    model = MODELS[name]()
+    for _, p in model.parameters():
+        p.data = p.data * 3 if p.data.ndim == 2 else p.data  # activations of a size that tells right from wrong
+    narrow_model(model, kind)
+    if not narrow:
+        model.to(dtype="float32")
+    model.to(backend)
+    options = {"r": 2, "target_modules": "all-linear", "task_type": "SEQ_CLS" if name == "bert" else None, **options}
+    ml.inject(model, ml.LoraConfig(**options), rng=1)
+    for i, (path, p) in enumerate(model.parameters()):
+        if path.endswith("lora_B"):
+            p.data = ml.to_backend(np.random.default_rng(i).normal(0, 0.1, p.data.shape), backend, "float32")
+    return model
+
+
+def gradients(model, name):
+    labels = np.array([0, 2, 1]) if name == "bert" else IDS[::-1].copy()
+    loss, saved = model.loss(IDS, labels, OFFSETS)
+    model.loss_backward(saved)
+    return loss, {path: p.grad for path, p in model.parameters() if p.trainable}
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2, "bias": "all"}, {"modules_to_save": None}])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_a_model_are_those_of_float32(name, kind, options, backend):
+    if "modules_to_save" in options:
+        options = {"modules_to_save": {"gpt2": ["ln_1"], "llama": ["norm"], "bert": ["pooler.dense", "LayerNorm"]}[name]}
+    loss, grads = gradients(adapted(name, kind, backend, **options), name)
+    wanted_loss, wanted = gradients(adapted(name, kind, backend, narrow=False, **options), name)
+    assert loss.dtype == np.float32
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=EPS[kind])
+    assert grads.keys() == wanted.keys()
+    assert all(g.dtype == np.float32 for g in grads.values())
+    norm = np.linalg.norm
+    lengths = {path: norm(ml.to_numpy(w)) for path, w in wanted.items()}
+    apart = {path: norm(ml.to_numpy(g) - ml.to_numpy(wanted[path])) for path, g in grads.items()}
+    assert norm(list(apart.values())) <= 5 * EPS[kind] * norm(list(lengths.values()))
+    least = 0.01 * max(lengths.values())  # of BERT's key.bias the gradient is zero
+    for path, length in lengths.items():
+        assert apart[path] <= 16 * EPS[kind] * (length + least), path
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_tokens_are_generated(name, kind, backend):
+    """decode, token by token, gives the logits of the whole sequence; both are of 16 bits."""
+    model, cache = adapted(name, kind, backend), KVCache(block=4)
+    logits, _ = model.forward(IDS, keep=False)
+    assert logits.dtype == KINDS[kind]
+    for part in (IDS[:5], IDS[5:6], IDS[6:13], IDS[13:]):
+        last = model.decode(part, cache)
+    check(kind, [last], [wide(logits)[-1]], ["half"], ulps=8)
+    assert len(list(generate(model, IDS, 5))) == 5
+
+
+@pytest.mark.parametrize("config", [ml.BottleneckConfig(reduction_factor=4), ml.PartialConfig(train=["bias", "norm"])])
+def test_other_adapters(config, kind, backend):
+    """What is trained is of float32, the rest of the model goes on in 16 bits."""
+    grads = []
+    for narrow in (True, False):
+        model = narrowed("bert", kind)
+        model.to(backend, None if narrow else "float32")
+        ml.inject(model, config, rng=0)
+        grads.append(gradients(model, "bert")[1])
+    assert all(g.dtype == np.float32 for g in grads[0].values())
+    got, wanted = (np.concatenate([ml.to_numpy(g).ravel() for g in each.values()]) for each in grads)
+    assert np.linalg.norm(got - wanted) <= 6 * EPS[kind] * np.linalg.norm(wanted)
+
+
+def test_what_is_saved_takes_half(kind, backend):
+    def size(value):
+        if hasattr(value, "nbytes"):
+            return value.nbytes
+        return sum(map(size, value.values() if isinstance(value, dict) else value)) if isinstance(value, (tuple, list, dict)) else 0
+
+    saved = [size(adapted("gpt2", kind, backend, narrow).loss(IDS, IDS, OFFSETS)[1]) for narrow in (True, False)]
+    assert 0.5 <= saved[0] / saved[1] < 0.55
+
+
+def test_a_step_neither_waits_nor_has_more_products(kind, standin_cupy):
+    counts = []
+    for narrow in (True, False):
+        model = adapted("gpt2", kind, "cupy", narrow)
+        optimizer = ml.AdamW(model.parameters(), lr=1e-3)
+        assert optimizer.flat.data.dtype == optimizer.m.dtype == np.float32
+        with standin.count() as c:
+            loss, saved = model.loss(IDS, IDS, OFFSETS)
+            model.loss_backward(saved)
+            clip_grad_norm(optimizer.flat, 1.0, 2.0**15)
+            optimizer.step()
+        assert (c.syncs, c.to_host, loss.dtype) == (0, 0, np.float32)
+        counts.append(c)
+    assert counts[0].products == counts[1].products
+    assert counts[0].launches < 1.35 * counts[1].launches  # A and B are narrowed, some results too
+
+
+# -- training -----------------------------------------------------------------------------------------------------------------
+
+SMALL = {"steps": 30, "batch_size": 4, "window": 64, "eval_bytes": 4096, "sample_bytes": 0, "threads": 1, "backend": "numpy"}
+
+
+def run(folder, **fields):
+    return finetune(Recipe(**{**SMALL, **fields}), folder, say=lambda line: None)
+
+
+def test_a_run_ends_where_that_on_float32_does(tmp_path):
+    """Held-out loss within 1 %; what is saved is opened as it was made, measures the same, and is merged in float32."""
+    ends = {dtype: run(tmp_path / dtype, dtype=dtype) for dtype in ("float32", *KINDS)}
+    for kind, dtype in KINDS.items():
+        assert ends[kind]["after"]["loss"] == pytest.approx(ends["float32"]["after"]["loss"], rel=0.01)
+        model = open_model(tmp_path / kind, "numpy")
+        assert {str(p.data.dtype) for path, p in model.parameters() if ".lora_" not in path} == {kind, "float32"}
+        assert model.transformer.wte.weight.data.dtype == dtype
+        assert all(change > 0 for change in merge_run(tmp_path / kind, tmp_path / f"{kind} merged").values())
+        assert open_model(tmp_path / f"{kind} merged", "numpy").transformer.wte.weight.data.dtype == np.float32
+        with ml.disabled(model):
+            ml.save_model(model, tmp_path / f"{kind} base")
+        again = ml.load_model(tmp_path / f"{kind} base", "numpy", kind)
+        np.testing.assert_array_equal(again.transformer.wte.weight.data, model.transformer.wte.weight.data)
+    assert ends["float16"]["loss_scale"] == {"value": 2.0**15, "good": 30, "left_out": 0}
+    assert "loss_scale" not in ends["bfloat16"]
+
+
+def test_the_flag(tmp_path):
+    flags = {name: value for name, value in SMALL.items() if name != "steps"}
+    given = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["finetune", "--steps", "2", "--dtype", "bfloat16", "--out", str(tmp_path / "run"), *given]) == 0
+    assert read_json(tmp_path / "run" / "run.json")["configuration"]["dtype"] == "bfloat16"
+
+
+def test_frozen_blocks_are_kept_in_16_bits(kind, tmp_path):
+    model = adapted("gpt2", kind, "numpy", target_modules=["c_attn"], layers_to_transform=[1])
+    batch = Batch(IDS, IDS, OFFSETS)
+    wanted = model.prefix(IDS, OFFSETS)
+    for limit in (2**20, 0):  # in memory, in a file
+        cache = PrefixCache(limit, tmp_path)
+        for _ in range(2):
+            found = cache(model, batch)
+            assert found.x.dtype == KINDS[kind]
+            np.testing.assert_array_equal(wide(found.x), wide(wanted.x))
+
+
+def flat_of(model):
+    optimizer = ml.AdamW(model.parameters(), lr=1e-2)
+    return optimizer, [optimizer.flat.data, optimizer.m, optimizer.v]
+
+
+def batches(count=None):
+    return iter([Batch(IDS, IDS[::-1].copy(), OFFSETS)] * (count or 100))
+
+
+def test_an_overflow_halves_the_scale_and_changes_nothing_else(backend):
+    model = adapted("gpt2", "float16", backend)
+    optimizer, arrays = flat_of(model)
+    scale = LossScale(2.0**30)  # what the loss gives overflows for certain
+    before = [ml.to_numpy(x).copy() for x in arrays]
+    steps = train(model, optimizer, batches(), 40, lambda step: 1.0, loss_scale=scale)
+    first = next(steps)
+    assert np.isfinite(first.loss)
+    assert not np.isfinite(first.grad_norm)
+    assert (scale.value, scale.left_out, optimizer.t) == (2.0**29, 1, 0)
+    for x, then in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(ml.to_numpy(x), then)
+    norms = [step.grad_norm for step in steps]
+    assert np.isfinite(norms[-10:]).all()
+    assert optimizer.t == np.isfinite(norms).sum()
+    assert scale.left_out == 0
+    assert np.isfinite(ml.to_numpy(optimizer.flat.data)).all()
+
+
+def test_the_scale_does_not_change_the_gradient(backend):
+    """Nor the loss, nor the norm: in float32 by not a bit, as it is a power of two."""
+    told = []
+    for value in (1.0, 2.0**15):
+        model = adapted("gpt2", "float16", backend, narrow=False)
+        optimizer, (data, *_) = flat_of(model)
+        step = next(train(model, optimizer, batches(), 1, lambda step: 1.0, loss_scale=LossScale(value)))
+        told.append((step.loss, step.grad_norm, ml.to_numpy(data)))
+    assert told[0][:2] == told[1][:2]
+    np.testing.assert_array_equal(told[0][2], told[1][2])
+
+
+def test_small_gradients_do_not_vanish(backend):
+    """Of a loss that is divided by a million labels, float16 sees little; scaled, it is the gradient of float32 but for rounding."""
+    apart = {}
+    for value in (1.0, 2.0**15):
+        found = []
+        for narrow in (True, False):
+            model = adapted("gpt2", "float16", backend, narrow)
+            _, saved = model.loss(IDS, IDS[::-1].copy(), OFFSETS, 10**6 / value)
+            model.loss_backward(saved)
+            found.append(np.concatenate([ml.to_numpy(p.grad).ravel() for _, p in model.parameters() if p.trainable]) / value)
+        apart[value] = np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[1])
+    assert apart[2.0**15] < 5 * EPS["float16"] < apart[1.0]
+
+
+def test_the_scale_grows_gives_up_and_goes_on_from_its_state():
+    scale = LossScale()
+    for _ in range(LossScale.PATIENCE - 1):
+        scale.update(True)
+    again = LossScale.from_state(json.loads(json.dumps(scale.state())))
+    for each in (scale, again):
+        assert each.value == 2.0**15
+        each.update(True)
+        assert each.state() == {"value": 2.0**16, "good": 0, "left_out": 0}
+    for _ in range(LossScale.LIMIT - 1):
+        scale.update(False)
+    assert not scale.lost
+    scale.update(False)
+    assert scale.lost
+    with pytest.raises(ValueError, match="above 0"):
+        LossScale(0)
+    assert LossScale.of(adapted("gpt2", "bfloat16", "numpy")) is None
+    assert LossScale.of(adapted("gpt2", "float16", "numpy")).value == 2.0**15
+
+
+def test_what_no_scale_can_help_diverges(backend):
+    model = adapted("gpt2", "float16", backend)
+    model.transformer.ln_f.weight.data[...] = np.nan
+    optimizer, _ = flat_of(model)
+    before = ml.to_numpy(optimizer.flat.data).copy()
+    with pytest.raises(Diverged, match="step 20") as stop:
+        list(train(model, optimizer, batches(), 40, lambda step: 1.0))
+    assert stop.value.kept == 0
+    np.testing.assert_array_equal(ml.to_numpy(optimizer.flat.data), before)
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_is_told_in_a_sentence(kind, monkeypatch):
+    with pytest.raises(ValueError, match="dtype is 'float8'; choose float32, float64, float16 or bfloat16"):
+        ml.load_model("pydoc", "numpy", "float8")
+    with pytest.raises(ValueError, match=f"dtype {kind} and quantize 'nf4' exclude each other"):
+        ml.load_model("pydoc", "numpy", kind, quantize="nf4")
+    with pytest.raises(ValueError, match="unknown dtype 'float8'; choose float32, bfloat16, float16"):
+        Recipe(dtype="float8")
+    with pytest.raises(ValueError, match="quantize exclude each other"):
+        Recipe(dtype=kind, quantize="nf4")
+    with pytest.raises(ValueError, match="method full"):
+        Recipe(dtype=kind, method="full")
+    model = ml.load_model("pydoc", "numpy", kind)
+    with pytest.raises(ValueError, match=f"wte.weight is of {kind}, in which small steps are lost"):
+        ml.AdamW(model.unfreeze().parameters(), 1e-3)
+    bert = narrowed("bert", kind)
+    with pytest.raises(ValueError, match=r"to train bert\.embeddings\.word_embeddings needs weights of float32; load the model"):
+        ml.inject(bert, ml.LoraConfig(target_modules=["query"], modules_to_save=["word_embeddings"]))
+    for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"target_modules": ["wpe"]}):
+        with pytest.raises(ValueError, match=r"float32.*load the model with dtype='float32'"):
+            ml.inject(model, ml.LoraConfig(**{"target_modules": ["c_attn"], **options}))
+    ml.inject(model, ml.LoraConfig(target_modules=["c_attn"]))
+    with pytest.raises(ValueError, match=f"merge needs weights of float32, these are of {kind}"):
+        ml.merge(model)
+    with pytest.raises(ValueError, match="is quantized"):
+        narrow_model(ml.load_model("pydoc", "numpy", quantize="nf4"), kind)
+
+
+def test_numbers_beyond_float16_and_a_missing_extra(monkeypatch):
+    model = ml.GPT2(ml.GPT2Config(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=1), rng=0)
+    model.transformer.wpe.weight.data[0, 0] = -1e5
+    with pytest.raises(ValueError, match=r"wpe.weight has numbers beyond float16's 65504; choose bfloat16"):
+        narrow_model(model, "float16")
+    assert model.transformer.wte.weight.data.dtype == np.float32  # nothing was changed
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(ImportError, match=r"minilora\[bf16\]"):
+        ml.load_model("pydoc", "numpy", "bfloat16")
