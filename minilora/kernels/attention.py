@@ -23,7 +23,7 @@ import numpy as np
 
 from minilora import functional as F
 from minilora.backend import Array, get_xp
-from minilora.kernels import cuda
+from minilora.kernels import cuda, flash
 from minilora.kernels.half import NARROW, WIDE, in_float32, is_half
 from minilora.kernels.linear import product
 
@@ -68,6 +68,8 @@ def attention(
         return F.attention(q, k, v, n_head, offsets, causal, keep, n_kv_head, rows)
     G = n_kv_head or n_head
     F.check_attention(q, k, v, n_head, G, offsets, rows)
+    if flash.fits(q, k, v, n_head):
+        return flash.attention(q, k, v, n_head, G, offsets, causal, rows)
     o, saved = xp.empty(q.shape, dtype=q.dtype), []
     for group in _groups(offsets, k.shape[0], rows, causal, n_head, xp):
         sizes = len(group.limit), G, k.shape[1] // G
@@ -108,6 +110,8 @@ def attention_backward(
     if xp is not np and not cuda.usable(do, q, k, v):
         return F.attention_backward(do, q, k, v, saved, n_head, offsets, n_kv_head, need, rows)
     G = n_kv_head or n_head
+    if isinstance(saved, flash.Saved):
+        return flash.attention_backward(do, q, k, v, saved, n_head, G, offsets, need, rows)
     unread = xp.empty if rows is None else xp.zeros  # a sequence without a query gets no gradient
     dq = xp.empty(q.shape, dtype=q.dtype) if "dq" in need else None
     dk, dv = (unread(k.shape, dtype=k.dtype) if name in need else None for name in ("dk", "dv"))

@@ -1,7 +1,8 @@
 """cupy.RawModule on a CPU: CUDA sources compiled by g++, with a few lines in place of what CUDA has and C++ has not.
 
 A kernel runs block after block. With THREADS = 1, the default, each block has one thread, whatever was asked for: the sources take
-their strides from blockDim. With more, the threads are real, and __syncthreads is a barrier: what is missing there goes wrong.
+their strides from blockDim, but for those that name a number of threads (__launch_bounds__). With more, the threads take turns
+(emulator.hpp), and __syncthreads waits for all of them: what is missing there goes wrong.
 Arguments are checked as CuPy does not: number, kind, dtype and contiguity of each, and the room in shared memory.
 """
 
@@ -26,55 +27,31 @@ from standin.recording import perform, refuse_product
 COMPILER = shutil.which("g++")
 THREADS = 1
 _SHARED = 2**16  # bytes
-_KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
+_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\((\d+)\) )?(\w+)\(([^)]*)\)')
 _SCALARS = {"int": (np.int32, ctypes.c_int32), "long long": (np.int64, ctypes.c_int64), "unsigned long long": (np.uint64, ctypes.c_uint64)}
 _REALS = {"float": (np.float32, ctypes.c_float), "double": (np.float64, ctypes.c_double)}
 _HALVES = {"float16": (np.float16, None), "bfloat16": (ml_dtypes.bfloat16, None)}  # of arrays alone
 
-_BEFORE = """
-#include <barrier>
-#include <cmath>
-#include <memory>
-#include <thread>
-#include <vector>
-using std::exp; using std::sqrt; using std::tanh; using std::erfc;
-struct Dim { int x = 1, y = 1, z = 1; };
-static Dim gridDim, blockDim;
-static thread_local Dim threadIdx, blockIdx;
-static std::unique_ptr<std::barrier<>> joined;
-static void __syncthreads() { if (joined) joined->arrive_and_wait(); }
-#define __global__
-#define __device__ inline
-#define __shared__
-alignas(16) REAL shared[65536 / sizeof(REAL)];
-template <class F> static void launch_(F kernel, int grid, int block) {
-    gridDim.x = grid; blockDim.x = block;
-    joined = block > 1 ? std::make_unique<std::barrier<>>(block) : nullptr;
-    auto run = [&](int thread) {
-        threadIdx.x = thread;
-        for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) { kernel(); __syncthreads(); }
-    };
-    if (block == 1) return run(0);
-    std::vector<std::thread> threads;
-    for (int t = 0; t < block; t++) threads.emplace_back(run, t);
-    for (auto& thread : threads) thread.join();
-}
-"""
+_BEFORE = (Path(__file__).parent / "emulator.hpp").read_text()
+_SHARED_ARRAY = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 
 
 class RawModule:
     """As far as it is used: RawModule(code=..., options=("-DREAL=float",)).get_function(name)(grid, block, args, shared_mem=0)."""
 
     def __init__(self, *, code: str, options: tuple[str, ...] = ()) -> None:
-        self.kernels = {name: [_split(p) for p in params.split(",")] for name, params in _KERNEL.findall(code)}
+        found = _KERNEL.findall(code)
+        self.kernels = {name: [_split(p) for p in params.split(",")] for _, name, params in found}
+        self.threads = {name: int(threads) for threads, name, _ in found if threads}  # of those that count on a number of them
         self.types = dict(option.removeprefix("-D").split("=") for option in options)
         self.types.setdefault("ACT", self.types["REAL"])
         self.uses_shared = "extern __shared__" in code
         wrappers = "".join(
-            f'extern "C" void launch_{name}(int grid, int block, {", ".join(f"{kind} {p}" for kind, p in params)}) '
-            f"{{ launch_([&] {{ {name}({', '.join(p for _, p in params)}); }}, grid, block); }}\n"
+            f'extern "C" int launch_{name}(int grid, int block, {", ".join(f"{kind} {p}" for kind, p in params)}) '
+            f"{{ return launch_([&] {{ {name}({', '.join(p for _, p in params)}); }}, grid, block); }}\n"
             for name, params in self.kernels.items()
         )
+        code = _SHARED_ARRAY.sub(r"\1* const \2 = (\1*)shared_memory;", code)
         self.library = ctypes.CDLL(str(_compiled(_BEFORE + code + wrappers, options)))
 
     def get_function(self, name: str) -> Any:
@@ -88,13 +65,22 @@ class RawModule:
                 raise ValueError(f"{name}: a grid of {grid} blocks of {block} threads cannot be launched, or not be summed over.")
             if self.uses_shared and shared_mem < block[0] * np.dtype(_REALS[self.types["REAL"]][0]).itemsize:
                 raise ValueError(f"{name}: {shared_mem} bytes of shared memory are too few for {block[0]} threads.")
+            if self.threads.get(name, block[0]) != block[0]:
+                raise ValueError(f"{name} is made for blocks of {self.threads[name]} threads, not of {block[0]}.")
             note(launches=1)
-            given = [self._argument(name, kind, p, a) for (kind, p), a in zip(params, args, strict=True)]
-            perform(lambda: run(grid[0], min(THREADS, block[0]), *given))
+            steps = {p.removesuffix("_step") for _, p in params if p.endswith("_step")}  # of these the kernel is told how far rows are apart
+            given = [self._argument(name, kind, p, a, p in steps) for (kind, p), a in zip(params, args, strict=True)]
+            threads = block[0] if name in self.threads else min(THREADS, block[0])
+
+            def go() -> None:
+                if run(grid[0], threads, *given):
+                    raise RuntimeError(f"{name}: some threads wait for others that do not come to the same place.")
+
+            perform(go)
 
         return launch
 
-    def _argument(self, kernel: str, kind: str, name: str, value: Any) -> Any:
+    def _argument(self, kernel: str, kind: str, name: str, value: Any, apart: bool = False) -> Any:
         kind = re.sub("REAL|ACT", lambda found: self.types[found[0]], kind).removeprefix("const ")
         if not kind.endswith("*"):
             dtype, c = (_SCALARS | _REALS)[kind]
@@ -106,7 +92,7 @@ class RawModule:
         dtype = np.dtype((_SCALARS | _REALS | _HALVES)[kind.removesuffix("*").strip()][0])
         if not isinstance(value, ndarray) or value.dtype != dtype:
             raise TypeError(f"{kernel}: {name} is a {kind}; give an array of {dtype}, not {getattr(value, 'dtype', type(value).__name__)}.")
-        if not value.flags.c_contiguous:
+        if not (value.flags.c_contiguous or (apart and value.strides[-1] == value.itemsize)):
             raise ValueError(f"{kernel}: {name} is not contiguous.")
         return ctypes.c_void_p(value._host.ctypes.data)
 
@@ -152,7 +138,7 @@ def _compiled(code: str, options: tuple[str, ...]) -> Path:
                 "-ffp-contract=off",
                 "-shared",
                 "-fPIC",
-                "-pthread",
+                "-Wno-unknown-pragmas",
                 *options,
                 "-o",
                 str(result),

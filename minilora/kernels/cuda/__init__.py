@@ -49,21 +49,26 @@ def options_of(dtype: str) -> tuple[str, ...]:
     return (f"-DREAL={REAL[dtype]}", *([f"-DACT={dtype}"] if dtype in ("float16", "bfloat16") else []))
 
 
-@cache
-def _function(xp: Any, file: str, name: str, dtype: str) -> Any:
-    return _module(xp, file, dtype).get_function(name)
+def function(like: Array, file: str, name: str, *options: str) -> Any:
+    """The kernel, for activations like these."""
+    return _function(get_xp(like), file, name, like.dtype.name, options)
 
 
 @cache
-def _module(xp: Any, file: str, dtype: str) -> Any:
-    return xp.RawModule(code=source_of(file), options=options_of(dtype))
+def _function(xp: Any, file: str, name: str, dtype: str, options: tuple[str, ...]) -> Any:
+    return _module(xp, file, dtype, options).get_function(name)
+
+
+@cache
+def _module(xp: Any, file: str, dtype: str, options: tuple[str, ...]) -> Any:
+    return xp.RawModule(code=source_of(file), options=(*options_of(dtype), *options))
 
 
 def elementwise(file: str, name: str, n: int, *args: Any) -> None:
     """Launch a kernel over n elements; the first argument tells dtype and backend, the last of the kernel is n."""
     blocks = min(-(-n // THREADS), 8192)
     if n:
-        _function(get_xp(args[0]), file, name, args[0].dtype.name)((blocks,), (THREADS,), (*args, np.int64(n)))
+        function(args[0], file, name)((blocks,), (THREADS,), (*args, np.int64(n)))
 
 
 def rowwise(file: str, name: str, rows: int, width: int, *args: Any, like: Array | None = None) -> None:
@@ -74,4 +79,4 @@ def rowwise(file: str, name: str, rows: int, width: int, *args: Any, like: Array
     if rows:
         like = args[0] if like is None else like
         shared = threads * np.dtype(real_of(like)).itemsize
-        _function(get_xp(like), file, name, like.dtype.name)((rows,), (threads,), args, shared_mem=shared)
+        function(like, file, name)((rows,), (threads,), args, shared_mem=shared)

@@ -1,0 +1,136 @@
+"""Attention on a card's tensor cores, whose scores are never in memory: cuda/flash.cu, and which block of it takes which rows.
+
+For 16-bit arrays, and for float32 where products may be taken in TF32 (backend CuPy, CUPY_TF32=1); heads of 32, 64 or 128 features.
+Saved: o, and of each row and head the logarithm of the sum that the softmax divides by. Memory is linear in the length of a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minilora.backend import Array, get_xp
+from minilora.kernels import cuda
+from minilora.kernels.cuda.blas import tf32
+
+ROWS = 64  # of a block
+_THREADS = 128
+_HEADS = (32, 64, 128)  # features of a head that there is a kernel for
+
+
+class Saved(NamedTuple):
+    """What attention keeps for its backward pass."""
+
+    o: Array
+    log_sum: Array
+    causal: bool
+
+
+class Tiles(NamedTuple):
+    """(first, count, offset, other_first, other_count) of each block, and the last key that each query sees, in its sequence."""
+
+    of_queries: Array
+    of_keys: Array
+    limit: Array
+
+
+def fits(q: Array, k: Array, v: Array, n_head: int) -> bool:
+    """Is there a kernel for these?"""
+    kind = q.dtype.itemsize == 2 or (q.dtype == np.float32 and tf32())
+    return kind and cuda.usable(q, k, v) and q.shape[1] // n_head in _HEADS and all(_aligned(x) for x in (q, k, v))
+
+
+def _aligned(x: Array) -> bool:
+    """Can rows be read 16 bytes at a time?"""
+    return x.strides[1] == x.itemsize and x.strides[0] % 16 == 0 and x.data.ptr % 16 == 0
+
+
+def attention(
+    q: Array, k: Array, v: Array, n_head: int, n_kv_head: int, offsets: Sequence[int] | None, causal: bool, rows: np.ndarray | None
+) -> tuple[Array, Saved]:
+    """o (R, H d), and what backward needs; the arguments are checked already."""
+    xp = get_xp(q)
+    tiles, sizes = _tiles_of(offsets, len(k), rows, causal, xp), _sizes(q, n_head)
+    o, log_sum = xp.empty(q.shape, dtype=q.dtype), xp.empty((len(q), n_head), dtype=xp.float32)
+    given = (q, k, v, tiles.of_queries, tiles.limit, *_numbers(q, k, v, n_head, n_kv_head))
+    _launch("flash_forward", len(tiles.of_queries) * n_head, sizes, 1, 1, q, (*given, o, log_sum))
+    return o, Saved(o, log_sum, causal)
+
+
+def attention_backward(
+    do: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    saved: Saved,
+    n_head: int,
+    n_kv_head: int,
+    offsets: Sequence[int] | None,
+    need: Collection[str],
+    rows: np.ndarray | None,
+) -> tuple[Array | None, Array | None, Array | None]:
+    """dq, dk and dv, each formed only if needed."""
+    xp = get_xp(q)
+    do = xp.ascontiguousarray(do)
+    tiles, sizes = _tiles_of(offsets, len(k), rows, saved.causal, xp), _sizes(q, n_head)
+    numbers = _numbers(q, k, v, n_head, n_kv_head)
+    delta, dq = xp.empty(saved.log_sum.shape, dtype=xp.float32), xp.empty(q.shape, dtype=q.dtype)
+    given = (q, k, v, saved.o, do, saved.log_sum, tiles.of_queries, tiles.limit, *numbers)
+    _launch("flash_dq", len(tiles.of_queries) * n_head, sizes, 2, 1, q, (*given, delta, dq))  # delta, which the other needs, comes along
+    if not {"dk", "dv"} & set(need):
+        return dq, None, None
+    dk, dv = (xp.empty(k.shape, dtype=k.dtype) for _ in range(2))
+    given = (q, k, v, do, saved.log_sum, delta, tiles.of_keys, tiles.limit, *numbers)
+    _launch("flash_dkv", len(tiles.of_keys) * n_kv_head, sizes, 2, 2, q, (*given, dk, dv))
+    return dq if "dq" in need else None, dk if "dk" in need else None, dv if "dv" in need else None
+
+
+def _sizes(q: Array, n_head: int) -> tuple[int, int]:
+    """(features of a head, bytes of a number): they decide how many rows a tile in shared memory has."""
+    return q.shape[1] // n_head, q.itemsize
+
+
+def _numbers(q: Array, k: Array, v: Array, n_head: int, n_kv_head: int) -> tuple[Any, ...]:
+    scale = np.float32(1 / math.sqrt(q.shape[1] // n_head))
+    return scale, np.int32(n_head), np.int32(n_head // n_kv_head), *(np.int64(x.strides[0] // x.itemsize) for x in (q, k, v))
+
+
+def _launch(name: str, blocks: int, sizes: tuple[int, int], straight: int, turned: int, like: Array, args: tuple[Any, ...]) -> None:
+    """With room in shared memory for so many tiles that lie row by row, and column by column; see flash.cu for their sizes."""
+    d, itemsize = sizes
+    loop = min(64, 8192 // (d * itemsize))
+    words = straight * loop * (d * itemsize // 4 + 4) + turned * d * (loop * itemsize // 4 + 4)
+    if blocks:
+        cuda.function(like, "flash", name, f"-DD={d}")((blocks,), (_THREADS,), args, shared_mem=4 * words)
+
+
+def _tiles_of(offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | None, causal: bool, xp: Any) -> Tiles:
+    bounds = np.array([0, tokens] if offsets is None else offsets, dtype=np.int64)
+    return _tiles(bounds.tobytes(), None if rows is None else np.asarray(rows, dtype=np.int64).tobytes(), causal, xp)
+
+
+@lru_cache(maxsize=16)  # every layer of a step asks for the same
+def _tiles(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, xp: Any) -> Tiles:
+    bounds = np.frombuffer(bounds_bytes, dtype=np.int64)
+    rows = np.arange(bounds[-1]) if rows_bytes is None else np.frombuffer(rows_bytes, dtype=np.int64)
+    cuts = np.searchsorted(rows, bounds)
+    of_row = np.repeat(np.arange(len(bounds) - 1), np.diff(cuts))  # the sequence of each query
+    limit = rows - bounds[of_row] if causal else np.diff(bounds)[of_row] - 1
+    queries, keys = [], []
+    for i in range(len(bounds) - 1):
+        (q, q_end), (k, k_end) = cuts[i : i + 2], bounds[i : i + 2]
+        queries += [(a, min(ROWS, q_end - a), 0, k, limit[min(a + ROWS, q_end) - 1] + 1) for a in range(q, q_end, ROWS)]
+        for a in range(k, k_end, ROWS):
+            first = q + np.searchsorted(limit[q:q_end], a - k)
+            keys.append((a, min(ROWS, k_end - a), a - k, first, q_end - first))
+    tiles = [np.array(sorted(x, key=lambda tile: -tile[4]), dtype=np.int32).reshape(-1, 5) for x in (queries, keys)]  # the longest first
+    return Tiles(*(xp.asarray(x) for x in (*tiles, limit.astype(np.int32))))
+
+
+def forget_tiles() -> None:
+    """Let go of what is kept for the last batches."""
+    _tiles.cache_clear()

@@ -1,0 +1,138 @@
+// What CUDA has and C++ has not, in front of a source. The threads of a block are fibers of one thread of the CPU: each runs until it has to
+// wait for its warp or its block, and one warp gets ahead of the others as far as it may. So what is read before it was waited for is not
+// there, and what is overwritten too early is gone, every time.
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include <ucontext.h>
+
+using std::erfc, std::exp, std::exp2, std::sqrt, std::tanh;
+struct Dim { int x = 1, y = 1, z = 1; };
+struct uint4 { unsigned x, y, z, w; };
+static Dim gridDim, blockDim, threadIdx, blockIdx;
+#define __global__
+#define __device__ inline
+#define __shared__
+#define __launch_bounds__(threads)
+alignas(16) static char shared_memory[65536];
+
+enum Waits { nobody, block, warp, over };
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[1 << 17]};
+    Waits waits = nobody;
+};
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static int running = -1;  // no fibers: one thread, which waits for nobody
+static std::function<void()> body;
+
+static void wait_for(Waits whom) {
+    if (running < 0) return;
+    fibers[running].waits = whom;
+    swapcontext(&fibers[running].context, &scheduler);
+}
+static void __syncthreads() { wait_for(block); }
+
+static void start() {
+    body();
+    fibers[running].waits = over;
+    swapcontext(&fibers[running].context, &scheduler);
+}
+
+static void resume(int i) {
+    running = threadIdx.x = i;
+    swapcontext(&scheduler, &fibers[i].context);
+}
+
+// Run a warp until its threads wait for the block, or are over. False: some wait for others of the warp who do not come.
+static bool run_warp(int first, int end) {
+    for (;;) {
+        int together = 0, blocked = 0;
+        for (int i = first; i < end; i++) {
+            if (fibers[i].waits == nobody) resume(i);
+            together += fibers[i].waits == warp;
+            blocked += fibers[i].waits == block || fibers[i].waits == over;
+        }
+        if (blocked == end - first) return true;
+        if (together != end - first) return false;
+        for (int i = first; i < end; i++) fibers[i].waits = nobody;
+    }
+}
+
+// One block: a warp gets as far ahead of the others as it can, the first or, every other time, the last. False: some wait for ever.
+static bool run_block(int threads, bool backwards) {
+    const int warps = (threads + 31) / 32;
+    for (int over_now = 0; over_now < threads;) {
+        for (int i = 0; i < warps; i++) {
+            const int w = backwards ? warps - 1 - i : i;
+            if (!run_warp(32 * w, std::min(32 * w + 32, threads))) return false;
+        }
+        over_now = 0;
+        for (auto& f : fibers) over_now += f.waits == over;
+        if (over_now != 0 && over_now != threads) return false;
+        for (auto& f : fibers)
+            if (f.waits == block) f.waits = nobody;
+    }
+    return true;
+}
+
+template <class F> static int launch_(F kernel, int grid, int threads) {
+    gridDim.x = grid;
+    blockDim.x = threads;
+    body = kernel;
+    if (threads == 1) {
+        for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) body();
+        return 0;
+    }
+    for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) {
+        fibers = std::vector<Fiber>(threads);
+        for (auto& f : fibers) {
+            getcontext(&f.context);
+            f.context.uc_stack.ss_sp = f.stack.get();
+            f.context.uc_stack.ss_size = 1 << 17;
+            makecontext(&f.context, start, 0);
+        }
+        const bool good = run_block(threads, blockIdx.x % 2);
+        running = -1;
+        if (!good) return 1;
+    }
+    threadIdx.x = 0;
+    return 0;
+}
+
+// A value of each lane, seen by all of its warp.
+template <class T> static T of_lane(T value, int lane) {
+    static T values[1024];
+    values[threadIdx.x] = value;
+    wait_for(warp);
+    T result = values[threadIdx.x / 32 * 32 + lane];
+    wait_for(warp);
+    return result;
+}
+template <class T> static T __shfl_xor_sync(unsigned, T value, int mask) { return of_lane(value, threadIdx.x % 32 ^ mask); }
+
+// mma.sync.m16n8k16 (two numbers of T to a word) or m16n8k8 (one), as PTX lays their operands over the lanes of a warp. No rounding to TF32.
+template <class T> static void emulated_mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+    struct Words { unsigned a[4], b[2]; };
+    static Words words[1024];
+    const int first = threadIdx.x / 32 * 32, lane = threadIdx.x % 32, in_word = 4 / sizeof(T);
+    words[threadIdx.x] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    wait_for(warp);
+    auto number = [](unsigned word, int i) { T numbers[4 / sizeof(T)]; std::memcpy(numbers, &word, 4); return (float)numbers[i]; };
+    float sums[4];
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        sums[i] = c[i];
+        for (int w = 0; w < 8; w++)
+            for (int k = 0; k < in_word; k++)
+                sums[i] += number(words[first + row % 8 * 4 + w % 4].a[row / 8 + w / 4 * 2], k) * number(words[first + column * 4 + w % 4].b[w / 4], k);
+    }
+    wait_for(warp);
+    for (int i = 0; i < 4; i++) c[i] = sums[i];
+}

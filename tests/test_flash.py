@@ -1,0 +1,88 @@
+"""Attention on tensor cores: the fragments of every lane, played by fibers on the CPU, against the pair."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import standin
+from standin import cuda as emulator
+
+import minilora as ml
+from minilora import functional as F
+from minilora.kernels import cuda, flash
+
+pytestmark = pytest.mark.skipif(emulator.COMPILER is None or not cuda.ENABLED, reason="runs CUDA sources through g++, which is not installed")
+
+TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}  # float32: the emulator does not cut to TF32
+
+
+@pytest.fixture(params=TOLERANCE)
+def dtype(request, standin_cupy, monkeypatch):
+    monkeypatch.setenv("CUPY_TF32", "1")
+    return np.dtype(ml_dtypes.bfloat16 if request.param == "bfloat16" else request.param)
+
+
+def column_blocks(T, widths, dtype, seed):
+    """Matrices that lie beside each other in one, as a fused projection leaves them."""
+    whole = np.random.default_rng(seed).standard_normal((T, sum(widths))).astype(dtype)
+    there = standin.module.asarray(whole)
+    ends = np.cumsum([0, *widths])
+    return [there[:, a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def wide(x):
+    return ml.to_numpy(x).astype("float64")
+
+
+CASES = {  # offsets, rows, causal, heads, groups
+    "one sequence": ([0, 70], None, True, 2, 1),
+    "several": ([0, 3, 68, 90], None, True, 2, 2),
+    "both ways": ([0, 5, 75], None, False, 2, 1),
+    "some rows": ([0, 66, 130], [2, 40, 65, 69, 129], True, 2, 1),
+    "short": ([0, 20, 30, 40], [4, 19, 35], False, 1, 1),
+}
+
+
+@pytest.mark.parametrize(("d", "case"), [(d, case) for case in CASES for d in (32, 64, 128) if d == 64 or case in ("several", "short")])
+def test_against_the_pair(dtype, d, case):
+    offsets, rows, causal, heads, groups = CASES[case]
+    T = offsets[-1]
+    q, k, v = column_blocks(T, (heads * d, groups * d, groups * d), dtype, seed=0)
+    if rows is not None:
+        rows = np.array(rows)
+        q = q[standin.module.asarray(rows)]
+    do = column_blocks(len(q), (heads * d,), dtype, seed=1)[0]
+    assert flash.fits(q, k, v, heads)
+    with standin.count() as c:
+        o, saved = flash.attention(q, k, v, heads, groups, offsets, causal, rows)
+        got = flash.attention_backward(do, q, k, v, saved, heads, groups, offsets, {"dq", "dk", "dv"}, rows)
+    assert (c.launches, c.syncs) == (3, 0)
+    here = [wide(x) for x in (q, k, v)]
+    wanted, P = F.attention(*here, heads, offsets, causal, n_kv_head=groups, rows=rows)
+    pair = F.attention_backward(wide(do), *here, P, heads, offsets, groups, rows=rows)
+    if rows is not None:  # the pair leaves dk and dv of a sequence without a query unset
+        asked = np.unique(np.searchsorted(offsets, rows, side="right") - 1)
+        unread = np.setdiff1d(np.arange(len(offsets) - 1), asked)
+        for x in pair[1:]:
+            for i in unread:
+                x[offsets[i] : offsets[i + 1]] = 0
+    for name, a, b in zip(("o", "dq", "dk", "dv"), (o, *got), (wanted, *pair), strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(wide(a), b, rtol=0, atol=TOLERANCE[dtype.name] * max(1, np.abs(b).max()), err_msg=name)
+
+
+def test_large_scores_do_not_overflow(dtype):
+    q, k, v = (20 * x for x in column_blocks(40, (64, 64, 64), dtype, seed=2))
+    o, _ = flash.attention(q, k, v, 1, 1, None, True, None)
+    wanted, _ = F.attention(wide(q), wide(k), wide(v), 1)
+    np.testing.assert_allclose(wide(o), wanted, atol=40 * TOLERANCE[dtype.name])
+
+
+def test_what_there_is_no_kernel_for(standin_cupy, monkeypatch):
+    q, k, v = column_blocks(8, (64, 64, 64), np.dtype("float32"), seed=0)
+    monkeypatch.delenv("CUPY_TF32", raising=False)
+    assert not flash.fits(q, k, v, 1)  # float32 means float32
+    monkeypatch.setenv("CUPY_TF32", "1")
+    assert flash.fits(q, k, v, 1)
+    assert not flash.fits(q, k, v, 4)  # heads of 16
+    assert not flash.fits(q[:, ::1][:, 1:33], k[:, :32], v[:, :32], 1)  # not aligned to 16 bytes
+    assert not flash.fits(*(x.astype("float64") for x in (q, k, v)), 1)
