@@ -14,10 +14,12 @@ import minilora as ml
 from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import backend_name
-from minilora.kernels import cuda
+from minilora.kernels import cuda, flash
 
 attention_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in ("attention", "losses"))
-FILES = {"activations": 4, "adamw": 1, "dropout": 1, "norm": 2, "rotary": 1, "softmax": 3}
+FILES = {"activations": 4, "adamw": 1, "dropout": 1, "flash": 3, "norm": 2, "rotary": 1, "softmax": 3}  # and how many kernels each has
+VARIANTS = [(file, dtype, ()) for file in FILES for dtype in cuda.REAL if file != "flash"]
+VARIANTS += [("flash", dtype, (f"-DD={d}",)) for dtype in cuda.REAL if dtype != "float64" for d in flash.HEADS]
 needs_gpp = pytest.mark.skipif(emulator.COMPILER is None, reason="the stand-in runs CUDA sources through g++, which is not installed")
 
 
@@ -26,14 +28,13 @@ def test_every_source_is_here_and_its_kernels_are_used():
     assert {path.stem for path in folder.glob("*.cu")} == set(FILES)
     python = "".join(path.read_text() for path in folder.parent.rglob("*.py"))
     for file, count in FILES.items():
-        names = re.findall(r"__global__ void (\w+)\(", cuda.source_of(file))
+        names = re.findall(r"__global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(", cuda.source_of(file))
         assert len(names) == count
         assert all(f'"{name}"' in python for name in names)
 
 
-@pytest.mark.parametrize("dtype", cuda.REAL)
-@pytest.mark.parametrize("file", FILES)
-def test_the_sources_compile_for_a_gpu(file, dtype, tmp_path):
+@pytest.mark.parametrize(("file", "dtype", "options"), VARIANTS)
+def test_the_sources_compile_for_a_gpu(file, dtype, options, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed (CuPy compiles the sources by itself, through NVRTC, where there is a GPU)")
@@ -43,6 +44,7 @@ def test_the_sources_compile_for_a_gpu(file, dtype, tmp_path):
         "-ptx",
         "-arch=sm_80",
         *cuda.options_of(dtype),
+        *options,
         "-Werror",
         "all-warnings",
         "-o",

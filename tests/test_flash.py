@@ -1,5 +1,7 @@
 """Attention on tensor cores: the fragments of every lane, played by fibers on the CPU, against the pair."""
 
+from itertools import pairwise
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -8,9 +10,12 @@ from standin import cuda as emulator
 
 import minilora as ml
 from minilora import functional as F
+from minilora.family.quantize import narrow_model
 from minilora.kernels import cuda, flash
+from minilora.training.data import random_windows
+from minilora.training.loop import train
 
-pytestmark = pytest.mark.skipif(emulator.COMPILER is None or not cuda.ENABLED, reason="runs CUDA sources through g++, which is not installed")
+pytestmark = pytest.mark.skipif(emulator.COMPILER is None or not cuda.ENABLED, reason="CUDA sources run through g++ here")
 
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}  # float32: the emulator does not cut to TF32
 
@@ -26,7 +31,7 @@ def column_blocks(T, widths, dtype, seed):
     whole = np.random.default_rng(seed).standard_normal((T, sum(widths))).astype(dtype)
     there = standin.module.asarray(whole)
     ends = np.cumsum([0, *widths])
-    return [there[:, a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [there[:, a:b] for a, b in pairwise(ends)]
 
 
 def wide(x):
@@ -86,3 +91,25 @@ def test_what_there_is_no_kernel_for(standin_cupy, monkeypatch):
     assert not flash.fits(q, k, v, 4)  # heads of 16
     assert not flash.fits(q[:, ::1][:, 1:33], k[:, :32], v[:, :32], 1)  # not aligned to 16 bytes
     assert not flash.fits(*(x.astype("float64") for x in (q, k, v)), 1)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "tf32"])
+def test_a_model_takes_the_same_steps(name, standin_cupy, monkeypatch):
+    """Three steps of a decoder with heads of 32, against the same on NumPy: by these kernels on one side, by the pairs on the other."""
+    monkeypatch.setenv("CUPY_TF32", "1")
+    launched = []
+    launch = flash._launch
+    monkeypatch.setattr(flash, "_launch", lambda name, *args: launched.append(name) or launch(name, *args))
+
+    def losses(backend):
+        sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+        model = ml.Llama(ml.LlamaConfig(vocab_size=30, max_position_embeddings=80, **sizes), rng=0).freeze()
+        if name == "bfloat16":
+            narrow_model(model, "bfloat16")
+        ml.inject(model.to(backend), ml.LoraConfig(r=4), rng=1)
+        batches = random_windows(np.random.default_rng(0).integers(0, 30, 400), 40, 2, np.random.default_rng(1))
+        run = train(model, ml.AdamW(model.parameters(), 1e-2), batches, 3, lambda step: 1.0, record=False)
+        return [step.loss for step in run]
+
+    np.testing.assert_allclose(losses("cupy"), losses("numpy"), rtol=5e-3 if name == "bfloat16" else 1e-5)
+    assert {x: launched.count(x) for x in launched} == {"flash_forward": 6, "flash_dq": 6, "flash_dkv": 6}  # of two blocks, three steps

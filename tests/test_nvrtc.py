@@ -1,19 +1,18 @@
 """The CUDA sources through NVRTC, the compiler that CuPy hands them to on a card: it needs no card, and here no header either."""
 
 import pytest
-from test_cuda import FILES
+from test_cuda import VARIANTS
 
 from minilora.kernels import cuda
 
 
-@pytest.mark.parametrize("real", ["float", "double"])
-@pytest.mark.parametrize("file", FILES)
-def test_nvrtc_compiles_the_sources(file, real):
+@pytest.mark.parametrize(("file", "dtype", "options"), VARIANTS)
+def test_nvrtc_compiles_the_sources(file, dtype, options):
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and NVIDIA's NVRTC, which minilora[oracle] brings")
-    options = [f"-DREAL={real}".encode(), b"--gpu-architecture=sm_90", b"-std=c++17"]
+    told = [option.encode() for option in (*cuda.options_of(dtype), *options, "--gpu-architecture=sm_90", "-std=c++17")]
     error, program = nvrtc.nvrtcCreateProgram(cuda.source_of(file).encode(), file.encode(), 0, [], [])
     assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(told), told)
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
     log = b" " * size
     nvrtc.nvrtcGetProgramLog(program, log)

@@ -61,7 +61,7 @@ def attention(
     keep: bool = True,
     n_kv_head: int | None = None,
     rows: np.ndarray | None = None,
-) -> tuple[Array, list]:
+) -> tuple[Array, list | flash.Saved]:
     """As functional.attention. Saved: for each group and block of queries E and 1 / sum, or None where they are computed again."""
     xp = get_xp(q, k, v)
     if xp is not np and not cuda.usable(q, k, v):
@@ -98,7 +98,7 @@ def attention_backward(
     q: Array,
     k: Array,
     v: Array,
-    saved: list,
+    saved: Any,
     n_head: int,
     offsets: Sequence[int] | None = None,
     n_kv_head: int | None = None,
@@ -253,6 +253,7 @@ def _grouped(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, n_head
 def forget_groups() -> None:
     """Let go of the index arrays that are kept for the last batches."""
     _grouped.cache_clear()
+    flash.forget_tiles()
 
 
 def _rows_of(bounds: np.ndarray, members: list[int]) -> tuple[np.ndarray, np.ndarray | None]:

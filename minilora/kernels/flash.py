@@ -19,7 +19,7 @@ from minilora.kernels.cuda.blas import tf32
 
 ROWS = 64  # of a block
 _THREADS = 128
-_HEADS = (32, 64, 128)  # features of a head that there is a kernel for
+HEADS = (32, 64, 128)  # features of a head that there is a kernel for
 
 
 class Saved(NamedTuple):
@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
 def fits(q: Array, k: Array, v: Array, n_head: int) -> bool:
     """Is there a kernel for these?"""
     kind = q.dtype.itemsize == 2 or (q.dtype == np.float32 and tf32())
-    return kind and cuda.usable(q, k, v) and q.shape[1] // n_head in _HEADS and all(_aligned(x) for x in (q, k, v))
+    return kind and cuda.usable(q, k, v) and q.shape[1] // n_head in HEADS and all(_aligned(x) for x in (q, k, v))
 
 
 def _aligned(x: Array) -> bool:

@@ -68,7 +68,7 @@ class RawModule:
             if self.threads.get(name, block[0]) != block[0]:
                 raise ValueError(f"{name} is made for blocks of {self.threads[name]} threads, not of {block[0]}.")
             note(launches=1)
-            steps = {p.removesuffix("_step") for _, p in params if p.endswith("_step")}  # of these the kernel is told how far rows are apart
+            steps = {p.removesuffix("_step") for _, p in params if p.endswith("_step")}  # these need not be contiguous
             given = [self._argument(name, kind, p, a, p in steps) for (kind, p), a in zip(params, args, strict=True)]
             threads = block[0] if name in self.threads else min(THREADS, block[0])
 

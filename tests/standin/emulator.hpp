@@ -86,6 +86,7 @@ template <class F> static int launch_(F kernel, int grid, int threads) {
     gridDim.x = grid;
     blockDim.x = threads;
     body = kernel;
+    threadIdx.x = 0;
     if (threads == 1) {
         for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) body();
         return 0;
@@ -102,7 +103,6 @@ template <class F> static int launch_(F kernel, int grid, int threads) {
         running = -1;
         if (!good) return 1;
     }
-    threadIdx.x = 0;
     return 0;
 }
 
