@@ -47,6 +47,8 @@ def _linear(x: Array, W: Array, b: Array | None) -> Array:
 
 @in_float32(NARROW, WIDE, WIDE)
 def _linear_backward(dy: Array, x: Array | None, W: Array, need: Collection[str]) -> tuple[Array | None, Array | None, Array | None]:
+    if not cuda.usable(dy, x, W):
+        return F.linear_backward(dy, x, W, need)
     db = wide(dy).sum(axis=0) if "db" in need else None
     dW = product(x.T, dy) if x is not None and "dW" in need else None
     return product(dy, W.T) if "dx" in need else None, dW, db
