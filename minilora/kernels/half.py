@@ -40,10 +40,15 @@ def in_float32(*results: Any) -> Callable[[Callable[..., Any]], Callable[..., An
 
     def decorate(f: Callable[..., Any]) -> Callable[..., Any]:
         names = list(signature(f).parameters)
+        W = names.index("W") if "W" in names else 0
 
         @wraps(f)
         def run(*args: Any, **kwargs: Any) -> Any:
             first = args[0]
+            if first.dtype.itemsize > 2 and not is_half(
+                args[W]
+            ):  # the rest is as the first
+                return f(*args, **kwargs)
             if not any(map(is_half, args)) or (cuda.ENABLED and is_half(first) and get_xp(first) is not np):
                 return f(*args, **kwargs)
             given = [Widened(x) if name == "W" and is_half(x) else _widened(x) for name, x in zip(names, args, strict=False)]

@@ -19,7 +19,7 @@ def linear_backward(
     dy: Array, x: Array | None, W: Array, need: Collection[str] = ("dx", "dW", "db")
 ) -> tuple[Array | None, Array | None, Array | None]:
     """As functional.linear_backward. dx is of x's dtype where x was saved, else of dy's; dW and db are never of 16 bits."""
-    if is_half(W):
+    if is_half(W) or not (is_half(dy) or is_half(x)):
         return _linear_backward(dy, x, W, need)
     dx, dW, db = _linear_backward(wide(dy), x if x is None else wide(x), W, need)
     return dx if x is None or dx is None else dx.astype(x.dtype, copy=False), dW, db
@@ -47,7 +47,7 @@ def _linear(x: Array, W: Array, b: Array | None) -> Array:
 
 @in_float32(NARROW, WIDE, WIDE)
 def _linear_backward(dy: Array, x: Array | None, W: Array, need: Collection[str]) -> tuple[Array | None, Array | None, Array | None]:
-    if not cuda.usable(dy, W):
+    if not cuda.usable(dy, x, W):
         return F.linear_backward(dy, x, W, need)
     db = wide(dy).sum(axis=0) if "db" in need else None
     dW = product(x.T, dy) if x is not None and "dW" in need else None

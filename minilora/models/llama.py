@@ -327,7 +327,7 @@ class LlamaDecoder(Layer):
         if prefix is None:
             h, s_embed = self.embed_tokens.forward(x, keep=keep and at_x)
             prefix = Prefix(0, h)
-        rope = self.tables(F.positions(len(x), offsets, self.config.max_position_embeddings))
+        rope = self.tables(F.positions(len(x), offsets, self.config.max_position_embeddings), prefix.x)
         h, ran = run_blocks(self.layers, prefix.x, at_x, keep, prefix.blocks, rows, self.recompute, offsets=offsets, rope=rope)
         h, s_norm = self.norm.forward(h, keep=keep, need_dx=ran.needs[-1])
         return h, self.save(need_dx, s_embed, ran, s_norm) if keep else None
@@ -345,7 +345,7 @@ class LlamaDecoder(Layer):
         if n == 0:
             return None
         x, _ = self.embed_tokens.forward(ids, keep=False)
-        rope = self.tables(F.positions(len(ids), offsets, self.config.max_position_embeddings))
+        rope = self.tables(F.positions(len(ids), offsets, self.config.max_position_embeddings), x)
         return Prefix(n, run_blocks(self.layers[:n], x, False, False, offsets=offsets, rope=rope)[0])
 
     def decode(self, ids: Array, cache: KVCache) -> Array:
@@ -353,15 +353,15 @@ class LlamaDecoder(Layer):
         total = cache.length + len(ids)
         places = F.positions(total, None, self.config.max_position_embeddings)[cache.length :]
         h, _ = self.embed_tokens.forward(ids, keep=False)
-        rope = self.tables(places)
+        rope = self.tables(places, h)
         for i, block in enumerate(self.layers):
             h = block.decode(h, rope, partial(cache.extend, i))
         cache.length = total
         return self.norm.forward(h, keep=False)[0]
 
-    def tables(self, positions: np.ndarray) -> Tables:
-        """cos and sin for these positions, where the model lives; beside activations of 16 bits they are of float32, as the norm is."""
-        return F.rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.norm.weight.data)  # type: ignore[arg-type]
+    def tables(self, positions: np.ndarray, like: Array) -> Tables:
+        """cos and sin for these positions, where the activations `like` live; beside 16 bits they are of float32."""
+        return F.rotary_tables(positions, self.config.head_dim, self.config.rope_theta, K.wide(like[:1]))  # type: ignore[arg-type]
 
 
 class Llama(Layer):
