@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -61,12 +61,16 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def standin_cupy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def standin_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The stand-in, as what `import cupy` gives during this test; for tests that count. Products go to its cuBLAS."""
-    monkeypatch.setitem(sys.modules, "cupy", standin.module)
-    monkeypatch.setattr(blas, "bindings", lambda: standin.blas)
-    blas._handle_of.cache_clear()
-    return standin.module
+    for name, module in standin.modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    kept = blas.bindings, blas._handle_of
+    for function in kept:
+        function.cache_clear()
+    yield standin.module
+    for function in kept:
+        function.cache_clear()
 
 
 @pytest.fixture

@@ -107,10 +107,25 @@ def test_views_are_not_copied(standin_cupy):
 
 def test_the_bindings_are_those_that_the_stand_in_plays():
     cublas = pytest.importorskip("nvmath.bindings.cublas", reason="compares with NVIDIA's bindings; it needs nvmath-python, but no GPU")
-    for name in ("create", "set_stream", "set_workspace", "gemm_ex", "gemm_strided_batched_ex"):
+    for name in ("create", "destroy", "set_stream", "set_workspace", "gemm_ex", "gemm_strided_batched_ex"):
         signature = getattr(cublas, name).__doc__.partition("(")[2].partition(")")[0]
         played = [p for p in inspect.signature(getattr(standin.blas, name)).parameters.values() if p.default is p.empty]
         assert len(signature.split(",") if signature else []) == len(played), name
     kinds = cublas.ComputeType
     assert (kinds.COMPUTE_32F, kinds.COMPUTE_32F_FAST_TF32, kinds.COMPUTE_64F) == (blas._FLOAT32, blas._TF32, blas._FLOAT64)
     assert cublas.GemmAlgo.DEFAULT == blas._DEFAULT_ALGORITHM
+
+
+def test_bindings_that_cannot_be_used_are_left_alone(standin_cupy, monkeypatch):
+    """As where the driver, or cuBLAS itself, is not found."""
+
+    def create():
+        raise RuntimeError("CUDA driver is not found")
+
+    monkeypatch.setattr(standin.blas, "create", create)
+    with pytest.warns(UserWarning, match=r"CuPy's own calls, .* CUDA driver is not found"):
+        assert blas.bindings() is None
+    blas.bindings.cache_clear()
+    monkeypatch.setenv("MINILORA_BLAS", "cupy")
+    assert blas.bindings() is None
+    blas.bindings.cache_clear()

@@ -27,7 +27,7 @@ def run(script: str, *args: str, cwd: Path, without: tuple[str, ...] = (), fake_
     if without or fake_cupy:
         lines = ["import runpy, sys", *(f"sys.modules[{name!r}] = None" for name in without)]
         if fake_cupy:
-            lines += [f"sys.path.insert(0, {str(ROOT / 'tests')!r})", "import standin", "sys.modules['cupy'] = standin.module"]
+            lines += [f"sys.path.insert(0, {str(ROOT / 'tests')!r})", "import standin", "sys.modules |= standin.modules"]
         lines += [f"sys.argv = {command!r}", f"runpy.run_path({path!r}, run_name='__main__')"]
         command = ["-c", "\n".join(lines)]
     one_thread = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")

@@ -45,9 +45,7 @@ def in_float32(*results: Any) -> Callable[[Callable[..., Any]], Callable[..., An
         @wraps(f)
         def run(*args: Any, **kwargs: Any) -> Any:
             first = args[0]
-            if first.dtype.itemsize > 2 and not is_half(
-                args[W]
-            ):  # the rest is as the first
+            if first.dtype.itemsize > 2 and not is_half(args[W]):  # the rest is as the first
                 return f(*args, **kwargs)
             if not any(map(is_half, args)) or (cuda.ENABLED and is_half(first) and get_xp(first) is not np):
                 return f(*args, **kwargs)

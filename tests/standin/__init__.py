@@ -1,4 +1,4 @@
-"""A stand-in for CuPy on machines without a GPU: `sys.modules["cupy"] = standin.module`.
+"""A stand-in for CuPy, and for NVIDIA's bindings to cuBLAS, on machines without a GPU: `sys.modules |= standin.modules`.
 
 It computes with NumPy and keeps CuPy's rules, as of CuPy 14.2 (docs.cupy.dev, "Differences between CuPy and NumPy"):
 nothing is converted to NumPy implicitly, operands on the host and on the device do not mix, reductions and single elements
@@ -26,7 +26,7 @@ from standin.arrays import argument, ndarray, offered, operand
 from standin.counting import Counts, count, note
 from standin.recording import perform, waits
 
-__all__ = ["CONSTANTS", "FUNCTIONS", "LACKS", "LINALG", "Counts", "blas", "count", "module", "ndarray"]
+__all__ = ["CONSTANTS", "FUNCTIONS", "LACKS", "LINALG", "Counts", "blas", "count", "module", "modules", "ndarray"]
 
 CONSTANTS = (
     "bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128 "
@@ -162,3 +162,7 @@ def _make_module() -> CuPy:
 
 
 module = _make_module()
+nvmath = types.ModuleType("nvmath")
+nvmath.bindings = types.ModuleType("nvmath.bindings")
+nvmath.bindings.cublas = blas
+modules = {"cupy": module, "nvmath": nvmath, "nvmath.bindings": nvmath.bindings}  # sys.modules |= standin.modules

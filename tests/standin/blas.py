@@ -26,6 +26,10 @@ def create() -> int:
     return _HANDLE
 
 
+def destroy(handle: int) -> None:
+    assert handle == _HANDLE
+
+
 def set_stream(handle: int, stream: int) -> None:
     _state.update(stream=stream, workspace=None)
 

@@ -9,6 +9,7 @@ cuBLAS counts column by column. What lies row by row as C = A B is to it C^T = B
 from __future__ import annotations
 
 import os
+import warnings
 from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
@@ -48,12 +49,17 @@ def gemm(a: Array, b: Array, out: Array | None = None, alpha: float = 1.0, beta:
 
 @cache
 def bindings() -> Any:
-    """nvmath.bindings.cublas, or None where it is not installed, or not to be used."""
+    """nvmath.bindings.cublas; None where it is not installed, or cannot be used (a warning says so), and with MINILORA_BLAS=cupy."""
     if os.environ.get("MINILORA_BLAS") == "cupy":
         return None
     try:
         from nvmath.bindings import cublas
+
+        cublas.destroy(cublas.create())
     except ImportError:
+        return None
+    except Exception as error:  # a library that is not found, or of another CUDA; its errors have no common class
+        warnings.warn(f"products go by CuPy's own calls, as NVIDIA's bindings cannot be used: {' '.join(str(error).split())}", stacklevel=2)
         return None
     return cublas
 
