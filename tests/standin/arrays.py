@@ -103,17 +103,23 @@ class ndarray:
         note(launches=gathers, syncs=mask)
         if not gathers:
             return ndarray(self._host[resolved])  # an array even for one element, as the key holds an Ellipsis
-        return ndarray(computed(lambda: self._host[self._resolve(key)[0]].copy()))
+        result = self._host[resolved].copy()
+        if recording() is not None:
+            result = to_be_computed(lambda: self._host[self._resolve(key)[0]], result)
+        return ndarray(result)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        _, _, mask = self._resolve(key)
+        resolved, _, mask = self._resolve(key)
         note(launches=1, syncs=mask)
         value = operand(value)
+        if recording() is None:
+            self._host[resolved] = value
+        else:
 
-        def run() -> None:
-            self._host[self._resolve(key)[0]] = value
+            def run() -> None:
+                self._host[self._resolve(key)[0]] = value
 
-        perform(run)
+            perform(run)
 
     def _resolve(self, key: Any) -> tuple[tuple[Any, ...], bool, bool]:
         """(the key for NumPy, is there an index array in it, is there a mask in it).
@@ -200,9 +206,10 @@ def offered(function: Callable, kind: str = "launch") -> Callable:
     def call(*args: Any, out: ndarray | None = None, **kwargs: Any) -> Any:
         if missing := {"where", "initial", "min", "max"} & kwargs.keys():
             raise TypeError(f"CuPy's {name} has no argument {', '.join(missing)}.")
-        flat = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else [arg])]
-        if kind not in ("create", "empty") and not any(isinstance(a, ndarray) for a in flat):
-            raise TypeError(f"cupy.{name} was called without a CuPy array.")
+        if kind not in ("create", "empty") and not isinstance(args[0], ndarray):
+            flat = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else [arg])]
+            if not any(isinstance(a, ndarray) for a in flat):
+                raise TypeError(f"cupy.{name} was called without a CuPy array.")
         inputs, options = [convert(a) for a in args], {key: argument(value) for key, value in kwargs.items()}
         if kind == "sync":
             waits()
@@ -217,10 +224,10 @@ def offered(function: Callable, kind: str = "launch") -> Callable:
             note(launches=1)
             perform(lambda: run(out=out._host))
             return out
-        result = run() if kind in ("empty", "view") else computed(run)
-        if kind == "view" and not np.may_share_memory(result, inputs[0]):
-            result = computed(run)
+        result = run()
         launches = kind != "empty" and not (kind == "view" and np.may_share_memory(result, inputs[0]))
+        if launches and recording() is not None:
+            result = to_be_computed(run, result)
         note(launches=launches, syncs=kind == "sync", products=[np.shape(result)] if kind == "product" else [])
         return device(result)
 
@@ -240,11 +247,8 @@ METHODS = {
 }
 
 
-def computed(run: Callable[[], Any]) -> Any:
-    """What `run` gives. While a step is recorded: an array of that shape with nothing in it, and a note that it is to be filled."""
-    result = run()
-    if recording() is None:
-        return result
+def to_be_computed(run: Callable[[], Any], result: Any) -> Any:
+    """While a step is recorded: in place of the result an array with nothing in it, and a note that it is to be filled."""
     arrays = [np.array(x) for x in (result if isinstance(result, tuple) else (result,))]
 
     def again() -> None:

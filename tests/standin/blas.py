@@ -7,7 +7,6 @@ would refuse raises, and so does a call without a stream and a workspace, which 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -64,24 +63,20 @@ def gemm_strided_batched_ex(  # type: ignore[no-untyped-def]
     alpha, beta = (number.from_address(place).value for place in (alpha, beta))
 
     def run() -> None:
-        for i in range(count):
-            A = _columns(a, types[0], a_step * i, a_lead, *((k, m) if turn_a else (m, k)))
-            B = _columns(b, types[1], b_step * i, b_lead, *((n, k) if turn_b else (k, n)))
-            C = _columns(c, types[2], c_step * i, c_lead, m, n)
-            sums = _SUMS[compute]
-            A, B = (A.T if turn_a else A).astype(sums), (B.T if turn_b else B).astype(sums)
-            with np.errstate(all="ignore"):
-                result = alpha * (A @ B)
-                C[...] = (result + beta * C.astype(sums) if beta else result).astype(types[2])
+        sums = _SUMS[compute]
+        A = _columns(a, types[0], count, a_step, a_lead, *((k, m) if turn_a else (m, k))).astype(sums, copy=False)
+        B = _columns(b, types[1], count, b_step, b_lead, *((n, k) if turn_b else (k, n))).astype(sums, copy=False)
+        C = _columns(c, types[2], count, c_step, c_lead, m, n)
+        with np.errstate(all="ignore"):
+            result = alpha * ((A.swapaxes(1, 2) if turn_a else A) @ (B.swapaxes(1, 2) if turn_b else B))
+            C[...] = result + beta * C.astype(sums, copy=False) if beta else result
 
     note(launches=1, products=[(n, m) if flat else (count, n, m)])
     perform(run)
 
 
-def _columns(place: int, dtype: np.dtype, first: int, lead: int, rows: int, columns: int) -> Any:
-    """The matrix that lies there column by column, as a view."""
-    size = (columns - 1) * lead + rows
-    memory = (ctypes.c_char * (size * dtype.itemsize)).from_address(place + first * dtype.itemsize)
-    numbers = np.frombuffer(memory, dtype, size)
-    step = dtype.itemsize
-    return np.lib.stride_tricks.as_strided(numbers, (rows, columns), (step, lead * step))
+def _columns(place: int, dtype: np.dtype, count: int, step: int, lead: int, rows: int, columns: int) -> np.ndarray:
+    """The matrices that lie there column by column, (count, rows, columns), as a view."""
+    size, item = (count - 1) * step + (columns - 1) * lead + rows, dtype.itemsize
+    memory = (ctypes.c_char * (size * item)).from_address(place)
+    return np.ndarray((count, rows, columns), dtype, memory, strides=(step * item, item, lead * item))

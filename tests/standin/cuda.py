@@ -55,7 +55,11 @@ class RawModule:
         self.library = ctypes.CDLL(str(_compiled(_BEFORE + code + wrappers, options)))
 
     def get_function(self, name: str) -> Any:
-        params = self.kernels[name]
+        declared = self.kernels[name]
+        steps = {p.removesuffix("_step") for _, p in declared if p.endswith("_step")}  # these need not be contiguous
+        params = [
+            (re.sub("REAL|ACT", lambda found: self.types[found[0]], kind).removeprefix("const "), p) for kind, p in self.kernels[name]
+        ]
         run = getattr(self.library, f"launch_{name}")
 
         def launch(grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_mem: int = 0) -> None:
@@ -68,7 +72,6 @@ class RawModule:
             if self.threads.get(name, block[0]) != block[0]:
                 raise ValueError(f"{name} is made for blocks of {self.threads[name]} threads, not of {block[0]}.")
             note(launches=1)
-            steps = {p.removesuffix("_step") for _, p in params if p.endswith("_step")}  # these need not be contiguous
             given = [self._argument(name, kind, p, a, p in steps) for (kind, p), a in zip(params, args, strict=True)]
             threads = block[0] if name in self.threads else min(THREADS, block[0])
 
@@ -81,7 +84,6 @@ class RawModule:
         return launch
 
     def _argument(self, kernel: str, kind: str, name: str, value: Any, apart: bool = False) -> Any:
-        kind = re.sub("REAL|ACT", lambda found: self.types[found[0]], kind).removeprefix("const ")
         if not kind.endswith("*"):
             dtype, c = (_SCALARS | _REALS)[kind]
             if type(value) is not dtype:

@@ -28,10 +28,15 @@ def usable(first: Array, *alike: Array | None, real: Sequence[Array | None] = ()
     """Are these on the device, in a dtype that the sources are written for: `alike` in the first's, `real` in what it is computed in?"""
     if not ENABLED or isinstance(first, np.ndarray):
         return False
-    given = [x for x in alike if x is not None], [x for x in real if x is not None]
-    if get_xp(first, *given[0], *given[1]) is np or first.dtype.name not in REAL:
+    dtype = first.dtype
+    if get_xp(first, *alike, *real) is np or not _known(dtype):
         return False
-    return all(x.dtype == first.dtype for x in given[0]) and all(x.dtype == real_of(first) for x in given[1])
+    return all(x is None or x.dtype == dtype for x in alike) and all(x is None or x.dtype == real_of(first) for x in real)
+
+
+@cache  # a dtype's name takes NumPy longer than a launch should
+def _known(dtype: Any) -> bool:
+    return dtype.name in REAL
 
 
 def real_of(x: Array) -> Any:
@@ -51,17 +56,17 @@ def options_of(dtype: str) -> tuple[str, ...]:
 
 def function(like: Array, file: str, name: str, *options: str) -> Any:
     """The kernel, for activations like these."""
-    return _function(get_xp(like), file, name, like.dtype.name, options)
+    return _function(get_xp(like), file, name, like.dtype, options)
 
 
 @cache
-def _function(xp: Any, file: str, name: str, dtype: str, options: tuple[str, ...]) -> Any:
+def _function(xp: Any, file: str, name: str, dtype: Any, options: tuple[str, ...]) -> Any:
     return _module(xp, file, dtype, options).get_function(name)
 
 
 @cache
-def _module(xp: Any, file: str, dtype: str, options: tuple[str, ...]) -> Any:
-    return xp.RawModule(code=source_of(file), options=(*options_of(dtype), *options))
+def _module(xp: Any, file: str, dtype: Any, options: tuple[str, ...]) -> Any:
+    return xp.RawModule(code=source_of(file), options=(*options_of(dtype.name), *options))
 
 
 def elementwise(file: str, name: str, n: int, *args: Any) -> None:

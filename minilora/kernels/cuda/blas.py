@@ -92,7 +92,12 @@ def _place(x: Array, turned: int = 0) -> tuple[int, int, int]:
     """(where it lies, its type, the distance between its rows, or between its columns)."""
     axis = -1 if turned else -2
     apart = x.strides[axis] // x.itemsize if x.shape[axis] > 1 else 0
-    return x.data.ptr, _TYPES[x.dtype.name], max(apart, x.shape[-2 if turned else -1])
+    return x.data.ptr, _type_of(x.dtype), max(apart, x.shape[-2 if turned else -1])
+
+
+@cache
+def _type_of(dtype: Any) -> int:
+    return _TYPES[dtype.name]
 
 
 def _plain(x: Array) -> bool:
