@@ -151,11 +151,11 @@ def test_a_wrong_argument_is_refused_by_the_stand_in(standin_cupy):
     module = standin_cupy.RawModule(code=cuda.source_of("dropout"), options=("-DREAL=float",))
     launch = module.get_function("dropout")
     x = device(4, dtype="float32")
-    good = [x, np.uint64(1), np.uint64(2), np.float32(1), x, np.int64(4)]
-    for place, bad in ((0, None), (0, device(4)), (1, 1), (3, np.float64(1)), (5, np.int32(4)), (0, device(4, 4, dtype="float32").T)):
+    good = [x, np.uint64(1), cuda.NULL, np.uint64(2), np.float32(1), x, np.int64(4)]
+    for place, bad in ((0, None), (0, device(4)), (1, 1), (4, np.float64(1)), (6, np.int32(4)), (0, device(4, 4, dtype="float32").T)):
         with pytest.raises((TypeError, ValueError)):
             launch((1,), (32,), (*good[:place], bad, *good[place + 1 :]))
-    with pytest.raises(TypeError, match="6 arguments"):
+    with pytest.raises(TypeError, match="7 arguments"):
         launch((1,), (32,), tuple(good[:-1]))
     with pytest.raises(ValueError, match="launched"):
         launch((0,), (32,), tuple(good))

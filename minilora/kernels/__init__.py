@@ -10,7 +10,7 @@ from minilora.kernels import cuda
 from minilora.kernels.activations import gelu, gelu_backward, gelu_tanh, gelu_tanh_backward, silu, silu_backward
 from minilora.kernels.adamw import adamw
 from minilora.kernels.attention import attention, attention_backward
-from minilora.kernels.dropout import dropout, dropout_backward
+from minilora.kernels.dropout import dropout, dropout_backward, dropout_mask
 from minilora.kernels.gate import swiglu, swiglu_backward
 from minilora.kernels.half import wide
 from minilora.kernels.linear import linear, linear_backward, product

@@ -14,14 +14,14 @@ from minilora import functional as F
 from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
 from minilora.kernels.blocks import BLOCK, row_blocks
-from minilora.kernels.half import NARROW, WIDE, in_float32, is_half
+from minilora.kernels.half import NARROW, WIDE, in_float32
 from minilora.kernels.linear import linear, product
 
 
 @in_float32(NARROW, NARROW)
 def lora_linear(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: float, mask: Array | None = None) -> tuple[Array, Array]:
     """As functional.lora_linear."""
-    if x.ndim == 2 and len(x) and _on_device(x, A, B, mask):
+    if x.ndim == 2 and len(x) and cuda.usable(x, real=(A, B)):
         F.check_lora(W, A, B)
         y, u = linear(x, W, b), product(_masked(x, mask), _as(x, A))
         return cuda.gemm(u, _as(x, B), y, s, 1), u
@@ -53,7 +53,7 @@ def lora_linear_backward(
     need: Collection[str] = ("dx", "dA", "dB"),
 ) -> tuple[Array, Array, Array]:
     """As functional.lora_linear_backward."""
-    if len(dy) and _on_device(dy, A, B, mask):
+    if len(dy) and cuda.usable(dy, real=(A, B)):
         return _backward_on_device(dy, x, u, W, A, B, s, mask, need)
     if get_xp(dy) is not np or mask is not None or len(dy) * sum(W.shape) < BLOCK:
         return F.lora_linear_backward(dy, x, u, W, A, B, s, mask, need)
@@ -66,11 +66,6 @@ def lora_linear_backward(
     if dx is not None:
         _add_product(dx, du, A.T)
     return dx, dA, dB
-
-
-def _on_device(x: Array, A: Array, B: Array, mask: Array | None) -> bool:
-    """A mask is for the pair, but in 16 bits."""
-    return cuda.usable(x, real=(A, B)) and (mask is None or is_half(x))
 
 
 def _backward_on_device(
@@ -96,7 +91,7 @@ def _as(x: Array, A: Array) -> Array:
 
 
 def _masked(x: Array, mask: Array | None) -> Array:
-    return x if mask is None else (x * mask).astype(x.dtype)
+    return x if mask is None else (x * mask).astype(x.dtype, copy=False)
 
 
 def _add_product(y: np.ndarray, u: np.ndarray, B: np.ndarray) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from minilora import kernels as K
@@ -22,9 +24,13 @@ class Dropout(Layer):
         self.p = p
         self.seed: tuple[int, ...] = (seed,)
         self.calls = 0
+        self.placed: Array | None = None  # the keys of the next calls, where they lie on a device (training/recorded.py)
 
-    def next_key(self) -> int:
+    def next_key(self) -> Any:
         """The key of the next mask."""
+        if self.placed is not None:
+            self.calls += 1
+            return self.placed[self.calls - 1]
         key = np.random.SeedSequence((*self.seed, self.calls)).generate_state(1, np.uint64)[0]
         self.calls += 1
         return int(key)

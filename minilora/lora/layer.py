@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from minilora import functional as F
 from minilora import kernels as K
-from minilora.backend import Array, Rng, backend_name, generator, get_xp, to_backend
+from minilora.backend import Array, Rng, backend_name, generator, to_backend
 from minilora.family import Start, start_of
 from minilora.family.adapted import Adapted, trained_dtype
 from minilora.layers.base import Parameter, Saved
@@ -99,8 +98,8 @@ class LoRALinear(Adapted, Linear):
             B.add_grad(dB)
         return dx
 
-    def _mask(self, like: Array, key: int | None) -> Array | None:
+    def _mask(self, like: Array, key: Any) -> Array | None:
         """The dropout mask (tokens of `like`, in), or None without dropout."""
         if key is None:
             return None
-        return F.dropout_mask((like.shape[0], self.in_features), self.dropout.p, key, get_xp(like), self.lora_A.data.dtype)
+        return K.dropout_mask((like.shape[0], self.in_features), self.dropout.p, key, self.lora_A.data)

@@ -69,11 +69,11 @@ def _module(xp: Any, file: str, dtype: Any, options: tuple[str, ...]) -> Any:
     return xp.RawModule(code=source_of(file), options=(*options_of(dtype.name), *options))
 
 
-def elementwise(file: str, name: str, n: int, *args: Any) -> None:
-    """Launch a kernel over n elements; the first argument tells dtype and backend, the last of the kernel is n."""
+def elementwise(file: str, name: str, n: int, *args: Any, like: Array | None = None) -> None:
+    """Launch a kernel over n elements, its last argument. like: an array of activations, if the first argument is none."""
     blocks = min(-(-n // THREADS), 8192)
     if n:
-        function(args[0], file, name)((blocks,), (THREADS,), (*args, np.int64(n)))
+        function(args[0] if like is None else like, file, name)((blocks,), (THREADS,), (*args, np.int64(n)))
 
 
 def rowwise(file: str, name: str, rows: int, width: int, *args: Any, like: Array | None = None) -> None:
