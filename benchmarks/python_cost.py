@@ -2,7 +2,8 @@
 
     python -m benchmarks.python_cost
 
-launches   counted by the tests' stand-in for CuPy, launch by launch and recorded (minilora/kernels/cuda/replay.py)
+launches   counted by the tests' stand-in for CuPy, launch by launch and recorded (minilora/kernels/cuda/replay.py); in bfloat16 attention
+           takes a launch forward and two backward (kernels/flash.py), as heads have 32 features there
 python     milliseconds a step, of twelve blocks of width 12 and 16 tokens, where arithmetic is next to nothing: on NumPy, which has the
            same Python and calls of its own in place of CuPy's; and of a recorded step, on the stand-in, with a graph that does nothing
 """
@@ -22,19 +23,24 @@ sys.path.insert(0, str(ROOT / "tests"))
 STEPS = 60
 
 
-def step_times(backend: str, record: bool, after: Any = lambda: None) -> list[float]:
-    """Seconds of each step; `after` is called once the first ten are done."""
+def step_times(backend: str, record: bool, after: Any = lambda: None, steps: int = STEPS, **changed: Any) -> list[float]:
+    """Seconds of each step; `after` is called once the first ten are done. changed: of the model's sizes, or its dtype."""
     import minilora as ml
+    from minilora.family.quantize import narrow_model
     from minilora.training.data import random_windows
     from minilora.training.loop import train
 
-    config = ml.GPT2Config(vocab_size=50, n_positions=16, n_embd=12, n_head=12, n_layer=12)
-    model = ml.GPT2(config, rng=0).to(backend)
+    dtype = changed.pop("dtype", None)
+    config = ml.GPT2Config(vocab_size=50, n_positions=16, n_head=12, n_layer=12, **{"n_embd": 12, **changed})
+    model = ml.GPT2(config, rng=0)
+    if dtype is not None:
+        narrow_model(model, dtype)
+    model.to(backend)
     ml.inject(model, ml.LoraConfig(r=8), rng=0)
     batches = random_windows(np.random.default_rng(0).integers(0, 50, 1000), 16, 1, np.random.default_rng(0))
     times = []
     begun = time.perf_counter()
-    for step in train(model, ml.AdamW(model.parameters(), 1e-3), batches, STEPS, lambda step: 1.0, check_every=1, record=record):
+    for step in train(model, ml.AdamW(model.parameters(), 1e-3), batches, steps, lambda step: 1.0, check_every=1, record=record):
         times.append(time.perf_counter() - begun)
         if step.step == 10:
             after()
@@ -52,6 +58,9 @@ def main() -> int:
         with standin.count() as counts:
             step_times("cupy", record, after=lambda counts=counts: setattr(counts, "launches", 0))
         told[f"launches{', recorded' * record}"] = round(counts.launches / (STEPS - 10), 1)
+    with standin.count() as counts:
+        step_times("cupy", False, lambda: setattr(counts, "launches", 0), 12, n_embd=384, dtype="bfloat16")
+    told["launches, bfloat16"] = round(counts.launches / 2, 1)
     nothing = lambda: setattr(Graph, "launch", lambda self, stream=None: None)  # noqa: E731
     told["python, recorded, ms"] = 1e3 * float(np.median(step_times("cupy", True, after=nothing)))
     print(json.dumps(told, indent=1))
