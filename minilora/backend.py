@@ -19,6 +19,7 @@ import numpy as np
 Array = Any  # a numpy.ndarray or a cupy.ndarray; the code below never asks which
 Rng = np.random.Generator | int | None  # what draws initial values: a generator, a seed, or the module's own generator
 BACKENDS = ("numpy", "cupy")
+_most_held = 0  # by CuPy's memory pools
 POOL_OWNERS: WeakSet[Any] = WeakSet()  # whoever has a memory pool besides CuPy's own, as .pool (kernels/cuda/replay.py)
 
 
@@ -85,7 +86,7 @@ def forget_constants() -> None:
     _kept.cache_clear()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _kept(content: bytes, dtype: np.dtype, shape: tuple[int, ...], xp: Any) -> Array:
     return xp.asarray(np.frombuffer(content, dtype).reshape(shape))
 
@@ -176,10 +177,12 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(backend: str = "numpy") -> int:
-    """Peak bytes: of this process (NumPy), or held by CuPy's memory pools, which do not shrink by themselves."""
+    """Peak bytes: of this process (NumPy), or held by CuPy's memory pools: those shrink only where this was asked before."""
     if backend == "cupy":
+        global _most_held
         pools = import_cupy().get_default_memory_pool(), *(owner.pool for owner in POOL_OWNERS)
-        return sum(int(pool.total_bytes()) for pool in pools)
+        _most_held = max(_most_held, sum(int(pool.total_bytes()) for pool in pools))
+        return _most_held
     try:
         import resource
     except ImportError:  # Windows has no resource module

@@ -48,6 +48,10 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "card" in metafunc.fixturenames:
+        names = [name for name in CHOICES[metafunc.config.getoption("backend")] if name != "numpy"]
+        skip = pytest.mark.skip(reason="of CuPy alone: --backend numpy leaves it out")
+        metafunc.parametrize("card", names or [pytest.param("", marks=skip)], indirect=True)
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", CHOICES[metafunc.config.getoption("backend")], indirect=True)
 
@@ -65,12 +69,16 @@ def standin_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The stand-in, as what `import cupy` gives during this test; for tests that count. Products go to its cuBLAS."""
     for name, module in standin.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    kept = blas.bindings, blas._handle_of
-    for function in kept:
-        function.cache_clear()
+    bindings = blas.bindings
+    bindings.cache_clear()
     yield standin.module
-    for function in kept:
-        function.cache_clear()
+    bindings.cache_clear()
+
+
+@pytest.fixture
+def card(request: pytest.FixtureRequest) -> ModuleType:
+    """cupy, or its stand-in: for tests of what only a card does."""
+    return request.getfixturevalue("standin_cupy") if request.param == "standin" else import_cupy()
 
 
 @pytest.fixture

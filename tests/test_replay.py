@@ -7,7 +7,7 @@ import pytest
 import standin
 
 import minilora as ml
-from minilora.backend import forget_constants, peak_memory
+from minilora.backend import POOL_OWNERS, forget_constants, peak_memory
 from minilora.kernels import cuda
 from minilora.kernels.cuda import blas
 from minilora.kernels.cuda.replay import AFTER, Replay
@@ -41,7 +41,7 @@ def losses(config, record, steps=9, dropout=0.0, batches=None, recompute=False, 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["GPT-2", "Llama"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_recorded_run_is_the_same_run_to_the_bit(config, accumulate, standin_cupy):
+def test_a_recorded_run_is_the_same_run(config, accumulate, card):
     """Other data, another rate and another bias correction in every step; of some rows no label."""
 
     def batches():
@@ -51,8 +51,9 @@ def test_a_recorded_run_is_the_same_run_to_the_bit(config, accumulate, standin_c
             yield batch
 
     plain, recorded = (losses(config, record, batches=batches(), accumulate=accumulate) for record in (False, True))
-    assert plain[0] == recorded[0]
-    np.testing.assert_array_equal(plain[1], recorded[1])
+    rtol = 0 if card is standin.module else 1e-4  # to the bit, but that a card's products may take another way while recorded
+    np.testing.assert_allclose(plain[0], recorded[0], rtol=rtol)
+    np.testing.assert_allclose(plain[1], recorded[1], rtol=rtol, atol=rtol)
 
 
 def test_what_a_recorded_step_asks_of_the_device(standin_cupy):
@@ -68,7 +69,7 @@ def test_what_a_recorded_step_asks_of_the_device(standin_cupy):
 
     few, more = counted(9), counted(19)
     assert more.syncs - few.syncs == 20  # the losses and norms of ten steps
-    assert (more.launches - few.launches) / 10 <= 4  # the graph, a copy of the loss and of the norm, AdamW
+    assert (more.launches - few.launches) / 10 <= 6  # ids and labels to their places, the graph, copies of loss and norm, AdamW
     assert (more.to_device - few.to_device) / 10 == 2  # ids and labels
 
 
@@ -141,14 +142,54 @@ def test_work_that_must_not_be_recorded_is_found_out(wrong, standin_cupy):
     assert replay.recorded is None
 
 
-def test_memory_of_a_recording_is_counted(standin_cupy):
+def test_memory_of_a_recording_is_counted_and_freed(standin_cupy, monkeypatch):
+    monkeypatch.setattr("minilora.backend._most_held", 0)
     replay = Replay()
     before = peak_memory("cupy")
     for _ in range(AFTER):
         replay(0, lambda x: (x + 1,), [np.ones(3)])
     assert peak_memory("cupy") - before == standin.POOL_BYTES
-    del replay
-    assert peak_memory("cupy") == before
+    pool = replay.recorded[1].pool
+    for _ in range(AFTER):  # another recording takes its place
+        replay(1, lambda x: (x + 2,), [np.ones(4)])
+    assert pool.freed
+    assert peak_memory("cupy") - before == standin.POOL_BYTES
+    pool = replay.recorded[1].pool
+    replay.close()
+    assert pool.freed
+    assert not POOL_OWNERS
+    assert peak_memory("cupy") - before == standin.POOL_BYTES  # a peak
+
+
+def test_a_run_frees_its_recording(standin_cupy, monkeypatch):
+    """However it ends."""
+    made = []
+    monkeypatch.setattr(standin_cupy.cuda, "MemoryPool", lambda pool=standin_cupy.cuda.MemoryPool: made.append(pool()) or made[-1])
+    losses(GPT2, True)
+    model = model_of(GPT2)
+    run = train(
+        model, ml.AdamW(model.parameters(), 1e-2), random_windows(TEXT, 8, 3, np.random.default_rng(2)), 9, lambda step: 1.0, check_every=1
+    )
+    for _ in range(AFTER + 1):
+        next(run)
+    run.close()
+    assert [pool.freed for pool in made] == [True, True]
+
+
+def test_where_memory_runs_out_the_recording_makes_room(standin_cupy):
+    replay = Replay()
+    for _ in range(AFTER):
+        replay(0, lambda x: (x + 1,), [np.ones(3)])
+
+    def hungry(x):
+        if POOL_OWNERS:
+            raise MemoryError("out of memory")
+        return (x + 3,)
+
+    (y,) = replay("another shape", hungry, [np.ones(4)])
+    assert y.get().tolist() == [4] * 4
+    with pytest.raises(MemoryError):
+        replay("a third", lambda x: (_ for _ in ()).throw(MemoryError()), [np.ones(5)])
 
 
 def test_the_toy_benchmark_takes_the_same_steps(standin_cupy, tmp_path):

@@ -226,7 +226,7 @@ def _groups(offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | None,
     return _grouped(bounds.tobytes(), None if rows is None else np.asarray(rows, dtype=np.int64).tobytes(), causal, n_head, xp)
 
 
-@lru_cache(maxsize=16)  # every layer of a step asks for the same
+@lru_cache(maxsize=256)  # every layer of a step asks for the same
 def _grouped(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, n_head: int, xp: Any) -> list[Group]:
     """The groups, from the longest sequences to the shortest."""
     bounds = np.frombuffer(bounds_bytes, dtype=np.int64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +41,15 @@ class Tiles(NamedTuple):
 def fits(q: Array, k: Array, v: Array, n_head: int) -> bool:
     """Is there a kernel for these?"""
     kind = q.dtype.itemsize == 2 or (q.dtype == np.float32 and tf32())
-    return kind and cuda.usable(q, k, v) and q.shape[1] // n_head in HEADS and all(_aligned(x) for x in (q, k, v))
+    if not kind or not cuda.usable(q, k, v) or not _has_the_instructions(get_xp(q)):
+        return False
+    return q.shape[1] // n_head in HEADS and all(_aligned(x) for x in (q, k, v))
+
+
+@cache
+def _has_the_instructions(xp: Any) -> bool:
+    """From compute capability 8.0 on, Ampere's."""
+    return int(xp.cuda.Device().compute_capability) >= 80
 
 
 def _aligned(x: Array) -> bool:
@@ -103,7 +111,7 @@ def _launch(name: str, blocks: int, sizes: tuple[int, int], straight: int, turne
     """With room in shared memory for so many tiles that lie row by row, and column by column; see flash.cu for their sizes."""
     d, itemsize = sizes
     loop = min(64, 8192 // (d * itemsize))
-    words = straight * loop * (d * itemsize // 4 + 4) + turned * d * (loop * itemsize // 4 + 4)
+    words = straight * loop * (d * itemsize // 4 + 4) + turned * d * (loop * itemsize // 4 + 4) + 3 * loop
     if blocks:
         cuda.function(like, "flash", name, f"-DD={d}")((blocks,), (_THREADS,), args, shared_mem=4 * words)
 
@@ -113,7 +121,7 @@ def _tiles_of(offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | Non
     return _tiles(bounds.tobytes(), None if rows is None else np.asarray(rows, dtype=np.int64).tobytes(), causal, xp)
 
 
-@lru_cache(maxsize=16)  # every layer of a step asks for the same
+@lru_cache(maxsize=256)  # every layer of a step asks for the same
 def _tiles(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, xp: Any) -> Tiles:
     bounds = np.frombuffer(bounds_bytes, dtype=np.int64)
     rows = np.arange(bounds[-1]) if rows_bytes is None else np.frombuffer(rows_bytes, dtype=np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -77,8 +78,7 @@ def train(
     check_every = 1 if scaling is not None else check_every or (1 if get_xp(flat.data) is np else 10)
     good = None if check_every == 1 else flat.data.copy()
     pending: list[tuple[Any, Any, float, int]] = []  # (loss, gradient norm, lr, tokens), still where they were computed
-    with Replicas(model, flat, threads, prefix) as replicas:
-        gradients = Gradients(replicas, clip, record)
+    with Replicas(model, flat, threads, prefix) as replicas, closing(Gradients(replicas, clip, record)) as gradients:
         begun = time.perf_counter()
         for step in range(1, steps + 1):
             micro = list(islice(batches, accumulate))

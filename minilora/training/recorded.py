@@ -27,6 +27,7 @@ class Gradients:
     def __init__(self, replicas: Replicas, clip: float, record: bool = True) -> None:
         self.replicas, self.clip = replicas, clip
         model, on_host = replicas.models[0], get_xp(replicas.flat.data) is np
+        self.prefixed: bool | None = None  # is there something that frozen blocks give? asked once
         self.dropouts = [layer for _, layer in model.modules() if isinstance(layer, Dropout) and layer.p > 0]
         able = not on_host and cuda.ENABLED and blas.bindings() is not None
         self.replay = Replay() if record and able and hasattr(model, "config") else None
@@ -35,7 +36,9 @@ class Gradients:
         if self.replay is not None and not any(b.per_sequence for b in micro_batches):
             shards, count = self.replicas.shards(micro_batches)
             shards = [shard for shard in shards if shard.labelled]
-            if not any(self.replicas.kept(shard) for shard in shards):
+            if self.prefixed is None:
+                self.prefixed = self.replicas.kept(shards[0])
+            if not self.prefixed:
                 return self._recorded(self.replay, shards, count, seed, scale)
         loss = self.replicas.gradients(micro_batches, seed, scale)
         return loss, clip_grad_norm(self.replicas.flat, self.clip, scale)
@@ -73,3 +76,8 @@ class Gradients:
         loss, norm = replay(key, work, arrays)
         flat.claim()
         return loss, norm
+
+    def close(self) -> None:
+        """Free the recording, if there is one."""
+        if self.replay is not None:
+            self.replay.close()

@@ -133,9 +133,13 @@ class MemoryPool:
     """A pool of its own; `malloc` is only named."""
 
     malloc = None
+    freed = False
 
     def total_bytes(self) -> int:
-        return POOL_BYTES
+        return 0 if self.freed else POOL_BYTES
+
+    def free_all_blocks(self) -> None:
+        self.freed = True
 
 
 def _make_module() -> CuPy:
@@ -157,6 +161,7 @@ def _make_module() -> CuPy:
     cupy.get_default_memory_pool = lambda: pool
     runtime = space(getDeviceCount=lambda: 1, getDevice=lambda: 0)
     cupy.cuda = space(runtime=runtime, get_current_stream=recording.current, Stream=recording.Stream, is_available=lambda: True)
+    cupy.cuda.Device = lambda: space(compute_capability="90")
     cupy.cuda.MemoryPool, cupy.cuda.using_allocator = MemoryPool, lambda allocator: contextlib.nullcontext()
     return cupy
 

@@ -12,31 +12,31 @@ import ml_dtypes
 import numpy as np
 
 from standin.counting import note
-from standin.recording import perform
+from standin.recording import current, perform
 
 _TYPES = {0: np.dtype("float32"), 1: np.dtype("float64"), 2: np.dtype("float16"), 14: np.dtype(ml_dtypes.bfloat16)}
 _SUMS = {68: "float32", 77: "float32", 70: "float64"}
-_HANDLE = 1234
-_state = {"stream": None, "workspace": None}
+_states: dict[int, dict[str, int | None]] = {}  # of each handle: its stream and its workspace
 
 
 def create() -> int:
-    _state.update(stream=None, workspace=None)
-    return _HANDLE
+    handle = 1234 + len(_states)
+    _states[handle] = {"stream": None, "workspace": None}
+    return handle
 
 
 def destroy(handle: int) -> None:
-    assert handle == _HANDLE
+    _states[handle] = {}
 
 
 def set_stream(handle: int, stream: int) -> None:
-    _state.update(stream=stream, workspace=None)
+    _states[handle] = {"stream": stream, "workspace": None}
 
 
 def set_workspace(handle: int, workspace: int, size: int) -> None:
     if not workspace or workspace % 16 or size <= 0:
         raise ValueError(f"cublasSetWorkspace: {size} bytes at {workspace} are not a workspace.")
-    _state["workspace"] = workspace
+    _states[handle]["workspace"] = workspace
 
 
 def gemm_ex(handle, turn_a, turn_b, m, n, k, alpha, a, a_type, a_lead, b, b_type, b_lead, beta, c, c_type, c_lead, compute, algorithm):  # type: ignore[no-untyped-def]
@@ -53,8 +53,9 @@ def gemm_strided_batched_ex(  # type: ignore[no-untyped-def]
     """C_i = alpha op(A_i) op(B_i) + beta C_i, column by column; op turns where the flag is 1."""
     types = _TYPES[a_type], _TYPES[b_type], _TYPES[c_type]
     fits = types[0] == types[1] and (types[2] == types[0] or (types[0].itemsize == 2 and types[2] == np.float32))
-    if handle != _HANDLE or _state["workspace"] is None or algorithm != -1:
-        raise RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED: no handle, no stream or no workspace.")
+    state = _states.get(handle, {})
+    if state.get("workspace") is None or state["stream"] != current().ptr or algorithm != -1:
+        raise RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED: no handle, no workspace, or another stream than the current one.")
     if not fits or (_SUMS[compute] == "float64") != (types[0] == np.float64) or min(m, n, k, count) <= 0:
         raise RuntimeError(f"CUBLAS_STATUS_NOT_SUPPORTED: {types}, sums in {_SUMS[compute]}, {m} x {n} x {k}, {count} times.")
     if a_lead < (k if turn_a else m) or b_lead < (n if turn_b else k) or c_lead < m or (count > 1 and not c_step):

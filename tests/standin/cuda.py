@@ -26,7 +26,7 @@ from standin.recording import perform, refuse_product
 
 COMPILER = shutil.which("g++")
 THREADS = 1
-_SHARED = 2**16  # bytes
+_SHARED = 48 * 1024  # bytes
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\((\d+)\) )?(\w+)\(([^)]*)\)')
 _SCALARS = {"int": (np.int32, ctypes.c_int32), "long long": (np.int64, ctypes.c_int64), "unsigned long long": (np.uint64, ctypes.c_uint64)}
 _REALS = {"float": (np.float32, ctypes.c_float), "double": (np.float64, ctypes.c_double)}
@@ -69,6 +69,8 @@ class RawModule:
                 raise ValueError(f"{name}: a grid of {grid} blocks of {block} threads cannot be launched, or not be summed over.")
             if self.uses_shared and shared_mem < block[0] * np.dtype(_REALS[self.types["REAL"]][0]).itemsize:
                 raise ValueError(f"{name}: {shared_mem} bytes of shared memory are too few for {block[0]} threads.")
+            if shared_mem > _SHARED:
+                raise ValueError(f"{name}: {shared_mem} bytes of shared memory are more than a launch has without asking for them.")
             if self.threads.get(name, block[0]) != block[0]:
                 raise ValueError(f"{name} is made for blocks of {self.threads[name]} threads, not of {block[0]}.")
             note(launches=1)

@@ -17,8 +17,12 @@ struct bfloat16 {
         return whole.value;
     }
     __device__ void operator=(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
         union { float value; unsigned int bits; } whole = {value};
         bits = value == value ? (unsigned short)((whole.bits + 0x7fffu + ((whole.bits >> 16) & 1)) >> 16) : (unsigned short)0x7fc0;
+#endif
     }
 };
 

@@ -44,14 +44,32 @@ template <class T> struct Core {
 #endif
 
 // The word of one number, or of two.
-__device__ unsigned word(float x, float y) {
-    union { ACT numbers[IN_WORD]; unsigned bits; } packed;
-    packed.numbers[0] = x;
-    if (IN_WORD == 2) packed.numbers[IN_WORD - 1] = y;
+template <class T> struct Words;
 #ifdef __CUDACC__
-    if (IN_WORD == 1) asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(packed.bits) : "f"(x));  // else it would be cut off, not rounded
+template <> struct Words<bfloat16> {
+    static __device__ void pack(unsigned& bits, float x, float y) { asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(y), "f"(x)); }
+};
+template <> struct Words<float16> {
+    static __device__ void pack(unsigned& bits, float x, float y) { asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(y), "f"(x)); }
+};
+template <> struct Words<float> {  // else it would be cut off, not rounded
+    static __device__ void pack(unsigned& bits, float x, float) { asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x)); }
+};
+#else
+template <class T> struct Words {
+    static void pack(unsigned& bits, float x, float y) {
+        union { T numbers[IN_WORD]; unsigned bits; } packed;
+        packed.numbers[0] = x;
+        if (IN_WORD == 2) packed.numbers[IN_WORD - 1] = y;
+        bits = packed.bits;
+    }
+};
 #endif
-    return packed.bits;
+
+__device__ unsigned word(float x, float y) {
+    unsigned bits;
+    Words<ACT>::pack(bits, x, y);
+    return bits;
 }
 
 __device__ unsigned rounded(unsigned bits) {  // a word from memory, for the tensor cores
@@ -65,8 +83,7 @@ __device__ void load(unsigned* tile, const ACT* rows, long long step, int count)
         const int row = i / (WORDS / 4), part = i % (WORDS / 4) * 4;
         uint4 four = {0, 0, 0, 0};
         if (row < count) four = *(const uint4*)((const unsigned*)(rows + row * step) + part);
-        unsigned* to = tile + row * WIDTH + part;
-        to[0] = rounded(four.x), to[1] = rounded(four.y), to[2] = rounded(four.z), to[3] = rounded(four.w);
+        *(uint4*)(tile + row * WIDTH + part) = {rounded(four.x), rounded(four.y), rounded(four.z), rounded(four.w)};
     }
 }
 
@@ -260,6 +277,8 @@ extern "C" __global__ void __launch_bounds__(128) flash_dkv(
     float scale, int heads, int group, long long q_step, long long k_step, long long v_step, ACT* dk, ACT* dv) {
     extern __shared__ unsigned shared[];
     unsigned *queries = shared, *dos = queries + LOOP * WIDTH, *queries_turned = dos + LOOP * WIDTH, *dos_turned = queries_turned + D * TURNED;
+    float *log_sums = (float*)(dos_turned + D * TURNED), *deltas = log_sums + LOOP;
+    int* limits = (int*)(deltas + LOOP);
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = threadIdx.x / 32 * 16 + g, shared_head = blockIdx.x % (heads / group);
     const Tile tile = ((const Tile*)tiles)[blockIdx.x / (heads / group)];
     const long long o_step = (long long)heads * D, kv_step = (long long)(heads / group) * D;
@@ -277,6 +296,12 @@ extern "C" __global__ void __launch_bounds__(128) flash_dkv(
             load(dos, d_o + first * o_step + head * D, o_step, count);
             load_turned(queries_turned, q + first * q_step + head * D, q_step, count);
             load_turned(dos_turned, d_o + first * o_step + head * D, o_step, count);
+            for (int i = threadIdx.x; i < LOOP; i += 128) {
+                const bool there = i < count;
+                limits[i] = there ? limit[first + i] : -1;
+                log_sums[i] = there ? log_sum[(first + i) * heads + head] : 0;
+                deltas[i] = there ? delta[(first + i) * heads + head] : 0;
+            }
             __syncthreads();
             float s[LOOP / 8][4] = {}, dp[LOOP / 8][4] = {};
             times_rows(s, a, queries, g, t);
@@ -286,10 +311,9 @@ extern "C" __global__ void __launch_bounds__(128) flash_dkv(
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int query = 8 * n + 2 * t + i % 2;
-                    const long long place = (first + query) * heads + head;
-                    const bool there = query < count && tile.offset + row + i / 2 * 8 <= limit[first + query];
-                    s[n][i] = there ? exp2f(s[n][i] * (scale * LOG2E) - log_sum[place]) : 0;
-                    dp[n][i] = there ? s[n][i] * (dp[n][i] - delta[place]) : 0;
+                    const bool there = tile.offset + row + i / 2 * 8 <= limits[query];
+                    s[n][i] = there ? exp2f(s[n][i] * (scale * LOG2E) - log_sums[query]) : 0;
+                    dp[n][i] = there ? s[n][i] * (dp[n][i] - deltas[query]) : 0;
                 }
             times_turned(c_v, s, dos_turned, g, t);
             times_turned(c, dp, queries_turned, g, t);

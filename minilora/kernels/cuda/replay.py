@@ -15,6 +15,7 @@ import contextlib
 import gc
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,13 +48,26 @@ class Replay:
             return self.recorded[1].launch(arrays)
         self.last, self.times = key, self.times + 1 if self.last == key else 1
         if self.refused is None and self.times >= AFTER:
-            self.recorded = None  # and its memory, before the next one takes its own
+            self.close()  # before the next one takes memory of its own
             return self._record(key, work, arrays)
+        try:
+            return _as_it_is(work, arrays)
+        except MemoryError:
+            if self.recorded is None:
+                raise
+        self.close()
+        self.refused = "out of memory"  # without a recording there may be room
         return _as_it_is(work, arrays)
 
+    def close(self) -> None:
+        """Let go of the recording and its memory, which nothing else would free."""
+        if self.recorded is not None:
+            self.recorded[1].close()
+            self.recorded = None
+
     def _record(self, key: Hashable, work: Work, arrays: Sequence[Array]) -> tuple[Array, ...]:
+        recording = _Recording()
         try:
-            recording = _Recording()
             given = recording.rehearse(work, arrays)
             recording.record(work)
             again = recording.launch(arrays)
@@ -66,7 +80,7 @@ class Replay:
         except Exception as error:  # CuPy's errors have no common class, and none of them may cost the run
             self.refused = " ".join(str(error).split())
             warnings.warn(f"steps run one launch after the other, as this one could not be recorded: {self.refused}", stacklevel=2)
-        del recording  # and its memory
+        recording.close()
         return _as_it_is(work, arrays)
 
 
@@ -76,6 +90,11 @@ def _as_it_is(work: Work, arrays: Sequence[Array]) -> tuple[Array, ...]:
 
 
 class _Recording:
+    """CuPy frees nothing of a memory pool that is gone: whoever makes one of these has to close it."""
+
+    graph: Any = None
+    outputs: tuple[Array, ...] = ()
+
     def __init__(self) -> None:
         self.cupy = import_cupy()
         backend.POOL_OWNERS.add(self)
@@ -85,9 +104,9 @@ class _Recording:
 
     def rehearse(self, work: Work, arrays: Sequence[Array]) -> tuple[Array, ...]:
         """The work as it is, where it will be recorded: kernels are compiled, and constants are put where the recording finds them."""
+        backend.peak_memory("cupy")  # which is to know of what is freed now
         self.cupy.get_default_memory_pool().free_all_blocks()
-        backend.forget_constants()  # one from elsewhere might be freed before the recording is
-        forget_groups()
+        _forget()  # a constant from elsewhere might be freed before the recording is
         self.cupy.cuda.get_current_stream().synchronize()
         with self.cupy.cuda.using_allocator(self.pool.malloc), self.stream:
             self.inputs = [self.cupy.asarray(x).copy() for x in arrays]
@@ -114,8 +133,21 @@ class _Recording:
         """On the current stream. The results are copies: the next launch writes to the same places."""
         for place, x in zip(self.inputs, arrays, strict=True):
             if isinstance(x, np.ndarray):
-                place.set(x)
-            else:
-                place[...] = x
+                x = self.cupy.asarray(x)  # through pinned memory: copied straight to its place it might wait for the device
+            place[...] = x
         self.graph.launch()
         return tuple(x.copy() for x in self.outputs)
+
+    def close(self) -> None:
+        """Free what it holds. Constants that were put into its pool go first, as they would hold on to it."""
+        self.cupy.cuda.get_current_stream().synchronize()
+        backend.peak_memory("cupy")
+        self.graph, self.outputs, self.inputs = None, (), []
+        _forget()
+        self.pool.free_all_blocks()
+        backend.POOL_OWNERS.discard(self)
+
+
+def _forget() -> None:
+    backend.forget_constants()
+    forget_groups()

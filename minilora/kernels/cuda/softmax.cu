@@ -40,7 +40,7 @@ extern "C" __global__ void softmax_backward(REAL* dS, const ACT* E, const REAL* 
 }
 
 // A block of `n` columns of the logits z, in place: e = exp(z - m) with m the largest so far, this block included; what was summed
-// before is to be shrunk by exp(m_before - m), and `total` is. (The online softmax, arXiv 1805.02867.) With `out`, of 16 bits, e is there too.
+// before is to be shrunk by exp(m_before - m), and `total` is. (The online softmax, arXiv 1805.02867.) With `out`, of 16 bits, e goes there instead.
 extern "C" __global__ void online_exp(REAL* z, int n, REAL* m, REAL* total, REAL* shrink, ACT* out) {
     extern __shared__ REAL shared[];
     const long long row = (long long)blockIdx.x * n;
@@ -50,9 +50,10 @@ extern "C" __global__ void online_exp(REAL* z, int n, REAL* m, REAL* total, REAL
     largest = block_max(largest, shared);
     REAL sum = 0;
     for (int j = threadIdx.x; j < n; j += blockDim.x) {
-        z[row + j] = exp(z[row + j] - largest);
-        sum += z[row + j];
-        if (out) out[row + j] = z[row + j];
+        const REAL e = exp(z[row + j] - largest);
+        sum += e;
+        if (out) out[row + j] = e;
+        else z[row + j] = e;
     }
     sum = block_sum(sum, shared);
     if (threadIdx.x == 0) {
