@@ -70,8 +70,8 @@ class Gradients:
         rows = [None if label.rows is None else label.rows.tobytes() for label in labelled]
         key = count, scale, tuple(shard.offsets.tobytes() for shard in shards), tuple(rows)
         arrays = [x for shard, label in zip(shards, labelled, strict=True) for x in (shard.ids, label.targets)]
-        reseed(model, *seed, 0)
         if self.dropouts:  # a forward pass calls each once
+            reseed(model, *seed, 0)
             arrays.append(np.array([[dropout.next_key() for _ in shards] for dropout in self.dropouts], dtype=np.uint64))
         loss, norm = replay(key, work, arrays)
         flat.claim()
