@@ -72,9 +72,7 @@ def _on_device(x: Array, W: Array, labels: Array, N: int, need: Collection[str])
     xp, T, V = get_xp(x), x.shape[0], W.shape[1]
     real, half, width = cuda.real_of(x), is_half(x), min(V, max(256, _LOGITS_ON_DEVICE // T))
     if width > 256:
-        width -= (
-            width % 8
-        )  # so that rows of logits begin at multiples of 16 bytes; the last few are a block of their own
+        width -= width % 8  # so that rows of logits begin at multiples of 16 bytes; the last few are a block of their own
     m, total, shrink = xp.full((T, 1), -np.inf, dtype=real), xp.zeros((T, 1), dtype=real), xp.empty((T, 1), dtype=real)
     dx = xp.zeros(x.shape, dtype=real) if "dx" in need else None
     for first in range(0, V, width):
