@@ -1,6 +1,7 @@
 """Everything there is to measure on a GPU, in one go, into benchmarks/results/gpu.json with the name of the device.
 
     python -m benchmarks.gpu [--only suite curves dense-bf16 ...] [--rounds 5] [--no-compile]
+    python -m benchmarks.gpu --standin
 
 suite      the whole test suite with --backend cupy
 curves     the main job on NumPy and on CuPy: losses of 200 steps, and the held-out loss with weights and activations in bfloat16
@@ -137,7 +138,7 @@ def suite() -> dict[str, Any]:
     return {"exit_code": done.returncode, "seconds": time.perf_counter() - begun, "end": done.stdout.splitlines()[-30:]}
 
 
-def curves(steps: int = 200) -> dict[str, Any]:
+def curves(steps: int = 200, bfloat16_on: str = "cupy") -> dict[str, Any]:
     """Goals: losses 1e-4 apart, and the held-out loss with bfloat16 within 1 %."""
     from minilora.training.finetune import finetune
     from minilora.training.recipe import Recipe
@@ -145,12 +146,21 @@ def curves(steps: int = 200) -> dict[str, Any]:
     ends, losses = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, fields in {"numpy": {}, "cupy": {}, "bfloat16": {"dtype": "bfloat16"}}.items():
-            backend = "numpy" if name == "numpy" else "cupy"
+            backend = {"numpy": "numpy", "cupy": "cupy", "bfloat16": bfloat16_on}[name]
             recipe = Recipe(backend=backend, steps=steps, sample_bytes=0, **fields)
             ends[name] = finetune(recipe, Path(folder) / name, say=lambda line: None)["after"]["loss"]
             losses[name] = [json.loads(line)["loss"] for line in (Path(folder) / name / "metrics.jsonl").read_text().splitlines()]
     apart = float(np.abs(np.array(losses["numpy"]) - losses["cupy"]).max())
     return {"losses_apart": apart, "held_out": ends, "bfloat16_beyond_float32": ends["bfloat16"] / ends["cupy"] - 1}
+
+
+def curves_on_the_stand_in(steps: int = 200) -> dict[str, Any]:
+    """Without a card: CuPy's code and kernels on the tests' stand-in; bfloat16 on NumPy, as tensor cores are slow to play."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import standin
+
+    sys.modules |= standin.modules
+    return curves(steps, bfloat16_on="numpy")
 
 
 def launches(steps: int = 40) -> dict[str, Any]:
@@ -204,11 +214,15 @@ def main() -> int:
     args = options(
         __doc__,
         **{
+            "standin": {"action": "store_true", "help": "the curves alone, without a card, on the tests' stand-in for CuPy"},
             "only": {"nargs": "+", "choices": names, "default": names, "help": "which"},
             "no-compile": {"action": "store_true", "help": "leave out torch.compile"},
             "out": {"type": Path, "default": ROOT / "benchmarks" / "results" / "gpu.json", "help": "the file to write"},
         },
     )
+    if args.standin:
+        print(json.dumps(curves_on_the_stand_in(), indent=1))
+        return 0
     try:
         cupy = import_cupy()
     except (ImportError, RuntimeError) as error:
