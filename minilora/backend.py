@@ -10,15 +10,18 @@ Two rules keep the rest of the code free of the question "CPU or GPU?":
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import numpy as np
 
 Array = Any  # a numpy.ndarray or a cupy.ndarray; the code below never asks which
 Rng = np.random.Generator | int | None  # what draws initial values: a generator, a seed, or the module's own generator
+Made = TypeVar("Made", bound=Callable[..., Any])
 BACKENDS = ("numpy", "cupy")
+_caches: list[Any] = []
 _most_held = 0  # by CuPy's memory pools
 POOL_OWNERS: WeakSet[Any] = WeakSet()  # whoever has a memory pool besides CuPy's own, as .pool (kernels/cuda/replay.py)
 
@@ -81,12 +84,19 @@ def constant(x: np.ndarray, like: Array) -> Array:
     return x if get_xp(like) is np else _kept(x.tobytes(), x.dtype, x.shape, get_xp(like))
 
 
+def kept_on_device(make: Made) -> Made:
+    """functools.lru_cache, for what makes arrays on a device that every layer of a step asks for."""
+    _caches.append(lru_cache(maxsize=256)(make))
+    return _caches[-1]
+
+
 def forget_constants() -> None:
-    """Let go of what `constant` keeps."""
-    _kept.cache_clear()
+    """Let go of all that is kept so: a recorded step needs what it reads in memory of its own (kernels/cuda/replay.py)."""
+    for cache in _caches:
+        cache.cache_clear()
 
 
-@lru_cache(maxsize=256)
+@kept_on_device
 def _kept(content: bytes, dtype: np.dtype, shape: tuple[int, ...], xp: Any) -> Array:
     return xp.asarray(np.frombuffer(content, dtype).reshape(shape))
 

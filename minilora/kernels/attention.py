@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minilora import functional as F
-from minilora.backend import Array, get_xp
+from minilora.backend import Array, get_xp, kept_on_device
 from minilora.kernels import cuda, flash
 from minilora.kernels.half import NARROW, WIDE, in_float32, is_half
 from minilora.kernels.linear import product
@@ -226,7 +225,7 @@ def _groups(offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | None,
     return _grouped(bounds.tobytes(), None if rows is None else np.asarray(rows, dtype=np.int64).tobytes(), causal, n_head, xp)
 
 
-@lru_cache(maxsize=256)  # every layer of a step asks for the same
+@kept_on_device
 def _grouped(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, n_head: int, xp: Any) -> list[Group]:
     """The groups, from the longest sequences to the shortest."""
     bounds = np.frombuffer(bounds_bytes, dtype=np.int64)
@@ -248,12 +247,6 @@ def _grouped(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, n_head
         seen = limit if xp is np else xp.asarray(limit.astype(np.int32))
         groups.append(Group(_places(*_rows_of(bounds, members), xp), _places(queries, query_there, xp), limit, seen))
     return groups
-
-
-def forget_groups() -> None:
-    """Let go of the index arrays that are kept for the last batches."""
-    _grouped.cache_clear()
-    flash.forget_tiles()
 
 
 def _rows_of(bounds: np.ndarray, members: list[int]) -> tuple[np.ndarray, np.ndarray | None]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora.backend import Array, get_xp
+from minilora.backend import Array, get_xp, kept_on_device
 from minilora.kernels import cuda
 from minilora.kernels.cuda.blas import tf32
 
@@ -121,7 +121,7 @@ def _tiles_of(offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | Non
     return _tiles(bounds.tobytes(), None if rows is None else np.asarray(rows, dtype=np.int64).tobytes(), causal, xp)
 
 
-@lru_cache(maxsize=256)  # every layer of a step asks for the same
+@kept_on_device
 def _tiles(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, xp: Any) -> Tiles:
     bounds = np.frombuffer(bounds_bytes, dtype=np.int64)
     rows = np.arange(bounds[-1]) if rows_bytes is None else np.frombuffer(rows_bytes, dtype=np.int64)
@@ -137,8 +137,3 @@ def _tiles(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, xp: Any)
             keys.append((a, min(ROWS, k_end - a), a - k, first, q_end - first))
     tiles = [np.array(sorted(x, key=lambda tile: -tile[4]), dtype=np.int32).reshape(-1, 5) for x in (queries, keys)]  # the longest first
     return Tiles(*(xp.asarray(x) for x in (*tiles, limit.astype(np.int32))))
-
-
-def forget_tiles() -> None:
-    """Let go of what is kept for the last batches."""
-    _tiles.cache_clear()

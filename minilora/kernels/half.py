@@ -26,8 +26,8 @@ def is_half(x: Any) -> bool:
     return dtype is not None and dtype.itemsize == 2 and dtype.kind in "fV"
 
 
-def wide(x: Array) -> Array:
-    """x in float32 where it has 16 bits, else x itself."""
+def wide(x: Any) -> Any:
+    """x in float32 where it has 16 bits, else x itself, whatever it is."""
     return x.astype(np.float32) if is_half(x) else x
 
 

@@ -21,7 +21,7 @@ def linear_backward(
     """As functional.linear_backward. dx is of x's dtype where x was saved, else of dy's; dW and db are never of 16 bits."""
     if is_half(W) or not (is_half(dy) or is_half(x)):
         return _linear_backward(dy, x, W, need)
-    dx, dW, db = _linear_backward(wide(dy), x if x is None else wide(x), W, need)
+    dx, dW, db = _linear_backward(wide(dy), wide(x), W, need)
     return dx if x is None or dx is None else dx.astype(x.dtype, copy=False), dW, db
 
 

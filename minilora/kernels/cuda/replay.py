@@ -21,7 +21,6 @@ import numpy as np
 
 from minilora import backend
 from minilora.backend import Array, import_cupy, to_numpy
-from minilora.kernels.attention import forget_groups
 
 Work = Callable[..., tuple[Array, ...]]
 AFTER = 3  # times in a row that work has to come with the same key and shapes
@@ -106,7 +105,7 @@ class _Recording:
         """The work as it is, where it will be recorded: kernels are compiled, and constants are put where the recording finds them."""
         backend.peak_memory("cupy")  # which is to know of what is freed now
         self.cupy.get_default_memory_pool().free_all_blocks()
-        _forget()  # a constant from elsewhere might be freed before the recording is
+        backend.forget_constants()  # one from elsewhere might be freed before the recording is
         self.cupy.cuda.get_current_stream().synchronize()
         with self.cupy.cuda.using_allocator(self.pool.malloc), self.stream:
             self.inputs = [self.cupy.asarray(x).copy() for x in arrays]
@@ -143,11 +142,6 @@ class _Recording:
         self.cupy.cuda.get_current_stream().synchronize()
         backend.peak_memory("cupy")
         self.graph, self.outputs, self.inputs = None, (), []
-        _forget()
+        backend.forget_constants()
         self.pool.free_all_blocks()
         backend.POOL_OWNERS.discard(self)
-
-
-def _forget() -> None:
-    backend.forget_constants()
-    forget_groups()
