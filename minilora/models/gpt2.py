@@ -189,6 +189,7 @@ class GPT2(Layer):
         """The sum over labelled rows of -log p(labels_t | what precedes), divided by `count` (default: their number).
 
         ids (T,); labels (T,) on the host: labels[t] is the token that row t has to predict (shifted already), or -100.
+        Or F.Labelled: the rows that have one, and their labels, which may be on a device.
         The last block, the head and the softmax run on labelled rows only, the latter two in blocks of the vocabulary. With
         keep=True the gradient of h is computed along (it costs one product) and `loss_backward(saved)` goes on from there.
         prefix: what `prefix(ids, offsets)` gave.

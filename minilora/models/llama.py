@@ -420,6 +420,7 @@ class Llama(Layer):
         """The sum over labelled rows of -log p(labels_t | what precedes), divided by `count` (default: their number).
 
         ids (T,); labels (T,) on the host: labels[t] is the token that row t has to predict (shifted already), or -100.
+        Or F.Labelled: the rows that have one, and their labels, which may be on a device.
         The last block, the head and the softmax run on labelled rows only, the latter two in blocks of the vocabulary (all of it
         at once where the head is not a plain Linear). With keep=True the gradient of h is computed along; `loss_backward(saved)`
         goes on from there. prefix: what `prefix(ids, offsets)` gave.
