@@ -15,7 +15,6 @@ from minilora.training.datasets import (
     Example,
     batches_of,
     collate,
-    encode_pieces,
     endless,
     hold_out,
     is_dataset,
@@ -24,6 +23,7 @@ from minilora.training.datasets import (
     packed_batches,
     read_records,
 )
+from minilora.training.examples import encode_pieces
 
 
 def jsonl(path, *records):

@@ -13,38 +13,21 @@ Other fields are ignored. What cannot be used is a ValueError that names the fil
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minilora.formats.chat import assistant_spans, render_chat
 from minilora.formats.tokenizer import Tokenizer
-from minilora.functional import IGNORE
 from minilora.training.data import Batch
+from minilora.training.examples import Example, Maker, example_maker, label_of
+from minilora.training.records import READERS, read_records
 
 TASKS = ("lm", "classify")
 SPLITS = ("train", "valid", "test")
-_WANTED = {
-    "lm": 'the field "text", or "prompt" and "completion", or "messages"',
-    "classify": 'the fields "text" and "label"',
-}
-
-
-@dataclass
-class Example:
-    """ids (T,) of one sequence; labels (T,), shifted already, or with per_sequence (1,), its class. `cut`: it was longer than allowed."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-    per_sequence: bool = False
-    cut: bool = False
 
 
 @dataclass
@@ -74,8 +57,8 @@ def is_dataset(path: str | Path) -> bool:
     """Is this a .jsonl or .csv file, or a folder with {train,valid,test} of that kind? (Else it may be plain text.)"""
     path = Path(path)
     if path.is_dir():
-        return any((path / f"{split}{suffix}").is_file() for split in SPLITS for suffix in _READERS)
-    return path.suffix in _READERS
+        return any((path / f"{split}{suffix}").is_file() for split in SPLITS for suffix in READERS)
+    return path.suffix in READERS
 
 
 def load_dataset(
@@ -106,7 +89,7 @@ def load_dataset(
         if "train" not in files:
             raise FileNotFoundError(f"{path} has no train.jsonl or train.csv: without it the classes are not known.")
         labels = class_names(files["train"], records["train"])
-    make = _maker(task, tokenizer, max_length, mask_prompt, labels, chat_template or tokenizer.chat_template)
+    make = example_maker(task, tokenizer, max_length, mask_prompt, labels, chat_template or tokenizer.chat_template)
     dataset = Dataset(labels=list(labels) if task == "classify" and labels is not None else None)
     for split, file in files.items():
         setattr(dataset, split, _examples(file, records[split], make))
@@ -130,7 +113,7 @@ def load_examples(
     if task == "classify" and labels is None:
         raise ValueError(f"{file}: the model does not name its classes; give a folder that has train.jsonl or train.csv too.")
     file = Path(file)
-    make = _maker(task, tokenizer, max_length, mask_prompt, labels, chat_template or tokenizer.chat_template)
+    make = example_maker(task, tokenizer, max_length, mask_prompt, labels, chat_template or tokenizer.chat_template)
     return _examples(file, read_records(file), make)
 
 
@@ -201,71 +184,12 @@ def collate(examples: Sequence[Example]) -> Batch:
     return Batch(np.concatenate([example.ids for example in examples]), labels, offsets, examples[0].per_sequence)
 
 
-# ---- records -------------------------------------------------------------------------------------------------------------------------
-
-
-def read_records(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, record) of a .jsonl or .csv file; empty lines are skipped. Raises ValueError when a line does not parse."""
-    file = Path(file)
-    if file.suffix not in _READERS:
-        raise ValueError(f"{file}: wanted a .jsonl or .csv file.")
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}.")
-    none = True
-    for line, record in _READERS[file.suffix](file):
-        none = False
-        yield line, record
-    if none:
-        raise ValueError(f"{file} is empty: line 1 should be a record with {_WANTED['lm']}, or {_WANTED['classify']}.")
-
-
-def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for n, raw in enumerate(file.read_bytes().split(b"\n"), start=1):
-        try:
-            line = raw.decode("utf-8-sig" if n == 1 else "utf-8")
-            record = json.loads(line) if line.strip() else None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}, line {n}: this is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}, line {n}: this is not JSON ({error}); wanted one object a line.") from None
-        if not line.strip():
-            continue
-        if not isinstance(record, dict):
-            raise ValueError(f"{file}, line {n}: wanted a JSON object, got {type(record).__name__}.")
-        yield n, record
-
-
-def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    raw = file.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        n = raw[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}, line {n}: this is not UTF-8 text ({error.reason}); save the file as UTF-8.") from None
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    line = 1
-    try:
-        for row in rows:
-            if row and header is None:
-                header = row
-                if len(set(header)) < len(header):
-                    raise ValueError(f"{file}, line {line}: the header names a column twice: {', '.join(header)}.")
-            elif row and header is not None:
-                if len(row) != len(header):
-                    raise ValueError(f"{file}, line {line}: wanted {len(header)} fields ({', '.join(header)}), got {len(row)}.")
-                yield line, dict(zip(header, row, strict=True))
-            line = rows.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{file}, line {line}: this is not CSV ({error}).") from None
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {".jsonl": _jsonl, ".csv": _csv}
+# ---- files and classes --------------------------------------------------------------------------------------------------------------
 
 
 def class_names(file: Path, records: Sequence[tuple[int, dict[str, Any]]]) -> list[str]:
     """The different labels of records, sorted: by value if all are whole numbers, else as text."""
-    names = {_label(file, line, record) for line, record in records}
+    names = {label_of(file, line, record) for line, record in records}
     if len(names) < 2:
         raise ValueError(f"{file}: all {len(records)} records have the label {next(iter(names))!r}; classification needs two classes.")
     if all(name.removeprefix("-").isdecimal() for name in names):
@@ -281,7 +205,7 @@ def _files(path: Path) -> dict[str, Path]:
         return {"train": path}
     found: dict[str, Path] = {}
     for split in SPLITS:
-        files = [file for suffix in _READERS if (file := path / f"{split}{suffix}").is_file()]
+        files = [file for suffix in READERS if (file := path / f"{split}{suffix}").is_file()]
         if len(files) > 1:
             raise ValueError(f"{path} has both {files[0].name} and {files[1].name}; keep one.")
         if files:
@@ -291,164 +215,8 @@ def _files(path: Path) -> dict[str, Path]:
     return found
 
 
-# ---- one record as an example --------------------------------------------------------------------------------------------------------
-
-_Maker = Callable[[Path, int, dict[str, Any]], Example]
-
-
-def _examples(file: Path, records: Any, make: _Maker) -> list[Example]:
+def _examples(file: Path, records: Any, make: Maker) -> list[Example]:
     return [make(file, line, record) for line, record in records]
-
-
-def _maker(
-    task: str, tokenizer: Tokenizer, max_length: int, mask_prompt: bool, labels: Sequence[str] | None, template: str | None
-) -> _Maker:
-    """A function (file, line, record) -> Example, that raises ValueError naming file and line."""
-    classes = {str(name): i for i, name in enumerate(labels or ())}
-
-    def classify(file: Path, line: int, record: dict[str, Any]) -> Example:
-        name = _label(file, line, record)
-        if name not in classes:
-            raise ValueError(f"{file}, line {line}: the label {name!r} is none of the training data's: {', '.join(classes)}.")
-        ids, cut = _classified(tokenizer, _text(file, line, record, "text", "classify"), max_length)
-        return Example(ids, np.array([classes[name]]), per_sequence=True, cut=cut)
-
-    def lm(file: Path, line: int, record: dict[str, Any]) -> Example:
-        try:
-            if "messages" in record:
-                ids, learnt, cut = _conversation(tokenizer, record["messages"], template, max_length, mask_prompt)
-            elif "prompt" in record and "completion" in record:
-                prompt, completion = (_text(file, line, record, name, "lm") for name in ("prompt", "completion"))
-                ids, learnt, cut = _completion(tokenizer, prompt, completion, max_length, mask_prompt)
-            else:
-                ids = _beginning(tokenizer, tokenizer.encode(_text(file, line, record, "text", "lm"), add_special=False))
-                ids, cut = ids[: max_length + 1], len(ids) > max_length + 1
-                learnt = np.ones(len(ids), dtype=bool)
-        except _Unusable as error:
-            raise ValueError(f"{file}, line {line}: {error}") from None
-        if not learnt[1:].any():
-            what = f"nothing to learn is left within {max_length} tokens" if cut else "there is nothing to learn from so short a text"
-            raise ValueError(f"{file}, line {line}: {what}.")
-        return Example(ids[:-1], np.where(learnt[1:], ids[1:], IGNORE), cut=cut)  # row t predicts token t + 1
-
-    return classify if task == "classify" else lm
-
-
-class _Unusable(ValueError):
-    """What is wrong with a record, without the file and the line."""
-
-
-def _completion(tokenizer: Tokenizer, prompt: str, completion: str, max_length: int, mask: bool) -> tuple[np.ndarray, np.ndarray, bool]:
-    """(ids, which of them are to be learnt, was it cut) of a prompt and what follows it."""
-    if not completion.strip():
-        raise _Unusable("the completion is empty: there is nothing to learn.")
-    ids, (n, _) = encode_pieces(tokenizer, [prompt, completion])
-    head, tail = _beginning(tokenizer, ids[:n]), ids[n:]
-    bos = len(head) - n
-    if tokenizer.eos_id is not None and (len(tail) == 0 or tail[-1] != tokenizer.eos_id):
-        tail = np.append(tail, tokenizer.eos_id)
-    room = max_length + 1  # the last token is a label only
-    kept = min(len(tail), max(room - len(head), room - room // 2))
-    from_end = min(n, room - bos - kept)
-    cut = kept < len(tail) or from_end < n
-    head = np.concatenate([head[:bos], head[len(head) - from_end :]])
-    return np.concatenate([head, tail[:kept]]), np.arange(len(head) + kept) >= (len(head) if mask else 0), cut
-
-
-def _conversation(
-    tokenizer: Tokenizer, messages: Any, template: str | None, max_length: int, mask: bool
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """(ids, which of them are to be learnt, was it cut) of messages: what the assistant wrote, each turn with its end token."""
-    if not isinstance(messages, list) or not messages:
-        raise _Unusable('"messages" must be a list of {"role", "content"} objects that is not empty.')
-    bos, eos = tokenizer.token(tokenizer.bos_id), tokenizer.token(tokenizer.eos_id)
-    try:
-        text = render_chat(template, messages, False, bos, eos)
-        answers = [message for message in messages if message["role"] == "assistant"]
-        if not any(message["content"].strip() for message in answers):
-            raise _Unusable("no message of the assistant has any content: there is nothing to learn.")
-        spans = assistant_spans(template, messages, bos, eos)[1] if mask else [(0, len(text))]
-        _check_unicode(text, "messages")
-    except ValueError as error:
-        raise _Unusable(str(error)) from None
-    bounds = [0, *(bound for span in spans for bound in span), len(text)]
-    ids, ends = encode_pieces(tokenizer, [text[a:b] for a, b in pairwise(bounds)])
-    learnt = np.zeros(len(ids), dtype=bool)
-    for first, past in zip(ends[::2], ends[1::2], strict=False):  # pieces alternate: read, learnt, read, ...
-        learnt[first:past] = True
-    room = max_length + 1
-    return ids[:room], learnt[:room], len(ids) > room
-
-
-def _classified(tokenizer: Tokenizer, text: str, max_length: int) -> tuple[np.ndarray, bool]:
-    """(ids, was it cut): cut in the text, so that the special tokens around it stay."""
-    ids = tokenizer.encode(text)
-    if len(ids) <= max_length:
-        return ids, False
-    body = tokenizer.encode(text, add_special=False)
-    before = next(i for i in range(len(ids)) if np.array_equal(ids[i : i + len(body)], body))
-    after = ids[before + len(body) :]
-    room = max(0, max_length - before - len(after))
-    return np.concatenate([ids[:before], body[:room], after])[:max_length], True
-
-
-def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[np.ndarray, list[int]]:
-    """(ids of the pieces joined, where each ends in them); no special tokens are added.
-
-    A text up to the end of a piece is what a model is given when it has to write the next one. So its ids must be the beginning of the
-    whole's: mostly the whole is simply encoded. Where a merge would reach across the boundary ("is " + "Paris", where " Paris"
-    is one token), the next piece is encoded by itself.
-    """
-    ids, ends, text = np.empty(0, dtype=np.int64), [], ""
-    for piece in pieces:
-        text += piece
-        whole = tokenizer.encode(text, add_special=False)
-        clean = np.array_equal(whole[: len(ids)], ids)
-        ids = whole if clean else np.concatenate([ids, tokenizer.encode(piece, add_special=False)])
-        ends.append(len(ids))
-    return ids, ends
-
-
-def _beginning(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    """ids with the begin token in front, where the tokenizer puts one."""
-    return np.concatenate([[tokenizer.bos_id], ids]).astype(np.int64) if tokenizer.adds_bos else ids
-
-
-def _text(file: Path, line: int, record: dict[str, Any], name: str, task: str) -> str:
-    """A field that must be text. Raises ValueError naming file and line."""
-    where = f"{file}, line {line}:"
-    if name not in record:
-        has = ", ".join(map(repr, record)) or "none"
-        raise ValueError(f"{where} wanted {_WANTED[task]}; it has {has}.")
-    value = record[name]
-    if not isinstance(value, str):
-        raise ValueError(f"{where} {name!r} must be text, got {value!r:.60}.")
-    if name != "prompt" and not value.strip():
-        raise ValueError(f"{where} the {name} is empty: there is nothing to learn.")
-    try:
-        _check_unicode(value, name)
-    except ValueError as error:
-        raise ValueError(f"{where} {error}") from None
-    return value
-
-
-def _check_unicode(text: str, name: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name!r} holds half of a surrogate pair at character {error.start}, which is no text.") from None
-
-
-def _label(file: Path, line: int, record: dict[str, Any]) -> str:
-    """The label of a record, as text. Raises ValueError for a label that is missing, not a number, or neither integer nor text."""
-    if "label" not in record:
-        has = ", ".join(map(repr, record)) or "none"
-        raise ValueError(f"{file}, line {line}: wanted {_WANTED['classify']}; it has {has}.")
-    value = record["label"]
-    name = value.strip() if isinstance(value, str) else str(value)
-    if isinstance(value, bool) or not isinstance(value, int | str) or not name or name.lower() == "nan":
-        raise ValueError(f"{file}, line {line}: the label must be an integer or a name, got {value!r}.")
-    return name
 
 
 def _check(task: str, max_length: int) -> None:

@@ -1,0 +1,188 @@
+"""One record as an example to learn from: token ids, and which of them are learnt.
+
+    {"text": ...}                             every token is learnt; write the end token into the text if it is to be learnt too
+    {"prompt": ..., "completion": ...}        the completion and the end token after it are learnt, the prompt is read
+    {"messages": [{"role", "content"}, ...]}  what the assistant wrote is learnt, the rest is read
+    {"text": ..., "label": ...}               one class for each text (task "classify")
+
+What cannot be used is a ValueError that names the file and the line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.formats.chat import assistant_spans, render_chat
+from minilora.formats.tokenizer import Tokenizer
+from minilora.functional import IGNORE
+from minilora.training.records import WANTED
+
+
+@dataclass
+class Example:
+    """ids (T,) of one sequence; labels (T,), shifted already, or with per_sequence (1,), its class. `cut`: it was longer than allowed."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    per_sequence: bool = False
+    cut: bool = False
+
+
+Maker = Callable[[Path, int, dict[str, Any]], Example]
+
+
+def example_maker(
+    task: str, tokenizer: Tokenizer, max_length: int, mask_prompt: bool, labels: Sequence[str] | None, template: str | None
+) -> Maker:
+    """A function (file, line, record) -> Example, that raises ValueError naming file and line."""
+    classes = {str(name): i for i, name in enumerate(labels or ())}
+
+    def classify(file: Path, line: int, record: dict[str, Any]) -> Example:
+        name = label_of(file, line, record)
+        if name not in classes:
+            raise ValueError(f"{file}, line {line}: the label {name!r} is none of the training data's: {', '.join(classes)}.")
+        ids, cut = _classified(tokenizer, _text(file, line, record, "text", "classify"), max_length)
+        return Example(ids, np.array([classes[name]]), per_sequence=True, cut=cut)
+
+    def lm(file: Path, line: int, record: dict[str, Any]) -> Example:
+        try:
+            if "messages" in record:
+                ids, learnt, cut = _conversation(tokenizer, record["messages"], template, max_length, mask_prompt)
+            elif "prompt" in record and "completion" in record:
+                prompt, completion = (_text(file, line, record, name, "lm") for name in ("prompt", "completion"))
+                ids, learnt, cut = _completion(tokenizer, prompt, completion, max_length, mask_prompt)
+            else:
+                ids = _beginning(tokenizer, tokenizer.encode(_text(file, line, record, "text", "lm"), add_special=False))
+                ids, cut = ids[: max_length + 1], len(ids) > max_length + 1
+                learnt = np.ones(len(ids), dtype=bool)
+        except _Unusable as error:
+            raise ValueError(f"{file}, line {line}: {error}") from None
+        if not learnt[1:].any():
+            what = f"nothing to learn is left within {max_length} tokens" if cut else "there is nothing to learn from so short a text"
+            raise ValueError(f"{file}, line {line}: {what}.")
+        return Example(ids[:-1], np.where(learnt[1:], ids[1:], IGNORE), cut=cut)  # row t predicts token t + 1
+
+    return classify if task == "classify" else lm
+
+
+class _Unusable(ValueError):
+    """What is wrong with a record, without the file and the line."""
+
+
+def _completion(tokenizer: Tokenizer, prompt: str, completion: str, max_length: int, mask: bool) -> tuple[np.ndarray, np.ndarray, bool]:
+    """(ids, which of them are to be learnt, was it cut) of a prompt and what follows it."""
+    if not completion.strip():
+        raise _Unusable("the completion is empty: there is nothing to learn.")
+    ids, (n, _) = encode_pieces(tokenizer, [prompt, completion])
+    head, tail = _beginning(tokenizer, ids[:n]), ids[n:]
+    bos = len(head) - n
+    if tokenizer.eos_id is not None and (len(tail) == 0 or tail[-1] != tokenizer.eos_id):
+        tail = np.append(tail, tokenizer.eos_id)
+    room = max_length + 1  # the last token is a label only
+    kept = min(len(tail), max(room - len(head), room - room // 2))
+    from_end = min(n, room - bos - kept)
+    cut = kept < len(tail) or from_end < n
+    head = np.concatenate([head[:bos], head[len(head) - from_end :]])
+    return np.concatenate([head, tail[:kept]]), np.arange(len(head) + kept) >= (len(head) if mask else 0), cut
+
+
+def _conversation(
+    tokenizer: Tokenizer, messages: Any, template: str | None, max_length: int, mask: bool
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """(ids, which of them are to be learnt, was it cut) of messages: what the assistant wrote, each turn with its end token."""
+    if not isinstance(messages, list) or not messages:
+        raise _Unusable('"messages" must be a list of {"role", "content"} objects that is not empty.')
+    bos, eos = tokenizer.token(tokenizer.bos_id), tokenizer.token(tokenizer.eos_id)
+    try:
+        text = render_chat(template, messages, False, bos, eos)
+        answers = [message for message in messages if message["role"] == "assistant"]
+        if not any(message["content"].strip() for message in answers):
+            raise _Unusable("no message of the assistant has any content: there is nothing to learn.")
+        spans = assistant_spans(template, messages, bos, eos)[1] if mask else [(0, len(text))]
+        _check_unicode(text, "messages")
+    except ValueError as error:
+        raise _Unusable(str(error)) from None
+    bounds = [0, *(bound for span in spans for bound in span), len(text)]
+    ids, ends = encode_pieces(tokenizer, [text[a:b] for a, b in pairwise(bounds)])
+    learnt = np.zeros(len(ids), dtype=bool)
+    for first, past in zip(ends[::2], ends[1::2], strict=False):  # pieces alternate: read, learnt, read, ...
+        learnt[first:past] = True
+    room = max_length + 1
+    return ids[:room], learnt[:room], len(ids) > room
+
+
+def _classified(tokenizer: Tokenizer, text: str, max_length: int) -> tuple[np.ndarray, bool]:
+    """(ids, was it cut): cut in the text, so that the special tokens around it stay."""
+    ids = tokenizer.encode(text)
+    if len(ids) <= max_length:
+        return ids, False
+    body = tokenizer.encode(text, add_special=False)
+    before = next(i for i in range(len(ids)) if np.array_equal(ids[i : i + len(body)], body))
+    after = ids[before + len(body) :]
+    room = max(0, max_length - before - len(after))
+    return np.concatenate([ids[:before], body[:room], after])[:max_length], True
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[np.ndarray, list[int]]:
+    """(ids of the pieces joined, where each ends in them); no special tokens are added.
+
+    A text up to the end of a piece is what a model is given when it has to write the next one. So its ids must be the beginning of the
+    whole's: mostly the whole is simply encoded. Where a merge would reach across the boundary ("is " + "Paris", where " Paris"
+    is one token), the next piece is encoded by itself.
+    """
+    ids, ends, text = np.empty(0, dtype=np.int64), [], ""
+    for piece in pieces:
+        text += piece
+        whole = tokenizer.encode(text, add_special=False)
+        clean = np.array_equal(whole[: len(ids)], ids)
+        ids = whole if clean else np.concatenate([ids, tokenizer.encode(piece, add_special=False)])
+        ends.append(len(ids))
+    return ids, ends
+
+
+def _beginning(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """ids with the begin token in front, where the tokenizer puts one."""
+    return np.concatenate([[tokenizer.bos_id], ids]).astype(np.int64) if tokenizer.adds_bos else ids
+
+
+def _text(file: Path, line: int, record: dict[str, Any], name: str, task: str) -> str:
+    """A field that must be text. Raises ValueError naming file and line."""
+    where = f"{file}, line {line}:"
+    if name not in record:
+        has = ", ".join(map(repr, record)) or "none"
+        raise ValueError(f"{where} wanted {WANTED[task]}; it has {has}.")
+    value = record[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{where} {name!r} must be text, got {value!r:.60}.")
+    if name != "prompt" and not value.strip():
+        raise ValueError(f"{where} the {name} is empty: there is nothing to learn.")
+    try:
+        _check_unicode(value, name)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from None
+    return value
+
+
+def _check_unicode(text: str, name: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name!r} holds half of a surrogate pair at character {error.start}, which is no text.") from None
+
+
+def label_of(file: Path, line: int, record: dict[str, Any]) -> str:
+    """The label of a record, as text. Raises ValueError for a label that is missing, not a number, or neither integer nor text."""
+    if "label" not in record:
+        has = ", ".join(map(repr, record)) or "none"
+        raise ValueError(f"{file}, line {line}: wanted {WANTED['classify']}; it has {has}.")
+    value = record["label"]
+    name = value.strip() if isinstance(value, str) else str(value)
+    if isinstance(value, bool) or not isinstance(value, int | str) or not name or name.lower() == "nan":
+        raise ValueError(f"{file}, line {line}: the label must be an integer or a name, got {value!r}.")
+    return name
