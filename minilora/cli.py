@@ -62,24 +62,10 @@ def _study(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    from minilora.formats.run import open_model, tokenizer_of
-    from minilora.models.generate import context_length
-    from minilora.training.tasks import held_out_task, measure
+    from minilora.training.evaluate_run import evaluate_run
 
-    model = open_model(args.model, args.backend, args.adapter)
-    task_name = args.task or ("lm" if hasattr(model, "decode") else "classify")
-    if hasattr(model, "decode") != (task_name == "lm"):
-        wanted = "a decoder" if task_name == "lm" else "a BERT"
-        raise ValueError(f"task {task_name} needs {wanted}; {args.model} is a {type(model).__name__}.")
-    window = min(args.window, context_length(model))
-    labels = model.config.class_names if task_name == "classify" else None
-    task = held_out_task(args.data, task_name, tokenizer_of(args.model), window, labels, args.mask_prompt is not False)
-    result = measure(model, task, args.threads or min(os.cpu_count() or 1, 8))
-    say = _say(args)
-    say(f"{args.model} on {task.what}")
-    for name, value in result.items():
-        say(f"{name.replace('_', ' '):<16} {value:,.4f}" if isinstance(value, float) else f"{name.replace('_', ' '):<16} {value:,}")
-    return result
+    names = "adapter split backend threads task window mask_prompt encoding seed eval_size eval_bytes".split()
+    return evaluate_run(args.model, args.data, say=_say(args), **{name: getattr(args, name) for name in names})
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
@@ -231,7 +217,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     def recipe_flags(p: argparse.ArgumentParser) -> None:
         p.add_argument("--model", help="a model folder, a .gguf file, an id of the hub (default: the bundled one, pydoc)")
-        p.add_argument("--data", metavar="PATH", help="text, .jsonl or .csv, or a folder of them (default: the standard library's source)")
+        p.add_argument("--data", metavar="PATH", help="text or records, a file or a folder (default: the standard library's source)")
         p.add_argument("--task", choices=("lm", "classify"), help="go on with a text, or tell its class (default: lm)")
         p.add_argument("--method", choices=METHODS, help="what to train (default: lora)")
         p.add_argument("--peft-type", choices=("LORA", "VERA"), help="the kind of adapter (default: LORA; VERA wants an r of 256)")
@@ -277,6 +263,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         p.add_argument("--cache", action=argparse.BooleanOptionalAction, help="keep what frozen blocks give over epochs (default)")
         p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: 256)")
         p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, help="learn completions only (default), or prompts too")
+        p.add_argument("--encoding", metavar="NAME", help="of text and record files (default: utf-8)")
+        p.add_argument("--new-head", action="store_const", const=True, help="replace a classifier that the model has by one for the data")
         p.add_argument(
             "--eval-bytes", type=int, metavar="N", help="held-out text to measure on (default: 65536 bytes for pydoc, else 8192 tokens)"
         )
@@ -305,11 +293,19 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p = verb("evaluate", _evaluate, "measure a model on data: loss, perplexity, or accuracy, F1 and Matthews correlation")
     p.add_argument("model", nargs="?", default="pydoc", help=f"{a_model} (default)")
     p.add_argument("--adapter", metavar="FOLDER", help="an adapter to put on the model")
-    p.add_argument("--data", required=True, metavar="PATH", help="text, .jsonl or .csv, or a folder with a test or valid split")
-    p.add_argument("--task", choices=("lm", "classify"), help="default: what the run was trained for, else lm")
-    p.add_argument("--window", "--max-length", type=int, default=256, metavar="N", help="longest sequence, in tokens (default: 256)")
-    p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, help="measure completions only (default), or prompts too")
-    p.add_argument("--threads", type=int, metavar="N", help="default: the cores, at most 8")
+    p.add_argument("--data", metavar="PATH", help="text or records, a file or a folder (default: the data of the run)")
+    p.add_argument(
+        "--split", choices=("train", "valid", "test", "all"), help="default: test, valid, or what the run held out; of a file all"
+    )
+    p.add_argument("--all", dest="split", action="store_const", const="all", help="--split all; of a run's data also what it has learnt")
+    p.add_argument("--task", choices=("lm", "classify"), help="default: what the run was trained for, or the model is for")
+    p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: the run's, else 256)")
+    p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, help="completions only, or prompts too (default: as the run)")
+    p.add_argument("--encoding", metavar="NAME", help="of the data (default: the run's, else utf-8)")
+    p.add_argument("--seed", type=int, help="of what is held out where no split is given (default: the run's, else 0)")
+    p.add_argument("--eval-size", type=int, metavar="N", help="how many texts with a class at most (default: the run's, for its own data)")
+    p.add_argument("--eval-bytes", type=int, metavar="N", help="how much held-out text (default: the run's, for its own data)")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: the cores, at most 8")
     where(p)
 
     p = verb("generate", _generate, "let a model write on, token by token")
@@ -338,8 +334,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--r", "--rank", type=int, default=8, metavar="R", help="rank of every layer (default: 8)")
     p.add_argument("--energy", type=float, metavar="X", help="instead: for each layer the lowest rank that keeps so much, 0 to 1")
     p.add_argument("--data", metavar="PATH", help="held-out data: the closest in what layers put out, not in weights; and a measurement")
-    p.add_argument("--task", choices=("lm", "classify"), help="default: what the run was trained for, else lm")
-    p.add_argument("--window", "--max-length", type=int, default=256, metavar="N", help="longest sequence, in tokens (default: 256)")
+    p.add_argument("--task", choices=("lm", "classify"), help="default: what the run was trained for, or the model is for")
+    p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: the run's, else 256)")
     p.add_argument("--whole", action=argparse.BooleanOptionalAction, default=True, help="changed biases, norms and head go along (default)")
     p.add_argument("--threads", type=int, metavar="N", help="default: the cores, at most 8")
 

@@ -130,8 +130,10 @@ def test_methods_of_the_family(flags, told, cwd, text, capsys):
     assert status == 0, err
     assert f"adapter     {told.split()[0]} on " in run(capsys, "info", "run")[1]
     assert run(capsys, "merge", "run", "--out", "merged")[0] == 0
-    merged = run(capsys, "evaluate", "merged", "--data", text, "--window", "32", "--json")[1]
-    assert json.loads(merged)["loss"] == pytest.approx(json.loads(out)["loss"], rel=1e-5)
+    assert json.loads(out)["loss"] == pytest.approx(results["after"]["loss"], rel=1e-5)  # of the same held-out part
+    held_out = ["--data", text, "--window", "32", "--split", "valid", "--eval-bytes", "256", "--json"]
+    losses = [run(capsys, "evaluate", where, *held_out)[1] for where in ("run", "merged")]
+    assert json.loads(losses[1])["loss"] == pytest.approx(json.loads(losses[0])["loss"], rel=1e-5)
 
 
 def test_other_adapters_are_known_to_generate_merge_and_info(cwd, text, capsys):

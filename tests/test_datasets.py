@@ -17,13 +17,13 @@ from minilora.training.datasets import (
     collate,
     endless,
     hold_out,
-    is_dataset,
     load_dataset,
     load_examples,
     packed_batches,
     read_records,
 )
 from minilora.training.examples import encode_pieces
+from minilora.training.records import is_dataset
 
 
 def jsonl(path, *records):
@@ -267,14 +267,14 @@ def test_a_class_may_fall_wholly_on_one_side_of_a_split(tmp_path):
 A, B = '{"text": "a b", "label": 0}\n', '{"text": "a c", "label": 1}\n'
 BAD = {
     "no JSON": ("x.jsonl", A + '{"text": "a b"\n', "lm", "line 2: this is not JSON"),
-    "no object": ("x.jsonl", "\n[1]\n", "lm", "line 2: wanted a JSON object, got list"),
+    "no object": ("x.jsonl", "\n[1]\n", "lm", "line 2: expected a JSON object, got int"),
     "two objects": ("x.jsonl", A[:-1] + A, "lm", "line 1: this is not JSON"),
     "deep": ("x.jsonl", "[" * 100_000, "lm", "line 1: this is not JSON"),
     "latin-1": ("x.jsonl", A.encode() + b'{"text": "na\xefve"}\n', "lm", "line 2: this is not UTF-8 text"),
     "empty": ("x.jsonl", "", "lm", "x.jsonl is empty"),
     "only empty lines": ("x.jsonl", "\n \n", "classify", "x.jsonl is empty"),
-    "no field": ("x.jsonl", '{"txt": "a b"}', "lm", "line 1: wanted the field \"text\", or .*; it has 'txt'"),
-    "half a pair": ("x.jsonl", '{"prompt": "a b"}', "lm", "line 1: wanted .*; it has 'prompt'"),
+    "no field": ("x.jsonl", '{"txt": "a b"}', "lm", "line 1: expected the field \"text\", or .*; it has 'txt'"),
+    "half a pair": ("x.jsonl", '{"prompt": "a b"}', "lm", "line 1: expected .*; it has 'prompt'"),
     "number": ("x.jsonl", A + '{"text": 3}', "lm", "line 2: 'text' must be text, got 3"),
     "surrogate": ("x.jsonl", '{"text": "a\\ud800b"}', "lm", "line 1: 'text' holds half of a surrogate pair"),
     "surrogate in chat": (
@@ -290,24 +290,24 @@ BAD = {
     "broken message": ("x.jsonl", '{"messages": [{"role": "user"}]}', "lm", "line 1: message 1 must be an object with"),
     "no answer": ("x.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "lm", "line 1: no message of the assistant"),
     "empty answer": ("x.jsonl", '{"messages": [{"role": "assistant", "content": ""}]}', "lm", "line 1: no message of the assistant"),
-    "no label": ("x.jsonl", A + '{"text": "a b"}', "classify", 'line 2: wanted the fields "text" and "label"; it has \'text\''),
+    "no label": ("x.jsonl", A + '{"text": "a b"}', "classify", 'line 2: expected the fields "text" and "label"; it has \'text\''),
     "NaN": ("x.jsonl", A + B + '{"text": "a b", "label": NaN}', "classify", "line 3: the label must be an integer or a name, got nan"),
     "float": ("x.jsonl", A + '{"text": "a b", "label": 0.5}', "classify", "line 2: the label must be .*, got 0.5"),
     "null": ("x.jsonl", A + '{"text": "a b", "label": null}', "classify", "line 2: the label must be .*, got None"),
     "true": ("x.jsonl", A + '{"text": "a b", "label": true}', "classify", "line 2: the label must be .*, got True"),
     "one class": ("x.jsonl", A + A, "classify", "all 2 records have the label '0'"),
-    "no text": ("x.jsonl", A + '{"label": 1}', "classify", "line 2: wanted the fields"),
-    "one record": ("x.jsonl", A, "lm", "x.jsonl has one record only"),
-    "csv header": ("x.csv", "title\nabc\n", "lm", "line 2: wanted the field .*; it has 'title'"),
+    "no text": ("x.jsonl", A + '{"label": 1}', "classify", "line 2: expected the fields"),
+    "one record": ("x.jsonl", A, "lm", "x.jsonl has too few records to hold one out"),
+    "csv header": ("x.csv", "title\nabc\n", "lm", "line 2: expected the field .*; it has 'title'"),
     "csv twice": ("x.csv", "text,text\na b,c\n", "lm", "line 1: the header names a column twice"),
-    "csv short row": ("x.csv", 'text,label\n"a\nb",1\nc d\n', "classify", r"line 4: wanted 2 fields \(text, label\), got 1"),
-    "csv long row": ("x.csv", "text,label\na, b,1\n", "classify", "line 2: wanted 2 fields .*, got 3"),
+    "csv short row": ("x.csv", 'text,label\n"a\nb",1\nc d\n', "classify", r"line 4: expected 2 fields \(text, label\), got 1"),
+    "csv long row": ("x.csv", "text,label\na, b,1\n", "classify", "line 2: expected 2 fields .*, got 3"),
     "csv quote": ("x.csv", 'text,label\na b,1\n"c d,0\n', "classify", "line 3: this is not CSV"),
     "csv latin-1": ("x.csv", b"text\na b\nna\xefve\n", "lm", "line 3: this is not UTF-8 text"),
     "csv nan": ("x.csv", "text,label\na b,1\nc d,nan\n", "classify", "line 3: the label must be .*, got 'nan'"),
     "csv no label": ("x.csv", "text,label\na b,1\nc d,\n", "classify", "line 3: the label must be .*, got ''"),
     "csv only a header": ("x.csv", "text,label\n", "classify", "x.csv is empty"),
-    "kind": ("x.json", A, "lm", "x.json: wanted a .jsonl or .csv file"),
+    "kind": ("x.txt", A, "lm", "x.txt is not a record file; its name must end in .jsonl, .ndjson"),
     "task": ("x.jsonl", A + B, "regress", "unknown task 'regress'; choose lm or classify"),
 }
 
@@ -324,18 +324,18 @@ def test_what_cannot_be_used_is_told_with_its_file_and_line(case, tmp_path):
 def test_a_label_that_training_has_not_seen_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text(A + B)
     (tmp_path / "valid.jsonl").write_text(A + '{"text": "d", "label": 2}')
-    with pytest.raises(ValueError, match=r"valid\.jsonl, line 2: the label '2' is none of the training data's: 0, 1"):
+    with pytest.raises(ValueError, match=r"valid\.jsonl, line 2: the label '2' is none of the classes: 0, 1"):
         load_dataset(tmp_path, "classify", BYTES, 20)
 
 
 def test_folders_that_are_no_datasets(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no records in .*: wanted train\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"no records in .*: expected train\.jsonl"):
         load_dataset(tmp_path, "lm", BYTES, 20)
     with pytest.raises(FileNotFoundError, match="there is no file or folder"):
         load_dataset(tmp_path / "absent", "lm", BYTES, 20)
     for name in ("train.jsonl", "train.csv"):
         (tmp_path / name).write_text("")
-    with pytest.raises(ValueError, match=r"has both train\.jsonl and train\.csv"):
+    with pytest.raises(ValueError, match=r"has both train\.csv and train\.jsonl"):
         load_dataset(tmp_path, "lm", BYTES, 20)
 
 

@@ -43,7 +43,9 @@ def data(tmp_path):
 
 @pytest.fixture
 def recipe(model_folder, data):
-    return Recipe(model=str(model_folder), data=str(data), task="classify", steps=6, lr=0.02, threads=1, backend="numpy", window=16)
+    return Recipe(
+        model=str(model_folder), data=str(data), task="classify", steps=6, lr=0.02, threads=1, backend="numpy", window=16, new_head=True
+    )
 
 
 def quiet(*_):
@@ -203,7 +205,7 @@ def test_a_run_that_diverges_or_learns_nothing_has_failed(recipe, tmp_path):
 def test_the_command_prints_a_table(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = ["--model", recipe.model, "--data", recipe.data, "--task", "classify", "--backend", "numpy", "--threads", "1"]
-    common += ["--window", "16", "--quick", "--rows", "few-sample", "--epochs", "0.5"]
+    common += ["--window", "16", "--quick", "--new-head", "--rows", "few-sample", "--epochs", "0.5"]
     assert main(["study", *common, "--json"]) == 0
     out = capsys.readouterr()
     told = json.loads(out.out)

@@ -11,6 +11,7 @@ import pytest
 import minilora as ml
 from minilora.layers import Parameter
 from minilora.training.data import Batch, held_out_windows, random_windows, windows
+from minilora.training.datasets import endless
 from minilora.training.evaluate import evaluate
 from minilora.training.flat import FlatBuffer, clip_grad_norm
 from minilora.training.loop import Diverged, train
@@ -226,35 +227,64 @@ def test_training_learns_a_pattern(backend):
     assert steps[-1].loss < 0.3 * steps[0].loss
 
 
-@pytest.mark.parametrize("check_every", [1, 4])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(check_every):
+def learner():
+    """A small model, its optimizer, and batches without end; always the same."""
     model = tiny(lora=False)
-    optimizer = ml.SGD(model.parameters(), 0.1)
     text = np.random.default_rng(3).integers(0, 11, 400)
-    batches = random_windows(text, 8, 4, np.random.default_rng(4))
+    return model, ml.SGD(model.parameters(), 0.1), random_windows(text, 8, 4, np.random.default_rng(4))
+
+
+def states(steps):
+    """The parameters before step 1, after step 1, ... of that run."""
+    model, optimizer, batches = learner()
+    found = [optimizer.flat.data.copy()]
+    for _ in train(model, optimizer, batches, steps, ml.schedule("constant", 20)):
+        found.append(optimizer.flat.data.copy())
+    return found
+
+
+@pytest.mark.parametrize(("check_every", "kept"), [(1, 5), (4, 3)])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state_whose_own_loss_was_finite(check_every, kept):
+    model, optimizer, batches = learner()
 
     def poisoned():
         for i, batch in enumerate(batches):
-            if i == 6:  # as if memory or data had gone bad
+            if i == 6:  # as if step 6 had made a parameter that gives no loss
                 model.transformer.wpe.weight.data[3, 2] = np.nan
             yield batch
 
-    seen, good = [], {}
-    steps = train(model, optimizer, poisoned(), 20, ml.schedule("constant", 20), check_every=check_every)
+    seen = []
+    with pytest.raises(Diverged, match=r"loss is not finite at step 7, first in transformer\.w") as caught:
+        seen.extend(s.step for s in train(model, optimizer, poisoned(), 20, ml.schedule("constant", 20), check_every=check_every))
+    assert caught.value.kept == kept  # the loss of step 6 is that of the parameters after step 5
+    np.testing.assert_array_equal(optimizer.flat.data, states(kept)[kept])
 
-    def run():
-        for s in steps:
-            seen.append(s.step)
-            good[s.step] = optimizer.flat.data.copy()
 
-    with pytest.raises(Diverged, match=r"loss is not finite at step 7, first in transformer\.w"):
-        run()
-    assert seen == list(range(1, 7 if check_every == 1 else 5))
-    if check_every == 4:
-        np.testing.assert_array_equal(optimizer.flat.data, good[4])
-    else:
-        bad = np.flatnonzero(optimizer.flat.data != good[6])
-        assert len(bad) == 1  # only what the test broke: no update was made from a bad gradient
+@pytest.mark.parametrize("value", [np.nan, 1e200])  # the loss of finite parameters may not be finite either
+def test_the_last_update_is_looked_at(value):
+    model, optimizer, batches = learner()
+    update = optimizer.step
+    made = []
+
+    def step():
+        update()
+        made.append(1)
+        if len(made) == 3:
+            optimizer.flat.data[...] = value
+
+    optimizer.step = step
+    with pytest.raises(Diverged, match=r"not finite after the last update \(step 3\)") as caught:
+        list(train(model, optimizer, batches, 3, ml.schedule("constant", 20)))
+    assert caught.value.kept == 2
+    np.testing.assert_array_equal(optimizer.flat.data, states(2)[2])
+
+
+def test_a_step_takes_no_batches_of_two_epochs():
+    model, optimizer, batches = learner()
+    five = [next(batches) for _ in range(5)]
+    stream = endless(lambda rng: iter(five))
+    steps = list(train(model, optimizer, stream, 6, ml.schedule("constant", 20), accumulate=2))
+    assert [s.tokens for s in steps] == [64, 64, 32] * 2
 
 
 def test_the_data_may_not_end_early():
@@ -287,6 +317,8 @@ def test_windows_and_splits():
     seen = np.concatenate([b.ids for b in held_out_windows(text, 7, 2)])
     assert seen.tolist() == list(range(49))
     assert [b.ids[0] for b in held_out_windows(text, 7, 1, most=3)] == [0, 21, 42]
+    for n in (2, 7, 8, 9, 30, 50):  # whatever the length, each token but the first is predicted once
+        assert np.concatenate([b.labels for b in held_out_windows(text[:n], 7, 2)]).tolist() == list(range(1, n))
     shards = some_batch([5, 1, 1, 5, 4]).split(3)
     assert [int(s.offsets[-1]) for s in shards] == [5, 7, 4]
     assert len(some_batch([5]).split(4)) == 1

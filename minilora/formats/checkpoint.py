@@ -75,14 +75,18 @@ def load_model(
     dtype: Any = "float32",
     labels: int | Sequence[str] | None = None,
     quantize: str = "",
+    *,
+    new_head: bool = False,
+    seed: int = 0,
 ) -> Any:  # Any: one of the classes of FAMILIES, which have more in common than Layer
     """A published model on a backend, frozen. Architectures: gpt2, bert, llama, qwen2.
 
     path_or_id: a folder with config.json and model.safetensors (or shards and model.safetensors.index.json), a .gguf file, an id
     "org/name" of the hub (fetched by huggingface_hub, whose cache and HF_HUB_OFFLINE hold), or "pydoc", the model in this package.
     On NumPy, parameters that the file holds in `dtype` are read-only views of the mapped file.
-    labels: the names of a classifier's classes, or how many there are; by default what config.json says. A classifier or pooler
-    that the checkpoint has not is drawn from N(0, 0.02^2), the same each time, and a line on standard error says so.
+    labels: the names of a classifier's classes, or how many there are; by default what config.json says. A head of the checkpoint keeps
+    its own; new_head=True leaves that out. A classifier or pooler that is not there, or left out, is drawn from N(0, 0.02^2) by `seed`,
+    and a line on standard error says so; `model.drawn` names them.
     dtype: "float16" and "bfloat16" are of matrices, embeddings included, and so of activations (kernels/half.py): norms, biases, and what
     `inject` makes trainable, are then of float32.
     quantize: "nf4" keeps the weights of linear layers, but for the head, in four bits (family/nf4.py), "float16" and "bfloat16" in
@@ -111,14 +115,21 @@ def load_model(
         del raw["quantization_config"]
     config, model_class = _classes(family)
     config = config.from_json(raw, where)
+    published = getattr(config, "class_names", None)
     if labels is not None:
         config = _with_labels(config, labels, where)
     model = model_class(config, rng=Blank(), dtype="float32")
     if tensors is None:
         tensors = unpacked(read_weights(source), source)
     tensors = _renamed(model, family, tensors, source)
-    tensors |= _fresh(model, family, tensors, raw, source)
+    if new_head:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
+    elif isinstance(labels, Sequence) and published and "classifier.weight" in tensors and list(labels) != published:
+        raise ValueError(f"{where}: the head is for {', '.join(published)}, not {', '.join(labels)}; new_head=True replaces it.")
+    drawn = _fresh(model, family, tensors, raw, source, new_head, seed)
+    tensors |= drawn
     assign(model, turned(model, tensors), source)
+    model.drawn = sorted({name.rpartition(".")[0] for name in drawn})
     model.source = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # an adapter will name it, from anywhere
     model.hub_id = str(path_or_id) if _is_hub_id(path_or_id) else None
     if quantize:
@@ -271,13 +282,15 @@ def _renamed(model: Layer, family: Family, tensors: dict[str, np.ndarray], sourc
     return renamed
 
 
-def _fresh(model: Any, family: Family, tensors: dict[str, np.ndarray], raw: dict[str, Any], source: Path) -> dict[str, np.ndarray]:
+def _fresh(
+    model: Any, family: Family, tensors: dict[str, np.ndarray], raw: dict[str, Any], source: Path, new_head: bool, seed: int
+) -> dict[str, np.ndarray]:
     """Initial values, in the file's orientation, of modules that a checkpoint of a bare model has not. Said on standard error."""
-    if family.architectures[0] in (raw.get("architectures") or ()):
+    if family.architectures[0] in (raw.get("architectures") or ()) and not new_head:
         return {}
     parameters = dict(model.parameters())
     absent = [name for name in family.fresh if not any(path.startswith(f"{name}.") for path in tensors)]
-    rng, values = np.random.default_rng(0), {}
+    rng, values = np.random.default_rng(seed), {}
     for name in absent:
         W, b = parameters[f"{name}.weight"].data, parameters[f"{name}.bias"].data
         values[f"{name}.weight"] = rng.normal(0, 0.02, W.shape).astype(W.dtype).T

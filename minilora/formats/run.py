@@ -9,7 +9,8 @@ from typing import Any
 from minilora.adapters import PartialConfig, bottlenecks, method_name
 from minilora.formats.adapter import load_adapter, read_adapter_config
 from minilora.formats.atomic import read_json
-from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_folder, save_model
+from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_folder, read_weights, save_model
+from minilora.formats.checkpoint import _classes as _classes_of
 from minilora.formats.tensors import map_tensors
 from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
 from minilora.layers import Linear
@@ -30,9 +31,12 @@ def _base(path: str | Path, backend: str, adapter: str | Path | None = None, dty
     if adapter is not None:
         found = _adapter_folder(Path(adapter)) or Path(adapter)
     labels = labels_of(adapter or path) or (_classes(found) if found else None)
-    asked = _record(adapter or path).get("configuration", {})
+    asked = record_of(adapter or path).get("configuration") or {}
     try:
-        model = load_model(base, backend, dtype or asked.get("dtype", "float32"), labels=labels, quantize=asked.get("quantize", ""))
+        published = None if labels is None else published_classes(base)
+        replaced = published is not None and labels not in (published, len(published))  # by the head in the adapter
+        dtype, quantize = dtype or asked.get("dtype", "float32"), asked.get("quantize", "")
+        model = load_model(base, backend, dtype, labels=labels, quantize=quantize, new_head=replaced)
     except FileNotFoundError as error:
         if base == str(path):
             raise
@@ -55,17 +59,40 @@ def base_of(path: str | Path) -> tuple[str, Path | None]:
     return str(path), None
 
 
+def record_of(path: str | Path) -> dict[str, Any]:
+    """The run.json of a run, or of the run that an adapter or a model lies in; empty where there is none.
+
+    Raises ValueError, naming the file, where it is not as a run writes it.
+    """
+    for folder in (Path(path), Path(path).parent):
+        file = folder / "run.json"
+        if not file.is_file():
+            continue
+        record = read_json(file)
+        for name, kind in (("configuration", dict), ("results", dict), ("trained_on", dict), ("labels", list)):
+            if not isinstance(record.get(name) or kind(), kind):
+                raise ValueError(f"{file}: {name} must be {'a list' if kind is list else 'an object'}, got {record[name]!r:.60}.")
+        if not all(isinstance(name, str) for name in record.get("labels") or ()):
+            raise ValueError(f"{file}: labels must be names, got {record['labels']!r:.60}.")
+        return record
+    return {}
+
+
+def published_classes(name: str | Path) -> list[str] | None:
+    """The classes of the head that a published model has, in its order; None where it has none."""
+    if str(name).endswith(".gguf"):
+        return None
+    folder = model_folder(name)
+    raw = read_json(folder / "config.json")
+    family = family_of(raw, f"{folder}/config.json")
+    if "classifier" not in family.fresh or not any(path.startswith("classifier.") for path in read_weights(folder)):
+        return None
+    return list(_classes_of(family)[0].from_json(raw, f"{folder}/config.json").class_names)
+
+
 def labels_of(path: str | Path) -> list[str] | None:
     """The names of the classes that a run was trained for, None where there are none."""
-    return _record(path).get("labels")
-
-
-def _record(path: str | Path) -> dict[str, Any]:
-    """The run.json of a run, or of the run that an adapter or a model lies in; empty where there is none."""
-    for folder in (Path(path), Path(path).parent):
-        if (folder / "run.json").is_file():
-            return read_json(folder / "run.json")
-    return {}
+    return record_of(path).get("labels")
 
 
 def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
@@ -139,9 +166,7 @@ def _classes(adapter: Path) -> int | None:
 
 def _default_vocabulary(family: Any) -> int:
     """vocab_size where config.json leaves it at its family's default."""
-    from minilora.formats.checkpoint import _classes as classes
-
-    return int(classes(family)[0].__dataclass_fields__["vocab_size"].default)
+    return int(_classes_of(family)[0].__dataclass_fields__["vocab_size"].default)
 
 
 def _adapter_folder(folder: Path) -> Path | None:

@@ -75,10 +75,9 @@ class BertConfig:
         return self.num_labels == 1
 
     @property
-    def class_names(self) -> list[str] | None:
-        """The names of the labels in order; None where there are none, for which transformers writes LABEL_0, LABEL_1, ..."""
-        names = [self.id2label[i] for i in range(self.num_labels)] if self.id2label else []
-        return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
+    def class_names(self) -> list[str]:
+        """The names of the labels in order, as transformers has them: LABEL_0, LABEL_1, ... where config.json names none."""
+        return [(self.id2label or {}).get(i, f"LABEL_{i}") for i in range(self.num_labels)]
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str) -> BertConfig:
@@ -97,11 +96,11 @@ class BertConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as config.json keeps them."""
-        names = self.id2label or {i: f"LABEL_{i}" for i in range(self.num_labels)}
         told = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("num_labels", "id2label", "dropout", "pooling")}
         if self.pooling != "first":
             told["pooling"] = self.pooling
-        labels = {"id2label": {str(i): name for i, name in names.items()}, "label2id": {name: i for i, name in names.items()}}
+        names = list(enumerate(self.class_names))
+        labels = {"id2label": {str(i): name for i, name in names}, "label2id": {name: i for i, name in names}}
         return {"model_type": "bert", **told, **labels}
 
 

@@ -16,12 +16,14 @@ class Batch:
     """ids (T,), sequences bounded by offsets (n + 1,), and labels; all on the host.
 
     labels is (T,), where labels[t] is what row t must predict, or -100; or, with per_sequence, (n,): one class for each sequence.
+    ends_epoch: nothing of this pass over the data comes after it.
     """
 
     ids: np.ndarray
     labels: np.ndarray
     offsets: np.ndarray
     per_sequence: bool = False
+    ends_epoch: bool = False
 
     def __post_init__(self) -> None:
         wanted = len(self.offsets) - 1 if self.per_sequence else len(self.ids)
@@ -67,13 +69,20 @@ def random_windows(text: np.ndarray, length: int, batch_size: int, rng: np.rando
 
 
 def held_out_windows(text: np.ndarray, length: int, batch_size: int, most: int | None = None) -> Iterator[Batch]:
-    """The text once, in consecutive windows; what is left over at the end is dropped. `most`: at most so many, evenly spread."""
-    check_length(text, length)
+    """The text once, in consecutive windows, the last one shorter: every token but the first is predicted once.
+
+    most: at most so many whole windows, evenly spread.
+    """
     starts = np.arange(0, len(text) - length, length)
     if most is not None and most < len(starts):
         starts = starts[np.linspace(0, len(starts) - 1, most).astype(int)]
+        rest = 0
+    else:
+        rest = len(text) - 1 - len(starts) * length
     for i in range(0, len(starts), batch_size):
         yield windows(text, starts[i : i + batch_size], length)
+    if rest > 0:
+        yield windows(text, np.array([len(text) - 1 - rest]), rest)
 
 
 def check_length(text: np.ndarray, length: int) -> None:

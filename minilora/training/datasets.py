@@ -1,33 +1,29 @@
-"""Records from files as examples to learn from: texts, prompts with completions, conversations, texts with a class.
+"""Records as examples to learn from and to measure on: the splits of a folder or a file, and batches of them.
 
-    a folder     {train,valid,test}.jsonl or .csv; without valid, a tenth of train is held out
-    a file       .jsonl or .csv: a tenth of it is held out
+    a folder     {train,valid,test} as record files; without valid, a tenth of train is held out
+    a file       a tenth of it is held out
 
-    {"text": ...}                             every token is learnt; write the end token into the text if it is to be learnt too
-    {"prompt": ..., "completion": ...}        the completion and the end token after it are learnt, the prompt is read
-    {"messages": [{"role", "content"}, ...]}  what the assistant wrote is learnt, the rest is read
-    {"text": ..., "label": ...}               one class for each text (task "classify")
-
-Other fields are ignored. What cannot be used is a ValueError that names the file and the line.
+training/records.py has the formats, training/examples.py what a record may be, docs/data.md all of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from minilora.formats.tokenizer import Tokenizer
 from minilora.training.data import Batch
-from minilora.training.examples import Example, Maker, example_maker, label_of
-from minilora.training.records import READERS, read_records
+from minilora.training.examples import Example, example_maker
+from minilora.training.labels import class_names, label_of, reader
+from minilora.training.recipe import TASKS
+from minilora.training.records import SPLITS, Record, note, read_records, split_files
 
-TASKS = ("lm", "classify")
-SPLITS = ("train", "valid", "test")
+_USED = {"lm": ("text", "prompt", "completion", "messages", "tools"), "classify": ("text", "label")}
+_REFUSED = ("text_pair", "weight", "weights", "sample_weight")  # what would change the result if it were read
 
 
 @dataclass
@@ -40,25 +36,18 @@ class Dataset:
     labels: list[str] | None = None
 
     def describe(self) -> str:
-        """One line: sequences, tokens, and how many sequences were cut."""
-        told = []
+        """One line: sequences, tokens, how many sequences were cut, the classes, and which of them a split lacks."""
+        parts = []
         for name in SPLITS:
             if examples := getattr(self, name):
                 cut = sum(example.cut for example in examples)
-                told.append(
-                    f"{name} {len(examples):,} sequences of {sum(len(e.ids) for e in examples):,} tokens"
-                    + (f", {cut:,} cut" if cut else "")
-                )
-        classes = "" if self.labels is None else f"; {len(self.labels)} classes: {', '.join(self.labels)}"
-        return "; ".join(told) + classes
-
-
-def is_dataset(path: str | Path) -> bool:
-    """Is this a .jsonl or .csv file, or a folder with {train,valid,test} of that kind? (Else it may be plain text.)"""
-    path = Path(path)
-    if path.is_dir():
-        return any((path / f"{split}{suffix}").is_file() for split in SPLITS for suffix in READERS)
-    return path.suffix in READERS
+                part = f"{name} {len(examples):,} sequences of {sum(len(e.ids) for e in examples):,} tokens" + f", {cut:,} cut" * (cut > 0)
+                if self.labels is not None and (absent := _absent(examples, self.labels)):
+                    part += f", none of class {', '.join(absent[:3])}" + f" and {len(absent) - 3} more" * (len(absent) > 3)
+                parts.append(part)
+        if self.labels is not None:
+            parts.append(f"{len(self.labels)} classes: {', '.join(self.labels)}")
+        return "; ".join(parts)
 
 
 def load_dataset(
@@ -71,28 +60,30 @@ def load_dataset(
     labels: Sequence[str] | None = None,
     chat_template: str | None = None,
     seed: int = 0,
+    encoding: str = "utf-8",
 ) -> Dataset:
     """Read a folder or a file of records for `task`: "lm" or "classify".
 
     No example has more than max_length tokens. Longer texts and conversations lose their end; of a prompt and completion, the prompt
     loses its beginning, down to half of max_length, then the completion its end. `Example.cut` tells which.
-    mask_prompt=False learns from prompts and users' turns too. `labels`: the classes of a model that is there already; by default
-    those of the training data (of a single file: of all of it), sorted, numbers by value.
-    What is split here is shuffled by `seed`, and equal sequences stay on one side.
+    mask_prompt=False learns from prompts and users' turns too. labels: the classes of a head that exists, in its order (one: the labels
+    are values); by default the classes are those of the training data (of a single file: of all of it), see training/labels.py.
+    Where there is no validation data, a tenth is held out, see `hold_out`.
     Raises FileNotFoundError, or ValueError naming file and line.
     """
     _check(task, max_length)
-    path = Path(path)
-    files = _files(path)
-    records = {split: list(read_records(file)) for split, file in files.items()}
+    files = split_files(path, quiet=False)
+    records = {split: list(read_records(file, encoding)) for split, file in files.items()}
+    published = labels is not None
     if task == "classify" and labels is None:
         if "train" not in files:
-            raise FileNotFoundError(f"{path} has no train.jsonl or train.csv: without it the classes are not known.")
+            raise FileNotFoundError(f"{path} has no training split: without it the classes are not known.")
         labels = class_names(files["train"], records["train"])
     make = example_maker(task, tokenizer, max_length, mask_prompt, labels, chat_template or tokenizer.chat_template)
-    dataset = Dataset(labels=list(labels) if task == "classify" and labels is not None else None)
+    dataset = Dataset(labels=list(labels) if task == "classify" and labels is not None and len(labels) > 1 else None)
     for split, file in files.items():
-        setattr(dataset, split, _examples(file, records[split], make))
+        _check_records(file, records[split], task, labels if published else None)
+        setattr(dataset, split, [make(file, line, record) for line, record in records[split]])
     if "train" in files and "valid" not in files:
         dataset.train, dataset.valid = hold_out(dataset.train, files["train"], seed)
     return dataset
@@ -107,43 +98,71 @@ def load_examples(
     *,
     labels: Sequence[str] | None = None,
     chat_template: str | None = None,
+    encoding: str = "utf-8",
 ) -> list[Example]:
-    """All of one .jsonl or .csv file, in order: `load_dataset` without a split. task "classify" needs the names of the classes."""
+    """All records of one file, in order: `load_dataset` without a split. Task "classify" needs the names of the classes."""
     _check(task, max_length)
     if task == "classify" and labels is None:
-        raise ValueError(f"{file}: the model does not name its classes; give a folder that has train.jsonl or train.csv too.")
+        raise ValueError(f"{file}: the classes are not known; give a folder that has a training split too.")
     file = Path(file)
     make = example_maker(task, tokenizer, max_length, mask_prompt, labels, chat_template or tokenizer.chat_template)
-    return _examples(file, read_records(file), make)
+    records = list(read_records(file, encoding))
+    _check_records(file, records, task, labels)
+    return [make(file, line, record) for line, record in records]
 
 
 def hold_out(examples: list[Example], path: str | Path, seed: int = 0, fraction: float = 0.1) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out): a shuffled `fraction` of the different sequences, at least one. Equal sequences stay on one side."""
+    """(to train on, held out): a `fraction` of the different sequences, at least one, drawn by `seed`. Equal sequences stay on one side.
+
+    Where there are classes, each gives its share, as near to `fraction` as whole sequences allow, and keeps at least one for training.
+    Raises ValueError when there is nothing to hold out.
+    """
     keys = [e.ids.tobytes() + (b"" if e.per_sequence else e.labels.tobytes()) for e in examples]
+    first = dict(zip(reversed(keys), reversed(examples), strict=True))  # of equal ones the first
     different = list(dict.fromkeys(keys))
-    if len(different) < 2:
-        raise ValueError(f"{path} has one record only: there is nothing to hold out; give a folder with train.jsonl and valid.jsonl.")
-    order = np.random.default_rng(seed).permutation(len(different))
-    held = {different[i] for i in order[: max(1, round(fraction * len(different)))]}
+    held = {different[i] for i in sample([first[key] for key in different], max(1, round(fraction * len(different))), seed, spare=1)}
+    if not held:
+        raise ValueError(f"{path} has too few records to hold one out; give a folder with a training and a validation split.")
     both = list(zip(keys, examples, strict=True))
     return [e for key, e in both if key not in held], [e for key, e in both if key in held]
+
+
+def sample(examples: Sequence[Example], size: int, seed: int, spare: int = 0) -> list[int]:
+    """Indices, in order, of `size` examples drawn without replacement, of each class its share. `spare` of each class are left out.
+
+    Shares are rounded down, and what is missing goes to the largest remainders, in random order among equal ones.
+    """
+    rng = np.random.default_rng(seed)
+    classes: dict[float, list[int]] = {}
+    for i in rng.permutation(len(examples)):
+        e = examples[i]
+        classes.setdefault(int(e.labels[0]) if e.per_sequence and e.labels.dtype.kind == "i" else 0, []).append(int(i))
+    groups = [classes[c] for c in sorted(classes)]
+    exact = [min(size / max(1, len(examples)), 1.0) * len(group) for group in groups]
+    share = [min(int(x), len(group) - spare) for x, group in zip(exact, groups, strict=True)]
+    for k in sorted(rng.permutation(len(groups)), key=lambda k: share[k] - exact[k]):
+        if sum(share) < size and share[k] < len(groups[k]) - spare:
+            share[k] += 1
+    return sorted(i for group, n in zip(groups, share, strict=True) for i in group[:n])
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------------------------
 
 
-def packed_batches(examples: Sequence[Example], tokens_per_batch: int, rng: np.random.Generator | None = None) -> Iterator[Batch]:
-    """One epoch: every example once, in batches of about equal token counts, at most tokens_per_batch unless one sequence is longer.
+Epoch = list[list[int]]  # which examples go into each batch
+
+
+def pack(lengths: np.ndarray, tokens_per_batch: int, rng: np.random.Generator | None = None) -> Epoch:
+    """Every example once, in batches of about equal token counts, at most tokens_per_batch unless one sequence is longer.
 
     Each example goes into the batch that has fewest tokens so far, long ones first: short ones then level the batches out. With `rng`,
     which examples meet in a batch, and the order of the batches, are drawn; without, they are always the same.
     """
     if tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}.")
-    lengths = np.array([len(example.ids) for example in examples])
     size = lengths if rng is None else lengths * rng.uniform(0.5, 1, len(lengths))  # roughly by length, and new in every epoch
-    bins: list[list[int]] = [[] for _ in range(-(-int(lengths.sum()) // tokens_per_batch))]
-    load = np.zeros(len(examples) + len(bins), dtype=np.int64)  # there is room for a bin for each
+    bins: Epoch = [[] for _ in range(-(-int(lengths.sum()) // tokens_per_batch))]
+    load = np.zeros(len(lengths) + len(bins), dtype=np.int64)  # there is room for a bin for each
     for i in np.argsort(-size, kind="stable"):
         k = int(load[: len(bins)].argmin())
         if load[k] and load[k] + lengths[i] > tokens_per_batch:  # it fits nowhere
@@ -152,9 +171,13 @@ def packed_batches(examples: Sequence[Example], tokens_per_batch: int, rng: np.r
         bins[k].append(int(i))
         load[k] += lengths[i]
     order = np.arange(len(bins)) if rng is None else rng.permutation(len(bins))
-    for k in order:
-        if bins[k]:
-            yield collate([examples[i] for i in bins[k]])
+    return [bins[k] for k in order if bins[k]]
+
+
+def packed_batches(examples: Sequence[Example], tokens_per_batch: int, rng: np.random.Generator | None = None) -> Iterator[Batch]:
+    """One epoch of batches by `pack`."""
+    lengths = np.array([len(example.ids) for example in examples], dtype=np.int64)
+    yield from (collate([examples[i] for i in batch]) for batch in pack(lengths, tokens_per_batch, rng))
 
 
 def batches_of(examples: Sequence[Example], batch_size: int, rng: np.random.Generator | None = None) -> Iterator[Batch]:
@@ -167,14 +190,19 @@ def batches_of(examples: Sequence[Example], batch_size: int, rng: np.random.Gene
 
 
 def endless(epoch: Callable[[np.random.Generator], Iterator[Batch]], seed: int = 0) -> Iterator[Batch]:
-    """Epoch after epoch, the k-th drawn by a generator of (seed, k): endless(lambda rng: packed_batches(train, 2048, rng), seed)."""
+    """Epoch after epoch, the k-th drawn by a generator of (seed, k): endless(lambda rng: packed_batches(train, 2048, rng), seed).
+
+    The last batch of an epoch says so: a step never takes batches of two epochs (training/loop.py).
+    """
     for k in count():
-        empty = True
+        held = None
         for batch in epoch(np.random.default_rng((seed, k))):
-            empty = False
-            yield batch
-        if empty:
+            if held is not None:
+                yield held
+            held = batch
+        if held is None:
             raise ValueError("there is nothing to train on: the training split has no examples.")
+        yield replace(held, ends_epoch=True)
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -184,39 +212,35 @@ def collate(examples: Sequence[Example]) -> Batch:
     return Batch(np.concatenate([example.ids for example in examples]), labels, offsets, examples[0].per_sequence)
 
 
-# ---- files and classes --------------------------------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------------------------------------------
 
 
-def class_names(file: Path, records: Sequence[tuple[int, dict[str, Any]]]) -> list[str]:
-    """The different labels of records, sorted: by value if all are whole numbers, else as text."""
-    names = {label_of(file, line, record) for line, record in records}
-    if len(names) < 2:
-        raise ValueError(f"{file}: all {len(records)} records have the label {next(iter(names))!r}; classification needs two classes.")
-    if all(name.removeprefix("-").isdecimal() for name in names):
-        return sorted(names, key=int)
-    return sorted(names)
+def _check_records(file: Path, records: Sequence[tuple[int, Record]], task: str, labels: Sequence[str] | None) -> None:
+    """Refuse records that mean more than is read, or classes that are not the head's; name the fields that are not used."""
+    unused: dict[str, None] = {}
+    for line, record in records:
+        if odd := next((name for name in _REFUSED if name in record), None):
+            raise ValueError(f"{file}, line {line}: {odd!r} is not supported, and would be ignored; remove it.")
+        forms = [name for name in ("text", "prompt", "messages") if name in record] if task == "lm" else []
+        if len(forms) > 1:
+            raise ValueError(f"{file}, line {line}: the record has {forms[0]!r} and {forms[1]!r}; keep the one that is to be learnt.")
+        unused |= dict.fromkeys(name for name in record if name not in _USED[task])
+    if unused:
+        note(f"{file}: {', '.join(map(repr, unused))} {'is' if len(unused) == 1 else 'are'} not used.")
+    if task == "classify" and labels is not None and len(labels) > 1:
+        read = reader(labels)
+        for line, record in records:
+            try:
+                read(file, line, record)
+            except ValueError as error:
+                names = sorted({label_of(file, n, r) for n, r in records})
+                advice = "rename them, or make a head for them with finetune --new-head"
+                raise ValueError(f"{str(error).rstrip('.')}. The data have {', '.join(names)}; {advice}.") from None
 
 
-def _files(path: Path) -> dict[str, Path]:
-    """{split: file} of a dataset's folder, or {"train": file}."""
-    if not path.is_dir():
-        if not path.exists():
-            raise FileNotFoundError(f"there is no file or folder {path}.")
-        return {"train": path}
-    found: dict[str, Path] = {}
-    for split in SPLITS:
-        files = [file for suffix in READERS if (file := path / f"{split}{suffix}").is_file()]
-        if len(files) > 1:
-            raise ValueError(f"{path} has both {files[0].name} and {files[1].name}; keep one.")
-        if files:
-            found[split] = files[0]
-    if not found:
-        raise FileNotFoundError(f"there are no records in {path}: wanted train.jsonl (or .csv), and valid and test if there are any.")
-    return found
-
-
-def _examples(file: Path, records: Any, make: Maker) -> list[Example]:
-    return [make(file, line, record) for line, record in records]
+def _absent(examples: Sequence[Example], labels: Sequence[str]) -> list[str]:
+    seen = {int(example.labels[0]) for example in examples}
+    return [name for i, name in enumerate(labels) if i not in seen]
 
 
 def _check(task: str, max_length: int) -> None:

@@ -21,7 +21,12 @@ import numpy as np
 from minilora.formats.chat import assistant_spans, render_chat
 from minilora.formats.tokenizer import Tokenizer
 from minilora.functional import IGNORE
-from minilora.training.records import WANTED
+from minilora.training.labels import reader
+
+WANTED = {
+    "lm": 'the field "text", or "prompt" and "completion", or "messages"',
+    "classify": 'the fields "text" and "label"',
+}
 
 
 @dataclass
@@ -41,14 +46,11 @@ def example_maker(
     task: str, tokenizer: Tokenizer, max_length: int, mask_prompt: bool, labels: Sequence[str] | None, template: str | None
 ) -> Maker:
     """A function (file, line, record) -> Example, that raises ValueError naming file and line."""
-    classes = {str(name): i for i, name in enumerate(labels or ())}
+    label = reader(labels or ())
 
     def classify(file: Path, line: int, record: dict[str, Any]) -> Example:
-        name = label_of(file, line, record)
-        if name not in classes:
-            raise ValueError(f"{file}, line {line}: the label {name!r} is none of the training data's: {', '.join(classes)}.")
         ids, cut = _classified(tokenizer, _text(file, line, record, "text", "classify"), max_length)
-        return Example(ids, np.array([classes[name]]), per_sequence=True, cut=cut)
+        return Example(ids, np.array([label(file, line, record)]), per_sequence=True, cut=cut)
 
     def lm(file: Path, line: int, record: dict[str, Any]) -> Example:
         try:
@@ -156,7 +158,7 @@ def _text(file: Path, line: int, record: dict[str, Any], name: str, task: str) -
     where = f"{file}, line {line}:"
     if name not in record:
         has = ", ".join(map(repr, record)) or "none"
-        raise ValueError(f"{where} wanted {WANTED[task]}; it has {has}.")
+        raise ValueError(f"{where} expected {WANTED[task]}; it has {has}.")
     value = record[name]
     if not isinstance(value, str):
         raise ValueError(f"{where} {name!r} must be text, got {value!r:.60}.")
@@ -174,15 +176,3 @@ def _check_unicode(text: str, name: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"{name!r} holds half of a surrogate pair at character {error.start}, which is no text.") from None
-
-
-def label_of(file: Path, line: int, record: dict[str, Any]) -> str:
-    """The label of a record, as text. Raises ValueError for a label that is missing, not a number, or neither integer nor text."""
-    if "label" not in record:
-        has = ", ".join(map(repr, record)) or "none"
-        raise ValueError(f"{file}, line {line}: wanted {WANTED['classify']}; it has {has}.")
-    value = record["label"]
-    name = value.strip() if isinstance(value, str) else str(value)
-    if isinstance(value, bool) or not isinstance(value, int | str) or not name or name.lower() == "nan":
-        raise ValueError(f"{file}, line {line}: the label must be an integer or a name, got {value!r}.")
-    return name

@@ -11,9 +11,9 @@ from minilora.adapters.extraction import embeddings_changed, extract, input_root
 from minilora.formats.adapter import save_adapter
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import load_model
-from minilora.formats.run import base_of, labels_of, open_model, tokenizer_of
-from minilora.models.generate import context_length
-from minilora.training.tasks import held_out_task, measure
+from minilora.formats.run import base_of, open_model
+from minilora.training.evaluate_run import task_of
+from minilora.training.tasks import measure
 
 
 def extract_run(
@@ -24,7 +24,7 @@ def extract_run(
     energy: float | None = None,
     data: str | None = None,
     task_name: str | None = None,
-    window: int = 256,
+    window: int | None = None,
     whole: bool = True,
     threads: int = 1,
     say: Callable[[str], None] = print,
@@ -33,6 +33,7 @@ def extract_run(
 
     tuned  what `open_model` takes: a run of full fine-tuning, a model, or an adapter, which gets another rank. base: by default what the
            run or adapter names. data: held-out data; each layer is then whitened with its inputs, and all three models are measured.
+           Task and window are those of the run unless they are given.
     Raises ValueError when the base is not known or the models do not fit, FileExistsError when `out` is in use.
     """
     out = Path(out)
@@ -43,9 +44,7 @@ def extract_run(
     origin = load_model(base, "numpy", labels=getattr(target.config, "num_labels", None))
     task = roots = None
     if data is not None:
-        labels = labels_of(tuned)
-        window = min(window, context_length(target))
-        task = held_out_task(data, task_name or ("classify" if labels else "lm"), tokenizer_of(tuned), window, labels)
+        task = task_of(target, tuned, data, tokenizer_source=tuned, split=None, say=say, task=task_name, window=window)
         roots = input_roots(target, task.held_out)
     adapted, layers = extract(origin, target, r, energy, roots, whole)
     adapted.lora_config.base_model_name_or_path = base

@@ -22,12 +22,11 @@ from minilora.backend import choose_backend, peak_memory
 from minilora.family import config_classes
 from minilora.formats.adapter import save_adapter
 from minilora.formats.checkpoint import load_model, save_model
-from minilora.formats.run import tokenizer_of
+from minilora.formats.run import published_classes, tokenizer_of
 from minilora.formats.tokenizer import Tokenizer
 from minilora.lora import LoraConfig, disabled, lora_layers
 from minilora.models.generate import context_length, generate
-from minilora.training.datasets import load_dataset
-from minilora.training.few_sample import PulledAdamW, few, reinitialise
+from minilora.training.few_sample import PulledAdamW, reinitialise
 from minilora.training.loop import Diverged, train
 from minilora.training.loraplus import create_loraplus_optimizer
 from minilora.training.loss_scale import LossScale
@@ -37,9 +36,10 @@ from minilora.training.plot import have_matplotlib, plot_run
 from minilora.training.preconditioned import create_lora_pro_optimizer, create_lorafa_optimizer, create_riemannian_optimizer
 from minilora.training.prefix import PrefixCache
 from minilora.training.recipe import Recipe
+from minilora.training.records import note
 from minilora.training.run_folder import RunFolder
 from minilora.training.schedules import Schedule, schedule
-from minilora.training.tasks import Task, classify_task, measure, records_task, text_task
+from minilora.training.tasks import Task, measure, training_task
 
 PROMPT = "def read_config(path, encoding=None):\n    "  # what the samples of a text model go on from
 
@@ -61,13 +61,13 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
         os.environ["CUPY_TF32"] = "1"
     recipe.backend = choose_backend(recipe.backend)
     model, tokenizer, task = open_recipe(recipe)
-    recipe.settle(task.per_epoch)
+    recipe.settle(task.steps(recipe.epochs, recipe.accumulate, recipe.seed))
     assert recipe.steps is not None
     rate = schedule(recipe.schedule, recipe.steps, int(recipe.warmup or 0))
     base = sum(p.data.size for _, p in model.parameters())
     optimizer = prepare(model, recipe, task)
     folder = RunFolder.create(out, recipe.method)
-    folder.write_run(asdict(recipe), {}, task.labels)
+    folder.write_run(asdict(recipe), {}, task.labels, task.trained_on)
 
     trained = optimizer.flat.data.size
     say(f"model     {recipe.model}: {base:,} parameters, {recipe.backend}, {recipe.threads} thread{'s' * (recipe.threads > 1)}")
@@ -80,12 +80,10 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     try:
         seconds, tokens = _train(model, optimizer, task, rate, recipe, records, scale)
     except (Diverged, KeyboardInterrupt, MemoryError) as stop:
-        _save(model, folder, recipe)
-        folder.write_metrics(records)
-        done = optimizer.t if isinstance(stop, MemoryError) else len(records)
-        folder.write_run(asdict(recipe), {"stopped_after_step": done, **_state(scale)}, task.labels)
+        done = stop.kept if isinstance(stop, Diverged) else optimizer.t if isinstance(stop, MemoryError) else len(records)
+        _stopped(model, folder, recipe, task, records, done, scale)
         if isinstance(stop, Diverged):
-            say(f"the {_made(recipe)} as of step {stop.kept}, the last good one, is in {folder.path}")
+            say(f"the {_made(recipe)} as of step {done}, the last whose loss was finite, is in {folder.path}")
         if isinstance(stop, MemoryError):
             traceback.clear_frames(stop.__traceback__)  # what the failed step had saved is still held there
             raise MemoryError(_too_large(model, recipe, task, done, folder.path)) from stop
@@ -93,8 +91,14 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     folder.write_metrics(records)
     size = _save(model, folder, recipe)
     after, wrote_after = measure(model, task, recipe.threads), _sample(model, tokenizer, recipe)
+    if not math.isfinite(after["loss"]):
+        _stopped(model, folder, recipe, task, records, len(records), scale)
+        raise ArithmeticError(f"the held-out loss is not finite; the {_made(recipe)} is in {folder.path}. A lower --lr may help.")
     if wrote_after:
         folder.write_samples(PROMPT, wrote_before, wrote_after)
+    left_out = sum(record["grad_norm"] is None for record in records)
+    if left_out:
+        say(f"left out  {left_out} of {len(records)} steps changed nothing: their gradients overflowed in {recipe.dtype}")
     results = {
         "headline": task.headline,
         "before": before,
@@ -105,42 +109,46 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
         "saved_bytes": size,
         "model_bytes": 4 * base,
         "steps": len(records),
+        **({"steps_left_out": left_out} if scale is not None else {}),
         "tokens_per_second": tokens / seconds,
         "seconds": time.perf_counter() - begun,
         "peak_memory_bytes": peak_memory(recipe.backend),
         **_state(scale),
     }
-    folder.write_run(asdict(recipe), results, task.labels)
+    folder.write_run(asdict(recipe), results, task.labels, task.trained_on)
     _tell(say, folder, recipe, results, wrote_before, wrote_after)
     _draw(say, folder, recipe, records, task, before, after)
     return {"folder": str(folder.path), **results}
 
 
+def _stopped(
+    model: Any, folder: RunFolder, recipe: Recipe, task: Task, records: list[dict[str, Any]], step: int, scale: LossScale | None
+) -> None:
+    """Save what a run that ends early has made."""
+    _save(model, folder, recipe)
+    folder.write_metrics(records)
+    folder.write_run(asdict(recipe), {"stopped_after_step": step, **_state(scale)}, task.labels, task.trained_on)
+
+
 def open_recipe(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
     """The model, its tokenizer and the data, each checked against the others."""
-    if recipe.kind == "classify":
-        assert recipe.data is not None
+    options: dict[str, Any] = {"quantize": recipe.quantize}
+    if recipe.kind == "classify":  # the data are read first: they say how many classes a new head has
         tokenizer = tokenizer_of(recipe.model)
-        dataset = load_dataset(recipe.data, "classify", tokenizer, recipe.window, seed=recipe.seed)
-        model = load_model(recipe.model, recipe.backend, recipe.dtype, labels=dataset.labels, quantize=recipe.quantize)
+        published = published_classes(recipe.model)
+        task = training_task(recipe, tokenizer, None if recipe.new_head else published)
+        options["labels"] = task.labels or published
+        if recipe.new_head and published:
+            note(f"{recipe.model}: the head for {', '.join(published)} is replaced by one for {', '.join(task.labels or ())}.")
+        model = load_model(recipe.model, recipe.backend, recipe.dtype, new_head=recipe.new_head, seed=recipe.seed, **options)
         if not hasattr(model, "classifier"):
             raise ValueError(f"{recipe.model} ({type(model).__name__}) has no classifier; task classify needs a BERT.")
-        if recipe.train_size is not None:
-            dataset.train = few(dataset.train, recipe.train_size, dataset.labels or (), recipe.seed)
-        dataset.valid = dataset.valid[: recipe.eval_size]
-        task = classify_task(dataset, recipe.data, recipe.batch_size)
     else:
-        model = load_model(recipe.model, recipe.backend, recipe.dtype, quantize=recipe.quantize)
+        model = load_model(recipe.model, recipe.backend, recipe.dtype, **options)
         if not hasattr(model, "decode"):
             raise ValueError(f"{recipe.model} ({type(model).__name__}) is no decoder; task lm needs one. Is --task classify meant?")
         tokenizer = tokenizer_of(recipe.model, model.config.vocab_size)
-        if recipe.kind == "text":
-            assert recipe.eval_bytes is not None
-            most = max(1, recipe.eval_bytes // recipe.window)
-            task = text_task(recipe.data, tokenizer, recipe.window, recipe.batch_size, most)
-        else:
-            assert recipe.data is not None
-            task = records_task(recipe.data, tokenizer, recipe.window, recipe.tokens_per_batch, recipe.mask_prompt, recipe.seed)
+        task = training_task(recipe, tokenizer)
     if recipe.window > context_length(model):
         raise ValueError(f"a window of {recipe.window} is longer than the model's {context_length(model)} positions.")
     return model, tokenizer, task
@@ -213,7 +221,8 @@ def _optimizer(model: Any, recipe: Recipe) -> AdamW:
 def prefix_for(task: Task, recipe: Recipe) -> PrefixCache | None:
     """Where what frozen blocks give is kept; None where nothing comes a second time."""
     assert recipe.steps is not None
-    comes_again = task.per_epoch is not None and recipe.steps * recipe.accumulate > task.per_epoch
+    once = task.steps(1, recipe.accumulate, recipe.seed)
+    comes_again = once is not None and recipe.steps > once
     return PrefixCache() if recipe.cache and comes_again else None
 
 

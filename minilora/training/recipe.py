@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
 from minilora import adapters
 from minilora.formats.checkpoint import BUNDLED
-from minilora.training.datasets import TASKS, is_dataset
+from minilora.training.records import is_dataset
 
+TASKS = ("lm", "classify")
 DTYPES = ("float32", "bfloat16", "float16")
 METHODS = ("lora", "full", *adapters.METHODS)
 OPTIMIZERS = ("adamw", "riemannian", "lora_pro", "lora_fa")
@@ -40,6 +42,8 @@ class Recipe:
     pull            of the weights towards where they began; bias_correction=False is Adam as the first BERT had it
     train_size, eval_size   of texts with a class: all; else at most so many, drawn by the seed
     dtype           of activations and frozen matrices; what is trained, norms and loss are of float32 (kernels/half.py)
+    encoding        of text and record files
+    new_head        a classifier that the model has is replaced by one for the classes of the data
     tf32            on a GPU: products of float32 in 19 bits, several times as fast, with errors of 1e-3
     threads         the cores, at most 8
     Raises ValueError for values out of range.
@@ -82,6 +86,8 @@ class Recipe:
     cache: bool = True
     window: int = 256
     mask_prompt: bool = True
+    encoding: str = "utf-8"
+    new_head: bool = False
     eval_bytes: int | None = None
     train_size: int | None = None
     eval_size: int | None = None
@@ -114,7 +120,7 @@ class Recipe:
         if self.task not in TASKS:
             raise ValueError(f"unknown task {self.task!r}; choose {' or '.join(TASKS)}.")
         if self.task == "classify" and self.data is None:
-            raise ValueError("task classify needs --data: a .jsonl or .csv file with text and label, or a folder with train and valid.")
+            raise ValueError("task classify needs --data: a record file with text and label, or a folder with train and valid.")
         bundled = self.model == BUNDLED
         self.eval_bytes = (65536 if bundled else 8192) if self.eval_bytes is None else self.eval_bytes
         self.sample_bytes = (240 if bundled else 0) if self.sample_bytes is None else self.sample_bytes
@@ -134,8 +140,10 @@ class Recipe:
         for name in ("pull", "weight_decay", "warmup"):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if not self.clip > 0 or not self.epochs > 0:
-            raise ValueError(f"clip and epochs must be above 0, got {self.clip} and {self.epochs}.")
+        if not self.clip > 0 or not 0 < self.epochs < math.inf:
+            raise ValueError(f"clip and epochs must be above 0, and epochs finite, got {self.clip} and {self.epochs}.")
+        if self.new_head and self.task != "classify":
+            raise ValueError("new_head replaces a classifier; it needs task classify.")
         self.threads = self.threads or min(os.cpu_count() or 1, 8)
 
     @property
@@ -143,14 +151,14 @@ class Recipe:
         """ "text" in windows, records to continue ("lm"), or records with a class ("classify")."""
         return "text" if self.task == "lm" and (self.data is None or not is_dataset(self.data)) else self.task
 
-    def settle(self, per_epoch: int | None) -> None:
-        """Fill in what was left open; `per_epoch` is the number of batches in an epoch, None where epochs mean nothing."""
+    def settle(self, steps: int | None) -> None:
+        """Fill in what was left open; `steps` is what `epochs` come to, None where epochs mean nothing."""
         bundled = self.model == BUNDLED and self.method == "lora"
         self.bias = self.bias or ("all" if bundled else "none")
         if self.modules_to_save is None and bundled:
             self.modules_to_save = ["ln_1", "ln_2", "ln_f"]
         self.lr = _RATES[BUNDLED if self.model == BUNDLED else self.task][self.method] if self.lr is None else self.lr
         if self.steps is None:
-            self.steps = 120 if per_epoch is None else max(1, round(self.epochs * per_epoch / self.accumulate))
+            self.steps = 120 if steps is None else steps
         self.warmup = min(10, self.steps // 2) if self.warmup is None else self.warmup
         self.warmup = round(self.warmup if self.warmup >= 1 else self.warmup * self.steps)

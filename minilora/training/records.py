@@ -1,74 +1,252 @@
-"""Records in files: .jsonl and .csv, one record a line, with errors that name the file and the line."""
+"""Files as text, and as records: which formats are read, in which encoding, and from which place in a folder.
+
+    .jsonl .ndjson .json      one JSON object a line, or one list of objects
+    .csv .tsv                 the header names the fields; quotes as in RFC 4180
+    .parquet                  needs pyarrow
+    all of these as .gz       decompressed first
+
+Suffixes and the names of splits are read in any letter case. Every other file is plain text. Errors name the file and the line.
+"""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-WANTED = {
-    "lm": 'the field "text", or "prompt" and "completion", or "messages"',
-    "classify": 'the fields "text" and "label"',
-}
+Record = dict[str, Any]
+
+SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "dev", "eval", "val"), "test": ("test",)}
 
 
-def read_records(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, record) of a .jsonl or .csv file; empty lines are skipped. Raises ValueError when a line does not parse."""
-    file = Path(file)
-    if file.suffix not in READERS:
-        raise ValueError(f"{file}: wanted a .jsonl or .csv file.")
+def note(text: str) -> None:
+    """A line on standard error, for what a reader must know and no figure shows."""
+    print(text, file=sys.stderr)
+
+
+# ---- bytes and text ------------------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(file: Path) -> bytes:
+    """The bytes of a file, decompressed where its name ends in .gz. Raises FileNotFoundError, or ValueError for damaged gzip data."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}.")
+    raw = file.read_bytes()
+    if file.suffix.lower() != ".gz":
+        return raw
+    try:
+        return gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} is not a whole gzip file ({error}).") from None
+
+
+def decode_bytes(raw: bytes, file: Path, encoding: str = "utf-8") -> str:
+    """Bytes as text, without a byte order mark. Raises ValueError, naming file and line, for binary data and for another encoding."""
+    marked = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}.get(raw[:2])
+    try:
+        text = raw.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
+    except UnicodeError as error:
+        if marked:
+            raise ValueError(f"{file}, line 1: this is {marked} text, not {encoding}; give --encoding {marked}.") from None
+        n = raw[: getattr(error, "start", 0)].count(b"\n") + 1
+        advice = "it is binary data" if b"\0" in raw else "name its encoding with --encoding, for instance latin-1"
+        raise ValueError(f"{file}, line {n}: this is not {encoding.upper()} text ({getattr(error, 'reason', error)}); {advice}.") from None
+    except LookupError:
+        raise ValueError(f"there is no encoding {encoding!r}; choose one that Python knows, for instance utf-8 or latin-1.") from None
+    if (at := text.find("\0")) >= 0:
+        line = text.count("\n", 0, at) + 1
+        raise ValueError(f"{file}, line {line}: this is binary data (it holds a zero byte), not text.")
+    return text.removeprefix("\ufeff")
+
+
+# ---- records -------------------------------------------------------------------------------------------------------------------------
+
+
+def kind_of(file: str | Path) -> str | None:
+    """The suffix that decides how records are read from a file, in lower case and without .gz; None for plain text."""
+    suffixes = [suffix.lower() for suffix in Path(file).suffixes]
+    suffix = "".join(suffixes[-2:-1] if suffixes[-1:] == [".gz"] else suffixes[-1:])
+    return suffix if suffix in READERS else None
+
+
+def read_records(file: str | Path, encoding: str = "utf-8") -> Iterator[tuple[int, Record]]:
+    """(line number from 1, record) of a record file; empty lines are skipped. Parquet files count rows instead of lines.
+
+    Raises FileNotFoundError; ValueError, naming file and line, for what does not parse; ImportError for .parquet without pyarrow.
+    """
+    file = Path(file)
+    kind = kind_of(file)
+    if kind is None:
+        raise ValueError(f"{file} is not a record file; its name must end in {', '.join(READERS)}, or one of these and .gz.")
     none = True
-    for line, record in READERS[file.suffix](file):
+    for line, record in READERS[kind](file, encoding):
         none = False
         yield line, record
     if none:
-        raise ValueError(f"{file} is empty: line 1 should be a record with {WANTED['lm']}, or {WANTED['classify']}.")
+        raise ValueError(f"{file} is empty: there are no records in it.")
 
 
-def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for n, raw in enumerate(file.read_bytes().split(b"\n"), start=1):
+def _json(file: Path, encoding: str) -> Iterator[tuple[int, Record]]:
+    text = decode_bytes(read_bytes(file), file, encoding)
+    for n, value in _list(file, text) if text.lstrip().startswith("[") else _lines(file, text):
+        if not isinstance(value, dict):
+            raise ValueError(f"{file}, line {n}: expected a JSON object, got {type(value).__name__}.")
+        yield n, value
+
+
+def _lines(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for n, line in enumerate(text.split("\n"), start=1):
+        line = line.removeprefix("\ufeff").strip()
+        if line:
+            try:
+                yield n, json.loads(line, object_pairs_hook=_once)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file}, line {n}: this is not JSON ({error}); expected one object a line, or one list.") from None
+
+
+def _list(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """The items of a JSON list, each with the line that it begins on."""
+    decoder, at = json.JSONDecoder(object_pairs_hook=_once), text.index("[") + 1
+
+    def skip(i: int) -> int:
+        while i < len(text) and text[i] in " \t\r\n":
+            i += 1
+        return i
+
+    line, counted = 1, 0
+    while True:
+        at = skip(at)
+        line, counted = line + text.count("\n", counted, at), at
+        if text[at : at + 1] == "]":
+            break
         try:
-            line = raw.decode("utf-8-sig" if n == 1 else "utf-8")
-            record = json.loads(line) if line.strip() else None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}, line {n}: this is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+            value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}, line {n}: this is not JSON ({error}); wanted one object a line.") from None
-        if not line.strip():
-            continue
-        if not isinstance(record, dict):
-            raise ValueError(f"{file}, line {n}: wanted a JSON object, got {type(record).__name__}.")
-        yield n, record
+            raise ValueError(f"{file}, line {line}: this is not JSON ({error}).") from None
+        yield line, value
+        at = skip(end)
+        if text[at : at + 1] == ",":
+            at += 1
+        elif text[at : at + 1] != "]":
+            raise ValueError(f"{file}, line {line + text.count(chr(10), counted, at)}: this is not JSON (expected ',' or ']' here).")
+    if text[at + 1 :].strip():
+        raise ValueError(f"{file}, line {line}: this is not JSON (there is more behind the list).")
 
 
-def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    raw = file.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        n = raw[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}, line {n}: this is not UTF-8 text ({error.reason}); save the file as UTF-8.") from None
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _once(pairs: list[tuple[str, Any]]) -> Record:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return table
+
+
+def _csv(file: Path, encoding: str) -> Iterator[tuple[int, Record]]:
+    text = decode_bytes(read_bytes(file), file, encoding)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a field may be as long as the file; the library stops at 131,072
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if kind_of(file) == ".tsv" else ",", strict=True)
     header: list[str] | None = None
     line = 1
     try:
         for row in rows:
-            if row and header is None:
-                header = row
+            if len(row) < 2 and not "".join(row).strip():
+                pass  # an empty line
+            elif header is None:
+                header = [name.strip() for name in row]
                 if len(set(header)) < len(header):
                     raise ValueError(f"{file}, line {line}: the header names a column twice: {', '.join(header)}.")
-            elif row and header is not None:
-                if len(row) != len(header):
-                    raise ValueError(f"{file}, line {line}: wanted {len(header)} fields ({', '.join(header)}), got {len(row)}.")
+                if len(header) == 1 and (mark := next((m for m in (";", "\t", "|") if m in header[0]), None)):
+                    raise ValueError(f"{file}, line {line}: the columns are separated by {mark!r}; save the file with commas.")
+            elif len(row) != len(header):
+                raise ValueError(f"{file}, line {line}: expected {len(header)} fields ({', '.join(header)}), got {len(row)}.")
+            else:
                 yield line, dict(zip(header, row, strict=True))
             line = rows.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{file}, line {line}: this is not CSV ({error}).") from None
 
 
-READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {".jsonl": _jsonl, ".csv": _csv}
+def _parquet(file: Path, encoding: str) -> Iterator[tuple[int, Record]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table
+    except ImportError:
+        raise ImportError(f"reading {file} needs pyarrow: pip install 'minilora[parquet]'.") from None
+    try:
+        rows = read_table(io.BytesIO(read_bytes(file))).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{file} is not a readable Parquet file ({str(error).splitlines()[0]:.100}).") from None
+    for n, row in enumerate(rows, start=1):
+        yield n, {name: value for name, value in row.items() if value is not None}  # a column that a row leaves empty
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, Record]]]] = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _json),
+    **dict.fromkeys((".csv", ".tsv"), _csv),
+    ".parquet": _parquet,
+}
+
+
+# ---- folders -------------------------------------------------------------------------------------------------------------------------
+
+
+def is_dataset(path: str | Path) -> bool:
+    """Does this path hold records: a record file, or a folder with a file for a split? Everything else is plain text.
+
+    Raises ValueError for a folder of record files of which none names a split: to read its other files as text would be a guess.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return kind_of(path) is not None
+    splits, others = _folder(path)
+    if not splits and (odd := [name for name in others if kind_of(name) not in (None, ".json")]):
+        raise ValueError(
+            f"{path} holds records ({listed(odd)}), but no file is named train, valid or test; rename one, or give the file itself."
+        )
+    return bool(splits)
+
+
+def split_files(path: str | Path, quiet: bool = True) -> dict[str, Path]:
+    """{"train", "valid", "test": file} of a folder, or {"train": file}. quiet=False names files that are not used on standard error.
+
+    Raises FileNotFoundError when there is nothing, ValueError when two files claim the same split.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"there is no file or folder {path}.")
+        return {"train": path}
+    splits, others = _folder(path)
+    if twice := next((files for files in splits.values() if len(files) > 1), None):
+        raise ValueError(f"{path} has both {twice[0].name} and {twice[1].name}, which are the same split; keep one.")
+    if not splits:
+        raise FileNotFoundError(f"there are no records in {path}: expected train.jsonl (or .csv, ...), perhaps valid and test.")
+    if others and not quiet:
+        note(f"{path}: {listed(others)} {'is' if len(others) == 1 else 'are'} not used.")
+    return {split: files[0] for split, files in splits.items()}
+
+
+def _folder(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """({split: record files that claim it}, names of the other files), hidden files aside."""
+    splits: dict[str, list[Path]] = {}
+    others = []
+    for file in sorted(path.iterdir()):
+        kind = kind_of(file)
+        stem = file.name.lower().removesuffix(".gz").removesuffix(kind or "")
+        split = next((split for split, names in SPLITS.items() if stem in names), None)
+        if file.is_file() and split and kind:
+            splits.setdefault(split, []).append(file)
+        elif not file.name.startswith("."):
+            others.append(file.name)
+    return {split: splits[split] for split in SPLITS if split in splits}, others
+
+
+def listed(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -14,7 +14,7 @@ from minilora.formats.atomic import write_json, write_text
 class RunFolder:
     """Paths inside a run folder, and the writing of its records.
 
-    run.json        the configuration, the names of the classes, and the results when there are any
+    run.json        the configuration, the names of the classes, what tells the training data again, and results when there are any
     metrics.jsonl   one line a step: step, loss, lr, grad_norm, tokens. No times: the same run gives the same file
     samples.txt     what the model wrote before and after
     adapter/        adapter_config.json, adapter_model.safetensors       (all methods but full)
@@ -44,8 +44,10 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         return cls(folder)
 
-    def write_run(self, configuration: dict[str, Any], results: dict[str, Any], labels: list[str] | None = None) -> None:
-        write_json(self.run, {"configuration": configuration, "labels": labels, "results": results})
+    def write_run(
+        self, configuration: dict[str, Any], results: dict[str, Any], labels: list[str] | None, trained_on: dict[str, Any]
+    ) -> None:
+        write_json(self.run, {"configuration": configuration, "labels": labels, "trained_on": trained_on, "results": results})
 
     def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
         """All records so far, whole: the file is replaced, never cut off in the middle of a line."""

@@ -44,7 +44,8 @@ GRIDS = {"methods": METHODS, "few-sample": ("standard", "re-init", "longer", "bo
 
 # What a row may not change: with other data, or another measure of it, there is nothing to compare.
 _SHARED = "model data task window batch_size tokens_per_batch mask_prompt train_size eval_size eval_bytes quantize".split()
-_SHARED += ["dtype", "seed", "backend"]
+_SHARED += ["dtype", "seed", "backend", "encoding", "new_head"]
+_HIGHER = ("accuracy", "pearson")  # of other figures less is better
 
 
 @dataclass
@@ -91,7 +92,6 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Calla
         if shared := sorted(change.keys() & set(_SHARED)):
             raise ValueError(f"row {name!r} changes {shared[0]}, which all rows of a study share; make it a study of its own.")
     recipe.backend = choose_backend(recipe.backend)
-    recipes = {name: replace(recipe, **change) for name, change in rows.items()}
     store = StudyFolder(folder, recipe, rows)
     done = {(record["row"], record["seed"]) for record in store.records}
     todo = [(name, seed) for seed in range(seeds) for name in rows if (name, seed) not in done]
@@ -99,16 +99,18 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Calla
     model, _, task = open_recipe(recipe)
     say(f"data      {task.what}")
     say(f"study     {len(rows)} rows x {seeds} seeds in {store.path}" + (f"; {len(done)} runs were there already" if done else ""))
+    recipes = {(name, seed): replace(recipe, **rows[name], seed=seed) for name, seed in todo}
     for each in recipes.values():
-        each.settle(task.per_epoch)
+        each.settle(task.steps(each.epochs, each.accumulate, each.seed))
     floor = _floor(model, task, recipe.threads) if todo else 0.0
-    prefixes = {name: prefix_for(task, each) for name, each in recipes.items()}
+    prefixes: dict[str, PrefixCache | None] = {}
     try:
-        with tqdm(total=sum(recipes[name].steps or 0 for name, _ in todo), unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
+        with tqdm(total=sum(each.steps or 0 for each in recipes.values()), unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
             for name, seed in todo:
                 bar.set_description(f"{name}, seed {seed}")
-                each = replace(recipes[name], seed=seed)
-                record = _run(model, task, each, floor, bar, _same_blocks(each, prefixes[name], task))
+                each = recipes[name, seed]
+                prefix = prefixes.setdefault(name, prefix_for(task, each))
+                record = _run(model, task, each, floor, bar, _same_blocks(each, prefix, task))
                 store.add({"row": name, "seed": seed, **record})
     except KeyboardInterrupt:
         say(f"stopped; {len(store.records)} runs are in {store.path}, and the same command goes on from there.")
@@ -133,7 +135,7 @@ def _same_blocks(recipe: Recipe, prefix: PrefixCache | None, task: Task) -> Pref
 def _run(model: Any, task: Task, recipe: Recipe, floor: float, bar: tqdm, prefix: PrefixCache | None) -> dict[str, Any]:
     """Train and measure once. The model itself is left as it is."""
     twin = model.replica()
-    if task.labels is not None:
+    if "classifier" in model.drawn:
         draw(twin.classifier, np.random.default_rng((recipe.seed, 1)))
     optimizer, batches = prepare(twin, recipe, task), task.batches(recipe.seed)
     assert recipe.steps is not None  # settled
@@ -152,13 +154,13 @@ def _run(model: Any, task: Task, recipe: Recipe, floor: float, bar: tqdm, prefix
         return {**told, "seconds": seconds, "why": str(error)}
     measured = measure(twin, task, recipe.threads)
     value = measured[task.headline]
-    better = value > floor if task.headline == "accuracy" else value < floor
+    better = value > floor if task.headline in _HIGHER else value < floor
     return {**told, "failed": not better, "value": value, "seconds": seconds, "measured": measured}
 
 
 def _floor(model: Any, task: Task, threads: int) -> float:
-    """What a run has to beat: the share of the most frequent class, or the loss of the model as it is."""
-    if task.labels is None:
+    """What a run has to beat: the share of the most frequent class, or the figure of the model as it is."""
+    if task.headline != "accuracy":
         return measure(model, task, threads)[task.headline]
     labels = np.concatenate([batch.labels for batch in task.held_out])
     return float(np.bincount(labels).max() / len(labels))
@@ -166,7 +168,7 @@ def _floor(model: Any, task: Task, threads: int) -> float:
 
 def summarise(row: str, records: Sequence[dict[str, Any]], headline: str) -> Summary:
     """The figures of one row; the standard deviation is that of a sample (n - 1)."""
-    values = sorted((r["value"] for r in records if r["value"] is not None), reverse=headline != "accuracy")  # the worst first
+    values = sorted((r["value"] for r in records if r["value"] is not None), reverse=headline not in _HIGHER)  # the worst first
     return Summary(
         row,
         runs=len(records),

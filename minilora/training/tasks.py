@@ -1,11 +1,15 @@
-"""What there is to learn, and how to tell whether it was learnt: text in windows, records of text, texts with a class."""
+"""What a recipe trains on and measures on: text in windows, records of text, texts with a class.
+
+`finetune` and `evaluate` read data here, by the same settings: on the same data they measure the same batches.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +20,33 @@ from minilora.formats.tokenizer import ByteTokenizer, Tokenizer
 from minilora.functional import cross_entropy, mse
 from minilora.kernels import wide
 from minilora.training.data import Batch, check_length, held_out_windows, random_windows
-from minilora.training.datasets import Dataset, Example, batches_of, endless, is_dataset, load_dataset, load_examples, packed_batches
+from minilora.training.datasets import Dataset, batches_of, endless, load_dataset, load_examples, pack, packed_batches, sample
 from minilora.training.evaluate import evaluate, share_out
+from minilora.training.examples import Example
+from minilora.training.few_sample import few
 from minilora.training.metrics import classification_metrics, pearson, perplexity
+from minilora.training.recipe import Recipe
+from minilora.training.records import SPLITS, is_dataset, read_bytes, split_files
 from minilora.training.text import read_text, split_text, stdlib_source
 
 
 @dataclass
 class Task:
-    """Training batches without end, held-out batches, and the name of the figure that is told first.
+    """Training batches without end, batches to measure on, and the name of the figure that is reported first.
 
-    train: a function of the seed by which they are drawn; what: the data in words; per_epoch: batches an epoch, None where an epoch
-    means nothing; labels: the names of the classes.
+    what: the data in words. train: a function of the seed by which batches are drawn. epoch: how many batches one pass over the
+    training data has, when a generator draws it; None for text, of which there are no epochs. labels: the names of the classes.
+    counts: figures of the data that go into the results. trained_on: what run.json keeps of the training data.
     """
 
     what: str
     headline: str
     held_out: list[Batch]
     train: Callable[[int], Iterator[Batch]] | None = None
-    per_epoch: int | None = None
+    epoch: Callable[[np.random.Generator], int] | None = None
     labels: list[str] | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    trained_on: dict[str, Any] = field(default_factory=dict)
 
     def batches(self, seed: int) -> Iterator[Batch]:
         """Those to train on. Raises ValueError for a task that is only measured."""
@@ -43,65 +54,165 @@ class Task:
             raise ValueError(f"there is nothing to train on: {self.what}")
         return self.train(seed)
 
+    def steps(self, epochs: float, accumulate: int, seed: int) -> int | None:
+        """How many steps read every record `epochs` times. The last step of an epoch may have fewer than `accumulate` batches."""
+        if self.epoch is None:
+            return None
+        each = (-(-self.epoch(np.random.default_rng((seed, k))) // accumulate) for k in range(math.ceil(epochs)))
+        return max(1, sum(math.ceil(min(1.0, epochs - k) * n) for k, n in enumerate(each)))
 
-def text_task(data: str | None, tokenizer: Tokenizer, window: int, batch_size: int, most: int) -> Task:
+
+# ---- to learn ------------------------------------------------------------------------------------------------------------------------
+
+
+def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | None = None) -> Task:
+    """What a recipe trains on and measures on. labels: the classes of a published head, None where the data say what they are."""
+    if recipe.kind == "text":
+        return _text_task(recipe, tokenizer)
+    assert recipe.data is not None
+    dataset = _dataset(recipe, tokenizer, labels)
+    for split in ("train", "valid"):
+        if not getattr(dataset, split):
+            raise ValueError(f"{recipe.data} has no examples to {'train on' if split == 'train' else 'hold out'} (split {split}).")
+    if recipe.train_size is not None:
+        dataset.train = few(dataset.train, recipe.train_size, dataset.labels or (), recipe.seed)
+    dataset.valid = _at_most(dataset.valid, recipe)
+
+    if recipe.kind == "classify":
+        size = recipe.batch_size
+
+        def train(seed: int) -> Iterator[Batch]:
+            return endless(lambda rng: batches_of(dataset.train, size, rng), seed)
+
+        def epoch(rng: np.random.Generator) -> int:
+            return -(-len(dataset.train) // size)
+    else:
+        lengths = np.array([len(e.ids) for e in dataset.train])
+
+        def train(seed: int) -> Iterator[Batch]:
+            return endless(lambda rng: packed_batches(dataset.train, recipe.tokens_per_batch, rng), seed)
+
+        def epoch(rng: np.random.Generator) -> int:
+            return len(pack(lengths, recipe.tokens_per_batch, rng))
+
+    task = _measured(dataset.describe(), dataset.valid, recipe, tokenizer, dataset.labels)
+    drawn = "valid" not in split_files(recipe.data)
+    return replace(task, train=train, epoch=epoch, trained_on={"sha256": fingerprint(recipe.data, recipe.encoding), "held_out": drawn})
+
+
+def _text_task(recipe: Recipe, tokenizer: Tokenizer) -> Task:
     """Plain text in windows that start anywhere: a file, a folder of them, or, without `data`, the standard library's source."""
-    if data is None:
+    window, trained_on = recipe.window, {}
+    if recipe.data is None:
         texts = stdlib_source(held_out=False), stdlib_source(held_out=True)
         what = f"Python source of the standard library {sys.version_info.major}.{sys.version_info.minor}"
     else:
-        texts, what = split_text(read_text(data)), str(data)
+        texts, what = split_text(read_text(recipe.data, recipe.encoding)), str(recipe.data)
+        trained_on = {"sha256": fingerprint(recipe.data, recipe.encoding), "held_out": True}
     train, held_out = (tokens_of(text, tokenizer) for text in texts)
     for part in (train, held_out):
         check_length(part, window)
     unit = "bytes" if isinstance(tokenizer, ByteTokenizer) else "tokens"
-    kept = list(held_out_windows(held_out, window, 4, most))
-    what += f": {len(train):,} {unit} to train on, {sum(b.labelled for b in kept):,} of {len(held_out):,} held out to measure on"
-    return Task(what, _headline(tokenizer), kept, lambda seed: random_windows(train, window, batch_size, np.random.default_rng(seed)))
+    task = _measured_text(what, held_out, recipe, tokenizer)
+    scored = sum(b.labelled for b in task.held_out)
+    task.what = f"{what}: {len(train):,} {unit} to train on, {scored:,} of {len(held_out) - 1:,} held out to measure on"
+    task.train = lambda seed: random_windows(train, window, recipe.batch_size, np.random.default_rng(seed))
+    return replace(task, trained_on=trained_on)
 
 
-def records_task(data: str, tokenizer: Tokenizer, max_length: int, tokens_per_batch: int, mask_prompt: bool, seed: int) -> Task:
-    """Texts, prompts with completions, or conversations: packed by length into batches of about equal numbers of tokens."""
-    dataset = load_dataset(data, "lm", tokenizer, max_length, mask_prompt, seed=seed)
-    _check_splits(dataset, data)
-    epoch = list(packed_batches(dataset.train, tokens_per_batch))
-    held_out = list(packed_batches(dataset.valid, tokens_per_batch))
-
-    def train(seed: int) -> Iterator[Batch]:
-        return endless(lambda rng: packed_batches(dataset.train, tokens_per_batch, rng), seed)
-
-    return Task(dataset.describe(), _headline(tokenizer), held_out, train, len(epoch))
+# ---- to measure ----------------------------------------------------------------------------------------------------------------------
 
 
-def classify_task(dataset: Dataset, data: str, batch_size: int) -> Task:
-    """Texts with a class. The data is read before the model is, as it says how many classes there are."""
-    _check_splits(dataset, data)
+def measuring_task(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    labels: Sequence[str] | None = None,
+    split: str | None = None,
+    trained_on: dict[str, Any] | None = None,
+) -> Task:
+    """What to measure a model on: `split` ("train", "valid", "test" or "all") of the recipe's data.
 
-    def train(seed: int) -> Iterator[Batch]:
-        return endless(lambda rng: batches_of(dataset.train, batch_size, rng), seed)
-
-    per_epoch = -(-len(dataset.train) // batch_size)
-    return Task(dataset.describe(), "accuracy", list(batches_of(dataset.valid, batch_size)), train, per_epoch, dataset.labels)
-
-
-def held_out_task(data: str, task: str, tokenizer: Tokenizer, window: int, labels: list[str] | None, mask_prompt: bool = True) -> Task:
-    """What `evaluate` measures on: of a folder the test split, or valid; of a file, all of it."""
-    if task == "lm" and not is_dataset(data):
-        tokens = tokens_of(read_text(data), tokenizer)
-        window = min(window, len(tokens) - 1)
-        check_length(tokens, max(1, window))
-        return Task(str(data), _headline(tokenizer), list(held_out_windows(tokens, window, 4)))
-    if Path(data).is_dir():
-        dataset = load_dataset(data, task, tokenizer, window, mask_prompt, labels=labels)
-        examples: list[Example] = dataset.test or dataset.valid
-        labels = dataset.labels
-        if not examples:
-            raise ValueError(f"{data} has no test or valid split to evaluate on.")
+    By default: of a folder the test split, or else valid, or else what `finetune` would hold out of train; of a file all of it. Data that
+    the run was trained on, as its run.json says in `trained_on`, are the exception: of those only what was held out is measured.
+    Raises ValueError when the split is empty, or when nothing of the data was held out.
+    """
+    if split not in (None, *SPLITS, "all"):
+        raise ValueError(f"there is no split {split!r}; choose {', '.join(SPLITS)} or all.")
+    known = bool(trained_on) and recipe.data is not None and (trained_on or {}).get("sha256") == fingerprint(recipe.data, recipe.encoding)
+    if recipe.kind == "text":
+        return _text_to_measure(recipe, tokenizer, split, known)
+    path = Path(str(recipe.data))
+    if known and not path.is_dir() and split is None and not (trained_on or {}).get("held_out"):
+        raise ValueError(f"the run was trained on all of {path}; give other data, or --all to measure on what it has learnt.")
+    if split == "all" or not (path.is_dir() or known or split):
+        options: dict[str, Any] = {"labels": labels, "encoding": recipe.encoding}
+        files = split_files(path)
+        parts = [load_examples(f, recipe.task, tokenizer, recipe.window, recipe.mask_prompt, **options) for f in files.values()]
+        examples, where = [e for part in parts for e in part], f"all of {path}"
+        if known:
+            where += ", of which the run may have learnt all but what it held out"
     else:
-        examples = load_examples(data, task, tokenizer, window, mask_prompt, labels=labels)
-    batches = batches_of(examples, 16) if task == "classify" else packed_batches(examples, 4096)
-    headline = "accuracy" if task == "classify" else _headline(tokenizer)
-    return Task(f"{len(examples):,} sequences of {data}", headline, list(batches), labels=labels)
+        dataset = _dataset(recipe, tokenizer, labels)
+        split = split or ("test" if dataset.test else "valid")
+        examples = getattr(dataset, split)
+        drawn = split != "test" and "valid" not in split_files(path)
+        where = f"the split {split} of {path}" + f", a tenth of it held out by seed {recipe.seed}" * drawn
+        if split == "valid" and known:
+            examples = _at_most(examples, recipe)
+    if not examples:
+        raise ValueError(f"{path} has no examples in the split {split} to measure on.")
+    cut = sum(e.cut for e in examples)
+    what = f"{len(examples):,} sequences: {where}; window {recipe.window}, {f'{cut:,} are' if cut else 'none is'} cut"
+    return _measured(what, examples, recipe, tokenizer, list(labels) if labels and len(labels) > 1 else None)
+
+
+def _text_to_measure(recipe: Recipe, tokenizer: Tokenizer, split: str | None, known: bool) -> Task:
+    if recipe.data is None:
+        text, what, part = stdlib_source(held_out=split != "train"), "Python source of the standard library", split != "train"
+    else:
+        text, what = read_text(recipe.data, recipe.encoding), str(recipe.data)
+        part = split in ("valid", "test") or (known and split is None)
+        if part or split == "train":
+            text = split_text(text)[part]
+    what += ", the held-out part of it" if part else ", all of it, training data too" if known else ""
+    task = _measured_text(what, tokens_of(text, tokenizer), recipe if part else replace(recipe, eval_bytes=2**62), tokenizer)
+    scored = sum(b.labelled for b in task.held_out)
+    task.what = f"{what}: {scored:,} of {task.counts['total_tokens']:,} tokens, in windows of {recipe.window}"
+    return task
+
+
+def _measured(what: str, examples: Sequence[Example], recipe: Recipe, tokenizer: Tokenizer, labels: list[str] | None) -> Task:
+    counts = {"cut_sequences": sum(e.cut for e in examples)}
+    if recipe.kind == "classify":
+        headline = "accuracy" if examples[0].labels.dtype.kind == "i" else "pearson"
+        return Task(what, headline, list(batches_of(examples, recipe.batch_size)), labels=labels, counts=counts)
+    return Task(what, _headline(tokenizer), list(packed_batches(examples, recipe.tokens_per_batch)), counts=counts)
+
+
+def _measured_text(what: str, tokens: np.ndarray, recipe: Recipe, tokenizer: Tokenizer) -> Task:
+    if len(tokens) < 2:
+        raise ValueError(f"{recipe.data} has {len(tokens)} token: there is nothing to predict.")
+    assert recipe.eval_bytes is not None
+    batches = list(held_out_windows(tokens, recipe.window, 4, max(1, recipe.eval_bytes // recipe.window)))
+    return Task(what, _headline(tokenizer), batches, counts={"total_tokens": len(tokens) - 1})
+
+
+def fingerprint(data: str | Path, encoding: str = "utf-8") -> str:
+    """The SHA-256 of what is learnt from: the training split of records, or the text. A copy of a file has the same."""
+    raw = read_bytes(split_files(data)["train"]) if is_dataset(data) else read_text(data, encoding).tobytes()
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _dataset(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | None) -> Dataset:
+    options: dict[str, Any] = {"labels": labels, "seed": recipe.seed, "encoding": recipe.encoding}
+    return load_dataset(str(recipe.data), recipe.task, tokenizer, recipe.window, recipe.mask_prompt, **options)
+
+
+def _at_most(examples: list[Example], recipe: Recipe) -> list[Example]:
+    """recipe.eval_size of the examples, drawn by the seed, of each class its share."""
+    if recipe.eval_size is None or recipe.eval_size >= len(examples):
+        return examples
+    return [examples[i] for i in sample(examples, recipe.eval_size, recipe.seed)]
 
 
 def measure(model: Any, task: Task, threads: int = 1) -> dict[str, float]:
@@ -109,14 +220,16 @@ def measure(model: Any, task: Task, threads: int = 1) -> dict[str, float]:
     tokens = sum(len(b.ids) for b in task.held_out)
     if not task.held_out[0].per_sequence:
         loss, labelled = evaluate(model, task.held_out, threads)
-        told = {"loss": loss, "tokens": tokens, "labelled_tokens": labelled, "perplexity": perplexity(loss)}
-        return told | ({"bits_per_byte": loss / math.log(2)} if task.headline == "bits_per_byte" else {})
+        result = {"loss": loss, "tokens": tokens, "labelled_tokens": labelled, **task.counts, "perplexity": perplexity(loss)}
+        return result | ({"bits_per_byte": loss / math.log(2)} if task.headline == "bits_per_byte" else {})
     logits = np.concatenate(share_out(model, task.held_out, _logits, threads))
     labels = np.concatenate([b.labels for b in task.held_out])
+    read = {"tokens": tokens, "sequences": len(labels), **task.counts}
     if logits.shape[1] == 1:
-        return {"loss": float(mse(logits[:, 0], labels)[0]), "tokens": tokens, "pearson": pearson(logits[:, 0], labels)}
-    told = {"loss": float(cross_entropy(logits, labels)[0]), "tokens": tokens, "sequences": len(labels)}
-    return told | classification_metrics(logits.argmax(axis=1), labels, logits.shape[1])
+        return {"loss": float(mse(logits[:, 0], labels)[0]), **read, "pearson": pearson(logits[:, 0], labels)}
+    return {"loss": float(cross_entropy(logits, labels)[0]), **read} | classification_metrics(
+        logits.argmax(axis=1), labels, logits.shape[1]
+    )
 
 
 def _logits(model: Any, batch: Batch) -> np.ndarray:
@@ -132,9 +245,3 @@ def tokens_of(text: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 def _headline(tokenizer: Tokenizer) -> str:
     return "bits_per_byte" if isinstance(tokenizer, ByteTokenizer) else "perplexity"
-
-
-def _check_splits(dataset: Dataset, data: str) -> None:
-    for split in ("train", "valid"):
-        if not getattr(dataset, split):
-            raise ValueError(f"{data} has no examples to {'train on' if split == 'train' else 'hold out'} (split {split}).")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
 
 from minilora.formats.tokenizer import ByteTokenizer
+from minilora.training.records import decode_bytes, listed, note, read_bytes
 
 # Modules that Python 3.10 to 3.13 all have as plain source files. Those held out are never trained on.
 TRAIN = """argparse ast bdb calendar cmd code codeop colorsys compileall configparser contextlib copy csv dataclasses decimal dis
@@ -26,29 +28,45 @@ def stdlib_source(held_out: bool) -> np.ndarray:
     return join(paths)
 
 
-def read_text(path: str | Path) -> np.ndarray:
-    """The bytes (n,) of a text file, or of all .py, .txt and .md files below a folder, in the order of their names.
+def read_text(path: str | Path, encoding: str = "utf-8") -> np.ndarray:
+    """The UTF-8 bytes (n,) of a text file, or of all .py, .txt and .md files below a folder, in the order of their names.
 
-    Raises FileNotFoundError when there is nothing, ValueError when what there is is empty.
+    Between two files stand two empty lines. Files of a folder that are not read are named on standard error. Raises FileNotFoundError
+    when there is nothing; ValueError for an empty text, binary data, another encoding, and records that are not in a record file.
     """
     path = Path(path)
     if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.suffix in (".py", ".txt", ".md") and p.is_file())
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
+        paths = [p for p in inside if p.suffix.lower() in (".py", ".txt", ".md")]
         if not paths:
             raise FileNotFoundError(f"there are no .py, .txt or .md files below {path}.")
+        if others := [str(p.relative_to(path)) for p in inside if p not in set(paths)]:
+            note(f"{path}: only .py, .txt and .md files are read; {listed(others)} {'is' if len(others) == 1 else 'are'} not.")
     elif path.is_file():
         paths = [path]
     else:
         raise FileNotFoundError(f"there is no file or folder {path}.")
-    text = join(paths)
-    if not len(text.tobytes().strip()):
+    text = "\n\n".join(decode_bytes(read_bytes(p), p, encoding) for p in paths)
+    if not text.strip():
         raise ValueError(f"{path} is empty: there is nothing to train on.")
-    return text
+    if len(paths) == 1 and _is_record(text.lstrip().split("\n", 1)[0]):
+        raise ValueError(f"{path} holds records, but its name is not that of a record file; rename it to end in .jsonl.")
+    return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+
+
+def _is_record(line: str) -> bool:
+    try:
+        value = json.loads(line) if line.startswith("{") else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and bool(value.keys() & {"text", "prompt", "completion", "messages"})
 
 
 def split_text(text: np.ndarray, fraction: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """(train, held out): the last `fraction` of the bytes is held out."""
+    """(train, held out): the last `fraction` of the bytes is held out; no UTF-8 character is cut in two."""
     cut = int(len(text) * (1 - fraction))
+    while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:  # inside a character
+        cut -= 1
     return text[:cut], text[cut:]
 
 
