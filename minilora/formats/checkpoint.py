@@ -115,7 +115,7 @@ def load_model(
         del raw["quantization_config"]
     config, model_class = _classes(family)
     config = config.from_json(raw, where)
-    published = getattr(config, "class_names", None)
+    published = getattr(config, "class_names", [])
     if labels is not None:
         config = _with_labels(config, labels, where)
     model = model_class(config, rng=Blank(), dtype="float32")
@@ -124,7 +124,7 @@ def load_model(
     tensors = _renamed(model, family, tensors, source)
     if new_head:
         tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
-    elif isinstance(labels, Sequence) and published and "classifier.weight" in tensors and list(labels) != published:
+    elif isinstance(labels, Sequence) and "classifier.weight" in tensors and list(labels) != published and named(published):
         raise ValueError(f"{where}: the head is for {', '.join(published)}, not {', '.join(labels)}; new_head=True replaces it.")
     drawn = _fresh(model, family, tensors, raw, source, new_head, seed)
     tensors |= drawn
@@ -245,6 +245,11 @@ def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
     if n == config.num_labels:
         return replace(config, id2label=names or config.id2label)
     return replace(config, num_labels=n, id2label=names, problem_type=None)
+
+
+def named(classes: Sequence[str]) -> bool:
+    """Does a head name its classes? Where config.json gives none, transformers calls them LABEL_0, LABEL_1, ..."""
+    return list(classes) != [f"LABEL_{i}" for i in range(len(classes))]
 
 
 def _is_dtype(dtype: Any) -> bool:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from minilora.adapters import PartialConfig, bottlenecks, method_name
+from minilora.backend import get_xp
 from minilora.formats.adapter import load_adapter, read_adapter_config
 from minilora.formats.atomic import read_json
-from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_folder, read_weights, save_model
+from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_folder, named, read_weights, save_model
 from minilora.formats.checkpoint import _classes as _classes_of
 from minilora.formats.tensors import map_tensors
 from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
@@ -34,15 +35,19 @@ def _base(path: str | Path, backend: str, adapter: str | Path | None = None, dty
     asked = record_of(adapter or path).get("configuration") or {}
     try:
         published = None if labels is None else published_classes(base)
-        replaced = published is not None and labels not in (published, len(published))  # by the head in the adapter
+        count = labels if isinstance(labels, int) else len(labels or ())
+        same = published is None or labels == published or (count == len(published) and (isinstance(labels, int) or not named(published)))
         dtype, quantize = dtype or asked.get("dtype", "float32"), asked.get("quantize", "")
-        model = load_model(base, backend, dtype, labels=labels, quantize=quantize, new_head=replaced)
+        model = load_model(base, backend, dtype, labels=labels, quantize=quantize, new_head=not same)
     except FileNotFoundError as error:
         if base == str(path):
             raise
         raise FileNotFoundError(
             f"the base model of {path} is not where it was: {error} Give it as the model, and --adapter {path}."
         ) from None
+    if base == str(Path(path) / "model"):  # in the memory layout that it was trained in: the same figures to the last digit
+        for _, p in model.parameters():
+            p.data = get_xp(p.data).ascontiguousarray(p.data)
     return model, found
 
 

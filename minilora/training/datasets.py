@@ -17,10 +17,10 @@ import numpy as np
 
 from minilora.formats.tokenizer import Tokenizer
 from minilora.training.data import Batch
-from minilora.training.examples import Example, example_maker
+from minilora.training.examples import Example, Maker, example_maker
 from minilora.training.labels import class_names, label_of, reader
 from minilora.training.recipe import TASKS
-from minilora.training.records import SPLITS, Record, note, read_records, split_files
+from minilora.training.records import SPLITS, Record, listed, note, read_records, split_files
 
 _USED = {"lm": ("text", "prompt", "completion", "messages", "tools"), "classify": ("text", "label")}
 _REFUSED = ("text_pair", "weight", "weights", "sample_weight")  # what would change the result if it were read
@@ -82,8 +82,7 @@ def load_dataset(
     make = example_maker(task, tokenizer, max_length, mask_prompt, labels, chat_template or tokenizer.chat_template)
     dataset = Dataset(labels=list(labels) if task == "classify" and labels is not None and len(labels) > 1 else None)
     for split, file in files.items():
-        _check_records(file, records[split], task, labels if published else None)
-        setattr(dataset, split, [make(file, line, record) for line, record in records[split]])
+        setattr(dataset, split, _examples(file, records[split], task, make, labels if published else None))
     if "train" in files and "valid" not in files:
         dataset.train, dataset.valid = hold_out(dataset.train, files["train"], seed)
     return dataset
@@ -106,9 +105,7 @@ def load_examples(
         raise ValueError(f"{file}: the classes are not known; give a folder that has a training split too.")
     file = Path(file)
     make = example_maker(task, tokenizer, max_length, mask_prompt, labels, chat_template or tokenizer.chat_template)
-    records = list(read_records(file, encoding))
-    _check_records(file, records, task, labels)
-    return [make(file, line, record) for line, record in records]
+    return _examples(file, list(read_records(file, encoding)), task, make, labels)
 
 
 def hold_out(examples: list[Example], path: str | Path, seed: int = 0, fraction: float = 0.1) -> tuple[list[Example], list[Example]]:
@@ -212,11 +209,16 @@ def collate(examples: Sequence[Example]) -> Batch:
     return Batch(np.concatenate([example.ids for example in examples]), labels, offsets, examples[0].per_sequence)
 
 
-# ---- checks --------------------------------------------------------------------------------------------------------------------------
+# ---- records to examples -------------------------------------------------------------------------------------------------------------
 
 
-def _check_records(file: Path, records: Sequence[tuple[int, Record]], task: str, labels: Sequence[str] | None) -> None:
-    """Refuse records that mean more than is read, or classes that are not the head's; name the fields that are not used."""
+def _examples(
+    file: Path, records: Sequence[tuple[int, Record]], task: str, make: Maker, published: Sequence[str] | None = None
+) -> list[Example]:
+    """Every record as an example. Refuses fields that mean more than is read, and classes that are not the published head's.
+
+    Other fields that are not used are named on standard error.
+    """
     unused: dict[str, None] = {}
     for line, record in records:
         if odd := next((name for name in _REFUSED if name in record), None):
@@ -225,10 +227,8 @@ def _check_records(file: Path, records: Sequence[tuple[int, Record]], task: str,
         if len(forms) > 1:
             raise ValueError(f"{file}, line {line}: the record has {forms[0]!r} and {forms[1]!r}; keep the one that is to be learnt.")
         unused |= dict.fromkeys(name for name in record if name not in _USED[task])
-    if unused:
-        note(f"{file}: {', '.join(map(repr, unused))} {'is' if len(unused) == 1 else 'are'} not used.")
-    if task == "classify" and labels is not None and len(labels) > 1:
-        read = reader(labels)
+    if task == "classify" and published is not None and len(published) > 1:
+        read = reader(published)
         for line, record in records:
             try:
                 read(file, line, record)
@@ -236,6 +236,11 @@ def _check_records(file: Path, records: Sequence[tuple[int, Record]], task: str,
                 names = sorted({label_of(file, n, r) for n, r in records})
                 advice = "rename them, or make a head for them with finetune --new-head"
                 raise ValueError(f"{str(error).rstrip('.')}. The data have {', '.join(names)}; {advice}.") from None
+    examples = [make(file, line, record) for line, record in records]
+    if unused:
+        names = [repr(name) if name else "a column without a name" for name in unused]
+        note(f"{file}: {listed(names)} {'is' if len(names) == 1 else 'are'} not used.")
+    return examples
 
 
 def _absent(examples: Sequence[Example], labels: Sequence[str]) -> list[str]:

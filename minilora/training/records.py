@@ -181,7 +181,7 @@ def _parquet(file: Path, encoding: str) -> Iterator[tuple[int, Record]]:
     try:
         rows = read_table(io.BytesIO(read_bytes(file))).to_pylist()
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a readable Parquet file ({str(error).splitlines()[0]:.100}).") from None
+        raise ValueError(f"{file} is not a readable Parquet file ({str(error).splitlines()[0].rstrip('.')}).") from None
     for n, row in enumerate(rows, start=1):
         yield n, {name: value for name, value in row.items() if value is not None}  # a column that a row leaves empty
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import to_numpy
+from minilora.formats.checkpoint import named
 from minilora.formats.tokenizer import ByteTokenizer, Tokenizer
 from minilora.functional import cross_entropy, mse
 from minilora.kernels import wide
@@ -24,9 +25,10 @@ from minilora.training.datasets import Dataset, batches_of, endless, load_datase
 from minilora.training.evaluate import evaluate, share_out
 from minilora.training.examples import Example
 from minilora.training.few_sample import few
+from minilora.training.labels import class_names
 from minilora.training.metrics import classification_metrics, pearson, perplexity
 from minilora.training.recipe import Recipe
-from minilora.training.records import SPLITS, is_dataset, read_bytes, split_files
+from minilora.training.records import SPLITS, is_dataset, note, read_bytes, read_records, split_files
 from minilora.training.text import read_text, split_text, stdlib_source
 
 
@@ -70,6 +72,8 @@ def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | 
     if recipe.kind == "text":
         return _text_task(recipe, tokenizer)
     assert recipe.data is not None
+    if labels is not None:
+        labels = _names_for(labels, recipe)
     dataset = _dataset(recipe, tokenizer, labels)
     for split in ("train", "valid"):
         if not getattr(dataset, split):
@@ -98,6 +102,19 @@ def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | 
     task = _measured(dataset.describe(), dataset.valid, recipe, tokenizer, dataset.labels)
     drawn = "valid" not in split_files(recipe.data)
     return replace(task, train=train, epoch=epoch, trained_on={"sha256": fingerprint(recipe.data, recipe.encoding), "held_out": drawn})
+
+
+def _names_for(labels: Sequence[str], recipe: Recipe) -> Sequence[str]:
+    """The classes of a published head, or, if it names none and the data do, those of the data in their order. That is said."""
+    if len(labels) < 2 or named(labels):
+        return labels
+    file = split_files(str(recipe.data)).get("train")
+    records = list(read_records(file, recipe.encoding)) if file else []
+    names = class_names(file, records) if file else []
+    if len(names) != len(labels) or all(name in labels or name.isdecimal() for name in names):
+        return labels
+    note(f"{recipe.model} does not name its {len(labels)} classes; they are taken to be {', '.join(names)}, in this order.")
+    return names
 
 
 def _text_task(recipe: Recipe, tokenizer: Tokenizer) -> Task:
