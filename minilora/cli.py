@@ -158,7 +158,9 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
         say(f"adapter     {adapter['method']}{on}{ranks}: {adapter['parameters']:,} parameters, {share:.1%} of the model")
     if (results := told.get("results")) and "after" in results:
         name = results["headline"]
-        say(f"held out    {name.replace('_', ' ')} {results['before'][name]:.3f} before, {results['after'][name]:.3f} after")
+        before, after = (results[when][name] for when in ("before", "after"))
+        if before is not None and after is not None:  # null stands for what is not finite
+            say(f"held out    {name.replace('_', ' ')} {before:.3f} before, {after:.3f} after")
     say("adaptable   " + "; ".join(f"{name} ({v['layers']}: {', '.join(v['sizes'])})" for name, v in told["adaptable"].items()))
     return told
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from minilora.adapters import PartialConfig, bottlenecks, method_name
 from minilora.backend import get_xp
+from minilora.family.half import KINDS
+from minilora.family.quantize import PACK
 from minilora.formats.adapter import load_adapter, read_adapter_config
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_folder, named, read_weights, save_model
@@ -31,8 +33,8 @@ def _base(path: str | Path, backend: str, adapter: str | Path | None = None, dty
     base, found = base_of(path)
     if adapter is not None:
         found = _adapter_folder(Path(adapter)) or Path(adapter)
-    labels = labels_of(adapter or path) or (_classes(found) if found else None)
-    asked = record_of(adapter or path).get("configuration") or {}
+    labels = record_of(adapter or path).get("labels") or (_classes(found) if found else None)
+    asked = record_of(adapter or path).get("configuration", {})
     try:
         published = None if labels is None else published_classes(base)
         count = labels if isinstance(labels, int) else len(labels or ())
@@ -74,13 +76,32 @@ def record_of(path: str | Path) -> dict[str, Any]:
         if not file.is_file():
             continue
         record = read_json(file)
-        for name, kind in (("configuration", dict), ("results", dict), ("trained_on", dict), ("labels", list)):
-            if not isinstance(record.get(name) or kind(), kind):
-                raise ValueError(f"{file}: {name} must be {'a list' if kind is list else 'an object'}, got {record[name]!r:.60}.")
-        if not all(isinstance(name, str) for name in record.get("labels") or ()):
-            raise ValueError(f"{file}: labels must be names, got {record['labels']!r:.60}.")
+        _check_record(record, file)
         return record
     return {}
+
+
+def _check_record(record: dict[str, Any], file: Path) -> None:
+    """Raise ValueError, naming the file and the field, for a run.json that is not as a run writes it."""
+
+    def check(fits: bool, name: str, expected: str, value: Any) -> None:
+        if not fits:
+            raise ValueError(f"{file}: {name} must be {expected}, got {value!r:.60}.")
+
+    for name in ("configuration", "results", "trained_on"):
+        check(isinstance(record.get(name, {}), dict), name, "an object", record.get(name))
+    labels = record.get("labels")
+    check(labels is None or (isinstance(labels, list) and all(isinstance(x, str) for x in labels)), "labels", "a list of names", labels)
+    asked, results = record.get("configuration", {}), record.get("results", {})
+    for name, allowed in (("dtype", ("float32", *KINDS)), ("quantize", ("", *PACK))):
+        check(asked.get(name, allowed[0]) in allowed, name, f"one of {', '.join(map(repr, allowed))}", asked.get(name))
+    if "after" in results:
+        name = results.get("headline")
+        check(isinstance(name, str), "results.headline", "a name", name)
+        for when in ("before", "after"):
+            figures = results.get(when)
+            check(isinstance(figures, dict) and name in figures, f"results.{when}", f"an object with {name!r}", figures)
+            check(type(figures[name]) in (int, float, type(None)), f"results.{when}.{name}", "a number", figures[name])
 
 
 def published_classes(name: str | Path) -> list[str] | None:
@@ -93,11 +114,6 @@ def published_classes(name: str | Path) -> list[str] | None:
     if "classifier" not in family.fresh or not any(path.startswith("classifier.") for path in read_weights(folder)):
         return None
     return list(_classes_of(family)[0].from_json(raw, f"{folder}/config.json").class_names)
-
-
-def labels_of(path: str | Path) -> list[str] | None:
-    """The names of the classes that a run was trained for, None where there are none."""
-    return record_of(path).get("labels")
 
 
 def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
@@ -158,7 +174,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         added = sum(p.data.size for _, p in model.parameters()) - count
         told["adapter"]["parameters"] = added + sum(value.size for value in model.base_values.values())
     if (Path(path) / "run.json").is_file():
-        told["results"] = read_json(Path(path) / "run.json").get("results", {})
+        told["results"] = record_of(path).get("results", {})
     return told
 
 

@@ -1,0 +1,281 @@
+"""`evaluate` measures a run as the run was measured: the same data, split, window, mask and sample, and figures equal to the last digit."""
+
+import json
+import math
+
+import numpy as np
+import oracle
+import pytest
+from small_tokenizers import BPE, library_wordpiece
+
+import minilora as ml
+from minilora.cli import main
+from minilora.formats.atomic import read_json, write_json
+
+WORDS = ["a", "man", "eating", "food", "."]
+
+
+@pytest.fixture
+def cwd(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    """`run(*argv)` is the JSON object that a verb prints; `run.err` what it said on standard error."""
+
+    def run(*argv, status=0):
+        assert main([*map(str, argv), "--json"]) == status
+        out, run.err = capsys.readouterr()
+        return json.loads(out) if status == 0 else run.err
+
+    return run
+
+
+@pytest.fixture
+def bert(cwd):
+    """An encoder without a head."""
+    folder = oracle.write_checkpoint("bert", cwd / "bert")
+    weights = {name.removeprefix("bert."): value for name, value in oracle.part("bert", "weights").items() if name.startswith("bert.")}
+    raw = {name: value for name, value in read_json(folder / "config.json").items() if name != "id2label"}
+    write_json(folder / "config.json", raw | {"architectures": ["BertModel"]})
+    oracle.save_file({name: value.astype("float32") for name, value in weights.items()}, folder / "model.safetensors")
+    library_wordpiece().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def llama(cwd):
+    sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1}
+    ml.save_model(ml.Llama(ml.LlamaConfig(vocab_size=BPE.vocab_size, max_position_embeddings=96, **sizes), rng=0), cwd / "llama")
+    BPE.save(cwd / "llama")
+    return cwd / "llama"
+
+
+def write(path, records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def texts(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [{"text": " ".join(rng.choice(WORDS, rng.integers(2, 5))) + f" {i}", "label": ["so", "no", "yes"][i % 3]} for i in range(n)]
+
+
+def pairs(n):
+    return [{"prompt": "the cat " * (1 + i % 5) + f"{i}", "completion": " sat" * (1 + i % 3)} for i in range(n)]
+
+
+FAST = ["--r", 2, "--steps", 3, "--warmup", 0, "--lr", 0.01, "--backend", "numpy", "--threads", 2]
+RUNS = {
+    "classes": (["--model", "bert", "--data", "films.jsonl", "--task", "classify", "--window", 7], ["lora", "full", "bottleneck", "head"]),
+    "classes, few": (["--model", "bert", "--data", "films.jsonl", "--task", "classify", "--window", 11, "--eval-size", 4], ["lora"]),
+    "classes, a folder": (["--model", "bert", "--data", "films", "--task", "classify", "--window", 5, "--batch-size", 3], ["lora"]),
+    "pairs": (["--model", "llama", "--data", "pairs.jsonl", "--window", 24], ["lora", "full"]),
+    "pairs, prompts too": (["--model", "llama", "--data", "pairs.jsonl", "--window", 9, "--no-mask-prompt"], ["lora"]),
+    "text": (["--model", "llama", "--data", "poem.txt", "--window", 10, "--eval-bytes", 40], ["lora", "full"]),
+    "text, latin-1": (["--model", "llama", "--data", "latin.txt", "--window", 9, "--encoding", "latin-1"], ["lora"]),
+    "the standard library": (["--window", 16, "--eval-bytes", 200, "--sample-bytes", 0], ["lora"]),
+}
+
+
+@pytest.fixture
+def data(cwd):
+    write(cwd / "films.jsonl", texts(60))
+    write(cwd / "films" / "train.jsonl", texts(40))
+    write(cwd / "films" / "dev.jsonl", texts(10, seed=1))
+    write(cwd / "pairs.jsonl", pairs(40))
+    (cwd / "poem.txt").write_text("the cat sat on the mat; the capital of France is Paris. " * 20)
+    (cwd / "latin.txt").write_bytes("the naïve cat sat on the mat ".encode("latin-1") * 30)
+
+
+@pytest.mark.parametrize(("what", "method", "seed"), [(what, m, seed) for what in RUNS for m in RUNS[what][1] for seed in (0, 3)])
+def test_evaluate_equals_finetune_to_the_last_digit(what, method, seed, bert, llama, data, run):
+    told = run("finetune", *RUNS[what][0], *FAST, "--method", method, "--seed", seed, "--out", "run")
+    assert run("evaluate", "run", "--backend", "numpy") == told["after"]
+    assert "differs from the run" not in run.err
+    if "--data" in RUNS[what][0]:  # and so it does on a copy of the data, under another name
+        data = RUNS[what][0][RUNS[what][0].index("--data") + 1]
+        if "." in data:
+            copy = "copy." + data.split(".")[1]
+            (llama.parent / copy).write_bytes((llama.parent / data).read_bytes())
+            assert run("evaluate", "run", "--data", copy, "--backend", "numpy", "--threads", 1) == told["after"]
+
+
+def test_what_is_learnt_is_not_measured_unless_asked_for(bert, data, run):
+    told = run("finetune", *RUNS["classes"][0], *FAST, "--seed", 3, "--out", "run")["after"]
+    assert 3 <= told["sequences"] <= 20  # a tenth of the different texts, with their copies
+    everything = run("evaluate", "run", "--data", "films.jsonl", "--all")
+    assert everything["sequences"] == 60
+    assert "all of films.jsonl, of which the run may have learnt all but what it held out" in run.err
+    assert run("evaluate", "run", "--split", "train")["sequences"] == 60 - told["sequences"]
+    write(bert.parent / "others.jsonl", texts(9, seed=5))
+    assert run("evaluate", "run", "--data", "others.jsonl")["sequences"] == 9  # data that it has never seen: all of them
+    run("finetune", *RUNS["classes, a folder"][0], *FAST, "--out", "run2")
+    assert "the run was trained on all of films/train.jsonl" in run("evaluate", "run2", "--data", "films/train.jsonl", status=1)
+    assert run("evaluate", "run2", "--data", "films/train.jsonl", "--all")["sequences"] == 40
+    assert run("evaluate", "run2", "--data", "films/dev.jsonl") == run("evaluate", "run2", "--data", "films")
+
+
+def test_what_is_overridden_and_what_is_cut_is_said(bert, data, run, capsys):
+    run("finetune", *RUNS["classes"][0], *FAST, "--seed", 3, "--out", "run")
+    longer = run("evaluate", "run", "--window", 11, "--seed", 4)
+    assert "differs from the run: window 11 (the run had 7), seed 4 (the run had 3)" in run.err
+    assert "window 11, none is cut" in run.err
+    assert longer["cut_sequences"] == 0
+    cut = run("evaluate", "run")["cut_sequences"]
+    assert cut > 0
+    assert f"window 7, {cut} are cut" in run.err
+    assert "needs a decoder" in run("evaluate", "run", "--task", "lm", status=1)
+    assert "a window of 12 is longer than the model's 11 positions" in run("evaluate", "run", "--window", 12, status=1)
+    assert "is not a run, which would know its data; give --data" in run("evaluate", "bert", status=1)
+
+
+def test_the_perplexity_of_a_text_counts_every_token_once(llama, run):
+    text = "the cat sat on the mat; the capital of France is Paris 2024"
+    (llama.parent / "t.txt").write_text(text)
+    ids = BPE.encode(text)
+    for window in (5, 7, len(ids) - 1, 50):
+        told = run("evaluate", "llama", "--data", "t.txt", "--window", window)
+        model, loss = ml.load_model("llama", "numpy"), 0.0
+        for a in range(0, len(ids) - 1, window):
+            piece = ids[a : a + window + 1]
+            z = model.forward(piece[:-1], keep=False)[0].astype(np.float64)
+            loss += (np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(piece) - 1), piece[1:]]).sum()
+        assert told["labelled_tokens"] == told["total_tokens"] == len(ids) - 1
+        assert told["loss"] == pytest.approx(loss / (len(ids) - 1), rel=1e-6)
+        assert told["perplexity"] == pytest.approx(math.exp(loss / (len(ids) - 1)), rel=1e-5)
+        assert f"{len(ids) - 1} of {len(ids) - 1} tokens" in run.err
+
+
+@pytest.mark.parametrize(("n", "size", "accumulate"), [(40, 8, 1), (40, 8, 3), (44, 8, 4), (9, 8, 8), (41, 8, 2)])
+@pytest.mark.parametrize("epochs", [1, 2, 1.5])
+def test_epochs_read_every_text_and_take_the_steps_of_transformers(n, size, accumulate, epochs, bert, run):
+    write(bert.parent / "x" / "train.jsonl", [{"text": "a man eating", "label": i % 2} for i in range(n)])
+    write(bert.parent / "x" / "valid.jsonl", [{"text": "food", "label": 0}, {"text": "a", "label": 1}])
+    how = ["--batch-size", size, "--accumulate", accumulate, "--epochs", epochs, "--warmup", 0, "--backend", "numpy", "--no-cache"]
+    run("finetune", "--model", "bert", "--data", "x", "--task", "classify", "--window", 9, *how, "--out", "run")
+    steps = [json.loads(line) for line in (bert.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    each = math.ceil(math.ceil(n / size) / accumulate)  # transformers: ceil(batches of an epoch / accumulate), times the epochs, rounded up
+    assert len(steps) == math.ceil(epochs * each)
+    per_text = len(library_wordpiece().encode("a man eating").ids)
+    assert sum(step["tokens"] for step in steps[:each]) == n * per_text
+
+
+# ---- heads ---------------------------------------------------------------------------------------------------------------------------
+
+
+def classifier(folder, names=None, n=3, **config):
+    oracle.write_checkpoint("bert", folder, "float32", **({"id2label": {str(i): name for i, name in enumerate(names)}} if names else {}))
+    raw = read_json(folder / "config.json")
+    if names is None:
+        del raw["id2label"]
+    write_json(folder / "config.json", raw | config)
+    library_wordpiece().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_published_head_keeps_the_order_of_its_classes(cwd, data, run):
+    """Data that are labelled by the model itself: its accuracy is 1 by construction, before a step and in every way of measuring."""
+    model = ml.load_model(classifier(cwd / "named", ["yes", "so", "no"]), "numpy")
+    rows = texts(60)
+    for row in rows:
+        logits = model.forward(np.array(library_wordpiece().encode(row["text"]).ids), keep=False)[0]
+        row["label"] = ["yes", "so", "no"][int(logits.argmax())]
+    write(cwd / "own.jsonl", rows)
+    tiny = ["--task", "classify", "--window", 11, "--steps", 1, "--r", 2, "--lr", 1e-12, "--backend", "numpy"]
+    told = run("finetune", "--model", "named", "--data", "own.jsonl", *tiny, "--out", "run")
+    assert told["before"]["accuracy"] == told["after"]["accuracy"] == 1.0
+    assert read_json(cwd / "run" / "run.json")["labels"] == ["yes", "so", "no"]
+    for more in (["run"], ["named", "--adapter", "run"], ["named", "--task", "classify"]):
+        assert run("evaluate", *more, "--data", "own.jsonl", "--all")["accuracy"] == 1.0, more
+    run("merge", "run", "--out", "merged")
+    assert read_json(cwd / "merged" / "config.json")["id2label"] == {"0": "yes", "1": "so", "2": "no"}
+    assert run("evaluate", "merged", "--data", "own.jsonl")["accuracy"] == 1.0
+
+
+def test_a_head_for_other_classes_is_replaced_on_request_only(cwd, run):
+    classifier(cwd / "named", ["good", "bad", "ugly"])
+    write(cwd / "x.jsonl", texts(30))
+    tiny = ["--task", "classify", "--window", 11, *FAST]
+    err = run("finetune", "--model", "named", "--data", "x.jsonl", *tiny, "--out", "run", status=1)
+    assert "none of the classes: good, bad, ugly. The data have no, so, yes" in err
+    assert not (cwd / "run").exists()
+    told = run("finetune", "--model", "named", "--data", "x.jsonl", *tiny, "--out", "run", "--new-head")
+    assert "the head for good, bad, ugly is replaced by one for no, so, yes" in run.err
+    assert read_json(cwd / "run" / "run.json")["labels"] == ["no", "so", "yes"]
+    assert run("evaluate", "run", "--backend", "numpy") == told["after"]
+    write(cwd / "two.jsonl", [row | {"label": i % 2} for i, row in enumerate(texts(30))])  # and for another number of them
+    told = run("finetune", "--model", "named", "--data", "two.jsonl", *tiny, "--out", "run2", "--new-head")
+    assert run("evaluate", "run2", "--backend", "numpy") == told["after"]
+
+
+def test_a_head_that_names_no_classes_takes_those_of_the_data_and_says_so(cwd, run):
+    classifier(cwd / "plain", num_labels=3)
+    write(cwd / "x.jsonl", texts(30))
+    told = run("finetune", "--model", "plain", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST, "--out", "run")
+    assert "plain does not name its 3 classes; they are taken to be no, so, yes, in this order" in run.err
+    assert run("evaluate", "run", "--backend", "numpy") == told["after"]
+    assert "none of the classes: LABEL_0, LABEL_1, LABEL_2" in run("evaluate", "plain", "--data", "x.jsonl", status=1)
+
+
+def test_scores_are_learnt_by_a_model_of_one_output(cwd, run):
+    model = ml.BertClassifier(ml.BertConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1), rng=0)
+    ml.save_model(model, cwd / "scorer")
+    library_wordpiece().save(str(cwd / "scorer" / "tokenizer.json"))
+    write(cwd / "x.jsonl", [{"text": row["text"], "label": len(row["text"]) / 7} for row in texts(30)])
+    told = run("finetune", "--model", "scorer", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST, "--out", "run")
+    assert told["headline"] == "pearson"
+    assert run("evaluate", "run", "--backend", "numpy") == told["after"]
+    values = np.array([len(row["text"]) / 7 for row in texts(30)])
+    model = ml.load_model("scorer", "numpy")
+    ours = np.array([float(model.forward(np.array(library_wordpiece().encode(row["text"]).ids), keep=False)[0][0, 0]) for row in texts(30)])
+    figures = run("evaluate", "scorer", "--data", "x.jsonl")
+    assert figures["pearson"] == pytest.approx(np.corrcoef(ours, values)[0, 1], rel=1e-4)
+    assert figures["loss"] == pytest.approx(np.mean((ours - values) ** 2), rel=1e-5)
+
+
+def test_the_seed_reaches_the_head(bert, data, cwd, run):
+    heads = []
+    for seed in (0, 1):
+        told = run("finetune", *RUNS["classes"][0], *FAST, "--lr", 1e-12, "--method", "full", "--seed", seed, "--out", f"run{seed}")
+        heads.append(ml.load_model(cwd / f"run{seed}" / "model", "numpy").classifier.weight.data)
+        assert told["before"]["loss"] > 0
+    assert np.abs(heads[0] - heads[1]).max() > 1e-3
+
+
+# ---- damaged runs, and runs that do not end well -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"configuration": []}, "run.json: configuration must be an object"),
+        ({"labels": 1.5}, "run.json: labels must be a list of names"),
+        ({"labels": [1, 2, 3]}, "run.json: labels must be a list of names"),
+        ({"configuration": {"dtype": "x"}}, "run.json: dtype must be one of"),
+        ({"configuration": {"quantize": 1}}, "run.json: quantize must be one of"),
+        ({"configuration": {"window": "7"}}, "window must be of type int"),
+        ({"configuration": {"window": -7}}, "window must be at least 1"),
+        ({"configuration": {"seed": None}}, "seed must be of type int"),
+        ({"results": {"after": {}}}, "run.json: results.headline must be a name"),
+        ({"results": {"after": [], "before": 3, "headline": "loss"}}, "run.json: results.before must be an object with 'loss'"),
+        ({"trained_on": "x"}, "run.json: trained_on must be an object"),
+    ],
+)
+def test_a_damaged_run_json_is_named_with_its_field(change, message, bert, data, cwd, run):
+    run("finetune", *RUNS["classes"][0], *FAST, "--out", "run")
+    write_json(cwd / "run" / "run.json", read_json(cwd / "run" / "run.json") | change)
+    assert message in run("evaluate", "run", "--data", "films.jsonl", status=1)
+    assert main(["info", "run"]) in (0, 1)
+
+
+@pytest.mark.parametrize("rate", [1e10, 1e38])
+def test_a_run_never_ends_well_with_parameters_that_give_no_loss(rate, cwd, run):
+    err = run("finetune", "--steps", 1, "--warmup", 0, "--window", 24, "--eval-bytes", 200, "--lr", rate, "--out", "run", status=1)
+    assert "not finite after the last update (step 1)" in err
+    record = json.loads((cwd / "run" / "run.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert record["results"] == {"stopped_after_step": 0}
+    assert run("evaluate", "run", "--eval-bytes", 200)["loss"] < 3
