@@ -43,7 +43,7 @@ def write(o: Namespace, count: int | None = None, layers: list[int] | None = Non
 
 def examples(o: Namespace) -> list[Any]:
     """The records as minilora has them."""
-    from minilora.training.datasets import Example
+    from minilora.training.examples import Example
 
     records = json.loads((o.folder / "records.json").read_text())
     return [Example(np.array(r["ids"]), np.array([r["label"]]), per_sequence=True) for r in records]

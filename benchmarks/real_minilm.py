@@ -78,7 +78,8 @@ def memory(model: Path, parts: tuple[Snippets, Snippets], folder: Path) -> dict[
     """Peaks of one epoch as in LEARN; the head that MiniLM lacks is drawn once, for both."""
     import minilora as ml
     from minilora.formats.tokenizer import load_tokenizer
-    from minilora.training.datasets import Example, batches_of
+    from minilora.training.datasets import batches_of
+    from minilora.training.examples import Example
 
     ml.save_model(ml.load_model(model, "numpy"), folder / "model")
     tokenizer = load_tokenizer(model, 30522)

@@ -32,7 +32,8 @@ def ours(o: Namespace) -> Iterator[float]:
 
     import minilora as ml
     from minilora.formats.tokenizer import load_tokenizer
-    from minilora.training.datasets import Example, collate
+    from minilora.training.datasets import collate
+    from minilora.training.examples import Example
     from minilora.training.loop import train
 
     model = ml.load_model(o.folder / "model", "numpy")

@@ -119,11 +119,19 @@ def test_what_is_learnt_is_not_measured_unless_asked_for(bert, data, run):
     assert run("evaluate", "run2", "--data", "films/dev.jsonl") == run("evaluate", "run2", "--data", "films")
 
 
+def test_a_run_finds_its_data_from_anywhere(bert, data, run, monkeypatch):
+    told = run("finetune", *RUNS["classes"][0], *FAST, "--out", "run")
+    (bert.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(bert.parent / "elsewhere")
+    assert run("evaluate", "../run", "--backend", "numpy") == told["after"]
+
+
 def test_what_is_overridden_and_what_is_cut_is_said(bert, data, run, capsys):
     run("finetune", *RUNS["classes"][0], *FAST, "--seed", 3, "--out", "run")
     longer = run("evaluate", "run", "--window", 11, "--seed", 4)
     assert "differs from the run: window 11 (the run had 7), seed 4 (the run had 3)" in run.err
     assert "window 11, none is cut" in run.err
+    assert "a tenth of it held out by seed 4, most of which the run has learnt" in run.err
     assert longer["cut_sequences"] == 0
     cut = run("evaluate", "run")["cut_sequences"]
     assert cut > 0

@@ -114,9 +114,10 @@ def test_sizes_in_memory_and_on_disk(tmp_path):
 def test_the_bundled_model_loses_little():
     """Held out, of 2.79 bits a byte: 0.016 more in four bits."""
     from minilora.formats.tokenizer import ByteTokenizer
-    from minilora.training.tasks import measure, text_task
+    from minilora.training.recipe import Recipe
+    from minilora.training.tasks import measure, training_task
 
-    task = text_task(None, ByteTokenizer(), 256, 8, 32)
+    task = training_task(Recipe(eval_bytes=32 * 256), ByteTokenizer())
     plain, quantized = (measure(ml.load_model("pydoc", "numpy", quantize=how), task)["bits_per_byte"] for how in ("", "nf4"))
     assert abs(quantized - plain) < 0.03
 

@@ -11,7 +11,7 @@ import minilora as ml
 from minilora.cli import main
 from minilora.layers import Parameter
 from minilora.training import study as study_module
-from minilora.training.datasets import Example
+from minilora.training.examples import Example
 from minilora.training.few_sample import PulledAdamW, few, reinitialise
 from minilora.training.recipe import Recipe
 from minilora.training.study import ROWS, rows_named, study, summarise

@@ -67,7 +67,8 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     base = sum(p.data.size for _, p in model.parameters())
     optimizer = prepare(model, recipe, task)
     folder = RunFolder.create(out, recipe.method)
-    folder.write_run(asdict(recipe), {}, task.labels, task.trained_on)
+    settings = asdict(recipe) | ({} if recipe.data is None else {"data": str(Path(recipe.data).absolute())})  # found from anywhere
+    folder.write_run(settings, {}, task.labels, task.trained_on)
 
     trained = optimizer.flat.data.size
     say(f"model     {recipe.model}: {base:,} parameters, {recipe.backend}, {recipe.threads} thread{'s' * (recipe.threads > 1)}")
@@ -81,7 +82,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
         seconds, tokens = _train(model, optimizer, task, rate, recipe, records, scale)
     except (Diverged, KeyboardInterrupt, MemoryError) as stop:
         done = stop.kept if isinstance(stop, Diverged) else optimizer.t if isinstance(stop, MemoryError) else len(records)
-        _stopped(model, folder, recipe, task, records, done, scale)
+        _stopped(model, folder, recipe, settings, task, records, done, scale)
         if isinstance(stop, Diverged):
             say(f"the {_made(recipe)} as of step {done}, the last whose loss was finite, is in {folder.path}")
         if isinstance(stop, MemoryError):
@@ -92,7 +93,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     size = _save(model, folder, recipe)
     after, wrote_after = measure(model, task, recipe.threads), _sample(model, tokenizer, recipe)
     if not math.isfinite(after["loss"]):
-        _stopped(model, folder, recipe, task, records, len(records), scale)
+        _stopped(model, folder, recipe, settings, task, records, len(records), scale)
         raise ArithmeticError(f"the held-out loss is not finite; the {_made(recipe)} is in {folder.path}. A lower --lr may help.")
     if wrote_after:
         folder.write_samples(PROMPT, wrote_before, wrote_after)
@@ -115,19 +116,26 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
         "peak_memory_bytes": peak_memory(recipe.backend),
         **_state(scale),
     }
-    folder.write_run(asdict(recipe), results, task.labels, task.trained_on)
+    folder.write_run(settings, results, task.labels, task.trained_on)
     _tell(say, folder, recipe, results, wrote_before, wrote_after)
     _draw(say, folder, recipe, records, task, before, after)
     return {"folder": str(folder.path), **results}
 
 
 def _stopped(
-    model: Any, folder: RunFolder, recipe: Recipe, task: Task, records: list[dict[str, Any]], step: int, scale: LossScale | None
+    model: Any,
+    folder: RunFolder,
+    recipe: Recipe,
+    settings: dict[str, Any],
+    task: Task,
+    records: list[dict[str, Any]],
+    step: int,
+    scale: LossScale | None,
 ) -> None:
     """Save what a run that ends early has made."""
     _save(model, folder, recipe)
     folder.write_metrics(records)
-    folder.write_run(asdict(recipe), {"stopped_after_step": step, **_state(scale)}, task.labels, task.trained_on)
+    folder.write_run(settings, {"stopped_after_step": step, **_state(scale)}, task.labels, task.trained_on)
 
 
 def open_recipe(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:

@@ -100,8 +100,12 @@ def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | 
             return len(pack(lengths, recipe.tokens_per_batch, rng))
 
     task = _measured(dataset.describe(), dataset.valid, recipe, tokenizer, dataset.labels)
-    drawn = "valid" not in split_files(recipe.data)
-    return replace(task, train=train, epoch=epoch, trained_on={"sha256": fingerprint(recipe.data, recipe.encoding), "held_out": drawn})
+    return replace(task, train=train, epoch=epoch, trained_on=_trained_on(recipe, drawn="valid" not in split_files(recipe.data)))
+
+
+def _trained_on(recipe: Recipe, drawn: bool) -> dict[str, Any]:
+    """What run.json keeps, to tell the training data again. drawn: what it was measured on was held out of them, by the seed."""
+    return {"sha256": fingerprint(str(recipe.data), recipe.encoding), "held_out": drawn, "seed": recipe.seed}
 
 
 def _names_for(labels: Sequence[str], recipe: Recipe) -> Sequence[str]:
@@ -119,13 +123,14 @@ def _names_for(labels: Sequence[str], recipe: Recipe) -> Sequence[str]:
 
 def _text_task(recipe: Recipe, tokenizer: Tokenizer) -> Task:
     """Plain text in windows that start anywhere: a file, a folder of them, or, without `data`, the standard library's source."""
-    window, trained_on = recipe.window, {}
+    window: int = recipe.window
+    trained_on: dict[str, Any] = {}
     if recipe.data is None:
         texts = stdlib_source(held_out=False), stdlib_source(held_out=True)
         what = f"Python source of the standard library {sys.version_info.major}.{sys.version_info.minor}"
     else:
         texts, what = split_text(read_text(recipe.data, recipe.encoding)), str(recipe.data)
-        trained_on = {"sha256": fingerprint(recipe.data, recipe.encoding), "held_out": True}
+        trained_on = _trained_on(recipe, drawn=True)
     train, held_out = (tokens_of(text, tokenizer) for text in texts)
     for part in (train, held_out):
         check_length(part, window)
@@ -174,6 +179,8 @@ def measuring_task(
         examples = getattr(dataset, split)
         drawn = split != "test" and "valid" not in split_files(path)
         where = f"the split {split} of {path}" + f", a tenth of it held out by seed {recipe.seed}" * drawn
+        if known and (split == "train" or (drawn and (trained_on or {}).get("seed") != recipe.seed)):
+            where += ", most of which the run has learnt"
         if split == "valid" and known:
             examples = _at_most(examples, recipe)
     if not examples:
