@@ -268,7 +268,9 @@ def test_without_the_library(tmp_path, monkeypatch):
         ({"meta": {"llama.attention.head_count": 0}}, "0 heads"),
         ({"meta": {"llama.attention.head_count": [4, 4]}}, r"head_count is \[4, 4\]"),
         ({"meta": {"llama.rope.scaling.type": "yarn"}}, "rotary positions are scaled"),
-        ({"meta": {"llama.rope.scale_linear": 2.0}}, r"rope\.scale_linear is 2\.0"),
+        ({"meta": {"llama.rope.scale_linear": 2.0}}, "rotary positions are scaled"),
+        ({"meta": {"llama.rope.scaling.factor": 2.0}}, "rotary positions are scaled"),  # of no type: llama.cpp takes it to be linear
+        ({"meta": {"llama.attention.causal": False}}, r"attention\.causal is False"),
         ({"meta": {"llama.rope.dimension_count": 4}}, "only a part of each head is turned"),
         ({"meta": {"llama.expert_count": 8}}, "expert_count is 8"),
         ({"meta": {"tokenizer.ggml.tokens": None}}, "has no tokenizer"),

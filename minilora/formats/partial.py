@@ -17,7 +17,7 @@ import numpy as np
 from minilora.adapters import BottleneckConfig, PartialConfig, inject
 from minilora.backend import as_like, to_numpy
 from minilora.formats.atomic import write_json
-from minilora.formats.checkpoint import turned
+from minilora.formats.fitting import turned
 from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.layers import Layer, Linear
 

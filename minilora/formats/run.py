@@ -9,7 +9,9 @@ from typing import Any
 from minilora.adapters import PartialConfig, bottlenecks, method_name
 from minilora.formats.adapter import load_adapter, read_adapter_config
 from minilora.formats.atomic import read_json
-from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_folder, save_model
+from minilora.formats.checkpoint import load_model, save_model
+from minilora.formats.fetch import BUNDLED, model_folder
+from minilora.formats.fitting import classes_of, family_of
 from minilora.formats.tensors import map_tensors
 from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
 from minilora.layers import Linear
@@ -78,8 +80,11 @@ def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
         return gguf_tokenizer(vocabulary, vocab_size or rows, base)
     folder = model_folder(base)
     raw = read_json(folder / "config.json")
-    config = family_of(raw, f"{folder}/config.json")
-    return load_tokenizer(folder, vocab_size or raw.get("vocab_size") or _default_vocabulary(config))
+    family = family_of(raw, f"{folder}/config.json")
+    rows = vocab_size or raw.get("vocab_size")
+    if type(rows) is not int:
+        rows = classes_of(family)[0].from_json(raw, f"{folder}/config.json").vocab_size
+    return load_tokenizer(folder, rows)
 
 
 def merge_run(path: str | Path, out: str | Path, adapter: str | Path | None = None) -> dict[str, float]:
@@ -135,13 +140,6 @@ def _classes(adapter: Path) -> int | None:
     file = adapter / "adapter_model.safetensors"
     tensors = map_tensors(file)[0] if file.is_file() else {}
     return next((len(value) for name, value in tensors.items() if re.search(r"\.classifier\.(lora_B\.)?weight$", name)), None)
-
-
-def _default_vocabulary(family: Any) -> int:
-    """vocab_size where config.json leaves it at its family's default."""
-    from minilora.formats.checkpoint import _classes as classes
-
-    return int(classes(family)[0].__dataclass_fields__["vocab_size"].default)
 
 
 def _adapter_folder(folder: Path) -> Path | None:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from minilora import adapters
-from minilora.formats.checkpoint import BUNDLED
+from minilora.formats.fetch import BUNDLED
 from minilora.training.datasets import TASKS, is_dataset
 
 DTYPES = ("float32", "bfloat16", "float16")
