@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minilora.family.adapted import adapter_parameters
 from minilora.family.nf4 import is_nf4
 from minilora.layers import Layer, Linear
 
@@ -119,6 +120,12 @@ def fresh(model: Any, family: Family, tensors: dict[str, np.ndarray], raw: dict[
     return values
 
 
+def drawn_parameters(model: Layer) -> list[str]:
+    """The paths of the parameters, but for adapters', of the modules that no file held (`Layer.drawn`)."""
+    own = adapter_parameters(model)
+    return [path for path, _ in model.parameters() if path not in own and path.rpartition(".")[0] in model.drawn]
+
+
 def turned(model: Layer, tensors: dict[str, Any]) -> dict[str, Any]:
     """Weights of Linear from the file's orientation to (in, out), or back, as views."""
     if getattr(model, "weights_are_in_out", True):
@@ -164,3 +171,18 @@ def warn_of_pooling(model: Any, folder: Path) -> None:
             "there it reads BERT's pooler, and answers otherwise.",
             file=sys.stderr,
         )
+
+
+def check_fit(folder: Path, tensors: dict[str, np.ndarray], wanted: dict[str, tuple[int, ...]]) -> None:
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing:
+        raise ValueError(f"{folder}: the adapter misses {missing[0]!r} ({len(missing)} in all); was it made for another model?")
+    if extra:
+        raise ValueError(f"{folder}: the adapter has {extra[0]!r} ({len(extra)} in all), which this model has no place for.")
+    for key, shape in wanted.items():
+        if tensors[key].shape != tuple(shape):
+            raise ValueError(
+                f"{folder}: {key} has shape {tensors[key].shape}, this model wants {tuple(shape)}; was it made for another model?"
+            )
+        if tensors[key].dtype.kind != "f" or not np.isfinite(tensors[key]).all():
+            raise ValueError(f"{folder}: {key} ({tensors[key].dtype}) holds values that are not finite floating-point numbers.")

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import to_numpy
-from minilora.formats.atomic import json_object
 from minilora.family.nf4 import BLOCK, CODE, NESTED, NF4
+from minilora.formats.atomic import json_object
 
 _STATE = ".quant_state.bitsandbytes__nf4"
 _LARGEST = 1e38  # of a magnitude: the sum of two is finite in float32
@@ -57,7 +57,8 @@ def unpacked(tensors: dict[str, Any], source: str | Path) -> dict[str, Any]:
             blocks = -(-n * m // BLOCK)
             nested, code, offset = parts["nested_absmax"], parts["nested_quant_map"], state["nested_offset"]
             fit = {
-                "kinds of number": all(type(size) is int and size > 0 for size in (n, m)) and {nested.dtype, code.dtype} == {np.dtype("f4")},
+                "shape": all(type(size) is int and size > 0 for size in (n, m)),
+                "dtypes": nested.dtype == code.dtype == np.float32,
                 "block sizes": (state["blocksize"], state["nested_blocksize"]) == (BLOCK, NESTED),
                 "numbers": codes.dtype == np.uint8 and codes.size == -(-n * m // 2),
                 "magnitudes": parts["absmax"].dtype == np.uint8 and parts["absmax"].shape == (blocks,),

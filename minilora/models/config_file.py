@@ -1,9 +1,9 @@
 """What a config.json may say. Every field is honoured, fixed, neutral or unknown, and none is ignored in silence.
 
-    honoured   a field of the configuration's dataclass, of the type that is annotated there
-    fixed      has one meaning here: FIXED and what a model adds to it. Another value raises ValueError
-    neutral    cannot change what is computed: NEUTRAL, by reason, and what a model adds to it
-    unknown    anything else: named on standard error
+honoured   a field of the configuration's dataclass, of the type that is annotated there
+fixed      has one meaning here: FIXED and what a model adds to it. Another value raises ValueError
+neutral    cannot change what is computed: NEUTRAL, by reason, and what a model adds to it
+unknown    anything else: named on standard error
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ def extract_run(
     window: int = 256,
     whole: bool = True,
     threads: int = 1,
+    allow_other_weights: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Write the adapter that brings `base` nearest to `tuned` to a new folder `out`; see adapters/extraction.py.
@@ -38,9 +39,9 @@ def extract_run(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is in use; name another folder with --out, or remove it first.")
-    base = base or _base_named_by(tuned)
-    target = open_model(tuned, "numpy")
-    origin = load_model(base, "numpy", labels=getattr(target.config, "num_labels", None))
+    typed, base = base is not None, base or _base_named_by(tuned)
+    target = open_model(tuned, "numpy", allow_other_weights=allow_other_weights)
+    origin = load_model(base, "numpy", labels=getattr(target.config, "num_labels", None), download=typed)
     task = roots = None
     if data is not None:
         labels = labels_of(tuned)
@@ -77,12 +78,18 @@ def extract_run(
     return told
 
 
-def compare(first: str, second: str) -> dict[str, float]:
-    """{parameter: the largest change of an element} between two models, adapters counted in. Raises ValueError when they do not fit."""
-    b = open_model(second, "numpy")
-    base, adapter = base_of(first)
-    a = open_model(first, "numpy") if adapter else load_model(base, "numpy", labels=getattr(b.config, "num_labels", None))
-    return largest_changes(a, b)
+def compare(first: str, second: str, allow_other_weights: bool = False) -> dict[str, float]:
+    """{parameter: the largest change of an element} between two models, adapters counted in, in whatever order.
+
+    A base that has no head of its own gets one with as many classes as the other's. Raises ValueError when the models do not fit.
+    """
+    models = [open_model(name, "numpy", allow_other_weights=allow_other_weights) for name in (first, second)]
+    classes = [getattr(model.config, "num_labels", None) for model in models]
+    for i, name in enumerate((first, second)):
+        if None not in classes and classes[0] != classes[1] and models[i].output_head in models[i].drawn:
+            models[i] = load_model(name, "numpy", labels=classes[1 - i])
+            break
+    return largest_changes(*models)
 
 
 def _base_named_by(tuned: str) -> str:
