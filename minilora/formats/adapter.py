@@ -55,17 +55,17 @@ def save_adapter(model: Layer, folder: str | Path, config: LoraConfig | PartialC
             raise ValueError(
                 f"save_adapter: {path} is trainable, but the configuration does not name it; add its layer to modules_to_save."
             )
-    door, joined = _Door(model, prefix_of(model) if config.task_type == BARE else ""), _less_their_start(model)
-    if odd := sorted(path for path in trained if not path.startswith(door.bare)):
-        raise ValueError(f"save_adapter: {odd[0]} is trained, but task_type {BARE} is that of a model without its head.")
-    kept = {path for path in drawn_parameters(model) if path.startswith(door.bare)} - trained
+    bare = prefix_of(model) if config.task_type == BARE else ""
+    bare = bare if all(path.startswith(bare) for path in trained) else ""  # with a head that is trained it is not bare
+    door, joined = _Door(model, bare), _less_their_start(model)
+    kept = {path for path in drawn_parameters(model) if path.startswith(bare)} - trained
     saved = {path: p for path, p in model.parameters() if path in trained | kept}
     tensors = {door.key(path): door.turned(path, to_numpy(joined.get(path, p.data))) for path, p in saved.items()}
     tensors |= {key: to_numpy(value) for key, value in _shared(model).items()}
     without = [*find_modules(model, config, strict=False), *model.drawn]
     write_tensors(folder / "adapter_model.safetensors", tensors, mark_of(model, without, config.init_lora_weights == "loftq"))
     whole = sorted({path.rpartition(".")[0] for path in kept} - door.adapted)
-    write_json(folder / "adapter_config.json", to_peft(model, config, whole, bool(joined)))
+    write_json(folder / "adapter_config.json", to_peft(model, config, whole, bool(joined), bare))
     warn_of_pooling(model, folder)
     return (folder / "adapter_model.safetensors").stat().st_size
 
@@ -93,6 +93,7 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
     config, tensors = _with_the_head(model, config, tensors)
     try:
         _check_ranks(find_targets(model, config, strict=False), config, tensors)
+        without = [*find_modules(model, config, strict=False), *model.drawn]
         rehearsal = _injected(model, config)
         door = _Door(rehearsal)
         tensors = _without_copies(door, config, tensors)
@@ -100,7 +101,6 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
             config = replace(config, modules_to_save=[*config.saved_modules, *changed])
             rehearsal = _injected(model, config)
             door = _Door(rehearsal)
-        without = [*find_modules(model, config, strict=False), *model.drawn]
     except ValueError as error:
         raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
     check_base(model, without, metadata, folder, allow_other_weights)

@@ -58,14 +58,14 @@ def read_adapter_config(folder: str | Path) -> LoraConfig | PartialConfig:
     return made(kind, {**given, "init_lora_weights": True}, str(path))
 
 
-def to_peft(model: Layer, config: LoraConfig, drawn: list[str], joined: bool) -> dict[str, Any]:
+def to_peft(model: Layer, config: LoraConfig, drawn: list[str], joined: bool, bare: str) -> dict[str, Any]:
     """The configuration as PEFT writes it: "all-linear" is spelled out, and the task named, which decides PEFT's class of model.
 
-    drawn: modules that are saved along, since no file of the base has them. joined: the tensors have twice the rank (PiSSA).
+    drawn: modules that are saved along, since no file of the base has them. joined: the tensors have twice the rank (PiSSA). bare: a prefix
+    that names lack in the file.
     Fields that ask for nothing are left out: a version of PEFT that does not know them yet would refuse the file.
     """
     told = asdict(config)
-    bare = prefix_of(model) if config.task_type == BARE else ""
     named = isinstance(config.target_modules, list) and not (bare and config.layers_to_transform)
     if config.target_modules == "all-linear" or (bare and not named):
         adapted = [path for path, _ in lora_layers(model)]
@@ -79,7 +79,8 @@ def to_peft(model: Layer, config: LoraConfig, drawn: list[str], joined: bool) ->
         told["lora_alpha"] = factor * config.lora_alpha
         told["alpha_pattern"] = {key: factor * alpha for key, alpha in config.alpha_pattern.items()}
     head = getattr(model, "output_head", None)
-    task = "CAUSAL_LM" if head == "lm_head" else "SEQ_CLS" if head in find_modules(model, config, strict=False) else None
+    whole = [*find_modules(model, config, strict=False), *drawn]
+    task = "CAUSAL_LM" if head == "lm_head" else "SEQ_CLS" if head in whole else None
     told["task_type"] = config.task_type or task
     told["modules_to_save"] = [*config.saved_modules, *drawn] or None
     told |= {"init_lora_weights": True, "use_dora": bool(config.use_dora), "eva_config": None, "lora_ga_config": None, "loftq_config": {}}

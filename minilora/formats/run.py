@@ -47,7 +47,9 @@ def _base(path: str | Path, backend: str, adapter: str | Path | None = None, dty
     except FileNotFoundError as error:
         if typed:
             raise
-        raise FileNotFoundError(f"the base model of {path} is not here: {error} Give it as the model, and --adapter {path}.") from None
+        raise FileNotFoundError(
+            f"the base model of {path} is not where it was: {error} Give it as the model, and --adapter {path}."
+        ) from None
 
 
 def base_of(path: str | Path) -> tuple[str, Path | None]:

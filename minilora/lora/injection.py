@@ -78,8 +78,8 @@ def find_targets(model: Layer, config: LoraConfig, strict: bool = True) -> dict[
     linears = {path: layer for path, layer in modules.items() if isinstance(layer, Linear)}
     names, head = config.target_modules, getattr(model, "output_head", None)
     if names == "all-linear":
-        if head is not None and head.endswith(CLASSIFIERS) and config.task_type not in ("SEQ_CLS", "FEATURE_EXTRACTION"):
-            head = None  # to PEFT, a classifier's head is one only if the task says so, and with the last there is none
+        if head is not None and head.endswith(CLASSIFIERS) and config.task_type != "SEQ_CLS":
+            head = None  # to PEFT, a classifier's head is one only if the task says so
         named = [path for path in linears if path != head]
     elif isinstance(names, str):
         named = [path for path in modules if re.fullmatch(names, path)]

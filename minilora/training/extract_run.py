@@ -86,9 +86,8 @@ def compare(first: str, second: str, allow_other_weights: bool = False) -> dict[
     models = [open_model(name, "numpy", allow_other_weights=allow_other_weights) for name in (first, second)]
     classes = [getattr(model.config, "num_labels", None) for model in models]
     for i, name in enumerate((first, second)):
-        if None not in classes and classes[0] != classes[1] and models[i].output_head in models[i].drawn:
+        if None not in classes and classes[0] != classes[1] and models[i].output_head in models[i].drawn and models[i].lora_config is None:
             models[i] = load_model(name, "numpy", labels=classes[1 - i])
-            break
     return largest_changes(*models)
 
 
