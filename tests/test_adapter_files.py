@@ -283,7 +283,7 @@ def test_a_rounded_or_quantized_copy_of_the_base_is_said_and_another_model_refus
     capsys.readouterr()
     for where, options, said in (
         (tmp_path / "base", {}, ""),
-        (tmp_path / "half", {}, "rounding to 16 bits"),
+        (tmp_path / "half", {}, "rounding to bfloat16"),
         (tmp_path / "base", {"quantize": "nf4"}, "quantization ("),
     ):
         copy = ml.load_model(where, "numpy", **options)
@@ -297,7 +297,7 @@ def test_a_rounded_or_quantized_copy_of_the_base_is_said_and_another_model_refus
     assert "trained on a base model with other weights" in capsys.readouterr().err
     ml.save_adapter(adapted(tmp_path / "half"), tmp_path / "h")
     ml.load_adapter(ml.load_model(base, "numpy"), tmp_path / "h")
-    assert "rounding to 16 bits" in capsys.readouterr().err
+    assert "rounding to bfloat16" in capsys.readouterr().err
     model = ml.load_model(base, "numpy", quantize="nf4")
     ml.inject(model, ml.LoraConfig(r=2, target_modules=["q_proj"]), rng=0)
     ml.save_adapter(model, tmp_path / "q")

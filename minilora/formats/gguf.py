@@ -22,22 +22,9 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_PLAIN = {  # options at the value that is computed here
-    "expert_count": 0,
-    "expert_used_count": 0,
-    "attention.sliding_window": 0,
-    "attention.causal": True,
-    "attention.scale": 0,
-    "attention.clamp_kqv": 0,
-    "attention.max_alibi_bias": 0,
-    "attn_logit_softcapping": 0,
-    "final_logit_softcapping": 0,
-    "logit_scale": 0,
-    "residual_scale": 0,
-    "embedding_scale": 0,
-    "use_parallel_residual": False,
-    "rope.scaling.attn_factor": 1,
-}
+_OFF = """expert_count expert_used_count attention.sliding_window attention.scale attention.clamp_kqv attention.max_alibi_bias
+    attn_logit_softcapping final_logit_softcapping logit_scale residual_scale embedding_scale use_parallel_residual"""
+_PLAIN = {**dict.fromkeys(_OFF.split(), 0), "attention.causal": True, "rope.scaling.attn_factor": 1}  # options at what is computed here
 _READ = set(
     """attention.head_count attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon block_count
     embedding_length feed_forward_length context_length vocab_size rope.freq_base rope.dimension_count rope.scale_linear rope.scaling.type

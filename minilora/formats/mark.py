@@ -19,13 +19,13 @@ import numpy as np
 from minilora.backend import as_like, to_numpy
 from minilora.family.packed import is_packed
 from minilora.family.residual import dense
-from minilora.formats.tensors import rounded
+from minilora.formats.tensors import holds_bfloat16, rounded
 from minilora.kernels.half import is_half
 from minilora.layers import Layer, Linear
 
 KEY = "minilora.base"
 _LOFTQ = "loftq:"
-_SAMPLES = 32
+_SAMPLES = 64
 _FAR = 0.5  # of a difference, relative: four bits are off by a tenth, weights that have nothing to do with each other by 1.4
 
 
@@ -65,8 +65,8 @@ def _difference(mark: str, model: Layer, ours: np.ndarray) -> str | None:
         return None
     if theirs.shape != ours.shape or not ours.size:
         return None
-    if any(np.array_equal(rounded(theirs, dtype), rounded(ours, dtype)) for dtype in ("float16", "bfloat16")):
-        return "rounding to 16 bits"
+    if holds_bfloat16(theirs) != holds_bfloat16(ours) and np.array_equal(rounded(theirs, "bfloat16"), rounded(ours, "bfloat16")):
+        return "rounding to bfloat16"  # to float16 leaves the fingerprint as it is
     distance = float(np.linalg.norm(theirs - ours) / max(np.linalg.norm(theirs), 1e-30))
     if distance < _FAR and (kind == "quantized" or _quantized(model)):
         return f"quantization ({distance:.1%} in a sample of its weights)"

@@ -42,14 +42,13 @@ def _base(path: str | Path, backend: str, adapter: str | Path | None = None, dty
     asked = _record(adapter or path).get("configuration", {})
     typed = base == str(path)  # or named by a file, which is not to send anybody to the hub
     try:
-        options = {"labels": labels, "quantize": asked.get("quantize", ""), "download": typed}
+        options: dict[str, Any] = {"labels": labels, "quantize": asked.get("quantize", ""), "download": typed}
         return load_model(base, backend, dtype or asked.get("dtype", "float32"), **options), found
     except FileNotFoundError as error:
         if typed:
             raise
-        raise FileNotFoundError(
-            f"the base model of {path} is not where it was: {error} Give it as the model, and --adapter {path}."
-        ) from None
+        why = f"the base model of {path} is not where it was: {error} Give it as the model, and --adapter {path}."
+        raise FileNotFoundError(why) from None
 
 
 def base_of(path: str | Path) -> tuple[str, Path | None]:

@@ -157,10 +157,15 @@ def write_tensors(
     write_file(path, write)
 
 
+def holds_bfloat16(x: np.ndarray) -> bool:
+    """Is every number of a float32 array one of bfloat16, the upper half of a float32?"""
+    return x.dtype == np.float32 and not (np.ascontiguousarray(x).view(np.uint32) & 0xFFFF).any()
+
+
 def rounded(value: np.ndarray, dtype: str) -> np.ndarray:
     """The value in this dtype, to the nearest, ties to even; for "bfloat16", which NumPy has not, its bits as uint16."""
     if dtype != "bfloat16" or value.dtype.name == "bfloat16":
         with np.errstate(over="ignore"):
             return value.astype(dtype, copy=False)
     bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)  # bfloat16 is the upper half of a float32
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
