@@ -118,7 +118,7 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
         if path in taken:
             value = door.turned(path, tensors[door.key(path)]).astype(p.data.dtype)
             p.data = as_like(np.ascontiguousarray(value), p.data)
-    if left := [module for module in model.drawn if not any(path.startswith(f"{module}.") for path in taken)]:
+    if left := [module for module in model.drawn if f"{module}.weight" not in taken]:
         print(f"{folder} has no {' and no '.join(left)} either: what was drawn here at random stays.", file=sys.stderr)
     return config
 

@@ -61,9 +61,9 @@ def read_adapter_config(folder: str | Path) -> LoraConfig | PartialConfig:
 def to_peft(model: Layer, config: LoraConfig, drawn: list[str], joined: bool, bare: str) -> dict[str, Any]:
     """The configuration as PEFT writes it: "all-linear" is spelled out, and the task named, which decides PEFT's class of model.
 
-    drawn: modules that are saved along, since no file of the base has them. joined: the tensors have twice the rank (PiSSA). bare: a prefix
-    that names lack in the file.
-    Fields that ask for nothing are left out: a version of PEFT that does not know them yet would refuse the file.
+    drawn: modules that are saved along, since no file of the base has them. joined: the tensors have twice the rank (PiSSA).
+    bare: a prefix that names lack in the file. Fields that ask for nothing are left out, as a version of PEFT that does not know them
+    yet would refuse the file.
     """
     told = asdict(config)
     named = isinstance(config.target_modules, list) and not (bare and config.layers_to_transform)
@@ -86,9 +86,11 @@ def to_peft(model: Layer, config: LoraConfig, drawn: list[str], joined: bool, ba
     told |= {"init_lora_weights": True, "use_dora": bool(config.use_dora), "eva_config": None, "lora_ga_config": None, "loftq_config": {}}
     told["fan_in_fan_out"] = bool(getattr(model, "weights_are_in_out", True))
     told["base_model_name_or_path"] = config.base_model_name_or_path or model.hub_id or model.source
-    for key in ("target_modules", "modules_to_save"):
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
         if isinstance(told[key], list):
             told[key] = [name.removeprefix(bare) for name in told[key]]
+        elif isinstance(told[key], dict):
+            told[key] = {name.removeprefix(bare): value for name, value in told[key].items()}
     told = {key: value for key, value in told.items() if key in _ALWAYS or value or (value == 0 and value is not False)}
     told = {key: value for key, value in told.items() if key not in config.not_in_file}
     return {"peft_type": config.peft_type, "inference_mode": True, **told}
