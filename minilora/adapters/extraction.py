@@ -93,8 +93,9 @@ def largest_changes(base: Layer, tuned: Layer) -> dict[str, float]:
     Raises ValueError when the models have not the same weights, or hold something that no weight can.
     """
     first, second = _weights(base), _weights(tuned)
-    if odd := sorted(first.keys() ^ second.keys()):
-        raise ValueError(f"the models are not of one kind: {odd[0]} is missing in the {'second' if odd[0] in first else 'first'}.")
+    for here, there, which in ((first, second, "second"), (second, first, "first")):
+        if missing := [path for path in here if path not in there]:
+            raise ValueError(f"the models are not of one kind: {missing[0]} is missing in the {which}.")
     told = {}
     for path, W in first.items():
         ours, theirs = W(), second[path]()

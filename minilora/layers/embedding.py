@@ -16,20 +16,15 @@ class Embedding(Layer):
     Initial values: N(0, 0.02^2), as in GPT-2 and BERT. Saved: ids, if the table is trainable. There is no dx: ids are integers.
     """
 
-    padding_idx: int | None = None
-
     def __init__(
         self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, *, rng: Rng = None, dtype: Any = "float32"
     ) -> None:
         self.padding_idx = padding_idx
-        table = generator(rng).normal(0, 0.02, size=(num_embeddings, embedding_dim))
-        self.weight = Parameter(table.astype(dtype))
+        self.weight = Parameter(generator(rng).normal(0, 0.02, size=(num_embeddings, embedding_dim)).astype(dtype))
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = False) -> tuple[Array, Saved | None]:
         y = F.embedding(x, self.weight.data)
-        if not keep:
-            return y, None
-        return y, self.save(need_dx, x if self.weight.trainable else None)
+        return y, self.save(need_dx, x if self.weight.trainable else None) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
         (ids,) = self.load(saved, need_dx)
