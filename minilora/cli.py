@@ -64,7 +64,7 @@ def _study(args: argparse.Namespace) -> dict[str, Any]:
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from minilora.training.evaluate_run import evaluate_run
 
-    names = "adapter split backend threads task window mask_prompt encoding seed eval_size eval_bytes".split()
+    names = "adapter split backend threads task window mask_prompt encoding seed eval_size eval_bytes allow_other_weights".split()
     return evaluate_run(args.model, args.data, say=_say(args), **{name: getattr(args, name) for name in names})
 
 
@@ -73,7 +73,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from minilora.formats.run import open_model, tokenizer_of
     from minilora.models.generate import generate
 
-    model = open_model(args.model, args.backend, args.adapter)
+    model = open_model(args.model, args.backend, args.adapter, allow_other_weights=args.allow_other_weights)
     if not hasattr(model, "decode"):
         raise ValueError(f"{args.model} ({type(model).__name__}) does not generate text: it is no decoder.")
     tokenizer = tokenizer_of(args.model, model.config.vocab_size)
@@ -115,9 +115,10 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
+    from minilora.formats.checkpoint import STORED
     from minilora.formats.run import merge_run
 
-    changes = merge_run(args.model, args.out, args.adapter)
+    changes = merge_run(args.model, args.out, args.adapter, args.dtype or STORED, args.allow_other_weights)
     still = [path for path, change in changes.items() if change == 0]
     _say(args)(f"merged {len(changes)} adapters into {args.out}; the largest change of a weight is {max(changes.values()):.3g}")
     if still:
@@ -129,14 +130,14 @@ def _extract(args: argparse.Namespace) -> dict[str, Any]:
     from minilora.training.extract_run import extract_run
 
     threads = args.threads or min(os.cpu_count() or 1, 8)
-    asked = (args.base, args.r, args.energy, args.data, args.task, args.window, args.whole, threads)
+    asked = (args.base, args.r, args.energy, args.data, args.task, args.window, args.whole, threads, args.allow_other_weights)
     return extract_run(args.model, args.out, *asked, say=_say(args))
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
     from minilora.training.extract_run import compare
 
-    changes, say = compare(args.first, args.second), _say(args)
+    changes, say = compare(args.first, args.second, args.allow_other_weights), _say(args)
     changed = sorted((path for path, change in changes.items() if change), key=lambda path: -changes[path])
     for path in changed[:10]:
         say(f"{changes[path]:10.3g}  {path}")
@@ -148,7 +149,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
 def _info(args: argparse.Namespace) -> dict[str, Any]:
     from minilora.formats.run import describe
 
-    told, say = describe(args.model), _say(args)
+    told, say = describe(args.model, args.allow_other_weights), _say(args)
     say(f"model       {told['model']}: {told['model_type']}, " + ", ".join(f"{k} {v}" for k, v in told["config"].items() if type(v) is int))
     say(f"parameters  {told['parameters']:,}: {told['bytes_float32'] / 1e6:.1f} MB in float32")
     if adapter := told.get("adapter"):
@@ -216,6 +217,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     def where(p: argparse.ArgumentParser) -> None:
         p.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto", help="where to compute (default: auto)")
+
+    def weights(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--allow-other-weights", action="store_true", help="take an adapter that was trained on a base with other weights")
 
     def recipe_flags(p: argparse.ArgumentParser) -> None:
         p.add_argument("--model", help="a model folder, a .gguf file, an id of the hub (default: the bundled one, pydoc)")
@@ -308,6 +312,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--eval-size", type=int, metavar="N", help="how many texts with a class at most (default: the run's, for its own data)")
     p.add_argument("--eval-bytes", type=int, metavar="N", help="how much held-out text (default: the run's, for its own data)")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: the cores, at most 8")
+    weights(p)
     where(p)
 
     p = verb("generate", _generate, "let a model write on, token by token")
@@ -322,12 +327,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P (default: 1)")
     p.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
     p.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    weights(p)
     where(p)
 
     p = verb("merge", _merge, "fold an adapter into its model, as a folder that transformers loads")
     p.add_argument("model", help="a run folder or an adapter folder, or a model with --adapter")
     p.add_argument("--adapter", metavar="FOLDER", help="an adapter to put on the model")
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the merged model")
+    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the merged model (default: that of the base's files)")
+    weights(p)
 
     p = verb("extract", _extract, "turn a full fine-tune into a LoRA of its base model, by singular value decomposition")
     p.add_argument("model", help="a run of full fine-tuning, a model, or an adapter that is to have another rank")
@@ -340,13 +348,16 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: the run's, else 256)")
     p.add_argument("--whole", action=argparse.BooleanOptionalAction, default=True, help="changed biases, norms and head go along (default)")
     p.add_argument("--threads", type=int, metavar="N", help="default: the cores, at most 8")
+    weights(p)
 
     p = verb("compare", _compare, "the largest change of each weight between two models, adapters counted in")
     p.add_argument("first", help=a_model)
     p.add_argument("second", help="another of the same kind")
+    weights(p)
 
     p = verb("info", _info, "what is in a model or a run folder: parameters, memory, adaptable modules")
     p.add_argument("model", nargs="?", default="pydoc", help=f"{a_model} (default)")
+    weights(p)
 
     p = verb("gradcheck", _gradcheck, "check every gradient of this package by finite differences")
     where(p)

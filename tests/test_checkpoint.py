@@ -349,6 +349,8 @@ BAD = {
     "infinite": (lambda f: edit(f, lambda t: t[W].__setitem__((1, 2), -np.inf)), "not finite"),
     "integers": (lambda f: edit(f, lambda t: t.update({W: t[W].astype(np.int32)})), r"\(int32\) holds values that are not finite"),
     "architecture": (config(model_type="t5"), "model_type 't5'; supported: gpt2, bert, llama, qwen2"),
+    "architecture of another type": (config(architectures=5), "architectures must be a list of names, got 5"),
+    "architecture in a list": (config(architectures=[["x"]]), "is of architecture"),
     "task": (
         config(architectures=["BertForTokenClassification"]),
         "'BertForTokenClassification'; supported: BertForSequenceClassification",
@@ -359,6 +361,7 @@ BAD = {
     "index outside": (lambda f: shards(f, **{W: "../model-00001-of-00002.safetensors"}), "not a plain name of a file in its folder"),
     "index absolute": (lambda f: shards(f, **{W: "/etc/passwd"}), "'/etc/passwd', which is not a plain name"),
     "index on another system": (lambda f: shards(f, **{W: "..\\x.safetensors"}), "not a plain name"),
+    "index of a list": (lambda f: shards(f, **{W: [1]}), r"names the file \[1\], which is not"),
     "index of a number": (lambda f: shards(f, **{W: 3}), "names the file 3, which is not"),
     "index without files": (lambda f: shards(f, **{W: "model-00003.safetensors"}), "there is no file"),
     "index and shard differ": (lambda f: shards(f, stray="model-00001-of-00002.safetensors"), "differ: 'stray' is not there"),
@@ -410,6 +413,12 @@ BAD_FILES = {
     "negative": ({"x": {**F4, "data_offsets": [-8, 0]}}, bytes(8), None, "not a dtype, a shape and two offsets"),
     "huge": ({"x": {**F4, "shape": [2**40, 2**40]}}, bytes(8), None, "bytes, but has bytes 0 to 8"),
     "huge and empty": ({"x": {**F4, "shape": [2**63, 0], "data_offsets": [0, 0]}}, b"", None, "not a dtype, a shape"),
+    "beyond all strides, and empty": (
+        {"x": {**F4, "shape": [2**61, 0], "data_offsets": [0, 0]}},
+        b"",
+        None,
+        "has shape (2305843009213693952",
+    ),
     "overlapping": (
         {"x": F4, "y": {**F4, "data_offsets": [4, 12]}},
         bytes(12),

@@ -129,7 +129,7 @@ def test_methods_of_the_family(flags, told, cwd, text, capsys):
     status, out, err = run(capsys, "evaluate", "run", "--data", text, "--window", "32", "--json")
     assert status == 0, err
     assert f"adapter     {told.split()[0]} on " in run(capsys, "info", "run")[1]
-    assert run(capsys, "merge", "run", "--out", "merged")[0] == 0
+    assert run(capsys, "merge", "run", "--out", "merged", "--dtype", "float32")[0] == 0
     assert json.loads(out)["loss"] == pytest.approx(results["after"]["loss"], rel=1e-5)  # of the same held-out part
     held_out = ["--data", text, "--window", "32", "--split", "valid", "--eval-bytes", "256", "--json"]
     losses = [run(capsys, "evaluate", where, *held_out)[1] for where in ("run", "merged")]

@@ -8,9 +8,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import minilora as ml
-from minilora.formats.adapter import fingerprint, read_adapter_config
+from minilora.formats.adapter_config import read_adapter_config
 from minilora.formats.atomic import write_file, write_json
-from minilora.formats.checkpoint import model_folder
+from minilora.formats.fetch import model_folder
+from minilora.formats.mark import fingerprint
 from minilora.lora import lora_layers
 
 CONFIG = ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)

@@ -268,9 +268,14 @@ def test_without_the_library(tmp_path, monkeypatch):
         ({"meta": {"llama.attention.head_count": 0}}, "0 heads"),
         ({"meta": {"llama.attention.head_count": [4, 4]}}, r"head_count is \[4, 4\]"),
         ({"meta": {"llama.rope.scaling.type": "yarn"}}, "rotary positions are scaled"),
-        ({"meta": {"llama.rope.scale_linear": 2.0}}, r"rope\.scale_linear is 2\.0"),
+        ({"meta": {"llama.rope.scale_linear": 2.0}}, "rotary positions are scaled"),
+        ({"meta": {"llama.rope.scaling.factor": 2.0}}, "rotary positions are scaled"),  # of no type: llama.cpp takes it to be linear
+        ({"meta": {"llama.attention.causal": False}}, r"attention\.causal is False"),
         ({"meta": {"llama.rope.dimension_count": 4}}, "only a part of each head is turned"),
         ({"meta": {"llama.expert_count": 8}}, "expert_count is 8"),
+        ({"meta": {"general.architecture": ["llama"]}}, "is of architecture"),
+        ({"leave_out": ["model.embed_tokens.weight"], "more": {"token_embd.weight": np.ones(4, np.float32)}}, "or it is no matrix"),
+        ({"meta": {"llama.attention.head_count": 3, "llama.attention.head_count_kv": 3}}, r"rows, which 3 heads of pairs do not divide"),
         ({"meta": {"tokenizer.ggml.tokens": None}}, "has no tokenizer"),
         ({"leave_out": ["model.norm.weight"]}, r"misses the tensor 'output_norm\.weight'"),
         ({"leave_out": ["model.layers.1.mlp.up_proj.weight"]}, r"misses the tensor 'blk\.1\.ffn_up\.weight'"),
@@ -317,6 +322,25 @@ def test_the_model_trains_with_adapters(tmp_path):
         optimizer.step()
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.BF16])
+def test_an_adapter_of_a_quantized_file_goes_onto_the_model_that_it_was_made_from_and_back(kind, tmp_path, capsys):
+    source = random_model(small())
+    ml.save_model(source, tmp_path / "folder")
+    path = write(tmp_path / "a.gguf", source, kinds={"self_attn": kind})
+    for first, second in ((path, tmp_path / "folder"), (tmp_path / "folder", path)):
+        model = ml.load_model(first, "numpy")
+        ml.inject(model, ml.LoraConfig(r=2, init_lora_weights=False), rng=0)
+        ml.save_adapter(model, tmp_path / "adapter")
+        capsys.readouterr()
+        other = ml.load_model(second, "numpy")
+        ml.load_adapter(other, tmp_path / "adapter")
+        assert "it was trained on another copy of this base" in capsys.readouterr().err
+        expected = model.forward(IDS, keep=False)[0]
+        assert np.abs(other.forward(IDS, keep=False)[0] - expected).max() < 0.3 * np.abs(expected).max()
+    with pytest.raises(ValueError, match="with other weights"):
+        ml.load_adapter(ml.Llama(source.config, rng=77), tmp_path / "adapter")
 
 
 def test_a_merged_model_brings_its_tokenizer(tmp_path):

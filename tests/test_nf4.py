@@ -260,9 +260,23 @@ DAMAGED = {
     "codes cut": (lambda t: t | {PATH: t[PATH][:-1]}, "does not fit its numbers"),
     "magnitudes cut": (lambda t: t | {f"{PATH}.absmax": t[f"{PATH}.absmax"][:-1]}, "does not fit its magnitudes"),
     "not finite": (lambda t: t | {f"{PATH}.nested_absmax": t[f"{PATH}.nested_absmax"] * np.nan}, "does not fit its nested magnitudes"),
+    "a fraction that is not finite": (
+        lambda t: t | {f"{PATH}.nested_quant_map": t[f"{PATH}.nested_quant_map"] * np.nan},
+        "does not fit its code",
+    ),
+    "fractions beyond 1": (lambda t: t | {f"{PATH}.nested_quant_map": t[f"{PATH}.nested_quant_map"] * 2}, "does not fit its code"),
+    "magnitudes that overflow": (
+        lambda t: t | {f"{PATH}.nested_absmax": np.full_like(t[f"{PATH}.nested_absmax"], 3e38)},
+        "does not fit its nested magnitudes",
+    ),
+    "a shape of fractions": (edited_state(shape=[64.0, 64.0]), "does not fit its shape"),
+    "a shape below zero": (edited_state(shape=[-64, -64]), "does not fit its shape"),
+    "another dtype": (lambda t: t | {f"{PATH}.nested_absmax": t[f"{PATH}.nested_absmax"].astype(np.float64)}, "does not fit its dtypes"),
+    "whole fractions": (lambda t: t | {f"{PATH}.nested_quant_map": np.zeros(256, np.int8)}, "does not fit its dtypes"),
+    "an infinite offset": (edited_state(nested_offset=float("inf")), "does not fit its offset"),
     "another code": (lambda t: t | {f"{PATH}.quant_map": t[f"{PATH}.quant_map"] / 2}, "does not fit its code"),
     "another block size": (edited_state(blocksize=128), "does not fit its block sizes"),
-    "an offset that is none": (edited_state(nested_offset="x"), "is not whole"),
+    "an offset that is none": (edited_state(nested_offset="x"), "does not fit its offset"),
     "another shape": (edited_state(shape=[32, 128]), r"q_proj.weight has shape \(128, 32\), the model wants \(64, 64\)"),
 }
 

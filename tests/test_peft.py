@@ -90,7 +90,8 @@ def test_what_was_read_is_written_as_it_was(kind, what, tmp_path):
     before, after = (json.loads((folder / "adapter_config.json").read_text()) for folder in (FOLDER / kind / what, tmp_path))
     before["base_model_name_or_path"] = after["base_model_name_or_path"]
     assert after == {key: before[key] for key in after}
-    assert {key for key in before if key not in after} <= {"auto_mapping", "peft_version"} | UNSUPPORTED.keys() | NEUTRAL.keys()
+    left_out = {key for key in before if key not in after and before[key]}
+    assert left_out <= {"auto_mapping", "peft_version", *UNSUPPORTED, *NEUTRAL}
 
 
 # -- live ---------------------------------------------------------------------------------------------------------------------
@@ -309,8 +310,10 @@ def test_embeddings_that_peft_writes_along(peft, bases, tmp_path):
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     tensors["base_model.model.model.embed_tokens.weight"] += 1
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"has 'base_model.model.model.embed_tokens.weight' .* no place for"):
-        ml.load_adapter(ours(bases / "llama"), tmp_path)
+    model = ours(bases / "llama")
+    ml.load_adapter(model, tmp_path)
+    again = quietly(peft.PeftModel.from_pretrained, base("llama"), tmp_path).eval()
+    assert deviation(our_logits(model), logits(again), "other embeddings written along") < 1e-5
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
@@ -384,15 +387,16 @@ REFUSED = {f"{name}={value!r}": {name: value} for name, value in UNSUPPORTED.ite
     "init_lora_weights='magic'": {"init_lora_weights": "magic"},
     "task_type is 'TOKEN_CLS'": {"task_type": "TOKEN_CLS"},
     "peft_type is 'LOHA'": {"peft_type": "LOHA"},
-    "rank 1000000000000 is beyond": {"rank_pattern": {}, "r": 10**12},
+    "rank 1000000000 is beyond": {"rank_pattern": {}, "r": 10**9},
+    "r must be an integer, got 1000000000000": {"r": 10**12},
     "bias is 'some'": {"bias": "some"},
-    "use_rslora is 'yes'": {"use_rslora": "yes"},
-    "lora_alpha must be a positive number, got inf": {"lora_alpha": float("inf")},
-    "modules_to_save is 'ln_f'": {"modules_to_save": "ln_f"},
+    "use_rslora must be true or false, got 'yes'": {"use_rslora": "yes"},
+    "lora_alpha must be a number, got inf": {"lora_alpha": float("inf")},
+    "modules_to_save must be a list .*, got 'ln_f'": {"modules_to_save": "ln_f"},
     "rank_pattern='\\(' is not a regular expression": {"rank_pattern": {"(": 2}},
-    "layers_to_transform is ..first": {"layers_to_transform": ["first"]},
+    "layers_to_transform must be .* got ..first": {"layers_to_transform": ["first"]},
     "layers_pattern says": {"layers_pattern": "h"},
-    "target_modules=.* must hold names": {"target_modules": ["c_attn", 3]},
+    "target_modules must be .* got": {"target_modules": ["c_attn", 3]},
     "task_type='SEQ_CLS' trains the head whole": {"task_type": "SEQ_CLS"},
 }
 

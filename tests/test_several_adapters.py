@@ -333,7 +333,7 @@ BAD = {
     "energy": (lambda m: ml.extract(m, tuned_from(m), energy=1.5), "the energy to keep is 1.5"),
     "nothing": (lambda m: ml.extract(m, m.replica(), 2), "no linear layer differs"),
     "another": (lambda m: ml.extract(m, base("bert"), 2), "not of one kind: transformer.wte.weight is missing in the second"),
-    "bottleneck": (lambda m: ml.extract(m, adapted(m, ml.BottleneckConfig(), 0), 2), "which no weight of the first can hold"),
+    "bottleneck": (lambda m: ml.extract(m, adapted(m, ml.BottleneckConfig(), 0), 2), "down.weight is missing in the first"),
 }
 
 

@@ -7,13 +7,14 @@ With the inputs of each layer it is that of L dW, L^T L = x^T x / T: what counts
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from minilora.adapters.sums import with_lora
 from minilora.backend import Array, get_xp
-from minilora.family.adapted import Adapted
+from minilora.family.adapted import Adapted, adapter_parameters, lora_layers
 from minilora.family.residual import dense
 from minilora.layers import Embedding, Layer, LayerNorm, Linear, RMSNorm, Saved
 from minilora.lora import LoraConfig, factorize
@@ -87,25 +88,28 @@ def extract(
 
 
 def largest_changes(base: Layer, tuned: Layer) -> dict[str, float]:
-    """{path: the largest |difference| of an element} for every parameter of the base; adapters count with the weight they are put on.
+    """{path: the largest |difference| of an element} for every weight; adapters, of either, count with the weight they are put on.
 
-    Raises ValueError when the models have not the same parameters, or hold something that no weight can.
+    Raises ValueError when the models have not the same weights, or hold something that no weight can.
     """
-    theirs = dict(tuned.parameters())
-    adapted = {f"{path}.weight": layer for path, layer in tuned.modules() if isinstance(layer, Adapted)}
+    first, second = _weights(base), _weights(tuned)
+    for here, there, which in ((first, second, "second"), (second, first, "first")):
+        if missing := [path for path in here if path not in there]:
+            raise ValueError(f"the models are not of one kind: {missing[0]} is missing in the {which}.")
     told = {}
-    for path, p in base.parameters():
-        other = theirs.get(path)
-        if other is None or other.data.shape != p.data.shape:
-            raise ValueError(
-                f"the models are not of one kind: {path} is {'missing' if other is None else f'{other.data.shape}'} in the second."
-            )
-        value, W = _weight(adapted[path]) if path in adapted else dense(other.data), dense(p.data)
-        told[path] = 0.0 if value is W else float(abs(value - W).max())
-    extra = sorted(path for path in theirs.keys() - told.keys() if path.rpartition(".")[0] + ".weight" not in adapted)
-    if extra:
-        raise ValueError(f"the models are not of one kind: the second has {extra[0]}, which no weight of the first can hold.")
+    for path, W in first.items():
+        ours, theirs = W(), second[path]()
+        if ours.shape != theirs.shape:
+            raise ValueError(f"the models are not of one kind: {path} is {ours.shape} in the first, and {theirs.shape} in the second.")
+        told[path] = 0.0 if ours is theirs else float(abs(theirs - ours).max())
     return told
+
+
+def _weights(model: Layer) -> dict[str, Callable[[], Array]]:
+    """{path: what gives the weight, with what its adapter adds}: one at a time is formed."""
+    layers, own = dict(lora_layers(model)), adapter_parameters(model)
+    found: dict[str, Callable[[], Array]] = {path: partial(dense, p.data) for path, p in model.parameters() if path not in own}
+    return found | {f"{path}.weight": partial(_weight, layer) for path, layer in layers.items()}
 
 
 def _weight(layer: Any) -> Array:

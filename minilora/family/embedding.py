@@ -31,15 +31,22 @@ def lora_embedding(ids: Array, E: Array, A: Array, B: Array, s: float) -> tuple[
 
 
 def lora_embedding_backward(
-    dy: Array, ids: Array, u: Array, A: Array, B: Array, s: float, need: Collection[str] = ("dA", "dB")
+    dy: Array,
+    ids: Array,
+    u: Array,
+    A: Array,
+    B: Array,
+    s: float,
+    need: Collection[str] = ("dA", "dB"),
+    padding_idx: int | None = None,
 ) -> tuple[Array, Array]:
     """Gradients of y_t = E[ids_t] + s A[ids_t] B; E is frozen, and ids have none.
 
     dB = s u^T dy                                        (r, d)
-    dA[v] = sum of s dy_t B^T over t with ids_t = v      (V, r)    only rows that were read
+    dA[v] = sum of s dy_t B^T over t with ids_t = v      (V, r)    only rows that were read, and not padding_idx
     """
     dB = (s * u).T @ dy if "dB" in need else None  # y += (s * u) @ B
-    dA = F.embedding_backward(s * (dy @ B.T), ids, A) if "dA" in need else None  # u = A[ids]
+    dA = F.embedding_backward(s * (dy @ B.T), ids, A, padding_idx) if "dA" in need else None  # u = A[ids]
     return dA, dB
 
 
@@ -60,7 +67,7 @@ class LoRAEmbedding(Adapted, Embedding):
             raise ValueError(f"LoRAEmbedding: rank {r} must be at least 1.")
         if init not in (True, False, "gaussian"):
             raise ValueError(f"LoRAEmbedding: init is {init!r}; choose True, 'gaussian' or False for an embedding.")
-        self.weight, rng = base.weight, generator(rng)
+        self.weight, self.padding_idx, rng = base.weight, base.padding_idx, generator(rng)
         self.weight.trainable = False
         self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
         (V, d), home, dtype = base.weight.data.shape, backend_name(base.weight.data), base.weight.data.dtype
@@ -91,7 +98,7 @@ class LoRAEmbedding(Adapted, Embedding):
         ids, u = self.load(saved, need_dx)
         A, B = self.lora_embedding_A, self.lora_embedding_B
         need = {name for name, value in (("dA", ids), ("dB", u)) if value is not None}
-        dA, dB = lora_embedding_backward(dy, ids, u, A.data, B.data, self.scaling, need)
+        dA, dB = lora_embedding_backward(dy, ids, u, A.data, B.data, self.scaling, need, self.padding_idx)
         if dA is not None:
             A.add_grad(dA)
         if dB is not None:

@@ -44,12 +44,17 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError, naming the file, for anything else."""
+    return json_object(Path(path).read_bytes(), path)
+
+
+def json_object(text: bytes, where: str | Path) -> dict[str, Any]:
+    """The JSON object in UTF-8. Raises ValueError, naming `where`, for anything else: no JSON, nested too deep, numbers too long."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from None
+        value = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON ({str(error).splitlines()[0]:.100}).") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}.")
+        raise ValueError(f"{where} must hold a JSON object, not {type(value).__name__}.")
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_OFF = """expert_count expert_used_count attention.sliding_window attention.scale attention.clamp_kqv attention.max_alibi_bias
+    attn_logit_softcapping final_logit_softcapping logit_scale residual_scale embedding_scale use_parallel_residual"""
+_PLAIN = {**dict.fromkeys(_OFF.split(), 0), "attention.causal": True, "rope.scaling.attn_factor": 1}  # options at what is computed here
+_READ = set(
+    """attention.head_count attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon block_count
+    embedding_length feed_forward_length context_length vocab_size rope.freq_base rope.dimension_count rope.scale_linear rope.scaling.type
+    rope.scaling.factor rope.scaling.original_context_length rope.scaling.finetuned tensor_data_layout""".split()
+)
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -64,6 +73,8 @@ def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any],
         value = _dequantized(tensor, path)
         projection = name.split(".")[-2]
         if config["model_type"] == "llama" and projection in heads:
+            if len(value) % (2 * heads[projection]):
+                raise ValueError(f"{path}: {tensor.name} has {len(value)} rows, which {heads[projection]} heads of pairs do not divide.")
             value = in_halves(value, heads[projection])
         tensors[name] = np.asarray(value, dtype)
     return config, tensors, _tokenizer(meta, path)
@@ -116,9 +127,9 @@ def _open(path: Path) -> tuple[dict[str, Any], list[Any]]:
 def _config(meta: dict[str, Any], shapes: dict[str, Any], path: Path) -> dict[str, Any]:
     """The metadata of the model as transformers' config.json. Raises ValueError for what is not supported."""
     architecture = meta.get("general.architecture")
-    if architecture not in _CLASSES:
-        raise ValueError(f"{path} is of architecture {architecture!r}; supported: {', '.join(_CLASSES)}.")
-    nothing = object()
+    if architecture not in tuple(_CLASSES):
+        raise ValueError(f"{path} is of architecture {architecture!r:.80}; supported: {', '.join(_CLASSES)}.")
+    nothing, number = object(), (int, float)
 
     def get(name: str, kind: type | tuple[type, ...], default: Any = nothing) -> Any:
         value = meta.get(f"{architecture}.{name}", default)
@@ -128,20 +139,24 @@ def _config(meta: dict[str, Any], shapes: dict[str, Any], path: Path) -> dict[st
             raise ValueError(f"{path}: {architecture}.{name} is {str(value)[:60]}, which is not supported.")
         return value
 
-    number = (int, float)
     n_head, hidden = get("attention.head_count", int), get("embedding_length", int)
     if n_head < 1 or hidden < 1:
         raise ValueError(f"{path}: {architecture} has {n_head} heads for {hidden} features; both must be at least 1.")
     head_dim = get("attention.key_length", int, hidden // n_head)
     if get("rope.dimension_count", int, head_dim) != head_dim or get("attention.value_length", int, head_dim) != head_dim:
         raise ValueError(f"{path}: only a part of each head is turned, or values are of another size; that is not supported.")
-    if meta.get(f"{architecture}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in shapes:
+    kind = get("rope.scaling.type", str, "linear")  # llama.cpp takes it to be so where a factor is given alone
+    factors = [get(name, number, 1) or 1 for name in ("rope.scaling.factor", "rope.scale_linear")]  # and 0 to be none
+    if kind not in ("none", "linear") or (kind == "linear" and factors != [1, 1]) or "rope_freqs.weight" in shapes:
         raise ValueError(f"{path}: its rotary positions are scaled (rope.scaling), which is not supported.")
-    for name, plain in (("rope.scale_linear", 1), ("expert_count", 0), ("attention.sliding_window", 0)):
-        if get(name, number, plain) != plain:
-            raise ValueError(f"{path}: {architecture}.{name} is {get(name, number)}, which is not supported.")
-    if "token_embd.weight" not in shapes:
-        raise ValueError(f"{path} misses the tensor 'token_embd.weight'.")
+    for name, plain in _PLAIN.items():
+        if (value := meta.get(f"{architecture}.{name}", plain)) != plain:
+            raise ValueError(f"{path}: {architecture}.{name} is {value!s:.60}, which is not supported.")
+    known = _READ | _PLAIN.keys()
+    if unknown := sorted(name for name in meta if name.startswith(f"{architecture}.") and name.partition(".")[2] not in known):
+        print(f"{path}: not known here, and without effect: {', '.join(unknown):.300}.", file=sys.stderr)
+    if "token_embd.weight" not in shapes or len(shapes["token_embd.weight"].shape) != 2:
+        raise ValueError(f"{path} misses the tensor 'token_embd.weight', or it is no matrix.")
 
     config: dict[str, Any] = {
         "model_type": architecture,
@@ -205,6 +220,8 @@ def _dequantized(tensor: Any, path: Path) -> np.ndarray:
         value = gguf.dequantize(tensor.data, tensor.tensor_type)
     except (NotImplementedError, ValueError) as error:
         raise ValueError(f"{path}: {tensor.name} is quantized as {tensor.tensor_type.name}, which is not supported ({error}).") from None
+    if value.ndim not in (1, 2):
+        raise ValueError(f"{path}: {tensor.name} is no matrix and no vector, but of shape {value.shape}.")
     return np.asarray(value)
 
 

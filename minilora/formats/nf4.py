@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ import numpy as np
 
 from minilora.backend import to_numpy
 from minilora.family.nf4 import BLOCK, CODE, NESTED, NF4
+from minilora.formats.atomic import json_object
 
 _STATE = ".quant_state.bitsandbytes__nf4"
+_LARGEST = 1e38  # of a magnitude: the sum of two is finite in float32
 _PARTS = ("absmax", "nested_absmax", "nested_quant_map", "quant_map")
 CONFIG = {  # what config.json says of it; the first four decide
     "quant_method": "bitsandbytes",
@@ -50,22 +51,24 @@ def unpacked(tensors: dict[str, Any], source: str | Path) -> dict[str, Any]:
     found = dict(tensors)
     for path in [name.removesuffix(_STATE) for name in tensors if name.endswith(_STATE)]:
         try:
-            state = json.loads(found.pop(path + _STATE).tobytes())
+            state = json_object(found.pop(path + _STATE).tobytes(), _STATE)
             codes, parts = found.pop(path), {name: np.asarray(found.pop(f"{path}.{name}")) for name in _PARTS}
             n, m = state["shape"]
             blocks = -(-n * m // BLOCK)
+            nested, code, offset = parts["nested_absmax"], parts["nested_quant_map"], state["nested_offset"]
             fit = {
+                "shape": all(type(size) is int and size > 0 for size in (n, m)),
+                "dtypes": nested.dtype == code.dtype == np.float32,
                 "block sizes": (state["blocksize"], state["nested_blocksize"]) == (BLOCK, NESTED),
                 "numbers": codes.dtype == np.uint8 and codes.size == -(-n * m // 2),
                 "magnitudes": parts["absmax"].dtype == np.uint8 and parts["absmax"].shape == (blocks,),
-                "nested magnitudes": parts["nested_absmax"].shape == (-(-blocks // NESTED),) and np.isfinite(parts["nested_absmax"]).all(),
-                "code": np.array_equal(parts["quant_map"], CODE) and parts["nested_quant_map"].shape == (256,),
-                "offset": math.isfinite(state["nested_offset"]),
+                "nested magnitudes": nested.shape == (-(-blocks // NESTED),) and bool((abs(nested) < _LARGEST).all()),
+                "code": np.array_equal(parts["quant_map"], CODE) and code.shape == (256,) and bool((abs(code) <= 1).all()),
+                "offset": type(offset) in (int, float) and abs(offset) < _LARGEST,
             }
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{source}: the NF4 weight {path} is not whole ({type(error).__name__}: {error}).") from None
         if wrong := [name for name, fits in fit.items() if not fits]:
             raise ValueError(f"{source}: the NF4 weight {path} of shape {(n, m)} does not fit its {wrong[0]}.")
-        nested = np.array(parts["nested_absmax"]), float(state["nested_offset"])
-        found[path] = NF4((m, n), np.array(codes.ravel()), np.array(parts["absmax"]), *nested, nested_code=parts["nested_quant_map"])
+        found[path] = NF4((m, n), np.array(codes.ravel()), np.array(parts["absmax"]), np.array(nested), float(offset), nested_code=code)
     return found

@@ -10,21 +10,29 @@ from minilora.adapters import PartialConfig, bottlenecks, method_name
 from minilora.backend import get_xp
 from minilora.family.half import KINDS
 from minilora.family.quantize import PACK
-from minilora.formats.adapter import load_adapter, read_adapter_config
+from minilora.formats.adapter import load_adapter
+from minilora.formats.adapter_config import read_adapter_config
 from minilora.formats.atomic import read_json
-from minilora.formats.checkpoint import BUNDLED, family_of, load_model, model_folder, named, read_weights, save_model
-from minilora.formats.checkpoint import _classes as _classes_of
+from minilora.formats.checkpoint import STORED, load_model, save_model
+from minilora.formats.fetch import BUNDLED, model_folder, read_weights
+from minilora.formats.fitting import classes_of, family_of, named
 from minilora.formats.tensors import map_tensors
 from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
 from minilora.layers import Linear
 from minilora.lora import lora_layers, merge
 
 
-def open_model(path: str | Path, backend: str = "auto", adapter: str | Path | None = None, dtype: str | None = None) -> Any:
+def open_model(
+    path: str | Path,
+    backend: str = "auto",
+    adapter: str | Path | None = None,
+    dtype: str | None = None,
+    allow_other_weights: bool = False,
+) -> Any:
     """The model that a path names, with the adapter that it or `adapter` names; dtype: by default its run's. Raises as the loaders do."""
     model, found = _base(path, backend, adapter, dtype)
     if found is not None:
-        load_adapter(model, found)
+        load_adapter(model, found, allow_other_weights)
     return model
 
 
@@ -35,18 +43,18 @@ def _base(path: str | Path, backend: str, adapter: str | Path | None = None, dty
         found = _adapter_folder(Path(adapter)) or Path(adapter)
     labels = record_of(adapter or path).get("labels") or (_classes(found) if found else None)
     asked = record_of(adapter or path).get("configuration", {})
+    typed = base == str(path)  # or named by a file, which is not to send anybody to the hub
     try:
-        published = None if labels is None else published_classes(base)
+        published = None if labels is None else published_classes(base, download=typed)
         count = labels if isinstance(labels, int) else len(labels or ())
         same = published is None or labels == published or (count == len(published) and (isinstance(labels, int) or not named(published)))
-        dtype, quantize = dtype or asked.get("dtype", "float32"), asked.get("quantize", "")
-        model = load_model(base, backend, dtype, labels=labels, quantize=quantize, new_head=not same)
+        options: dict[str, Any] = {"labels": labels, "quantize": asked.get("quantize", ""), "download": typed, "new_head": not same}
+        model = load_model(base, backend, dtype or asked.get("dtype", "float32"), **options)
     except FileNotFoundError as error:
-        if base == str(path):
+        if typed:
             raise
-        raise FileNotFoundError(
-            f"the base model of {path} is not where it was: {error} Give it as the model, and --adapter {path}."
-        ) from None
+        why = f"the base model of {path} is not where it was: {error} Give it as the model, and --adapter {path}."
+        raise FileNotFoundError(why) from None
     if base == str(Path(path) / "model"):  # in the memory layout that it was trained in: the same figures to the last digit
         for _, p in model.parameters():
             p.data = get_xp(p.data).ascontiguousarray(p.data)
@@ -104,16 +112,16 @@ def _check_record(record: dict[str, Any], file: Path) -> None:
             check(type(figures[name]) in (int, float, type(None)), f"results.{when}.{name}", "a number", figures[name])
 
 
-def published_classes(name: str | Path) -> list[str] | None:
+def published_classes(name: str | Path, download: bool = True) -> list[str] | None:
     """The classes of the head that a published model has, in its order; None where it has none."""
     if str(name).endswith(".gguf"):
         return None
-    folder = model_folder(name)
+    folder = model_folder(name, download)
     raw = read_json(folder / "config.json")
     family = family_of(raw, f"{folder}/config.json")
     if "classifier" not in family.fresh or not any(path.startswith("classifier.") for path in read_weights(folder)):
         return None
-    return list(_classes_of(family)[0].from_json(raw, f"{folder}/config.json").class_names)
+    return list(classes_of(family)[0].from_json(raw, f"{folder}/config.json").class_names)
 
 
 def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
@@ -124,16 +132,22 @@ def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
 
         rows, vocabulary = read_gguf_tokenizer(base)
         return gguf_tokenizer(vocabulary, vocab_size or rows, base)
-    folder = model_folder(base)
+    folder = model_folder(base, download=base == str(path))
     raw = read_json(folder / "config.json")
-    config = family_of(raw, f"{folder}/config.json")
-    return load_tokenizer(folder, vocab_size or raw.get("vocab_size") or _default_vocabulary(config))
+    family = family_of(raw, f"{folder}/config.json")
+    size: Any = vocab_size or raw.get("vocab_size")
+    if type(size) is not int:
+        size = classes_of(family)[0].from_json(raw, f"{folder}/config.json").vocab_size
+    return load_tokenizer(folder, size)
 
 
-def merge_run(path: str | Path, out: str | Path, adapter: str | Path | None = None) -> dict[str, float]:
+def merge_run(
+    path: str | Path, out: str | Path, adapter: str | Path | None = None, dtype: str = STORED, allow_other_weights: bool = False
+) -> dict[str, float]:
     """Write the merged model of a run or adapter folder to a new folder `out`. Returns {path: largest change of a weight}.
 
-    Of what was trained as it is, with no adapter at all, that is its change from the base model.
+    dtype: what the sums are rounded to; by default what the base's files hold. What was trained as it is, with no adapter at all, is
+    compared with the base model.
     Raises ValueError when there is no adapter, FileExistsError when `out` is in use.
     """
     out = Path(out)
@@ -141,16 +155,16 @@ def merge_run(path: str | Path, out: str | Path, adapter: str | Path | None = No
         raise FileExistsError(f"{out} is in use; name another folder with --out, or remove it first.")
     if adapter is None and base_of(path)[1] is None:
         raise ValueError(f"{path} has no adapter to merge.")
-    model = open_model(path, "numpy", adapter, "float32")  # a sum is not rounded to what the run was computed in
+    model = open_model(path, "numpy", adapter, "float32", allow_other_weights)  # a sum is not rounded to what the run was computed in
     if isinstance(model.lora_config, PartialConfig):
         changes = {name: float(abs(p.data - model.base_values[name]).max()) for name, p in model.parameters() if name in model.base_values}
     else:
         changes = merge(model)
-    save_model(model, out)
+    save_model(model, out, dtype)
     return changes
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Path, allow_other_weights: bool = False) -> dict[str, Any]:
     """What is in a model or a run: parameters, memory, adapters, results, and the names that can be adapted."""
     model, adapter = _base(path, "numpy")
     count = sum(p.data.size for _, p in model.parameters())
@@ -167,7 +181,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "adaptable": {name: {"layers": len(sizes), "sizes": sorted(set(sizes))} for name, sizes in names.items()},
     }
     if adapter is not None:
-        config = load_adapter(model, adapter)
+        config = load_adapter(model, adapter, allow_other_weights)
         told["adapter"] = {"method": method_name(config), "layers": len(lora_layers(model)) + len(bottlenecks(model))}
         if adapters := lora_layers(model):
             told["adapter"]["r"] = sorted({layer.r for _, layer in adapters})
@@ -183,11 +197,6 @@ def _classes(adapter: Path) -> int | None:
     file = adapter / "adapter_model.safetensors"
     tensors = map_tensors(file)[0] if file.is_file() else {}
     return next((len(value) for name, value in tensors.items() if re.search(r"\.classifier\.(lora_B\.)?weight$", name)), None)
-
-
-def _default_vocabulary(family: Any) -> int:
-    """vocab_size where config.json leaves it at its family's default."""
-    return int(_classes_of(family)[0].__dataclass_fields__["vocab_size"].default)
 
 
 def _adapter_folder(folder: Path) -> Path | None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from minilora.formats.atomic import write_file
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
 _DTYPES |= {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}
+_NAMES = {str(np.dtype(dtype)): name for name, dtype in _DTYPES.items() if name != "BF16"} | {"bfloat16": "BF16"}
 _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _MOST_AXES = 8
 
@@ -35,7 +36,24 @@ def map_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]
     BF16, which NumPy has not, becomes float32 in memory: it is the upper half of one.
     Raises FileNotFoundError, or ValueError when the file is cut off, is something else, contradicts itself, or holds another dtype.
     """
-    path = Path(path)
+    extents, metadata, start = _extents(Path(path))
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    tensors = {}
+    for name, (dtype, shape, a, _) in extents.items():
+        value = np.ndarray(shape, _DTYPES[dtype], buffer=data, offset=start + a)
+        if dtype == "BF16":
+            value = (value.astype(np.uint32) << 16).view(np.float32)
+        tensors[name] = value if value.flags.aligned else value.copy()
+    return tensors, metadata
+
+
+def stored_dtypes(path: str | Path) -> dict[str, str]:
+    """{name: dtype in words, "float32" or "bfloat16"} of a safetensors file, by its header. Raises as `map_tensors`."""
+    return {name: "bfloat16" if dtype == "BF16" else str(np.dtype(_DTYPES[dtype])) for name, (dtype, *_) in _extents(Path(path))[0].items()}
+
+
+def _extents(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], dict[str, str], int]:
+    """({name: (dtype, shape, begin, end)}, metadata, where the data starts) of a file, after a check that all of it agrees."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     header, start, size = _header(path)
@@ -50,14 +68,7 @@ def map_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]
         end = b
     if end != size - start:
         _refuse(path, f"its header speaks of {end} bytes of data, but {size - start} are there; is it cut off?")
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    tensors = {}
-    for name, (dtype, shape, a, _) in extents.items():
-        value = np.ndarray(shape, _DTYPES[dtype], buffer=data, offset=start + a)
-        if dtype == "BF16":
-            value = (value.astype(np.uint32) << 16).view(np.float32)
-        tensors[name] = value if value.flags.aligned else value.copy()
-    return tensors, metadata
+    return extents, metadata, start
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -94,6 +105,8 @@ def _extent(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], in
     wanted = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
     if b - a != wanted:
         _refuse(path, f"{name!r:.80} is {dtype} of shape {shape!s:.80}, which is {wanted} bytes, but has bytes {a} to {b}")
+    if math.prod(max(n, 1) for n in shape) >= 2**60:  # of no elements, but beyond what an array's strides can say
+        _refuse(path, f"{name!r:.80} has shape {shape!s:.80}")
     return dtype, shape, a, b
 
 
@@ -111,10 +124,48 @@ def _refuse(path: Path, why: str) -> NoReturn:
     raise ValueError(f"{path} is not a readable safetensors file ({why}).")
 
 
-def write_tensors(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None, dtypes: Mapping[str, str] = {}
+) -> None:
     """Write a safetensors file, whole or not at all. By default the metadata is format=pt, which transformers asks for.
 
+    dtypes: {name: "float64", "float32", "float16" or "bfloat16"} to round to; by default a tensor's own.
     Give at most one entry of metadata: the library writes several in an order that changes from run to run.
+    Raises ValueError for numbers beyond float16's.
     """
-    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    write_file(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata or {"format": "pt"}))
+    written = {}
+    for name, value in tensors.items():
+        dtype = dtypes.get(name, value.dtype.name)
+        written[name] = _NAMES[dtype], value.shape, np.ascontiguousarray(rounded(value, dtype))
+        if dtype == "float16" and value.dtype.itemsize > 2 and np.isinf(written[name][2]).any():
+            raise ValueError(f"{path}: {name} has numbers beyond float16's 65504; choose bfloat16 or float32.")
+    order = sorted(written, key=lambda name: (-written[name][2].itemsize, name))  # as the library has it: all are aligned
+    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+    end = 0
+    for name in order:
+        dtype, shape, bits = written[name]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end := end + bits.nbytes]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                file.write(written[name][2].reshape(-1).view(np.uint8).data)
+
+    write_file(path, write)
+
+
+def holds_bfloat16(x: np.ndarray) -> bool:
+    """Is every number of a float32 array one of bfloat16, the upper half of a float32?"""
+    return x.dtype == np.float32 and not (np.ascontiguousarray(x).view(np.uint32) & 0xFFFF).any()
+
+
+def rounded(value: np.ndarray, dtype: str) -> np.ndarray:
+    """The value in this dtype, to the nearest, ties to even; for "bfloat16", which NumPy has not, its bits as uint16."""
+    if dtype != "bfloat16" or value.dtype.name == "bfloat16":
+        with np.errstate(over="ignore"):
+            return value.astype(dtype, copy=False)
+    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)

@@ -18,14 +18,16 @@ def embedding(ids: Array, E: Array) -> Array:
     return E[as_like(ids, E)]
 
 
-def embedding_backward(dy: Array, ids: Array, E: Array) -> Array:
-    """dE[v] = sum of dy_t over the tokens t with ids_t = v; rows that no token read stay zero. dE (V, d).
+def embedding_backward(dy: Array, ids: Array, E: Array, padding_idx: int | None = None) -> Array:
+    """dE[v] = sum of dy_t over the tokens t with ids_t = v; rows that no token read stay zero, and so does `padding_idx`. dE (V, d).
 
     On a GPU the sum is made of atomic additions, in no fixed order: there it repeats to rounding, not to the bit.
     """
     xp = get_xp(dy, E)
     dE = xp.zeros(E.shape, dtype=dy.dtype)
     xp.add.at(dE, as_like(ids, E), dy)  # y = E[ids]: a row read twice collects twice
+    if padding_idx is not None:
+        dE[padding_idx] = 0
     return dE
 
 

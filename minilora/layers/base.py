@@ -86,8 +86,8 @@ class Layer:
     lora_config: Any = None  # set on a model by `inject`: how it was adapted, by LoRA or otherwise
     base_values: dict[str, Array] = {}  # noqa: RUF012  (set by `inject`: what is trained whole, as it was before)
     source: str | None = None  # set on a model by `load_model`: the folder or file it came from
-    drawn: Any = ()  # set on a model by `load_model`: paths of the modules that were in no file
     hub_id: str | None = None  # ditto, if it was named by an id of the hub
+    drawn: tuple[str, ...] = ()  # ditto: paths of the modules that no file held, drawn at random; an adapter takes them along
     every_row = False  # does it have to see all rows, where a model asks its last block for some? (models/stack.py)
     _known_flags: tuple[int, tuple[bool, ...]] | None = None
 

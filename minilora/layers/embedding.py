@@ -12,20 +12,21 @@ from minilora.layers.base import Layer, Parameter, Saved
 class Embedding(Layer):
     """y_t = weight[ids_t].   ids (T,) integers in [0, num_embeddings) -> y (T, embedding_dim).
 
+    padding_idx: a row that is read as all others, but gets no gradient, as in torch; a negative one counts from the end.
     Initial values: N(0, 0.02^2), as in GPT-2 and BERT. Saved: ids, if the table is trainable. There is no dx: ids are integers.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, rng: Rng = None, dtype: Any = "float32") -> None:
-        table = generator(rng).normal(0, 0.02, size=(num_embeddings, embedding_dim))
-        self.weight = Parameter(table.astype(dtype))
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, *, rng: Rng = None, dtype: Any = "float32"
+    ) -> None:
+        self.padding_idx = padding_idx
+        self.weight = Parameter(generator(rng).normal(0, 0.02, size=(num_embeddings, embedding_dim)).astype(dtype))
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = False) -> tuple[Array, Saved | None]:
         y = F.embedding(x, self.weight.data)
-        if not keep:
-            return y, None
-        return y, self.save(need_dx, x if self.weight.trainable else None)
+        return y, self.save(need_dx, x if self.weight.trainable else None) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
         (ids,) = self.load(saved, need_dx)
         if self.weight.trainable:
-            self.weight.add_grad(F.embedding_backward(dy, ids, self.weight.data))
+            self.weight.add_grad(F.embedding_backward(dy, ids, self.weight.data, self.padding_idx))

@@ -8,6 +8,7 @@ The published checkpoint keeps its weights as (out, in); formats/checkpoint.py t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,6 +19,7 @@ from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, constant, generator
 from minilora.layers import GELU, Dropout, Embedding, Layer, LayerNorm, Linear, ReLU, Saved, Tanh
+from minilora.models.config_file import check_pad, check_types, made, read_fields
 from minilora.models.stack import Prefix, frozen_blocks, run_blocks, run_blocks_backward
 
 _ACTIVATIONS: dict[str, Callable[[], Layer]] = {
@@ -35,6 +37,7 @@ class BertConfig:
 
     problem_type: "single_label_classification" (cross-entropy), "regression" (squared error, num_labels 1), None: as num_labels says.
     pooling: what the classifier reads; "first" is BERT's pooler, "mean" the mean over the tokens of a sequence, for sentence encoders.
+    pad_token_id: the row of the word embeddings that gets no gradient, as in torch; 0 where a config.json does not say, None is none.
     dropout: in training; the rates in the file are those of its pre-training and are not taken over.
     """
 
@@ -51,13 +54,13 @@ class BertConfig:
     id2label: dict[int, str] | None = None
     problem_type: str | None = None
     pooling: str = "first"
+    pad_token_id: int | None = None
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"BertConfig: {field.name} must be a positive integer, got {value!r}.")
+        sizes = [field.name for field in fields(self) if field.type == "int"]
+        check_types(BertConfig, vars(self), "BertConfig", " ".join([*sizes, "layer_norm_eps"]))
+        check_pad(self.pad_token_id, self.vocab_size)
         if self.hidden_size % self.num_attention_heads:
             heads = self.num_attention_heads
             raise ValueError(f"BertConfig: hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}.")
@@ -81,18 +84,15 @@ class BertConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str) -> BertConfig:
-        """The configuration in a config.json; `where` is its name for messages. Raises ValueError for options that are not supported."""
-        for name, only in (("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False)):
-            if raw.get(name, only) != only:
-                raise ValueError(f"{where} asks for {name} {raw[name]!r}; supported: {only}.")
-        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw and f.name != "dropout"}
-        try:
-            if known.get("id2label") is not None:
-                known["id2label"] = {int(i): str(label) for i, label in known["id2label"].items()}
-                known.setdefault("num_labels", len(known["id2label"]))
-            return cls(**known)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where}: {error}") from None
+        """The configuration in a config.json; `where` is its name for messages. Raises ValueError for what is not supported."""
+        values = read_fields({"pad_token_id": 0, **raw}, where, cls, _FIXED, _NEUTRAL)
+        names = values.get("id2label")
+        if names is not None:
+            if not isinstance(names, dict) or not all(re.fullmatch(r"[0-9]{1,9}", str(i)) for i in names):
+                raise ValueError(f"{where}: id2label must be a table of labels by number, got {names!r:.80}.")
+            values["id2label"] = {int(i): str(label) for i, label in names.items()}
+            values.setdefault("num_labels", len(names))
+        return made(cls, values, where)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as config.json keeps them."""
@@ -104,11 +104,16 @@ class BertConfig:
         return {"model_type": "bert", **told, **labels}
 
 
+_FIXED = {"position_embedding_type": ("absolute",), "is_decoder": (False,), "is_causal": (False,)}
+_NEUTRAL = """tie_word_embeddings
+    directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type"""
+
+
 class BertEmbeddings(Layer):
     """x = LN(word[ids] + position[place in its sequence] + token_type[type]).   ids (T,) -> x (T, d). Dropout follows."""
 
     def __init__(self, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
-        self.word_embeddings = Embedding(c.vocab_size, c.hidden_size, rng=rng, dtype=dtype)
+        self.word_embeddings = Embedding(c.vocab_size, c.hidden_size, c.pad_token_id, rng=rng, dtype=dtype)
         self.position_embeddings = Embedding(c.max_position_embeddings, c.hidden_size, rng=rng, dtype=dtype)
         self.token_type_embeddings = Embedding(c.type_vocab_size, c.hidden_size, rng=rng, dtype=dtype)
         self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, dtype=dtype)

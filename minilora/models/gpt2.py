@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from minilora import kernels as K
 from minilora.backend import Array, Rng, constant, generator
 from minilora.layers import Block, Dropout, Embedding, Layer, LayerNorm, Saved
 from minilora.models.cache import KVCache
+from minilora.models.config_file import check_types, made, read_fields
 from minilora.models.stack import Prefix, frozen_blocks, run_blocks, run_blocks_backward
 
 
@@ -37,26 +38,14 @@ class GPT2Config:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"GPT2Config: {name} must be a positive integer, got {value!r}.")
+        check_types(GPT2Config, vars(self), "GPT2Config", "vocab_size n_positions n_embd n_layer n_head n_inner layer_norm_epsilon")
         if self.n_embd % self.n_head:
             raise ValueError(f"GPT2Config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}.")
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str) -> GPT2Config:
-        """The configuration in a config.json; `where` is its name for messages. Raises ValueError for options that are not supported."""
-        if raw.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise ValueError(f"{where} asks for activation_function {raw['activation_function']!r}; supported: gelu_new.")
-        for name, only in _ONLY.items():
-            if raw.get(name, only) != only:
-                raise ValueError(f"{where} asks for {name} {raw[name]!r}; supported: {only}.")
-        known = {field.name: raw[field.name] for field in fields(cls) if field.name in raw and field.name != "dropout"}
-        try:
-            return cls(**known)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        """The configuration in a config.json; `where` is its name for messages. Raises ValueError for what is not supported."""
+        return made(cls, read_fields(raw, where, cls, _FIXED, "pad_token_id n_ctx is_decoder reorder_and_upcast_attn", _ALIASES), where)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as config.json keeps them."""
@@ -65,8 +54,19 @@ class GPT2Config:
         return {"model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True, **told}
 
 
-# The options of transformers' GPT-2 that would change the result, at the value that is computed here.
-_ONLY = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}
+_FIXED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "is_causal": (True,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+}
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
 
 class Decoder(Layer):

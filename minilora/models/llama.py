@@ -8,7 +8,7 @@ Qwen2 is the same model with biases on the projections of q, k and v.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from minilora import kernels as K
 from minilora.backend import Array, Rng, generator
 from minilora.layers import Embedding, Layer, Linear, RMSNorm, Saved
 from minilora.models.cache import KVCache
+from minilora.models.config_file import check_pad, check_types, made, read_fields
 from minilora.models.stack import Prefix, frozen_blocks, run_blocks, run_blocks_backward
 
 Tables = tuple[Array, Array]  # cos and sin of the rotary angles, (T, head_dim / 2) each
@@ -58,17 +59,15 @@ class LlamaConfig:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads max_position_embeddings"
-        for name in sizes.split():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"LlamaConfig: {name} must be a positive integer, got {value!r}.")
+        check_types(LlamaConfig, vars(self), "LlamaConfig", f"{sizes} rms_norm_eps rope_theta")
+        check_pad(self.pad_token_id, self.vocab_size)
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"LlamaConfig: hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if not isinstance(self.head_dim, int) or self.head_dim < 2 or self.head_dim % 2:
+        if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"LlamaConfig: head_dim must be a positive even number, got {self.head_dim!r}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -77,55 +76,47 @@ class LlamaConfig:
             )
         if self.model_type == "qwen2" and (self.attention_bias or self.mlp_bias):
             raise ValueError("LlamaConfig: a qwen2 has biases on q, k and v and nowhere else; attention_bias and mlp_bias must be false.")
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(f"LlamaConfig: {name} must be a positive number, got {value!r}.")
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
-        """A config.json as transformers 4 or 5 writes it. Raises ValueError, naming `where`, for an option that is not supported."""
-
-        def refuse(name: str, supported: str) -> None:
-            raise ValueError(f"{where} asks for {name} {raw[name]!r}; supported: {supported}.")
-
-        if raw.get("model_type", "llama") not in _CLASSES:
-            refuse("model_type", ", ".join(_CLASSES))
-        if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-            refuse("hidden_act", "silu")
-        window = "use_sliding_window" if raw.get("model_type") == "qwen2" else "sliding_window"
-        if raw.get(window):
-            refuse(window, "attention to all that came before")
-        if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
-            refuse("layer_types", "full_attention")
-        for name in ("attention_dropout", "quantization_config"):
-            if raw.get(name):
-                refuse(name, "none")
-        if raw.get("partial_rotary_factor", 1) != 1:
-            refuse("partial_rotary_factor", "1")
-
-        known = {field.name for field in fields(cls)}
-        values = {name: value for name, value in raw.items() if name in known and value is not None}
-        for name in ("rope_scaling", "rope_parameters"):  # the first by transformers 4, the second by 5
-            rope = raw.get(name) or {}
-            if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-                refuse(name, "none, or rope_type 'default'")
-            if rope.get("partial_rotary_factor", 1) != 1 or rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
-                refuse(name, "rope_type 'default' with a rope_theta")
-            if "rope_theta" in rope:
-                values["rope_theta"] = rope["rope_theta"]
-        try:
-            return cls(**values)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        """A config.json as transformers 4 or 5 writes it. Raises ValueError, naming `where`, for what is not supported."""
+        model_type = raw.get("model_type", "llama")
+        if model_type not in tuple(_CLASSES):
+            raise ValueError(f"{where} asks for model_type {model_type!r:.80}; supported: {', '.join(_CLASSES)}.")
+        kinds = raw.get("layer_types") or []
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+            raise ValueError(f"{where} asks for layer_types {kinds!r:.80}; supported: full_attention.")
+        values = read_fields({**_DEFAULTS[model_type], **raw}, where, cls, _FIXED, _NEUTRAL) | {"model_type": model_type}
+        name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"  # as transformers 4 and 5 call it
+        rope = dict(raw.get(name) or {}) if isinstance(raw.get(name) or {}, dict) else {"rope_type": raw[name]}
+        theta = rope.pop("rope_theta", values.get("rope_theta", cls.rope_theta))
+        if any(key not in _ROPE or _ROPE[key] != value for key, value in rope.items()):
+            raise ValueError(f"{where} asks for {name} {raw[name]!r:.80}; supported: none, or rope_type 'default' with a rope_theta.")
+        return made(cls, values | {"rope_theta": theta}, where)
 
     def to_json(self) -> dict[str, Any]:
         """The config.json of this model, which transformers 4 and 5 read alike."""
-        raw = {name: value for name, value in asdict(self).items() if value is not None}
+        raw = {name: value for name, value in asdict(self).items() if value is not None or name.endswith("_id")}
         if self.model_type == "qwen2":
             del raw["attention_bias"], raw["mlp_bias"]
         rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
         return {"architectures": [_CLASSES[self.model_type]], "hidden_act": "silu", "rope_parameters": rope, **raw}
+
+
+_DEFAULTS: dict[str, dict[str, Any]] = {  # where transformers' differ from those above
+    "llama": {"bos_token_id": 1, "eos_token_id": 2},
+    "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768},
+}
+_FIXED = {
+    "hidden_act": ("silu", "swish"),
+    "is_causal": (True,),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False,),
+    "use_mrope": (False,),
+    "use_sliding_window": (False, None),
+}
+_NEUTRAL = "is_decoder pretraining_tp rope_parameters rope_scaling layer_types sliding_window max_window_layers"
+_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
 
 
 class LlamaAttention(Layer):
@@ -305,7 +296,7 @@ class LlamaDecoder(Layer):
 
     def __init__(self, config: LlamaConfig, *, rng: Rng = None, dtype: Any = "float32") -> None:
         c = self.config = config
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, rng=rng, dtype=dtype)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.pad_token_id, rng=rng, dtype=dtype)
         self.layers = [LlamaBlock(c, rng=rng, dtype=dtype) for _ in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
         self.recompute = False  # save less, compute more: models/stack.py

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from minilora.formats.checkpoint import BUNDLED
+from minilora.formats.fetch import BUNDLED
 from minilora.formats.run import open_model, record_of, tokenizer_of
 from minilora.models.generate import context_length
 from minilora.training.recipe import Recipe
@@ -23,6 +23,7 @@ def evaluate_run(
     split: str | None = None,
     backend: str = "auto",
     threads: int = 0,
+    allow_other_weights: bool = False,
     say: Callable[[str], None] = print,
     **given: Any,
 ) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def evaluate_run(
     what differs from that is said. split: "train", "valid", "test" or "all", by default see `measuring_task`.
     Raises ValueError for a task that the model is not for, data that cannot be used, or a run.json that is damaged.
     """
-    opened = open_model(model, backend, adapter)
+    opened = open_model(model, backend, adapter, allow_other_weights=allow_other_weights)
     task = task_of(opened, str(adapter or model), data, tokenizer_source=str(model), split=split, say=say, **given)
     say(f"{model} on {task.what}")
     figures = measure(opened, task, threads or min(os.cpu_count() or 1, 8))

@@ -11,7 +11,7 @@ from minilora.adapters.extraction import embeddings_changed, extract, input_root
 from minilora.formats.adapter import save_adapter
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import load_model
-from minilora.formats.run import base_of, open_model
+from minilora.formats.run import base_of, open_model, published_classes
 from minilora.training.evaluate_run import task_of
 from minilora.training.tasks import measure
 
@@ -27,6 +27,7 @@ def extract_run(
     window: int | None = None,
     whole: bool = True,
     threads: int = 1,
+    allow_other_weights: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Write the adapter that brings `base` nearest to `tuned` to a new folder `out`; see adapters/extraction.py.
@@ -39,9 +40,11 @@ def extract_run(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is in use; name another folder with --out, or remove it first.")
-    base = base or _base_named_by(tuned)
-    target = open_model(tuned, "numpy")
-    origin = load_model(base, "numpy", labels=getattr(target.config, "num_labels", None))
+    typed, base = base is not None, base or _base_named_by(tuned)
+    target = open_model(tuned, "numpy", allow_other_weights=allow_other_weights)
+    classes, published = getattr(target.config, "num_labels", None), published_classes(base, download=typed)
+    replaced = published is not None and len(published) != classes
+    origin = load_model(base, "numpy", labels=classes, download=typed, new_head=replaced)
     task = roots = None
     if data is not None:
         task = task_of(target, tuned, data, tokenizer_source=tuned, split=None, say=say, task=task_name, window=window)
@@ -76,12 +79,17 @@ def extract_run(
     return told
 
 
-def compare(first: str, second: str) -> dict[str, float]:
-    """{parameter: the largest change of an element} between two models, adapters counted in. Raises ValueError when they do not fit."""
-    b = open_model(second, "numpy")
-    base, adapter = base_of(first)
-    a = open_model(first, "numpy") if adapter else load_model(base, "numpy", labels=getattr(b.config, "num_labels", None))
-    return largest_changes(a, b)
+def compare(first: str, second: str, allow_other_weights: bool = False) -> dict[str, float]:
+    """{parameter: the largest change of an element} between two models, adapters counted in, in whatever order.
+
+    A base that has no head of its own gets one with as many classes as the other's. Raises ValueError when the models do not fit.
+    """
+    models = [open_model(name, "numpy", allow_other_weights=allow_other_weights) for name in (first, second)]
+    classes = [getattr(model.config, "num_labels", None) for model in models]
+    for i, name in enumerate((first, second)):
+        if None not in classes and classes[0] != classes[1] and models[i].output_head in models[i].drawn and models[i].lora_config is None:
+            models[i] = load_model(name, "numpy", labels=classes[1 - i])
+    return largest_changes(*models)
 
 
 def _base_named_by(tuned: str) -> str:

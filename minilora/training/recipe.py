@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 
 from minilora import adapters
-from minilora.formats.checkpoint import BUNDLED
+from minilora.formats.fetch import BUNDLED
 from minilora.training.records import is_dataset
 
 TASKS = ("lm", "classify")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import to_numpy
-from minilora.formats.checkpoint import named
+from minilora.formats.fitting import named
 from minilora.formats.tokenizer import ByteTokenizer, Tokenizer
 from minilora.functional import cross_entropy, mse
 from minilora.kernels import wide

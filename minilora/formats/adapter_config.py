@@ -1,0 +1,101 @@
+"""adapter_config.json, in PEFT's layout: read as a configuration, and written so that older versions of PEFT read it too."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from minilora.adapters import PartialConfig
+from minilora.family import config_classes
+from minilora.formats import partial
+from minilora.formats.atomic import read_json
+from minilora.formats.fitting import FAMILIES
+from minilora.layers import Layer
+from minilora.lora import LoraConfig, lora_layers
+from minilora.lora.injection import find_modules
+from minilora.models.config_file import check_types, made
+
+BARE = "FEATURE_EXTRACTION"  # the task_type of a model without its head, whose modules have no prefix in PEFT
+_NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")  # values by which a field asks for nothing
+_SAYS_NOTHING = {"peft_type", "peft_version", "auto_mapping", "revision", "inference_mode", "runtime_config"}
+_OF_THE_START = {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}  # read with the init_lora_weights of that name only
+_OF_OTHERS = {"megatron_core", "qalora_group_size"}  # read with megatron_config and use_qalora only, which are refused
+_KEPT_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")  # init_lora_weights that leave W alone: trained, a plain LoRA
+_ALWAYS = {"bias", "fan_in_fan_out", "modules_to_save", "task_type", "base_model_name_or_path", "target_modules", "save_projection"}
+
+
+def read_adapter_config(folder: str | Path) -> LoraConfig | PartialConfig:
+    """adapter_config.json as a configuration. Raises ValueError, naming the field, for what would change the result and is not supported.
+
+    How training began does not matter: the tensors follow. But where it began by changing the base weights (PiSSA, OLoRA, CorDA,
+    LoftQ, LoRA-GA), the tensors are the difference from weights that are not there.
+    """
+    path = Path(folder) / "adapter_config.json"
+    raw = read_json(path)
+    kinds, peft_type = config_classes(), raw.get("peft_type", "LORA")
+    if not isinstance(peft_type, str) or peft_type not in {**kinds, **partial.KINDS}:
+        raise ValueError(f"{path}: peft_type is {peft_type!r:.80}; supported: {', '.join([*kinds, *partial.KINDS])}.")
+    if peft_type in partial.KINDS:
+        return partial.read_config(raw, path)
+    kind = kinds[peft_type]
+    init = raw.get("init_lora_weights", True)
+    if init not in _KEPT_THE_BASE:
+        raise ValueError(
+            f"{path}: init_lora_weights={init!r:.80} is not supported, since it may have changed the base weights; "
+            "let PEFT convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+    known = {field.name for field in fields(kind)}
+    for key, value in raw.items():
+        if key not in known | _SAYS_NOTHING | _OF_THE_START | _OF_OTHERS and value not in _NEUTRAL:
+            raise ValueError(f"{path}: {key}={value!r:.80} is not supported.")
+    if raw.get("target_modules") is None:
+        raise ValueError(f"{path}: target_modules is missing.")
+    usual = kind()
+    given = {key: value for key, value in raw.items() if key in known - _OF_THE_START}
+    given = {key: value for key, value in given.items() if value is not None or getattr(usual, key) not in _NEUTRAL}
+    check_types(kind, given, str(path))
+    return made(kind, {**given, "init_lora_weights": True}, str(path))
+
+
+def to_peft(model: Layer, config: LoraConfig, drawn: list[str], joined: bool, bare: str) -> dict[str, Any]:
+    """The configuration as PEFT writes it: "all-linear" is spelled out, and the task named, which decides PEFT's class of model.
+
+    drawn: modules that are saved along, since no file of the base has them. joined: the tensors have twice the rank (PiSSA).
+    bare: a prefix that names lack in the file. Fields that ask for nothing are left out, as a version of PEFT that does not know them
+    yet would refuse the file.
+    """
+    told = asdict(config)
+    named = isinstance(config.target_modules, list) and not (bare and config.layers_to_transform)
+    if config.target_modules == "all-linear" or (bare and not named):
+        adapted = [path for path, _ in lora_layers(model)]
+        names = sorted({path.rpartition(".")[2] for path in adapted})
+        meant = [path for path, _ in model.modules() if path.rpartition(".")[2] in names]
+        told["target_modules"] = names if meant == adapted else adapted
+        told["exclude_modules"] = told["layers_to_transform"] = told["layers_pattern"] = None
+    if joined:
+        factor = 2**0.5 if config.use_rslora else 2
+        told["r"], told["rank_pattern"] = 2 * config.r, {key: 2 * r for key, r in config.rank_pattern.items()}
+        told["lora_alpha"] = factor * config.lora_alpha
+        told["alpha_pattern"] = {key: factor * alpha for key, alpha in config.alpha_pattern.items()}
+    head = getattr(model, "output_head", None)
+    whole = [*find_modules(model, config, strict=False), *drawn]
+    task = "CAUSAL_LM" if head == "lm_head" else "SEQ_CLS" if head in whole else None
+    told["task_type"] = config.task_type or task
+    told["modules_to_save"] = [*config.saved_modules, *drawn] or None
+    told |= {"init_lora_weights": True, "use_dora": bool(config.use_dora), "eva_config": None, "lora_ga_config": None, "loftq_config": {}}
+    told["fan_in_fan_out"] = bool(getattr(model, "weights_are_in_out", True))
+    told["base_model_name_or_path"] = config.base_model_name_or_path or model.hub_id or model.source
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        if isinstance(told[key], list):
+            told[key] = [name.removeprefix(bare) for name in told[key]]
+        elif isinstance(told[key], dict):
+            told[key] = {name.removeprefix(bare): value for name, value in told[key].items()}
+    told = {key: value for key, value in told.items() if key in _ALWAYS or value or (value == 0 and value is not False)}
+    told = {key: value for key, value in told.items() if key not in config.not_in_file}
+    return {"peft_type": config.peft_type, "inference_mode": True, **told}
+
+
+def prefix_of(model: Any) -> str:
+    """What stands before the names of the modules of the bare model: "bert.", "model." or "transformer."; "" for another model."""
+    return FAMILIES[model.model_type].prefix if getattr(model, "model_type", None) in FAMILIES else ""

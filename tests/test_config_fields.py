@@ -1,0 +1,290 @@
+"""config.json: every field of transformers' classes is honoured, fixed or neutral; wrong values are refused by file and field."""
+
+import json
+import time
+from dataclasses import fields
+
+import numpy as np
+import oracle
+import pytest
+from golden import make_models
+
+import minilora as ml
+from minilora.formats.atomic import read_json, write_json
+from minilora.models.bert import BertConfig
+from minilora.models.config_file import NEUTRAL
+from minilora.models.gpt2 import GPT2Config
+from minilora.models.llama import LlamaConfig
+
+CLASSES = {"gpt2": GPT2Config, "bert": BertConfig, "llama": LlamaConfig, "qwen2": LlamaConfig}
+SMALL = {
+    "gpt2": {"vocab_size": 11, "n_embd": 6, "n_layer": 2, "n_head": 2, "n_positions": 8},
+    "bert": {
+        **{"vocab_size": 11, "hidden_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 10},
+        **{"max_position_embeddings": 8, "pad_token_id": None},
+    },
+}
+SMALL["llama"] = SMALL["qwen2"] = {**SMALL["bert"], "hidden_size": 8, "num_key_value_heads": 1}
+IDS = np.array([3, 1, 4, 1, 5, 9])
+
+
+# -- live: what transformers has -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    pytest.importorskip("torch", reason="the live comparison needs torch: pip install 'minilora[oracle]'")
+    return pytest.importorskip("transformers", reason="the live comparison needs transformers: pip install 'minilora[oracle]'")
+
+
+def theirs(transformers, kind, **changes):
+    """Their configuration class, filled."""
+    import warnings
+
+    name = {"gpt2": "GPT2", "bert": "Bert", "llama": "Llama", "qwen2": "Qwen2"}[kind] + "Config"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(transformers, name)(**SMALL[kind], **changes)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_field_of_transformers_is_known(kind, transformers, capsys):
+    """Those of the class, inherited ones, other names, and those of generation: at their defaults they do nothing and say nothing."""
+    config = theirs(transformers, kind)
+    raw = json.loads(config.to_json_string(use_diff=False))
+    raw |= {alias: raw[name] for alias, name in config.attribute_map.items()}
+    for name in transformers.GenerationConfig._get_default_generation_params():
+        raw.setdefault(name, None)
+    raw |= {field.name: getattr(config, field.name) for field in fields(config) if field.name not in raw}
+    assert len(raw) > 50
+    made = CLASSES[kind].from_json(raw, "config.json")
+    assert capsys.readouterr() == ("", "")
+    for name, value in SMALL[kind].items():
+        assert getattr(made, name) == value
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_defaults_are_those_of_the_architecture(kind, transformers):
+    """An empty config.json is transformers' default model, in all that is honoured."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = type(theirs(transformers, kind))()
+    made = CLASSES[kind].from_json({"model_type": kind}, "config.json")
+    for field in fields(made):
+        if field.name not in ("dropout", "pooling", "id2label", "rope_theta") and hasattr(config, field.name):
+            assert getattr(made, field.name) == getattr(config, field.name), field.name
+
+
+def other(value):
+    """Another value of the same type; None where there is none to think of."""
+    return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else 0.5 if isinstance(value, float) else None
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_what_is_called_neutral_is_neutral_in_transformers(kind, transformers):
+    """Every neutral field of theirs, at another value: the same logits, from the same weights."""
+    import torch
+
+    classes = {"gpt2": "GPT2LMHeadModel", "bert": "BertForSequenceClassification", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+    def logits(weights, **changes):
+        torch.manual_seed(0)
+        model = getattr(transformers, classes[kind])(theirs(transformers, kind, **changes)).eval()
+        model.load_state_dict(weights or model.state_dict())
+        with torch.no_grad():
+            return model.state_dict(), model(torch.tensor(IDS[None]), return_dict=True).logits.numpy()
+
+    weights, usual = logits(None)
+    neutral = set(" ".join(NEUTRAL.values()).split()) | {"pretraining_tp", "max_window_layers", "reorder_and_upcast_attn"}
+    ours = {field.name for field in fields(CLASSES[kind])}
+    tried = 0
+    for name, value in theirs(transformers, kind).to_dict().items():
+        if name in neutral - ours - {"return_dict"} and other(value) is not None:  # without return_dict their own models fail
+            np.testing.assert_allclose(logits(weights, **{name: other(value)})[1], usual, atol=1e-6, err_msg=name)
+            tried += 1
+    assert tried >= 5
+
+
+# -- what published files say -----------------------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    "gpt2": """activation_function=gelu_new architectures attn_pdrop=0.1 bos_token_id=50256 embd_pdrop=0.1 eos_token_id=50256
+        initializer_range=0.02 layer_norm_epsilon=1e-05 model_type=gpt2 n_ctx=1024 n_embd=768 n_head=12 n_layer=12 n_positions=1024
+        resid_pdrop=0.1 summary_activation=null summary_first_dropout=0.1 summary_proj_to_labels=true summary_type=cls_index
+        summary_use_proj=true task_specific_params={} vocab_size=50257""",
+    "bert-base-multilingual-cased": """architectures attention_probs_dropout_prob=0.1 directionality=bidi hidden_act=gelu
+        hidden_dropout_prob=0.1 hidden_size=768 initializer_range=0.02 intermediate_size=3072 layer_norm_eps=1e-12
+        max_position_embeddings=512 model_type=bert num_attention_heads=12 num_hidden_layers=12 pad_token_id=0 pooler_fc_size=768
+        pooler_num_attention_heads=12 pooler_num_fc_layers=3 pooler_size_per_head=128 pooler_type=first_token_transform
+        position_embedding_type=absolute transformers_version=4.6.0.dev0 type_vocab_size=2 use_cache=true vocab_size=119547
+        gradient_checkpointing=false classifier_dropout=null torch_dtype=float32 _name_or_path=x""",
+    "TinyLlama-1.1B-Chat": """architectures attention_bias=false bos_token_id=1 eos_token_id=2 hidden_act=silu hidden_size=2048
+        initializer_range=0.02 intermediate_size=5632 max_position_embeddings=2048 model_type=llama num_attention_heads=32
+        num_hidden_layers=22 num_key_value_heads=4 pretraining_tp=1 rms_norm_eps=1e-05 rope_scaling=null rope_theta=10000.0
+        tie_word_embeddings=false torch_dtype=bfloat16 transformers_version=4.35.0 use_cache=true vocab_size=32000""",
+    "SmolLM2-135M": """architectures attention_bias=false attention_dropout=0.0 bos_token_id=0 eos_token_id=0 hidden_act=silu
+        hidden_size=576 initializer_range=0.041666666666666664 intermediate_size=1536 is_llama_config=true
+        max_position_embeddings=8192 mlp_bias=false model_type=llama num_attention_heads=9 num_hidden_layers=30
+        num_key_value_heads=3 pretraining_tp=1 rms_norm_eps=1e-05 rope_interleaved=false rope_scaling=null rope_theta=100000
+        tie_word_embeddings=true torch_dtype=bfloat16 transformers_version=4.40.1 use_cache=true vocab_size=49152""",
+    "Qwen2.5-0.5B": """architectures attention_dropout=0.0 bos_token_id=151643 eos_token_id=151643 hidden_act=silu hidden_size=896
+        initializer_range=0.02 intermediate_size=4864 max_position_embeddings=32768 max_window_layers=24 model_type=qwen2
+        num_attention_heads=14 num_hidden_layers=24 num_key_value_heads=2 rms_norm_eps=1e-06 rope_theta=1000000.0 sliding_window=32768
+        tie_word_embeddings=true torch_dtype=bfloat16 transformers_version=4.40.1 use_cache=true use_mrope=false
+        use_sliding_window=false vocab_size=151936""",
+}
+
+
+def parsed(text):
+    raw = {}
+    for item in text.split():
+        name, _, value = item.partition("=")
+        try:
+            raw[name] = json.loads(value or "null")
+        except json.JSONDecodeError:
+            raw[name] = value
+    return raw
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_published_files_say_is_taken_without_a_word(name, capsys):
+    raw = parsed(PUBLISHED[name])
+    CLASSES[raw["model_type"]].from_json(raw, "config.json")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_unknown_field_is_named_in_one_line(capsys):
+    BertConfig.from_json({"use_magic": 3, "layer_scale": [1]}, "here.json")
+    assert capsys.readouterr().err == "here.json: not known here, and without effect: layer_scale, use_magic.\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("gpt2", {"is_causal": False}, "is_causal False"),
+        ("llama", {"is_causal": False}, "is_causal False"),
+        ("qwen2", {"is_causal": None}, "is_causal None"),
+        ("gpt2", {"n_head": 2, "num_attention_heads": 3}, "num_attention_heads is 3, but n_head, .* is 2"),
+        ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("bert", {"is_decoder": True}, "is_decoder True"),
+        ("bert", {"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ("bert", {"problem_type": "multi_label_classification"}, "problem_type"),
+        ("bert", {"pad_token_id": 30522}, "pad_token_id 30522 is no row"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved True"),
+    ],
+)
+def test_what_would_change_the_result_is_refused(kind, change, message):
+    with pytest.raises(ValueError, match=f"here.json.*{message}"):
+        CLASSES[kind].from_json({"model_type": kind, **change}, "here.json")
+
+
+def test_gpt2_has_transformers_other_names(tmp_path):
+    folder = oracle.write_checkpoint("gpt2", tmp_path / "m")
+    ids, _, offsets = oracle.batch("gpt2")
+    expected = ml.load_model(folder, "numpy").forward(ids, keep=False, offsets=offsets)[0]
+    raw = read_json(folder / "config.json")
+    for name, field in (("hidden_size", "n_embd"), ("num_attention_heads", "n_head"), ("num_hidden_layers", "n_layer")):
+        raw[name] = raw.pop(field)
+    write_json(folder / "config.json", raw)
+    np.testing.assert_array_equal(ml.load_model(folder, "numpy").forward(ids, keep=False, offsets=offsets)[0], expected)
+
+
+# -- bad values -------------------------------------------------------------------------------------------------------------------
+
+VALUES = [None, True, -1, 0, 1.5, 1e30, "x", [], {}, [1], {"a": [{"b": 1}]}, 10**30, float("nan")]
+
+
+def folder_of(kind, folder):
+    if kind == "llama":
+        config = LlamaConfig(**SMALL["llama"])
+        ml.save_model(ml.Llama(config, rng=0), folder)
+        write_json(folder / "config.json", {**read_json(folder / "config.json"), "attention_dropout": 0.0, "rope_scaling": None})
+        return folder
+    return oracle.write_checkpoint(kind, folder, "float32", num_labels=3) if kind == "bert" else oracle.write_checkpoint(kind, folder)
+
+
+def is_refused(load, folder, what):
+    """Is it refused, in one line that names the file? Otherwise the logits have to be finite."""
+    try:
+        model = load()
+    except ValueError as error:
+        said = str(error)
+    else:
+        assert np.isfinite(model.forward(IDS[:4] % 5, keep=False)[0]).all(), what
+        return False
+    assert str(folder) in said, what
+    assert "\n" not in said, what
+    return True
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama"])
+def test_any_value_of_any_field_is_refused_or_runs(kind, tmp_path):
+    folder = folder_of(kind, tmp_path / "m")
+    raw = read_json(folder / "config.json")
+    extra = {"is_causal", "layer_types", "rope_parameters", "num_labels", "pad_token_id", "n_inner", "quantization_config", "head_dim"}
+    refused = 0
+    for name in sorted(raw.keys() | extra):
+        for value in VALUES:
+            (folder / "config.json").write_text(json.dumps({**raw, name: value}))
+            refused += is_refused(lambda: ml.load_model(folder, "numpy"), folder, (name, value))
+    assert refused > 100
+
+
+@pytest.mark.parametrize("what", ["lora", "dora", "vera", "bottleneck", "partial"])
+def test_any_value_of_any_field_of_an_adapter_is_refused_or_runs(what, tmp_path):
+    config = {
+        "lora": ml.LoraConfig(r=2, target_modules=["c_attn"], rank_pattern={"h.0.attn.c_attn": 1}, task_type="CAUSAL_LM"),
+        "dora": ml.LoraConfig(r=2, use_dora=True),
+        "vera": ml.VeraConfig(r=4),
+        "bottleneck": ml.BottleneckConfig(reduction_factor=3),
+        "partial": ml.PartialConfig(train=["norm"], modules_to_save=["ln_f"]),
+    }[what]
+    small = ml.GPT2Config(**SMALL["gpt2"])
+    model = ml.GPT2(small, rng=0)
+    ml.inject(model, config, rng=0)
+    ml.save_adapter(model, tmp_path)
+    raw = read_json(tmp_path / "adapter_config.json")
+    extra = {"lora_dropout", "layers_to_transform", "layers_pattern", "exclude_modules", "alpha_pattern", "use_rslora", "init_lora_weights"}
+    refused = 0
+    for name in sorted(raw.keys() | extra):
+        for value in VALUES:
+            if (name, value) in (("lora_alpha", 1e30), ("lora_alpha", 10**30)):
+                continue  # they mean what they say
+            (tmp_path / "adapter_config.json").write_text(json.dumps({**raw, name: value}))
+            model = ml.GPT2(small, rng=0)
+            refused += is_refused(lambda model=model: (ml.load_adapter(model, tmp_path), model)[1], tmp_path, (name, value))
+    assert refused > 50
+
+
+def test_no_alpha_is_an_error(tmp_path):
+    model = ml.GPT2(ml.GPT2Config(**SMALL["gpt2"]), rng=0)
+    ml.inject(model, ml.LoraConfig(r=2), rng=0)
+    ml.save_adapter(model, tmp_path)
+    write_json(tmp_path / "adapter_config.json", {**read_json(tmp_path / "adapter_config.json"), "lora_alpha": None})
+    with pytest.raises(ValueError, match=r"adapter_config.json: lora_alpha must be a number, got None"):
+        ml.load_adapter(ml.GPT2(ml.GPT2Config(**SMALL["gpt2"]), rng=0), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["n_layer", "n_embd", "n_inner", "vocab_size", "n_head"])
+def test_sizes_beyond_the_file_are_refused_before_anything_is_built(name, tmp_path):
+    folder = oracle.write_checkpoint("gpt2", tmp_path / "m")
+    size = make_models.CONFIGS["gpt2"]["n_head"] * 10**8
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), name: size})
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=rf"config.json.*{name} (is )?{size}"):
+        ml.load_model(folder, "numpy")
+    assert time.perf_counter() - began < 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"a": ' + b"1" * 4301 + b"}", b"[" * 10**5 + b"]" * 10**5, b'"\xff"', b"\xef\xbb\xbf{}", b"", b"3"],
+    ids=["digits", "nested", "not UTF-8", "with a mark", "empty", "a number"],
+)
+def test_what_is_no_json_is_refused_by_name(content, tmp_path):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.json (is not valid JSON|must hold a JSON object)") as caught:
+        read_json(tmp_path / "x.json")
+    assert "\n" not in str(caught.value)
