@@ -2,23 +2,23 @@
 
     {"text": ...}                             every token is learnt; write the end token into the text if it is to be learnt too
     {"prompt": ..., "completion": ...}        the completion and the end token after it are learnt, the prompt is read
-    {"messages": [{"role", "content"}, ...]}  what the assistant wrote is learnt, the rest is read
+    {"messages": [{"role", "content"}, ...]}  what the assistant wrote is learnt, the rest is read; beside it "tools" and "documents"
     {"text": ..., "label": ...}               one class for each text (task "classify")
 
-What cannot be used is a ValueError that names the file and the line.
+The ids spell the record: no space is added, no token is doubled. What cannot be used is a ValueError that names the file and the line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minilora.formats.chat import assistant_spans, render_chat
+from minilora.formats.chat import assistant_spans, marks_answers
 from minilora.formats.tokenizer import Tokenizer
 from minilora.functional import IGNORE
 from minilora.training.records import WANTED
@@ -53,12 +53,13 @@ def example_maker(
     def lm(file: Path, line: int, record: dict[str, Any]) -> Example:
         try:
             if "messages" in record:
-                ids, learnt, cut = _conversation(tokenizer, record["messages"], template, max_length, mask_prompt)
+                beside = {name: record[name] for name in ("tools", "documents") if record.get(name) is not None}
+                ids, learnt, cut = _conversation(tokenizer, record["messages"], template, max_length, mask_prompt, beside)
             elif "prompt" in record and "completion" in record:
                 prompt, completion = (_text(file, line, record, name, "lm") for name in ("prompt", "completion"))
                 ids, learnt, cut = _completion(tokenizer, prompt, completion, max_length, mask_prompt)
             else:
-                ids = _beginning(tokenizer, tokenizer.encode(_text(file, line, record, "text", "lm"), add_special=False))
+                ids = tokenizer.encode_prompt(_text(file, line, record, "text", "lm"))
                 ids, cut = ids[: max_length + 1], len(ids) > max_length + 1
                 learnt = np.ones(len(ids), dtype=bool)
         except _Unusable as error:
@@ -80,41 +81,57 @@ def _completion(tokenizer: Tokenizer, prompt: str, completion: str, max_length: 
     if not completion.strip():
         raise _Unusable("the completion is empty: there is nothing to learn.")
     ids, (n, _) = encode_pieces(tokenizer, [prompt, completion])
-    head, tail = _beginning(tokenizer, ids[:n]), ids[n:]
-    bos = len(head) - n
+    begun, bos = tokenizer.begin(ids), len(tokenizer.prefix)
+    n += len(begun) - len(ids)
+    head, tail = begun[:n], begun[n:]
     if tokenizer.eos_id is not None and (len(tail) == 0 or tail[-1] != tokenizer.eos_id):
         tail = np.append(tail, tokenizer.eos_id)
     room = max_length + 1  # the last token is a label only
-    kept = min(len(tail), max(room - len(head), room - room // 2))
-    from_end = min(n, room - bos - kept)
-    cut = kept < len(tail) or from_end < n
-    head = np.concatenate([head[:bos], head[len(head) - from_end :]])
+    kept = min(len(tail), max(room - n, room - room // 2))
+    from_end = min(max(n - bos, 0), room - bos - kept)
+    cut = kept < len(tail) or from_end < n - bos
+    head = np.concatenate([head[:bos], head[n - from_end :]])
     return np.concatenate([head, tail[:kept]]), np.arange(len(head) + kept) >= (len(head) if mask else 0), cut
 
 
 def _conversation(
-    tokenizer: Tokenizer, messages: Any, template: str | None, max_length: int, mask: bool
+    tokenizer: Tokenizer, messages: Any, template: str | None, max_length: int, mask: bool, beside: dict[str, Any] | None = None
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """(ids, which of them are to be learnt, was it cut) of messages: what the assistant wrote, each turn with its end token."""
+    """(ids, which of them are to be learnt, was it cut) of messages: what the assistant wrote, each turn with its end token.
+
+    `beside`: the tools and documents. Turns past the first max_length tokens are not looked at.
+    """
     if not isinstance(messages, list) or not messages:
         raise _Unusable('"messages" must be a list of {"role", "content"} objects that is not empty.')
-    bos, eos = tokenizer.token(tokenizer.bos_id), tokenizer.token(tokenizer.eos_id)
+    room, more = max_length + 1, {**tokenizer.special_tokens, **(beside or {})}
     try:
-        text = render_chat(template, messages, False, bos, eos)
+        text, spans = assistant_spans(template, messages, ends=list(tokenizer.added), **more)
         answers = [message for message in messages if message["role"] == "assistant"]
-        if not any(message["content"].strip() for message in answers):
+        if not any((message.get("content") or "").strip() or message.get("tool_calls") for message in answers):
             raise _Unusable("no message of the assistant has any content: there is nothing to learn.")
-        spans = assistant_spans(template, messages, bos, eos)[1] if mask else [(0, len(text))]
+        if not mask and any(message.get(name) in (0, False) for message in answers for name in ("weight", "train")):
+            raise _Unusable('a message that is not to be learnt ("weight", "train") needs the mask: leave out --no-mask-prompt.')
         _check_unicode(text, "messages")
+        if mask and marks_answers(template):
+            ids = tokenizer.encode(text, add_special=False)
+            learnt = _within(tokenizer.offsets(text), spans)
+            return ids[:room], learnt[:room], len(ids) > room
+        bounds = chain.from_iterable(spans if mask else [(0, len(text))])
+        ids, ends = encode_pieces(tokenizer, (text[a:b] for a, b in pairwise(chain([0], bounds, [len(text)]))), room + 1)
     except ValueError as error:
         raise _Unusable(str(error)) from None
-    bounds = [0, *(bound for span in spans for bound in span), len(text)]
-    ids, ends = encode_pieces(tokenizer, [text[a:b] for a, b in pairwise(bounds)])
     learnt = np.zeros(len(ids), dtype=bool)
     for first, past in zip(ends[::2], ends[1::2], strict=False):  # pieces alternate: read, learnt, read, ...
         learnt[first:past] = True
-    room = max_length + 1
     return ids[:room], learnt[:room], len(ids) > room
+
+
+def _within(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.ndarray:
+    """Which tokens, with these offsets (T, 2), have characters of a span."""
+    learnt = np.zeros(len(offsets), dtype=bool)
+    for start, end in spans:
+        learnt |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (start < end)
+    return learnt
 
 
 def _classified(tokenizer: Tokenizer, text: str, max_length: int) -> tuple[np.ndarray, bool]:
@@ -129,26 +146,45 @@ def _classified(tokenizer: Tokenizer, text: str, max_length: int) -> tuple[np.nd
     return np.concatenate([ids[:before], body[:room], after])[:max_length], True
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[np.ndarray, list[int]]:
-    """(ids of the pieces joined, where each ends in them); no special tokens are added.
+def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str], enough: int | None = None) -> tuple[np.ndarray, list[int]]:
+    """(ids of the pieces joined, where each ends in them); no special tokens are added. It stops once there are `enough` ids.
 
     A text up to the end of a piece is what a model is given when it has to write the next one. So its ids must be the beginning of the
-    whole's: mostly the whole is simply encoded. Where a merge would reach across the boundary ("is " + "Paris", where " Paris"
-    is one token), the next piece is encoded by itself.
+    whole's: mostly the whole is simply encoded. Where a merge would reach across the boundary ("is " + "Paris", where " Paris" is one
+    token), the ids up to it stay, and the next piece is encoded so that both together spell the whole text: by itself or, where the
+    tokenizer puts a space before a text, behind a character that is taken away again. Where neither spells it (a normalizer composes
+    characters across the boundary), the ids are the whole's, and the token on the boundary belongs to the next piece.
     """
-    ids, ends, text = np.empty(0, dtype=np.int64), [], ""
+    ids, text, known = np.empty(0, dtype=np.int64), "", 0
+    ends: list[int] = []
     for piece in pieces:
-        text += piece
-        whole = tokenizer.encode(text, add_special=False)
-        clean = np.array_equal(whole[: len(ids)], ids)
-        ids = whole if clean else np.concatenate([ids, tokenizer.encode(piece, add_special=False)])
+        text += piece  # since the last added token: nothing before it changes, and there are `known` ids
+        new, last = tokenizer.encode(text, add_special=False), ids[known:]
+        if not np.array_equal(new[: len(last)], last):
+            spelled = tokenizer.decode(new)
+            joined = (np.concatenate([last, tail]) for tail in _continued(tokenizer, piece))
+            if (found := next((both for both in joined if tokenizer.decode(both) == spelled), None)) is not None:
+                new = found
+            else:
+                alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(new, last, strict=False)))
+                ends = [min(end, known + alike) for end in ends]
+        ids = np.concatenate([ids[:known], new])
         ends.append(len(ids))
+        if enough is not None and len(ids) >= enough:
+            break
+        at, mark = max(((text.rfind(mark), mark) for mark in tokenizer.added), default=(-1, ""))
+        if at > 0 and len(places := np.flatnonzero(new == tokenizer.added[mark])):
+            text, known = text[at:], known + int(places[-1])
     return ids, ends
 
 
-def _beginning(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    """ids with the begin token in front, where the tokenizer puts one."""
-    return np.concatenate([[tokenizer.bos_id], ids]).astype(np.int64) if tokenizer.adds_bos else ids
+def _continued(tokenizer: Tokenizer, piece: str) -> Iterator[np.ndarray]:
+    """Ways to encode a piece that stands behind another: by itself, and without what a tokenizer puts before the first word."""
+    yield tokenizer.encode(piece, add_special=False)
+    for guard in "\n|0a":
+        alone, both = (tokenizer.encode(text, add_special=False) for text in (guard, guard + piece))
+        if np.array_equal(both[: len(alone)], alone):
+            yield both[len(alone) :]
 
 
 def _text(file: Path, line: int, record: dict[str, Any], name: str, task: str) -> str:

@@ -1,0 +1,246 @@
+"""tokenizer.json with all that the files beside it change, as transformers' AutoTokenizer (5.23) applies it.
+
+The class that tokenizer_config.json names, or else that of the model's type, decides. BertTokenizer, GPT2Tokenizer, LlamaTokenizer
+and Qwen2Tokenizer take the vocabulary and the post-processor of tokenizer.json only, and build the rest from the options of
+tokenizer_config.json (do_lower_case, add_prefix_space, legacy, ...); the base class, PreTrainedTokenizerFast, takes tokenizer.json as it
+is. Other classes of transformers that build their own are refused by name. add_bos_token and add_eos_token change nothing where
+there is a tokenizer.json. One thing differs: a special token that is only a class's default, and that the vocabulary lacks, is not
+added, as no model has been trained on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minilora.formats.atomic import read_json
+
+QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as published
+
+_NAMES = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
+_END = "<|endoftext|>"
+_DEFAULTS = {
+    "BertTokenizer": dict(zip(_NAMES[2:], ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"), strict=True)),
+    "GPT2Tokenizer": dict.fromkeys(_NAMES[:3], _END),
+    "LlamaTokenizer": dict(zip(_NAMES[:3], ("<s>", "</s>", "<unk>"), strict=True)),
+    "Qwen2Tokenizer": {"unk_token": _END, "eos_token": _END, "pad_token": _END},
+}
+_OF_MODEL = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}
+_ALIASES = {"ElectraTokenizer": "BertTokenizer", "DistilBertTokenizer": "BertTokenizer"}
+_OTHERS = """Albert Bart Barthez BigBird Blenderbot CLIP Camembert CodeLlama Cohere DPRQuestionEncoder Deberta DebertaV2 Esmc Funnel
+GPTNeoX Gemma Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM Luke Lxmert MBart50 MBart MPNet MarkupLM MobileBert Mvp Nllb Nougat
+OpenAIGPT Pegasus Qwen3_5 Reformer RemBert RoFormer Roberta SeamlessM4T Siglip2 Splinter T5 Udop VideoPrism Whisper XGLM XLMRoberta XLNet
+FNet""".split()
+
+
+def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """(the tokenizers library's object, {"bos_token": ..., ...}, tokenizer_config.json) of a tokenizer.json and the files beside it.
+
+    Raises ValueError naming the file for what is broken or not supported, ImportError without the extra `hf`.
+    """
+    library, raw = _load(file), read_json(file)
+    config, model, named_too, added_too = (read_json(f) if (f := file.parent / name).is_file() else {} for name in _BESIDE)
+    where = file.parent / "tokenizer_config.json"
+    kind = _kind(config, model, raw, where)
+    tokenizers = import_tokenizers()
+
+    def token(value: Any, name: str, **options: Any) -> Any:
+        """A token as the files give it, as the library has it. Raises ValueError."""
+        if isinstance(value, tokenizers.AddedToken):
+            return value
+        fields = {"content": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else {}
+        fields.pop("__type", None)
+        try:
+            fields["content"].encode("utf-8")
+            return tokenizers.AddedToken(**{**fields, **options})
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: {name} {fields['content']!r} holds half of a surrogate pair, which is no text.") from None
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{where}: {name} must be a token, got {value!r:.60}.") from None
+
+    extra: list[Any] = _tokens(config.get("extra_special_tokens") or config.get("additional_special_tokens"), where)
+    named = {name: value for name, value in config.items() if name in _NAMES or (name.endswith("_token") and not isinstance(value, bool))}
+    named |= config["extra_special_tokens"] if isinstance(config.get("extra_special_tokens"), dict) else {}
+    listed: dict[int, Any] = {}
+    if isinstance(given := config.get("added_tokens_decoder"), dict):
+        listed = {_id(key, where): token(value, "added_tokens_decoder") for key, value in given.items()}
+    else:
+        where = file.parent / "special_tokens_map.json"
+        extra += [t for t in _tokens(named_too.pop("extra_special_tokens", None), where) if t not in extra]
+        extra = _tokens(named_too.pop("additional_special_tokens", None), where) or extra
+        named |= {k: {**v, "special": True} if isinstance(v, dict) else v for k, v in named_too.items() if k.endswith("_token")}
+        where = file.parent / "added_tokens.json"
+        special = {_content(value) for value in (*named.values(), *extra)}
+        for content, id in added_too.items():
+            listed[_id(id, where)] = token(content, "a key", special=content in special, normalized=content not in special)
+        where = file
+        listed |= {value["id"]: token({k: v for k, v in value.items() if k != "id"}, "added_tokens") for value in raw["added_tokens"]}
+    where = file.parent / "tokenizer_config.json"
+    known = {added.content: added for added in listed.values()}
+    named = {name: known.get(_content(value), token(value, name, special=True)) for name, value in named.items() if value is not None}
+
+    vocabulary = library.get_vocab(with_added_tokens=True).keys() | {added.content for added in (*listed.values(), *named.values())}
+    defaults = {name: content for name, content in _DEFAULTS.get(kind, {}).items() if name not in config and content in vocabulary}
+    named = {name: known.get(content, token(content, name, special=True)) for name, content in defaults.items()} | named
+    if kind in _BUILD:
+        library = _built(kind, library, raw, config, {name: added.content for name, added in named.items()}, file)
+
+    there = {repr(added) for added in library.get_added_tokens_decoder().values()}
+    add = [added for _, added in sorted(listed.items()) if repr(added) not in there]
+    have = {added.content for added in (*library.get_added_tokens_decoder().values(), *add)}
+    for value in (*named.values(), *(token(value, "extra_special_tokens", special=True) for value in extra)):
+        if value.content not in have:
+            add.append(value)
+            have.add(value.content)
+    specials = {added.content for added in named.values()}
+    for added in add:
+        added.special = added.special or added.content in specials
+    library.add_tokens(add)
+    if kind == "Qwen2Tokenizer":
+        every = [*named.values(), *(token(value, "extra_special_tokens") for value in extra)]
+        library.add_tokens([tokenizers.AddedToken(added.content, special=True) for added in every])
+    if kind == "BertTokenizer":
+        _put_around(library, named, file)
+    for id, added in listed.items():
+        if library.token_to_id(added.content) != id:
+            raise ValueError(
+                f"{file}: the token {added.content!r} is to be {id}, but the vocabulary makes it {library.token_to_id(added.content)}."
+            )
+    library.encode_special_tokens = bool(config.get("split_special_tokens"))
+    return library, {name: added.content for name, added in named.items()}, config
+
+
+_BESIDE = ("tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def _kind(config: dict[str, Any], model: dict[str, Any], raw: dict[str, Any], where: Path) -> str:
+    """The class of transformers that reads these files; "" for the base class."""
+    name, of_model = config.get("tokenizer_class") or model.get("tokenizer_class"), model.get("model_type")
+    if of_model == "qwen2":
+        return "Qwen2Tokenizer"  # whatever the file says: transformers trusts none of these models
+    kind = str(name or _OF_MODEL.get(str(of_model), "")).removesuffix("Fast")
+    kind = _ALIASES.get(kind, kind)
+    if kind.removesuffix("Tokenizer") in _OTHERS:
+        raise ValueError(
+            f"{where}: tokenizer_class {name!r} is not supported, as transformers does not take tokenizer.json as it is for it; "
+            'save the tokenizer with the class "PreTrainedTokenizerFast" to use tokenizer.json.'
+        )
+    if kind not in _BUILD or (kind == "LlamaTokenizer" and "ByteLevel" in str((raw.get("pre_tokenizer"), raw.get("decoder")))):
+        return ""
+    return kind
+
+
+def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any], named: dict[str, str], file: Path) -> Any:
+    """What a class of transformers makes of the vocabulary and the post-processor of tokenizer.json."""
+    wanted = "WordPiece" if kind == "BertTokenizer" else "BPE"
+    if type(library.model).__name__ != wanted:
+        raise ValueError(
+            f"{file}: its model is {type(library.model).__name__}, but {kind} needs {wanted}; "
+            'write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json to use it as it is.'
+        )
+    tokenizers, vocab, merges = import_tokenizers(), raw["model"]["vocab"], raw["model"].get("merges", [])
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    built = tokenizers.Tokenizer(_BUILD[kind][0](tokenizers, vocab, merges, named))
+    built.post_processor = library.post_processor or tokenizers.processors.TemplateProcessing(single="$A:0")
+    _BUILD[kind][1](tokenizers, built, config)
+    return built
+
+
+def _bert(tokenizers: Any, built: Any, config: dict[str, Any]) -> None:
+    built.normalizer = tokenizers.normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+        lowercase=config.get("do_lower_case", True),
+    )
+    built.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    built.decoder = tokenizers.decoders.WordPiece(prefix="##")
+
+
+def _gpt2(tokenizers: Any, built: Any, config: dict[str, Any]) -> None:
+    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
+    built.decoder = tokenizers.decoders.ByteLevel()
+
+
+def _llama(tokenizers: Any, built: Any, config: dict[str, Any]) -> None:
+    space = config.get("add_prefix_space")
+    scheme = "never" if space is False else "always" if config.get("legacy", False) else "first"
+    built.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    steps = tokenizers.decoders
+    strip = [] if space is False else [steps.Strip(content=" ", left=1)]
+    built.decoder = steps.Sequence([steps.Replace("▁", " "), steps.ByteFallback(), steps.Fuse(), *strip])
+
+
+def _qwen2(tokenizers: Any, built: Any, config: dict[str, Any]) -> None:
+    before = tokenizers.pre_tokenizers
+    built.normalizer = tokenizers.normalizers.NFC()
+    in_bytes = before.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space")), use_regex=False)
+    built.pre_tokenizer = before.Sequence([before.Split(tokenizers.Regex(QWEN2), behavior="isolated"), in_bytes])
+    built.decoder = tokenizers.decoders.ByteLevel()
+
+
+_BUILD: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
+    "BertTokenizer": (lambda t, vocab, merges, named: t.models.WordPiece(vocab, unk_token=named.get("unk_token", "[UNK]")), _bert),
+    "GPT2Tokenizer": (lambda t, vocab, merges, named: t.models.BPE(vocab, merges), _gpt2),
+    "LlamaTokenizer": (lambda t, vocab, merges, named: t.models.BPE(vocab, merges, fuse_unk=True, byte_fallback=True), _llama),
+    "Qwen2Tokenizer": (lambda t, vocab, merges, named: t.models.BPE(vocab, merges), _qwen2),
+}
+
+
+def _put_around(library: Any, named: dict[str, Any], file: Path) -> None:
+    """BERT's special tokens around a text, whatever the post-processor of tokenizer.json is."""
+    marks = [named[name].content if name in named else None for name in ("cls_token", "sep_token")]
+    ids = [library.token_to_id(mark) if mark else None for mark in marks]
+    if None in ids:
+        raise ValueError(f"{file}: BertTokenizer needs the tokens [CLS] and [SEP], which are not in the vocabulary.")
+    processors = import_tokenizers().processors
+    library.post_processor = processors.TemplateProcessing(
+        single=f"{marks[0]}:0 $A:0 {marks[1]}:0", special_tokens=list(zip(marks, ids, strict=True))
+    )
+
+
+def _tokens(value: Any, where: Path) -> list[Any]:
+    if not isinstance(value, (list, dict, type(None))):
+        raise ValueError(f"{where}: the extra special tokens must be a list, got {value!r:.60}.")
+    return list(value) if isinstance(value, list) else []
+
+
+def _content(value: Any) -> Any:
+    return value.get("content") if isinstance(value, dict) else value if isinstance(value, str) else getattr(value, "content", None)
+
+
+def _id(value: Any, where: Path) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: {value!r:.60} is no token id.") from None
+
+
+def _load(file: Path) -> Any:
+    tokenizers = import_tokenizers()
+    try:
+        with no_panic(file):
+            return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{file} is not a tokenizer that the tokenizers library can read ({error}).") from None
+
+
+@contextmanager
+def no_panic(where: str | Path) -> Iterator[None]:
+    """Turns a panic of the tokenizers library, which is no Exception, into a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{where}: the tokenizers library fails with it ({error}).") from None
+
+
+def import_tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise ImportError("this model's tokenizer needs the tokenizers library: pip install 'minilora[hf]'") from None
+    return tokenizers
