@@ -221,6 +221,9 @@ def gguf_tokenizer(vocabulary: Any, vocab_size: int, path: str | Path = "the GGU
     tokens and merges that do not fit. Bytes that no token stands for (SmolLM2 lacks 21) are dropped, as in the published tokenizers.
     """
     tokenizers = import_tokenizers()
+    for name, of in (("tokens", str), ("merges", str), ("token_types", int)):
+        if not isinstance(values := getattr(vocabulary, name), list) or not all(isinstance(value, of) for value in values):
+            raise ValueError(f"{path}: the {name} of its tokenizer are not a list of {'texts' if of is str else 'numbers'}.")
     tokens, kind, pre = list(vocabulary.tokens), getattr(vocabulary, "kind", "gpt2"), getattr(vocabulary, "pre", "smollm")
     if kind != "gpt2" or pre not in _PRE:
         raise ValueError(
@@ -231,13 +234,18 @@ def gguf_tokenizer(vocabulary: Any, vocab_size: int, path: str | Path = "the GGU
     if len(ids) < len(tokens):
         twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
         raise ValueError(f"{path}: the token {twice!r} is in the vocabulary more than once.")
+    if len(vocabulary.token_types) != len(vocabulary.tokens) or not isinstance(vocabulary.chat_template, str | None):
+        raise ValueError(
+            f"{path}: its tokenizer needs a type for each of {len(vocabulary.tokens)} tokens, and a chat template that is text."
+        )
     merges = [tuple(merge.split(" ")) for merge in vocabulary.merges]
     for merge in merges:
         if len(merge) != 2 or not all(part in ids for part in (*merge, "".join(merge))):
             raise ValueError(f"{path}: the merge {' '.join(merge)!r} is not of two tokens that give a third.")
-    for name in ("bos", "eos"):
-        if not 0 <= (getattr(vocabulary, name) or 0) < len(tokens):
-            raise ValueError(f"{path}: {name} is token {getattr(vocabulary, name)}, but there are {len(tokens)} tokens.")
+    ends = getattr(vocabulary, "ends", ())
+    for name, id in (("bos", vocabulary.bos), ("eos", vocabulary.eos), *(("eot", end) for end in ends)):
+        if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
+            raise ValueError(f"{path}: {name} is token {id}, but there are {len(tokens)} tokens.")
 
     before = tokenizers.pre_tokenizers
     library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=merges))
@@ -258,7 +266,6 @@ def gguf_tokenizer(vocabulary: Any, vocab_size: int, path: str | Path = "the GGU
     if vocabulary.add_bos and vocabulary.bos is not None:
         bos = tokens[vocabulary.bos]
         library.post_processor = tokenizers.processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, vocabulary.bos)])
-    ends = getattr(vocabulary, "ends", ())
     return _fitting(HFTokenizer(library, vocabulary.bos, vocabulary.eos, ends, vocabulary.chat_template, where=path), vocab_size, path)
 
 

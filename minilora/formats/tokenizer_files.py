@@ -10,6 +10,7 @@ added, as no model has been trained on it.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
 
     Raises ValueError naming the file for what is broken or not supported, ImportError without the extra `hf`.
     """
-    library, raw = _load(file), read_json(file)
+    library, raw = _load(file)
     config, model, named_too, added_too = (read_json(f) if (f := file.parent / name).is_file() else {} for name in _BESIDE)
     where = file.parent / "tokenizer_config.json"
     kind = _kind(config, model, raw, where)
@@ -142,9 +143,12 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
         )
     tokenizers, vocab, merges = import_tokenizers(), raw["model"]["vocab"], raw["model"].get("merges", [])
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
-    built = tokenizers.Tokenizer(_BUILD[kind][0](tokenizers, vocab, merges, named))
-    built.post_processor = library.post_processor or tokenizers.processors.TemplateProcessing(single="$A:0")
-    _BUILD[kind][1](tokenizers, built, config)
+    try:
+        built = tokenizers.Tokenizer(_BUILD[kind][0](tokenizers, vocab, merges, named))
+        built.post_processor = library.post_processor or tokenizers.processors.TemplateProcessing(single="$A:0")
+        _BUILD[kind][1](tokenizers, built, config)
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{file}: a {kind} cannot be made of it and the tokenizer_config.json beside it ({error}).") from None
     return built
 
 
@@ -218,13 +222,24 @@ def _id(value: Any, where: Path) -> int:
         raise ValueError(f"{where}: {value!r:.60} is no token id.") from None
 
 
-def _load(file: Path) -> Any:
-    tokenizers = import_tokenizers()
-    try:
-        with no_panic(file):
-            return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"{file} is not a tokenizer that the tokenizers library can read ({error}).") from None
+def _load(file: Path) -> tuple[Any, dict[str, Any]]:
+    """(the library's object, the JSON) of a tokenizer.json."""
+    tokenizers, raw = import_tokenizers(), read_json(file)
+    normalizer = raw.get("normalizer") or {}
+    for step in (normalizer, *normalizer.get("normalizers", ())) if isinstance(normalizer, dict) else ():
+        if isinstance(step, dict) and isinstance(charsmap := step.get("precompiled_charsmap"), str):
+            try:
+                start = base64.b64decode(charsmap)[:4]  # how many bytes of a table follow: the library believes any number
+            except ValueError:
+                start = b""
+            size = int.from_bytes(start, "little")
+            if len(start) < 4 or size % 4 or size > 3 * len(charsmap) // 4:
+                raise ValueError(f"{file}: the precompiled_charsmap of its normalizer is broken.")
+    with no_panic(file):
+        try:
+            return tokenizers.Tokenizer.from_file(str(file)), raw
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{file} is not a tokenizer that the tokenizers library can read ({error}).") from None
 
 
 @contextmanager
