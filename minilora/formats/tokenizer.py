@@ -14,7 +14,7 @@ import numpy as np
 
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.chat import Messages, find_chat_template, render_chat, turn_end
-from minilora.formats.tokenizer_files import QWEN2, import_tokenizers, no_panic, read_tokenizer
+from minilora.formats.tokenizer_files import QWEN2, import_tokenizers, library_errors, read_tokenizer
 
 
 class Tokenizer(ABC):
@@ -157,15 +157,15 @@ class HFTokenizer(Tokenizer):
         self.adds_bos = bos_id is not None and self.prefix[:1] == (bos_id,)
 
     def encode(self, text: str, add_special: bool = True) -> np.ndarray:
-        with no_panic(self.where):
+        with library_errors(self.where):
             return np.array(self.library.encode(text, add_special_tokens=add_special).ids, dtype=np.int64)
 
     def offsets(self, text: str) -> np.ndarray:
-        with no_panic(self.where):
+        with library_errors(self.where):
             return np.array(self.library.encode(text, add_special_tokens=False).offsets, dtype=np.int64).reshape(-1, 2)
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        with no_panic(self.where):
+        with library_errors(self.where):
             text = self.library.decode([int(i) for i in ids], skip_special_tokens=skip_special)
         for before, after in _CLEAN if self.clean_up else ():
             text = text.replace(before, after)
@@ -176,12 +176,12 @@ class HFTokenizer(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         named = {**self.special_tokens, "bos_token": self.token(self.bos_id), "eos_token": self.token(self.eos_id)}
-        told: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **{name: token for name, token in named.items() if token}}
-        told |= {"chat_template": self.chat_template} if self.chat_template is not None else {}
-        told |= {"split_special_tokens": True} if self.library.encode_special_tokens else {}
-        told |= {"clean_up_tokenization_spaces": True, _CLEAN_BPE: True} if self.clean_up else {}
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **{name: token for name, token in named.items() if token}}
+        settings |= {"chat_template": self.chat_template} if self.chat_template is not None else {}
+        settings |= {"split_special_tokens": True} if self.library.encode_special_tokens else {}
+        settings |= {"clean_up_tokenization_spaces": True, _CLEAN_BPE: True} if self.clean_up else {}
         write_file(Path(folder) / "tokenizer.json", self.library.save)
-        write_json(Path(folder) / "tokenizer_config.json", told)
+        write_json(Path(folder) / "tokenizer_config.json", settings)
         if self.stop_ids:
             write_json(Path(folder) / "generation_config.json", {"eos_token_id": sorted(self.stop_ids)})
 

@@ -47,26 +47,12 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
     kind = _kind(config, model, raw, where)
     tokenizers = import_tokenizers()
 
-    def token(value: Any, name: str, **options: Any) -> Any:
-        """A token as the files give it, as the library has it. Raises ValueError."""
-        if isinstance(value, tokenizers.AddedToken):
-            return value
-        fields = {"content": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else {}
-        fields.pop("__type", None)
-        try:
-            fields["content"].encode("utf-8")
-            return tokenizers.AddedToken(**{**fields, **options})
-        except UnicodeEncodeError:
-            raise ValueError(f"{where}: {name} {fields['content']!r} holds half of a surrogate pair, which is no text.") from None
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{where}: {name} must be a token, got {value!r:.60}.") from None
-
     extra: list[Any] = _tokens(config.get("extra_special_tokens") or config.get("additional_special_tokens"), where)
     named = {name: value for name, value in config.items() if name in _NAMES or (name.endswith("_token") and not isinstance(value, bool))}
     named |= config["extra_special_tokens"] if isinstance(config.get("extra_special_tokens"), dict) else {}
     listed: dict[int, Any] = {}
     if isinstance(given := config.get("added_tokens_decoder"), dict):
-        listed = {_id(key, where): token(value, "added_tokens_decoder") for key, value in given.items()}
+        listed = {_id(key, where): _token(value, "added_tokens_decoder", where) for key, value in given.items()}
     else:
         where = file.parent / "special_tokens_map.json"
         extra += [t for t in _tokens(named_too.pop("extra_special_tokens", None), where) if t not in extra]
@@ -75,42 +61,40 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
         where = file.parent / "added_tokens.json"
         special = {_content(value) for value in (*named.values(), *extra)}
         for content, id in added_too.items():
-            listed[_id(id, where)] = token(content, "a key", special=content in special, normalized=content not in special)
-        where = file
-        listed |= {value["id"]: token({k: v for k, v in value.items() if k != "id"}, "added_tokens") for value in raw["added_tokens"]}
+            kept = {"content": content, "special": content in special, "normalized": content not in special}
+            listed[_id(id, where)] = _token(kept, "a key", where)
+        listed |= {value["id"]: _token(value, "added_tokens", file) for value in raw["added_tokens"]}
     where = file.parent / "tokenizer_config.json"
     known = {added.content: added for added in listed.values()}
-    named = {name: known.get(_content(value), token(value, name, special=True)) for name, value in named.items() if value is not None}
-
-    vocabulary = library.get_vocab(with_added_tokens=True).keys() | {added.content for added in (*listed.values(), *named.values())}
-    defaults = {name: content for name, content in _DEFAULTS.get(kind, {}).items() if name not in config and content in vocabulary}
-    named = {name: known.get(content, token(content, name, special=True)) for name, content in defaults.items()} | named
+    every = library.get_vocab(with_added_tokens=True).keys() | known.keys() | {_content(value) for value in named.values()}
+    named = {name: c for name, c in _DEFAULTS.get(kind, {}).items() if name not in named and c in every} | named
+    named = {name: named[name] for name in (*_NAMES, *(named.keys() - set(_NAMES))) if named.get(name) is not None}
+    named = {name: known.get(_content(value)) or _token(value, name, where) for name, value in named.items()}
+    names = {name: _content(value) for name, value in named.items()}
     if kind in _BUILD:
-        library = _built(kind, library, raw, config, {name: added.content for name, added in named.items()}, file)
+        library = _built(kind, library, raw, config, names, file)
 
-    there = {repr(added) for added in library.get_added_tokens_decoder().values()}
-    add = [added for _, added in sorted(listed.items()) if repr(added) not in there]
-    have = {added.content for added in (*library.get_added_tokens_decoder().values(), *add)}
-    for value in (*named.values(), *(token(value, "extra_special_tokens", special=True) for value in extra)):
-        if value.content not in have:
+    there = library.get_added_tokens_decoder().values()
+    add = [added for _, added in sorted(listed.items()) if repr(added) not in set(map(repr, there))]
+    have = {_content(added) for added in (*there, *add)}
+    for value in (*named.values(), *(_token(value, "extra_special_tokens", where) for value in extra)):
+        if _content(value) not in have and value not in add:  # the same token with other options is added again, and they count
             add.append(value)
-            have.add(value.content)
-    specials = {added.content for added in named.values()}
+    add = [tokenizers.AddedToken(added, special=True) if isinstance(added, str) else added for added in add]
     for added in add:
-        added.special = added.special or added.content in specials
+        added.special = added.special or added.content in names.values()
     library.add_tokens(add)
     if kind == "Qwen2Tokenizer":
-        every = [*named.values(), *(token(value, "extra_special_tokens") for value in extra)]
-        library.add_tokens([tokenizers.AddedToken(added.content, special=True) for added in every])
+        library.add_tokens([tokenizers.AddedToken(content, special=True) for content in (*names.values(), *map(_content, extra))])
     if kind == "BertTokenizer":
-        _put_around(library, named, file)
+        _put_around(library, names, file)
     for id, added in listed.items():
         if library.token_to_id(added.content) != id:
             raise ValueError(
                 f"{file}: the token {added.content!r} is to be {id}, but the vocabulary makes it {library.token_to_id(added.content)}."
             )
     library.encode_special_tokens = bool(config.get("split_special_tokens"))
-    return library, {name: added.content for name, added in named.items()}, config
+    return library, names, config
 
 
 _BESIDE = ("tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json")
@@ -193,9 +177,9 @@ _BUILD: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
 }
 
 
-def _put_around(library: Any, named: dict[str, Any], file: Path) -> None:
+def _put_around(library: Any, names: dict[str, str], file: Path) -> None:
     """BERT's special tokens around a text, whatever the post-processor of tokenizer.json is."""
-    marks = [named[name].content if name in named else None for name in ("cls_token", "sep_token")]
+    marks = [names.get(name) for name in ("cls_token", "sep_token")]
     ids = [library.token_to_id(mark) if mark else None for mark in marks]
     if None in ids:
         raise ValueError(f"{file}: BertTokenizer needs the tokens [CLS] and [SEP], which are not in the vocabulary.")
@@ -203,6 +187,19 @@ def _put_around(library: Any, named: dict[str, Any], file: Path) -> None:
     library.post_processor = processors.TemplateProcessing(
         single=f"{marks[0]}:0 $A:0 {marks[1]}:0", special_tokens=list(zip(marks, ids, strict=True))
     )
+
+
+def _token(value: Any, name: str, where: Path) -> Any:
+    """A token as a file gives it, for the library: text, or an object with what it strips. Raises ValueError naming the file."""
+    try:
+        _content(value).encode("utf-8")
+        if isinstance(value, str):
+            return value
+        return import_tokenizers().AddedToken(**{key: option for key, option in value.items() if key not in ("__type", "id")})
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: {name} {_content(value)!r} holds half of a surrogate pair, which is no text.") from None
+    except (TypeError, AttributeError):
+        raise ValueError(f"{where}: {name} must be a token, got {value!r:.60}.") from None
 
 
 def _tokens(value: Any, where: Path) -> list[Any]:
@@ -226,7 +223,7 @@ def _load(file: Path) -> tuple[Any, dict[str, Any]]:
     """(the library's object, the JSON) of a tokenizer.json."""
     tokenizers, raw = import_tokenizers(), read_json(file)
     normalizer = raw.get("normalizer") or {}
-    for step in (normalizer, *normalizer.get("normalizers", ())) if isinstance(normalizer, dict) else ():
+    for step in (normalizer, *(normalizer.get("normalizers") or ())) if isinstance(normalizer, dict) else ():
         if isinstance(step, dict) and isinstance(charsmap := step.get("precompiled_charsmap"), str):
             try:
                 start = base64.b64decode(charsmap)[:4]  # how many bytes of a table follow: the library believes any number
@@ -235,7 +232,7 @@ def _load(file: Path) -> tuple[Any, dict[str, Any]]:
             size = int.from_bytes(start, "little")
             if len(start) < 4 or size % 4 or size > 3 * len(charsmap) // 4:
                 raise ValueError(f"{file}: the precompiled_charsmap of its normalizer is broken.")
-    with no_panic(file):
+    with library_errors(file):
         try:
             return tokenizers.Tokenizer.from_file(str(file)), raw
         except Exception as error:  # the library raises bare Exceptions
@@ -243,12 +240,12 @@ def _load(file: Path) -> tuple[Any, dict[str, Any]]:
 
 
 @contextmanager
-def no_panic(where: str | Path) -> Iterator[None]:
-    """Turns a panic of the tokenizers library, which is no Exception, into a ValueError."""
+def library_errors(where: str | Path) -> Iterator[None]:
+    """Turns what the tokenizers library raises, a bare Exception or a panic, which is none, into a ValueError."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"{where}: the tokenizers library fails with it ({error}).") from None
 
