@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from small_tokenizers import bert_wordpiece, byte_level_bpe, library_bpe, sentencepiece_bpe, write_tokenizer
 
 from minilora.formats.tokenizer import load_tokenizer
+from minilora.training.examples import example_maker
 
 BERT = {"tokenizer_class": "BertTokenizer", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
 GPT2 = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
@@ -120,3 +122,86 @@ def test_ids_and_texts_are_those_of_transformers(name, auto, tmp_path):
         spans = theirs(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         assert ours.offsets(text).tolist() == [list(span) for span in spans]
     assert ours.special_tokens == theirs.special_tokens_map
+
+
+# ---- records -------------------------------------------------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "ChatML": CHATML,
+    "as Qwen2.5's": "{% if messages[0]['role'] == 'system' %}{{ '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}{% else %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}"
+    + CHATML.replace("in messages", "in messages if m.role != 'system'"),
+    "as Llama 2's": "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}{% else %}"
+    "{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}",
+    "as Llama 3's": "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_end|>\n\n' + m.content | trim + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n\n' }}{% endif %}",
+    "words": "{% for m in messages %}{{ m.role.upper() + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}",
+    "nothing but what is said": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "pad, unk, documents": "{{ pad_token }}{{ unk_token }}{{ documents | length if documents else 0 }}" + CHATML,
+    "marked": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}",
+    "the last answer is marked": "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}"
+    "{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}|{% endif %}{% endfor %}",
+}
+TALKS = {
+    "a turn": [("user", "the cat"), ("assistant", "sat on the mat")],
+    "two turns": [("user", "Hello  World"), ("assistant", "naïve\n\n"), ("user", " 2024"), ("assistant", " x")],
+    "a system": [("system", "héllo"), ("user", "<|im_end|> 日本"), ("assistant", "☃")],
+    "the assistant begins": [("assistant", "help"), ("user", "foobar"), ("assistant", "the")],
+    "the user ends": [("user", "a"), ("assistant", "b"), ("user", "my secret")],
+}
+CHATTERS = {
+    name: FOLDERS[name]
+    for name in ("gpt2", "gpt2, prefix space", "llama", "llama, legacy", "llama, taken as it is", "qwen2", "plain, digits")
+}
+
+
+def messages_of(talk):
+    return [{"role": role, "content": content} for role, content in talk]
+
+
+@pytest.fixture(scope="module")
+def chatters(tmp_path_factory):
+    """{name: folder} of the tokenizers that decoders have, each with a pad token and a begin and an end token."""
+    made = {}
+    for name, (library, config, files) in CHATTERS.items():
+        config = {"bos_token": "<s>", "pad_token": "<|endoftext|>", **config}
+        made[name] = write_tokenizer(tmp_path_factory.mktemp("chat") / "t", library(), config, **files)
+    return made
+
+
+def example_of(tokenizer, record, template=None, **options):
+    """(ids with the last label, which are learnt) of a record."""
+    make = example_maker("lm", tokenizer, options.pop("window", 5000), options.pop("mask", True), None, template)
+    example = make("f.jsonl", 1, record)
+    last = example.labels[-1]
+    return np.append(example.ids, last if last >= 0 else -1), np.append([False], example.labels >= 0)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("name", CHATTERS)
+def test_conversations_are_those_of_apply_chat_template(name, template, chatters, auto):
+    ours, theirs = load_tokenizer(chatters[name], 1000), auto(chatters[name])
+    for key, talk in TALKS.items():
+        messages = messages_of(talk)
+        beside = {"tools": [{"name": "f"}], "documents": [{"title": "a", "text": "b"}]}
+        asked = dict(chat_template=TEMPLATES[template], **beside)
+        for prompt in (False, True):
+            ours.chat_template = TEMPLATES[template]
+            assert ours.render(messages, prompt, **beside) == theirs.apply_chat_template(
+                messages, add_generation_prompt=prompt, tokenize=False, **asked
+            )
+        want = theirs.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask="{% generation %}" in TEMPLATES[template], **asked
+        )
+        if not any(want.get("assistant_masks", [1, 1])[1:]):
+            continue
+        ids, learnt = example_of(ours, {"messages": messages, **beside}, TEMPLATES[template])
+        known = ids[:-1] if ids[-1] < 0 else ids  # of what is not learnt at the end, the last token is no one's
+        assert known.tolist() == want["input_ids"][: len(known)], (key, ours.decode(known), theirs.decode(want["input_ids"]))
+        if "assistant_masks" in want:
+            assert learnt.tolist()[1:] == [bool(m) for m in want["assistant_masks"]][1 : len(learnt)], key

@@ -10,9 +10,9 @@ The ids spell the record: no space is added, no token is doubled. What cannot be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,9 @@ def _conversation(
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """(ids, which of them are to be learnt, was it cut) of messages: what the assistant wrote, each turn with its end token.
 
-    `beside`: the tools and documents. Turns past the first max_length tokens are not looked at.
+    `beside`: tools and documents. The ids are those of the whole text, as apply_chat_template gives them in transformers; a token that
+    begins before an answer and reaches into it is learnt, one that reaches out of it into what is said next is not, unless the
+    template itself marks the answer. Turns that begin after the first max_length tokens are not looked for.
     """
     if not isinstance(messages, list) or not messages:
         raise _Unusable('"messages" must be a list of {"role", "content"} objects that is not empty.')
@@ -112,26 +114,17 @@ def _conversation(
         if not mask and any(message.get(name) in (0, False) for message in answers for name in ("weight", "train")):
             raise _Unusable('a message that is not to be learnt ("weight", "train") needs the mask: leave out --no-mask-prompt.')
         _check_unicode(text, "messages")
-        if mask and marks_answers(template):
-            ids = tokenizer.encode(text, add_special=False)
-            learnt = _within(tokenizer.offsets(text), spans)
-            return ids[:room], learnt[:room], len(ids) > room
-        bounds = chain.from_iterable(spans if mask else [(0, len(text))])
-        ids, ends = encode_pieces(tokenizer, (text[a:b] for a, b in pairwise(chain([0], bounds, [len(text)]))), room + 1)
+        ids = tokenizer.encode(text, add_special=False)
+        learnt = np.full(min(len(ids), room), not mask)
+        first, past = tokenizer.offsets(text)[:room].T  # of each token, in characters
+        for start, end in spans if mask else ():
+            if start >= past.max(initial=0):
+                break
+            reaches = np.flatnonzero((first < end) & (past > start) & ((past <= end) | marks_answers(template)))
+            learnt[reaches.min(initial=len(ids)) : reaches.max(initial=-1) + 1] = True
     except ValueError as error:
         raise _Unusable(str(error)) from None
-    learnt = np.zeros(len(ids), dtype=bool)
-    for first, past in zip(ends[::2], ends[1::2], strict=False):  # pieces alternate: read, learnt, read, ...
-        learnt[first:past] = True
-    return ids[:room], learnt[:room], len(ids) > room
-
-
-def _within(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.ndarray:
-    """Which tokens, with these offsets (T, 2), have characters of a span."""
-    learnt = np.zeros(len(offsets), dtype=bool)
-    for start, end in spans:
-        learnt |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (start < end)
-    return learnt
+    return ids[:room], learnt, len(ids) > room
 
 
 def _classified(tokenizer: Tokenizer, text: str, max_length: int) -> tuple[np.ndarray, bool]:
@@ -146,8 +139,8 @@ def _classified(tokenizer: Tokenizer, text: str, max_length: int) -> tuple[np.nd
     return np.concatenate([ids[:before], body[:room], after])[:max_length], True
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str], enough: int | None = None) -> tuple[np.ndarray, list[int]]:
-    """(ids of the pieces joined, where each ends in them); no special tokens are added. It stops once there are `enough` ids.
+def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[np.ndarray, list[int]]:
+    """(ids of the pieces joined, where each ends in them); no special tokens are added.
 
     A text up to the end of a piece is what a model is given when it has to write the next one. So its ids must be the beginning of the
     whole's: mostly the whole is simply encoded. Where a merge would reach across the boundary ("is " + "Paris", where " Paris" is one
@@ -155,26 +148,21 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str], enough: int | Non
     tokenizer puts a space before a text, behind a character that is taken away again. Where neither spells it (a normalizer composes
     characters across the boundary), the ids are the whole's, and the token on the boundary belongs to the next piece.
     """
-    ids, text, known = np.empty(0, dtype=np.int64), "", 0
+    ids, text = np.empty(0, dtype=np.int64), ""
     ends: list[int] = []
     for piece in pieces:
-        text += piece  # since the last added token: nothing before it changes, and there are `known` ids
-        new, last = tokenizer.encode(text, add_special=False), ids[known:]
-        if not np.array_equal(new[: len(last)], last):
-            spelled = tokenizer.decode(new)
-            joined = (np.concatenate([last, tail]) for tail in _continued(tokenizer, piece))
+        text += piece
+        whole = tokenizer.encode(text, add_special=False)
+        if not np.array_equal(whole[: len(ids)], ids):
+            joined = (np.concatenate([ids, tail]) for tail in _continued(tokenizer, piece))
+            spelled = tokenizer.decode(whole)
             if (found := next((both for both in joined if tokenizer.decode(both) == spelled), None)) is not None:
-                new = found
+                whole = found
             else:
-                alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(new, last, strict=False)))
-                ends = [min(end, known + alike) for end in ends]
-        ids = np.concatenate([ids[:known], new])
+                alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, ids, strict=False)))
+                ends = [min(end, alike) for end in ends]
+        ids = whole
         ends.append(len(ids))
-        if enough is not None and len(ids) >= enough:
-            break
-        at, mark = max(((text.rfind(mark), mark) for mark in tokenizer.added), default=(-1, ""))
-        if at > 0 and len(places := np.flatnonzero(new == tokenizer.added[mark])):
-            text, known = text[at:], known + int(places[-1])
     return ids, ends
 
 
