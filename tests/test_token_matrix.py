@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from small_tokenizers import bert_wordpiece, byte_level_bpe, library_bpe, sentencepiece_bpe, write_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_tokenizers import BYTES, bert_wordpiece, byte_level_bpe, library_bpe, sentencepiece_bpe, write_tokenizer
 
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.training.examples import example_maker
@@ -132,14 +134,16 @@ CHATML = (
 )
 TEMPLATES = {
     "ChatML": CHATML,
-    "as Qwen2.5's": "{% if messages[0]['role'] == 'system' %}{{ '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}{% else %}"
+    "as Qwen2.5's": "{% if messages[0]['role'] == 'system' %}{{ '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
+    "{% else %}"
     "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}"
     + CHATML.replace("in messages", "in messages if m.role != 'system'"),
     "as Llama 2's": "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}{% else %}"
     "{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}",
     "as Llama 3's": "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_end|>\n\n' + m.content | trim + eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n\n' }}{% endif %}",
-    "words": "{% for m in messages %}{{ m.role.upper() + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}",
+    "words": "{% for m in messages %}{{ m.role.upper() + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}",
     "nothing but what is said": "{% for m in messages %}{{ m.content }}{% endfor %}",
     "pad, unk, documents": "{{ pad_token }}{{ unk_token }}{{ documents | length if documents else 0 }}" + CHATML,
     "marked": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
@@ -205,3 +209,83 @@ def test_conversations_are_those_of_apply_chat_template(name, template, chatters
         assert known.tolist() == want["input_ids"][: len(known)], (key, ours.decode(known), theirs.decode(want["input_ids"]))
         if "assistant_masks" in want:
             assert learnt.tolist()[1:] == [bool(m) for m in want["assistant_masks"]][1 : len(learnt)], key
+
+
+PIECES = [
+    "the",
+    " cat",
+    "foo",
+    "bar",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "e",
+    "\u0301",
+    "é",
+    "日本",
+    "☃",
+    "12",
+    "'s",
+    "<s>",
+    "</s>",
+    "<|im_end|>",
+    "\t",
+    "A",
+]
+TEXT = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(max_size=8)
+
+
+@pytest.mark.parametrize("name", ["bytes", *CHATTERS])
+def test_the_ids_spell_the_record(name, chatters):
+    """Whatever is said, and wherever a merge, a prefix space or a normalizer reaches across a boundary."""
+    tokenizer = BYTES if name == "bytes" else load_tokenizer(chatters[name], 1000)
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    usual = [key for key in TEMPLATES if name != "bytes" or "s_token" not in TEMPLATES[key]]  # bytes have no begin or end token to write
+
+    def spelled(text, behind=()):
+        ids = tokenizer.begin(tokenizer.encode(text, add_special=False)).tolist()
+        return tokenizer.decode(ids if not behind or ids[-1:] == behind else [*ids, *behind])
+
+    def usable(record, template=None, **options):
+        try:
+            return example_of(tokenizer, record, template, **options)
+        except ValueError as error:
+            if "nothing to learn" not in str(error) and "noncharacters" not in str(error):
+                raise
+            return None, None
+
+    @settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(TEXT, TEXT, TEXT, TEXT, st.sampled_from(usual))
+    def check(a, b, c, d, template):
+        for record, text, behind in (({"text": a}, a, []), ({"prompt": a, "completion": b}, a + b, end)):
+            ids, learnt = usable(record)
+            if ids is not None:
+                assert tokenizer.decode(ids) == spelled(text, behind)
+                asked, first = tokenizer.encode_prompt(a), np.flatnonzero(learnt)[0]
+                if "prompt" in record and first >= len(asked):  # else a normalizer composed a character across the boundary
+                    assert np.array_equal(ids[: len(asked)], asked)
+        messages = messages_of([("user", a), ("assistant", b), ("user", c), ("assistant", d), ("user", "the end")])
+        tokenizer.chat_template = TEMPLATES[template]
+        text = tokenizer.render(messages)
+        ids, learnt = usable({"messages": messages}, TEMPLATES[template], mask=False)
+        assert ids is None or np.array_equal(ids, tokenizer.encode(text, add_special=False))
+        ids, learnt = usable({"messages": messages}, TEMPLATES[template])
+        if ids is not None:
+            past = tokenizer.offsets(text)[: len(ids)][learnt][:, 1].max()
+            assert past <= len(tokenizer.render(messages[:4]))  # "the end" is the user's
+
+    check()
+
+
+@pytest.mark.parametrize("name", CHATTERS)
+def test_streams_are_what_decode_gives(name, chatters):
+    tokenizer = load_tokenizer(chatters[name], 1000)
+    ids = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=9) | TEXT.map(lambda text: tokenizer.encode(text).tolist())
+
+    @settings(max_examples=150, deadline=None)
+    @given(ids, st.booleans())
+    def check(ids, skip):
+        assert "".join(tokenizer.stream(ids, skip)) == tokenizer.decode(ids, skip)
+
+    check()

@@ -149,7 +149,8 @@ def assistant_spans(
                 continue
             through = render(messages[: i + 1]) if i + 1 < len(messages) else text
             try:
-                before, opened = render(messages[:i]), render(messages[:i], prompt=True)
+                opened = render(messages[:i], prompt=True)
+                before = opened if through.startswith(opened) else render(messages[:i])
             except ValueError:  # such a conversation is none for this template; where does another answer differ from this one?
                 other = "b" if (message.get("content") or "").strip().startswith("a") else "a"
                 before, opened = "", render([*messages[:i], {**message, "content": other}])
@@ -158,8 +159,8 @@ def assistant_spans(
                     f"the chat template writes message {i + 1} differently when others follow, so its tokens cannot be told from the "
                     "rest; let every conversation end with its first answer, or learn from all of it (--no-mask-prompt)."
                 )
-            alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opened, through, strict=False)))
-            start = max(len(before), alike)  # mostly the whole prompt; less where a template opens answers in a way that this one does not
+            start = len(before)  # mostly behind the whole prompt; in between where a template opens answers in a way that this one does not
+            start += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opened[start:], through[start:], strict=False)))
             marks = [mark for mark in (eos_token, *ends) if mark and through.rfind(mark, start) >= 0]
             past = max((through.rfind(mark) + len(mark) for mark in marks), default=start)
             yield start, past if past > start and not through[past:].strip() else len(through)
