@@ -296,7 +296,7 @@ def _special_ids(library: Any, beside: Sequence[dict[str, Any]], name: str) -> l
         given = raw.get(f"{name}_token_id")
         ids = [id, *(given if isinstance(given, list) else [given])]
         found += [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i not in found]
-    return [i for i in found if i >= 0 and library.id_to_token(i) is not None]  # -1 means none
+    return [i for i in found if 0 <= i < 2**32 and library.id_to_token(i) is not None]  # -1 means none
 
 
 def _fitting(tokenizer: HFTokenizer, vocab_size: int, path: str | Path) -> HFTokenizer:

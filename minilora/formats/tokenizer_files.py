@@ -52,7 +52,8 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
     named |= config["extra_special_tokens"] if isinstance(config.get("extra_special_tokens"), dict) else {}
     listed: dict[int, Any] = {}
     if isinstance(given := config.get("added_tokens_decoder"), dict):
-        listed = {_id(key, where): _token(value, "added_tokens_decoder", where) for key, value in given.items()}
+        for key, value in given.items():
+            listed[_id(key, where)] = _token({} if isinstance(value, str) else value, "added_tokens_decoder", where)
     else:
         where = file.parent / "special_tokens_map.json"
         extra += [t for t in _tokens(named_too.pop("extra_special_tokens", None), where) if t not in extra]
@@ -88,11 +89,6 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
         library.add_tokens([tokenizers.AddedToken(content, special=True) for content in (*names.values(), *map(_content, extra))])
     if kind == "BertTokenizer":
         _put_around(library, names, file)
-    for id, added in listed.items():
-        if library.token_to_id(added.content) != id:
-            raise ValueError(
-                f"{file}: the token {added.content!r} is to be {id}, but the vocabulary makes it {library.token_to_id(added.content)}."
-            )
     library.encode_special_tokens = bool(config.get("split_special_tokens"))
     return library, names, config
 
@@ -192,14 +188,19 @@ def _put_around(library: Any, names: dict[str, str], file: Path) -> None:
 def _token(value: Any, name: str, where: Path) -> Any:
     """A token as a file gives it, for the library: text, or an object with what it strips. Raises ValueError naming the file."""
     try:
+        if not _content(value):
+            raise TypeError
         _content(value).encode("utf-8")
         if isinstance(value, str):
             return value
-        return import_tokenizers().AddedToken(**{key: option for key, option in value.items() if key not in ("__type", "id")})
+        return import_tokenizers().AddedToken(**{key: value[key] for key in _OPTIONS if key in value})
     except UnicodeEncodeError:
         raise ValueError(f"{where}: {name} {_content(value)!r} holds half of a surrogate pair, which is no text.") from None
-    except (TypeError, AttributeError):
+    except TypeError:
         raise ValueError(f"{where}: {name} must be a token, got {value!r:.60}.") from None
+
+
+_OPTIONS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def _tokens(value: Any, where: Path) -> list[Any]:
@@ -208,8 +209,10 @@ def _tokens(value: Any, where: Path) -> list[Any]:
     return list(value) if isinstance(value, list) else []
 
 
-def _content(value: Any) -> Any:
-    return value.get("content") if isinstance(value, dict) else value if isinstance(value, str) else getattr(value, "content", None)
+def _content(value: Any) -> str:
+    """The text of a token; "" where it has none."""
+    text = value.get("content") if isinstance(value, dict) else getattr(value, "content", value)
+    return text if isinstance(text, str) else ""
 
 
 def _id(value: Any, where: Path) -> int:
