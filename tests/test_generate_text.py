@@ -132,9 +132,7 @@ def test_what_the_user_says_next_is_never_learnt():
 def test_a_message_may_be_left_out_of_what_is_learnt():
     for field, value in (("weight", 0), ("train", False)):
         messages = [TALK[0], {**TALK[1], field: value}, *TALK[2:]]
-        marked = (
-            "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
-        )
+        marked = "{% for m in messages if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
         for template in (CHATML, marked):
             assert [text.removesuffix("<|im_end|>\n") for text in answers(template, messages)] == ["\nSo <b>long</b>"]
     for message, wrong in ((TALK[1], {"weight": 0.5}), (TALK[1], {"train": "no"}), (TALK[0], {"weight": 1})):

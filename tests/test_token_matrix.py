@@ -233,7 +233,9 @@ PIECES = [
     "\t",
     "A",
 ]
-TEXT = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(max_size=8)
+TEXT = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1"), max_size=8
+)
 
 
 @pytest.mark.parametrize("name", ["bytes", *CHATTERS])
@@ -251,11 +253,11 @@ def test_the_ids_spell_the_record(name, chatters):
         try:
             return example_of(tokenizer, record, template, **options)
         except ValueError as error:
-            if "nothing to learn" not in str(error) and "noncharacters" not in str(error):
+            if "nothing to learn" not in str(error):
                 raise
             return None, None
 
-    @settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(TEXT, TEXT, TEXT, TEXT, st.sampled_from(usual))
     def check(a, b, c, d, template):
         for record, text, behind in (({"text": a}, a, []), ({"prompt": a, "completion": b}, a + b, end)):
