@@ -304,7 +304,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: 0, all)")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P (default: 1)")
-    p.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+    p.add_argument("--stop", action="append", metavar="TEXT", help="end before this text, or special token; may be given several times")
     p.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
     where(p)
 

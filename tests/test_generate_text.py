@@ -99,6 +99,9 @@ def test_a_text_ends_at_each_token_that_the_files_name(tmp_path):
     assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.stop_ids) == (4, None, {4, 3, 0, 2})
     tokenizer.save(tmp_path / "b")
     assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == {"eos_token_id": [0, 2, 3, 4]}
+    (tmp_path / "b" / "generation_config.json").write_text('{"eos_token_id": 0, "top_k": 5}')
+    tokenizer.save_stop_ids(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == {"eos_token_id": [0, 2, 3, 4], "top_k": 5}
     again = load_tokenizer(tmp_path / "b", 400)
     assert (again.eos_id, again.stop_ids) == (4, {4, 3, 0, 2})
 

@@ -6,7 +6,7 @@ No padding and no truncation anywhere: sequences are laid end to end, and who cu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ class Tokenizer(ABC):
     vocab_size      the largest id + 1
     bos_id, eos_id  None where there are none
     prefix          the ids that `encode` puts in front of a text; adds_bos: do they begin with bos_id?
-    stop_ids        the ids that end a text when a model writes one
     special_tokens  those that a chat template may write, by name: {"bos_token": "<s>", ...}
     added           {token: id} of the tokens that are found in a text before it is split
     special_ids     those of them that `decode` may leave out
     byte_ids        the tokens that stand for one byte of a character
+    clean_up        does `decode` take spaces out again, before full stops and the like?
     """
 
     vocab_size: int
@@ -35,12 +35,17 @@ class Tokenizer(ABC):
     eos_id: int | None = None
     adds_bos: bool = False
     prefix: tuple[int, ...] = ()
-    stop_ids: Collection[int] = frozenset()
     chat_template: str | None = None
     special_tokens: dict[str, str] = {}  # noqa: RUF012 - never changed
     added: dict[str, int] = {}  # noqa: RUF012
     special_ids: frozenset[int] = frozenset()
     byte_ids: frozenset[int] = frozenset()
+    clean_up: bool = False
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end a text when a model writes one."""
+        return frozenset()
 
     @abstractmethod
     def encode(self, text: str, add_special: bool = True) -> np.ndarray:
@@ -72,8 +77,14 @@ class Tokenizer(ABC):
         return render_chat(self.chat_template, messages, add_generation_prompt, **self.special_tokens, **more)
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as transformers and `load_tokenizer` read them; for bytes, nothing."""
+        """Write the files that transformers and `load_tokenizer` read: tokenizer.json, its settings, the stop_ids. For bytes, nothing."""
         return None
+
+    def save_stop_ids(self, folder: str | Path) -> None:
+        """Name all stop_ids in generation_config.json, where transformers looks for them; what else it says stays."""
+        file = Path(folder) / "generation_config.json"
+        if self.stop_ids:
+            write_json(file, {**(read_json(file) if file.is_file() else {}), "eos_token_id": sorted(self.stop_ids)})
 
     def stream(self, ids: Iterable[int], skip_special: bool = False) -> Iterator[str]:
         """The text of ids as they come, in pieces that end at complete characters. Joined, they are `decode` of all ids.
@@ -82,6 +93,9 @@ class Tokenizer(ABC):
         a run of tokens of single bytes, which some decoders read as a whole. Only the tokens since the last piece but one are decoded
         again; as decoders may drop a space before the first word they see, these must hold a word that has been told.
         """
+        if self.clean_up:  # every token may change what stands before it: all in one piece
+            yield from filter(None, [self.decode(ids, skip_special)])
+            return
         window: list[int] = []
         context, told, in_bytes = 0, 0, False  # window[:context] has been told, and of the text of the window `told` characters
         for id in map(int, ids):
@@ -121,8 +135,8 @@ class ByteTokenizer(Tokenizer):
 class HFTokenizer(Tokenizer):
     """A tokenizer of the tokenizers library, with its padding and truncation switched off.
 
-    `tokens` are its special tokens by name, `stop_ids` those that end a text beside the end token and the one that ends an answer in
-    the chat template; where: the file that errors name.
+    `tokens` are its special tokens by name; `stop_ids` end a text as eos_id does, and as does the token that ends an answer in the
+    chat template; where: the file that errors name.
     """
 
     def __init__(
@@ -149,12 +163,16 @@ class HFTokenizer(Tokenizer):
         self.chat_template = chat_template
         marks = {"bos_token": self.token(bos_id), "eos_token": self.token(eos_id)} if tokens is None else tokens
         self.special_tokens = {name: token for name, token in marks.items() if token}
-        end = turn_end(chat_template, list(self.added), **self.special_tokens) if chat_template else None
-        self.stop_ids = frozenset(stop_ids) | {id for id in (eos_id, self.added.get(end or "")) if id is not None}
+        self.ends = frozenset(stop_ids) | {id for id in (eos_id,) if id is not None}
         probe, alone = self.encode("a"), self.encode("a", add_special=False)
-        spaces = range(len(probe) - len(alone) + 1)
-        self.prefix = tuple(probe[: next(i for i in spaces if np.array_equal(probe[i : i + len(alone)], alone))].tolist())
+        before = (i for i in range(len(probe)) if np.array_equal(probe[i : i + len(alone)], alone))
+        self.prefix = tuple(probe[: next(before, 0)].tolist())
         self.adds_bos = bos_id is not None and self.prefix[:1] == (bos_id,)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        end = turn_end(self.chat_template, list(self.added), **self.special_tokens) if self.chat_template else None
+        return self.ends | ({self.added[end]} if end else set())
 
     def encode(self, text: str, add_special: bool = True) -> np.ndarray:
         with library_errors(self.where):
@@ -182,8 +200,7 @@ class HFTokenizer(Tokenizer):
         settings |= {"clean_up_tokenization_spaces": True, _CLEAN_BPE: True} if self.clean_up else {}
         write_file(Path(folder) / "tokenizer.json", self.library.save)
         write_json(Path(folder) / "tokenizer_config.json", settings)
-        if self.stop_ids:
-            write_json(Path(folder) / "generation_config.json", {"eos_token_id": sorted(self.stop_ids)})
+        self.save_stop_ids(folder)
 
 
 _CLEAN_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"

@@ -11,7 +11,7 @@ added, as no model has been trained on it.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
     named = {name: named[name] for name in (*_NAMES, *(named.keys() - set(_NAMES))) if named.get(name) is not None}
     named = {name: known.get(_content(value)) or _token(value, name, where) for name, value in named.items()}
     names = {name: _content(value) for name, value in named.items()}
-    if kind in _BUILD:
+    if kind:
         library = _built(kind, library, raw, config, names, file)
 
     there = library.get_added_tokens_decoder().values()
@@ -87,8 +87,12 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
     library.add_tokens(add)
     if kind == "Qwen2Tokenizer":
         library.add_tokens([tokenizers.AddedToken(content, special=True) for content in (*names.values(), *map(_content, extra))])
-    if kind == "BertTokenizer":
-        _put_around(library, names, file)
+    if kind == "BertTokenizer":  # whatever the post-processor of tokenizer.json is
+        around = [(mark, library.token_to_id(mark)) for name in ("cls_token", "sep_token") if (mark := names.get(name))]
+        if len(around) < 2:
+            raise ValueError(f"{file}: BertTokenizer needs the tokens [CLS] and [SEP], which are not in the vocabulary.")
+        single = f"{around[0][0]}:0 $A:0 {around[1][0]}:0"
+        library.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=around)
     library.encode_special_tokens = bool(config.get("split_special_tokens"))
     return library, names, config
 
@@ -108,81 +112,44 @@ def _kind(config: dict[str, Any], model: dict[str, Any], raw: dict[str, Any], wh
             f"{where}: tokenizer_class {name!r} is not supported, as transformers does not take tokenizer.json as it is for it; "
             'save the tokenizer with the class "PreTrainedTokenizerFast" to use tokenizer.json.'
         )
-    if kind not in _BUILD or (kind == "LlamaTokenizer" and "ByteLevel" in str((raw.get("pre_tokenizer"), raw.get("decoder")))):
+    if kind not in _DEFAULTS or (kind == "LlamaTokenizer" and "ByteLevel" in str((raw.get("pre_tokenizer"), raw.get("decoder")))):
         return ""
     return kind
 
 
-def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any], named: dict[str, str], file: Path) -> Any:
+def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any], names: dict[str, str], file: Path) -> Any:
     """What a class of transformers makes of the vocabulary and the post-processor of tokenizer.json."""
-    wanted = "WordPiece" if kind == "BertTokenizer" else "BPE"
-    if type(library.model).__name__ != wanted:
+    wanted, model = "WordPiece" if kind == "BertTokenizer" else "BPE", type(library.model).__name__
+    if model != wanted:
         raise ValueError(
-            f"{file}: its model is {type(library.model).__name__}, but {kind} needs {wanted}; "
+            f"{file}: its model is {model}, but {kind} needs {wanted}; "
             'write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json to use it as it is.'
         )
-    tokenizers, vocab, merges = import_tokenizers(), raw["model"]["vocab"], raw["model"].get("merges", [])
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    t, vocab, space = import_tokenizers(), raw["model"]["vocab"], config.get("add_prefix_space")
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in raw["model"].get("merges", ())]
     try:
-        built = tokenizers.Tokenizer(_BUILD[kind][0](tokenizers, vocab, merges, named))
-        built.post_processor = library.post_processor or tokenizers.processors.TemplateProcessing(single="$A:0")
-        _BUILD[kind][1](tokenizers, built, config)
+        if kind == "BertTokenizer":
+            built = t.Tokenizer(t.models.WordPiece(vocab, unk_token=names.get("unk_token", "[UNK]")))
+            chinese, lowercase = config.get("tokenize_chinese_chars", True), config.get("do_lower_case", True)
+            built.normalizer = t.normalizers.BertNormalizer(True, chinese, config.get("strip_accents"), lowercase)
+            built.pre_tokenizer, built.decoder = t.pre_tokenizers.BertPreTokenizer(), t.decoders.WordPiece(prefix="##")
+        elif kind == "LlamaTokenizer":
+            built = t.Tokenizer(t.models.BPE(vocab, merges, fuse_unk=True, byte_fallback=True))
+            scheme = "never" if space is False else "always" if config.get("legacy") else "first"
+            built.pre_tokenizer = t.pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+            strip = [] if space is False else [t.decoders.Strip(content=" ", left=1)]
+            built.decoder = t.decoders.Sequence([t.decoders.Replace("▁", " "), t.decoders.ByteFallback(), t.decoders.Fuse(), *strip])
+        else:
+            built = t.Tokenizer(t.models.BPE(vocab, merges))
+            built.pre_tokenizer, built.decoder = t.pre_tokenizers.ByteLevel(add_prefix_space=space or False), t.decoders.ByteLevel()
+        if kind == "Qwen2Tokenizer":
+            built.normalizer, split = t.normalizers.NFC(), t.pre_tokenizers.Split(t.Regex(QWEN2), behavior="isolated")
+            in_bytes = t.pre_tokenizers.ByteLevel(add_prefix_space=space or False, use_regex=False)
+            built.pre_tokenizer = t.pre_tokenizers.Sequence([split, in_bytes])
+        built.post_processor = library.post_processor or t.processors.TemplateProcessing(single="$A:0")
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"{file}: a {kind} cannot be made of it and the tokenizer_config.json beside it ({error}).") from None
     return built
-
-
-def _bert(tokenizers: Any, built: Any, config: dict[str, Any]) -> None:
-    built.normalizer = tokenizers.normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
-        strip_accents=config.get("strip_accents"),
-        lowercase=config.get("do_lower_case", True),
-    )
-    built.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    built.decoder = tokenizers.decoders.WordPiece(prefix="##")
-
-
-def _gpt2(tokenizers: Any, built: Any, config: dict[str, Any]) -> None:
-    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
-    built.decoder = tokenizers.decoders.ByteLevel()
-
-
-def _llama(tokenizers: Any, built: Any, config: dict[str, Any]) -> None:
-    space = config.get("add_prefix_space")
-    scheme = "never" if space is False else "always" if config.get("legacy", False) else "first"
-    built.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
-    steps = tokenizers.decoders
-    strip = [] if space is False else [steps.Strip(content=" ", left=1)]
-    built.decoder = steps.Sequence([steps.Replace("▁", " "), steps.ByteFallback(), steps.Fuse(), *strip])
-
-
-def _qwen2(tokenizers: Any, built: Any, config: dict[str, Any]) -> None:
-    before = tokenizers.pre_tokenizers
-    built.normalizer = tokenizers.normalizers.NFC()
-    in_bytes = before.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space")), use_regex=False)
-    built.pre_tokenizer = before.Sequence([before.Split(tokenizers.Regex(QWEN2), behavior="isolated"), in_bytes])
-    built.decoder = tokenizers.decoders.ByteLevel()
-
-
-_BUILD: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
-    "BertTokenizer": (lambda t, vocab, merges, named: t.models.WordPiece(vocab, unk_token=named.get("unk_token", "[UNK]")), _bert),
-    "GPT2Tokenizer": (lambda t, vocab, merges, named: t.models.BPE(vocab, merges), _gpt2),
-    "LlamaTokenizer": (lambda t, vocab, merges, named: t.models.BPE(vocab, merges, fuse_unk=True, byte_fallback=True), _llama),
-    "Qwen2Tokenizer": (lambda t, vocab, merges, named: t.models.BPE(vocab, merges), _qwen2),
-}
-
-
-def _put_around(library: Any, names: dict[str, str], file: Path) -> None:
-    """BERT's special tokens around a text, whatever the post-processor of tokenizer.json is."""
-    marks = [names.get(name) for name in ("cls_token", "sep_token")]
-    ids = [library.token_to_id(mark) if mark else None for mark in marks]
-    if None in ids:
-        raise ValueError(f"{file}: BertTokenizer needs the tokens [CLS] and [SEP], which are not in the vocabulary.")
-    processors = import_tokenizers().processors
-    library.post_processor = processors.TemplateProcessing(
-        single=f"{marks[0]}:0 $A:0 {marks[1]}:0", special_tokens=list(zip(marks, ids, strict=True))
-    )
 
 
 def _token(value: Any, name: str, where: Path) -> Any:

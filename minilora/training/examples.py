@@ -133,7 +133,7 @@ def _classified(tokenizer: Tokenizer, text: str, max_length: int) -> tuple[np.nd
     if len(ids) <= max_length:
         return ids, False
     body = tokenizer.encode(text, add_special=False)
-    before = next(i for i in range(len(ids)) if np.array_equal(ids[i : i + len(body)], body))
+    before = len(tokenizer.prefix)
     after = ids[before + len(body) :]
     room = max(0, max_length - before - len(after))
     return np.concatenate([ids[:before], body[:room], after])[:max_length], True
