@@ -64,12 +64,12 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
         for content, id in added_too.items():
             kept = {"content": content, "special": content in special, "normalized": content not in special}
             listed[_id(id, where)] = _token(kept, "a key", where)
-        listed |= {value["id"]: _token(value, "added_tokens", file) for value in raw["added_tokens"]}
+        listed |= {value["id"]: _token(value, "added_tokens", file) for value in raw.get("added_tokens", ())}
     where = file.parent / "tokenizer_config.json"
     known = {added.content: added for added in listed.values()}
     every = library.get_vocab(with_added_tokens=True).keys() | known.keys() | {_content(value) for value in named.values()}
     named = {name: c for name, c in _DEFAULTS.get(kind, {}).items() if name not in named and c in every} | named
-    named = {name: named[name] for name in (*_NAMES, *(named.keys() - set(_NAMES))) if named.get(name) is not None}
+    named = {name: named[name] for name in dict.fromkeys((*_NAMES, *named)) if named.get(name) is not None}  # in this order they get ids
     named = {name: known.get(_content(value)) or _token(value, name, where) for name, value in named.items()}
     names = {name: _content(value) for name, value in named.items()}
     if kind:
@@ -112,9 +112,8 @@ def _kind(config: dict[str, Any], model: dict[str, Any], raw: dict[str, Any], wh
             f"{where}: tokenizer_class {name!r} is not supported, as transformers does not take tokenizer.json as it is for it; "
             'save the tokenizer with the class "PreTrainedTokenizerFast" to use tokenizer.json.'
         )
-    if kind not in _DEFAULTS or (kind == "LlamaTokenizer" and "ByteLevel" in str((raw.get("pre_tokenizer"), raw.get("decoder")))):
-        return ""
-    return kind
+    in_bytes = "ByteLevel" in str([raw.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")])
+    return "" if kind not in _DEFAULTS or (kind == "LlamaTokenizer" and in_bytes) else kind
 
 
 def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any], names: dict[str, str], file: Path) -> Any:
