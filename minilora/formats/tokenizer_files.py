@@ -56,11 +56,12 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
             listed[_id(key, where)] = _token({} if isinstance(value, str) else value, "added_tokens_decoder", where)
     else:
         where = file.parent / "special_tokens_map.json"
-        extra += [t for t in _tokens(named_too.pop("extra_special_tokens", None), where) if t not in extra]
-        extra = _tokens(named_too.pop("additional_special_tokens", None), where) or extra
+        extra += [t for t in _tokens(named_too.get("extra_special_tokens"), where) if t not in extra]
         named |= {k: {**v, "special": True} if isinstance(v, dict) else v for k, v in named_too.items() if k.endswith("_token")}
+        special = {v for v in (*named.values(), *extra) if isinstance(v, str)} | {_content(v) for v in named_too.values()}
+        if not {"extra_special_tokens", "additional_special_tokens"} & config.keys() | {"extra_special_tokens"} & named_too.keys():
+            extra = _tokens(named_too.get("additional_special_tokens"), where)
         where = file.parent / "added_tokens.json"
-        special = {_content(value) for value in (*named.values(), *extra)}
         for content, id in added_too.items():
             kept = {"content": content, "special": content in special, "normalized": content not in special}
             listed[_id(id, where)] = _token(kept, "a key", where)
@@ -70,7 +71,8 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
     every = library.get_vocab(with_added_tokens=True).keys() | known.keys() | {_content(value) for value in named.values()}
     named = {name: c for name, c in _DEFAULTS.get(kind, {}).items() if name not in named and c in every} | named
     named = {name: named[name] for name in dict.fromkeys((*_NAMES, *named)) if named.get(name) is not None}  # in this order they get ids
-    named = {name: known.get(_content(value)) or _token(value, name, where) for name, value in named.items()}
+    as_listed = {name: known.get(_content(value)) for name, value in named.items() if name in _NAMES}
+    named = {name: as_listed.get(name) or _token(value, name, where) for name, value in named.items()}
     names = {name: _content(value) for name, value in named.items()}
     if kind:
         library = _built(kind, library, raw, config, names, file)
