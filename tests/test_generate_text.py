@@ -58,6 +58,13 @@ def test_what_may_become_a_text_to_stop_at_waits():
     assert written("User", ["User:"], n=4)[1] == {"text": "User", "tokens": 4, "ended": "length"}
 
 
+def test_the_space_before_the_first_word_is_shown():
+    tokenizer = HFTokenizer(sentencepiece_bpe(), 1, 2)
+    asked, new = tokenizer.encode("the cat"), tokenizer.encode("the cat sat on")[len(tokenizer.encode("the cat")) :]
+    told = generate_text(Parrot(new, tokenizer.vocab_size), tokenizer, asked, len(new), temperature=0)
+    assert told["text"] == " sat on"
+
+
 def test_special_tokens_are_texts_to_stop_at_and_empty_ones_are_none():
     assert written("the cat<|im_end|>sat", ["</s>"], HFTokenizer(byte_level_bpe(), eos_id=0), n=9)[1]["text"].startswith("the catsat")
     assert written("the cat<|im_end|>sat", ["<|im_end|>"], HFTokenizer(byte_level_bpe(), eos_id=0))[1] == {

@@ -86,18 +86,19 @@ class Tokenizer(ABC):
         if self.stop_ids:
             write_json(file, {**(read_json(file) if file.is_file() else {}), "eos_token_id": sorted(self.stop_ids)})
 
-    def stream(self, ids: Iterable[int], skip_special: bool = False) -> Iterator[str]:
-        """The text of ids as they come, in pieces that end at complete characters. Joined, they are `decode` of all ids.
+    def stream(self, ids: Iterable[int], skip_special: bool = False, after: Iterable[int] = ()) -> Iterator[str]:
+        """The text of ids as they come, in pieces that end at complete characters. Joined, they are `decode` of all ids; with the ids
+        that they come `after`, what they add to the text of those.
 
         A token may hold part of a character, which decodes to replacement characters at the end: they wait for the next token. So does
         a run of tokens of single bytes, which some decoders read as a whole. Only the tokens since the last piece but one are decoded
         again; as decoders may drop a space before the first word they see, these must hold a word that has been told.
         """
+        window = [int(id) for id in after]
+        context, told, in_bytes = len(window), len(self.decode(window, skip_special)), False  # `told` characters of window[:context]
         if self.clean_up:  # every token may change what stands before it: all in one piece
-            yield from filter(None, [self.decode(ids, skip_special)])
+            yield from filter(None, [self.decode([*window, *ids], skip_special)[told:]])
             return
-        window: list[int] = []
-        context, told, in_bytes = 0, 0, False  # window[:context] has been told, and of the text of the window `told` characters
         for id in map(int, ids):
             window.append(id)
             in_bytes = id in self.byte_ids or (in_bytes and skip_special and id in self.special_ids)

@@ -64,7 +64,7 @@ def generate_text(
     """Write on after the prompt `ids` (T,), from `tokenizer.encode_prompt`, and show each piece of text as soon as it is certain.
 
     It ends after n tokens, before one of the tokenizer's stop_ids, or before a text in `stop`, of which nothing is ever shown.
-    Returns {"text", "tokens": how many were drawn, "ended": "stop" or "length"}; the pieces joined are the text. Raises ValueError as
+    Returns {"text": what it adds to that of the prompt, "tokens": how many were drawn, "ended": "stop" or "length"}. Raises ValueError as
     `generate`, and for an empty text to stop at, or one that holds a special token and more.
     """
     ends, marks = set(tokenizer.stop_ids), [mark for mark in stop if mark not in tokenizer.added]
@@ -81,7 +81,7 @@ def generate_text(
             yield token
 
     text, shown = "", 0
-    for piece in tokenizer.stream(noted(), skip_special=True):
+    for piece in tokenizer.stream(noted(), skip_special=True, after=ids):
         text += piece
         if found := [at for mark in marks if (at := text.find(mark, shown)) >= 0]:
             text = text[: min(found)]
