@@ -69,49 +69,31 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
-    from minilora.formats.chat import render_chat
     from minilora.formats.run import open_model, tokenizer_of
-    from minilora.models.generate import generate
+    from minilora.models.generate import generate_text
 
     model = open_model(args.model, args.backend, args.adapter, allow_other_weights=args.allow_other_weights)
     if not hasattr(model, "decode"):
         raise ValueError(f"{args.model} ({type(model).__name__}) does not generate text: it is no decoder.")
     tokenizer = tokenizer_of(args.model, model.config.vocab_size)
-    prompt, special = args.prompt, True
+    prompt, ids = args.prompt, tokenizer.encode_prompt(args.prompt)
     if args.chat:
         messages = ([{"role": "system", "content": args.system}] if args.system else []) + [{"role": "user", "content": args.prompt}]
-        marks = tokenizer.token(tokenizer.bos_id), tokenizer.token(tokenizer.eos_id)
-        prompt, special = render_chat(tokenizer.chat_template, messages, True, *marks), False
-    ids = tokenizer.encode(prompt, add_special=special)
-    stop = set(tokenizer.stop_ids)
-    drawn = generate(model, ids, args.tokens, args.temperature, args.seed, top_k=args.top_k, top_p=args.top_p, stop=stop)
-    show = not args.json
-    if show and not args.chat:
-        print(prompt, end="", flush=True)
-    text, ended, count = "", "length", 0
+        prompt = tokenizer.render(messages, add_generation_prompt=True)
+        ids = tokenizer.encode(prompt, add_special=False)
 
-    def counted() -> Any:
-        nonlocal count
-        for token in drawn:
-            count += 1
-            yield token
+    before = "" if args.chat else prompt
 
-    for piece in tokenizer.stream(counted(), skip_special=True):
-        text += piece
-        cut = min((at for at in (text.find(mark) for mark in args.stop or []) if at >= 0), default=-1)
-        if cut >= 0:
-            kept = text[:cut]
-            piece, ended = kept[len(text) - len(piece) :] if cut > len(text) - len(piece) else "", "stop"
-            text = kept
-        if show:
-            print(piece, end="", flush=True)
-        if ended == "stop":
-            break
-    if show:
-        print()
-    if ended == "length" and count < args.tokens:
-        ended = "stop"
-    return {"prompt": prompt, "text": text, "tokens": count, "ended": ended}
+    def show(piece: str) -> None:
+        nonlocal before  # the prompt comes with the first piece, after all that can be wrong
+        if not args.json:
+            print(before + piece, end="", flush=True)
+            before = ""
+
+    drawing = {"top_k": args.top_k, "top_p": args.top_p, "stop": args.stop or ()}
+    told = generate_text(model, tokenizer, ids, args.tokens, args.temperature, args.seed, **drawing, show=show)
+    show("\n")
+    return {"prompt": prompt, **told}
 
 
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
@@ -325,7 +307,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: 0, all)")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P (default: 1)")
-    p.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+    p.add_argument("--stop", action="append", metavar="TEXT", help="end before this text, or special token; may be given several times")
     p.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
     weights(p)
     where(p)

@@ -1,5 +1,7 @@
 """Small tokenizers and a conversation, for tests."""
 
+import json
+
 import tokenizers
 
 from minilora.formats.tokenizer import ByteTokenizer, HFTokenizer
@@ -43,3 +45,61 @@ def library_wordpiece():
 
 
 BYTES, BPE = ByteTokenizer(), HFTokenizer(library_bpe(), eos_id=0, chat_template=CHATML)
+
+
+# ---- one of each kind, as published folders have them --------------------------------------------------------------------------------
+
+WORDS = ["the cat sat on the mat, isn't it?  def f(x):\n    return 2024 naïve ☃", "Hello World! 日本語 héllo foobar 12\n\n"] * 20
+
+
+def byte_level_bpe():
+    """As GPT-2's: spaces belong to the words after them."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(WORDS, trainer)
+    return library
+
+
+def sentencepiece_bpe(post="<s> $A"):
+    """As Llama 2's: "▁" in place of a space and before a text, bytes where no token fits, a begin token."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    library.normalizer = tokenizers.normalizers.Sequence(steps)
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", behavior="merged_with_next")  # in training only: no token spans two words
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    library.train_from_iterator(WORDS, tokenizers.trainers.BpeTrainer(vocab_size=380, special_tokens=special, show_progress=False))
+    raw = json.loads(library.to_str())
+    raw |= {"pre_tokenizer": None, "added_tokens": [token for token in raw["added_tokens"] if not token["content"].startswith("<0x")]}
+    library = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    steps = tokenizers.decoders
+    library.decoder = steps.Sequence([steps.Replace("▁", " "), steps.ByteFallback(), steps.Fuse(), steps.Strip(" ", 1, 0)])
+    marks = [(mark, library.token_to_id(mark)) for mark in ("<s>", "</s>")]
+    library.post_processor = tokenizers.processors.TemplateProcessing(single=post, special_tokens=marks)
+    return library
+
+
+def bert_wordpiece(lowercase=True):
+    """As BERT's, with a vocabulary of words and of all the characters in them."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    library = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    library.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
+    library.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    both = [*WORDS, *(word.lower() for word in WORDS), *(word.replace("ï", "i").replace("é", "e") for word in WORDS)]
+    library.train_from_iterator(both, tokenizers.trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False))
+    library.decoder = tokenizers.decoders.WordPiece()
+    library.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return library
+
+
+def write_tokenizer(folder, library, settings=None, **files):
+    """A folder as published: tokenizer.json, tokenizer_config.json, and the `files` by name without .json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    library.save(str(folder / "tokenizer.json"))
+    for name, content in {"tokenizer_config": settings, **files}.items():
+        if content is not None:
+            (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder

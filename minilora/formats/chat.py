@@ -6,29 +6,34 @@ A template comes with the model, from whoever published it: it sees plain data o
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
 from minilora.formats.atomic import read_json
 
 Messages = Sequence[dict[str, Any]]  # {"role": "user", "content": "..."} each
+Span = tuple[int, int]  # first character, past the last one
 
 _NONE = (
     "this model has no chat template; put one into chat_template.jinja in its folder (as transformers writes it), "
     'or use records of "prompt" and "completion" instead of "messages".'
 )
+_MARKS = "\ufdd0", "\ufdd1"  # noncharacters: where a {% generation %} block begins and ends
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def find_chat_template(folder: str | Path) -> str | None:
-    """The template in a model folder: chat_template.jinja, or chat_template of tokenizer_config.json (of several, "default")."""
+    """The template in a model folder: chat_template.jinja and additional_chat_templates/*.jinja, or those in tokenizer_config.json.
+
+    Of several, "default", and "tool_use" where there are tools, as in transformers. Raises ValueError when one is not text.
+    """
     folder = Path(folder)
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
     template = read_json(config).get("chat_template") if config.is_file() else None
     if isinstance(template, list):
@@ -36,73 +41,153 @@ def find_chat_template(folder: str | Path) -> str | None:
             named = {entry["name"]: entry["template"] for entry in template}
         except (TypeError, KeyError):
             raise ValueError(f'{config}: chat_template must be a string or a list of {{"name", "template"}}.') from None
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise ValueError(f"{config}: chat_template must be a string, got {type(template).__name__}.")
-    return template
+    else:
+        named = {} if template is None else {"default": template}
+    if wrong := [text for text in named.values() if not isinstance(text, str)]:
+        raise ValueError(f"{config}: chat_template must be a string, got {type(wrong[0]).__name__}.")
+    files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
+    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    try:
+        named = {name: file.read_text(encoding="utf-8") for name, file in files.items()} or named
+    except UnicodeDecodeError as error:
+        broken = next(file for file in files.values() if file.read_bytes() == error.object)
+        raise ValueError(f"{broken} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
+    if "tool_use" in named:
+        default = named.get("default", "{{ raise_exception('of the several templates none is the default') }}")
+        parts = "{% if tools is not none %}", named["tool_use"], "{% else %}", default, "{% endif %}"
+        return "{{ '' }}".join(part.removesuffix("\n") for part in parts)  # '' keeps jinja2 from trimming space beside a block
+    return named.get("default")
 
 
 def render_chat(
-    template: str | None, messages: Messages, add_generation_prompt: bool = False, bos_token: str = "", eos_token: str = ""
+    template: str | None, messages: Messages, add_generation_prompt: bool = False, bos_token: str = "", eos_token: str = "", **more: Any
 ) -> str:
     """The conversation as text; with `add_generation_prompt` also what stands before an answer of the assistant.
 
-    Encode it with add_special=False: the template writes the special tokens itself. Raises ValueError when there is no template,
-    when it is broken, refuses the messages or tries to leave its sandbox; ImportError when jinja2 is missing.
+    `more`: tools and documents (lists of objects), and the other special tokens that a template may write (pad_token, ...), as
+    `Tokenizer.special_tokens` gives them. Encode the text with add_special=False: the template writes the special tokens itself; those
+    that a message spells are read as such too, as in transformers. Raises ValueError when there is no template, when it is broken,
+    refuses the messages or tries to leave its sandbox; ImportError when jinja2 is missing.
     """
+    return _render(template, messages, add_generation_prompt, {"bos_token": bos_token, "eos_token": eos_token, **more})[0]
+
+
+def _render(template: str | None, messages: Messages, prompt: bool, more: dict[str, Any]) -> tuple[str, list[Span]]:
+    """(the text, the spans of its {% generation %} blocks)."""
     if template is None:
         raise ValueError(_NONE)
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not _has_content(message):
             raise ValueError(f'message {i + 1} must be an object with the strings "role" and "content".')
+    for name in ("tools", "documents"):
+        if not isinstance(value := more.get(name) or [], list) or not all(isinstance(item, dict) for item in value):
+            raise ValueError(f'"{name}" must be a list of objects.')
+    told = {"tools": None, "documents": None}  # templates ask whether there are any
+    told |= {name: value for name, value in more.items() if value not in (None, "")}
     try:
-        plain = json.loads(json.dumps(list(messages)))  # plain data: no object with methods gets in
+        plain = json.dumps({**told, "messages": [_plain(message) for message in messages]}, ensure_ascii=False)
     except (TypeError, ValueError):
         raise ValueError("messages must hold nothing but strings, numbers, lists and objects.") from None
-    compiled = _compile(template)
+    compiled, marks = _compile(template), f"[{''.join(_MARKS)}]"
+    if (marked := marks_answers(template)) and re.search(marks, plain):
+        raise ValueError(f"messages must not hold the noncharacters {' and '.join(map(ascii, _MARKS))}.")
     with _told():
-        return compiled.render(
-            messages=plain,
-            add_generation_prompt=add_generation_prompt,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            tools=None,  # templates ask whether there are any
-            documents=None,
-        )
+        text = compiled.render(**json.loads(plain), add_generation_prompt=prompt)  # plain data: no object with methods gets in
+    pieces = re.split(marks, text) if marked else [text]
+    bounds = list(accumulate(map(len, pieces)))
+    return "".join(pieces), list(zip(bounds[:-1:2], bounds[1:-1:2], strict=True))
+
+
+def _has_content(message: dict[str, Any]) -> bool:
+    """Is there text, or nothing beside calls of tools?"""
+    content = message.get("content")
+    return isinstance(content, str) or (content is None and message.get("tool_calls") is not None)
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as transformers gives it to a template: without what is None, and reasoning under each of its names."""
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in _REASONING if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def marks_answers(template: str | None) -> bool:
+    """Does the template say itself, by {% generation %}, what the assistant writes?"""
+    return template is not None and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
 def assistant_spans(
-    template: str | None, messages: Messages, bos_token: str = "", eos_token: str = ""
-) -> tuple[str, list[tuple[int, int]]]:
-    """(the whole text, [(first, past the last character) of what the assistant wrote]).
+    template: str | None, messages: Messages, bos_token: str = "", eos_token: str = "", *, ends: Sequence[str] = (), **more: Any
+) -> tuple[str, Iterator[Span]]:
+    """(the whole text, the spans of what the assistant wrote), one after the other as they are asked for; `more` as in `render_chat`.
 
-    A turn begins after what the template writes before an answer, and ends with the end-of-text token if the template writes it:
-    white space after that is not the assistant's. Found by rendering the conversation up to each turn. Raises ValueError as
-    `render_chat` does, and when the template writes a turn differently once others follow it.
+    Where the template has {% generation %} blocks, these are the spans, as in transformers. Else a turn begins after what the template
+    writes before an answer, and ends with the last special token (eos_token, or one of `ends`) if only white space follows it, or
+    before the next message. They are found by rendering the conversation up to each turn, so a caller who needs no more stops early.
+    A message with "weight": 0 or "train": false has no span. Raises ValueError as `render_chat` does, and when the template writes a
+    turn differently once others follow it.
     """
 
-    def render(n: int, prompt: bool = False) -> str:
-        return render_chat(template, messages[:n], prompt, bos_token, eos_token)
+    more |= {"bos_token": bos_token, "eos_token": eos_token}
 
-    text, spans = render(len(messages)), []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, through = render(i), render(i + 1)
-        if not (through.startswith(before) and text.startswith(through)):
+    def render(messages: Messages, prompt: bool = False) -> str:
+        return _render(template, messages, prompt, more)[0]
+
+    text, marked = _render(template, messages, False, more)
+    learnt = [_is_learnt(i, message) for i, message in enumerate(messages)]
+    if marks_answers(template):
+        answers = [learnt[i] for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if all(answers):
+            return text, iter(marked)
+        if len(answers) != len(marked):
+            raise ValueError('the chat template does not mark every answer, so that "weight" and "train" cannot be honoured.')
+        return text, (span for span, wanted in zip(marked, answers, strict=True) if wanted)
+
+    def turns() -> Iterator[Span]:
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant" or not learnt[i]:
+                continue
+            through = render(messages[: i + 1]) if i + 1 < len(messages) else text
+            try:
+                opened = render(messages[:i], prompt=True)
+                before = opened if through.startswith(opened) else render(messages[:i])
+            except ValueError:  # such a conversation is none for this template; where does another answer differ from this one?
+                other = "b" if (message.get("content") or "").strip().startswith("a") else "a"
+                before, opened = "", render([*messages[:i], {**message, "content": other}])
+            if not (through.startswith(before) and text.startswith(through)):
+                raise ValueError(
+                    f"the chat template writes message {i + 1} differently when others follow, so its tokens cannot be told from the "
+                    "rest; let every conversation end with its first answer, or learn from all of it (--no-mask-prompt)."
+                )
+            start = len(before)  # mostly behind the whole prompt; in between where a template opens answers in a way that this one does not
+            start += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opened[start:], through[start:], strict=False)))
+            marks = [mark for mark in (eos_token, *ends) if mark and through.rfind(mark, start) >= 0]
+            past = max((through.rfind(mark) + len(mark) for mark in marks), default=start)
+            yield start, past if past > start and not through[past:].strip() else len(through)
+
+    return text, turns()
+
+
+def _is_learnt(i: int, message: dict[str, Any]) -> bool:
+    """What "weight" (1 or 0) and "train" (true or false) say of a message. Raises ValueError for other values, and for a user's message."""
+    given = {name: message[name] for name in ("weight", "train") if message.get(name) is not None}
+    for name, value in given.items():
+        if value not in (0, 1) or (value and message["role"] != "assistant"):
             raise ValueError(
-                f"the chat template writes message {i + 1} differently when others follow, so its tokens cannot be told from the rest; "
-                "let every conversation end with its first answer, or learn from all of it (--no-mask-prompt)."
+                f'message {i + 1}: "{name}" is {value!r}; an answer is learnt (1) or not (0), and nothing but answers is learnt.'
             )
-        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(render(i, prompt=True), through, strict=False)))
-        start = max(len(before), alike)  # mostly the whole prompt; less where a template opens answers in a way that this one does not
-        end = len(through)
-        if eos_token:
-            past = through.rfind(eos_token, start) + len(eos_token)
-            if past > start and not through[past:].strip():
-                end = past
-        spans.append((start, end))
-    return text, spans
+    return all(given.values())
+
+
+def turn_end(template: str | None, ends: Sequence[str], **more: Any) -> str | None:
+    """The token of `ends` with which the template ends an answer; None where it writes none. `more` as in `render_chat`."""
+    answer = "an answer"
+    try:
+        text = render_chat(template, [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}], **more)
+    except ValueError:
+        return None
+    rest = text.rpartition(answer)[2].lstrip()
+    return max((mark for mark in ends if rest.startswith(mark)), key=len, default=None)
 
 
 @lru_cache(maxsize=8)
@@ -120,13 +205,14 @@ def _compile(template: str) -> Any:
             raise SecurityError(f"access to attribute {attribute!r}")  # jinja2 would go on with an undefined value
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %}, which some templates put around answers: what is inside, as it is."""
+        """{% generation %} ... {% endgeneration %}, which some templates put around answers: what is inside, between two marks."""
 
         tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
         def parse(self, parser: Any) -> list[nodes.Node]:
             next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            first, last = (nodes.Output([nodes.TemplateData(mark)]) for mark in _MARKS)
+            return [first, *parser.parse_statements(("name:endgeneration",), drop_needle=True), last]
 
     class PlainNamespace(Namespace):
         """jinja2's namespace without names by which Python would find methods."""

@@ -51,6 +51,7 @@ class GGUFTokenizer:
     add_bos: bool
     kind: str = "gpt2"
     pre: str = "default"
+    ends: tuple[int, ...] = ()  # of a turn and of a message, beside eos
 
 
 def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any], dict[str, np.ndarray], GGUFTokenizer]:
@@ -243,4 +244,5 @@ def _tokenizer(meta: dict[str, Any], path: Path) -> GGUFTokenizer:
         bool(get("add_bos_token", False)),
         get("model", "gpt2"),
         get("pre", "default"),
+        tuple(id for name in ("eot", "eom") if (id := get(f"{name}_token_id")) is not None),
     )

@@ -13,22 +13,39 @@ from typing import Any
 import numpy as np
 
 from minilora.formats.atomic import read_json, write_file, write_json
-from minilora.formats.chat import find_chat_template
+from minilora.formats.chat import Messages, find_chat_template, render_chat, turn_end
+from minilora.formats.tokenizer_files import QWEN2, import_tokenizers, library_errors, read_tokenizer
 
 
 class Tokenizer(ABC):
     """What the rest of the package knows of a tokenizer.
 
-    vocab_size is the largest id + 1; bos_id and eos_id are None where there are none; adds_bos tells whether `encode` puts a
-    bos_id in front; stop_ids are the ids that end a text when a model writes one.
+    vocab_size      the largest id + 1
+    bos_id, eos_id  None where there are none
+    prefix          the ids that `encode` puts in front of a text; adds_bos: do they begin with bos_id?
+    special_tokens  those that a chat template may write, by name: {"bos_token": "<s>", ...}
+    added           {token: id} of the tokens that are found in a text before it is split
+    special_ids     those of them that `decode` may leave out
+    byte_ids        the tokens that stand for one byte of a character
+    clean_up        does `decode` take spaces out again, before full stops and the like?
     """
 
     vocab_size: int
     bos_id: int | None = None
     eos_id: int | None = None
     adds_bos: bool = False
-    stop_ids: frozenset[int] = frozenset()
+    prefix: tuple[int, ...] = ()
     chat_template: str | None = None
+    special_tokens: dict[str, str] = {}  # noqa: RUF012 - never changed
+    added: dict[str, int] = {}  # noqa: RUF012
+    special_ids: frozenset[int] = frozenset()
+    byte_ids: frozenset[int] = frozenset()
+    clean_up: bool = False
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end a text when a model writes one."""
+        return frozenset()
 
     @abstractmethod
     def encode(self, text: str, add_special: bool = True) -> np.ndarray:
@@ -38,30 +55,61 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of ids; bytes that are no UTF-8 become replacement characters."""
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Ids (T,) of a text that is to go on: with the tokens that `encode` puts in front, once, and none behind."""
+        return self.begin(self.encode(text, add_special=False))
+
+    def begin(self, ids: np.ndarray) -> np.ndarray:
+        """Ids of a text with `prefix` in front, unless the text spells it itself."""
+        there = tuple(ids[: len(self.prefix)].tolist()) == self.prefix
+        return ids if there else np.concatenate([np.array(self.prefix, dtype=np.int64), ids])
+
+    @abstractmethod
+    def offsets(self, text: str) -> np.ndarray:
+        """(T, 2): the first character and that past the last one of each token of encode(text, add_special=False)."""
+
     def token(self, id: int | None) -> str:
         """One token as it is spelled in a text, for chat templates; "" for None."""
         return "" if id is None else self.decode([id])
 
+    def render(self, messages: Messages, add_generation_prompt: bool = False, **more: Any) -> str:
+        """Messages as text by the chat template, with this tokenizer's special tokens; arguments and errors as `render_chat`'s."""
+        return render_chat(self.chat_template, messages, add_generation_prompt, **self.special_tokens, **more)
+
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as transformers and `load_tokenizer` read them; for bytes, nothing."""
+        """Write the files that transformers and `load_tokenizer` read: tokenizer.json, its settings, the stop_ids. For bytes, nothing."""
         return None
 
-    def stream(self, ids: Iterable[int], skip_special: bool = False) -> Iterator[str]:
-        """The text of ids as they come, in pieces that end at complete characters. Joined, they are `decode` of all ids.
+    def save_stop_ids(self, folder: str | Path) -> None:
+        """Name all stop_ids in generation_config.json, where transformers looks for them; what else it says stays."""
+        file = Path(folder) / "generation_config.json"
+        if self.stop_ids:
+            write_json(file, {**(read_json(file) if file.is_file() else {}), "eos_token_id": sorted(self.stop_ids)})
 
-        A token may hold part of a character, which decodes to replacement characters at the end: they wait for the next token.
-        Only the tokens since the last piece but one are decoded again: some decoders need to see what stands before a token.
+    def stream(self, ids: Iterable[int], skip_special: bool = False, after: Iterable[int] = ()) -> Iterator[str]:
+        """The text of ids as they come, in pieces that end at complete characters. Joined, they are `decode` of all ids; with the ids
+        that they come `after`, what they add to the text of those.
+
+        A token may hold part of a character, which decodes to replacement characters at the end: they wait for the next token. So does
+        a run of tokens of single bytes, which some decoders read as a whole. Only the tokens since the last piece but one are decoded
+        again; as decoders may drop a space before the first word they see, these must hold a word that has been told.
         """
-        window: list[int] = []
-        context, told = 0, 0  # window[:context] has been told, and of the text of the window `told` characters
-        for id in ids:
-            window.append(int(id))
+        window = [int(id) for id in after]
+        context, told, in_bytes = len(window), len(self.decode(window, skip_special)), False  # `told` characters of window[:context]
+        if self.clean_up:  # every token may change what stands before it: all in one piece
+            yield from filter(None, [self.decode([*window, *ids], skip_special)[told:]])
+            return
+        for id in map(int, ids):
+            window.append(id)
+            in_bytes = id in self.byte_ids or (in_bytes and skip_special and id in self.special_ids)
+            if in_bytes:
+                continue
             text = self.decode(window, skip_special)
             whole = text.rstrip("\ufffd")
             if len(whole) > told:
                 yield whole[told:]
                 told = len(whole)
-            if len(whole) == len(text):  # all of it is told: forget the tokens before the last piece
+            if len(whole) == len(text) and self.decode(window[context:], skip_special).strip():  # forget the tokens before the last piece
                 window, context = window[context:], len(window) - context
                 told = len(self.decode(window, skip_special))
         rest = self.decode(window, skip_special)[told:]
@@ -77,12 +125,20 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str, add_special: bool = True) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
 
+    def offsets(self, text: str) -> np.ndarray:
+        first = np.repeat(np.arange(len(text)), [len(char.encode("utf-8")) for char in text])
+        return np.stack([first, first + 1], axis=1)
+
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         return bytes(int(i) for i in ids).decode("utf-8", errors="replace")
 
 
 class HFTokenizer(Tokenizer):
-    """A tokenizer of the tokenizers library, with its padding and truncation switched off."""
+    """A tokenizer of the tokenizers library, with its padding and truncation switched off.
+
+    `tokens` are its special tokens by name; `stop_ids` end a text as eos_id does, and as does the token that ends an answer in the
+    chat template; where: the file that errors name.
+    """
 
     def __init__(
         self,
@@ -91,37 +147,65 @@ class HFTokenizer(Tokenizer):
         eos_id: int | None = None,
         stop_ids: Iterable[int] = (),
         chat_template: str | None = None,
+        tokens: dict[str, str] | None = None,
+        clean_up: bool = False,
+        where: str | Path = "the tokenizer",
     ) -> None:
         library.no_padding()
         library.no_truncation()
-        self.library = library
+        self.library, self.where, self.clean_up = library, str(where), clean_up
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id, self.eos_id = bos_id, eos_id
-        self.stop_ids = frozenset(stop_ids) | (frozenset() if eos_id is None else {eos_id})
+        added = library.get_added_tokens_decoder()
+        self.added = {token.content: id for id, token in added.items()}
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        falls_back = "ByteFallback" in repr(library.decoder)
+        self.byte_ids = frozenset(i for b in range(256) if falls_back and (i := library.token_to_id(f"<0x{b:02X}>")) is not None)
         self.chat_template = chat_template
-        around = self.encode("")
-        self.adds_bos = bos_id is not None and len(around) > 0 and int(around[0]) == bos_id
+        marks = {"bos_token": self.token(bos_id), "eos_token": self.token(eos_id)} if tokens is None else tokens
+        self.special_tokens = {name: token for name, token in marks.items() if token}
+        self.ends = frozenset(stop_ids) | {id for id in (eos_id,) if id is not None}
+        probe, alone = self.encode("a"), self.encode("a", add_special=False)
+        before = (i for i in range(len(probe)) if np.array_equal(probe[i : i + len(alone)], alone))
+        self.prefix = tuple(probe[: next(before, 0)].tolist())
+        self.adds_bos = bos_id is not None and self.prefix[:1] == (bos_id,)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        end = turn_end(self.chat_template, list(self.added), **self.special_tokens) if self.chat_template else None
+        return self.ends | ({self.added[end]} if end else set())
 
     def encode(self, text: str, add_special: bool = True) -> np.ndarray:
-        return np.array(self.library.encode(text, add_special_tokens=add_special).ids, dtype=np.int64)
+        with library_errors(self.where):
+            return np.array(self.library.encode(text, add_special_tokens=add_special).ids, dtype=np.int64)
+
+    def offsets(self, text: str) -> np.ndarray:
+        with library_errors(self.where):
+            return np.array(self.library.encode(text, add_special_tokens=False).offsets, dtype=np.int64).reshape(-1, 2)
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        return self.library.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        with library_errors(self.where):
+            text = self.library.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        for before, after in _CLEAN if self.clean_up else ():
+            text = text.replace(before, after)
+        return text
 
     def token(self, id: int | None) -> str:
         return "" if id is None else self.library.id_to_token(id) or ""
 
     def save(self, folder: str | Path) -> None:
-        named = {
-            "bos_token": self.token(self.bos_id) or None,
-            "eos_token": self.token(self.eos_id) or None,
-            "chat_template": self.chat_template,
-        }
+        named = {**self.special_tokens, "bos_token": self.token(self.bos_id), "eos_token": self.token(self.eos_id)}
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **{name: token for name, token in named.items() if token}}
+        settings |= {"chat_template": self.chat_template} if self.chat_template is not None else {}
+        settings |= {"split_special_tokens": True} if self.library.encode_special_tokens else {}
+        settings |= {"clean_up_tokenization_spaces": True, _CLEAN_BPE: True} if self.clean_up else {}
         write_file(Path(folder) / "tokenizer.json", self.library.save)
-        write_json(
-            Path(folder) / "tokenizer_config.json",
-            {"tokenizer_class": "PreTrainedTokenizerFast", **{name: value for name, value in named.items() if value is not None}},
-        )
+        write_json(Path(folder) / "tokenizer_config.json", settings)
+        self.save_stop_ids(folder)
+
+
+_CLEAN_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+_CLEAN = [(f" {mark}", mark) for mark in ".?!,"] + [(" ' ", "'")] + [(f" {mark}", mark) for mark in ("n't", "'m", "'s", "'ve", "'re")]
 
 
 def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
@@ -154,7 +238,10 @@ def gguf_tokenizer(vocabulary: Any, vocab_size: int, path: str | Path = "the GGU
     own. Another way of splitting gives other ids for the same text, so others raise ValueError, as do SentencePiece vocabularies, and
     tokens and merges that do not fit. Bytes that no token stands for (SmolLM2 lacks 21) are dropped, as in the published tokenizers.
     """
-    tokenizers = _tokenizers()
+    tokenizers = import_tokenizers()
+    for name, of in (("tokens", str), ("merges", str), ("token_types", int)):
+        if not isinstance(values := getattr(vocabulary, name), list) or not all(isinstance(value, of) for value in values):
+            raise ValueError(f"{path}: the {name} of its tokenizer are not a list of {'texts' if of is str else 'numbers'}.")
     tokens, kind, pre = list(vocabulary.tokens), getattr(vocabulary, "kind", "gpt2"), getattr(vocabulary, "pre", "smollm")
     if kind != "gpt2" or pre not in _PRE:
         raise ValueError(
@@ -165,13 +252,18 @@ def gguf_tokenizer(vocabulary: Any, vocab_size: int, path: str | Path = "the GGU
     if len(ids) < len(tokens):
         twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
         raise ValueError(f"{path}: the token {twice!r} is in the vocabulary more than once.")
+    if len(vocabulary.token_types) != len(vocabulary.tokens) or not isinstance(vocabulary.chat_template, str | None):
+        raise ValueError(
+            f"{path}: its tokenizer needs a type for each of {len(vocabulary.tokens)} tokens, and a chat template that is text."
+        )
     merges = [tuple(merge.split(" ")) for merge in vocabulary.merges]
     for merge in merges:
         if len(merge) != 2 or not all(part in ids for part in (*merge, "".join(merge))):
             raise ValueError(f"{path}: the merge {' '.join(merge)!r} is not of two tokens that give a third.")
-    for name in ("bos", "eos"):
-        if not 0 <= (getattr(vocabulary, name) or 0) < len(tokens):
-            raise ValueError(f"{path}: {name} is token {getattr(vocabulary, name)}, but there are {len(tokens)} tokens.")
+    ends = getattr(vocabulary, "ends", ())
+    for name, id in (("bos", vocabulary.bos), ("eos", vocabulary.eos), *(("eot", end) for end in ends)):
+        if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
+            raise ValueError(f"{path}: {name} is token {id}, but there are {len(tokens)} tokens.")
 
     before = tokenizers.pre_tokenizers
     library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=merges))
@@ -180,7 +272,7 @@ def gguf_tokenizer(vocabulary: Any, vocab_size: int, path: str | Path = "the GGU
         steps.insert(0, before.Digits(individual_digits=True))
     if pre == "qwen2":
         library.normalizer = tokenizers.normalizers.NFC()
-        steps.insert(0, before.Split(tokenizers.Regex(_QWEN2), behavior="isolated"))
+        steps.insert(0, before.Split(tokenizers.Regex(QWEN2), behavior="isolated"))
     library.pre_tokenizer = before.Sequence(steps)
     library.decoder = tokenizers.decoders.ByteLevel()
     added = [
@@ -192,27 +284,24 @@ def gguf_tokenizer(vocabulary: Any, vocab_size: int, path: str | Path = "the GGU
     if vocabulary.add_bos and vocabulary.bos is not None:
         bos = tokens[vocabulary.bos]
         library.post_processor = tokenizers.processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, vocabulary.bos)])
-    return _fitting(HFTokenizer(library, vocabulary.bos, vocabulary.eos, chat_template=vocabulary.chat_template), vocab_size, path)
+    return _fitting(HFTokenizer(library, vocabulary.bos, vocabulary.eos, ends, vocabulary.chat_template, where=path), vocab_size, path)
 
 
 _PRE = ("smollm", "gpt-2", "qwen2")
-_QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as published
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
 def _from_file(file: Path) -> HFTokenizer:
-    """tokenizer.json, with the special tokens that the files beside it name."""
-    tokenizers = _tokenizers()
-    try:
-        library = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"{file} is not a tokenizer that the tokenizers library can read ({error}).") from None
-    beside = [read_json(file.parent / name) for name in _BESIDE if (file.parent / name).is_file()]
+    """tokenizer.json with what the files beside it change. Ids that they name only by number come after the tokens that they name."""
+    library, tokens, config = read_tokenizer(file)
+    beside = [tokens, *(read_json(file.parent / name) for name in _BESIDE if (file.parent / name).is_file())]
     bos, eos = _special_ids(library, beside, "bos"), _special_ids(library, beside, "eos")
-    return HFTokenizer(library, next(iter(bos), None), next(iter(eos), None), eos, find_chat_template(file.parent))
+    clean = bool(config.get("clean_up_tokenization_spaces")) and (type(library.model).__name__ != "BPE" or bool(config.get(_CLEAN_BPE)))
+    template = find_chat_template(file.parent)
+    return HFTokenizer(library, next(iter(bos), None), next(iter(eos), None), eos, template, tokens, clean, file)
 
 
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+_BESIDE = ("tokenizer_config.json", "generation_config.json", "config.json")
 
 
 def _special_ids(library: Any, beside: Sequence[dict[str, Any]], name: str) -> list[int]:
@@ -225,7 +314,7 @@ def _special_ids(library: Any, beside: Sequence[dict[str, Any]], name: str) -> l
         given = raw.get(f"{name}_token_id")
         ids = [id, *(given if isinstance(given, list) else [given])]
         found += [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i not in found]
-    return [i for i in found if library.id_to_token(i) is not None]
+    return [i for i in found if 0 <= i < 2**32 and library.id_to_token(i) is not None]  # -1 means none
 
 
 def _fitting(tokenizer: HFTokenizer, vocab_size: int, path: str | Path) -> HFTokenizer:
@@ -235,11 +324,3 @@ def _fitting(tokenizer: HFTokenizer, vocab_size: int, path: str | Path) -> HFTok
             "take the tokenizer that belongs to the model."
         )
     return tokenizer
-
-
-def _tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise ImportError("this model's tokenizer needs the tokenizers library: pip install 'minilora[hf]'") from None
-    return tokenizers

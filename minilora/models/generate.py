@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,53 @@ def generate(
         yield token
         new = np.array([token])
         ids = np.append(ids, token)
+
+
+def generate_text(
+    model: Any,
+    tokenizer: Any,
+    ids: np.ndarray,
+    n: int,
+    temperature: float = 0.8,
+    rng: np.random.Generator | int = 0,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop: Sequence[str] = (),
+    show: Callable[[str], None] = lambda piece: None,
+) -> dict[str, Any]:
+    """Write on after the prompt `ids` (T,), from `tokenizer.encode_prompt`, and show each piece of text as soon as it is certain.
+
+    It ends after n tokens, before one of the tokenizer's stop_ids, or before a text in `stop`, of which nothing is ever shown.
+    Returns {"text": what it adds to that of the prompt, "tokens": how many were drawn, "ended": "stop" or "length"}. Raises ValueError as
+    `generate`, and for an empty text to stop at, or one that holds a special token and more.
+    """
+    ends, marks = set(tokenizer.stop_ids), [mark for mark in stop if mark not in tokenizer.added]
+    ends |= {tokenizer.added[mark] for mark in stop if mark in tokenizer.added}
+    if "" in stop:
+        raise ValueError("generate: a text to stop at (--stop) is empty; give at least one character.")
+    if wrong := [mark for mark in marks if tokenizer.special_ids.intersection(tokenizer.encode(mark, add_special=False).tolist())]:
+        raise ValueError(f"generate: the text to stop at {wrong[0]!r} holds a special token; give that token alone.")
+    drawn: list[int] = []
+
+    def noted() -> Iterator[int]:
+        for token in generate(model, ids, n, temperature, rng, top_k=top_k, top_p=top_p, stop=ends):
+            drawn.append(token)
+            yield token
+
+    text, shown = "", 0
+    for piece in tokenizer.stream(noted(), skip_special=True, after=ids):
+        text += piece
+        if found := [at for mark in marks if (at := text.find(mark, shown)) >= 0]:
+            text = text[: min(found)]
+            show(text[shown:])
+            return {"text": text, "tokens": len(drawn), "ended": "stop"}
+        held = max((k for mark in marks for k in range(1, len(mark)) if text.endswith(mark[:k])), default=0)
+        if len(text) - held > shown:
+            show(text[shown : len(text) - held])
+            shown = len(text) - held
+    show(text[shown:])
+    return {"text": text, "tokens": len(drawn), "ended": "stop" if len(drawn) < n else "length"}
 
 
 def draw(logits: np.ndarray, temperature: float, top_k: int, top_p: float, rng: np.random.Generator) -> int:

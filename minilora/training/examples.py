@@ -2,23 +2,23 @@
 
     {"text": ...}                             every token is learnt; write the end token into the text if it is to be learnt too
     {"prompt": ..., "completion": ...}        the completion and the end token after it are learnt, the prompt is read
-    {"messages": [{"role", "content"}, ...]}  what the assistant wrote is learnt, the rest is read
+    {"messages": [{"role", "content"}, ...]}  what the assistant wrote is learnt, the rest is read; beside it "tools" and "documents"
     {"text": ..., "label": ...}               one class for each text (task "classify")
 
-What cannot be used is a ValueError that names the file and the line.
+The ids spell the record: no space is added, no token is doubled. What cannot be used is a ValueError that names the file and the line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minilora.formats.chat import assistant_spans, render_chat
+from minilora.formats.chat import assistant_spans, marks_answers
 from minilora.formats.tokenizer import Tokenizer
 from minilora.functional import IGNORE
 from minilora.training.labels import reader
@@ -55,12 +55,13 @@ def example_maker(
     def lm(file: Path, line: int, record: dict[str, Any]) -> Example:
         try:
             if "messages" in record:
-                ids, learnt, cut = _conversation(tokenizer, record["messages"], template, max_length, mask_prompt)
+                beside = {name: record[name] for name in ("tools", "documents") if record.get(name) is not None}
+                ids, learnt, cut = _conversation(tokenizer, record["messages"], template, max_length, mask_prompt, beside)
             elif "prompt" in record and "completion" in record:
                 prompt, completion = (_text(file, line, record, name, "lm") for name in ("prompt", "completion"))
                 ids, learnt, cut = _completion(tokenizer, prompt, completion, max_length, mask_prompt)
             else:
-                ids = _beginning(tokenizer, tokenizer.encode(_text(file, line, record, "text", "lm"), add_special=False))
+                ids = tokenizer.encode_prompt(_text(file, line, record, "text", "lm"))
                 ids, cut = ids[: max_length + 1], len(ids) > max_length + 1
                 learnt = np.ones(len(ids), dtype=bool)
         except _Unusable as error:
@@ -82,41 +83,50 @@ def _completion(tokenizer: Tokenizer, prompt: str, completion: str, max_length: 
     if not completion.strip():
         raise _Unusable("the completion is empty: there is nothing to learn.")
     ids, (n, _) = encode_pieces(tokenizer, [prompt, completion])
-    head, tail = _beginning(tokenizer, ids[:n]), ids[n:]
-    bos = len(head) - n
+    begun, bos = tokenizer.begin(ids), len(tokenizer.prefix)
+    n += len(begun) - len(ids)
+    head, tail = begun[:n], begun[n:]
     if tokenizer.eos_id is not None and (len(tail) == 0 or tail[-1] != tokenizer.eos_id):
         tail = np.append(tail, tokenizer.eos_id)
     room = max_length + 1  # the last token is a label only
-    kept = min(len(tail), max(room - len(head), room - room // 2))
-    from_end = min(n, room - bos - kept)
-    cut = kept < len(tail) or from_end < n
-    head = np.concatenate([head[:bos], head[len(head) - from_end :]])
+    kept = min(len(tail), max(room - n, room - room // 2))
+    from_end = min(max(n - bos, 0), room - bos - kept)
+    cut = kept < len(tail) or from_end < n - bos
+    head = np.concatenate([head[:bos], head[n - from_end :]])
     return np.concatenate([head, tail[:kept]]), np.arange(len(head) + kept) >= (len(head) if mask else 0), cut
 
 
 def _conversation(
-    tokenizer: Tokenizer, messages: Any, template: str | None, max_length: int, mask: bool
+    tokenizer: Tokenizer, messages: Any, template: str | None, max_length: int, mask: bool, beside: dict[str, Any] | None = None
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """(ids, which of them are to be learnt, was it cut) of messages: what the assistant wrote, each turn with its end token."""
+    """(ids, which of them are to be learnt, was it cut) of messages: what the assistant wrote, each turn with its end token.
+
+    `beside`: tools and documents. The ids are those of the whole text, as apply_chat_template gives them in transformers; a token that
+    begins before an answer and reaches into it is learnt, one that reaches out of it into what is said next is not, unless the
+    template itself marks the answer. Turns that begin after the first max_length tokens are not looked for.
+    """
     if not isinstance(messages, list) or not messages:
         raise _Unusable('"messages" must be a list of {"role", "content"} objects that is not empty.')
-    bos, eos = tokenizer.token(tokenizer.bos_id), tokenizer.token(tokenizer.eos_id)
+    room, more = max_length + 1, {**tokenizer.special_tokens, **(beside or {})}
     try:
-        text = render_chat(template, messages, False, bos, eos)
+        text, spans = assistant_spans(template, messages, ends=list(tokenizer.added), **more)
         answers = [message for message in messages if message["role"] == "assistant"]
-        if not any(message["content"].strip() for message in answers):
+        if not any((message.get("content") or "").strip() or message.get("tool_calls") for message in answers):
             raise _Unusable("no message of the assistant has any content: there is nothing to learn.")
-        spans = assistant_spans(template, messages, bos, eos)[1] if mask else [(0, len(text))]
+        if not mask and any(message.get(name) in (0, False) for message in answers for name in ("weight", "train")):
+            raise _Unusable('a message that is not to be learnt ("weight", "train") needs the mask: leave out --no-mask-prompt.')
         _check_unicode(text, "messages")
+        ids = tokenizer.encode(text, add_special=False)
+        learnt = np.full(min(len(ids), room), not mask)
+        first, past = tokenizer.offsets(text)[:room].T  # of each token, in characters
+        for start, end in spans if mask else ():
+            if start >= past.max(initial=0):
+                break
+            reaches = np.flatnonzero((first < end) & (past > start) & ((past <= end) | marks_answers(template)))
+            learnt[reaches.min(initial=len(ids)) : reaches.max(initial=-1) + 1] = True
     except ValueError as error:
         raise _Unusable(str(error)) from None
-    bounds = [0, *(bound for span in spans for bound in span), len(text)]
-    ids, ends = encode_pieces(tokenizer, [text[a:b] for a, b in pairwise(bounds)])
-    learnt = np.zeros(len(ids), dtype=bool)
-    for first, past in zip(ends[::2], ends[1::2], strict=False):  # pieces alternate: read, learnt, read, ...
-        learnt[first:past] = True
-    room = max_length + 1
-    return ids[:room], learnt[:room], len(ids) > room
+    return ids[:room], learnt, len(ids) > room
 
 
 def _classified(tokenizer: Tokenizer, text: str, max_length: int) -> tuple[np.ndarray, bool]:
@@ -125,7 +135,7 @@ def _classified(tokenizer: Tokenizer, text: str, max_length: int) -> tuple[np.nd
     if len(ids) <= max_length:
         return ids, False
     body = tokenizer.encode(text, add_special=False)
-    before = next(i for i in range(len(ids)) if np.array_equal(ids[i : i + len(body)], body))
+    before = len(tokenizer.prefix)
     after = ids[before + len(body) :]
     room = max(0, max_length - before - len(after))
     return np.concatenate([ids[:before], body[:room], after])[:max_length], True
@@ -135,22 +145,36 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[np.ndarr
     """(ids of the pieces joined, where each ends in them); no special tokens are added.
 
     A text up to the end of a piece is what a model is given when it has to write the next one. So its ids must be the beginning of the
-    whole's: mostly the whole is simply encoded. Where a merge would reach across the boundary ("is " + "Paris", where " Paris"
-    is one token), the next piece is encoded by itself.
+    whole's: mostly the whole is simply encoded. Where a merge would reach across the boundary ("is " + "Paris", where " Paris" is one
+    token), the ids up to it stay, and the next piece is encoded so that both together spell the whole text: by itself or, where the
+    tokenizer puts a space before a text, behind a character that is taken away again. Where neither spells it (a normalizer composes
+    characters across the boundary), the ids are the whole's, and the token on the boundary belongs to the next piece.
     """
-    ids, ends, text = np.empty(0, dtype=np.int64), [], ""
+    ids, text = np.empty(0, dtype=np.int64), ""
+    ends: list[int] = []
     for piece in pieces:
         text += piece
         whole = tokenizer.encode(text, add_special=False)
-        clean = np.array_equal(whole[: len(ids)], ids)
-        ids = whole if clean else np.concatenate([ids, tokenizer.encode(piece, add_special=False)])
+        if not np.array_equal(whole[: len(ids)], ids):
+            joined = (np.concatenate([ids, tail]) for tail in _continued(tokenizer, piece))
+            spelled = tokenizer.decode(whole)
+            if (found := next((both for both in joined if tokenizer.decode(both) == spelled), None)) is not None:
+                whole = found
+            else:
+                alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, ids, strict=False)))
+                ends = [min(end, alike) for end in ends]
+        ids = whole
         ends.append(len(ids))
     return ids, ends
 
 
-def _beginning(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    """ids with the begin token in front, where the tokenizer puts one."""
-    return np.concatenate([[tokenizer.bos_id], ids]).astype(np.int64) if tokenizer.adds_bos else ids
+def _continued(tokenizer: Tokenizer, piece: str) -> Iterator[np.ndarray]:
+    """Ways to encode a piece that stands behind another: by itself, and without what a tokenizer puts before the first word."""
+    yield tokenizer.encode(piece, add_special=False)
+    for guard in "\n|0a":
+        alone, both = (tokenizer.encode(text, add_special=False) for text in (guard, guard + piece))
+        if np.array_equal(both[: len(alone)], alone):
+            yield both[len(alone) :]
 
 
 def _text(file: Path, line: int, record: dict[str, Any], name: str, task: str) -> str:

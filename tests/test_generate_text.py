@@ -1,0 +1,228 @@
+"""Text that a model writes: where it ends, and what of it is shown."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_tokenizers import BYTES, CHATML, TALK, byte_level_bpe, sentencepiece_bpe, write_tokenizer
+
+from minilora.formats.chat import assistant_spans, find_chat_template, render_chat, turn_end
+from minilora.formats.tokenizer import HFTokenizer, gguf_tokenizer, load_tokenizer
+from minilora.models.generate import generate_text
+from minilora.training.examples import example_maker
+
+BPE = HFTokenizer(byte_level_bpe(), bos_id=3, eos_id=0, chat_template=CHATML)
+
+
+class Parrot:
+    """A model that writes the tokens it is given, whatever it reads, and space after them."""
+
+    config = SimpleNamespace(n_positions=100)
+
+    def __init__(self, ids, size):
+        self.ids, self.size = list(ids), size
+
+    def decode(self, ids, cache):
+        return np.eye(self.size)[self.ids.pop(0) if self.ids else 32]
+
+
+def written(text, stop=(), tokenizer=BYTES, n=50):
+    """(what was shown, piece by piece; what is returned) of a model that writes `text`."""
+    pieces = []
+    model = Parrot(tokenizer.encode(text, add_special=False), tokenizer.vocab_size)
+    told = generate_text(model, tokenizer, tokenizer.encode("x"), n, temperature=0, stop=stop, show=pieces.append)
+    assert "".join(pieces) == told["text"]
+    return pieces, told
+
+
+@given(st.text("ab\u2603\n", max_size=12), st.lists(st.text("ab\u2603\n", min_size=1, max_size=4), max_size=3))
+def test_a_text_to_stop_at_is_never_shown_in_part(text, stop):
+    n = len(text.encode())
+    first = min((at for at in (text.find(mark) for mark in stop) if at >= 0), default=len(text))
+    told = written(text, stop, n=n)[1]
+    # of two that overlap, the one that is complete first counts, as a person who reads along would see it
+    complete = min(((text.find(mark) + len(mark), text.find(mark)) for mark in stop if mark in text), default=(0, first))[0]
+    assert told["ended"] == ("stop" if complete else "length")
+    assert text.startswith(told["text"])
+    assert not any(mark in told["text"] for mark in stop)
+    if not complete:
+        assert told == {"text": text, "tokens": n, "ended": "length"}
+
+
+def test_what_may_become_a_text_to_stop_at_waits():
+    assert written("one\n\ntwo", ["\n\n"])[0] == ["o", "n", "e", ""]
+    assert written("one\ntwo", ["\n\n"], n=7)[0] == ["o", "n", "e", "\nt", "w", "o", ""]
+    assert written("User", ["User:"], n=4)[1] == {"text": "User", "tokens": 4, "ended": "length"}
+
+
+def test_the_space_before_the_first_word_is_shown():
+    tokenizer = HFTokenizer(sentencepiece_bpe(), 1, 2)
+    asked, new = tokenizer.encode("the cat"), tokenizer.encode("the cat sat on")[len(tokenizer.encode("the cat")) :]
+    told = generate_text(Parrot(new, tokenizer.vocab_size), tokenizer, asked, len(new), temperature=0)
+    assert told["text"] == " sat on"
+
+
+def test_special_tokens_are_texts_to_stop_at_and_empty_ones_are_none():
+    assert written("the cat<|im_end|>sat", ["</s>"], HFTokenizer(byte_level_bpe(), eos_id=0), n=9)[1]["text"].startswith("the catsat")
+    assert written("the cat<|im_end|>sat", ["<|im_end|>"], HFTokenizer(byte_level_bpe(), eos_id=0))[1] == {
+        "text": "the cat",
+        "tokens": 2,
+        "ended": "stop",
+    }
+    with pytest.raises(ValueError, match=r"--stop\) is empty"):
+        written("x", [""])
+    with pytest.raises(ValueError, match="holds a special token; give that token alone"):
+        written("x", ["x<|im_end|>"], BPE)
+
+
+# ---- which tokens end a text ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "token"),
+    [
+        (CHATML, "<|im_end|>"),
+        ("{% for m in messages %}{{ m.content }} {{ eos_token }}{% endfor %}", "</s>"),
+        (
+            "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% generation %}{{ m.content }}{% endgeneration %}</s>\n{% endfor %}",
+            "</s>",
+        ),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
+        ("{{ raise_exception('no') }}", None),
+        ("broken {{", None),
+    ],
+)
+def test_the_token_that_ends_an_answer_is_found_in_the_template(template, token):
+    assert turn_end(template, ["<|im_start|>", "<|im_end|>", "</s>"], eos_token="</s>") == token
+
+
+def test_a_text_ends_at_each_token_that_the_files_name(tmp_path):
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": CHATML}
+    made = {"generation_config": {"eos_token_id": [3, -1]}, "config": {"eos_token_id": 0, "bos_token_id": -1}}
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "a", byte_level_bpe(), settings, **made), 400)
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.stop_ids) == (4, None, {4, 3, 0, 2})
+    tokenizer.save(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == {"eos_token_id": [0, 2, 3, 4]}
+    (tmp_path / "b" / "generation_config.json").write_text('{"eos_token_id": 0, "top_k": 5}')
+    tokenizer.save_stop_ids(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == {"eos_token_id": [0, 2, 3, 4], "top_k": 5}
+    again = load_tokenizer(tmp_path / "b", 400)
+    assert (again.eos_id, again.stop_ids) == (4, {4, 3, 0, 2})
+
+
+def test_a_prompt_to_go_on_from_is_encoded_as_in_training():
+    tokenizer = HFTokenizer(sentencepiece_bpe("<s> $A </s>"), 1, 2)
+    asked = tokenizer.encode_prompt("the cat")
+    assert tokenizer.encode("the cat").tolist() == [*asked, 2]
+    assert tokenizer.encode_prompt("<s>the").tolist().count(1) == 1
+    example = example_maker("lm", tokenizer, 99, True, None, None)("f", 1, {"prompt": "the cat", "completion": " sat"})
+    assert example.ids[: len(asked)].tolist() == asked.tolist()
+    assert (example.labels[len(asked) - 1], example.labels[-1]) == (example.ids[len(asked)], 2)
+    cut = example_maker("lm", tokenizer, 8, True, None, None)("f", 1, {"prompt": "<s>" + "the cat " * 9, "completion": " sat"})
+    assert (cut.cut, cut.ids[0], len(cut.ids)) == (True, 1, 8)  # what is cut off is not the begin token
+
+
+# ---- conversations -------------------------------------------------------------------------------------------------------------------
+
+
+def answers(template, messages, **more):
+    text, spans = assistant_spans(template, messages, **more)
+    return [text[a:b] for a, b in spans]
+
+
+def test_what_the_user_says_next_is_never_learnt():
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert answers(plain, [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "my secret"}], eos_token="</s>") == ["Hi"]
+    assert answers(CHATML, TALK, eos_token="</s>", ends=["<|im_end|>"]) == ["Hello!<|im_end|>", "\nSo <b>long</b><|im_end|>"]
+
+
+def test_a_message_may_be_left_out_of_what_is_learnt():
+    for field, value in (("weight", 0), ("train", False)):
+        messages = [TALK[0], {**TALK[1], field: value}, *TALK[2:]]
+        marked = "{% for m in messages if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+        for template in (CHATML, marked):
+            assert [text.removesuffix("<|im_end|>\n") for text in answers(template, messages)] == ["\nSo <b>long</b>"]
+    for message, wrong in ((TALK[1], {"weight": 0.5}), (TALK[1], {"train": "no"}), (TALK[0], {"weight": 1})):
+        with pytest.raises(ValueError, match=r'message 1: "(weight|train)" is'):
+            answers(CHATML, [{**message, **wrong}])
+    make = example_maker("lm", BPE, 99, False, None, CHATML)
+    with pytest.raises(ValueError, match=r"f, line 1: .* leave out --no-mask-prompt"):
+        make("f", 1, {"messages": [TALK[0], {**TALK[1], "weight": 0}, *TALK[2:]]})
+
+
+def test_tools_have_a_template_of_their_own(tmp_path):
+    both = [{"name": "default", "template": "\n{{ messages | length }}\n"}, {"name": "tool_use", "template": "{{ tools | length }} tools"}]
+    write_tokenizer(tmp_path, byte_level_bpe(), {"chat_template": both})
+    template = find_chat_template(tmp_path)
+    assert render_chat(template, TALK) == "\n4"
+    assert render_chat(template, TALK, tools=[{}, {}]) == "2 tools"
+    with pytest.raises(ValueError, match='"tools" must be a list of objects'):
+        render_chat(template, TALK, tools="[]")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8 text"):
+        find_chat_template(tmp_path)
+
+
+def test_of_a_long_conversation_only_what_fits_is_looked_at():
+    make = example_maker("lm", BYTES, 64, True, None, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    talk = [{"role": ("user", "assistant")[i % 2], "content": "words "} for i in range(4000)]
+    broken = [*talk[:200], {"role": "assistant", "content": "x", "weight": 1}]
+    example = make("f", 1, {"messages": talk})
+    assert example.cut
+    assert BYTES.decode(example.labels[example.labels >= 0]) == "words " * 5
+    assert make("f", 1, {"messages": broken}).ids.tolist() == example.ids.tolist()
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokenizer_class": "T5Tokenizer"}, "'T5Tokenizer' is not supported"),
+        ({"tokenizer_class": "BertTokenizer"}, "its model is BPE, but BertTokenizer needs WordPiece"),
+        ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": "yes"}, "a GPT2Tokenizer cannot be made of it"),
+        ({"eos_token": 7}, "eos_token must be a token, got 7"),
+        ({"eos_token": "\ud800"}, "half of a surrogate pair"),
+        ({"added_tokens_decoder": {"x": {"content": "y"}}}, "'x' is no token id"),
+        ({"additional_special_tokens": "x"}, "must be a list"),
+    ],
+)
+def test_settings_that_cannot_be_applied_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tokenizer(write_tokenizer(tmp_path, byte_level_bpe(), settings), 1000)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("charsmap", ["////////", "", "AAA=", "not base64!"])
+def test_a_broken_table_does_not_reach_the_library(charsmap, tmp_path):
+    folder = write_tokenizer(tmp_path, byte_level_bpe())
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    for nested in (normalizer, {"type": "Sequence", "normalizers": [normalizer]}):
+        (folder / "tokenizer.json").write_text(json.dumps({**raw, "normalizer": nested}))
+        with pytest.raises(ValueError, match="precompiled_charsmap of its normalizer is broken"):
+            load_tokenizer(folder, 1000)
+
+
+def test_an_unknown_word_without_a_token_for_it_is_an_error_of_one_sentence(tmp_path):
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0}, unk_token="[UNK]"))
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, words), 1000)
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the tokenizers library fails with it \(.*UNK"):
+        tokenizer.encode("b")
+
+
+def test_gguf_tokens_that_end_a_turn_and_metadata_of_other_types():
+    tokens = ["a", "b", "<|im_end|>", "<|eom|>"]
+    metadata = {"tokens": tokens, "merges": [], "token_types": [1, 1, 3, 3], "bos": None, "eos": 1, "chat_template": None, "add_bos": False}
+    assert gguf_tokenizer(SimpleNamespace(**metadata, ends=(2, 3)), 4).stop_ids == {1, 2, 3}
+    for wrong in ({"merges": [1]}, {"merges": 5}, {"token_types": ["x"]}, {"tokens": [1]}, {"token_types": [1]}, {"chat_template": 3}):
+        with pytest.raises(ValueError, match=r"m\.gguf: .* tokenizer"):
+            gguf_tokenizer(SimpleNamespace(**{**metadata, **wrong}), 4, "m.gguf")
+    with pytest.raises(ValueError, match=r"m\.gguf: eot is token 9"):
+        gguf_tokenizer(SimpleNamespace(**metadata, ends=(9,)), 4, "m.gguf")

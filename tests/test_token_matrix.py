@@ -1,0 +1,293 @@
+"""A matrix of tokenizers, settings beside them, templates and records against transformers, whose AutoTokenizer is the judge."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_tokenizers import bert_wordpiece, byte_level_bpe, library_bpe, sentencepiece_bpe, write_tokenizer
+
+from minilora.formats.tokenizer import ByteTokenizer, load_tokenizer
+from minilora.training.examples import example_maker
+
+BERT = {"tokenizer_class": "BertTokenizer", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+GPT2 = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+QWEN2 = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+
+
+def added(content, **options):
+    return {"content": content, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True, **options}
+
+
+def decoder_of(library, *more):
+    """added_tokens_decoder: the library's own added tokens, and more behind its vocabulary."""
+    own = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in json.loads(library.to_str())["added_tokens"]}
+    size = library.get_vocab_size()
+    return {"added_tokens_decoder": own | {str(size + i): token for i, token in enumerate(more)}}
+
+
+FOLDERS = {
+    "bert": (bert_wordpiece, BERT, {}),
+    "bert, cased": (bert_wordpiece, {**BERT, "do_lower_case": False}, {}),
+    "bert, cased file, no settings": (lambda: bert_wordpiece(False), None, {"config": {"model_type": "bert"}}),
+    "bert, accents": (bert_wordpiece, {**BERT, "strip_accents": False}, {}),
+    "bert, cased without accents": (bert_wordpiece, {**BERT, "do_lower_case": False, "strip_accents": True}, {}),
+    "bert, Chinese words": (bert_wordpiece, {**BERT, "tokenize_chinese_chars": False}, {}),
+    "bert, BertTokenizerFast": (bert_wordpiece, {**BERT, "tokenizer_class": "BertTokenizerFast", "do_lower_case": False}, {}),
+    "bert, taken as it is": (lambda: bert_wordpiece(False), {**BERT, "tokenizer_class": "PreTrainedTokenizerFast"}, {}),
+    "bert, cleaned up": (bert_wordpiece, {**BERT, "clean_up_tokenization_spaces": True}, {}),
+    "gpt2": (byte_level_bpe, GPT2, {}),
+    "gpt2, prefix space": (byte_level_bpe, {**GPT2, "add_prefix_space": True}, {}),
+    "gpt2, digits in the file": (library_bpe, {**GPT2, "bos_token": "<|end|>", "eos_token": "<|end|>", "unk_token": "<|end|>"}, {}),
+    "gpt2, no settings": (byte_level_bpe, None, {"config": {"model_type": "gpt2"}}),
+    "gpt2, add_bos_token": (byte_level_bpe, {**GPT2, "add_bos_token": True, "add_eos_token": True}, {}),
+    "gpt2, a new token": (byte_level_bpe, {**GPT2, **decoder_of(byte_level_bpe(), added("<new>"))}, {}),
+    "gpt2, a new token that strips": (
+        byte_level_bpe,
+        {**GPT2, **decoder_of(byte_level_bpe(), added("<new>", lstrip=True, special=False))},
+        {},
+    ),
+    "gpt2, pad_token is new": (byte_level_bpe, {**GPT2, "pad_token": "<new>"}, {}),
+    "gpt2, a word is a special token": (byte_level_bpe, {**GPT2, "additional_special_tokens": ["cat", "<new>"]}, {}),
+    "gpt2, extra tokens": (byte_level_bpe, {**GPT2, "extra_special_tokens": {"image_token": "<new>"}}, {}),
+    "gpt2, special_tokens_map": (byte_level_bpe, GPT2, {"special_tokens_map": {"eos_token": added("</s>"), "pad_token": "<new>"}}),
+    "gpt2, added_tokens.json": (byte_level_bpe, GPT2, {"added_tokens": {"<new>": byte_level_bpe().get_vocab_size()}}),
+    "gpt2, special tokens split": (byte_level_bpe, {**GPT2, "split_special_tokens": True}, {}),
+    "llama": (sentencepiece_bpe, LLAMA, {}),
+    "llama, legacy": (sentencepiece_bpe, {**LLAMA, "legacy": True}, {}),
+    "llama, no prefix space": (sentencepiece_bpe, {**LLAMA, "add_prefix_space": False}, {}),
+    "llama, no begin token asked": (sentencepiece_bpe, {**LLAMA, "add_bos_token": False}, {}),
+    "llama, an end token in the file": (lambda: sentencepiece_bpe("<s> $A </s>"), LLAMA, {}),
+    "llama, taken as it is": (sentencepiece_bpe, {**LLAMA, "tokenizer_class": "PreTrainedTokenizerFast"}, {}),
+    "llama, an unknown class": (sentencepiece_bpe, {**LLAMA, "tokenizer_class": "OurTokenizer"}, {}),
+    "llama, bytes": (byte_level_bpe, {**LLAMA, "unk_token": None}, {}),
+    "llama, new tokens": (sentencepiece_bpe, {**LLAMA, "eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}, {}),
+    "qwen2": (byte_level_bpe, QWEN2, {}),
+    "qwen2, another class": (byte_level_bpe, {**QWEN2, "tokenizer_class": "PreTrainedTokenizerFast"}, {"config": {"model_type": "qwen2"}}),
+    "qwen2, prefix space": (byte_level_bpe, {**QWEN2, "add_prefix_space": True}, {}),
+    "plain": (byte_level_bpe, PLAIN, {}),
+    "plain, digits": (library_bpe, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}, {}),
+    "plain, cleaned up": (byte_level_bpe, {**PLAIN, "clean_up_tokenization_spaces": True}, {}),
+    "plain, cleaned up all the same": (
+        byte_level_bpe,
+        {**PLAIN, "clean_up_tokenization_spaces": True, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True},
+        {},
+    ),
+    "plain, no settings": (byte_level_bpe, None, {}),
+}
+TEXTS = [
+    "",
+    "the cat",
+    " the cat ",
+    "The Cat isn't naïve , he ' s",
+    "héllo HÉLLO é",
+    "日本語 is 日 本",
+    "foobar  2024    12\n\n  x\n",
+    "☃🎉",
+]
+TEXTS += [
+    "a\tb\r\nc",
+    "a<new>b <new> c",
+    "cat cats the cat",
+    "<s>the cat</s>",
+    "x <|im_end|> y<|endoftext|>",
+    "[CLS] a [MASK] b[SEP]",
+    "<unk> <0x41>",
+]
+
+
+@pytest.fixture(scope="module")
+def auto():
+    module = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
+    return module.AutoTokenizer.from_pretrained
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_ids_and_texts_are_those_of_transformers(name, auto, tmp_path):
+    library, config, files = FOLDERS[name]
+    folder = write_tokenizer(tmp_path / "a", library(), config, **files)
+    ours, theirs = load_tokenizer(folder, 1000), auto(folder)
+    ours.save(tmp_path / "b")
+    saved = load_tokenizer(tmp_path / "b", 1000), auto(tmp_path / "b")
+    for text in TEXTS:
+        for special in (True, False):
+            ids = theirs(text, add_special_tokens=special)["input_ids"]
+            assert ours.encode(text, special).tolist() == ids, (text, theirs.convert_ids_to_tokens(ids))
+            assert saved[0].encode(text, special).tolist() == ids
+            assert saved[1](text, add_special_tokens=special)["input_ids"] == ids
+            for skip in (False, True):
+                assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip) == saved[0].decode(ids, skip)
+                assert saved[1].decode(ids, skip_special_tokens=skip) == ours.decode(ids, skip)
+        spans = theirs(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        assert ours.offsets(text).tolist() == [list(span) for span in spans]
+    assert ours.special_tokens == theirs.special_tokens_map
+
+
+# ---- records -------------------------------------------------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "ChatML": CHATML,
+    "as Qwen2.5's": "{% if messages[0]['role'] == 'system' %}{{ '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
+    "{% else %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}"
+    + CHATML.replace("in messages", "in messages if m.role != 'system'"),
+    "as Llama 2's": "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}{% else %}"
+    "{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}",
+    "as Llama 3's": "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_end|>\n\n' + m.content | trim + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n\n' }}{% endif %}",
+    "words": "{% for m in messages %}{{ m.role.upper() + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}",
+    "nothing but what is said": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "pad, unk, documents": "{{ pad_token }}{{ unk_token }}{{ documents | length if documents else 0 }}" + CHATML,
+    "marked": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}",
+    "the last answer is marked": "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}"
+    "{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}|{% endif %}{% endfor %}",
+}
+TALKS = {
+    "a turn": [("user", "the cat"), ("assistant", "sat on the mat")],
+    "two turns": [("user", "Hello  World"), ("assistant", "naïve\n\n"), ("user", " 2024"), ("assistant", " x")],
+    "a system": [("system", "héllo"), ("user", "<|im_end|> 日本"), ("assistant", "☃")],
+    "the assistant begins": [("assistant", "help"), ("user", "foobar"), ("assistant", "the")],
+    "the user ends": [("user", "a"), ("assistant", "b"), ("user", "my secret")],
+}
+CHATTERS = {
+    name: FOLDERS[name]
+    for name in ("gpt2", "gpt2, prefix space", "llama", "llama, legacy", "llama, taken as it is", "qwen2", "plain, digits")
+}
+
+
+def messages_of(talk):
+    return [{"role": role, "content": content} for role, content in talk]
+
+
+@pytest.fixture(scope="module")
+def chatters(tmp_path_factory):
+    """{name: folder} of the tokenizers that decoders have, each with a pad token and a begin and an end token."""
+    made = {}
+    for name, (library, config, files) in CHATTERS.items():
+        config = {"bos_token": "<s>", "pad_token": "<|endoftext|>", **config}
+        made[name] = write_tokenizer(tmp_path_factory.mktemp("chat") / "t", library(), config, **files)
+    return made
+
+
+def example_of(tokenizer, record, template=None, **options):
+    """(ids with the last label, which are learnt) of a record."""
+    make = example_maker("lm", tokenizer, options.pop("window", 5000), options.pop("mask", True), None, template)
+    example = make("f.jsonl", 1, record)
+    last = example.labels[-1]
+    return np.append(example.ids, last if last >= 0 else -1), np.append([False], example.labels >= 0)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("name", CHATTERS)
+def test_conversations_are_those_of_apply_chat_template(name, template, chatters, auto):
+    ours, theirs = load_tokenizer(chatters[name], 1000), auto(chatters[name])
+    for key, talk in TALKS.items():
+        messages = messages_of(talk)
+        beside = {"tools": [{"name": "f"}], "documents": [{"title": "a", "text": "b"}]}
+        asked = dict(chat_template=TEMPLATES[template], **beside)
+        for prompt in (False, True):
+            ours.chat_template = TEMPLATES[template]
+            assert ours.render(messages, prompt, **beside) == theirs.apply_chat_template(
+                messages, add_generation_prompt=prompt, tokenize=False, **asked
+            )
+        want = theirs.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask="{% generation %}" in TEMPLATES[template], **asked
+        )
+        if not any(want.get("assistant_masks", [1, 1])[1:]):
+            continue
+        ids, learnt = example_of(ours, {"messages": messages, **beside}, TEMPLATES[template])
+        known = ids[:-1] if ids[-1] < 0 else ids  # of what is not learnt at the end, the last token is no one's
+        assert known.tolist() == want["input_ids"][: len(known)], (key, ours.decode(known), theirs.decode(want["input_ids"]))
+        if "assistant_masks" in want:
+            assert learnt.tolist()[1:] == [bool(m) for m in want["assistant_masks"]][1 : len(learnt)], key
+
+
+PIECES = [
+    "the",
+    " cat",
+    "foo",
+    "bar",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "e",
+    "\u0301",
+    "é",
+    "日本",
+    "☃",
+    "12",
+    "'s",
+    "<s>",
+    "</s>",
+    "<|im_end|>",
+    "\t",
+    "A",
+]
+ANY = st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1")  # which mark answers, and are refused
+TEXT = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(ANY, max_size=8)
+
+
+@pytest.mark.parametrize("name", ["bytes", *CHATTERS])
+def test_the_ids_spell_the_record(name, chatters):
+    """Whatever is said, and wherever a merge, a prefix space or a normalizer reaches across a boundary."""
+    tokenizer = ByteTokenizer() if name == "bytes" else load_tokenizer(chatters[name], 1000)
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    usual = [key for key in TEMPLATES if name != "bytes" or "s_token" not in TEMPLATES[key]]  # bytes have no begin or end token to write
+
+    def spelled(text, behind=()):
+        ids = tokenizer.begin(tokenizer.encode(text, add_special=False)).tolist()
+        return tokenizer.decode(ids if not behind or ids[-1:] == behind else [*ids, *behind])
+
+    def usable(record, template=None, **options):
+        try:
+            return example_of(tokenizer, record, template, **options)
+        except ValueError as error:
+            if "nothing to learn" not in str(error):
+                raise
+            return None, None
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(TEXT, TEXT, TEXT, TEXT, st.sampled_from(usual))
+    def check(a, b, c, d, template):
+        for record, text, behind in (({"text": a}, a, []), ({"prompt": a, "completion": b}, a + b, end)):
+            ids, learnt = usable(record)
+            if ids is not None:
+                assert tokenizer.decode(ids) == spelled(text, behind)
+                asked, first = tokenizer.encode_prompt(a), np.flatnonzero(learnt)[0]
+                if "prompt" in record and first >= len(asked):  # else a normalizer composed a character across the boundary
+                    assert np.array_equal(ids[: len(asked)], asked)
+        messages = messages_of([("user", a), ("assistant", b), ("user", c), ("assistant", d), ("user", "the end")])
+        tokenizer.chat_template = TEMPLATES[template]
+        text = tokenizer.render(messages)
+        ids, learnt = usable({"messages": messages}, TEMPLATES[template], mask=False)
+        assert ids is None or np.array_equal(ids, tokenizer.encode(text, add_special=False))
+        ids, learnt = usable({"messages": messages}, TEMPLATES[template])
+        if ids is not None:
+            past = tokenizer.offsets(text)[: len(ids)][learnt][:, 1].max()
+            assert past <= len(tokenizer.render(messages[:4]))  # "the end" is the user's
+
+    check()
+
+
+@pytest.mark.parametrize("name", [*CHATTERS, "cleaned up"])
+def test_streams_are_what_decode_gives(name, chatters):
+    tokenizer = load_tokenizer(chatters[name if name in chatters else "gpt2"], 1000)
+    tokenizer.clean_up = name not in chatters
+    ids = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=9) | TEXT.map(lambda text: tokenizer.encode(text).tolist())
+
+    @settings(max_examples=150, deadline=None)
+    @given(ids, st.booleans())
+    def check(ids, skip):
+        assert "".join(tokenizer.stream(ids, skip)) == tokenizer.decode(ids, skip)
+
+    check()
