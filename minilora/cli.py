@@ -184,7 +184,7 @@ def _gradcheck(args: argparse.Namespace) -> dict[str, Any]:
     say, errors, wrong = _say(args), {}, []
     say(f"{'what':<44} {'gradients':>9} {'worst error':>12}")
     for name, report in check_all(choose_backend(args.backend)):
-        say(f"{name:<44} {len(report.entries):>9} {report.worst:>12.1e}  {'ok' if report.ok else 'WRONG'}")
+        say(f"{name:<44} {len(report.entries):>9} {report.worst:>12.1e}  {report.verdict}")
         errors[name] = report.worst
         if not report.ok:
             wrong.append(name)
