@@ -221,7 +221,7 @@ class Check:
         entry = Entry(name, _relative(a, n, floor), len(at), precision=noise / size if size else infinite)
         skipped = len(self.kinks[name])
         if entry.verdict(self.tol) == "WRONG":
-            entry.remark = diagnose(name, self, a, n, at, max(1e-6, entry.precision))
+            entry.remark = diagnose(name, self, a, n, at, max(0.01 * self.tol, entry.precision))
         elif not size:
             entry.remark = "every gradient is zero here; choose another x"
         elif skipped:
