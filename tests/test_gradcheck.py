@@ -175,6 +175,12 @@ def test_what_forward_returns(y, verdict, remark):
     assert found[1].startswith(remark)
 
 
+@pytest.mark.parametrize("x", [[1, 2], X + 0j, np.array(["a"]), X > 0])
+def test_x_of_another_kind_is_refused(x):
+    with pytest.raises(ValueError, match="gradcheck: x is of"):
+        ml.gradcheck(Dense(), x)
+
+
 def test_a_forward_that_draws_random_numbers_is_named():
     draw = np.random.default_rng(0)
     layer = broken(forward=lambda self, x: (x @ self.W.data + x + draw.standard_normal(), x))
@@ -383,9 +389,8 @@ def test_a_whole_model_is_right():
     """The bundled model: 858,880 parameters, 22 x 256 logits, whose rounding was taken for a mistake."""
     model = ml.load_model("pydoc", "numpy").unfreeze()
     ids = np.frombuffer(b"def f(x): return x + 1", dtype=np.uint8).astype(np.int64)
-    for seed in (0, 2):
-        report = ml.gradcheck(model, ids, seed=seed, max_coordinates=3)
-        assert report.ok, str(report)
+    report = ml.gradcheck(model, ids, max_coordinates=2)
+    assert report.ok, str(report)
 
 
 def test_the_tolerance_is_the_callers():

@@ -33,10 +33,9 @@ def derivative(f: Callable[[float], Array], c: Array, rounding: float) -> Deriva
         far, near, right, left = (  # the difference is taken before the sum: less is lost to rounding
             float((c * (y[a] - y[b])).sum()) / ((a - b) * h) for a, b in ((2, -2), (1, -1), (2, 1), (-1, -2))
         )
-        noise, size, apart = rounding / h, max(abs(right), abs(left)), abs(near - far)
+        value, noise, size, apart = (4 * near - far) / 3, rounding / h, max(abs(right), abs(left)), abs(near - far)
         bent = abs(right - left) > 0.1 * size + noise
         if apart <= 1e-7 * size + noise and not bent:
-            break
-    value = (4 * near - far) / 3
+            return Derivative(value, noise, False)
     kink = (apart > 1e-4 * size + noise or bent) and math.isfinite(value)
     return Derivative(value, max(noise, apart), kink)

@@ -20,6 +20,7 @@ from minilora.backend import Array, backend_name, get_xp, to_backend
 from minilora.checking.diagnose import diagnose, misshapen, not_finite
 from minilora.checking.differences import Derivative, derivative
 from minilora.checking.report import Broken, Entry, Report
+from minilora.family.residual import dense
 from minilora.layers import Layer, reseed
 
 _SEED = 0x6772616463  # with the caller's: no `default_rng(seed)`, from which x or a weight may come, draws the same numbers
@@ -64,6 +65,9 @@ class Check:
     """The float64 copy under test, its inputs, and the analytic gradients."""
 
     def __init__(self, layer: Any, x: Array, tol: float, seed: int, max_coordinates: int, options: dict[str, Any]) -> None:
+        dtype: Any = getattr(x, "dtype", None)
+        if getattr(dtype, "kind", None) not in ("f", "i", "u"):
+            raise ValueError(f"gradcheck: x is of {dtype or type(x).__name__}; give an array of floating numbers, or of integers.")
         self.rng = np.random.default_rng([_SEED, seed])
         self.tol, self.max_coordinates, self.options = tol, max_coordinates, options
         self.layer = copy.deepcopy(layer)
@@ -74,7 +78,7 @@ class Check:
             p.data = to_backend(p.data, self.home, "float64")
             if _trainable(p) and not p.data.any():
                 p.data = p.data + self.draw(p.data.shape) * 0.1
-        self.floating = x.dtype.kind == "f"
+        self.floating = dtype.kind == "f"
         self.x = _strided(to_backend(x, backend_name(x), "float64")) if self.floating else x
         self.before = {"x": self.x.copy(), **{path: p.data.copy() for path, p in self.params.items()}}
         self.kinks: dict[str, np.ndarray] = {}  # coordinates that were left out
@@ -96,10 +100,10 @@ class Check:
     def takes(self, method: str, option: str) -> bool:
         return option in signature(getattr(self.layer, method)).parameters
 
-    def forward(self, x: Array | None = None, **options: Any) -> tuple[Array, Any]:
+    def forward(self, **options: Any) -> tuple[Array, Any]:
         if isinstance(self.layer, Layer):
             reseed(self.layer, 0)  # every forward draws the same dropout masks
-        result = self.call("forward", self.x if x is None else x, **self.options, **options)
+        result = self.call("forward", self.x, **self.options, **options)
         if not isinstance(result, tuple) or len(result) != 2:
             raise Broken("forward", f"returned {type(result).__name__} instead of the pair (y, saved)")
         y, saved = result
@@ -121,8 +125,7 @@ class Check:
         if not _relative(_host(again), _host(y), 0) < 1e-9:
             raise Broken("forward", "gives another y for the same x: it draws random numbers, or keeps state")
         self.alone = self.collect(self.backward(s_alone))
-        other = self.x[(slice(None, None, -1),) * self.x.ndim]
-        self.forward(1.1 * other if self.floating else other)
+        self.moved({name: self.value(name) for name in self.alone}, -0.1)
         self.zero_grad()
         self.analytic = self.collect(self.backward(saved))
         self.rounding = _ROUNDING * float(np.finfo(np.float64).eps) * float(abs(self.c * y).sum())
@@ -151,19 +154,19 @@ class Check:
         value = self.value(name)
         return float((value * value).mean()) ** 0.5 or 1.0
 
-    def derivative(self, direction: dict[str, Array]) -> Derivative:
-        """That of L when every named array moves in its direction."""
+    def moved(self, direction: dict[str, Array], t: float) -> Array:
+        """y with every named array moved t times its direction."""
         before = {name: self.value(name) for name in direction}
-
-        def moved(t: float) -> Array:
-            for name, v in direction.items():
-                self.assign(name, before[name] + t * v)
-            return self.forward()[0]
-
-        found = derivative(moved, self.c, self.rounding)
+        for name, v in direction.items():
+            self.assign(name, before[name] + t * v)
+        y, _ = self.forward()
         for name, old in before.items():
             self.assign(name, old)
-        return found
+        return y
+
+    def derivative(self, direction: dict[str, Array]) -> Derivative:
+        """That of L along a direction."""
+        return derivative(lambda t: self.moved(direction, t), self.c, self.rounding)
 
     def coordinates(self, name: str) -> np.ndarray:
         """All, or `max_coordinates` of them: half at random, half where the analytic gradient is largest."""
@@ -193,13 +196,13 @@ class Check:
     def gradients(self) -> Iterator[Entry]:
         numeric = {name: self.numeric(name) for name in self.analytic}
         norms = [float(np.linalg.norm(n)) for _, n, _ in numeric.values()]
-        floor = _FLOOR * max((n for n in norms if np.isfinite(n)), default=0.0)
-        entries = [self.compare(name, *found, floor) for name, found in numeric.items()]
+        self.floor = _FLOOR * max((n for n in norms if np.isfinite(n)), default=0.0)
+        entries = [self.compare(name, *found) for name, found in numeric.items()]
         yield from entries
         if entries and all(e.coordinates for e in entries):
             yield self.joint_direction()
 
-    def compare(self, name: str, at: np.ndarray, n: np.ndarray, noise: float, floor: float) -> Entry:
+    def compare(self, name: str, at: np.ndarray, n: np.ndarray, noise: float) -> Entry:
         """The entry of one gradient. Those of which no coordinate was compared say so, with `coordinates` 0."""
         g, shape, infinite = self.analytic[name], tuple(self.value(name).shape), float("inf")
         if not len(at):
@@ -217,8 +220,8 @@ class Check:
         if bad := not_finite(g):
             return Entry(name, infinite, 0, bad)
         a = _host(g).ravel()[at]
-        size = max(float(np.linalg.norm(a)), float(np.linalg.norm(n)), floor)
-        entry = Entry(name, _relative(a, n, floor), len(at), precision=noise / size if size else infinite)
+        size = max(float(np.linalg.norm(a)), float(np.linalg.norm(n)), self.floor)
+        entry = Entry(name, _relative(a, n, self.floor), len(at), precision=noise / size if size else infinite)
         skipped = len(self.kinks[name])
         if entry.verdict(self.tol) == "WRONG":
             entry.remark = diagnose(name, self, a, n, at, max(0.01 * self.tol, entry.precision))
@@ -264,7 +267,7 @@ class Check:
         if not _same(self.x, self.before["x"]):
             yield broke("x", "was written to")
         for path, p in self.params.items():
-            if not _same(p.data, self.before[path]):
+            if not _same(dense(p.data), dense(self.before[path])):
                 yield broke(path, "the parameter itself was written to")
             if not _trainable(p):
                 if p.grad is not None:
@@ -289,7 +292,7 @@ class Check:
         one: Any = self.analytic.get(path)
         if getattr(one, "shape", None) != self.params[path].data.shape:
             return True
-        return getattr(grad, "shape", None) == one.shape and _relative(_host(grad), factor * _host(one), 0) < 1e-9
+        return getattr(grad, "shape", None) == one.shape and _relative(_host(grad), factor * _host(one), self.floor) < 1e-9
 
 
 def _trainable(p: Any) -> bool:
