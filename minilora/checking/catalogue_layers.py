@@ -59,7 +59,7 @@ def layers(rng: np.random.Generator) -> Iterator[Subject]:
     for layer in (ReLU(), GELU(), GELU("tanh"), SiLU(), Tanh(), Dropout(0.4)):
         yield type(layer).__name__ + (", tanh" if layer.__dict__.get("f") is K.gelu_tanh else ""), layer, draw(6, 5), {}
     yield "Attention, causal", Attention(6, 3, **d), draw(9, 6), {"offsets": OFFSETS}
-    yield "Attention, one sequence", Attention(6, 3, **d), draw(5, 6), {}
+    yield "Attention, one sequence", Attention(6, 3, **d), draw(9, 6), {}
     yield "Attention, some rows", Attention(6, 3, **d), draw(9, 6), {"offsets": OFFSETS, "rows": np.array([0, 2, 7])}
     yield "Attention, both ways", Attention(6, 2, causal=False, **d), draw(9, 6), {"offsets": OFFSETS}
     yield "FeedForward", FeedForward(4, 7, **d), draw(6, 4), {}
