@@ -179,6 +179,8 @@ def test_what_forward_returns(y, verdict, remark):
 def test_x_of_another_kind_is_refused(x):
     with pytest.raises(ValueError, match="gradcheck: x is of"):
         ml.gradcheck(Dense(), x)
+    with pytest.raises(ValueError, match="max_coordinates is 0"):
+        ml.gradcheck(Dense(), X, max_coordinates=0)
 
 
 def test_a_forward_that_draws_random_numbers_is_named():
@@ -282,6 +284,19 @@ def test_a_factor_is_not_found_in_what_has_none():
         assert remark == "" or "coordinates are wrong" in remark
 
 
+def test_a_loss_that_forgets_dy_is_wrong():
+    class Sum(Dense):
+        def forward(self, x):
+            return (x**3).sum(), x
+
+        def backward(self, dy, saved):
+            return 3 * saved**2
+
+    verdict, remark = failures(Sum())["dx"]
+    assert verdict == "WRONG"
+    assert "times the true gradient" in remark
+
+
 def test_state_in_the_layer_is_told_from_a_plain_mistake():
     class Stale(Dense):
         def forward(self, x):
@@ -309,6 +324,27 @@ def test_a_write_that_a_second_call_would_not_repeat_is_seen():
         return x @ self.W.data + x, x
 
     assert failures(broken(forward=clipped))["W"][0] == "WRONG"
+
+
+def test_a_shared_parameter_and_a_table_of_indices():
+    class Tied(Dense):
+        def __init__(self):
+            super().__init__()
+            self.order = P(np.array([3, 1, 0, 2]))
+            self.order.trainable = False
+
+        def forward(self, x):
+            y, saved = super().forward(x)
+            return y[:, self.order.data], saved
+
+        def backward(self, dy, saved):
+            return super().backward(dy[:, np.argsort(self.order.data)], saved)
+
+        def parameters(self):
+            return [("W", self.W), ("head", self.W), ("order", self.order)]
+
+    report = ml.gradcheck(Tied(), X)
+    assert report.ok, str(report)
 
 
 def test_a_parameter_without_influence_needs_no_gradient():

@@ -48,7 +48,7 @@ def layers(rng: np.random.Generator) -> Iterator[Subject]:
     yield "LoRALinear, the seed's init", LoRALinear(Linear(5, 4, **d), r=2, init="seed", **d), draw(6, 5), {}
     for act in (GELU(), ReLU()):
         yield f"BottleneckLinear, {type(act).__name__}", shaken(BottleneckLinear(Linear(5, 4, **d), 3, act, **d), rng), draw(6, 5), {}
-    bottleneck = MODES["the bias trained"](BottleneckLinear(Linear(5, 4, **d), 2, rng=rng))
+    bottleneck = MODES["the bias trained"](shaken(BottleneckLinear(Linear(5, 4, **d), 2, rng=rng), rng))
     yield "BottleneckLinear, the bias trained", bottleneck, draw(6, 5), {}
     yield "BottleneckLinear, off", MODES["off"](BottleneckLinear(Linear(5, 4, **d), 2, rng=rng)), draw(6, 5), {}
     several = [Linear(5, 4, **d), LoRALinear(Linear(5, 4, **d), r=2, **d), bottleneck]

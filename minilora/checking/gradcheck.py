@@ -68,14 +68,17 @@ class Check:
         dtype: Any = getattr(x, "dtype", None)
         if getattr(dtype, "kind", None) not in ("f", "i", "u"):
             raise ValueError(f"gradcheck: x is of {dtype or type(x).__name__}; give an array of floating numbers, or of integers.")
+        if max_coordinates < 1:
+            raise ValueError(f"gradcheck: max_coordinates is {max_coordinates}; it must be at least 1.")
         self.rng = np.random.default_rng([_SEED, seed])
         self.tol, self.max_coordinates, self.options = tol, max_coordinates, options
         self.layer = copy.deepcopy(layer)
-        self.params = dict(self.layer.parameters())
+        self.params = dict({id(p): (path, p) for path, p in self.layer.parameters()}.values())  # each once, as where it is shared
         self.home = backend_name(next(iter(self.params.values())).data if self.params else x)
         for p in self.params.values():
             p.grad = None
-            p.data = to_backend(p.data, self.home, "float64")
+            if p.data.dtype.kind not in "iub":  # frozen indices or masks stay what they are
+                p.data = to_backend(p.data, self.home, "float64")
             if _trainable(p) and not p.data.any():
                 p.data = p.data + self.draw(p.data.shape) * 0.1
         self.floating = dtype.kind == "f"
@@ -86,7 +89,7 @@ class Check:
 
     def draw(self, shape: tuple[int, ...]) -> Array:
         """Standard normal numbers, from the host's generator, on the layer's backend."""
-        return to_backend(self.rng.standard_normal(shape), self.home)
+        return to_backend(np.asarray(self.rng.standard_normal(shape)), self.home)
 
     def call(self, method: str, *args: Any, **options: Any) -> Any:
         """What the layer's method returns. An exception becomes an entry: a wrong layer may fail in any way."""
@@ -120,7 +123,7 @@ class Check:
         y, saved = self.forward()
         if bad := not_finite(y):
             raise Broken("y", f"{bad}; nothing can be compared", float("inf"))
-        self.c = self.draw(y.shape) if y.ndim else get_xp(y).ones_like(y)
+        self.c = self.draw(y.shape)
         again, s_alone = self.forward()
         if not _relative(_host(again), _host(y), 0) < 1e-9:
             raise Broken("forward", "gives another y for the same x: it draws random numbers, or keeps state")

@@ -41,7 +41,7 @@ class Pair(Layer):
 
 
 class LossOf(Layer):
-    """A model's `loss` and `loss_backward` with the contract of a layer: y is the loss."""
+    """A model's `loss` and `loss_backward`, which is that of dy = 1, with the contract of a layer: y is the loss."""
 
     def __init__(self, model: GPT2 | BertClassifier | Llama, labels: np.ndarray) -> None:
         self.name, self.model, self.labels = f"{type(model).__name__}.loss", model, labels
@@ -52,7 +52,12 @@ class LossOf(Layer):
         return self.model.loss(x, self.labels, offsets, keep=keep)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> None:
+        trained = [p for _, p in self.parameters() if p.trainable]
+        for p in trained:
+            p.grad = None if p.grad is None else p.grad / dy
         self.model.loss_backward(saved)
+        for p in trained:
+            p.grad = None if p.grad is None else p.grad * dy
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         return self.model.parameters()
