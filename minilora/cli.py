@@ -190,7 +190,8 @@ def _gradcheck(args: argparse.Namespace) -> dict[str, Any]:
             wrong.append(name)
             say(str(report))
     if wrong:
-        raise ArithmeticError(f"{len(wrong)} of {len(errors)} backward passes disagree with finite differences: {', '.join(wrong)}.")
+        what = "backward passes disagree with finite differences, or could not be compared"
+        raise ArithmeticError(f"{len(wrong)} of {len(errors)} {what}: {', '.join(wrong)}.")
     say(f"all {len(errors)} agree with central differences in float64, relative error at most {max(errors.values()):.1e}")
     return {"checked": len(errors), "worst": max(errors.values()), "errors": errors}
 

@@ -369,6 +369,34 @@ def test_need_dx_false_in_forward_is_checked_too():
     assert [(e.name, e.remark) for e in report.failures] == [("weight", "need_dx=False changes this gradient")]
 
 
+def test_need_dx_false_must_not_compute_dx():
+    class Eager(ml.Linear):
+        def backward(self, dy, saved, need_dx=True):
+            return super().backward(dy, saved, True)
+
+    report = ml.gradcheck(Eager(4, 3, rng=0), X)
+    assert [(e.name, e.remark) for e in report.failures] == [("dx", "need_dx=False still computes dx")]
+
+
+def test_where_all_is_a_kink_nothing_is_said_to_be_right():
+    assert failures(ml.ReLU(), np.zeros((2, 3))) == {"dx": ("inconclusive", "every coordinate has a kink here; choose another x")}
+
+    class Least:
+        """y = x_0 + min(|x_0|, |x_1|): at 0 it is smooth along each axis, and along nothing else."""
+
+        def forward(self, x):
+            return x[:, 0] + abs(x).min(axis=1), x
+
+        def backward(self, dy, saved):
+            return dy[:, None] * np.array([1.0, 0.0])
+
+        def parameters(self):
+            return []
+
+    expected = ("inconclusive", "a kink in each of five directions; choose another x")
+    assert failures(Least(), np.zeros((3, 2))) == {"(all, one direction)": expected}
+
+
 # -- large values: what rounding explains, and what it does not ----------------------------------------------------------
 
 
