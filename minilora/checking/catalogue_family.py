@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, as_like
-from minilora.checking.catalogue import LossOf, Pair, fixed_weight
+from minilora.checking.subjects import MODES, LossOf, Pair, Subject, fixed_weight, shaken
 from minilora.family import dora, embedding, vera
 from minilora.layers import Embedding, Linear
 from minilora.lora import LoraConfig, LoRALinear, inject, lora_layers
@@ -26,9 +26,8 @@ class HeldNorms(dora.DoRALinear):
         return tuple(as_like(v, self.lora_A.data).astype(self.lora_A.data.dtype) for v in self.held)
 
 
-def family(seed: int) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]:
-    """(name, object, x, forward options), as in `catalogue`."""
-    rng = np.random.default_rng(seed)
+def family(rng: np.random.Generator) -> Iterator[Subject]:
+    """Every method's pairs, its layer, and the ways in which it may be used."""
     d: dict[str, Any] = {"rng": rng, "dtype": "float64"}
 
     def draw(*shape: int) -> np.ndarray:
@@ -36,12 +35,9 @@ def family(seed: int) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]:
 
     x = draw(6, 5)
 
-    def shaken(layer: Any) -> Any:
+    def started(layer: Any) -> Any:
         """What is trained, away from where it starts."""
-        for name in layer.trains:
-            p = getattr(layer, name)
-            p.data = p.data + 0.3 * rng.standard_normal(p.data.shape)
-        return layer
+        return shaken(layer, rng, layer.trains)
 
     def norms(x: Array, A: Array, B: Array) -> tuple[Array, Any]:
         W = fixed_weight(x)
@@ -63,13 +59,20 @@ def family(seed: int) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]:
     yield "column_norms", Pair("column_norms", norms, norms_backward, A=draw(5, 2), B=draw(2, 4)), x, {}
     arrays = {"A": draw(5, 2), "B": draw(2, 4), "m": draw(4), "c": draw(4)}
     yield "dora_linear", Pair("dora_linear", dora_linear, dora_linear_backward, **arrays), x, {}
-    yield "DoRALinear, norms held", shaken(HeldNorms(Linear(5, 4, **d), r=2, **d)), x, {}
-    yield "DoRALinear, exact", shaken(dora.DoRALinear(Linear(5, 4, **d), r=2, exact=True, **d)), x, {}
-    yield "DoRALinear, exact, rsLoRA, dropout", shaken(dora.DoRALinear(Linear(5, 4, **d), 3, 8, 0.3, True, exact=True, **d)), x, {}
+    yield "DoRALinear, norms held", started(HeldNorms(Linear(5, 4, **d), r=2, **d)), x, {}
+    yield "DoRALinear, exact", started(dora.DoRALinear(Linear(5, 4, **d), r=2, exact=True, **d)), x, {}
+    yield "DoRALinear, exact, rsLoRA, dropout", started(dora.DoRALinear(Linear(5, 4, **d), 3, 8, 0.3, True, exact=True, **d)), x, {}
+    only_A = started(HeldNorms(Linear(5, 4, **d), 2, 8, 0.3, **d))
+    only_A.lora_B.trainable = only_A.lora_magnitude_vector.trainable = False
+    yield "DoRALinear, norms held, dropout, only A trained", only_A, x, {}
+    for mode, switch in MODES.items():
+        yield f"DoRALinear, exact, {mode}", switch(started(dora.DoRALinear(Linear(5, 4, **d), r=2, exact=True, **d))), x, {}
+        vectors = vera.VeRALinear(Linear(5, 4, **d), vera.VeraConfig(r=3), vera.Projections(draw(5, 3), draw(3, 4)))
+        yield f"VeRALinear, {mode}", switch(started(vectors)), x, {}
     for init in ("pissa", "olora"):
-        started = LoRALinear(Linear(5, 4, **d), 2, 3, 0.2, init=init, **d)
-        yield f"LoRALinear, {init}", shaken(started), x, {}
-    yield "DoRALinear, exact, pissa", shaken(dora.DoRALinear(Linear(5, 4, **d), r=2, init="pissa", exact=True, **d)), x, {}
+        layer = LoRALinear(Linear(5, 4, **d), 2, 3, 0.2, init=init, **d)
+        yield f"LoRALinear, {init}", started(layer), x, {}
+    yield "DoRALinear, exact, pissa", started(dora.DoRALinear(Linear(5, 4, **d), r=2, init="pissa", exact=True, **d)), x, {}
     ids = rng.integers(0, 6, 9)
 
     def lora_embedding(A: Array, B: Array) -> tuple[Array, Any]:
@@ -80,7 +83,7 @@ def family(seed: int) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]:
 
     table = draw(6, 5)
     yield "lora_embedding", Pair("lora_embedding", lora_embedding, lora_embedding_backward, B=draw(2, 5)), draw(6, 2), {}
-    yield "LoRAEmbedding", shaken(embedding.LoRAEmbedding(Embedding(6, 5, **d), 2, 5, rng=rng)), ids, {}
+    yield "LoRAEmbedding", started(embedding.LoRAEmbedding(Embedding(6, 5, **d), 2, 5, rng=rng)), ids, {}
 
     def vera_linear(x: Array, d: Array, e: Array) -> tuple[Array, Any]:
         W, A, B = matrices(x)
@@ -97,16 +100,14 @@ def family(seed: int) -> Iterator[tuple[str, Any, Array, dict[str, Any]]]:
 
     yield "vera_linear", Pair("vera_linear", vera_linear, vera_linear_backward, d=draw(7), e=draw(4)), x, {}
     for r, dropout in ((7, 0.0), (3, 0.3)):
-        layer = vera.VeRALinear(Linear(5, 4, **d), vera.VeraConfig(r=r, vera_dropout=dropout), vera.Projections.drawn(6, 5, r, 1))
-        yield f"VeRALinear, r = {r}", shaken(layer), x, {}
+        vectors = vera.VeRALinear(Linear(5, 4, **d), vera.VeraConfig(r=r, vera_dropout=dropout), vera.Projections.drawn(6, 5, r, 1))
+        yield f"VeRALinear, r = {r}", started(vectors), x, {}
     config = GPT2Config(vocab_size=7, n_positions=6, n_embd=6, n_layer=1, n_head=3, n_inner=9)
     model = GPT2(config, **d)
-    inject(model, LoraConfig(r=2, use_dora="exact"), rng=1)
+    inject(model, LoraConfig(r=2, use_dora="exact"), rng=rng)
     yield "GPT2, DoRA", model, ids[:6], {}
-    model = GPT2(config, **d)
-    for _, p in model.parameters():
-        p.data = p.data + 0.3 * rng.standard_normal(p.data.shape)
-    inject(model, LoraConfig(r=2, target_modules=["wte", "wpe", "c_fc"]), rng=1)
+    model = shaken(GPT2(config, **d), rng)
+    inject(model, LoraConfig(r=2, target_modules=["wte", "wpe", "c_fc"]), rng=rng)
     for _, layer in lora_layers(model):
-        shaken(layer)
+        started(layer)
     yield "GPT2.loss, embeddings adapted, head tied", LossOf(model, np.append(ids[1:6], -100)), ids[:6], {}

@@ -1,4 +1,7 @@
-"""What the difference between a wrong gradient and the true one looks like: the usual mistakes leave fingerprints."""
+"""What the difference between a wrong gradient and the true one looks like: the usual mistakes leave fingerprints.
+
+A remark states what was found to be true of the numbers. What only might be so is not said.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +9,77 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minilora.backend import to_backend
+from minilora.backend import Array, to_backend
 
 if TYPE_CHECKING:
-    from minilora.checking.gradcheck import _Check
+    from minilora.checking.gradcheck import Check
 
 
-def diagnose(name: str, check: _Check, analytic: np.ndarray, numeric: np.ndarray, at: np.ndarray) -> str:
-    """A guess, in a few words, or "". `analytic` and `numeric` are the coordinates `at` of the gradient called `name`."""
+def diagnose(name: str, check: Check, analytic: np.ndarray, numeric: np.ndarray, at: np.ndarray, precision: float) -> str:
+    """What is true of the coordinates `at` of the wrong gradient called `name`, in a few words, or "".
 
-    def close(a: np.ndarray, b: np.ndarray) -> bool:
-        size = max(float(np.linalg.norm(a)), float(np.linalg.norm(b)), 1e-300)
-        return float(np.linalg.norm(a - b)) <= 1e-5 * size
+    `precision` is the relative precision of `numeric`. What explains the error has to explain nearly all of it.
+    """
+    difference = float(np.linalg.norm(analytic - numeric))
 
-    if not np.isfinite(analytic).all():
-        return "is not finite"
-    if not analytic.any():
-        return "is zero"
-    if check.alone is not None and check.alone.get(name) is not None and close(to_backend(check.alone[name], "numpy").ravel()[at], numeric):
-        return "belongs to the last forward call, not to its own: state is kept in the layer"
-    factor = float(analytic @ numeric / max(numeric @ numeric, 1e-300))
-    if close(analytic, factor * numeric):
-        return f"is {factor:.6g} times the true gradient: a factor is lost or doubled"
+    def explains(true: np.ndarray) -> bool:
+        """Would the gradient be right if `analytic` were this?"""
+        rest = float(np.linalg.norm(true - numeric))
+        return rest <= 0.01 * difference and rest <= 10 * precision * float(np.linalg.norm(numeric))
+
+    def same_place(g: Array) -> np.ndarray:
+        return to_backend(g, "numpy").ravel()[at]
+
     full = to_backend(check.analytic[name], "numpy")
-    if full.ndim == 2 and full.shape[0] == full.shape[1] and close(full.T.ravel()[at], numeric):
-        return "is transposed"
+    if full.dtype != np.float64:
+        return f"is {full.dtype}, and what it belongs to is float64: precision is lost"
+    if not numeric.any():
+        return "is not zero, and the true gradient is"
+    alone = check.alone.get(name)
+    if getattr(alone, "shape", None) == full.shape and explains(same_place(alone)):
+        return "is right only if no other forward comes in between: state is kept in the layer"
     dy = to_backend(check.c, "numpy")
-    if name == "dx" and dy.shape == full.shape and close(analytic + dy.ravel()[at], numeric):
+    if name == "dx" and dy.shape == full.shape and explains(analytic + same_place(dy)):
         return "lacks exactly dy: the gradient of a residual add is left out"
-    right = np.abs(analytic - numeric) <= 1e-6 * np.abs(numeric).max()
-    if right.any():
+    if not analytic.any():
+        return "is zero, and the true gradient is not"
+    factor = float(analytic @ numeric / (numeric @ numeric))
+    if f"{factor:.6g}" != "1" and explains(analytic / factor if factor else analytic):
+        return f"is {factor:.6g} times the true gradient"
+    if full.ndim == 2 and full.shape[0] == full.shape[1] and explains(same_place(full.T)):
+        return "is transposed"
+    right = np.abs(analytic - numeric) <= precision * np.abs(numeric).max()
+    if right.any() and not right.all():
         return f"{int((~right).sum())} of {right.size} coordinates are wrong, the first at {_place(full.shape, int(at[np.argmin(right)]))}"
     return ""
+
+
+def misshapen(g: np.ndarray, shape: tuple[int, ...], numeric: np.ndarray, at: np.ndarray) -> str:
+    """What is true of a gradient that has another shape than what it belongs to."""
+    extra = tuple(range(g.ndim - len(shape)))
+    stretched = tuple(len(extra) + i for i, n in enumerate(shape) if n == 1 and g.ndim >= len(shape) and g.shape[len(extra) + i] > 1)
+    remarks = {
+        "transposed, it is right": lambda: g.T,
+        "its values are right": lambda: g.reshape(shape),
+        f"the sum over axis {', '.join(map(str, extra + stretched))} is left out": lambda: g.sum(axis=extra + stretched).reshape(shape),
+    }
+    text = f"has shape {g.shape} instead of {shape}"
+    for remark, make in remarks.items():
+        try:
+            candidate = make()
+        except ValueError:  # this one cannot have the shape
+            continue
+        if candidate.shape == shape and np.linalg.norm(candidate.ravel()[at] - numeric) <= 1e-5 * np.linalg.norm(numeric):
+            return f"{text}: {remark}"
+    return text
+
+
+def not_finite(values: Array) -> str:
+    """How many values are NaN or infinite, and where the first is; "" where none is."""
+    bad = ~np.isfinite(to_backend(values, "numpy"))
+    if not bad.any():
+        return ""
+    return f"{int(bad.sum())} of {bad.size} values are NaN or infinite, the first at {_place(bad.shape, int(np.argmax(bad)))}"
 
 
 def _place(shape: tuple[int, ...], i: int) -> str:

@@ -1,0 +1,41 @@
+"""Derivatives from values of a function alone: central differences, with an estimate of their error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from minilora.backend import Array
+
+# Relative to the size of what is moved. With the first, truncation, h^4, and rounding, eps / h, are both about 1e-12 for a function
+# that varies on the scale of its argument. The others are for one that varies faster, or has a kink nearby.
+STEPS = (1e-4, 1e-5, 1e-6)
+
+
+class Derivative(NamedTuple):
+    """`value`; `error`, the absolute error that it may have; `kink`: no step was small enough for a smooth function."""
+
+    value: float
+    error: float
+    kink: bool
+
+
+def derivative(f: Callable[[float], Array], c: Array, rounding: float) -> Derivative:
+    """d sum(c f(t)) / dt at t = 0. `rounding` is the absolute error of sum(c f(t)).
+
+    Two central differences, with steps h and 2h, are combined so that their error is of order h^4. Where f is smooth they agree
+    already to order h^2. Where they do not, h is too large, and the next step is tried. At a kink they never do, or, with the kink
+    just here, right and left differ. The value is NaN where f is not finite within the smallest step.
+    """
+    for h in STEPS:
+        y = {s: f(s * h) for s in (-2, -1, 1, 2)}
+        far, near, right, left = (  # the difference is taken before the sum: less is lost to rounding
+            float((c * (y[a] - y[b])).sum()) / ((a - b) * h) for a, b in ((2, -2), (1, -1), (2, 1), (-1, -2))
+        )
+        value, noise, size, apart = (4 * near - far) / 3, rounding / h, max(abs(right), abs(left)), abs(near - far)
+        bent = abs(right - left) > 0.1 * size + noise
+        if apart <= 1e-7 * size + noise and not bent:
+            return Derivative(value, noise, False)
+    kink = (apart > 1e-4 * size + noise or bent) and math.isfinite(value)
+    return Derivative(value, max(noise, apart), kink)

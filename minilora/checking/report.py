@@ -1,0 +1,79 @@
+"""What `gradcheck` found: one entry for each gradient, and the report in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CONCLUSIVE = 1e-4  # finite differences less precise than this would hide the mistakes that a check is there to find
+
+
+@dataclass
+class Entry:
+    """One gradient: its name ("dx" or a parameter's path), its relative error, and what seems wrong with it.
+
+    `precision` is that of the finite differences, relative to the gradient: rounding of y, mostly. Infinite: nothing could be compared.
+    """
+
+    name: str
+    error: float
+    coordinates: int
+    remark: str = ""
+    precision: float = 0.0
+
+    def verdict(self, tol: float) -> str:
+        """ "ok", "WRONG", or "inconclusive" where a mistake would not be seen."""
+        if not self.error < max(tol, self.precision) and self.precision < float("inf"):
+            return "WRONG"
+        return "ok" if self.precision <= max(tol, CONCLUSIVE) else "inconclusive"
+
+
+class Broken(Exception):
+    """The check cannot go on; `entry` says why."""
+
+    def __init__(self, name: str, remark: str, precision: float = 0.0) -> None:
+        super().__init__(name, remark)
+        self.entry = Entry(name, float("inf"), 0, remark, precision)
+
+
+@dataclass
+class Report:
+    """What `gradcheck` found. `ok`, `verdict`, `worst` (the largest relative error), `failures` (entries), and a table by `str()`."""
+
+    what: str
+    tol: float
+    entries: list[Entry]
+
+    @property
+    def worst(self) -> float:
+        return max((e.error for e in self.entries), default=float("nan"))
+
+    @property
+    def failures(self) -> list[Entry]:
+        """Every entry that is not ok."""
+        return [e for e in self.entries if e.verdict(self.tol) != "ok"]
+
+    @property
+    def verdict(self) -> str:
+        """ "ok", "WRONG", "inconclusive" or "nothing to check"."""
+        verdicts = {e.verdict(self.tol) for e in self.entries}
+        return next((v for v in ("WRONG", "inconclusive", "ok") if v in verdicts), "nothing to check")
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict == "ok"
+
+    def __str__(self) -> str:
+        if not self.entries:
+            return (
+                f"{self.what}: nothing to check: x has no gradient, as it holds integers, and no parameter is trainable. "
+                "Set p.trainable = True on the parameters to check."
+            )
+        width = max(len(e.name) for e in self.entries)
+        lines = [f"{self.what}: {self.verdict}, worst relative error {self.worst:.1e} (tolerance {self.tol:.0e})"]
+        for e in self.entries:
+            verdict, remarks = e.verdict(self.tol), [e.remark] if e.remark else []
+            if self.tol < e.precision < float("inf"):
+                advice = "; choose smaller values" if verdict == "inconclusive" else ""
+                remarks.append(f"finite differences are good to {e.precision:.0e} here{advice}")
+            lines.append("  ".join([f"  {e.name:<{width}}", f"{e.error:8.1e}", verdict, *remarks]))
+        return "\n".join(lines)

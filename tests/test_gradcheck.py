@@ -1,0 +1,473 @@
+"""The checker itself: it calls right what is right, wrong what is wrong, and says where it cannot tell."""
+
+import numpy as np
+import pytest
+
+import minilora as ml
+from minilora.checking.catalogue import catalogue
+from minilora.checking.gradcheck import Check
+from minilora.layers import Parameter
+
+X = np.random.default_rng(1).standard_normal((5, 4))
+
+
+class P:
+    """As little as a parameter may be."""
+
+    def __init__(self, data):
+        self.data, self.grad = data, None
+
+
+class Dense:
+    """y = x W + x, with the three documented methods and nothing else. Tests break it in one place each."""
+
+    def __init__(self):
+        self.W = P(np.random.default_rng(2).standard_normal((4, 4)))
+
+    def forward(self, x):
+        return x @ self.W.data + x, x
+
+    def backward(self, dy, saved):
+        self.add(self.W, saved.T @ dy)
+        return dy @ self.W.data.T + dy
+
+    def parameters(self):
+        return [("W", self.W)]
+
+    def add(self, p, g):
+        p.grad = g if p.grad is None else p.grad + g
+
+
+def failures(layer, x=X, **options):
+    """{name: (verdict, remark)} of what is not ok."""
+    report = ml.gradcheck(layer, x, **options)
+    assert report.ok == (not report.failures) == (report.verdict == "ok")
+    return {e.name: (e.verdict(report.tol), e.remark) for e in report.failures}
+
+
+def broken(**methods):
+    """A Dense with other methods."""
+    return type("Broken", (Dense,), methods)()
+
+
+def gradient(change, **methods):
+    """A Dense whose dW is changed."""
+    return broken(add=lambda self, p, g: Dense.add(self, p, change(g)), **methods)
+
+
+def test_a_layer_with_the_three_documented_methods_is_right():
+    report = ml.gradcheck(Dense(), X)
+    assert report.ok, str(report)
+    assert [e.name for e in report.entries] == ["dx", "W", "(all, one direction)"]
+
+
+def test_no_number_is_both_input_parameter_and_cotangent():
+    """Where x is the cotangent, a backward that takes the one for the other is right."""
+    for seed in (0, 1):
+        for name, layer, x, options in catalogue(seed):
+            check = Check(layer, x, 1e-7, seed, 1, options)
+            parameters = {p.data.tobytes(): p.data for p in check.params.values()}  # replicas share arrays
+            arrays = [check.c, *parameters.values(), *([check.x] if check.floating else [])]
+            numbers = np.concatenate([np.unique(a) for a in arrays])
+            numbers = numbers[(numbers != 0) & (numbers != 1)]
+            assert len(np.unique(numbers)) == len(numbers), name
+
+
+# -- what is not finite -------------------------------------------------------------------------------------------------
+
+
+def spoilt(value, at):
+    def change(g):
+        g = g.copy()
+        g[at] = value
+        return g
+
+    return change
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_gradient_that_is_not_finite_is_wrong(value):
+    for at, count, place in (((2, 1), 1, "[2, 1]"), (slice(None), 16, "[0, 0]")):
+        expected = f"{count} of 16 values are NaN or infinite, the first at {place}"
+        assert failures(gradient(spoilt(value, at))) == {"W": ("WRONG", expected)}
+        assert failures(gradient(spoilt(value, at)), max_coordinates=1)["W"] == ("WRONG", expected)
+
+
+def test_dx_that_is_not_finite_is_wrong():
+    layer = broken(backward=lambda self, dy, saved: Dense.backward(self, dy, saved) * np.nan)
+    assert failures(layer)["dx"] == ("WRONG", "20 of 20 values are NaN or infinite, the first at [0, 0]")
+
+
+def test_a_second_gradient_that_is_not_finite_is_wrong():
+    """NaN compares false with everything, so that it hid behind every "is the difference too large?"."""
+
+    def add(self, p, g):
+        p.grad = g if p.grad is None else p.grad * np.nan
+
+    assert failures(broken(add=add)) == {"W": ("WRONG", "two backward passes do not add up")}
+
+    def backward(self, dy, saved):
+        dx = Dense.backward(self, dy, saved)
+        dy[0, 0] = np.nan
+        return dx
+
+    assert failures(broken(backward=backward)) == {"dy": ("WRONG", "backward wrote into its argument")}
+
+
+class Root:
+    """y = sqrt(x), which is NaN below 0."""
+
+    def forward(self, x):
+        return np.sqrt(x), x
+
+    def backward(self, dy, saved):
+        return dy / (2 * np.sqrt(saved))
+
+    def parameters(self):
+        return []
+
+
+def test_where_forward_is_not_finite_nothing_is_said_to_be_right():
+    x = 1 + np.arange(6.0).reshape(2, 3)
+    assert ml.gradcheck(Root(), x).ok
+    x[1, 1] = 1e-9  # nearer to 0 than any step
+    assert failures(Root(), x) == {"dx": ("inconclusive", "y is NaN or infinite within a step from here; choose another x")}
+    x[1, 1] = -1
+    assert failures(Root(), x) == {"y": ("inconclusive", "1 of 6 values are NaN or infinite, the first at [1, 1]; nothing can be compared")}
+
+
+# -- what cannot be run -------------------------------------------------------------------------------------------------
+
+
+def test_what_forward_or_backward_raises_is_reported_with_its_place():
+    def fails(self, *args):
+        raise KeyError("gone")
+
+    line = fails.__code__.co_firstlineno + 1
+    for method in ("forward", "backward"):
+        assert failures(broken(**{method: fails})) == {method: ("WRONG", f"raised KeyError: 'gone' ({__file__}:{line})")}
+
+
+def test_a_type_error_of_the_layer_is_its_own():
+    """It is no sign that the layer takes no need_dx."""
+
+    def backward(self, dy, saved, need_dx=True):
+        if not need_dx:
+            raise TypeError("unexpected need_dx")
+        return Dense.backward(self, dy, saved)
+
+    verdict, remark = failures(broken(backward=backward))["backward"]
+    assert verdict == "WRONG"
+    assert remark.startswith(f"raised TypeError: unexpected need_dx ({__file__}:")
+
+
+@pytest.mark.parametrize(
+    ("y", "verdict", "remark"),
+    [
+        (lambda x: x, "WRONG", "returned ndarray instead of the pair (y, saved)"),
+        (lambda x: (x.astype("float32"), x), "inconclusive", "returned y of float32; a check needs an array of float64"),
+        (lambda x: (1.0, x), "inconclusive", "returned y of float; a check needs an array of float64"),
+    ],
+)
+def test_what_forward_returns(y, verdict, remark):
+    found = failures(broken(forward=lambda self, x: y(x)))["forward"]
+    assert found[0] == verdict
+    assert found[1].startswith(remark)
+
+
+@pytest.mark.parametrize("x", [[1, 2], X + 0j, np.array(["a"]), X > 0])
+def test_x_of_another_kind_is_refused(x):
+    with pytest.raises(ValueError, match="gradcheck: x is of"):
+        ml.gradcheck(Dense(), x)
+    with pytest.raises(ValueError, match="max_coordinates is 0"):
+        ml.gradcheck(Dense(), X, max_coordinates=0)
+
+
+def test_a_forward_that_draws_random_numbers_is_named():
+    draw = np.random.default_rng(0)
+    layer = broken(forward=lambda self, x: (x @ self.W.data + x + draw.standard_normal(), x))
+    assert failures(layer) == {"forward": ("WRONG", "gives another y for the same x: it draws random numbers, or keeps state")}
+
+
+def test_with_nothing_to_check_that_is_what_is_said():
+    model = ml.GPT2(ml.GPT2Config(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=2), rng=0).freeze()
+    report = ml.gradcheck(model, np.array([1, 2, 3]))
+    assert (report.ok, report.verdict, report.failures) == (False, "nothing to check", [])
+    assert "WRONG" not in str(report)
+    assert "nan" not in str(report)
+    assert "no parameter is trainable. Set p.trainable = True" in str(report)
+    model.transformer.wte.weight.trainable = True
+    assert ml.gradcheck(model, np.array([1, 2, 3])).ok
+
+
+# -- remarks: a fact, or nothing ----------------------------------------------------------------------------------------
+
+
+class Wide(Dense):
+    """y = x W + b, W (4, 3), b (3,)."""
+
+    def __init__(self):
+        rng = np.random.default_rng(2)
+        self.W, self.b = P(rng.standard_normal((4, 3))), P(rng.standard_normal(3))
+
+    def forward(self, x):
+        return x @ self.W.data + self.b.data, x
+
+    def backward(self, dy, saved):
+        self.dW(saved.T @ dy)
+        self.db(dy)
+        return dy @ self.W.data.T
+
+    def parameters(self):
+        return [("W", self.W), ("b", self.b)]
+
+    def dW(self, g):
+        self.add(self.W, g)
+
+    def db(self, dy):
+        self.add(self.b, dy.sum(axis=0))
+
+
+def wide(**methods):
+    return type("Broken", (Wide,), methods)()
+
+
+NOISE = np.random.default_rng(3).standard_normal((4, 4))
+
+REMARKS = [
+    (gradient(lambda g: 2 * g), "W", "is 2 times the true gradient"),
+    (gradient(lambda g: -g), "W", "is -1 times the true gradient"),
+    (gradient(lambda g: g * (1 + 2e-5)), "W", "is 1.00002 times the true gradient"),
+    (gradient(lambda g: g * (1 + 4e-7)), "W", ""),  # six digits of this are 1
+    (gradient(lambda g: g.T), "W", "is transposed"),
+    (gradient(lambda g: g * 0), "W", "is zero, and the true gradient is not"),
+    (gradient(lambda g: g.astype("float16")), "W", "is float16, and what it belongs to is float64: precision is lost"),
+    (gradient(lambda g: g + NOISE), "W", ""),
+    (gradient(lambda g: g + 1e-6 * NOISE), "W", ""),
+    (gradient(lambda g: g + np.eye(4)), "W", "4 of 16 coordinates are wrong, the first at [0, 0]"),
+    (gradient(spoilt(0, (3, 2))), "W", "1 of 16 coordinates are wrong, the first at [3, 2]"),
+    (gradient(lambda g: g.tolist()), "W", "is a list instead of an array"),
+    (broken(add=lambda self, p, g: None), "W", "no gradient was written"),
+    (
+        broken(backward=lambda self, dy, saved: Dense.backward(self, dy, saved) - dy),
+        "dx",
+        "lacks exactly dy: the gradient of a residual add",
+    ),
+    (broken(backward=lambda self, dy, saved: Dense.backward(self, dy, saved) and None), "backward", "raised ValueError: The truth value"),
+    (broken(backward=lambda self, dy, saved: (Dense.backward(self, dy, saved), None)), "dx", "is a tuple instead of an array"),
+    (wide(backward=lambda self, dy, saved: [Wide.backward(self, dy, saved), None][1]), "dx", "backward returned None"),
+    (wide(dW=lambda self, g: self.add(self.W, g.T)), "W", "has shape (3, 4) instead of (4, 3): transposed, it is right"),
+    (wide(dW=lambda self, g: self.add(self.W, 2 * g.T)), "W", "has shape (3, 4) instead of (4, 3)"),
+    (wide(db=lambda self, dy: self.add(self.b, dy)), "b", "has shape (5, 3) instead of (3,): the sum over axis 0 is left out"),
+    (wide(db=lambda self, dy: self.add(self.b, dy**2)), "b", "has shape (5, 3) instead of (3,)"),
+    (wide(db=lambda self, dy: self.add(self.b, dy.sum(0, keepdims=True))), "b", "has shape (1, 3) instead of (3,): its values are right"),
+    (wide(db=lambda self, dy: self.add(self.b, dy.sum(axis=1))), "b", "has shape (5,) instead of (3,)"),
+]
+
+
+@pytest.mark.parametrize(("layer", "name", "remark"), REMARKS, ids=[r[2][:40] or "nothing" for r in REMARKS])
+def test_a_remark_is_true(layer, name, remark):
+    found = failures(layer)
+    assert found[name][0] == "WRONG"
+    assert found[name][1].startswith(remark) if remark else found[name][1] == ""
+    if "shape" in remark:
+        assert found[name][1] == remark  # and no more
+    assert set(found) <= {name, "(all, one direction)"}
+
+
+def test_a_factor_is_not_found_in_what_has_none():
+    """Half a gradient is wrong, and no remark about state, a factor or a transposition explains it."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        noise = rng.standard_normal((4, 4)) * 10.0 ** rng.uniform(-6, 1)
+        remark = failures(gradient(lambda g, noise=noise: g + noise))["W"][1]
+        assert remark == "" or "coordinates are wrong" in remark
+
+
+def test_a_loss_that_forgets_dy_is_wrong():
+    class Sum(Dense):
+        def forward(self, x):
+            return (x**3).sum(), x
+
+        def backward(self, dy, saved):
+            return 3 * saved**2
+
+    verdict, remark = failures(Sum())["dx"]
+    assert verdict == "WRONG"
+    assert "times the true gradient" in remark
+
+
+def test_state_in_the_layer_is_told_from_a_plain_mistake():
+    class Stale(Dense):
+        def forward(self, x):
+            self.x = x
+            return super().forward(x)
+
+        def backward(self, dy, saved):
+            return super().backward(dy, self.x)
+
+    assert failures(Stale())["W"][1] == "is right only if no other forward comes in between: state is kept in the layer"
+    assert "state" not in failures(gradient(lambda g: g * (1 + 3e-7)))["W"][1]
+
+
+def test_a_write_that_a_second_call_would_not_repeat_is_seen():
+    """relu_(x) writes in the first forward alone: afterwards there is nothing below zero."""
+
+    def relu_(self, x):
+        np.maximum(x, 0, out=x)
+        return x @ self.W.data + x, x.copy()
+
+    assert failures(broken(forward=relu_))["x"] == ("WRONG", "was written to")
+
+    def clipped(self, x):
+        self.W.data = np.clip(self.W.data, -0.5, 0.5)
+        return x @ self.W.data + x, x
+
+    assert failures(broken(forward=clipped))["W"][0] == "WRONG"
+
+
+def test_a_shared_parameter_and_a_table_of_indices():
+    class Tied(Dense):
+        def __init__(self):
+            super().__init__()
+            self.order = P(np.array([3, 1, 0, 2]))
+            self.order.trainable = False
+
+        def forward(self, x):
+            y, saved = super().forward(x)
+            return y[:, self.order.data], saved
+
+        def backward(self, dy, saved):
+            return super().backward(dy[:, np.argsort(self.order.data)], saved)
+
+        def parameters(self):
+            return [("W", self.W), ("head", self.W), ("order", self.order)]
+
+    report = ml.gradcheck(Tied(), X)
+    assert report.ok, str(report)
+
+
+def test_a_parameter_without_influence_needs_no_gradient():
+    class Spare(Dense):
+        def parameters(self):
+            return [*super().parameters(), ("spare", P(np.ones(2)))]
+
+    report = ml.gradcheck(Spare(), X)
+    assert report.ok
+    assert "no gradient was written; y does not depend on it" in str(report)
+
+
+def test_need_dx_false_in_forward_is_checked_too():
+    class Greedy(ml.Linear):
+        def backward(self, dy, saved, need_dx=True):
+            dx = super().backward(dy, saved, need_dx)
+            if not saved.need_dx:
+                self.weight.grad = self.weight.grad * 2
+            return dx
+
+    report = ml.gradcheck(Greedy(4, 3, rng=0), X)
+    assert [(e.name, e.remark) for e in report.failures] == [("weight", "need_dx=False changes this gradient")]
+
+
+def test_need_dx_false_must_not_compute_dx():
+    class Eager(ml.Linear):
+        def backward(self, dy, saved, need_dx=True):
+            return super().backward(dy, saved, True)
+
+    report = ml.gradcheck(Eager(4, 3, rng=0), X)
+    assert [(e.name, e.remark) for e in report.failures] == [("dx", "need_dx=False still computes dx")]
+
+
+def test_where_all_is_a_kink_nothing_is_said_to_be_right():
+    assert failures(ml.ReLU(), np.zeros((2, 3))) == {"dx": ("inconclusive", "every coordinate has a kink here; choose another x")}
+
+    class Least:
+        """y = x_0 + min(|x_0|, |x_1|): at 0 it is smooth along each axis, and along nothing else."""
+
+        def forward(self, x):
+            return x[:, 0] + abs(x).min(axis=1), x
+
+        def backward(self, dy, saved):
+            return dy[:, None] * np.array([1.0, 0.0])
+
+        def parameters(self):
+            return []
+
+    expected = ("inconclusive", "a kink in each of five directions; choose another x")
+    assert failures(Least(), np.zeros((3, 2))) == {"(all, one direction)": expected}
+
+
+# -- large values: what rounding explains, and what it does not ----------------------------------------------------------
+
+
+class Scaled:
+    """A layer whose gradients are all 1.001 times too large."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer.forward(x)
+
+    def backward(self, dy, saved):
+        return self.layer.backward(1.001 * dy, saved)
+
+    def parameters(self):
+        return self.layer.parameters()
+
+
+LAYERS = {
+    "Tanh": lambda: ml.Tanh(),
+    "GELU": lambda: ml.GELU(),
+    "SiLU": lambda: ml.SiLU(),
+    "LayerNorm": lambda: ml.LayerNorm(6),
+    "Attention": lambda: ml.Attention(6, 3, rng=1, dtype="float64"),
+    "MLP": lambda: ml.MLP([6, 5, 3], ml.Tanh, rng=1, dtype="float64"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("size", [1, 30, 100, 1000])
+def test_large_values_give_no_false_alarm_and_hide_no_mistake(name, size):
+    verdicts = set()
+    for seed in range(4):
+        x = size * np.random.default_rng(seed).standard_normal((7, 6))
+        right, wrong = ml.gradcheck(LAYERS[name](), x, seed=seed), ml.gradcheck(Scaled(LAYERS[name]()), x, seed=seed)
+        assert right.verdict in ("ok", "inconclusive"), str(right)
+        assert wrong.verdict == "WRONG" if right.ok else not wrong.ok, str(wrong)
+        verdicts.add(right.verdict)
+    assert "ok" in verdicts or (name == "Tanh" and size > 30), verdicts
+
+
+def test_where_rounding_swamps_everything_the_check_says_so():
+    report = ml.gradcheck(ml.Tanh(), np.array([[-12.0, 150, 200], [90, 180, -100]]))
+    assert (report.ok, report.verdict) == (False, "inconclusive")
+    assert "finite differences are good to" in str(report)
+    assert "choose smaller values" in str(report)
+    report = ml.gradcheck(ml.ReLU(), -1 - np.arange(4.0).reshape(2, 2))
+    assert (report.ok, report.verdict) == (False, "inconclusive")
+    assert "every gradient is zero here; choose another x" in str(report)
+
+
+def test_a_whole_model_is_right():
+    """The bundled model: 858,880 parameters, 22 x 256 logits, whose rounding was taken for a mistake."""
+    model = ml.load_model("pydoc", "numpy").unfreeze()
+    ids = np.frombuffer(b"def f(x): return x + 1", dtype=np.uint8).astype(np.int64)
+    report = ml.gradcheck(model, ids, max_coordinates=2)
+    assert report.ok, str(report)
+
+
+def test_the_tolerance_is_the_callers():
+    layer = gradient(lambda g: g * (1 + 1e-5))
+    assert ml.gradcheck(layer, X, tol=1e-4).ok
+    assert all(e.remark == "" for e in ml.gradcheck(layer, X, tol=1e-4).entries)
+    assert not ml.gradcheck(layer, X, tol=1e-6).ok
+
+
+def test_frozen_parameters_and_parameters_without_the_attribute():
+    layer = Dense()
+    layer.W = Parameter(layer.W.data, trainable=False)
+    assert ("W", "is frozen but has a gradient") in [(e.name, e.remark) for e in ml.gradcheck(layer, X).failures]
+    layer = broken(add=lambda self, p, g: None)
+    layer.W = Parameter(layer.W.data, trainable=False)
+    assert ml.gradcheck(layer, X).ok
