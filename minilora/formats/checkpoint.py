@@ -169,13 +169,24 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     write_tensors(folder / "model.safetensors", tensors, dtypes=dtypes)
     warn_of_pooling(model, folder)
     write_json(folder / "config.json", told)
-    if source is not None and source.is_dir():
+    if source is not None:
+        _save_tokenizer(model, source, folder)
+
+
+def _save_tokenizer(model: Any, source: Path, folder: Path) -> None:
+    """The tokenizer's files, and for a decoder the tokens that end an answer; a line on standard error where they cannot be read."""
+    if source.is_dir():
         _copy(source, folder, _TOKENIZER_FILES)
-    elif source is not None and source.is_file():
-        try:
-            load_tokenizer(source, model.config.vocab_size).save(folder)
-        except (ValueError, ImportError) as error:
-            print(f"{folder} is without a tokenizer: {error}", file=sys.stderr)
+    if source.is_dir() and (not hasattr(model, "decode") or not (folder / "tokenizer.json").is_file()):
+        return
+    try:
+        tokenizer = load_tokenizer(source, model.config.vocab_size)
+        if source.is_dir():
+            tokenizer.save_stop_ids(folder)
+        else:
+            tokenizer.save(folder)
+    except (ValueError, ImportError, FileNotFoundError) as error:
+        print(f"{folder} has no tokenizer that can be read: {error}", file=sys.stderr)
 
 
 def _stored(model: Any, tensors: dict[str, np.ndarray]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from minilora.training.labels import class_names, label_of, reader
 from minilora.training.recipe import TASKS
 from minilora.training.records import SPLITS, Record, listed, note, read_records, split_files
 
-_USED = {"lm": ("text", "prompt", "completion", "messages", "tools"), "classify": ("text", "label")}
+_USED = {"lm": ("text", "prompt", "completion", "messages", "tools", "documents"), "classify": ("text", "label")}
 _REFUSED = ("text_pair", "weight", "weights", "sample_weight")  # what would change the result if it were read
 
 

@@ -263,7 +263,7 @@ def _sample(model: Any, tokenizer: Tokenizer, recipe: Recipe) -> str:
     if recipe.kind != "text" or not recipe.sample_bytes:
         return ""
     with threadpool_limits(1, user_api="blas"):  # one token at a time: products too small to share out
-        return tokenizer.decode(list(generate(model, tokenizer.encode(PROMPT), recipe.sample_bytes, 0.7, recipe.seed)))
+        return tokenizer.decode(list(generate(model, tokenizer.encode_prompt(PROMPT), recipe.sample_bytes, 0.7, recipe.seed)))
 
 
 def _save(model: Any, folder: RunFolder, recipe: Recipe) -> int:

@@ -261,10 +261,8 @@ def _logits(model: Any, batch: Batch) -> np.ndarray:
 
 
 def tokens_of(text: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes as token ids; a model of bytes takes them as they are."""
-    if isinstance(tokenizer, ByteTokenizer):
-        return text
-    return tokenizer.encode(text.tobytes().decode("utf-8", errors="replace"))
+    """UTF-8 bytes as token ids, with one begin token where the tokenizer puts one; a model of bytes takes them as they are."""
+    return text if isinstance(tokenizer, ByteTokenizer) else tokenizer.encode_prompt(text.tobytes().decode("utf-8"))
 
 
 def _headline(tokenizer: Tokenizer) -> str:
