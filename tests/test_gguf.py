@@ -366,5 +366,5 @@ def test_a_merged_model_brings_its_tokenizer(tmp_path):
 def test_a_tokenizer_that_cannot_be_read_is_said_to_be_missing(tmp_path, capsys):
     model = ml.load_model(write(tmp_path / "m.gguf", random_model(small()), meta={"tokenizer.ggml.model": "llama"}), "numpy")
     ml.save_model(model, tmp_path / "out")
-    assert "out is without a tokenizer: " in capsys.readouterr().err
+    assert "out is without a tokenizer that can be read: " in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}

@@ -186,7 +186,7 @@ def _save_tokenizer(model: Any, source: Path, folder: Path) -> None:
         else:
             tokenizer.save(folder)
     except (ValueError, ImportError, FileNotFoundError) as error:
-        print(f"{folder} has no tokenizer that can be read: {error}", file=sys.stderr)
+        print(f"{folder} is without a tokenizer that can be read: {error}", file=sys.stderr)
 
 
 def _stored(model: Any, tensors: dict[str, np.ndarray]) -> dict[str, str]:

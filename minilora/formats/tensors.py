@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from safetensors.numpy import save_file
 
+from minilora.family.half import dtype_of
 from minilora.formats.atomic import write_file
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
 _DTYPES |= {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}
-_NAMES = {str(np.dtype(dtype)): name for name, dtype in _DTYPES.items() if name != "BF16"} | {"bfloat16": "BF16"}
 _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _MOST_AXES = 8
 
@@ -131,30 +132,16 @@ def write_tensors(
 
     dtypes: {name: "float64", "float32", "float16" or "bfloat16"} to round to; by default a tensor's own.
     Give at most one entry of metadata: the library writes several in an order that changes from run to run.
-    Raises ValueError for numbers beyond float16's.
+    Raises ValueError for numbers beyond float16's, ImportError for bfloat16 without ml_dtypes.
     """
     written = {}
     for name, value in tensors.items():
         dtype = dtypes.get(name, value.dtype.name)
-        written[name] = _NAMES[dtype], value.shape, np.ascontiguousarray(rounded(value, dtype))
-        if dtype == "float16" and value.dtype.itemsize > 2 and np.isinf(written[name][2]).any():
+        x = np.ascontiguousarray(rounded(value, dtype))
+        if dtype == "float16" and value.dtype.itemsize > 2 and np.isinf(x).any():
             raise ValueError(f"{path}: {name} has numbers beyond float16's 65504; choose bfloat16 or float32.")
-    order = sorted(written, key=lambda name: (-written[name][2].itemsize, name))  # as the library has it: all are aligned
-    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
-    end = 0
-    for name in order:
-        dtype, shape, bits = written[name]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end := end + bits.nbytes]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-
-    def write(temporary: str) -> None:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                file.write(written[name][2].reshape(-1).view(np.uint8).data)
-
-    write_file(path, write)
+        written[name] = x.view(dtype_of(dtype)) if dtype == "bfloat16" else x
+    write_file(path, lambda temporary: save_file(written, temporary, metadata=metadata or {"format": "pt"}))
 
 
 def holds_bfloat16(x: np.ndarray) -> bool:

@@ -43,7 +43,7 @@ class Dataset:
                 cut = sum(example.cut for example in examples)
                 part = f"{name} {len(examples):,} sequences of {sum(len(e.ids) for e in examples):,} tokens" + f", {cut:,} cut" * (cut > 0)
                 if self.labels is not None and (absent := _absent(examples, self.labels)):
-                    part += f", none of class {', '.join(absent[:3])}" + f" and {len(absent) - 3} more" * (len(absent) > 3)
+                    part += f", none of class {listed(absent)}"
                 parts.append(part)
         if self.labels is not None:
             parts.append(f"{len(self.labels)} classes: {', '.join(self.labels)}")
@@ -235,7 +235,7 @@ def _examples(
             except ValueError as error:
                 names = sorted({label_of(file, n, r) for n, r in records})
                 advice = "rename them, or make a head for them with finetune --new-head"
-                raise ValueError(f"{str(error).rstrip('.')}. The data have {', '.join(names)}; {advice}.") from None
+                raise ValueError(f"{str(error).rstrip('.')}. The data have {listed(names, 40)}; {advice}.") from None
     examples = [make(file, line, record) for line, record in records]
     if unused:
         names = [repr(name) if name else "a column without a name" for name in unused]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.functional import IGNORE
-from minilora.training.records import Record
+from minilora.training.records import Record, listed
 
 _DIGITS = 4000  # Python converts no longer ones; they are sorted as text
 
@@ -57,7 +57,7 @@ def reader(names: Sequence[str]) -> Callable[[Path, int, Record], float]:
     def read(file: Path, line: int, record: Record) -> float:
         name = label_of(file, line, record)
         if name not in index:
-            raise ValueError(f"{file}, line {line}: the label {name!r:.60} is none of the classes: {', '.join(names)}.")
+            raise ValueError(f"{file}, line {line}: the label {name!r:.60} is none of the classes: {listed(names, 40)}.")
         return index[name]
 
     return read

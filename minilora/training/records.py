@@ -16,7 +16,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +247,6 @@ def _folder(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
     return {split: splits[split] for split in SPLITS if split in splits}, others
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Sequence[str], most: int = 4) -> str:
     """The first names of a list, and how many more there are."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return ", ".join(f"{name:.60}" for name in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
