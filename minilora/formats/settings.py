@@ -24,7 +24,7 @@ def read_settings(path: str | Path, allowed: dict[str, Any]) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no settings file {path}.")
     try:
         raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid TOML ({error}).") from None
     settings: dict[str, Any] = {}
     for key, value in raw.items():
@@ -37,7 +37,7 @@ def read_settings(path: str | Path, allowed: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{path}: {key!r} is given twice, with a dash and with an underscore.")
         kinds = get_args(allowed[name]) or (allowed[name],)
         if float in kinds and type(value) is int:
-            value = float(value) if int not in kinds else value
+            value = float(value) if int not in kinds and abs(value) < 2**1023 else value
         if type(value) not in kinds:
             wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
             raise ValueError(f"{path}: {key} must be of type {wanted}, got {value!r}.")
