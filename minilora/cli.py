@@ -6,12 +6,12 @@ With --json a verb prints exactly one JSON object on standard output; everything
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from minilora.formats.atomic import to_json
 
 # What bad input, a missing extra or a full disk raise: told in one line. Anything else is a bug and shows its traceback.
 _TOLD = (ValueError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError)
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         debug = args.debug
         told = args.run(args)
         if args.json:
-            print(json.dumps(_plain(told), allow_nan=False))
+            print(to_json(told))
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
@@ -401,15 +401,6 @@ def _type_of(action: argparse.Action) -> Any:
 def _say(args: argparse.Namespace) -> Any:
     """print, or with --json print to standard error."""
     return lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
-
-
-def _plain(value: Any) -> Any:
-    """Numbers that JSON has not (nan, inf) as null."""
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _list(text: str) -> list[str]:

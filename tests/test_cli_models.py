@@ -166,7 +166,7 @@ def test_plain_text_moves_a_published_model_at_the_rate_for_published_models():
     rates = {}
     for model, task in (("pydoc", "lm"), ("llama", "lm")):
         recipe = Recipe(model=model, task=task)
-        recipe.settle(None)
+        recipe.settle(lambda *_: None)
         rates[model] = recipe.lr
     assert rates == {"pydoc": 8e-3, "llama": 5e-4}
 

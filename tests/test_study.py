@@ -110,7 +110,7 @@ def test_few_examples_are_among_the_many_and_every_class_must_be_there():
 def test_a_share_of_the_run_may_be_warm_up():
     for warmup, steps in ((0.1, 4), (7, 7), (0, 0), (None, 10)):
         recipe = Recipe(steps=40, warmup=warmup)
-        recipe.settle(None)
+        recipe.settle(lambda *_: None)
         assert recipe.warmup == steps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from minilora.formats.adapter_config import read_adapter_config
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import STORED, load_model, save_model
 from minilora.formats.fetch import BUNDLED, model_folder, read_weights
-from minilora.formats.fitting import classes_of, family_of, named
+from minilora.formats.fitting import Family, classes_of, family_of, named
 from minilora.formats.tensors import map_tensors
 from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
 from minilora.layers import Linear
@@ -41,8 +42,9 @@ def _base(path: str | Path, backend: str, adapter: str | Path | None = None, dty
     base, found = base_of(path)
     if adapter is not None:
         found = _adapter_folder(Path(adapter)) or Path(adapter)
-    labels = record_of(adapter or path).get("labels") or (_classes(found) if found else None)
-    asked = record_of(adapter or path).get("configuration", {})
+    record = record_of(adapter or path)
+    labels = (record.get("labels") or _classes(found)) if found else None  # a model says in its own config.json
+    asked = record.get("configuration", {})
     typed = base == str(path)  # or named by a file, which is not to send anybody to the hub
     try:
         published = None if labels is None else published_classes(base, download=typed)
@@ -79,13 +81,12 @@ def record_of(path: str | Path) -> dict[str, Any]:
 
     Raises ValueError, naming the file, where it is not as a run writes it.
     """
-    for folder in (Path(path), Path(path).parent):
-        file = folder / "run.json"
-        if not file.is_file():
-            continue
-        record = read_json(file)
-        _check_record(record, file)
-        return record
+    folder = Path(path).absolute()
+    for place in (folder, folder.parent) if folder.name in ("adapter", "model", "base") else (folder,):
+        if (file := place / "run.json").is_file():
+            record = read_json(file)
+            _check_record(record, Path(path) / os.path.relpath(file, folder))
+            return record
     return {}
 
 
@@ -117,11 +118,17 @@ def published_classes(name: str | Path, download: bool = True) -> list[str] | No
     if str(name).endswith(".gguf"):
         return None
     folder = model_folder(name, download)
-    raw = read_json(folder / "config.json")
-    family = family_of(raw, f"{folder}/config.json")
+    raw, family = _config(folder)
     if "classifier" not in family.fresh or not any(path.startswith("classifier.") for path in read_weights(folder)):
         return None
     return list(classes_of(family)[0].from_json(raw, f"{folder}/config.json").class_names)
+
+
+def _config(folder: Path) -> tuple[dict[str, Any], Family]:
+    """config.json, but for how weights are quantized, and the architecture that it names."""
+    raw = read_json(folder / "config.json")
+    raw.pop("quantization_config", None)
+    return raw, family_of(raw, f"{folder}/config.json")
 
 
 def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
@@ -133,8 +140,7 @@ def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
         rows, vocabulary = read_gguf_tokenizer(base)
         return gguf_tokenizer(vocabulary, vocab_size or rows, base)
     folder = model_folder(base, download=base == str(path))
-    raw = read_json(folder / "config.json")
-    family = family_of(raw, f"{folder}/config.json")
+    raw, family = _config(folder)
     size: Any = vocab_size or raw.get("vocab_size")
     if type(size) is not int:
         size = classes_of(family)[0].from_json(raw, f"{folder}/config.json").vocab_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heappush, heapreplace
 from itertools import count
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def load_dataset(
     chat_template: str | None = None,
     seed: int = 0,
     encoding: str = "utf-8",
+    drawn_at: tuple[int, bool] | None = None,
 ) -> Dataset:
     """Read a folder or a file of records for `task`: "lm" or "classify".
 
@@ -68,7 +70,8 @@ def load_dataset(
     loses its beginning, down to half of max_length, then the completion its end. `Example.cut` tells which.
     mask_prompt=False learns from prompts and users' turns too. labels: the classes of a head that exists, in its order (one: the labels
     are values); by default the classes are those of the training data (of a single file: of all of it), see training/labels.py.
-    Where there is no validation data, a tenth is held out, see `hold_out`.
+    Where there is no validation data, a tenth is held out, see `hold_out`. drawn_at: (max_length, mask_prompt) of the run whose held-out
+    records are meant, where they are to be read by others.
     Raises FileNotFoundError, or ValueError naming file and line.
     """
     _check(task, max_length)
@@ -84,7 +87,12 @@ def load_dataset(
     for split, file in files.items():
         setattr(dataset, split, _examples(file, records[split], task, make, labels if published else None))
     if "train" in files and "valid" not in files:
-        dataset.train, dataset.valid = hold_out(dataset.train, files["train"], seed)
+        alike = None
+        if drawn_at not in (None, (max_length, mask_prompt)):
+            assert drawn_at is not None
+            make = example_maker(task, tokenizer, *drawn_at, labels, chat_template or tokenizer.chat_template)
+            alike = [make(files["train"], line, record) for line, record in records["train"]]
+        dataset.train, dataset.valid = hold_out(dataset.train, files["train"], seed, alike=alike)
     return dataset
 
 
@@ -108,14 +116,18 @@ def load_examples(
     return _examples(file, list(read_records(file, encoding)), task, make, labels)
 
 
-def hold_out(examples: list[Example], path: str | Path, seed: int = 0, fraction: float = 0.1) -> tuple[list[Example], list[Example]]:
+def hold_out(
+    examples: list[Example], path: str | Path, seed: int = 0, fraction: float = 0.1, alike: list[Example] | None = None
+) -> tuple[list[Example], list[Example]]:
     """(to train on, held out): a `fraction` of the different sequences, at least one, drawn by `seed`. Equal sequences stay on one side.
 
     Where there are classes, each gives its share, as near to `fraction` as whole sequences allow, and keeps at least one for training.
+    alike: the same records as they were cut when they were first drawn, if not as now; these are drawn from.
     Raises ValueError when there is nothing to hold out.
     """
-    keys = [e.ids.tobytes() + (b"" if e.per_sequence else e.labels.tobytes()) for e in examples]
-    first = dict(zip(reversed(keys), reversed(examples), strict=True))  # of equal ones the first
+    alike = alike or examples
+    keys = [e.ids.tobytes() + (b"" if e.per_sequence else e.labels.tobytes()) for e in alike]
+    first = dict(zip(reversed(keys), reversed(alike), strict=True))  # of equal ones the first
     different = list(dict.fromkeys(keys))
     held = {different[i] for i in sample([first[key] for key in different], max(1, round(fraction * len(different))), seed, spare=1)}
     if not held:
@@ -159,14 +171,15 @@ def pack(lengths: np.ndarray, tokens_per_batch: int, rng: np.random.Generator | 
         raise ValueError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}.")
     size = lengths if rng is None else lengths * rng.uniform(0.5, 1, len(lengths))  # roughly by length, and new in every epoch
     bins: Epoch = [[] for _ in range(-(-int(lengths.sum()) // tokens_per_batch))]
-    load = np.zeros(len(lengths) + len(bins), dtype=np.int64)  # there is room for a bin for each
+    loads = [(0, k) for k in range(len(bins))]  # a heap: the batch with fewest tokens comes first
     for i in np.argsort(-size, kind="stable"):
-        k = int(load[: len(bins)].argmin())
-        if load[k] and load[k] + lengths[i] > tokens_per_batch:  # it fits nowhere
-            k = len(bins)
-            bins.append([])
-        bins[k].append(int(i))
-        load[k] += lengths[i]
+        n, (load, k) = int(lengths[i]), loads[0]
+        if load and load + n > tokens_per_batch:  # it fits nowhere
+            heappush(loads, (n, len(bins)))
+            bins.append([int(i)])
+        else:
+            heapreplace(loads, (load + n, k))
+            bins[k].append(int(i))
     order = np.arange(len(bins)) if rng is None else rng.permutation(len(bins))
     return [bins[k] for k in order if bins[k]]
 

@@ -47,7 +47,7 @@ def task_of(
 ) -> Task:
     """What to measure an opened model on, by the settings of the run that it comes from, and those given. Raises as `evaluate_run`."""
     record, decoder = record_of(run), hasattr(model, "decode")
-    recipe = recipe_of(record, run)
+    recipe = made = recipe_of(record, run)
     given = {name: value for name, value in {"data": data, **given}.items() if value is not None}
     given.setdefault("task", recipe.task if record else "lm" if decoder else "classify")
     if decoder != (given["task"] == "lm"):
@@ -65,7 +65,10 @@ def task_of(
         raise ValueError(f"a window of {recipe.window} is longer than the model's {context_length(model)} positions.")
     tokenizer = tokenizer_of(tokenizer_source, getattr(model.config, "vocab_size", None))
     labels = model.config.class_names if recipe.task == "classify" else None
-    return measuring_task(recipe, tokenizer, labels, split, record.get("trained_on"))
+    if "eval_bytes" in given and recipe.kind != "text":
+        raise ValueError(f"eval_bytes is an amount of plain text; {recipe.data} holds records.")
+    sampled = "eval_size" in given or "eval_bytes" in given
+    return measuring_task(recipe, tokenizer, labels, split, made if record else None, record.get("trained_on"), sampled)
 
 
 def recipe_of(record: dict[str, Any], run: str) -> Recipe:

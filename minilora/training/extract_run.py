@@ -9,10 +9,9 @@ from typing import Any
 
 from minilora.adapters.extraction import embeddings_changed, extract, input_roots, largest_changes
 from minilora.formats.adapter import save_adapter
-from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import load_model
-from minilora.formats.run import base_of, open_model, published_classes
-from minilora.training.evaluate_run import task_of
+from minilora.formats.run import base_of, open_model, published_classes, record_of
+from minilora.training.evaluate_run import recipe_of, task_of
 from minilora.training.tasks import measure
 
 
@@ -94,11 +93,9 @@ def compare(first: str, second: str, allow_other_weights: bool = False) -> dict[
 
 def _base_named_by(tuned: str) -> str:
     """The base model of a run of full fine-tuning, or of an adapter."""
-    folder = Path(tuned)
     base, adapter = base_of(tuned)
     if adapter is not None:
         return base
-    for place in (folder, folder.parent):
-        if (place / "run.json").is_file():
-            return str(read_json(place / "run.json")["configuration"]["model"])
+    if record := record_of(tuned):
+        return recipe_of(record, tuned).model
     raise ValueError(f"{tuned} does not say which model it was tuned from; name that with --base.")

@@ -61,7 +61,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
         os.environ["CUPY_TF32"] = "1"
     recipe.backend = choose_backend(recipe.backend)
     model, tokenizer, task = open_recipe(recipe)
-    recipe.settle(task.steps(recipe.epochs, recipe.accumulate, recipe.seed))
+    recipe.settle(task.steps)
     assert recipe.steps is not None
     rate = schedule(recipe.schedule, recipe.steps, int(recipe.warmup or 0))
     base = sum(p.data.size for _, p in model.parameters())

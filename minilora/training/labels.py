@@ -48,14 +48,15 @@ def reader(names: Sequence[str]) -> Callable[[Path, int, Record], float]:
     """
     if len(names) == 1:
         return _value
-    index = {name: i for i, name in enumerate(names)}
+    index = {name.strip(): i for i, name in enumerate(names)}
     if len(index) < len(names):
         raise ValueError(f"the model names a class twice: {', '.join(names)}; its labels cannot be told apart by name.")
     if not any(_number(name) is not None for name in names):
         index |= {str(i): i for i in range(len(names))}
 
     def read(file: Path, line: int, record: Record) -> float:
-        name = label_of(file, line, record)
+        given = record.get("label")
+        name = given.strip() if isinstance(given, str) and given.strip() in index else label_of(file, line, record)
         if name not in index:
             raise ValueError(f"{file}, line {line}: the label {name!r:.60} is none of the classes: {listed(names, 40)}.")
         return index[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from minilora import adapters
@@ -78,7 +79,7 @@ class Recipe:
     reinit: int | None = None
     clip: float = 1.0
     steps: int | None = None
-    epochs: float = 3
+    epochs: float | None = None
     batch_size: int = 8
     tokens_per_batch: int = 2048
     accumulate: int = 1
@@ -138,10 +139,14 @@ class Recipe:
         if self.reinit is not None and self.method != "full":
             raise ValueError(f"reinit changes the weights that method {self.method} leaves frozen and does not save; it needs method full.")
         for name in ("pull", "weight_decay", "warmup"):
-            if not (getattr(self, name) or 0) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if not self.clip > 0 or not 0 < self.epochs < math.inf:
-            raise ValueError(f"clip and epochs must be above 0, and epochs finite, got {self.clip} and {self.epochs}.")
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}.")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be above 0, got {self.clip}.")
+        if self.epochs is not None and not 0 < self.epochs <= 100_000:
+            raise ValueError(f"epochs must be above 0 and at most 100,000, got {self.epochs}.")
+        if self.data == "":
+            raise ValueError("data is empty: name a file or a folder.")
         if self.new_head and self.task != "classify":
             raise ValueError("new_head replaces a classifier; it needs task classify.")
         self.threads = self.threads or min(os.cpu_count() or 1, 8)
@@ -151,14 +156,20 @@ class Recipe:
         """ "text" in windows, records to continue ("lm"), or records with a class ("classify")."""
         return "text" if self.task == "lm" and (self.data is None or not is_dataset(self.data)) else self.task
 
-    def settle(self, steps: int | None) -> None:
-        """Fill in what was left open; `steps` is what `epochs` come to, None where epochs mean nothing."""
+    def settle(self, steps: Callable[[float, int, int], int | None]) -> None:
+        """Fill in what was left open. steps(epochs, accumulate, seed) is how many those are, None where there are no epochs.
+
+        Raises ValueError for epochs of plain text, and a warm-up that is not finite.
+        """
         bundled = self.model == BUNDLED and self.method == "lora"
         self.bias = self.bias or ("all" if bundled else "none")
         if self.modules_to_save is None and bundled:
             self.modules_to_save = ["ln_1", "ln_2", "ln_f"]
         self.lr = _RATES[BUNDLED if self.model == BUNDLED else self.task][self.method] if self.lr is None else self.lr
         if self.steps is None:
-            self.steps = 120 if steps is None else steps
+            counted = steps(3 if self.epochs is None else self.epochs, self.accumulate, self.seed)
+            if counted is None and self.epochs is not None:
+                raise ValueError("plain text is read in windows that start anywhere, which have no epochs; give steps.")
+            self.steps = counted or 120
         self.warmup = min(10, self.steps // 2) if self.warmup is None else self.warmup
         self.warmup = round(self.warmup if self.warmup >= 1 else self.warmup * self.steps)

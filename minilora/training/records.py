@@ -226,7 +226,8 @@ def split_files(path: str | Path, quiet: bool = True) -> dict[str, Path]:
     if twice := next((files for files in splits.values() if len(files) > 1), None):
         raise ValueError(f"{path} has both {twice[0].name} and {twice[1].name}, which are the same split; keep one.")
     if not splits:
-        raise FileNotFoundError(f"there are no records in {path}: expected train.jsonl (or .csv, ...), perhaps valid and test.")
+        has = f"; it has {listed(others)}" if others else ""
+        raise FileNotFoundError(f"there are no records in {path}: expected train.jsonl (or .csv, ...), perhaps valid and test{has}.")
     if others and not quiet:
         note(f"{path}: {listed(others)} {'is' if len(others) == 1 else 'are'} not used.")
     return {split: files[0] for split, files in splits.items()}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from minilora.formats.atomic import write_json, write_text
+from minilora.formats.atomic import to_json, write_json, write_text
 
 
 class RunFolder:
@@ -51,7 +50,7 @@ class RunFolder:
 
     def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
         """All records so far, whole: the file is replaced, never cut off in the middle of a line."""
-        write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
+        write_text(self.metrics, "".join(to_json(record) + "\n" for record in records))
 
     def write_samples(self, prompt: str, before: str, after: str) -> None:
         write_text(self.samples, f"# prompt\n{prompt}\n\n# before\n{prompt}{before}\n\n# after\n{prompt}{after}\n")

@@ -7,6 +7,7 @@ The model is read once: each run has a replica of it, which shares the weights t
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +27,7 @@ from minilora.training.prefix import PrefixCache
 from minilora.training.recipe import METHODS, Recipe
 from minilora.training.schedules import schedule
 from minilora.training.study_folder import StudyFolder
-from minilora.training.tasks import Task, measure
+from minilora.training.tasks import Task, fingerprint, measure
 
 Rows = dict[str, dict[str, Any]]
 
@@ -92,7 +93,7 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Calla
         if shared := sorted(change.keys() & set(_SHARED)):
             raise ValueError(f"row {name!r} changes {shared[0]}, which all rows of a study share; make it a study of its own.")
     recipe.backend = choose_backend(recipe.backend)
-    store = StudyFolder(folder, recipe, rows)
+    store = StudyFolder(folder, recipe, rows, fingerprint(recipe.data, recipe.encoding) if recipe.data else None)
     done = {(record["row"], record["seed"]) for record in store.records}
     todo = [(name, seed) for seed in range(seeds) for name in rows if (name, seed) not in done]
 
@@ -101,7 +102,8 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Calla
     say(f"study     {len(rows)} rows x {seeds} seeds in {store.path}" + (f"; {len(done)} runs were there already" if done else ""))
     recipes = {(name, seed): replace(recipe, **rows[name], seed=seed) for name, seed in todo}
     for each in recipes.values():
-        each.settle(task.steps(each.epochs, each.accumulate, each.seed))
+        each.settle(task.steps)
+    store.begin()
     floor = _floor(model, task, recipe.threads) if todo else 0.0
     prefixes: dict[str, PrefixCache | None] = {}
     try:
@@ -135,8 +137,10 @@ def _same_blocks(recipe: Recipe, prefix: PrefixCache | None, task: Task) -> Pref
 def _run(model: Any, task: Task, recipe: Recipe, floor: float, bar: tqdm, prefix: PrefixCache | None) -> dict[str, Any]:
     """Train and measure once. The model itself is left as it is."""
     twin = model.replica()
-    if "classifier" in model.drawn:
-        draw(twin.classifier, np.random.default_rng((recipe.seed, 1)))
+    rng = np.random.default_rng((recipe.seed, 1))
+    for path, layer in twin.modules():
+        if path in model.drawn:
+            draw(layer, rng)
     optimizer, batches = prepare(twin, recipe, task), task.batches(recipe.seed)
     assert recipe.steps is not None  # settled
     rate = schedule(recipe.schedule, recipe.steps, int(recipe.warmup or 0))
@@ -155,7 +159,8 @@ def _run(model: Any, task: Task, recipe: Recipe, floor: float, bar: tqdm, prefix
     measured = measure(twin, task, recipe.threads)
     value = measured[task.headline]
     better = value > floor if task.headline in _HIGHER else value < floor
-    return {**told, "failed": not better, "value": value, "seconds": seconds, "measured": measured}
+    finite = math.isfinite(value)
+    return {**told, "failed": not (finite and better), "value": value if finite else None, "seconds": seconds, "measured": measured}
 
 
 def _floor(model: Any, task: Task, threads: int) -> float:

@@ -1,6 +1,6 @@
 """The folder of a study, from which an interrupted one goes on.
 
-study.json    version, the common recipe, and what each row changes
+study.json    version, the common recipe, what each row changes, and the SHA-256 of the training data
 runs.jsonl    one line for each finished run: row, seed, value (of the headline; null if it diverged), failed, trained, steps, seconds, ...
 table.txt     the table, and study.png its picture
 """
@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minilora.formats.atomic import read_json, write_json, write_text
+from minilora.formats.atomic import read_json, to_json, write_json, write_text
 from minilora.training.recipe import Recipe
 
 VERSION = 1
@@ -29,13 +29,13 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 class StudyFolder:
-    """Opens the folder, or makes it. `records` are the finished runs; `add` puts one more on disk, whole.
+    """Opens the folder of a study; `begin` makes a new one. `records` are the finished runs; `add` puts one more on disk, whole.
 
     Raises ValueError when the folder holds a study of another version, with another recipe or other rows of the same names, or when a
     record is damaged; FileExistsError when something else is in it.
     """
 
-    def __init__(self, path: str | Path, recipe: Recipe, rows: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, path: str | Path, recipe: Recipe, rows: dict[str, dict[str, Any]], sha256: str | None = None) -> None:
         self.path = Path(path)
         self.about, self.runs = self.path / "study.json", self.path / "runs.jsonl"
         self.picture = self.path / "study.png"
@@ -44,11 +44,17 @@ class StudyFolder:
         if self.about.is_file():
             there = read_json(self.about)
             self._check(there, asked, rows)
+            if there.get("sha256", sha256) != sha256:
+                raise ValueError(f"{recipe.data} has changed since the runs in {self.path}; name another --out.")
             rows = {**there["rows"], **rows}
             self.records = read_records(self.runs)
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise FileExistsError(f"{self.path} is in use, and holds no study; name another folder with --out.")
-        write_json(self.about, {"version": VERSION, "recipe": asked, "rows": rows})
+        self._study = {"version": VERSION, "recipe": asked, "rows": rows, "sha256": sha256}
+
+    def begin(self) -> None:
+        """Write study.json."""
+        write_json(self.about, self._study)
 
     def _check(self, there: dict[str, Any], asked: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
         if there.get("version") != VERSION:
@@ -66,7 +72,7 @@ class StudyFolder:
     def add(self, record: dict[str, Any]) -> None:
         """Keep one more finished run. The file is replaced as a whole: an interruption leaves no half of a line."""
         self.records.append(record)
-        write_text(self.runs, "".join(json.dumps(r) + "\n" for r in self.records))
+        write_text(self.runs, "".join(to_json(r) + "\n" for r in self.records))
 
     def write_table(self, text: str) -> None:
         write_text(self.path / "table.txt", text + "\n")

@@ -61,7 +61,7 @@ class Task:
         if self.epoch is None:
             return None
         each = (-(-self.epoch(np.random.default_rng((seed, k))) // accumulate) for k in range(math.ceil(epochs)))
-        return max(1, sum(math.ceil(min(1.0, epochs - k) * n) for k, n in enumerate(each)))
+        return max(1, sum(math.ceil(round(min(1.0, epochs - k) * n, 6)) for k, n in enumerate(each)))  # 2.1 - 2 is above 0.1
 
 
 # ---- to learn ------------------------------------------------------------------------------------------------------------------------
@@ -150,39 +150,52 @@ def measuring_task(
     tokenizer: Tokenizer,
     labels: Sequence[str] | None = None,
     split: str | None = None,
+    made: Recipe | None = None,
     trained_on: dict[str, Any] | None = None,
+    sampled: bool = False,
 ) -> Task:
     """What to measure a model on: `split` ("train", "valid", "test" or "all") of the recipe's data.
 
-    By default: of a folder the test split, or else valid, or else what `finetune` would hold out of train; of a file all of it. Data that
-    the run was trained on, as its run.json says in `trained_on`, are the exception: of those only what was held out is measured.
-    Raises ValueError when the split is empty, or when nothing of the data was held out.
+    By default: of a folder the test split, or else valid, or else what `finetune` would hold out of train; of a file all of it. The file
+    that the run was trained on, as its run.json says in `trained_on`, is the exception: only what was held out of it is measured.
+    made: the recipe of the run, by whose window and mask that was drawn. sampled: eval_size and eval_bytes hold for any data.
+    Raises ValueError when the split is empty, nothing of the data was held out, or the run's file has changed since.
     """
     if split not in (None, *SPLITS, "all"):
         raise ValueError(f"there is no split {split!r}; choose {', '.join(SPLITS)} or all.")
-    known = bool(trained_on) and recipe.data is not None and (trained_on or {}).get("sha256") == fingerprint(recipe.data, recipe.encoding)
+    trained_on = trained_on or {}
+    known = recipe.data is not None and bool(trained_on) and trained_on.get("sha256") == fingerprint(recipe.data, recipe.encoding)
+    own = known or (made is not None and None not in (recipe.data, made.data) and _same_file(str(recipe.data), str(made.data)))
+    changed = (
+        f"{recipe.data} is not as the run read it (its SHA-256 is another), so that what was held out is not known; "
+        "give other data, or --all to measure on all of it."
+    )
     if recipe.kind == "text":
-        return _text_to_measure(recipe, tokenizer, split, known)
+        part = (recipe.data is None and split != "train") or split in ("valid", "test") or (own and split is None)
+        if own and part and not known:
+            raise ValueError(changed)
+        return _text_to_measure(recipe, tokenizer, split, part, own, sampled)
     path = Path(str(recipe.data))
-    if known and not path.is_dir() and split is None and not (trained_on or {}).get("held_out"):
+    files = split_files(path)
+    if known and not path.is_dir() and split is None and not trained_on.get("held_out"):
         raise ValueError(f"the run was trained on all of {path}; give other data, or --all to measure on what it has learnt.")
-    if split == "all" or not (path.is_dir() or known or split):
+    split = split or ("test" if "test" in files else "valid" if own or path.is_dir() else "all")
+    drawn = split != "test" and "valid" not in files
+    if own and split == "valid" and drawn and not known:
+        raise ValueError(changed)
+    if split == "all":
         options: dict[str, Any] = {"labels": labels, "encoding": recipe.encoding}
-        files = split_files(path)
         parts = [load_examples(f, recipe.task, tokenizer, recipe.window, recipe.mask_prompt, **options) for f in files.values()]
         examples, where = [e for part in parts for e in part], f"all of {path}"
-        if known:
+        if own:
             where += ", of which the run may have learnt all but what it held out"
     else:
-        dataset = _dataset(recipe, tokenizer, labels)
-        split = split or ("test" if dataset.test else "valid")
-        examples = getattr(dataset, split)
-        drawn = split != "test" and "valid" not in split_files(path)
+        examples = getattr(_dataset(recipe, tokenizer, labels, made if known else None), split)
         where = f"the split {split} of {path}" + f", a tenth of it held out by seed {recipe.seed}" * drawn
-        if known and (split == "train" or (drawn and (trained_on or {}).get("seed") != recipe.seed)):
+        if own and (split == "train" or (drawn and trained_on.get("seed") != recipe.seed)):
             where += ", most of which the run has learnt"
-        if split == "valid" and known:
-            examples = _at_most(examples, recipe)
+    if sampled or (split == "valid" and known):
+        examples = _at_most(examples, recipe)
     if not examples:
         raise ValueError(f"{path} has no examples in the split {split} to measure on.")
     cut = sum(e.cut for e in examples)
@@ -190,16 +203,20 @@ def measuring_task(
     return _measured(what, examples, recipe, tokenizer, list(labels) if labels and len(labels) > 1 else None)
 
 
-def _text_to_measure(recipe: Recipe, tokenizer: Tokenizer, split: str | None, known: bool) -> Task:
+def _same_file(a: str, b: str) -> bool:
+    return Path(a).resolve() == Path(b).resolve()
+
+
+def _text_to_measure(recipe: Recipe, tokenizer: Tokenizer, split: str | None, part: bool, own: bool, sampled: bool) -> Task:
+    """part: only what is held out. own: it is the text that the run was trained on."""
     if recipe.data is None:
-        text, what, part = stdlib_source(held_out=split != "train"), "Python source of the standard library", split != "train"
+        text, what = stdlib_source(held_out=part), "Python source of the standard library"
     else:
         text, what = read_text(recipe.data, recipe.encoding), str(recipe.data)
-        part = split in ("valid", "test") or (known and split is None)
         if part or split == "train":
             text = split_text(text)[part]
-    what += ", the held-out part of it" if part else ", all of it, training data too" if known else ""
-    task = _measured_text(what, tokens_of(text, tokenizer), recipe if part else replace(recipe, eval_bytes=2**62), tokenizer)
+    what += ", the held-out part of it" if part else ", all of it, training data too" if own else ""
+    task = _measured_text(what, tokens_of(text, tokenizer), recipe if part or sampled else replace(recipe, eval_bytes=2**62), tokenizer)
     scored = sum(b.labelled for b in task.held_out)
     task.what = f"{what}: {scored:,} of {task.counts['total_tokens']:,} tokens, in windows of {recipe.window}"
     return task
@@ -227,8 +244,9 @@ def fingerprint(data: str | Path, encoding: str = "utf-8") -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-def _dataset(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | None) -> Dataset:
+def _dataset(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | None, made: Recipe | None = None) -> Dataset:
     options: dict[str, Any] = {"labels": labels, "seed": recipe.seed, "encoding": recipe.encoding}
+    options["drawn_at"] = (made.window, made.mask_prompt) if made else None
     return load_dataset(str(recipe.data), recipe.task, tokenizer, recipe.window, recipe.mask_prompt, **options)
 
 

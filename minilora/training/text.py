@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from minilora.formats.tokenizer import ByteTokenizer
-from minilora.training.records import decode_bytes, listed, note, read_bytes
+from minilora.training.records import SPLITS, decode_bytes, listed, note, read_bytes
 
 # Modules that Python 3.10 to 3.13 all have as plain source files. Those held out are never trained on.
 TRAIN = """argparse ast bdb calendar cmd code codeop colorsys compileall configparser contextlib copy csv dataclasses decimal dis
@@ -32,7 +32,8 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> np.ndarray:
     """The UTF-8 bytes (n,) of a text file, or of all .py, .txt and .md files below a folder, in the order of their names.
 
     Between two files stand two empty lines. Files of a folder that are not read are named on standard error. Raises FileNotFoundError
-    when there is nothing; ValueError for an empty text, binary data, another encoding, and records that are not in a record file.
+    when there is nothing; ValueError for an empty text, binary data, another encoding, records that are not in a record file,
+    and a folder whose files are the splits of one text.
     """
     path = Path(path)
     if path.is_dir():
@@ -46,17 +47,23 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> np.ndarray:
         paths = [path]
     else:
         raise FileNotFoundError(f"there is no file or folder {path}.")
+    tops = {p.stem.lower(): p.name for p in paths if p.parent == path and p.suffix.lower() == ".txt"}
+    parts = [[tops[name] for name in names if name in tops] for names in SPLITS.values()]
+    if parts[0] and (parts[1] or parts[2]):
+        raise ValueError(f"{path} holds {parts[0][0]} and {(parts[1] + parts[2])[0]}, which would be learnt as one text; give one file.")
     text = "\n\n".join(decode_bytes(read_bytes(p), p, encoding) for p in paths)
     if not text.strip():
         raise ValueError(f"{path} is empty: there is nothing to train on.")
-    if len(paths) == 1 and _is_record(text.lstrip().split("\n", 1)[0]):
+    if len(paths) == 1 and _begins_with_record(text):
         raise ValueError(f"{path} holds records, but its name is not that of a record file; rename it to end in .jsonl.")
     return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
 
 
-def _is_record(line: str) -> bool:
+def _begins_with_record(text: str) -> bool:
+    text = text.lstrip()
+    text = text[text.startswith("[") :].lstrip()
     try:
-        value = json.loads(line) if line.startswith("{") else None
+        value = json.JSONDecoder().raw_decode(text)[0] if text.startswith("{") else None
     except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and bool(value.keys() & {"text", "prompt", "completion", "messages"})
