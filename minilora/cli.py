@@ -111,8 +111,7 @@ def _merge(args: argparse.Namespace) -> dict[str, Any]:
 def _extract(args: argparse.Namespace) -> dict[str, Any]:
     from minilora.training.extract_run import extract_run
 
-    threads = args.threads or min(os.cpu_count() or 1, 8)
-    asked = (args.base, args.r, args.energy, args.data, args.task, args.window, args.whole, threads, args.allow_other_weights)
+    asked = (args.base, args.r, args.energy, args.data, args.task, args.window, args.whole, args.threads, args.allow_other_weights)
     return extract_run(args.model, args.out, *asked, say=_say(args))
 
 
@@ -330,7 +329,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--task", choices=("lm", "classify"), help="default: what the run was trained for, or the model is for")
     p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: the run's, else 256)")
     p.add_argument("--whole", action=argparse.BooleanOptionalAction, default=True, help="changed biases, norms and head go along (default)")
-    p.add_argument("--threads", type=int, metavar="N", help="default: the cores, at most 8")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: the cores, at most 8")
     weights(p)
 
     p = verb("compare", _compare, "the largest change of each weight between two models, adapters counted in")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import oracle
@@ -11,6 +12,8 @@ from small_tokenizers import BPE, library_wordpiece
 import minilora as ml
 from minilora.cli import main
 from minilora.formats.atomic import read_json, write_json
+from minilora.training import datasets, tasks
+from minilora.training.examples import Example
 
 WORDS = ["a", "man", "eating", "food", "."]
 
@@ -141,6 +144,91 @@ def test_what_is_overridden_and_what_is_cut_is_said(bert, data, run, capsys):
     assert "is not a run, which would know its data; give --data" in run("evaluate", "bert", status=1)
 
 
+def test_another_window_or_mask_measures_the_records_that_were_held_out(bert, llama, data, run, monkeypatch):
+    """Cut at 4 tokens, many texts are equal and stay on one side; at 11 all differ, and a tenth of those would be other ones."""
+    made, measured = datasets.example_maker, []
+
+    @dataclass
+    class Lined(Example):
+        line: int = 0
+
+    def spy(*args):
+        make = made(*args)
+        return lambda file, line, record: Lined(**vars(make(file, line, record)), line=line)
+
+    monkeypatch.setattr(datasets, "example_maker", spy)
+    whole = tasks._measured
+    monkeypatch.setattr(tasks, "_measured", lambda what, examples, *args: measured.append(examples) or whole(what, examples, *args))
+    cases = {"classes": (4, ["--window", 11]), "pairs": (9, ["--window", 60]), "pairs, prompts too": (9, ["--mask-prompt", "--window", 20])}
+    for n, (what, (window, other)) in enumerate(cases.items()):
+        run("finetune", *RUNS[what][0], *FAST, "--window", window, "--seed", 1, "--out", f"run{n}")
+        run("evaluate", f"run{n}", *other)
+        held, again = ({e.line for e in examples} for examples in measured[-2:])
+        assert held == again, what
+
+
+def test_data_that_have_changed_since_the_run_are_not_measured_as_held_out(bert, llama, data, run):
+    for n, (what, file) in enumerate([("classes", "films.jsonl"), ("text", "poem.txt")]):
+        run("finetune", *RUNS[what][0], *FAST, "--out", f"run{n}")
+        with open(file, "a") as f:
+            f.write("\n" if what == "text" else json.dumps({"text": "more", "label": "so"}) + "\n")
+        for more in ([], ["--split", "valid"], ["--data", file]):
+            assert f"{file} is not as the run read it" in run("evaluate", f"run{n}", *more, status=1)
+        run("evaluate", f"run{n}", "--all")
+        assert "all of " in run.err
+        record = read_json(f"run{n}/run.json")
+        write_json(f"run{n}/run.json", {name: value for name, value in record.items() if name != "trained_on"})  # of an older version
+        assert "is not as the run read it" in run("evaluate", f"run{n}", status=1)
+
+
+def test_sizes_that_are_given_hold_for_any_data(bert, llama, data, run):
+    run("finetune", *RUNS["classes, few"][0], *FAST, "--out", "run")
+    write(bert.parent / "others.jsonl", texts(30, seed=5))
+    assert run("evaluate", "run", "--data", "others.jsonl")["sequences"] == 30
+    assert run("evaluate", "run", "--data", "others.jsonl", "--eval-size", 7)["sequences"] == 7
+    assert run("evaluate", "run", "--split", "train", "--eval-size", 7)["sequences"] == 7
+    assert run("evaluate", "llama", "--data", "poem.txt", "--window", 10, "--eval-bytes", 30)["labelled_tokens"] == 30
+    assert "films.jsonl holds records" in run("evaluate", "run", "--eval-bytes", 30, status=1)
+
+
+@pytest.mark.parametrize("folder", ["model", "."])
+def test_the_settings_of_a_run_are_those_of_the_folder_that_a_model_lies_in(folder, bert, data, run, monkeypatch):
+    told = run("finetune", *RUNS["classes"][0], *FAST, "--method", "full", "--out", "run")["after"]
+    monkeypatch.chdir(bert.parent / "run" / ("model" if folder == "." else ""))
+    assert run("evaluate", folder, "--backend", "numpy") == told
+    monkeypatch.chdir(bert.parent / "run")  # the bundled model is not of this run
+    assert "bits_per_byte" in run("evaluate", "--data", "../poem.txt", "--window", 16)
+
+
+@pytest.mark.parametrize("record", [{}, {"configuration": []}, {"configuration": {"model": 3}}, {"labels": ["a", "b", "c", "d"]}])
+def test_a_damaged_run_json_ends_in_a_sentence_or_does_not_matter(record, bert, data, run):
+    told = run("finetune", *RUNS["classes"][0], *FAST, "--method", "full", "--out", "run")["after"]
+    write_json("run/run.json", read_json("run/run.json") | record if "labels" in record else record)
+    if "labels" in record:  # the model has its own names: its head is not replaced
+        assert run("evaluate", "run", "--backend", "numpy") == told
+    else:
+        assert run("extract", "run", "--out", "x", status=1)
+        assert not (bert.parent / "x").exists()
+
+
+def test_a_quantized_base_with_a_head_is_evaluated(bert, data, run):
+    told = run("finetune", *RUNS["classes"][0], *FAST, "--init", "loftq", "--out", "run")["after"]
+    assert run("evaluate", "run", "--backend", "numpy") == told
+
+
+def test_run_json_holds_null_for_what_json_has_not(cwd, run):
+    model = ml.BertClassifier(ml.BertConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1), rng=0)
+    ml.save_model(model, cwd / "scorer")
+    library_wordpiece().save(str(cwd / "scorer" / "tokenizer.json"))
+    write(cwd / "x.jsonl", [{"text": row["text"], "label": 0.5} for row in texts(9)])  # no correlation with what is constant
+    how = ["--model", "scorer", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST]
+    assert run("finetune", *how, "--out", "run")["after"]["pearson"] is None
+    assert "NaN" not in (cwd / "run" / "run.json").read_text()
+    rows = run("study", *how, "--rows", "head", "--seeds", 1, "--out", "study")["rows"]
+    assert (rows[0]["mean"], rows[0]["failed"]) == (None, 1)
+    assert "NaN" not in (cwd / "study" / "runs.jsonl").read_text()
+
+
 def test_the_perplexity_of_a_text_counts_every_token_once(llama, run):
     text = "the cat sat on the mat; the capital of France is Paris 2024"
     (llama.parent / "t.txt").write_text(text)
@@ -159,7 +247,7 @@ def test_the_perplexity_of_a_text_counts_every_token_once(llama, run):
 
 
 @pytest.mark.parametrize(("n", "size", "accumulate"), [(40, 8, 1), (40, 8, 3), (44, 8, 4), (9, 8, 8), (41, 8, 2)])
-@pytest.mark.parametrize("epochs", [1, 2, 1.5])
+@pytest.mark.parametrize("epochs", [1, 2, 1.5, 2.1])
 def test_epochs_read_every_text_and_take_the_steps_of_transformers(n, size, accumulate, epochs, bert, run):
     write(bert.parent / "x" / "train.jsonl", [{"text": "a man eating", "label": i % 2} for i in range(n)])
     write(bert.parent / "x" / "valid.jsonl", [{"text": "food", "label": 0}, {"text": "a", "label": 1}])

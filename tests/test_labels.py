@@ -64,6 +64,7 @@ def test_a_label_is_looked_up_by_name_and_a_number_is_an_index_where_no_class_is
     assert [read(heads, label) for label in ("negative", " positive ", 2, "0")] == [1, 0, 2, 0]
     assert [read(["LABEL_0", "LABEL_1"], label) for label in ("LABEL_1", 0, "1")] == [1, 0, 1]
     assert [read(["0", "2"], label) for label in ("2", 0)] == [1, 0]
+    assert [read(["0.5", "1.5", " true"], label) for label in ("1.5", "true")] == [1, 2]  # names of a head, whatever they look like
     for classes, label in ((heads, "Positive"), (heads, 3), (heads, "01"), (["0", "2"], 1), (heads, -1)):
         with pytest.raises(ValueError, match=r"x\.jsonl, line 3: the label .* is none of the classes"):
             read(classes, label)

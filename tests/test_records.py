@@ -155,6 +155,15 @@ def test_a_folder_of_records_without_a_split_is_not_read_as_text(tmp_path):
         is_dataset(tmp_path)
 
 
+def test_the_splits_of_a_text_are_not_joined_into_one(tmp_path):
+    for name in ("train.txt", "Valid.txt"):
+        (tmp_path / name).write_text("the cat sat on the mat ")
+    with pytest.raises(ValueError, match=r"holds train\.txt and Valid\.txt, which would be learnt as one text"):
+        read_text(tmp_path)
+    (tmp_path / "train.txt").rename(tmp_path / "one.txt")
+    assert len(read_text(tmp_path)) == 2 * 23 + 2
+
+
 # ---- plain text ----------------------------------------------------------------------------------------------------------------------
 
 

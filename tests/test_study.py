@@ -120,6 +120,10 @@ BAD_RECIPES = {
     "no train size": ({"train_size": 0}, "train_size must be at least 1"),
     "pull": ({"pull": -1}, "pull must be at least 0"),
     "warm-up": ({"warmup": -0.5}, "warmup must be at least 0"),
+    "endless warm-up": ({"warmup": math.inf}, "warmup must be at least 0 and finite"),
+    "endless epochs": ({"epochs": 1e300}, "epochs must be above 0 and at most 100,000"),
+    "no data": ({"data": ""}, "data is empty"),
+    "threads": ({"threads": -1}, "threads must be at least 0"),
 }
 
 
@@ -244,6 +248,39 @@ def test_bad_folders(case, recipe, tmp_path):
     damage(tmp_path / "s")
     with pytest.raises(ValueError, match=message):
         study(Recipe(**{**vars(recipe), **change}), rows_named(["head"]), 1, tmp_path / "s", quiet)
+
+
+def test_changed_data_are_not_mixed_into_one_table_and_a_study_that_cannot_begin_leaves_nothing(recipe, data, tmp_path):
+    study(recipe, rows_named(["head"]), 1, tmp_path / "s", quiet)
+    with data.open("a") as f:
+        f.write('\n{"text": "a man eating", "label": "yes"}')
+    with pytest.raises(ValueError, match=r"data\.jsonl has changed since the runs in .*s; name another --out"):
+        study(recipe, rows_named(["head"]), 2, tmp_path / "s", quiet)
+    (tmp_path / "poem.txt").write_text("a man eating food " * 50)
+    for change in (
+        {"model": str(tmp_path / "nowhere")},
+        {"model": "pydoc", "task": "lm", "new_head": False, "data": str(tmp_path / "poem.txt")},
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"there is no model|which have no epochs; give steps"):
+            study(Recipe(**{**vars(recipe), **change}), rows_named(["longer"]), 1, tmp_path / "t", quiet)
+        assert not (tmp_path / "t").exists()
+
+
+def test_each_seed_draws_all_that_no_file_held(recipe, tmp_path, monkeypatch):
+    """A bare encoder without a pooler: pooler and classifier are drawn, and they differ from seed to seed."""
+    opened, pooled = study_module.open_recipe(recipe), []
+    opened[0].drawn = ("bert.pooler.dense", "classifier")
+    monkeypatch.setattr(study_module, "open_recipe", lambda recipe: opened)
+    prepare = study_module.prepare
+
+    def spy(model, *args):
+        layers = dict(model.modules())
+        pooled.append([layers[path].weight.data.copy() for path in model.drawn])
+        return prepare(model, *args)
+
+    monkeypatch.setattr(study_module, "prepare", spy)
+    study(recipe, rows_named(["head"]), 2, tmp_path / "s", quiet)
+    assert all(abs(a - b).min() > 0 for a, b in zip(*pooled, strict=True))
 
 
 def test_bad_requests(recipe, tmp_path):

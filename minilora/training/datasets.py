@@ -149,9 +149,10 @@ def sample(examples: Sequence[Example], size: int, seed: int, spare: int = 0) ->
     groups = [classes[c] for c in sorted(classes)]
     exact = [min(size / max(1, len(examples)), 1.0) * len(group) for group in groups]
     share = [min(int(x), len(group) - spare) for x, group in zip(exact, groups, strict=True)]
+    missing = size - sum(share)
     for k in sorted(rng.permutation(len(groups)), key=lambda k: share[k] - exact[k]):
-        if sum(share) < size and share[k] < len(groups[k]) - spare:
-            share[k] += 1
+        if missing > 0 and share[k] < len(groups[k]) - spare:
+            share[k], missing = share[k] + 1, missing - 1
     return sorted(i for group, n in zip(groups, share, strict=True) for i in group[:n])
 
 

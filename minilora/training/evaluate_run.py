@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from minilora.formats.fetch import BUNDLED
 from minilora.formats.run import open_model, record_of, tokenizer_of
 from minilora.models.generate import context_length
-from minilora.training.recipe import Recipe
+from minilora.training.recipe import Recipe, threads_for
 from minilora.training.tasks import Task, measure, measuring_task
 
 
@@ -33,10 +32,11 @@ def evaluate_run(
     what differs from that is said. split: "train", "valid", "test" or "all", by default see `measuring_task`.
     Raises ValueError for a task that the model is not for, data that cannot be used, or a run.json that is damaged.
     """
+    threads = threads_for(threads)
     opened = open_model(model, backend, adapter, allow_other_weights=allow_other_weights)
     task = task_of(opened, str(adapter or model), data, tokenizer_source=str(model), split=split, say=say, **given)
     say(f"{model} on {task.what}")
-    figures = measure(opened, task, threads or min(os.cpu_count() or 1, 8))
+    figures = measure(opened, task, threads)
     for name, value in figures.items():
         say(f"{name.replace('_', ' '):<16} {value:,.4f}" if isinstance(value, float) else f"{name.replace('_', ' '):<16} {value:,}")
     return figures

@@ -12,6 +12,7 @@ from minilora.formats.adapter import save_adapter
 from minilora.formats.checkpoint import load_model
 from minilora.formats.run import base_of, open_model, published_classes, record_of
 from minilora.training.evaluate_run import recipe_of, task_of
+from minilora.training.recipe import threads_for
 from minilora.training.tasks import measure
 
 
@@ -25,7 +26,7 @@ def extract_run(
     task_name: str | None = None,
     window: int | None = None,
     whole: bool = True,
-    threads: int = 1,
+    threads: int = 0,
     allow_other_weights: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def extract_run(
            Task and window are those of the run unless they are given.
     Raises ValueError when the base is not known or the models do not fit, FileExistsError when `out` is in use.
     """
-    out = Path(out)
+    out, threads = Path(out), threads_for(threads)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is in use; name another folder with --out, or remove it first.")
     typed, base = base is not None, base or _base_named_by(tuned)

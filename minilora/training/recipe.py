@@ -26,6 +26,13 @@ _RATES: dict[str, dict[str, float]] = {
 }
 
 
+def threads_for(requested: int | None) -> int:
+    """The number requested; by default the cores, at most 8. Raises ValueError for one below 0."""
+    if (requested or 0) < 0:
+        raise ValueError(f"threads must be at least 0, got {requested}.")
+    return requested or min(os.cpu_count() or 1, 8)
+
+
 @dataclass
 class Recipe:
     """What `finetune` is asked; the names are those of the flags. None takes a default that depends on the model or the data:
@@ -128,7 +135,7 @@ class Recipe:
         for name in ("batch_size", "tokens_per_batch", "accumulate", "window", "eval_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("threads", "sample_bytes", "seed"):
+        for name in ("sample_bytes", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         for name in ("steps", "train_size", "eval_size"):
@@ -149,7 +156,7 @@ class Recipe:
             raise ValueError("data is empty: name a file or a folder.")
         if self.new_head and self.task != "classify":
             raise ValueError("new_head replaces a classifier; it needs task classify.")
-        self.threads = self.threads or min(os.cpu_count() or 1, 8)
+        self.threads = threads_for(self.threads)
 
     @property
     def kind(self) -> str:
