@@ -58,7 +58,7 @@ def _study(args: argparse.Namespace) -> dict[str, Any]:
     recipe = quick(_recipe(args)) if args.quick else _recipe(args)
     names = args.rows or (["methods"] if recipe.task == "classify" else ["lora", "full", "bottleneck", "bitfit", "layer-norm"])
     out = args.out or f"studies/{'-'.join(args.rows or [recipe.kind])}{'-quick' * args.quick}"
-    return as_json(study(recipe, rows_named(names), args.seeds or (2 if args.quick else 5), out, _say(args)), out)
+    return as_json(study(recipe, rows_named(names), (2 if args.quick else 5) if args.seeds is None else args.seeds, out, _say(args)), out)
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _recipe(args: argparse.Namespace) -> Any:
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser, and those of the verbs by name."""
     from minilora import __version__
-    from minilora.training.recipe import METHODS
+    from minilora.training.recipe import DTYPES, METHODS, OPTIMIZERS, TASKS
 
     parser = argparse.ArgumentParser(prog="minilora", description="Low-rank adaptation with every gradient written by hand.")
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
@@ -204,64 +204,57 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         p.add_argument("--allow-other-weights", action="store_true", help="take an adapter that was trained on a base with other weights")
 
     def recipe_flags(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--model", help="a model folder, a .gguf file, an id of the hub (default: the bundled one, pydoc)")
-        p.add_argument("--data", metavar="PATH", help="text or records, a file or a folder (default: the standard library's source)")
-        p.add_argument("--task", choices=("lm", "classify"), help="go on with a text, or tell its class (default: lm)")
-        p.add_argument("--method", choices=METHODS, help="what to train (default: lora)")
-        p.add_argument("--peft-type", choices=("LORA", "VERA"), help="the kind of adapter (default: LORA; VERA wants an r of 256)")
-        p.add_argument("--r", "--rank", type=int, metavar="R", help="rank of the adapters (default: 8)")
-        p.add_argument("--lora-alpha", "--alpha", type=float, metavar="ALPHA", help="the update is scaled by alpha / r (default: 32)")
-        p.add_argument("--lora-dropout", type=float, metavar="P", help="dropout on what the adapters read (default: 0)")
-        p.add_argument("--use-rslora", action="store_const", const=True, help="scale by alpha / sqrt(r) instead")
-        p.add_argument("--use-dora", action="store_const", const=True, help="train the lengths of W's columns apart from their direction")
-        p.add_argument(
-            "--init-lora-weights", "--init", metavar="HOW", help="how A and B begin: gaussian, pissa, olora, eva, lora_ga, loftq"
-        )
-        p.add_argument(
-            "--quantize", choices=("nf4", "float16", "bfloat16"), help="keep the frozen weights of linear layers in so many bits"
-        )
-        p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of activations and frozen matrices (default: float32)")
-        p.add_argument("--loraplus-lr-ratio", type=float, metavar="X", help="learning rate of B over that of A (LoRA+; default: 1)")
-        p.add_argument(
-            "--optimizer",
-            choices=("adamw", "riemannian", "lora_pro", "lora_fa"),
-            help="AdamW, or what it is given for A and B (default: adamw)",
-        )
-        p.add_argument("--target-modules", type=_names, metavar="NAMES", help="names separated by commas, or all-linear (the default)")
-        p.add_argument("--layers-to-transform", type=_numbers, metavar="N,N", help="numbers of the blocks to adapt (default: all)")
-        p.add_argument("--reduction-factor", type=float, metavar="X", help="width of a layer over that of its bottleneck (default: 16)")
-        p.add_argument("--bias", choices=("none", "all", "lora_only"), help="biases to train too (default: all for pydoc, else none)")
-        p.add_argument(
-            "--modules-to-save", type=_list, metavar="NAMES", help="modules to train whole (default: layer norms for pydoc, else none)"
-        )
-        p.add_argument("--lr", type=float, help="peak learning rate (default: by model, task and method)")
-        p.add_argument("--schedule", choices=("constant", "linear", "cosine"), help="shape of the learning rate (default: linear)")
-        p.add_argument("--warmup", type=float, metavar="STEPS", help="steps of linear warm-up, or below 1 a share (default: 10)")
-        p.add_argument("--weight-decay", type=float, metavar="X", help="decoupled weight decay (default: 0)")
-        p.add_argument("--pull", type=float, metavar="X", help="decoupled decay towards the weights it began with (default: 0)")
-        p.add_argument("--bias-correction", action=argparse.BooleanOptionalAction, help="Adam's (default: on)")
-        p.add_argument("--reinit", type=int, metavar="L", help="draw the pooler and the top L blocks anew (method full; default: no)")
-        p.add_argument("--clip", type=float, metavar="NORM", help="largest gradient norm (default: 1)")
-        p.add_argument("--steps", type=int, help="optimizer steps (default: 120 for text, else by --epochs)")
-        p.add_argument("--epochs", type=float, help="times to go through records (default: 3)")
-        p.add_argument("--batch-size", type=int, metavar="N", help="windows or texts a batch (default: 8)")
-        p.add_argument("--tokens-per-batch", type=int, metavar="N", help="tokens a batch of records (default: 2048)")
-        p.add_argument("--accumulate", type=int, metavar="N", help="batches a step (default: 1)")
-        p.add_argument("--recompute", action="store_const", const=True, help="save less for the backward pass and compute more")
-        p.add_argument("--cache", action=argparse.BooleanOptionalAction, help="keep what frozen blocks give over epochs (default)")
-        p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: 256)")
-        p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, help="learn completions only (default), or prompts too")
-        p.add_argument("--encoding", metavar="NAME", help="of text and record files (default: utf-8)")
-        p.add_argument("--new-head", action="store_const", const=True, help="replace a classifier that the model has by one for the data")
-        p.add_argument(
-            "--eval-bytes", type=int, metavar="N", help="held-out text to measure on (default: 65536 bytes for pydoc, else 8192 tokens)"
-        )
-        p.add_argument("--train-size", type=int, metavar="N", help="how many texts with a class to learn from (default: all)")
-        p.add_argument("--eval-size", type=int, metavar="N", help="how many of them to measure on (default: all that are held out)")
-        p.add_argument("--threads", type=int, metavar="N", help="replicas, one thread each (default: the cores, at most 8)")
-        p.add_argument("--tf32", action="store_const", const=True, help="on a GPU: products in TF32, faster and less exact")
-        p.add_argument("--sample-bytes", type=int, metavar="N", help="length of the samples (default: 240 for pydoc, else none)")
+        add = p.add_argument
+        add("--model", help="a model folder, a .gguf file, an id of the hub (default: the bundled one, pydoc)")
+        add("--data", metavar="PATH", help="text or records, a file or a folder (default: the standard library's source)")
+        add("--task", choices=TASKS, help="go on with a text, or tell its class (default: lm)")
+        add("--method", choices=METHODS, help="what to train (default: lora)")
+        add("--peft-type", choices=("LORA", "VERA"), help="the kind of adapter (default: LORA; VERA wants an r of 256)")
+        add("--r", "--rank", type=int, metavar="R", help="rank of the adapters (default: 8)")
+        add("--lora-alpha", "--alpha", type=float, metavar="ALPHA", help="the update is scaled by alpha / r (default: 32)")
+        add("--lora-dropout", type=float, metavar="P", help="dropout on what the adapters read (default: 0)")
+        add("--use-rslora", action="store_const", const=True, help="scale by alpha / sqrt(r) instead")
+        add("--use-dora", action="store_const", const=True, help="train the magnitudes of W's columns apart from their directions")
+        add("--init-lora-weights", "--init", metavar="HOW", help="initialiser of A and B: gaussian, pissa, olora, eva, lora_ga, loftq")
+        add("--quantize", choices=("nf4", "float16", "bfloat16"), help="keep the frozen weights of linear layers in so many bits")
+        add("--dtype", choices=DTYPES, help="of activations and frozen matrices (default: float32)")
+        add("--loraplus-lr-ratio", type=float, metavar="X", help="learning rate of B over that of A (LoRA+; default: 1)")
+        add("--optimizer", choices=OPTIMIZERS, help="AdamW, or a relative that knows A and B (default: adamw)")
+        add("--target-modules", type=_names, metavar="NAMES", help="names separated by commas, or all-linear (the default)")
+        add("--layers-to-transform", type=_numbers, metavar="N,N", help="numbers of the blocks to adapt (default: all)")
+        add("--reduction-factor", type=float, metavar="X", help="width of a layer over that of its bottleneck (default: 16)")
+        add("--bias", choices=("none", "all", "lora_only"), help="biases to train too (default: all for pydoc, else none)")
+        add("--modules-to-save", type=_list, metavar="NAMES", help="modules to train fully (default: layer norms for pydoc, else none)")
+        add("--lr", type=float, help="peak learning rate (default: by model, task and method)")
+        add("--schedule", choices=("constant", "linear", "cosine"), help="shape of the learning rate (default: linear)")
+        add("--warmup", type=float, metavar="STEPS", help="steps of linear warm-up, or below 1 a share (default: 10)")
+        add("--weight-decay", type=float, metavar="X", help="decoupled weight decay (default: 0)")
+        add("--pull", type=float, metavar="X", help="decoupled decay towards the weights it began with (default: 0)")
+        add("--bias-correction", action=argparse.BooleanOptionalAction, help="Adam's (default: on)")
+        add("--reinit", type=int, metavar="L", help="re-initialise the pooler and the top L blocks (method full; default: no)")
+        add("--clip", type=float, metavar="NORM", help="largest gradient norm (default: 1)")
+        add("--steps", type=int, help="optimizer steps (default: 120 for text, else by --epochs)")
+        add("--epochs", type=float, help="times to go through records (default: 3)")
+        add("--batch-size", type=int, metavar="N", help="windows or texts a batch (default: 8)")
+        add("--tokens-per-batch", type=int, metavar="N", help="tokens a batch of records (default: 2048)")
+        add("--accumulate", type=int, metavar="N", help="batches a step (default: 1)")
+        add("--recompute", action="store_const", const=True, help="save less for the backward pass and compute more")
+        add("--cache", action=argparse.BooleanOptionalAction, help="keep what frozen blocks give over epochs (default)")
+        add("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: 256)")
+        add("--mask-prompt", action=argparse.BooleanOptionalAction, help="learn completions only (default), or prompts too")
+        add("--encoding", metavar="NAME", help="of text and record files (default: utf-8)")
+        add("--new-head", action="store_const", const=True, help="replace a classifier that the model has by one for the data")
+        add("--eval-bytes", type=int, metavar="N", help="held-out text to measure on (default: 65536 bytes for pydoc, else 8192 tokens)")
+        add("--train-size", type=int, metavar="N", help="how many texts with a class to learn from (default: all)")
+        add("--eval-size", type=int, metavar="N", help="how many of them to measure on (default: all that are held out)")
+        add("--threads", type=int, metavar="N", help="replicas, one thread each (default: the cores, at most 8)")
+        add("--tf32", action="store_const", const=True, help="on a GPU: products in TF32, faster and less exact")
+        add("--sample-bytes", type=int, metavar="N", help="length of the samples (default: 240 for pydoc, else none)")
         where(p)
+
+    def opened(p: argparse.ArgumentParser) -> None:
+        p.add_argument("model", nargs="?", default="pydoc", help=f"{a_model} (default)")
+        p.add_argument("--adapter", metavar="FOLDER", help="an adapter to put on the model")
 
     a_model = "a run folder, an adapter or model folder, a .gguf file, an id of the hub, or pydoc, the bundled model"
 
@@ -279,14 +272,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--out", metavar="FOLDER", help="of the study, new or to be gone on with (default: studies/NAMES)")
 
     p = verb("evaluate", _evaluate, "measure a model on data: loss, perplexity, or accuracy, F1 and Matthews correlation")
-    p.add_argument("model", nargs="?", default="pydoc", help=f"{a_model} (default)")
-    p.add_argument("--adapter", metavar="FOLDER", help="an adapter to put on the model")
+    opened(p)
     p.add_argument("--data", metavar="PATH", help="text or records, a file or a folder (default: the data of the run)")
     p.add_argument(
         "--split", choices=("train", "valid", "test", "all"), help="default: test, valid, or what the run held out; of a file all"
     )
     p.add_argument("--all", dest="split", action="store_const", const="all", help="--split all; of a run's data also what it has learnt")
-    p.add_argument("--task", choices=("lm", "classify"), help="default: what the run was trained for, or the model is for")
+    p.add_argument("--task", choices=TASKS, help="default: what the run was trained for, or the model is for")
     p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: the run's, else 256)")
     p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, help="completions only, or prompts too (default: as the run)")
     p.add_argument("--encoding", metavar="NAME", help="of the data (default: the run's, else utf-8)")
@@ -298,8 +290,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     where(p)
 
     p = verb("generate", _generate, "let a model write on, token by token")
-    p.add_argument("model", nargs="?", default="pydoc", help=f"{a_model} (default)")
-    p.add_argument("--adapter", metavar="FOLDER", help="an adapter to put on the model")
+    opened(p)
     p.add_argument("--prompt", default="def ", help="text to go on from (default: 'def ')")
     p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template, as the user's turn")
     p.add_argument("--system", metavar="TEXT", help="the system's turn, with --chat")
@@ -326,7 +317,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--r", "--rank", type=int, default=8, metavar="R", help="rank of every layer (default: 8)")
     p.add_argument("--energy", type=float, metavar="X", help="instead: for each layer the lowest rank that keeps so much, 0 to 1")
     p.add_argument("--data", metavar="PATH", help="held-out data: the closest in what layers put out, not in weights; and a measurement")
-    p.add_argument("--task", choices=("lm", "classify"), help="default: what the run was trained for, or the model is for")
+    p.add_argument("--task", choices=TASKS, help="default: what the run was trained for, or the model is for")
     p.add_argument("--window", "--max-length", type=int, metavar="N", help="longest sequence, in tokens (default: the run's, else 256)")
     p.add_argument("--whole", action=argparse.BooleanOptionalAction, default=True, help="changed biases, norms and head go along (default)")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: the cores, at most 8")

@@ -85,7 +85,7 @@ def held_out_windows(text: np.ndarray, length: int, batch_size: int, most: int |
         yield windows(text, np.array([len(text) - 1 - rest]), rest)
 
 
-def check_length(text: np.ndarray, length: int) -> None:
-    """Raise ValueError unless one window and the token after it fit into the text."""
+def check_length(text: np.ndarray, length: int, what: str = "the text") -> None:
+    """Raise ValueError, naming `what`, unless one window and the token after it fit into the text."""
     if len(text) <= length:
-        raise ValueError(f"the text has {len(text)} bytes, which is too short for one window of {length} and the byte after it.")
+        raise ValueError(f"{what} has {len(text)} tokens: too short for one window of {length} and the token after it.")

@@ -19,7 +19,7 @@ import numpy as np
 from minilora.formats.tokenizer import Tokenizer
 from minilora.training.data import Batch
 from minilora.training.examples import Example, Maker, example_maker
-from minilora.training.labels import class_names, label_of, reader
+from minilora.training.labels import NoClass, class_names, label_of
 from minilora.training.recipe import TASKS
 from minilora.training.records import SPLITS, Record, listed, note, read_records, split_files
 
@@ -47,7 +47,7 @@ class Dataset:
                     part += f", none of class {listed(absent)}"
                 parts.append(part)
         if self.labels is not None:
-            parts.append(f"{len(self.labels)} classes: {', '.join(self.labels)}")
+            parts.append(f"{len(self.labels)} classes: {listed(self.labels, 40)}")
         return "; ".join(parts)
 
 
@@ -241,16 +241,13 @@ def _examples(
         if len(forms) > 1:
             raise ValueError(f"{file}, line {line}: the record has {forms[0]!r} and {forms[1]!r}; keep the one that is to be learnt.")
         unused |= dict.fromkeys(name for name in record if name not in _USED[task])
-    if task == "classify" and published is not None and len(published) > 1:
-        read = reader(published)
-        for line, record in records:
-            try:
-                read(file, line, record)
-            except ValueError as error:
-                names = sorted({label_of(file, n, r) for n, r in records})
-                advice = "rename them, or make a head for them with finetune --new-head"
-                raise ValueError(f"{str(error).rstrip('.')}. The data have {listed(names, 40)}; {advice}.") from None
-    examples = [make(file, line, record) for line, record in records]
+    try:
+        examples = [make(file, line, record) for line, record in records]
+    except NoClass as error:
+        if published is None:
+            raise
+        names = sorted({label_of(file, line, record) for line, record in records})
+        raise ValueError(f"{error} The data have {listed(names, 40)}; rename them, or make a head with finetune --new-head.") from None
     if unused:
         names = [repr(name) if name else "a column without a name" for name in unused]
         note(f"{file}: {listed(names)} {'is' if len(names) == 1 else 'are'} not used.")

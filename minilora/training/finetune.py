@@ -36,7 +36,7 @@ from minilora.training.plot import have_matplotlib, plot_run
 from minilora.training.preconditioned import create_lora_pro_optimizer, create_lorafa_optimizer, create_riemannian_optimizer
 from minilora.training.prefix import PrefixCache
 from minilora.training.recipe import Recipe
-from minilora.training.records import note
+from minilora.training.records import listed, note
 from minilora.training.run_folder import RunFolder
 from minilora.training.schedules import Schedule, schedule
 from minilora.training.tasks import Task, measure, training_task
@@ -78,22 +78,28 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     before, wrote_before = measure(model, task, recipe.threads), _sample(model, tokenizer, recipe)
     records: list[dict[str, Any]] = []
     scale = LossScale.of(model)
+
+    def save(steps: int) -> int:
+        """Write what has been made in so many steps. Returns the bytes of its tensors."""
+        folder.write_metrics(records)
+        size = _save(model, folder, recipe)
+        folder.write_run(settings, {"stopped_after_step": steps, **_state(scale)}, task.labels, task.trained_on)
+        return size
+
     try:
         seconds, tokens = _train(model, optimizer, task, rate, recipe, records, scale)
-    except (Diverged, KeyboardInterrupt, MemoryError) as stop:
+    except (Diverged, KeyboardInterrupt, MemoryError, OSError) as stop:
         done = stop.kept if isinstance(stop, Diverged) else optimizer.t if isinstance(stop, MemoryError) else len(records)
-        _stopped(model, folder, recipe, settings, task, records, done, scale)
+        save(done)
         if isinstance(stop, Diverged):
             say(f"the {_made(recipe)} as of step {done}, the last whose loss was finite, is in {folder.path}")
         if isinstance(stop, MemoryError):
             traceback.clear_frames(stop.__traceback__)  # what the failed step had saved is still held there
             raise MemoryError(_too_large(model, recipe, task, done, folder.path)) from stop
         raise
-    folder.write_metrics(records)
-    size = _save(model, folder, recipe)
+    size = save(len(records))
     after, wrote_after = measure(model, task, recipe.threads), _sample(model, tokenizer, recipe)
     if not math.isfinite(after["loss"]):
-        _stopped(model, folder, recipe, settings, task, records, len(records), scale)
         raise ArithmeticError(f"the held-out loss is not finite; the {_made(recipe)} is in {folder.path}. A lower --lr may help.")
     if wrote_after:
         folder.write_samples(PROMPT, wrote_before, wrote_after)
@@ -110,7 +116,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
         "saved_bytes": size,
         "model_bytes": 4 * base,
         "steps": len(records),
-        **({"steps_left_out": left_out} if scale is not None else {}),
+        **({} if scale is None else {"steps_left_out": left_out}),
         "tokens_per_second": tokens / seconds,
         "seconds": time.perf_counter() - begun,
         "peak_memory_bytes": peak_memory(recipe.backend),
@@ -118,24 +124,8 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     }
     folder.write_run(settings, results, task.labels, task.trained_on)
     _tell(say, folder, recipe, results, wrote_before, wrote_after)
-    _draw(say, folder, recipe, records, task, before, after)
+    _draw(say, folder, recipe, records, results)
     return {"folder": str(folder.path), **results}
-
-
-def _stopped(
-    model: Any,
-    folder: RunFolder,
-    recipe: Recipe,
-    settings: dict[str, Any],
-    task: Task,
-    records: list[dict[str, Any]],
-    step: int,
-    scale: LossScale | None,
-) -> None:
-    """Save what a run that ends early has made."""
-    _save(model, folder, recipe)
-    folder.write_metrics(records)
-    folder.write_run(settings, {"stopped_after_step": step, **_state(scale)}, task.labels, task.trained_on)
 
 
 def open_recipe(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
@@ -147,7 +137,7 @@ def open_recipe(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
         task = training_task(recipe, tokenizer, None if recipe.new_head else published)
         options["labels"] = task.labels or published
         if recipe.new_head and published:
-            note(f"{recipe.model}: the head for {', '.join(published)} is replaced by one for {', '.join(task.labels or ())}.")
+            note(f"{recipe.model}: the head for {listed(published, 40)} is replaced by one for {listed(task.labels or (), 40)}.")
         model = load_model(recipe.model, recipe.backend, recipe.dtype, new_head=recipe.new_head, seed=recipe.seed, **options)
         if not hasattr(model, "classifier"):
             raise ValueError(f"{recipe.model} ({type(model).__name__}) has no classifier; task classify needs a BERT.")
@@ -181,19 +171,10 @@ def prepare(model: Any, recipe: Recipe, task: Task) -> AdamW:
 
 
 def _config(recipe: Recipe) -> LoraConfig:
-    """What `inject` is asked."""
-    assert recipe.bias is not None
-    asked: dict[str, Any] = {
-        "r": recipe.r,
-        "target_modules": recipe.target_modules,
-        "layers_to_transform": recipe.layers_to_transform,
-        "bias": recipe.bias,
-        "modules_to_save": recipe.modules_to_save,
-        "task_type": "SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM",
-        "use_dora": recipe.use_dora,
-        "init_lora_weights": recipe.init_lora_weights,
-        "use_rslora": recipe.use_rslora,
-    }
+    """The configuration of the recipe's adapters, for `inject`."""
+    names = "r target_modules layers_to_transform bias modules_to_save use_dora init_lora_weights use_rslora".split()
+    asked = {name: getattr(recipe, name) for name in names}
+    asked["task_type"] = "SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM"
     if recipe.peft_type == "LORA":
         asked |= {"lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout}
     else:
@@ -322,19 +303,12 @@ def _tell(say: Say, folder: RunFolder, recipe: Recipe, results: dict[str, Any], 
     say(f"\nwritten to {folder.path}")
 
 
-def _draw(
-    say: Say,
-    folder: RunFolder,
-    recipe: Recipe,
-    records: list[dict[str, Any]],
-    task: Task,
-    before: dict[str, float],
-    after: dict[str, float],
-) -> None:
+def _draw(say: Say, folder: RunFolder, recipe: Recipe, records: list[dict[str, Any]], results: dict[str, Any]) -> None:
     if not have_matplotlib():
         say("no picture of the curves: matplotlib is not installed (pip install 'minilora[plot]')")
         return
     method = {"lora": f"LoRA, rank {recipe.r}", "full": "full fine-tuning"}.get(recipe.method, recipe.method)
-    unit, scale = ("bits per byte", math.log(2)) if task.headline == "bits_per_byte" else ("loss", 1.0)
+    unit, scale = ("bits per byte", math.log(2)) if results["headline"] == "bits_per_byte" else ("loss", 1.0)
+    before, after = (results[when]["loss"] / scale for when in ("before", "after"))
     title = f"{Path(recipe.model).name}, {method}, {len(records)} steps"
-    plot_run(folder.curves, records, before["loss"] / scale, after["loss"] / scale, title, unit, scale)
+    plot_run(folder.curves, records, before, after, title, unit, scale)

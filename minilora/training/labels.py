@@ -14,6 +14,11 @@ from typing import Any
 from minilora.functional import IGNORE
 from minilora.training.records import Record, listed
 
+
+class NoClass(ValueError):
+    """A label that is none of the classes of a head."""
+
+
 _DIGITS = 4000  # Python converts no longer ones; they are sorted as text
 
 
@@ -58,7 +63,7 @@ def reader(names: Sequence[str]) -> Callable[[Path, int, Record], float]:
         given = record.get("label")
         name = given.strip() if isinstance(given, str) and given.strip() in index else label_of(file, line, record)
         if name not in index:
-            raise ValueError(f"{file}, line {line}: the label {name!r:.60} is none of the classes: {listed(names, 40)}.")
+            raise NoClass(f"{file}, line {line}: the label {name!r:.60} is none of the classes: {listed(names, 40)}.")
         return index[name]
 
     return read

@@ -82,25 +82,16 @@ def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | 
         dataset.train = few(dataset.train, recipe.train_size, dataset.labels or (), recipe.seed)
     dataset.valid = _at_most(dataset.valid, recipe)
 
+    task = _measured(dataset.describe(), dataset.valid, recipe, tokenizer, dataset.labels)
+    task.trained_on = _trained_on(recipe, drawn="valid" not in split_files(recipe.data))
     if recipe.kind == "classify":
-        size = recipe.batch_size
-
-        def train(seed: int) -> Iterator[Batch]:
-            return endless(lambda rng: batches_of(dataset.train, size, rng), seed)
-
-        def epoch(rng: np.random.Generator) -> int:
-            return -(-len(dataset.train) // size)
+        task.train = lambda seed: endless(lambda rng: batches_of(dataset.train, recipe.batch_size, rng), seed)
+        task.epoch = lambda rng: -(-len(dataset.train) // recipe.batch_size)
     else:
         lengths = np.array([len(e.ids) for e in dataset.train])
-
-        def train(seed: int) -> Iterator[Batch]:
-            return endless(lambda rng: packed_batches(dataset.train, recipe.tokens_per_batch, rng), seed)
-
-        def epoch(rng: np.random.Generator) -> int:
-            return len(pack(lengths, recipe.tokens_per_batch, rng))
-
-    task = _measured(dataset.describe(), dataset.valid, recipe, tokenizer, dataset.labels)
-    return replace(task, train=train, epoch=epoch, trained_on=_trained_on(recipe, drawn="valid" not in split_files(recipe.data)))
+        task.train = lambda seed: endless(lambda rng: packed_batches(dataset.train, recipe.tokens_per_batch, rng), seed)
+        task.epoch = lambda rng: len(pack(lengths, recipe.tokens_per_batch, rng))
+    return task
 
 
 def _trained_on(recipe: Recipe, drawn: bool) -> dict[str, Any]:
@@ -123,23 +114,21 @@ def _names_for(labels: Sequence[str], recipe: Recipe) -> Sequence[str]:
 
 def _text_task(recipe: Recipe, tokenizer: Tokenizer) -> Task:
     """Plain text in windows that start anywhere: a file, a folder of them, or, without `data`, the standard library's source."""
-    window: int = recipe.window
-    trained_on: dict[str, Any] = {}
     if recipe.data is None:
         texts = stdlib_source(held_out=False), stdlib_source(held_out=True)
         what = f"Python source of the standard library {sys.version_info.major}.{sys.version_info.minor}"
     else:
         texts, what = split_text(read_text(recipe.data, recipe.encoding)), str(recipe.data)
-        trained_on = _trained_on(recipe, drawn=True)
     train, held_out = (tokens_of(text, tokenizer) for text in texts)
-    for part in (train, held_out):
-        check_length(part, window)
+    check_length(train, recipe.window, f"{what}, the part to train on,")
+    check_length(held_out, recipe.window, f"{what}, the held-out part,")
     unit = "bytes" if isinstance(tokenizer, ByteTokenizer) else "tokens"
     task = _measured_text(what, held_out, recipe, tokenizer)
     scored = sum(b.labelled for b in task.held_out)
     task.what = f"{what}: {len(train):,} {unit} to train on, {scored:,} of {len(held_out) - 1:,} held out to measure on"
-    task.train = lambda seed: random_windows(train, window, recipe.batch_size, np.random.default_rng(seed))
-    return replace(task, trained_on=trained_on)
+    task.train = lambda seed: random_windows(train, recipe.window, recipe.batch_size, np.random.default_rng(seed))
+    task.trained_on = {} if recipe.data is None else _trained_on(recipe, drawn=True)
+    return task
 
 
 # ---- to measure ----------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.formats.tokenizer import ByteTokenizer
 from minilora.training.records import SPLITS, decode_bytes, listed, note, read_bytes
 
 # Modules that Python 3.10 to 3.13 all have as plain source files. Those held out are never trained on.
@@ -25,7 +24,7 @@ def stdlib_source(held_out: bool) -> np.ndarray:
     """The bytes (n,) of the standard library's source: of the modules in TRAIN, or of those in HELD_OUT."""
     found = (importlib.util.find_spec(name) for name in (HELD_OUT if held_out else TRAIN))
     paths = [Path(spec.origin) for spec in found if spec is not None and spec.origin and spec.origin.endswith(".py")]
-    return join(paths)
+    return np.frombuffer(b"\n\n".join(path.read_bytes() for path in paths), dtype=np.uint8)
 
 
 def read_text(path: str | Path, encoding: str = "utf-8") -> np.ndarray:
@@ -75,21 +74,3 @@ def split_text(text: np.ndarray, fraction: float = 0.1) -> tuple[np.ndarray, np.
     while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:  # inside a character
         cut -= 1
     return text[:cut], text[cut:]
-
-
-def join(paths: list[Path]) -> np.ndarray:
-    """Files as one array of bytes, two empty lines between them."""
-    return np.frombuffer(b"\n\n".join(path.read_bytes() for path in paths), dtype=np.uint8)
-
-
-def encode(text: str) -> np.ndarray:
-    """UTF-8 bytes as token ids."""
-    return _BYTES.encode(text)
-
-
-def decode(ids: list[int]) -> str:
-    """Token ids as text; bytes that are no UTF-8 become replacement characters."""
-    return _BYTES.decode(ids)
-
-
-_BYTES = ByteTokenizer()
