@@ -339,6 +339,15 @@ def test_folders_that_are_no_datasets(tmp_path):
         load_dataset(tmp_path, "lm", BYTES, 20)
 
 
+def test_sequences_that_are_measured_and_learnt_are_counted(tmp_path, capsys):
+    jsonl(tmp_path / "train.jsonl", *({"text": f"text {i}"} for i in range(9)))
+    jsonl(tmp_path / "dev.jsonl", {"text": "text 3"}, {"text": "text 8"}, {"text": "other"})
+    load_dataset(tmp_path, "lm", BYTES, 20)
+    assert "2 of the 3 sequences of valid are in train too." in capsys.readouterr().err
+    load_dataset(tmp_path / "train.jsonl", "lm", BYTES, 20)
+    assert "in train too" not in capsys.readouterr().err
+
+
 # ---- batches -------------------------------------------------------------------------------------------------------------------------
 
 

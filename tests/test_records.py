@@ -187,6 +187,7 @@ def test_plain_text_is_the_text_of_the_file(tmp_path, capsys):
         ("a.bin", bytes(range(256)), "not UTF-8 text .*binary data"),
         ("a.txt", b"abc\x00def", "line 1: this is binary data"),
         ("a.txt", LINES.encode(), "holds records, but its name is not that of a record file"),
+        ("a.log", ("[\n" + LINES.strip().replace("\n", ",\n") + "]").encode(), "holds records, but its name is not that of a record file"),
         ("a.txt", b" \n", "is empty"),
     ],
 )

@@ -178,7 +178,7 @@ def describe(path: str | Path, allow_other_weights: bool = False) -> dict[str, A
     for name, layer in model.modules():
         if isinstance(layer, Linear) and name:
             names.setdefault(name.rpartition(".")[2], []).append(f"{layer.in_features} x {layer.out_features}")
-    told = {
+    result = {
         "model": str(path),
         "model_type": model.model_type,
         "config": {key: value for key, value in model.config.to_json().items() if isinstance(value, (int, float, str))},
@@ -188,14 +188,14 @@ def describe(path: str | Path, allow_other_weights: bool = False) -> dict[str, A
     }
     if adapter is not None:
         config = load_adapter(model, adapter, allow_other_weights)
-        told["adapter"] = {"method": method_name(config), "layers": len(lora_layers(model)) + len(bottlenecks(model))}
+        result["adapter"] = {"method": method_name(config), "layers": len(lora_layers(model)) + len(bottlenecks(model))}
         if adapters := lora_layers(model):
-            told["adapter"]["r"] = sorted({layer.r for _, layer in adapters})
+            result["adapter"]["r"] = sorted({layer.r for _, layer in adapters})
         added = sum(p.data.size for _, p in model.parameters()) - count
-        told["adapter"]["parameters"] = added + sum(value.size for value in model.base_values.values())
+        result["adapter"]["parameters"] = added + sum(value.size for value in model.base_values.values())
     if (Path(path) / "run.json").is_file():
-        told["results"] = record_of(path).get("results", {})
-    return told
+        result["results"] = record_of(path).get("results", {})
+    return result
 
 
 def _classes(adapter: Path) -> int | None:

@@ -93,6 +93,11 @@ def load_dataset(
             make = example_maker(task, tokenizer, *drawn_at, labels, chat_template or tokenizer.chat_template)
             alike = [make(files["train"], line, record) for line, record in records["train"]]
         dataset.train, dataset.valid = hold_out(dataset.train, files["train"], seed, alike=alike)
+    learnt = {_key(example) for example in dataset.train}
+    for split in ("valid", "test"):
+        measured = getattr(dataset, split)
+        if both := sum(_key(example) in learnt for example in measured):
+            note(f"{path}: {both:,} of the {len(measured):,} sequences of {split} are in train too.")
     return dataset
 
 
@@ -126,7 +131,7 @@ def hold_out(
     Raises ValueError when there is nothing to hold out.
     """
     alike = alike or examples
-    keys = [e.ids.tobytes() + (b"" if e.per_sequence else e.labels.tobytes()) for e in alike]
+    keys = [_key(e) for e in alike]
     first = dict(zip(reversed(keys), reversed(alike), strict=True))  # of equal ones the first
     different = list(dict.fromkeys(keys))
     held = {different[i] for i in sample([first[key] for key in different], max(1, round(fraction * len(different))), seed, spare=1)}
@@ -134,6 +139,11 @@ def hold_out(
         raise ValueError(f"{path} has too few records to hold one out; give a folder with a training and a validation split.")
     both = list(zip(keys, examples, strict=True))
     return [e for key, e in both if key not in held], [e for key, e in both if key in held]
+
+
+def _key(example: Example) -> bytes:
+    """What equal sequences have in common; a token that is last stands in the labels alone."""
+    return example.ids.tobytes() + (b"" if example.per_sequence else example.labels.tobytes())
 
 
 def sample(examples: Sequence[Example], size: int, seed: int, spare: int = 0) -> list[int]:

@@ -72,10 +72,9 @@ def task_of(
 
 
 def recipe_of(record: dict[str, Any], run: str) -> Recipe:
-    """The recipe in a run.json, as far as data and their measuring go; the default one where there is none. Raises ValueError."""
+    """What a run.json says of the data and how they are measured, as a recipe; without a run.json the defaults. Raises ValueError."""
     asked = record.get("configuration") or {}
-    names = {"data", "task", "window", "mask_prompt", "encoding", "seed", "train_size", "eval_size", "eval_bytes", "batch_size"}
-    names |= {"tokens_per_batch", "model"}
+    names = set("model data task window mask_prompt encoding seed train_size eval_size eval_bytes batch_size tokens_per_batch".split())
     known = {field.name: field.type for field in fields(Recipe) if field.name in names & asked.keys()}
     for name, kind in known.items():
         kinds = {"int": int, "str": str, "bool": bool, "None": type(None)}

@@ -57,7 +57,7 @@ def extract_run(
     left_out = {path: changes[path] for path in embeddings_changed(origin, changes)}
     kept = [layer.energy for layer in layers]
     ranks = sorted({layer.rank for layer in layers})
-    told = {
+    result = {
         "folder": str(out),
         "base": base,
         "layers": [asdict(layer) for layer in layers],
@@ -69,14 +69,14 @@ def extract_run(
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     say(f"extracted a LoRA of rank {span} on {len(layers)} layers, {size / 1e3:,.0f} kB, into {out}")
     say(f"energy    {min(kept):.1%} to {max(kept):.1%} of each layer's change{' as its inputs see it' if roots else ''}")
-    say(f"largest   change of a weight {told['largest_change']:.3g}; the adapter misses it by up to {told['largest_error']:.3g}")
+    say(f"largest   change of a weight {result['largest_change']:.3g}; the adapter misses it by up to {result['largest_error']:.3g}")
     for path, change in left_out.items():
         say(f"left out  {path}, an embedding, which has changed by up to {change:.3g}")
     if task is not None:
-        told["held_out"] = {name: measure(m, task, threads) for name, m in (("base", origin), ("tuned", target), ("extracted", adapted))}
-        figures = ", ".join(f"{name} {value[task.headline]:.4f}" for name, value in told["held_out"].items())  # type: ignore[attr-defined]
+        result["held_out"] = {name: measure(m, task, threads) for name, m in (("base", origin), ("tuned", target), ("extracted", adapted))}
+        figures = ", ".join(f"{name} {value[task.headline]:.4f}" for name, value in result["held_out"].items())  # type: ignore[attr-defined]
         say(f"held out  {task.headline.replace('_', ' ')}: {figures}")
-    return told
+    return result
 
 
 def compare(first: str, second: str, allow_other_weights: bool = False) -> dict[str, float]:

@@ -132,16 +132,13 @@ class Recipe:
         bundled = self.model == BUNDLED
         self.eval_bytes = (65536 if bundled else 8192) if self.eval_bytes is None else self.eval_bytes
         self.sample_bytes = (240 if bundled else 0) if self.sample_bytes is None else self.sample_bytes
-        for name in ("batch_size", "tokens_per_batch", "accumulate", "window", "eval_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("sample_bytes", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        for name in ("steps", "train_size", "eval_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-            if name != "steps" and getattr(self, name) is not None and self.task != "classify":
+        counts = "batch_size tokens_per_batch accumulate window eval_bytes steps train_size eval_size".split()
+        for name in (*counts, "sample_bytes", "seed"):
+            least, value = int(name in counts), getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        for name in ("train_size", "eval_size"):
+            if getattr(self, name) is not None and self.task != "classify":
                 raise ValueError(f"{name} counts texts with a class; it needs task classify.")
         if self.reinit is not None and self.method != "full":
             raise ValueError(f"reinit changes the weights that method {self.method} leaves frozen and does not save; it needs method full.")

@@ -111,8 +111,9 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Calla
             for name, seed in todo:
                 bar.set_description(f"{name}, seed {seed}")
                 each = recipes[name, seed]
-                prefix = prefixes.setdefault(name, prefix_for(task, each))
-                record = _run(model, task, each, floor, bar, _same_blocks(each, prefix, task))
+                if name not in prefixes or each.init_lora_weights in STARTS_FROM_DATA:  # these may leave out other layers for another seed
+                    prefixes[name] = prefix_for(task, each)  # kept for all seeds of a row, whose frozen blocks are the same
+                record = _run(model, task, each, floor, bar, prefixes[name])
                 store.add({"row": name, "seed": seed, **record})
     except KeyboardInterrupt:
         say(f"stopped; {len(store.records)} runs are in {store.path}, and the same command goes on from there.")
@@ -129,11 +130,6 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Calla
     return table
 
 
-def _same_blocks(recipe: Recipe, prefix: PrefixCache | None, task: Task) -> PrefixCache | None:
-    """The seeds of a row have the same frozen blocks; but for a start from data, which may leave out other layers for another seed."""
-    return prefix_for(task, recipe) if recipe.init_lora_weights in STARTS_FROM_DATA else prefix
-
-
 def _run(model: Any, task: Task, recipe: Recipe, floor: float, bar: tqdm, prefix: PrefixCache | None) -> dict[str, Any]:
     """Train and measure once. The model itself is left as it is."""
     twin = model.replica()
@@ -144,23 +140,28 @@ def _run(model: Any, task: Task, recipe: Recipe, floor: float, bar: tqdm, prefix
     optimizer, batches = prepare(twin, recipe, task), task.batches(recipe.seed)
     assert recipe.steps is not None  # settled
     rate = schedule(recipe.schedule, recipe.steps, int(recipe.warmup or 0))
-    told: dict[str, Any] = {"trained": int(optimizer.flat.data.size), "steps": recipe.steps, "failed": True, "value": None}
+    record: dict[str, Any] = {
+        "trained": int(optimizer.flat.data.size),
+        "steps": recipe.steps,
+        "failed": True,
+        "value": None,
+        "seconds": 0.0,
+    }
     options: dict[str, Any] = {"clip": recipe.clip, "accumulate": recipe.accumulate, "threads": recipe.threads, "seed": recipe.seed}
-    options["prefix"] = prefix
-    left, seconds = recipe.steps, 0.0
+    done = 0
     try:
-        for step in train(twin, optimizer, batches, recipe.steps, rate, **options):
-            seconds += step.seconds
+        for step in train(twin, optimizer, batches, recipe.steps, rate, prefix=prefix, **options):
+            record["seconds"] += step.seconds
             bar.update()
-            left -= 1
+            done += 1
     except Diverged as error:
-        bar.update(left)
-        return {**told, "seconds": seconds, "why": str(error)}
+        bar.update(recipe.steps - done)
+        return {**record, "why": str(error)}
     measured = measure(twin, task, recipe.threads)
     value = measured[task.headline]
-    better = value > floor if task.headline in _HIGHER else value < floor
-    finite = math.isfinite(value)
-    return {**told, "failed": not (finite and better), "value": value if finite else None, "seconds": seconds, "measured": measured}
+    if math.isfinite(value):
+        record |= {"value": value, "failed": not (value > floor if task.headline in _HIGHER else value < floor)}
+    return {**record, "measured": measured}
 
 
 def _floor(model: Any, task: Task, threads: int) -> float:
@@ -177,10 +178,10 @@ def summarise(row: str, records: Sequence[dict[str, Any]], headline: str) -> Sum
     return Summary(
         row,
         runs=len(records),
-        mean=statistics.fmean(values) if values else float("nan"),
-        std=statistics.stdev(values) if len(values) > 1 else float("nan"),
-        worst=values[0] if values else float("nan"),
-        best=values[-1] if values else float("nan"),
+        mean=statistics.fmean(values) if values else math.nan,
+        std=statistics.stdev(values) if len(values) > 1 else math.nan,
+        worst=values[0] if values else math.nan,
+        best=values[-1] if values else math.nan,
         failed=sum(r["failed"] for r in records),
         trained=records[0]["trained"],
         steps=records[0]["steps"],
