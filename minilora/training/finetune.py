@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -27,7 +27,7 @@ from minilora.formats.tokenizer import Tokenizer
 from minilora.lora import LoraConfig, disabled, lora_layers
 from minilora.models.generate import context_length, generate
 from minilora.training.few_sample import PulledAdamW, reinitialise
-from minilora.training.loop import Diverged, train
+from minilora.training.loop import Diverged, Step, train
 from minilora.training.loraplus import create_loraplus_optimizer
 from minilora.training.loss_scale import LossScale
 from minilora.training.memory import sequences_that_fit
@@ -38,7 +38,7 @@ from minilora.training.prefix import PrefixCache
 from minilora.training.recipe import Recipe
 from minilora.training.records import listed, note
 from minilora.training.run_folder import RunFolder
-from minilora.training.schedules import Schedule, schedule
+from minilora.training.schedules import schedule
 from minilora.training.tasks import Task, measure, training_task
 
 PROMPT = "def read_config(path, encoding=None):\n    "  # what the samples of a text model go on from
@@ -62,8 +62,6 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     recipe.backend = choose_backend(recipe.backend)
     model, tokenizer, task = open_recipe(recipe)
     recipe.settle(task.steps)
-    assert recipe.steps is not None
-    rate = schedule(recipe.schedule, recipe.steps, int(recipe.warmup or 0))
     base = sum(p.data.size for _, p in model.parameters())
     optimizer = prepare(model, recipe, task)
     folder = RunFolder.create(out, recipe.method)
@@ -87,7 +85,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
         return size
 
     try:
-        seconds, tokens = _train(model, optimizer, task, rate, recipe, records, scale)
+        seconds, tokens = _train(model, optimizer, task, recipe, records, scale)
     except (Diverged, KeyboardInterrupt, MemoryError, OSError) as stop:
         done = stop.kept if isinstance(stop, Diverged) else optimizer.t if isinstance(stop, MemoryError) else len(records)
         save(done)
@@ -220,17 +218,24 @@ def _state(scale: LossScale | None) -> dict[str, Any]:
     return {} if scale is None else {"loss_scale": scale.state()}
 
 
+def steps_of(
+    model: Any, optimizer: AdamW, task: Task, recipe: Recipe, prefix: PrefixCache | None, scale: LossScale | None = None
+) -> Iterator[Step]:
+    """The steps of a settled recipe."""
+    assert recipe.steps is not None
+    rate = schedule(recipe.schedule, recipe.steps, int(recipe.warmup or 0))
+    options: dict[str, Any] = {"clip": recipe.clip, "accumulate": recipe.accumulate, "threads": recipe.threads, "seed": recipe.seed}
+    return train(model, optimizer, task.batches(recipe.seed), recipe.steps, rate, prefix=prefix, loss_scale=scale, **options)
+
+
 def _train(
-    model: Any, optimizer: AdamW, task: Task, rate: Schedule, recipe: Recipe, records: list[dict[str, Any]], scale: LossScale | None
+    model: Any, optimizer: AdamW, task: Task, recipe: Recipe, records: list[dict[str, Any]], scale: LossScale | None
 ) -> tuple[float, int]:
     """Run the loop behind a progress bar, collecting a record a step. Returns (seconds, tokens) of the training alone."""
-    assert recipe.steps is not None
     seconds, tokens = 0.0, 0
-    options: dict[str, Any] = {"clip": recipe.clip, "accumulate": recipe.accumulate, "threads": recipe.threads, "seed": recipe.seed}
-    options |= {"prefix": prefix_for(task, recipe), "loss_scale": scale}
     unit, nats = ("bits/byte", math.log(2)) if task.headline == "bits_per_byte" else ("loss", 1.0)
     with tqdm(total=recipe.steps, unit="step", desc=recipe.method, dynamic_ncols=True) as bar:
-        for s in train(model, optimizer, task.batches(recipe.seed), recipe.steps, rate, **options):
+        for s in steps_of(model, optimizer, task, recipe, prefix_for(task, recipe), scale):
             seconds, tokens = seconds + s.seconds, tokens + s.tokens
             norm = s.grad_norm if math.isfinite(s.grad_norm) else None  # JSON knows no infinity; the step was left out
             records.append({"step": s.step, "loss": s.loss, "lr": s.lr, "grad_norm": norm, "tokens": s.tokens})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from minilora import adapters
 from minilora.formats.fetch import BUNDLED
 from minilora.training.records import is_dataset
+from minilora.training.schedules import schedule
 
 TASKS = ("lm", "classify")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -163,7 +164,7 @@ class Recipe:
     def settle(self, steps: Callable[[float, int, int], int | None]) -> None:
         """Fill in what was left open. steps(epochs, accumulate, seed) is how many those are, None where there are no epochs.
 
-        Raises ValueError for epochs of plain text, and a warm-up that is not finite.
+        Raises ValueError for epochs of plain text, and a schedule or warm-up that does not fit.
         """
         bundled = self.model == BUNDLED and self.method == "lora"
         self.bias = self.bias or ("all" if bundled else "none")
@@ -177,3 +178,4 @@ class Recipe:
             self.steps = counted or 120
         self.warmup = min(10, self.steps // 2) if self.warmup is None else self.warmup
         self.warmup = round(self.warmup if self.warmup >= 1 else self.warmup * self.steps)
+        schedule(self.schedule, self.steps, int(self.warmup))  # which refuses what does not fit

@@ -20,12 +20,11 @@ from tqdm import tqdm
 from minilora.backend import choose_backend
 from minilora.family import STARTS_FROM_DATA
 from minilora.training.few_sample import draw
-from minilora.training.finetune import open_recipe, prefix_for, prepare
-from minilora.training.loop import Diverged, train
+from minilora.training.finetune import open_recipe, prefix_for, prepare, steps_of
+from minilora.training.loop import Diverged
 from minilora.training.plot import have_matplotlib, plot_study
 from minilora.training.prefix import PrefixCache
 from minilora.training.recipe import METHODS, Recipe
-from minilora.training.schedules import schedule
 from minilora.training.study_folder import StudyFolder
 from minilora.training.tasks import Task, fingerprint, measure
 
@@ -137,25 +136,17 @@ def _run(model: Any, task: Task, recipe: Recipe, floor: float, bar: tqdm, prefix
     for path, layer in twin.modules():
         if path in model.drawn:
             draw(layer, rng)
-    optimizer, batches = prepare(twin, recipe, task), task.batches(recipe.seed)
-    assert recipe.steps is not None  # settled
-    rate = schedule(recipe.schedule, recipe.steps, int(recipe.warmup or 0))
-    record: dict[str, Any] = {
-        "trained": int(optimizer.flat.data.size),
-        "steps": recipe.steps,
-        "failed": True,
-        "value": None,
-        "seconds": 0.0,
-    }
-    options: dict[str, Any] = {"clip": recipe.clip, "accumulate": recipe.accumulate, "threads": recipe.threads, "seed": recipe.seed}
+    optimizer = prepare(twin, recipe, task)
+    trained = int(optimizer.flat.data.size)
+    record: dict[str, Any] = {"trained": trained, "steps": recipe.steps, "failed": True, "value": None, "seconds": 0.0}
     done = 0
     try:
-        for step in train(twin, optimizer, batches, recipe.steps, rate, prefix=prefix, **options):
+        for step in steps_of(twin, optimizer, task, recipe, prefix):
             record["seconds"] += step.seconds
             bar.update()
             done += 1
     except Diverged as error:
-        bar.update(recipe.steps - done)
+        bar.update((recipe.steps or 0) - done)
         return {**record, "why": str(error)}
     measured = measure(twin, task, recipe.threads)
     value = measured[task.headline]
