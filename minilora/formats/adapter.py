@@ -55,8 +55,8 @@ def save_adapter(model: Layer, folder: str | Path, config: LoraConfig | PartialC
             raise ValueError(
                 f"save_adapter: {path} is trainable, but the configuration does not name it; add its layer to modules_to_save."
             )
-    bare = prefix_of(model) if config.task_type == BARE else ""
-    bare = bare if all(path.startswith(bare) for path in trained) else ""  # with a head that is trained it is not bare
+    bare = _bare_prefix(model, trained) if config.task_type == BARE else ""
+    trained = {path for path in trained if path.startswith(bare)}
     door, joined = _Door(model, bare), _less_their_start(model)
     kept = {path for path in drawn_parameters(model) if path.startswith(bare)} - trained
     saved = {path: p for path, p in model.parameters() if path in trained | kept}
@@ -68,6 +68,14 @@ def save_adapter(model: Layer, folder: str | Path, config: LoraConfig | PartialC
     write_json(folder / "adapter_config.json", to_peft(model, config, whole, bool(joined), bare))
     warn_of_pooling(model, folder)
     return (folder / "adapter_model.safetensors").stat().st_size
+
+
+def _bare_prefix(model: Layer, trained: set[str]) -> str:
+    """The prefix of the bare model; "" if something outside it is trained. A bias that bias="all" names, but that never moved, is not."""
+    prefix, then = prefix_of(model), model.base_values
+    head = {path: p for path, p in model.parameters() if path in trained and not path.startswith(prefix)}
+    still = all(path.endswith(".bias") and np.array_equal(to_numpy(p.data), to_numpy(then[path])) for path, p in head.items())
+    return prefix if still else ""
 
 
 def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = False) -> LoraConfig | PartialConfig:
@@ -90,13 +98,13 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
             f"{folder} has only adapter_model.bin, a pickle, which is never read; save it with safe_serialization=True."
         )
     tensors, metadata = read_tensors(folder / "adapter_model.safetensors")
-    config, tensors = _with_the_head(model, config, tensors)
     try:
+        config, tensors, bare = _with_the_head(model, config, tensors)
         _check_ranks(find_targets(model, config, strict=False), config, tensors)
         without = [*find_modules(model, config, strict=False), *model.drawn]
         rehearsal = _injected(model, config)
         door = _Door(rehearsal)
-        tensors = _without_copies(door, config, tensors)
+        tensors = _without_copies(door, tensors)
         if changed := [path for path in door.bases(tensors) if path not in config.saved_modules]:
             config = replace(config, modules_to_save=[*config.saved_modules, *changed])
             rehearsal = _injected(model, config)
@@ -106,7 +114,7 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
     check_base(model, without, metadata, folder, allow_other_weights)
     drawn = {door.key(path): path for path in drawn_parameters(rehearsal)}
     kept = {path for key, path in drawn.items() if key in tensors}
-    taken = {path: p for path, p in rehearsal.parameters() if p.trainable or path in kept}
+    taken = {path: p for path, p in rehearsal.parameters() if (p.trainable or path in kept) and path.startswith(bare)}
     shared = _shared(rehearsal)
     wanted = {door.key(path): door.turned(path, p.data).shape for path, p in taken.items()}
     check_fit(folder, tensors, wanted | {key: value.shape for key, value in shared.items()})
@@ -130,28 +138,33 @@ def _injected(model: Layer, config: LoraConfig) -> Layer:
     return rehearsal
 
 
-def _with_the_head(model: Layer, config: LoraConfig, tensors: dict[str, np.ndarray]) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """An adapter of the bare model (AutoModel's) as one of the model with its head: names get the prefix that they lack."""
+def _with_the_head(model: Layer, config: LoraConfig, tensors: dict[str, np.ndarray]) -> tuple[LoraConfig, dict[str, np.ndarray], str]:
+    """An adapter of the bare model (AutoModel's) as one of the model with its head: names get the prefix that they lack, which is returned.
+
+    What the configuration means is found out in the bare model: expressions and numbers of blocks depend on what stands before a name.
+    """
     prefix, top = prefix_of(model), {name.partition(".")[0] for name, _ in model.children()}
     if not prefix or any(key.startswith(_PREFIX) and key.removeprefix(_PREFIX).partition(".")[0] in top for key in tensors):
-        return config, tensors
-    changed: dict[str, Any] = {}
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(text := getattr(config, name), str) and text != "all-linear":
-            changed[name] = f"{re.escape(prefix)}({text})"
-    return replace(config, **changed), {re.sub(rf"^{re.escape(_PREFIX)}", _PREFIX + prefix, key): v for key, v in tensors.items()}
+        return config, tensors, ""
+    body = dict(model.modules())[prefix.removesuffix(".")]
+    whole = list(find_modules(body, replace(config, task_type=BARE), strict=False))
+    saved = [name for name in config.modules_to_save or () if any(path.endswith(name) for path in whole)]
+    config = replace(config, task_type=BARE, modules_to_save=saved or None)  # is written as it was read
+    if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform:
+        paths = [prefix + path for path in find_targets(body, config, strict=False)]
+        config = replace(config, target_modules=paths, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
+    return config, {re.sub(rf"^{re.escape(_PREFIX)}", _PREFIX + prefix, key): value for key, value in tensors.items()}, prefix
 
 
-# With bias="all" PEFT writes the biases of modules_to_save three times: as trained, the same again, and as they were.
-_COPY = re.compile(r"\.(modules_to_save|original_module)(\.(?:.+\.)?bias)$")
+# With bias="all", or embeddings saved along, PEFT writes what modules_to_save names three times: as trained, again, and as it was.
+_COPY = re.compile(r"\.(modules_to_save|original_module)(\.(?:.+\.)?(?:bias|weight))$")
 
 
-def _without_copies(door: _Door, config: LoraConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _without_copies(door: _Door, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors without those that are in the file twice, or are the base's own. Raises ValueError for a copy that is none."""
     found = {}
     for key, value in tensors.items():
-        copy = _COPY.search(key) if config.bias == "all" else None
-        if copy is not None:
+        if (copy := _COPY.search(key)) is not None:
             twins = [key[: copy.start()] + tail for tail in (copy[2], re.sub(r"^\.[^.]+", "", copy[2]))]  # PEFT may leave its own name in
             if copy[1] == "modules_to_save" and not any(np.array_equal(tensors.get(twin, 0), value) for twin in twins):
                 raise ValueError(f"{key} differs from what it is a copy of.")
