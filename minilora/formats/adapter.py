@@ -151,8 +151,7 @@ def _with_the_head(model: Layer, config: LoraConfig, tensors: dict[str, np.ndarr
     saved = [name for name in config.modules_to_save or () if any(path.endswith(name) for path in whole)]
     config = replace(config, task_type=BARE, modules_to_save=saved or None)  # is written as it was read
     if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform:
-        paths = [prefix + path for path in find_targets(body, config, strict=False)]
-        config = replace(config, target_modules=paths, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
+        config = config.only(prefix + path for path in find_targets(body, config, strict=False))
     return config, {re.sub(rf"^{re.escape(_PREFIX)}", _PREFIX + prefix, key): value for key, value in tensors.items()}, prefix
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,9 +62,7 @@ def load_model(
 
     Raises FileNotFoundError; ValueError when the configuration, a file or a tensor does not fit; ImportError for a missing extra.
     """
-    kind = None if dtype is None else str(np.dtype(dtype) if _is_dtype(dtype) else dtype)
-    if kind not in (None, "float64", "float32", *KINDS):
-        raise ValueError(f"load_model: dtype is {dtype!r}; choose float32, float64, {' or '.join(KINDS)}.")
+    kind = _dtype_name("load_model", dtype)
     if quantize and kind in KINDS:
         raise ValueError(f"load_model: dtype {kind} and quantize {quantize!r} exclude each other; choose one.")
     if quantize not in ("", *PACK):
@@ -123,12 +122,14 @@ def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
     return replace(config, num_labels=n, id2label=names, problem_type=None)
 
 
-def _is_dtype(dtype: Any) -> bool:
-    try:
-        np.dtype(dtype)
-    except TypeError:
-        return False
-    return True
+def _dtype_name(who: str, dtype: Any, *more: str) -> str | None:
+    """The name of a dtype, or of one of `more`; None stays None. Raises ValueError, in the name of the function `who`, for another."""
+    known = ("float32", "float64", *KINDS, *more)
+    with suppress(TypeError):  # "bfloat16" is no dtype of NumPy's in a fresh process
+        dtype = dtype if dtype is None else np.dtype(dtype).name
+    if dtype is not None and dtype not in known:
+        raise ValueError(f"{who}: dtype is {dtype!r}; choose {', '.join(known[:-1])} or {known[-1]}.")
+    return dtype
 
 
 def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
@@ -140,9 +141,7 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     The tokenizer of a GGUF file is written if it can be read; else a line on standard error says why it is not. Another such line names
     a file that is a link out of the model's folder, which is not copied, and what transformers has not ("pooling": "mean").
     """
-    kind = dtype if dtype in (None, STORED, *KINDS) else str(np.dtype(dtype) if _is_dtype(dtype) else dtype)
-    if kind not in (None, STORED, "float64", "float32", *KINDS):
-        raise ValueError(f"save_model: dtype is {dtype!r}; choose float32, float64, {', '.join(KINDS)} or {STORED}.")
+    kind = _dtype_name("save_model", dtype, STORED)
     if bottled := bottlenecks(model):
         raise ValueError(f"save_model: {bottled[0][0]} has a bottleneck adapter, which no weight can hold; use save_adapter.")
     folder, own, modules = Path(folder), adapter_parameters(model), dict(model.modules())

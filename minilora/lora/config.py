@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from minilora.family import check_start
@@ -69,12 +69,14 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
-        for r in (self.r, *self.rank_pattern.values()):
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise ValueError(f"LoraConfig: the rank r must be an integer of at least 1, got {r!r}.")
-        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
-                raise ValueError(f"LoraConfig: lora_alpha must be a positive number, got {alpha!r}.")
+        for name, ranks in (("the rank r", [self.r]), ("each rank of rank_pattern", self.rank_pattern.values())):
+            for r in ranks:
+                if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                    raise ValueError(f"LoraConfig: {name} must be an integer of at least 1, got {r!r}.")
+        for name, alphas in (("lora_alpha", [self.lora_alpha]), ("each of alpha_pattern", self.alpha_pattern.values())):
+            for alpha in alphas:
+                if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+                    raise ValueError(f"LoraConfig: {name} must be a positive number, got {alpha!r}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"LoraConfig: lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1.")
         if not isinstance(self.use_rslora, bool):
@@ -130,6 +132,10 @@ class LoraConfig:
     def saved_modules(self) -> list[str]:
         """modules_to_save, and the names of a classifier's head with task_type "SEQ_CLS"."""
         return list(dict.fromkeys([*(self.modules_to_save or ()), *(CLASSIFIERS if self.task_type == "SEQ_CLS" else ())]))
+
+    def only(self, paths: Iterable[str], **changes: Any) -> LoraConfig:
+        """The same for these layers alone, each named by its path."""
+        return replace(self, target_modules=list(paths), exclude_modules=None, layers_to_transform=None, layers_pattern=None, **changes)
 
     def rank_of(self, path: str) -> int:
         """r, or the exception that rank_pattern makes for this path."""
