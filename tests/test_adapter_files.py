@@ -276,6 +276,17 @@ def _zero(source, folder):
     return folder
 
 
+def test_an_adapter_that_names_no_base_is_not_put_on_the_bundled_model(tmp_path):
+    from minilora.formats.run import open_model
+
+    ml.save_adapter(adapted(llama(tmp_path / "base")), tmp_path / "a")
+    told = read_json(tmp_path / "a" / "adapter_config.json")
+    write_json(tmp_path / "a" / "adapter_config.json", {**told, "base_model_name_or_path": None})
+    with pytest.raises(ValueError, match=r"a names no base model \(base_model_name_or_path\); give one as the model, and --adapter"):
+        open_model(str(tmp_path / "a"), "numpy")
+    assert far(logits(open_model(str(tmp_path / "base"), "numpy", str(tmp_path / "a"))), logits(adapted(tmp_path / "base"))) == 0
+
+
 # -- whose base is it? --------------------------------------------------------------------------------------------------------------
 
 

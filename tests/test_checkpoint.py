@@ -241,7 +241,14 @@ def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatc
     hub.snapshot_download = lambda name, **options: str(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"org/name on the hub has no config.json"):
         ml.load_model("org/name", "numpy")
-    for path in ("./org/name", "nowhere", str(tmp_path / "nowhere"), tmp_path / "nowhere"):  # not ids
+    for path in (
+        "./org/name",
+        "org/model.safetensors",
+        "org/config.json",
+        "nowhere",
+        str(tmp_path / "nowhere"),
+        tmp_path / "nowhere",
+    ):  # not ids
         with pytest.raises(FileNotFoundError, match="there is no model at"):
             ml.load_model(path, "numpy")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
