@@ -184,12 +184,9 @@ def test_bfloat16_is_the_upper_half_of_float32_and_odd_places_are_read(tmp_path)
 def test_a_gguf_file_is_read_by_its_own_module(tmp_path, monkeypatch):
     weights = oracle.part("bert", "weights")
     raw = {"model_type": "bert", **make_models.CONFIGS["bert"], "num_labels": 3}
-    module = types.ModuleType("minilora.formats.gguf")
-    module.read_gguf = lambda path: (raw, weights, None)
-    monkeypatch.setitem(sys.modules, "minilora.formats.gguf", module)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         ml.load_model(tmp_path / "x.gguf", "numpy")
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("minilora.formats.checkpoint.read_gguf", lambda path: (raw, weights, None))
     model = ml.load_model(tmp_path / "x.gguf", "numpy", "float64")
     wanted = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "m"), "numpy", "float64")
     np.testing.assert_array_equal(logits(model, "bert"), logits(wanted, "bert"))

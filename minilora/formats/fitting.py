@@ -134,7 +134,7 @@ def drawn_parameters(model: Layer) -> list[str]:
     return [path for path, _ in model.parameters() if path not in own and path.rpartition(".")[0] in model.drawn]
 
 
-def turned(model: Layer, tensors: dict[str, Any]) -> dict[str, Any]:
+def oriented(model: Layer, tensors: dict[str, Any]) -> dict[str, Any]:
     """Weights of Linear from the file's orientation to (in, out), or back, as views."""
     if getattr(model, "weights_are_in_out", True):
         return tensors
@@ -153,16 +153,16 @@ def assign(model: Layer, tensors: dict[str, np.ndarray], source: str | Path) -> 
         p.data = tensors[path]
 
 
-def check_fit(source: str | Path, tensors: dict[str, np.ndarray], wanted: dict[str, tuple[int, ...]]) -> None:
+def check_fit(source: str | Path, tensors: dict[str, np.ndarray], expected: dict[str, tuple[int, ...]]) -> None:
     """Raise ValueError, naming the file or folder, for missing, unexpected and misshapen tensors, and values that are not finite."""
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing:
         text = f"it misses {missing[0]!r} ({len(missing)} tensors in all); was it made for another model?"
         raise ValueError(f"{source} does not fit the model: {text}")
     if extra:
         text = f"it has {extra[0]!r} ({len(extra)} tensors in all), which the model has no place for."
         raise ValueError(f"{source} does not fit the model: {text}")
-    for key, shape in wanted.items():
+    for key, shape in expected.items():
         value = tensors[key]
         if value.shape != tuple(shape):
             raise ValueError(f"{source} does not fit the model: {key} has shape {value.shape}, the model wants {tuple(shape)}.")
