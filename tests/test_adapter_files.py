@@ -237,6 +237,11 @@ BARE = {
     "bert, expression": {"target_modules": r"encoder\.layer\.1\..*(key|value)"},
     "llama": {"target_modules": ["q_proj", "down_proj"]},
     "llama, expression": {"target_modules": r"layers\.[01]\.mlp\..*_proj", "exclude_modules": r"layers\.0\..*"},
+    "bert, no task": {"target_modules": ["query", "dense"], "task_type": None},
+    "bert, no task, an exclusion": {"target_modules": r".*(key|dense)", "exclude_modules": r".*1\..*", "task_type": None},
+    "bert, all biases": {"target_modules": ["query"], "bias": "all"},
+    "bert, a head to save that is not there": {"target_modules": ["query"], "modules_to_save": ["classifier"], "task_type": None},
+    "llama, blocks by number, of a bare name": {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [0]},
 }
 
 
@@ -249,7 +254,7 @@ def test_an_adapter_of_a_bare_model_works_here_and_one_made_here_there(name, tmp
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = transformers.AutoModel.from_pretrained(base, dtype=torch.float32)
-        config = peft.LoraConfig(r=2, init_lora_weights=False, task_type="FEATURE_EXTRACTION", **BARE[name])
+        config = peft.LoraConfig(**{"r": 2, "init_lora_weights": False, "task_type": "FEATURE_EXTRACTION", **BARE[name]})
         peft.get_peft_model(theirs, config).save_pretrained(tmp_path / "a")
     model = ml.load_model(base, "numpy")
     ml.load_adapter(model, tmp_path / "a")
@@ -267,8 +272,19 @@ def _zero(source, folder):
     folder.mkdir()
     (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
     tensors = load_file(source / "adapter_model.safetensors")
-    save_file({k: v * (0 if "lora_B" in k else 1) for k, v in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file({k: v * (0 if "_B" in k else 1) for k, v in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder
+
+
+def test_an_adapter_that_names_no_base_is_not_put_on_the_bundled_model(tmp_path):
+    from minilora.formats.run import open_model
+
+    ml.save_adapter(adapted(llama(tmp_path / "base")), tmp_path / "a")
+    told = read_json(tmp_path / "a" / "adapter_config.json")
+    write_json(tmp_path / "a" / "adapter_config.json", {**told, "base_model_name_or_path": None})
+    with pytest.raises(ValueError, match=r"a names no base model \(base_model_name_or_path\); give one as the model, and --adapter"):
+        open_model(str(tmp_path / "a"), "numpy")
+    assert far(logits(open_model(str(tmp_path / "base"), "numpy", str(tmp_path / "a"))), logits(adapted(tmp_path / "base"))) == 0
 
 
 # -- whose base is it? --------------------------------------------------------------------------------------------------------------

@@ -257,7 +257,7 @@ BAD_FOLDERS = {
     "a value": (lambda d: change(d, "reduction_factor", "many"), "reduction_factor must be a number"),
     "another size": (lambda d: change(d, "reduction_factor", 2), "has shape"),
     "targets": (lambda d: change(d, "target_modules", ["nowhere"]), "does not fit this model: target_modules"),
-    "one more": (lambda d: change(d, "train", []), "which this model has no place for"),
+    "one more": (lambda d: change(d, "train", []), "which the model has no place for"),
     "kind": (lambda d: change(d, "peft_type", "PREFIX"), "peft_type is 'PREFIX'; supported: LORA, VERA, BOTTLENECK, PARTIAL"),
 }
 

@@ -1,5 +1,8 @@
 """The checker itself: it calls right what is right, wrong what is wrong, and says where it cannot tell."""
 
+import threading
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -308,6 +311,34 @@ def test_state_in_the_layer_is_told_from_a_plain_mistake():
 
     assert failures(Stale())["W"][1] == "is right only if no other forward comes in between: state is kept in the layer"
     assert "state" not in failures(gradient(lambda g: g * (1 + 3e-7)))["W"][1]
+
+    class Summing(Dense):
+        total = 0
+
+        def backward(self, dy, saved):
+            self.total = self.total + super().backward(dy, saved)
+            return self.total
+
+    assert failures(Summing())["dx"][1] == "is right only the first time: state is kept in the layer"
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_functions_that_hold_on_to_a_parameter_are_checked_with_it(factor):
+    """A copy of the parameter would never be read: whatever backward wrote would be "ok". The layer is afterwards as it was."""
+    W = P(Dense().W.data.astype("float32"))
+    backward = lambda dy, x: (Dense.add(None, W, factor * (x.T @ dy)), dy @ W.data.T)[1]  # noqa: E731
+    layer = SimpleNamespace(forward=lambda x: (x @ W.data, x), backward=backward, parameters=lambda: [("W", W)])
+    data = W.data
+    assert failures(layer).get("W") == (None if factor == 1 else ("WRONG", "is 3 times the true gradient"))
+    assert (W.data is data, W.grad) == (True, None)
+    with pytest.raises(ValueError, match="no copy can be made of the layer"):
+        ml.gradcheck(SimpleNamespace(**vars(layer), lock=threading.Lock()), X)
+
+
+def test_a_small_gradient_is_looked_at_as_closely_as_a_large_one():
+    """dW is small where x is, and as wrong: gradients compare by what a step in proportion to the array changes."""
+    found = failures(gradient(lambda g: 1.005 * g), 1e-8 * X)
+    assert found["W"] == ("WRONG", "is 1.005 times the true gradient")
 
 
 def test_a_write_that_a_second_call_would_not_repeat_is_seen():

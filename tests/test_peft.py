@@ -316,6 +316,22 @@ def test_embeddings_that_peft_writes_along(peft, bases, tmp_path):
     assert deviation(our_logits(model), logits(again), "other embeddings written along") < 1e-5
 
 
+@pytest.mark.parametrize(("kind", "names"), [("llama", ["embed_tokens", "lm_head"]), ("bert", ["word_embeddings", "pooler"])])
+def test_trained_embeddings_that_peft_writes_three_times(kind, names, peft, bases, tmp_path):
+    """With save_embedding_layers=True what modules_to_save names is there as trained, again, and as it was."""
+    theirs = adapted(kind, options(kind)["names"] | {"modules_to_save": names})
+    quietly(theirs.save_pretrained, tmp_path, save_embedding_layers=True)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(".modules_to_save." in key for key in tensors)
+    model = ours(bases / kind)
+    ml.load_adapter(model, tmp_path)
+    assert deviation(our_logits(model), logits(theirs), f"trained embeddings three times, {kind}") < 1e-5
+    key = next(key for key in tensors if ".modules_to_save." in key)
+    save_file({**tensors, key: tensors[key] + 1}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="differs from what it is a copy of"):
+        ml.load_adapter(ours(bases / kind), tmp_path)
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
 def test_what_changed_the_base_weights_is_refused_until_converted(init, peft, bases, tmp_path):
     theirs = adapted("llama", options("llama")["names"] | {"init_lora_weights": init}, seed=None)

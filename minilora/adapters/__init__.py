@@ -6,20 +6,3 @@ from minilora.adapters.extraction import Extracted, extract, input_roots, larges
 from minilora.adapters.injection import bottlenecks, inject
 from minilora.adapters.several import PerSequence, mixed
 from minilora.adapters.sums import combine
-
-__all__ = [
-    "METHODS",
-    "BottleneckConfig",
-    "BottleneckLinear",
-    "Extracted",
-    "PartialConfig",
-    "PerSequence",
-    "bottlenecks",
-    "combine",
-    "extract",
-    "inject",
-    "input_roots",
-    "largest_changes",
-    "method_name",
-    "mixed",
-]

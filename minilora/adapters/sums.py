@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from minilora.backend import Array, get_xp
@@ -83,14 +82,10 @@ def with_lora(base: Layer, products: dict[str, tuple[Array, Array]], like: LoraC
     ranks = {path: int(A.shape[1]) for path, (A, _) in products.items()}
     r = max(ranks.values())
     other = {path: rank for path, rank in ranks.items() if rank != r}
-    config = replace(
-        like or LoraConfig(),
+    config = (like or LoraConfig()).only(
+        products,
         r=r,
         lora_alpha=r,
-        target_modules=list(products),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
         rank_pattern=other,
         alpha_pattern=dict(other),
         use_rslora=False,

@@ -35,9 +35,10 @@ def diagnose(name: str, check: Check, analytic: np.ndarray, numeric: np.ndarray,
         return f"is {full.dtype}, and what it belongs to is float64: precision is lost"
     if not numeric.any():
         return "is not zero, and the true gradient is"
-    alone = check.alone.get(name)
-    if getattr(alone, "shape", None) == full.shape and explains(same_place(alone)):
-        return "is right only if no other forward comes in between: state is kept in the layer"
+    if getattr(check.alone[name], "shape", None) == full.shape and explains(same_place(check.alone[name])):
+        again = check.once()[name]
+        always = getattr(again, "shape", None) == full.shape and explains(same_place(again))
+        return f"is right only {'if no other forward comes in between' if always else 'the first time'}: state is kept in the layer"
     dy = to_backend(check.c, "numpy")
     if name == "dx" and dy.shape == full.shape and explains(analytic + same_place(dy)):
         return "lacks exactly dy: the gradient of a residual add is left out"

@@ -25,7 +25,9 @@ from minilora.layers import Layer, reseed
 
 _SEED = 0x6772616463  # with the caller's: no `default_rng(seed)`, from which x or a weight may come, draws the same numbers
 
-_FLOOR = 1e-3  # of the largest gradient: one that is exactly zero (the bias of a key) leaves only rounding, which is 1e-12 of it
+# Of the largest gradient, each times the size of what it belongs to. One that is exactly zero (the bias of a key) leaves only rounding,
+# which is 1e-12 of that.
+_FLOOR = 1e-3
 
 _ROUNDING = 4.0  # the error of L is at most about this times eps sum|c y|; measured: 1.7 at most in the catalogue
 
@@ -33,7 +35,10 @@ _ALL = "(all, one direction)"
 
 
 def gradcheck(layer: Any, x: Array, *, tol: float = 1e-7, seed: int = 0, max_coordinates: int = 200, **forward: Any) -> Report:
-    """Check every gradient of `layer` at x against finite differences. The layer itself is not touched: a float64 copy is.
+    """Check every gradient of `layer` at x against finite differences, in float64. Afterwards the layer is as it was.
+
+    A copy of the layer is called. It has the layer's own parameters, to which functions made in __init__ may hold on; their arrays
+    are exchanged for the check.
 
     x: what forward takes; floating (then dx is checked too) or integer ids. `forward` is passed on (offsets=...).
     Checked for dx and each trainable parameter: every coordinate if there are at most `max_coordinates`, else that many, half at
@@ -50,6 +55,7 @@ def gradcheck(layer: Any, x: Array, *, tol: float = 1e-7, seed: int = 0, max_coo
     takes it, changes nothing. What forward or backward raises is reported, too.
     """
     entries: list[Entry] = []
+    kept = [(p, name, getattr(p, name)) for _, p in layer.parameters() for name in ("data", "grad", "home") if hasattr(p, name)]
     with np.errstate(all="ignore"):  # what is not finite is reported by name
         try:
             check = Check(layer, x, tol, seed, max_coordinates, forward)
@@ -58,11 +64,14 @@ def gradcheck(layer: Any, x: Array, *, tol: float = 1e-7, seed: int = 0, max_coo
             entries += [e for e in check.contract() if e.name not in wrong]
         except Broken as broken:
             entries.append(broken.entry)
+        finally:
+            for p, name, value in kept:
+                setattr(p, name, value)
     return Report(getattr(layer, "name", type(layer).__name__), tol, entries)
 
 
 class Check:
-    """The float64 copy under test, its inputs, and the analytic gradients."""
+    """The copy under test, its inputs and parameters in float64, and the analytic gradients."""
 
     def __init__(self, layer: Any, x: Array, tol: float, seed: int, max_coordinates: int, options: dict[str, Any]) -> None:
         dtype: Any = getattr(x, "dtype", None)
@@ -72,11 +81,16 @@ class Check:
             raise ValueError(f"gradcheck: max_coordinates is {max_coordinates}; it must be at least 1.")
         self.rng = np.random.default_rng([_SEED, seed])
         self.tol, self.max_coordinates, self.options = tol, max_coordinates, options
-        self.layer = copy.deepcopy(layer)
+        try:
+            self.layer = copy.deepcopy(layer, {id(p): p for _, p in layer.parameters()})
+        except TypeError as error:
+            raise ValueError(f"gradcheck: no copy can be made of the layer ({error}).") from None
         self.params = dict({id(p): (path, p) for path, p in self.layer.parameters()}.values())  # each once, as where it is shared
         self.home = backend_name(next(iter(self.params.values())).data if self.params else x)
         for p in self.params.values():
-            p.grad = None
+            p.grad, p.data = None, p.data.copy()
+            if hasattr(p, "home"):
+                p.home = None
             if p.data.dtype.kind not in "iub":  # frozen indices or masks stay what they are
                 p.data = to_backend(p.data, self.home, "float64")
             if _trainable(p) and not p.data.any():
@@ -124,14 +138,18 @@ class Check:
         if bad := not_finite(y):
             raise Broken("y", f"{bad}; nothing can be compared", float("inf"))
         self.c = self.draw(y.shape)
-        again, s_alone = self.forward()
-        if not _relative(_host(again), _host(y), 0) < 1e-9:
+        if not _relative(_host(self.forward()[0]), _host(y), 0) < 1e-9:
             raise Broken("forward", "gives another y for the same x: it draws random numbers, or keeps state")
-        self.alone = self.collect(self.backward(s_alone))
+        self.alone = self.once()
         self.moved({name: self.value(name) for name in self.alone}, -0.1)
         self.zero_grad()
         self.analytic = self.collect(self.backward(saved))
         self.rounding = _ROUNDING * float(np.finfo(np.float64).eps) * float(abs(self.c * y).sum())
+
+    def once(self) -> dict[str, Any]:
+        """The analytic gradients of a backward right after its forward."""
+        self.zero_grad()
+        return self.collect(self.backward(self.forward()[1]))
 
     def zero_grad(self) -> None:
         for p in self.params.values():
@@ -196,10 +214,14 @@ class Check:
         values, noise = (np.array([getattr(d, field) for d in found])[~kink] / scale for field in ("value", "error"))
         return at[~kink], values, float(np.linalg.norm(noise))
 
+    def floor(self, name: str) -> float:
+        """The norm below which a gradient counts as next to nothing."""
+        return _FLOOR * self.largest / self.scale(name)
+
     def gradients(self) -> Iterator[Entry]:
         numeric = {name: self.numeric(name) for name in self.analytic}
-        norms = [float(np.linalg.norm(n)) for _, n, _ in numeric.values()]
-        self.floor = _FLOOR * max((n for n in norms if np.isfinite(n)), default=0.0)
+        norms = [float(np.linalg.norm(n)) * self.scale(name) for name, (_, n, _) in numeric.items()]
+        self.largest = max((n for n in norms if np.isfinite(n)), default=0.0)
         entries = [self.compare(name, *found) for name, found in numeric.items()]
         yield from entries
         if entries and all(e.coordinates for e in entries):
@@ -223,15 +245,15 @@ class Check:
         if bad := not_finite(g):
             return Entry(name, infinite, 0, bad)
         a = _host(g).ravel()[at]
-        size = max(float(np.linalg.norm(a)), float(np.linalg.norm(n)), self.floor)
-        entry = Entry(name, _relative(a, n, self.floor), len(at), precision=noise / size if size else infinite)
+        size = max(float(np.linalg.norm(a)), float(np.linalg.norm(n)), self.floor(name))
+        entry = Entry(name, _relative(a, n, self.floor(name)), len(at), precision=noise / size if size else infinite)
         skipped = len(self.kinks[name])
         if entry.verdict(self.tol) == "WRONG":
             entry.remark = diagnose(name, self, a, n, at, max(0.01 * self.tol, entry.precision))
         elif not size:
             entry.remark = "every gradient is zero here; choose another x"
         elif skipped:
-            entry.remark = f"{skipped} coordinates at a kink left out"
+            entry.remark = f"{skipped} coordinates left out: at a kink, or y varies too fast there"
         return entry
 
     def joint_direction(self) -> Entry:
@@ -295,7 +317,7 @@ class Check:
         one: Any = self.analytic.get(path)
         if getattr(one, "shape", None) != self.params[path].data.shape:
             return True
-        return getattr(grad, "shape", None) == one.shape and _relative(_host(grad), factor * _host(one), self.floor) < 1e-9
+        return getattr(grad, "shape", None) == one.shape and _relative(_host(grad), factor * _host(one), self.floor(path)) < 1e-9
 
 
 def _trainable(p: Any) -> bool:

@@ -65,7 +65,7 @@ class Report:
     def __str__(self) -> str:
         if not self.entries:
             return (
-                f"{self.what}: nothing to check: x has no gradient, as it holds integers, and no parameter is trainable. "
+                f"{self.what}: nothing to check: x has no gradient, as it holds integers or nothing, and no parameter is trainable. "
                 "Set p.trainable = True on the parameters to check."
             )
         width = max(len(e.name) for e in self.entries)

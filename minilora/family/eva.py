@@ -10,7 +10,6 @@ over everything that train_step feeds, and V is exact.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -85,12 +84,8 @@ def eva(
 
     if ranks != asked:
         alphas = {path: config.alpha_of(path) * (r / asked[path] if adjust_scaling_factors else 1) for path, r in ranks.items()}
-        config = replace(
-            config,
-            target_modules=list(ranks),
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
+        config = config.only(
+            ranks,
             rank_pattern={path: r for path, r in ranks.items() if r != config.r},
             alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
         )

@@ -1,6 +1,6 @@
 """Adapters as folders in PEFT's layout: adapter_config.json and adapter_model.safetensors.
 
-Here A is (in, r) and B is (r, out); in the files both are turned, as PyTorch's Linear keeps (out, in), and so are whole weights
+Here A is (in, r) and B is (r, out); in the files both are transposed, as PyTorch's Linear keeps (out, in), and so are whole weights
 (modules_to_save) of models whose files keep them so. This is the one place where that happens. Keys, after "base_model.model.":
 
     <path>.lora_A.weight (r, in)    <path>.lora_B.weight (out, r)    <path>.base_layer.bias    a bias of an adapted layer
@@ -55,19 +55,27 @@ def save_adapter(model: Layer, folder: str | Path, config: LoraConfig | PartialC
             raise ValueError(
                 f"save_adapter: {path} is trainable, but the configuration does not name it; add its layer to modules_to_save."
             )
-    bare = prefix_of(model) if config.task_type == BARE else ""
-    bare = bare if all(path.startswith(bare) for path in trained) else ""  # with a head that is trained it is not bare
-    door, joined = _Door(model, bare), _less_their_start(model)
+    bare = _bare_prefix(model, trained) if config.task_type == BARE else ""
+    trained = {path for path in trained if path.startswith(bare)}
+    layout, joined = _Layout(model, bare), _less_their_start(model)
     kept = {path for path in drawn_parameters(model) if path.startswith(bare)} - trained
     saved = {path: p for path, p in model.parameters() if path in trained | kept}
-    tensors = {door.key(path): door.turned(path, to_numpy(joined.get(path, p.data))) for path, p in saved.items()}
+    tensors = {layout.key(path): layout.transposed(path, to_numpy(joined.get(path, p.data))) for path, p in saved.items()}
     tensors |= {key: to_numpy(value) for key, value in _shared(model).items()}
     without = [*find_modules(model, config, strict=False), *model.drawn]
     write_tensors(folder / "adapter_model.safetensors", tensors, mark_of(model, without, config.init_lora_weights == "loftq"))
-    whole = sorted({path.rpartition(".")[0] for path in kept} - door.adapted)
+    whole = sorted({path.rpartition(".")[0] for path in kept} - layout.adapted)
     write_json(folder / "adapter_config.json", to_peft(model, config, whole, bool(joined), bare))
     warn_of_pooling(model, folder)
     return (folder / "adapter_model.safetensors").stat().st_size
+
+
+def _bare_prefix(model: Layer, trained: set[str]) -> str:
+    """The prefix of the bare model; "" if something outside it is trained. A bias that bias="all" names, but that never moved, is not."""
+    prefix, then = prefix_of(model), model.base_values
+    head = {path: p for path, p in model.parameters() if path in trained and not path.startswith(prefix)}
+    still = all(path.endswith(".bias") and np.array_equal(to_numpy(p.data), to_numpy(then[path])) for path, p in head.items())
+    return prefix if still else ""
 
 
 def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = False) -> LoraConfig | PartialConfig:
@@ -90,33 +98,33 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
             f"{folder} has only adapter_model.bin, a pickle, which is never read; save it with safe_serialization=True."
         )
     tensors, metadata = read_tensors(folder / "adapter_model.safetensors")
-    config, tensors = _with_the_head(model, config, tensors)
     try:
+        config, tensors, bare = _with_the_head(model, config, tensors)
         _check_ranks(find_targets(model, config, strict=False), config, tensors)
         without = [*find_modules(model, config, strict=False), *model.drawn]
-        rehearsal = _injected(model, config)
-        door = _Door(rehearsal)
-        tensors = _without_copies(door, config, tensors)
-        if changed := [path for path in door.bases(tensors) if path not in config.saved_modules]:
+        dry_run = _injected(model, config)
+        layout = _Layout(dry_run)
+        tensors = _without_copies(layout, tensors)
+        if changed := [path for path in layout.bases(tensors) if path not in config.saved_modules]:
             config = replace(config, modules_to_save=[*config.saved_modules, *changed])
-            rehearsal = _injected(model, config)
-            door = _Door(rehearsal)
+            dry_run = _injected(model, config)
+            layout = _Layout(dry_run)
     except ValueError as error:
         raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
     check_base(model, without, metadata, folder, allow_other_weights)
-    drawn = {door.key(path): path for path in drawn_parameters(rehearsal)}
+    drawn = {layout.key(path): path for path in drawn_parameters(dry_run)}
     kept = {path for key, path in drawn.items() if key in tensors}
-    taken = {path: p for path, p in rehearsal.parameters() if p.trainable or path in kept}
-    shared = _shared(rehearsal)
-    wanted = {door.key(path): door.turned(path, p.data).shape for path, p in taken.items()}
-    check_fit(folder, tensors, wanted | {key: value.shape for key, value in shared.items()})
+    taken = {path: p for path, p in dry_run.parameters() if (p.trainable or path in kept) and path.startswith(bare)}
+    shared = _shared(dry_run)
+    expected = {layout.key(path): layout.transposed(path, p.data).shape for path, p in taken.items()}
+    check_fit(folder, tensors, expected | {key: value.shape for key, value in shared.items()})
 
     inject(model, config, rng=0, strict=False)
     for _, layer in lora_layers(model) if shared else ():
         layer.share({key.removeprefix(_SHARED): tensors[key] for key in shared})
     for path, p in model.parameters():
         if path in taken:
-            value = door.turned(path, tensors[door.key(path)]).astype(p.data.dtype)
+            value = layout.transposed(path, tensors[layout.key(path)]).astype(p.data.dtype)
             p.data = as_like(np.ascontiguousarray(value), p.data)
     if left := [module for module in model.drawn if f"{module}.weight" not in taken]:
         print(f"{folder} has no {' and no '.join(left)} either: what was drawn here at random stays.", file=sys.stderr)
@@ -125,42 +133,46 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
 
 def _injected(model: Layer, config: LoraConfig) -> Layer:
     """A replica with the adapter, to see what there is to load."""
-    rehearsal = model.replica()
-    inject(rehearsal, config, rng=0, strict=False)
-    return rehearsal
+    dry_run = model.replica()
+    inject(dry_run, config, rng=0, strict=False)
+    return dry_run
 
 
-def _with_the_head(model: Layer, config: LoraConfig, tensors: dict[str, np.ndarray]) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """An adapter of the bare model (AutoModel's) as one of the model with its head: names get the prefix that they lack."""
+def _with_the_head(model: Layer, config: LoraConfig, tensors: dict[str, np.ndarray]) -> tuple[LoraConfig, dict[str, np.ndarray], str]:
+    """An adapter of the bare model (AutoModel's) as one of the model with its head: names get the prefix that they lack, which is returned.
+
+    What the configuration means is found out in the bare model: expressions and numbers of blocks depend on what stands before a name.
+    """
     prefix, top = prefix_of(model), {name.partition(".")[0] for name, _ in model.children()}
     if not prefix or any(key.startswith(_PREFIX) and key.removeprefix(_PREFIX).partition(".")[0] in top for key in tensors):
-        return config, tensors
-    changed: dict[str, Any] = {}
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(text := getattr(config, name), str) and text != "all-linear":
-            changed[name] = f"{re.escape(prefix)}({text})"
-    return replace(config, **changed), {re.sub(rf"^{re.escape(_PREFIX)}", _PREFIX + prefix, key): v for key, v in tensors.items()}
+        return config, tensors, ""
+    body = dict(model.modules())[prefix.removesuffix(".")]
+    whole = list(find_modules(body, replace(config, task_type=BARE), strict=False))
+    saved = [name for name in config.modules_to_save or () if any(path.endswith(name) for path in whole)]
+    config = replace(config, task_type=BARE, modules_to_save=saved or None)  # is written as it was read
+    if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform:
+        config = config.only(prefix + path for path in find_targets(body, config, strict=False))
+    return config, {re.sub(rf"^{re.escape(_PREFIX)}", _PREFIX + prefix, key): value for key, value in tensors.items()}, prefix
 
 
-# With bias="all" PEFT writes the biases of modules_to_save three times: as trained, the same again, and as they were.
-_COPY = re.compile(r"\.(modules_to_save|original_module)(\.(?:.+\.)?bias)$")
+# With bias="all", or embeddings saved along, PEFT writes what modules_to_save names three times: as trained, again, and as it was.
+_COPY = re.compile(r"\.(modules_to_save|original_module)(\.(?:.+\.)?(?:bias|weight))$")
 
 
-def _without_copies(door: _Door, config: LoraConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _without_copies(layout: _Layout, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors without those that are in the file twice, or are the base's own. Raises ValueError for a copy that is none."""
     found = {}
     for key, value in tensors.items():
-        copy = _COPY.search(key) if config.bias == "all" else None
-        if copy is not None:
+        if (copy := _COPY.search(key)) is not None:
             twins = [key[: copy.start()] + tail for tail in (copy[2], re.sub(r"^\.[^.]+", "", copy[2]))]  # PEFT may leave its own name in
             if copy[1] == "modules_to_save" and not any(np.array_equal(tensors.get(twin, 0), value) for twin in twins):
                 raise ValueError(f"{key} differs from what it is a copy of.")
-        elif not door.is_of_the_base(key, value):
+        elif not layout.is_of_the_base(key, value):
             found[key] = value
     return found
 
 
-class _Door:
+class _Layout:
     """Names and orientation in the file, for a model that has its adapters; `bare` is the prefix that they lack there."""
 
     def __init__(self, model: Layer, bare: str = "") -> None:
@@ -169,9 +181,9 @@ class _Door:
         self.head = f"{getattr(model, 'output_head', '')}.weight"
         self.adapted = {path for path, _ in lora_layers(model)}
         self.own = set(adapter_parameters(model))
-        self.turns = set(self.own)
+        self.transposes = set(self.own)
         if not getattr(model, "weights_are_in_out", True):
-            self.turns |= {f"{path}.weight" for path, layer in model.modules() if isinstance(layer, Linear)}
+            self.transposes |= {f"{path}.weight" for path, layer in model.modules() if isinstance(layer, Linear)}
 
     def key(self, path: str) -> str:
         owner, _, name = path.rpartition(".")
@@ -181,9 +193,9 @@ class _Door:
             return _PREFIX + (f"{path}.weight" if name in _LINEAR else path).removeprefix(self.bare)
         return f"{_PREFIX}{owner.removeprefix(self.bare)}.base_layer.{name}"
 
-    def turned(self, path: str, value: np.ndarray) -> np.ndarray:
+    def transposed(self, path: str, value: np.ndarray) -> np.ndarray:
         """From here to the file, or back."""
-        return value.T if path in self.turns else value
+        return value.T if path in self.transposes else value
 
     def is_of_the_base(self, key: str, value: np.ndarray) -> bool:
         """Is this a frozen weight of the base, as it is here, to the rounding of either? PEFT writes some along."""
@@ -192,7 +204,7 @@ class _Door:
         p = self.parameters.get(path)
         if p is None or p.trainable or path in self.drawn or value.dtype.kind != "f":
             return False
-        own = self.turned(path, to_numpy(p.data))
+        own = self.transposed(path, to_numpy(p.data))
         return own.shape == value.shape and _same(own, value)
 
     def bases(self, tensors: dict[str, np.ndarray]) -> list[str]:

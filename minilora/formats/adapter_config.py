@@ -65,35 +65,35 @@ def to_peft(model: Layer, config: LoraConfig, drawn: list[str], joined: bool, ba
     bare: a prefix that names lack in the file. Fields that ask for nothing are left out, as a version of PEFT that does not know them
     yet would refuse the file.
     """
-    told = asdict(config)
+    result = asdict(config)
     named = isinstance(config.target_modules, list) and not (bare and config.layers_to_transform)
     if config.target_modules == "all-linear" or (bare and not named):
         adapted = [path for path, _ in lora_layers(model)]
         names = sorted({path.rpartition(".")[2] for path in adapted})
         meant = [path for path, _ in model.modules() if path.rpartition(".")[2] in names]
-        told["target_modules"] = names if meant == adapted else adapted
-        told["exclude_modules"] = told["layers_to_transform"] = told["layers_pattern"] = None
+        result["target_modules"] = names if meant == adapted else adapted
+        result["exclude_modules"] = result["layers_to_transform"] = result["layers_pattern"] = None
     if joined:
         factor = 2**0.5 if config.use_rslora else 2
-        told["r"], told["rank_pattern"] = 2 * config.r, {key: 2 * r for key, r in config.rank_pattern.items()}
-        told["lora_alpha"] = factor * config.lora_alpha
-        told["alpha_pattern"] = {key: factor * alpha for key, alpha in config.alpha_pattern.items()}
+        result["r"], result["rank_pattern"] = 2 * config.r, {key: 2 * r for key, r in config.rank_pattern.items()}
+        result["lora_alpha"] = factor * config.lora_alpha
+        result["alpha_pattern"] = {key: factor * alpha for key, alpha in config.alpha_pattern.items()}
     head = getattr(model, "output_head", None)
     whole = [*find_modules(model, config, strict=False), *drawn]
     task = "CAUSAL_LM" if head == "lm_head" else "SEQ_CLS" if head in whole else None
-    told["task_type"] = config.task_type or task
-    told["modules_to_save"] = [*config.saved_modules, *drawn] or None
-    told |= {"init_lora_weights": True, "use_dora": bool(config.use_dora), "eva_config": None, "lora_ga_config": None, "loftq_config": {}}
-    told["fan_in_fan_out"] = bool(getattr(model, "weights_are_in_out", True))
-    told["base_model_name_or_path"] = config.base_model_name_or_path or model.hub_id or model.source
+    result["task_type"] = config.task_type or task
+    result["modules_to_save"] = [*config.saved_modules, *drawn] or None
+    result |= {"init_lora_weights": True, "use_dora": bool(config.use_dora), "eva_config": None, "lora_ga_config": None, "loftq_config": {}}
+    result["fan_in_fan_out"] = bool(getattr(model, "weights_are_in_out", True))
+    result["base_model_name_or_path"] = config.base_model_name_or_path or model.hub_id or model.source
     for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
-        if isinstance(told[key], list):
-            told[key] = [name.removeprefix(bare) for name in told[key]]
-        elif isinstance(told[key], dict):
-            told[key] = {name.removeprefix(bare): value for name, value in told[key].items()}
-    told = {key: value for key, value in told.items() if key in _ALWAYS or value or (value == 0 and value is not False)}
-    told = {key: value for key, value in told.items() if key not in config.not_in_file}
-    return {"peft_type": config.peft_type, "inference_mode": True, **told}
+        if isinstance(result[key], list):
+            result[key] = [name.removeprefix(bare) for name in result[key]]
+        elif isinstance(result[key], dict):
+            result[key] = {name.removeprefix(bare): value for name, value in result[key].items()}
+    result = {key: value for key, value in result.items() if key in _ALWAYS or value or (value == 0 and value is not False)}
+    result = {key: value for key, value in result.items() if key not in config.not_in_file}
+    return {"peft_type": config.peft_type, "inference_mode": True, **result}
 
 
 def prefix_of(model: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ from minilora.family.quantize import PACK, narrow_model, quantize_model
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.blank import Blank
 from minilora.formats.fetch import BUNDLED, is_hub_id, model_folder, read_weights, weight_files
-from minilora.formats.fitting import FAMILIES, assign, check_sizes, classes_of, family_of, fresh, named, renamed, turned, warn_of_pooling
+from minilora.formats.fitting import FAMILIES, assign, check_sizes, classes_of, family_of, fresh, named, oriented, renamed, warn_of_pooling
+from minilora.formats.gguf import read_gguf
 from minilora.formats.nf4 import CONFIG, is_nf4_config, packed, unpacked
 from minilora.formats.tensors import stored_dtypes, write_tensors
 from minilora.formats.tokenizer import load_tokenizer
@@ -61,9 +63,7 @@ def load_model(
 
     Raises FileNotFoundError; ValueError when the configuration, a file or a tensor does not fit; ImportError for a missing extra.
     """
-    kind = None if dtype is None else str(np.dtype(dtype) if _is_dtype(dtype) else dtype)
-    if kind not in (None, "float64", "float32", *KINDS):
-        raise ValueError(f"load_model: dtype is {dtype!r}; choose float32, float64, {' or '.join(KINDS)}.")
+    kind = _dtype_name("load_model", dtype)
     if quantize and kind in KINDS:
         raise ValueError(f"load_model: dtype {kind} and quantize {quantize!r} exclude each other; choose one.")
     if quantize not in ("", *PACK):
@@ -71,7 +71,7 @@ def load_model(
     backend = choose_backend(backend, quiet=True)
     if str(path_or_id).endswith(".gguf"):
         source = Path(path_or_id)
-        raw, tensors = _read_gguf(source)
+        raw, tensors, _ = read_gguf(source)
         where = str(source)
     else:
         source, tensors = model_folder(path_or_id, download), {}
@@ -94,7 +94,7 @@ def load_model(
     elif isinstance(labels, Sequence) and "classifier.weight" in tensors and list(labels) != published and named(published):
         raise ValueError(f"{where}: the head is for {', '.join(published)}, not {', '.join(labels)}; new_head=True replaces it.")
     tensors |= fresh(model, family, tensors, raw, source, new_head, seed)
-    assign(model, turned(model, tensors), source)
+    assign(model, oriented(model, tensors), source)
     model.source = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # an adapter will name it, from anywhere
     model.hub_id = str(path_or_id) if is_hub_id(path_or_id) else None
     if quantize:
@@ -102,15 +102,6 @@ def load_model(
     if kind in KINDS:
         narrow_model(model, kind)
     return model.freeze().to(backend, None if kind in KINDS else dtype)
-
-
-def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    from minilora.formats.gguf import read_gguf
-
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
-    raw, tensors, _ = read_gguf(path)
-    return raw, tensors
 
 
 def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
@@ -123,12 +114,14 @@ def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
     return replace(config, num_labels=n, id2label=names, problem_type=None)
 
 
-def _is_dtype(dtype: Any) -> bool:
-    try:
-        np.dtype(dtype)
-    except TypeError:
-        return False
-    return True
+def _dtype_name(who: str, dtype: Any, *more: str) -> str | None:
+    """The name of a dtype, or of one of `more`; None stays None. Raises ValueError, in the name of the function `who`, for another."""
+    known = ("float32", "float64", *KINDS, *more)
+    with suppress(TypeError):  # "bfloat16" is no dtype of NumPy's in a fresh process
+        dtype = dtype if dtype is None else np.dtype(dtype).name
+    if dtype is not None and dtype not in known:
+        raise ValueError(f"{who}: dtype is {dtype!r}; choose {', '.join(known[:-1])} or {known[-1]}.")
+    return dtype
 
 
 def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
@@ -140,9 +133,7 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     The tokenizer of a GGUF file is written if it can be read; else a line on standard error says why it is not. Another such line names
     a file that is a link out of the model's folder, which is not copied, and what transformers has not ("pooling": "mean").
     """
-    kind = dtype if dtype in (None, STORED, *KINDS) else str(np.dtype(dtype) if _is_dtype(dtype) else dtype)
-    if kind not in (None, STORED, "float64", "float32", *KINDS):
-        raise ValueError(f"save_model: dtype is {dtype!r}; choose float32, float64, {', '.join(KINDS)} or {STORED}.")
+    kind = _dtype_name("save_model", dtype, STORED)
     if bottled := bottlenecks(model):
         raise ValueError(f"save_model: {bottled[0][0]} has a bottleneck adapter, which no weight can hold; use save_adapter.")
     folder, own, modules = Path(folder), adapter_parameters(model), dict(model.modules())
@@ -157,18 +148,18 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     quantized = {path: value for path, value in values.items() if is_nf4(value)}
     tensors = {path: to_numpy(value) for path, value in values.items() if path not in quantized}
     dtypes = _stored(model, tensors) if kind == STORED else dict.fromkeys(tensors, kind) if kind else {}
-    told = {"model_type": model.model_type, **model.config.to_json()}
-    told["architectures"] = [FAMILIES[told["model_type"]].architectures[0]]
-    told["torch_dtype"] = max((dtypes.get(path, value.dtype.name) for path, value in tensors.items()), key=lambda name: name[-2:])
+    result = {"model_type": model.model_type, **model.config.to_json()}
+    result["architectures"] = [FAMILIES[result["model_type"]].architectures[0]]
+    result["torch_dtype"] = max((dtypes.get(path, value.dtype.name) for path, value in tensors.items()), key=lambda name: name[-2:])
     source = Path(model.source) if model.source and model.source != BUNDLED else None
     if source is not None and (source / "config.json").is_file():
-        told = {**{key: value for key, value in read_json(source / "config.json").items() if key in _KEPT}, **told}
-    tensors = turned(model, tensors)
+        result = {**{key: value for key, value in read_json(source / "config.json").items() if key in _KEPT}, **result}
+    tensors = oriented(model, tensors)
     for path, value in quantized.items():
-        tensors, told["quantization_config"] = tensors | packed(path, value), CONFIG
+        tensors, result["quantization_config"] = tensors | packed(path, value), CONFIG
     write_tensors(folder / "model.safetensors", tensors, dtypes=dtypes)
     warn_of_pooling(model, folder)
-    write_json(folder / "config.json", told)
+    write_json(folder / "config.json", result)
     if source is not None:
         _save_tokenizer(model, source, folder)
 

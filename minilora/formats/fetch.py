@@ -12,6 +12,7 @@ from minilora.formats.tensors import map_tensors, stored_dtypes
 
 BUNDLED = "pydoc"  # the model inside the package: load_model("pydoc")
 _OWN_FOLDERS = ("runs", "studies")  # of runs: never an organisation on the hub
+_OF_FILES = (".safetensors", ".gguf", ".json", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def model_folder(name: str | Path = BUNDLED, download: bool = True) -> Path:
@@ -32,11 +33,11 @@ def model_folder(name: str | Path = BUNDLED, download: bool = True) -> Path:
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Does this look like "org/name", with nothing of the sort on disk? Where there is a folder "org", it is a slip of the pen."""
+    """Does this look like "org/name", with nothing of the sort on disk? With a folder "org", or the name of a file, it is a slip."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return False
     first = name.partition("/")[0]
-    return first not in _OWN_FOLDERS and not Path(first).exists()
+    return first not in _OWN_FOLDERS and not Path(first).exists() and Path(name).suffix not in _OF_FILES
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:

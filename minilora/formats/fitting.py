@@ -134,7 +134,7 @@ def drawn_parameters(model: Layer) -> list[str]:
     return [path for path, _ in model.parameters() if path not in own and path.rpartition(".")[0] in model.drawn]
 
 
-def turned(model: Layer, tensors: dict[str, Any]) -> dict[str, Any]:
+def oriented(model: Layer, tensors: dict[str, Any]) -> dict[str, Any]:
     """Weights of Linear from the file's orientation to (in, out), or back, as views."""
     if getattr(model, "weights_are_in_out", True):
         return tensors
@@ -145,22 +145,29 @@ def turned(model: Layer, tensors: dict[str, Any]) -> dict[str, Any]:
 def assign(model: Layer, tensors: dict[str, np.ndarray], source: str | Path) -> None:
     """Set every parameter of the model to the tensor of the same path. Nothing is copied; the dtypes are the tensors'.
 
-    Raises ValueError, before anything is set, naming missing, unexpected and misshapen tensors, and values that are not finite.
+    Raises ValueError, before anything is set, as `check_fit`.
     """
     parameters = dict(model.parameters())
-    missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
-    if missing:
-        raise ValueError(f"{source} does not fit the model: it misses {missing[0]!r} ({len(missing)} tensors in all).")
-    if extra:
-        raise ValueError(f"{source} does not fit the model: it has {extra[0]!r} too many ({len(extra)} tensors in all).")
-    for path, p in parameters.items():
-        value = tensors[path]
-        if value.shape != p.data.shape:
-            raise ValueError(f"{source} does not fit the model: {path} has shape {value.shape}, the model wants {p.data.shape}.")
-        if value.dtype.kind != "f" or not _finite(value):
-            raise ValueError(f"{source}: {path} ({value.dtype}) holds values that are not finite floating-point numbers.")
+    check_fit(source, tensors, {path: p.data.shape for path, p in parameters.items()})
     for path, p in parameters.items():
         p.data = tensors[path]
+
+
+def check_fit(source: str | Path, tensors: dict[str, np.ndarray], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError, naming the file or folder, for missing, unexpected and misshapen tensors, and values that are not finite."""
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing:
+        text = f"it misses {missing[0]!r} ({len(missing)} tensors in all); was it made for another model?"
+        raise ValueError(f"{source} does not fit the model: {text}")
+    if extra:
+        text = f"it has {extra[0]!r} ({len(extra)} tensors in all), which the model has no place for."
+        raise ValueError(f"{source} does not fit the model: {text}")
+    for key, shape in expected.items():
+        value = tensors[key]
+        if value.shape != tuple(shape):
+            raise ValueError(f"{source} does not fit the model: {key} has shape {value.shape}, the model wants {tuple(shape)}.")
+        if value.dtype.kind != "f" or not _finite(value):
+            raise ValueError(f"{source}: {key} ({value.dtype}) holds values that are not finite floating-point numbers.")
 
 
 def _finite(x: np.ndarray) -> bool:
@@ -179,18 +186,3 @@ def warn_of_pooling(model: Any, folder: Path) -> None:
             "there it reads BERT's pooler, and answers otherwise.",
             file=sys.stderr,
         )
-
-
-def check_fit(folder: Path, tensors: dict[str, np.ndarray], wanted: dict[str, tuple[int, ...]]) -> None:
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    if missing:
-        raise ValueError(f"{folder}: the adapter misses {missing[0]!r} ({len(missing)} in all); was it made for another model?")
-    if extra:
-        raise ValueError(f"{folder}: the adapter has {extra[0]!r} ({len(extra)} in all), which this model has no place for.")
-    for key, shape in wanted.items():
-        if tensors[key].shape != tuple(shape):
-            raise ValueError(
-                f"{folder}: {key} has shape {tensors[key].shape}, this model wants {tuple(shape)}; was it made for another model?"
-            )
-        if tensors[key].dtype.kind != "f" or not _finite(tensors[key]):
-            raise ValueError(f"{folder}: {key} ({tensors[key].dtype}) holds values that are not finite floating-point numbers.")

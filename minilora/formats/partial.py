@@ -1,7 +1,7 @@
 """Folders of the methods that PEFT has not: bottleneck adapters, and parts of the model that were trained as they are.
 
 adapter_config.json          peft_type "BOTTLENECK" or "PARTIAL", and the fields of BottleneckConfig or PartialConfig
-adapter_model.safetensors    {path: array} of everything that was trained, with weights turned as in the model's own checkpoint
+adapter_model.safetensors    {path: array} of everything that was trained, with weights transposed as in the model's own checkpoint
 
 A path is that of the parameter in the model; a bottleneck's are <projection>.down.weight, .down.bias, .up.weight and .up.bias.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from minilora.adapters import BottleneckConfig, PartialConfig, inject
 from minilora.backend import as_like, to_numpy
 from minilora.formats.atomic import write_json
-from minilora.formats.fitting import check_fit, drawn_parameters, turned
+from minilora.formats.fitting import check_fit, drawn_parameters, oriented
 from minilora.formats.mark import check_base, mark_of
 from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.layers import Layer, Linear
@@ -38,27 +38,27 @@ def save(model: Layer, folder: str | Path) -> int:
     drawn = drawn_parameters(model)
     tensors |= {path: to_numpy(p.data) for path, p in model.parameters() if path in drawn}
     file = folder / "adapter_model.safetensors"
-    write_tensors(file, turned(model, tensors), mark_of(model, _not_the_base(model)))
-    told = {**asdict(config), "base_model_name_or_path": config.base_model_name_or_path or model.hub_id or model.source}
-    write_json(folder / "adapter_config.json", {"peft_type": config.peft_type, **told})
+    write_tensors(file, oriented(model, tensors), mark_of(model, _not_the_base(model)))
+    result = {**asdict(config), "base_model_name_or_path": config.base_model_name_or_path or model.hub_id or model.source}
+    write_json(folder / "adapter_config.json", {"peft_type": config.peft_type, **result})
     return file.stat().st_size
 
 
 def load(model: Layer, folder: Path, config: PartialConfig, allow_other_weights: bool = False) -> PartialConfig:
     """Adapt a base model as a folder says; everything is checked before the model is touched. Raises as `load_adapter`."""
     tensors, metadata = read_tensors(folder / "adapter_model.safetensors")
-    rehearsal = model.replica()
+    dry_run = model.replica()
     try:
-        inject(rehearsal, config, rng=0, strict=False)
+        inject(dry_run, config, rng=0, strict=False)
     except ValueError as error:
         raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
-    check_base(rehearsal, _not_the_base(rehearsal), metadata, folder, allow_other_weights)
-    kept = tensors.keys() & drawn_parameters(rehearsal)
-    wanted = turned(rehearsal, {path: p.data for path, p in rehearsal.parameters() if p.trainable or path in kept})
-    check_fit(folder, tensors, {path: value.shape for path, value in wanted.items()})
+    check_base(dry_run, _not_the_base(dry_run), metadata, folder, allow_other_weights)
+    kept = tensors.keys() & drawn_parameters(dry_run)
+    expected = oriented(dry_run, {path: p.data for path, p in dry_run.parameters() if p.trainable or path in kept})
+    check_fit(folder, tensors, {path: value.shape for path, value in expected.items()})
 
     inject(model, config, rng=0, strict=False)
-    tensors = turned(model, tensors)
+    tensors = oriented(model, tensors)
     for path, p in model.parameters():
         if path in tensors:
             p.data = as_like(np.ascontiguousarray(tensors[path], dtype=p.data.dtype), p.data)

@@ -15,7 +15,7 @@ from minilora.formats.adapter import load_adapter
 from minilora.formats.adapter_config import read_adapter_config
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import STORED, load_model, save_model
-from minilora.formats.fetch import BUNDLED, model_folder, read_weights
+from minilora.formats.fetch import model_folder, read_weights
 from minilora.formats.fitting import Family, classes_of, family_of, named
 from minilora.formats.tensors import map_tensors
 from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
@@ -70,7 +70,10 @@ def base_of(path: str | Path) -> tuple[str, Path | None]:
         return str(folder / "model"), None
     adapter = _adapter_folder(folder)
     if adapter is not None:
-        return read_adapter_config(adapter).base_model_name_or_path or BUNDLED, adapter
+        base = read_adapter_config(adapter).base_model_name_or_path
+        if not base:
+            raise ValueError(f"{adapter} names no base model (base_model_name_or_path); give one as the model, and --adapter {adapter}.")
+        return base, adapter
     if (folder / "run.json").is_file():
         raise FileNotFoundError(f"{folder} is a run that has not saved an adapter or a model.")
     return str(path), None

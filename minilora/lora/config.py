@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from minilora.family import check_start
@@ -71,10 +71,10 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise ValueError(f"LoraConfig: the rank r must be an integer of at least 1, got {r!r}.")
+                raise ValueError(f"LoraConfig: the rank r must be an integer of at least 1, got {r!r} (in r or rank_pattern).")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
-                raise ValueError(f"LoraConfig: lora_alpha must be a positive number, got {alpha!r}.")
+                raise ValueError(f"LoraConfig: lora_alpha must be a positive number, got {alpha!r} (in lora_alpha or alpha_pattern).")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"LoraConfig: lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1.")
         if not isinstance(self.use_rslora, bool):
@@ -104,11 +104,10 @@ class LoraConfig:
                 setattr(self, name, value)
         if not self.target_modules:
             raise ValueError("LoraConfig: target_modules is empty; name at least one module, or 'all-linear'.")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), str):
-                _check_expressions(name, [getattr(self, name)])
-        for name in ("rank_pattern", "alpha_pattern", "modules_to_save"):
-            _check_expressions(name, getattr(self, name) or ())
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, str) or name not in ("target_modules", "exclude_modules"):  # lists of these are plain names
+                _check_expressions(name, [value] if isinstance(value, str) else value or ())
 
     def _check_layers(self) -> None:
         """layers_to_transform and layers_pattern have a meaning beside a list of names, and nowhere else."""
@@ -117,8 +116,6 @@ class LoraConfig:
                 raise ValueError(f"LoraConfig: {name} needs a list of names in target_modules, which is {self.target_modules!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("LoraConfig: layers_pattern says where layers_to_transform counts, which is not given.")
-        if self.layers_pattern:
-            _check_expressions("layers_pattern", [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern)
         layers = self.layers_to_transform
         if layers is not None:
             layers = [layers] if isinstance(layers, int) else list(layers)
@@ -130,6 +127,10 @@ class LoraConfig:
     def saved_modules(self) -> list[str]:
         """modules_to_save, and the names of a classifier's head with task_type "SEQ_CLS"."""
         return list(dict.fromkeys([*(self.modules_to_save or ()), *(CLASSIFIERS if self.task_type == "SEQ_CLS" else ())]))
+
+    def only(self, paths: Iterable[str], **changes: Any) -> LoraConfig:
+        """The same for these layers alone, each named by its path."""
+        return replace(self, target_modules=list(paths), exclude_modules=None, layers_to_transform=None, layers_pattern=None, **changes)
 
     def rank_of(self, path: str) -> int:
         """r, or the exception that rank_pattern makes for this path."""

@@ -52,8 +52,7 @@ def inject(
     model.freeze()
     for path, layer in adapted.items():
         replace_module(model, path, layer)
-    trained = trained_paths(model, config)
-    train_only(model, trained)
+    train_only(model, trained_paths(model, config))
     own = adapter_parameters(model)
     model.base_values = {path: p.data.copy() for path, p in model.parameters() if p.trainable and path not in own}
     model.lora_config = config  # what save_adapter writes down

@@ -69,7 +69,7 @@ class BertConfig:
                 raise ValueError(f"BertConfig: {name} is {getattr(self, name)!r}; supported: {', '.join(map(str, allowed))}.")
         if self.id2label is not None and sorted(self.id2label) != list(range(self.num_labels)):
             raise ValueError(f"BertConfig: id2label must name the labels 0 to {self.num_labels - 1}, got {sorted(self.id2label)[:8]}.")
-        if (self.problem_type == "regression" and self.num_labels > 1) or (self.problem_type in _TASKS[1:2] and self.num_labels == 1):
+        if self.problem_type is not None and (self.problem_type == "regression") != self.regression:
             raise ValueError(f"BertConfig: problem_type {self.problem_type!r} does not go with num_labels {self.num_labels}.")
 
     @property

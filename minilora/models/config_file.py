@@ -26,18 +26,20 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 NEUTRAL = {
     "origin, and what formats/checkpoint.py has looked at": """_name_or_path name_or_path _commit_hash transformers_version model_type
-        architectures auto_map tokenizer_class transformers.js_config unsloth_version unsloth_fixed finetuning_task is_llama_config""",
+        architectures auto_map tokenizer_class transformers.js_config unsloth_version unsloth_fixed finetuning_task is_llama_config
+        sentence_transformers""",
     "the dtype of the tensors, which are read as they are": "dtype torch_dtype use_bfloat16",
     "the way to the same result, and what is returned beside it": """use_cache return_dict output_attentions output_hidden_states
         output_scores return_dict_in_generate torchscript gradient_checkpointing attn_implementation _attn_implementation
-        _attn_implementation_autoset chunk_size_feed_forward tie_last_hidden_states""",
+        _attn_implementation_autoset chunk_size_feed_forward tie_last_hidden_states output_past""",
     "initial values, which the tensors replace": "initializer_range initializer_factor",
     "rates of dropout, which the run chooses": """attention_dropout attention_probs_dropout_prob hidden_dropout_prob classifier_dropout
         resid_pdrop embd_pdrop attn_pdrop summary_first_dropout""",
     "heads for other tasks, and what a head's outputs are called": """summary_type summary_use_proj summary_activation
         summary_proj_to_labels id2label label2id num_labels _num_labels problem_type tf_legacy_loss task_specific_params""",
     "tokens, which the tokenizer and `generate` look at": """bos_token_id eos_token_id sep_token_id decoder_start_token_id prefix
-        forced_bos_token_id forced_eos_token_id bad_words_ids suppress_tokens begin_suppress_tokens""",
+        eos_token_ids predict_special_tokens n_special forced_bos_token_id forced_eos_token_id bad_words_ids suppress_tokens
+        begin_suppress_tokens""",
     "how text is drawn, which `generate` is told": """do_sample early_stopping max_length min_length num_beams num_beam_groups
         num_return_sequences diversity_penalty temperature top_k top_p typical_p epsilon_cutoff eta_cutoff repetition_penalty
         length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size encoder_repetition_penalty remove_invalid_values
