@@ -183,6 +183,7 @@ def test_of_a_long_conversation_only_what_fits_is_looked_at():
     ("settings", "message"),
     [
         ({"tokenizer_class": "T5Tokenizer"}, "'T5Tokenizer' is not supported"),
+        ({"tokenizer_class": "BertJapaneseTokenizer"}, "'BertJapaneseTokenizer' is not supported"),
         ({"tokenizer_class": "BertTokenizer"}, "its model is BPE, but BertTokenizer needs WordPiece"),
         ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": "yes"}, "a GPT2Tokenizer cannot be made of it"),
         ({"eos_token": 7}, "eos_token must be a token, got 7"),

@@ -301,7 +301,7 @@ def _from_file(file: Path) -> HFTokenizer:
     return HFTokenizer(library, next(iter(bos), None), next(iter(eos), None), eos, template, tokens, clean, file)
 
 
-_BESIDE = ("tokenizer_config.json", "generation_config.json", "config.json")
+_BESIDE = ("generation_config.json", "config.json")
 
 
 def _special_ids(library: Any, beside: Sequence[dict[str, Any]], name: str) -> list[int]:
