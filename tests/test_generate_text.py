@@ -139,6 +139,20 @@ def test_what_the_user_says_next_is_never_learnt():
     assert answers(CHATML, TALK, eos_token="</s>", ends=["<|im_end|>"]) == ["Hello!<|im_end|>", "\nSo <b>long</b><|im_end|>"]
 
 
+def test_answers_are_found_where_a_template_writes_more_or_less_around_them():
+    """SmolLM2 writes a system prompt before a first message; Phi-3 ends the last turn with one more token; Qwen3 forgets thinking."""
+    talk = [*TALK[:2], TALK[2], {"role": "assistant", "content": "So <b>long</b>"}]
+    smollm2 = "{% if messages and messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are SmolLM<|im_end|>\n' }}{% endif %}" + CHATML
+    assert answers(smollm2, talk[1:], ends=["<|im_end|>"]) == ["Hello!<|im_end|>", "So <b>long</b><|im_end|>"]
+    phi3 = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    phi3 += "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+    ends = ["<|end|>", "<|user|>", "<|assistant|>"]
+    assert answers(phi3, talk, eos_token="</s>", ends=ends) == ["Hello!<|end|>", "So <b>long</b><|end|>\n</s>"]
+    qwen3 = CHATML.replace("message['content']", "('<think>' if loop.last and message.role == 'assistant' else '') + message['content'].split('>')[-1]")
+    thought = [TALK[0], {**TALK[1], "content": "<think>hm</think>Hello!"}, *talk[2:3], {**TALK[3], "content": "Bye"}]
+    assert answers(qwen3, thought, ends=["<|im_end|>"]) == ["Hello!<|im_end|>", "<think>Bye<|im_end|>"]
+
+
 def test_a_message_may_be_left_out_of_what_is_learnt():
     for field, value in (("weight", 0), ("train", False)):
         messages = [TALK[0], {**TALK[1], field: value}, *TALK[2:]]

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
-from itertools import accumulate, takewhile
+from itertools import accumulate
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,10 @@ def assistant_spans(
     Where the template has {% generation %} blocks, these are the spans, as in transformers. Else a turn begins after what the template
     writes before an answer, and ends with the last special token (eos_token, or one of `ends`) if only white space follows it, or
     before the next message. They are found by rendering the conversation up to each turn, so a caller who needs no more stops early.
-    A message with "weight": 0 or "train": false has no span. Raises ValueError as `render_chat` does, and when the template writes a
-    turn differently once others follow it.
+    Where the template writes a turn differently once others follow it (Qwen3 without its thinking, Phi-3 without its end of text), or
+    where the assistant begins, a turn is what changes in the whole text with another content, and the end token behind it.
+    A message with "weight": 0 or "train": false has no span. Raises ValueError as `render_chat`, and when a content is not found.
     """
-
     more |= {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(messages: Messages, prompt: bool = False) -> str:
@@ -143,27 +144,49 @@ def assistant_spans(
             raise ValueError('the chat template does not mark every answer, so that "weight" and "train" cannot be honoured.')
         return text, (span for span, wanted in zip(marked, answers, strict=True) if wanted)
 
+    def past_mark(rest: str) -> int:
+        """The character after the last special token; 0 where there is none."""
+        return max((rest.rfind(mark) + len(mark) for mark in (eos_token, *ends) if mark and mark in rest), default=0)
+
+    def behind_prompt(i: int, through: str) -> int | None:
+        """Where answer i begins after what the template writes before an answer; None where it stands behind nothing of the kind."""
+        try:
+            opened = render(messages[:i], prompt=True)
+            before = opened if through.startswith(opened) else render(messages[:i])
+        except ValueError:
+            return None
+        if not (through.startswith(before) and text.startswith(through)):
+            return None
+        return max(len(before), len(commonprefix([opened, through])))  # templates may open an answer in another way than this
+
+    def within(i: int, through: str) -> tuple[Span, str]:
+        """(where the content of answer i stands in the text, what ends it, whatever follows): what stays when another takes its place."""
+        for letter in "axz":  # one that the content neither begins nor ends with
+            short = [*messages[:i], {"role": "assistant", "content": letter}]
+            other = render([*short, *messages[i + 1 :]])
+            start = len(commonprefix([text, other]))
+            behind = len(commonprefix([text[start:][::-1], other[start:][::-1]]))
+            if other[start : len(other) - behind].strip() == letter:
+                end, rest = len(text) - behind, commonprefix([through[::-1], render(short)[::-1]])[::-1]
+                shared = commonprefix([rest, text[end:]])
+                return (start, end), shared if shared == rest else shared[: past_mark(shared)]
+        raise ValueError(
+            f"the chat template does not write message {i + 1} as it is, so its tokens cannot be told from the rest; "
+            "let every conversation end with its first answer, or learn from all of it (--no-mask-prompt)."
+        )
+
     def turns() -> Iterator[Span]:
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or not learnt[i]:
                 continue
             through = render(messages[: i + 1]) if i + 1 < len(messages) else text
-            try:
-                opened = render(messages[:i], prompt=True)
-                before = opened if through.startswith(opened) else render(messages[:i])
-            except ValueError:  # such a conversation is none for this template; where does another answer differ from this one?
-                other = "b" if (message.get("content") or "").strip().startswith("a") else "a"
-                before, opened = "", render([*messages[:i], {**message, "content": other}])
-            if not (through.startswith(before) and text.startswith(through)):
-                raise ValueError(
-                    f"the chat template writes message {i + 1} differently when others follow, so its tokens cannot be told from the "
-                    "rest; let every conversation end with its first answer, or learn from all of it (--no-mask-prompt)."
-                )
-            start = len(before)  # mostly behind the whole prompt; in between where a template opens answers in a way that this one does not
-            start += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opened[start:], through[start:], strict=False)))
-            marks = [mark for mark in (eos_token, *ends) if mark and through.rfind(mark, start) >= 0]
-            past = max((through.rfind(mark) + len(mark) for mark in marks), default=start)
-            yield start, past if past > start and not through[past:].strip() else len(through)
+            start = behind_prompt(i, through) if i else None  # before a first message, templates write a system prompt, and before none not
+            if start is not None:
+                end, rest = start, through[start:]
+            else:
+                (start, end), rest = within(i, through)
+            past = past_mark(rest)
+            yield start, end + (past if past and not rest[past:].strip() else len(rest))
 
     return text, turns()
 

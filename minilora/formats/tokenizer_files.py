@@ -1,9 +1,9 @@
 """tokenizer.json with all that the files beside it change, as transformers' AutoTokenizer (5.23) applies it.
 
 The class that tokenizer_config.json names, or else that of the model's type, decides. BertTokenizer, GPT2Tokenizer, LlamaTokenizer,
-Qwen2Tokenizer and XLMRobertaTokenizer take the vocabulary and the post-processor of tokenizer.json only, and build the rest from the options of
-tokenizer_config.json (do_lower_case, add_prefix_space, legacy, ...); the base class, PreTrainedTokenizerFast, takes tokenizer.json as it
-is. Other classes of transformers that build their own are refused by name. add_bos_token and add_eos_token change nothing where
+Qwen2Tokenizer and XLMRobertaTokenizer take the vocabulary and the post-processor of tokenizer.json only, and build the rest from the
+options of tokenizer_config.json (do_lower_case, add_prefix_space, legacy, ...); the base class, PreTrainedTokenizerFast, takes it as it is.
+Other classes of transformers that build their own are refused by name. add_bos_token and add_eos_token change nothing where
 there is a tokenizer.json. One thing differs: a special token that is only a class's default, and that the vocabulary lacks, is not
 added, as no model has been trained on it.
 """
@@ -31,8 +31,8 @@ _DEFAULTS = {
 }
 _OF_MODEL = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}
 _ALIASES = dict.fromkeys(("ElectraTokenizer", "DistilBertTokenizer", "SqueezeBertTokenizer"), "BertTokenizer")
-_OTHERS = """Albert Bart Barthez Bartpho BertGeneration BertJapanese Bertweet BigBird BioGpt Blenderbot BlenderbotSmall ByT5 CLIP CTRL Camembert
-Canine Clvp CodeGen CodeLlama Cohere Cpm CpmAnt DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia Esm Esmc FNet FSMT
+_OTHERS = """Albert Bart Barthez Bartpho BertGeneration BertJapanese Bertweet BigBird BioGpt Blenderbot BlenderbotSmall ByT5 CLIP CTRL
+Camembert Canine Clvp CodeGen CodeLlama Cohere Cpm CpmAnt DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia Esm Esmc FNet FSMT
 FastSpeech2Conformer Flaubert Funnel GPTNeoX GPTNeoXJapanese GPTSw3 Gemma Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM Luke Lxmert
 M2M100 MBart MBart50 MLuke MPNet Marian MarkupLM Mgpstr MobileBert Mvp MyT5 Nllb Nougat OpenAIGPT PLBart Pegasus Perceiver Phobert
 Pop2Piano ProphetNet Qwen3_5 Reformer RemBert RoCBert RoFormer Roberta SeamlessM4T Siglip Siglip2 Speech2Text SpeechT5 Splinter T5 Tapas
