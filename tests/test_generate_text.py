@@ -148,7 +148,9 @@ def test_answers_are_found_where_a_template_writes_more_or_less_around_them():
     phi3 += "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
     ends = ["<|end|>", "<|user|>", "<|assistant|>"]
     assert answers(phi3, talk, eos_token="</s>", ends=ends) == ["Hello!<|end|>", "So <b>long</b><|end|>\n</s>"]
-    qwen3 = CHATML.replace("message['content']", "('<think>' if loop.last and message.role == 'assistant' else '') + message['content'].split('>')[-1]")
+    qwen3 = CHATML.replace(
+        "message['content']", "('<think>' if loop.last and message.role == 'assistant' else '') + message['content'].split('>')[-1]"
+    )
     thought = [TALK[0], {**TALK[1], "content": "<think>hm</think>Hello!"}, *talk[2:3], {**TALK[3], "content": "Bye"}]
     assert answers(qwen3, thought, ends=["<|im_end|>"]) == ["Hello!<|im_end|>", "<think>Bye<|im_end|>"]
 
