@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from itertools import accumulate
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -157,18 +156,18 @@ def assistant_spans(
             return None
         if not (through.startswith(before) and text.startswith(through)):
             return None
-        return max(len(before), len(commonprefix([opened, through])))  # templates may open an answer in another way than this
+        return max(len(before), len(_common(opened, through)))  # templates may open an answer in another way than this
 
     def within(i: int, through: str) -> tuple[Span, str]:
         """(where the content of answer i stands in the text, what ends it, whatever follows): what stays when another takes its place."""
         for letter in "axz":  # one that the content neither begins nor ends with
             short = [*messages[:i], {"role": "assistant", "content": letter}]
             other = render([*short, *messages[i + 1 :]])
-            start = len(commonprefix([text, other]))
-            behind = len(commonprefix([text[start:][::-1], other[start:][::-1]]))
+            start = len(_common(text, other))
+            behind = len(_common(text[start:][::-1], other[start:][::-1]))
             if other[start : len(other) - behind].strip() == letter:
-                end, rest = len(text) - behind, commonprefix([through[::-1], render(short)[::-1]])[::-1]
-                shared = commonprefix([rest, text[end:]])
+                end, rest = len(text) - behind, _common(through[::-1], render(short)[::-1])[::-1]
+                shared = _common(rest, text[end:])
                 return (start, end), shared if shared == rest else shared[: past_mark(shared)]
         raise ValueError(
             f"the chat template does not write message {i + 1} as it is, so its tokens cannot be told from the rest; "
@@ -189,6 +188,12 @@ def assistant_spans(
             yield start, end + (past if past and not rest[past:].strip() else len(rest))
 
     return text, turns()
+
+
+def _common(one: str, other: str) -> str:
+    """What both begin with."""
+    pairs = zip(one, other, strict=False)
+    return one[: next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))]
 
 
 def _is_learnt(i: int, message: dict[str, Any]) -> bool:

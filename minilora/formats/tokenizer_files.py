@@ -32,11 +32,11 @@ _DEFAULTS = {
 _OF_MODEL = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}
 _ALIASES = dict.fromkeys(("ElectraTokenizer", "DistilBertTokenizer", "SqueezeBertTokenizer"), "BertTokenizer")
 _OTHERS = """Albert Bart Barthez Bartpho BertGeneration BertJapanese Bertweet BigBird BioGpt Blenderbot BlenderbotSmall ByT5 CLIP CTRL
-Camembert Canine Clvp CodeGen CodeLlama Cohere Cpm CpmAnt DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia Esm Esmc FNet FSMT
-FastSpeech2Conformer Flaubert Funnel GPTNeoX GPTNeoXJapanese GPTSw3 Gemma Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM Luke Lxmert
-M2M100 MBart MBart50 MLuke MPNet Marian MarkupLM Mgpstr MobileBert Mvp MyT5 Nllb Nougat OpenAIGPT PLBart Pegasus Perceiver Phobert
-Pop2Piano ProphetNet Qwen3_5 Reformer RemBert RoCBert RoFormer Roberta SeamlessM4T Siglip Siglip2 Speech2Text SpeechT5 Splinter T5 Tapas
-Tipsv2 Udop VideoPrism Vits Wav2Vec2CTC Wav2Vec2PhonemeCTC Whisper XGLM XLM XLNet""".split()
+Camembert Canine Clvp CodeGen CodeLlama Cohere Cpm CpmAnt DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia Esm Esmc
+FNet FSMT FastSpeech2Conformer Flaubert Funnel GPTNeoX GPTNeoXJapanese GPTSw3 Gemma Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM
+Luke Lxmert M2M100 MBart MBart50 MLuke MPNet Marian MarkupLM Mgpstr MobileBert Mvp MyT5 Nllb Nougat OpenAIGPT PLBart Pegasus Perceiver
+Phobert Pop2Piano ProphetNet Qwen3_5 Reformer RemBert RoCBert RoFormer Roberta SeamlessM4T Siglip Siglip2 Speech2Text SpeechT5 Splinter
+T5 Tapas Tipsv2 Udop VideoPrism Vits Wav2Vec2CTC Wav2Vec2PhonemeCTC Whisper XGLM XLM XLNet""".split()
 
 
 def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
@@ -149,9 +149,9 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
             built = t.Tokenizer(t.models.Unigram([(piece, score) for piece, score in vocab], unk_id=3, byte_fallback=False))
             if (table := next(_charsmaps(raw), None)) is not None:
                 built.normalizer = t.normalizers.Precompiled(table)
-            scheme = {"replacement": "▁", "prepend_scheme": "always" if config.get("add_prefix_space", True) else "never"}
-            steps = [t.pre_tokenizers.WhitespaceSplit(), t.pre_tokenizers.Metaspace(**scheme)]
-            built.pre_tokenizer, built.decoder = t.pre_tokenizers.Sequence(steps), t.decoders.Metaspace(**scheme)
+            spaces = {"replacement": "▁", "prepend_scheme": "always" if config.get("add_prefix_space", True) else "never"}
+            steps = [t.pre_tokenizers.WhitespaceSplit(), t.pre_tokenizers.Metaspace(**spaces)]
+            built.pre_tokenizer, built.decoder = t.pre_tokenizers.Sequence(steps), t.decoders.Metaspace(**spaces)
         elif kind == "LlamaTokenizer":
             built = t.Tokenizer(t.models.BPE(vocab, merges, fuse_unk=True, byte_fallback=True))
             scheme = "never" if space is False else "always" if config.get("legacy") else "first"
