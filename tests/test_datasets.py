@@ -22,7 +22,7 @@ from minilora.training.datasets import (
     packed_batches,
     read_records,
 )
-from minilora.training.examples import encode_pieces
+from minilora.training.examples import encode_pair
 from minilora.training.records import is_dataset
 
 
@@ -90,7 +90,7 @@ def test_a_prompt_is_read_as_generation_will_read_it(tokenizer, tmp_path_factory
         asked = tokenizer.encode(prompt)
         assert np.array_equal(example.ids[: len(asked)], asked)
         whole = np.append(example.ids, example.labels[-1])
-        assert tokenizer.decode(whole) == (tokenizer.token(tokenizer.bos_id) if tokenizer.adds_bos else "") + prompt + completion + end
+        assert tokenizer.decode(whole) == tokenizer.decode(tokenizer.prefix) + prompt + completion + end
         wanted = np.where(np.arange(len(example.ids)) + 1 < len(asked), -100, whole[1:])
         assert example.labels.tolist() == wanted.tolist()
 
@@ -98,10 +98,10 @@ def test_a_prompt_is_read_as_generation_will_read_it(tokenizer, tmp_path_factory
 
 
 def test_a_boundary_that_a_merge_would_cross():
-    ids, ends = encode_pieces(BPE, ["the capital is ", "Paris"])
+    ids, n = encode_pair(BPE, "the capital is ", "Paris")
     assert ids.tolist() == [*BPE.encode("the capital is "), *BPE.encode("Paris")]
     assert len(BPE.encode("the capital is Paris")) < len(ids)
-    assert ends == [len(BPE.encode("the capital is ")), len(ids)]
+    assert n == len(BPE.encode("the capital is "))
 
 
 def test_of_messages_what_the_assistant_wrote_is_learnt(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from small_tokenizers import BYTES, CHATML, TALK, byte_level_bpe, sentencepiece_bpe, write_tokenizer
 
 from minilora.formats.chat import assistant_spans, find_chat_template, render_chat, turn_end
+from minilora.formats.gguf import GGUFTokenizer
 from minilora.formats.tokenizer import HFTokenizer, gguf_tokenizer, load_tokenizer
 from minilora.models.generate import generate_text
 from minilora.training.examples import example_maker
@@ -237,9 +238,10 @@ def test_an_unknown_word_without_a_token_for_it_is_an_error_of_one_sentence(tmp_
 def test_gguf_tokens_that_end_a_turn_and_metadata_of_other_types():
     tokens = ["a", "b", "<|im_end|>", "<|eom|>"]
     metadata = {"tokens": tokens, "merges": [], "token_types": [1, 1, 3, 3], "bos": None, "eos": 1, "chat_template": None, "add_bos": False}
-    assert gguf_tokenizer(SimpleNamespace(**metadata, ends=(2, 3)), 4).stop_ids == {1, 2, 3}
+    metadata |= {"unk": None, "pre": "gpt-2"}
+    assert gguf_tokenizer(GGUFTokenizer(**metadata, ends=(2, 3)), 4).stop_ids == {1, 2, 3}
     for wrong in ({"merges": [1]}, {"merges": 5}, {"token_types": ["x"]}, {"tokens": [1]}, {"token_types": [1]}, {"chat_template": 3}):
         with pytest.raises(ValueError, match=r"m\.gguf: .* tokenizer"):
-            gguf_tokenizer(SimpleNamespace(**{**metadata, **wrong}), 4, "m.gguf")
+            gguf_tokenizer(GGUFTokenizer(**{**metadata, **wrong}), 4, "m.gguf")
     with pytest.raises(ValueError, match=r"m\.gguf: eot is token 9"):
-        gguf_tokenizer(SimpleNamespace(**metadata, ends=(9,)), 4, "m.gguf")
+        gguf_tokenizer(GGUFTokenizer(**metadata, ends=(9,)), 4, "m.gguf")

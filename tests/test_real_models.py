@@ -111,7 +111,7 @@ def test_the_tokenizer_of_smollm2_splits_digits_and_ends_turns(smollm2):
     text = render_chat(tokenizer.chat_template, [{"role": "user", "content": QUESTION}], True, *marks)
     assert text.endswith(f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n")
     ids = tokenizer.encode(text, add_special=False)
-    assert (ids[0], tokenizer.stop_ids, marks[1], tokenizer.adds_bos) == (1, {2}, "<|im_end|>", False)
+    assert (ids[0], tokenizer.stop_ids, marks[1], tokenizer.prefix) == (1, {2}, "<|im_end|>", ())
     assert tokenizer.decode(ids) == text
     assert [tokenizer.decode([i]) for i in tokenizer.encode("in 2024")] == ["in", " ", "2", "0", "2", "4"]
 

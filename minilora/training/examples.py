@@ -82,7 +82,7 @@ def _completion(tokenizer: Tokenizer, prompt: str, completion: str, max_length: 
     """(ids, which of them are to be learnt, was it cut) of a prompt and what follows it."""
     if not completion.strip():
         raise _Unusable("the completion is empty: there is nothing to learn.")
-    ids, (n, _) = encode_pieces(tokenizer, [prompt, completion])
+    ids, n = encode_pair(tokenizer, prompt, completion)
     begun, bos = tokenizer.begin(ids), len(tokenizer.prefix)
     n += len(begun) - len(ids)
     head, tail = begun[:n], begun[n:]
@@ -141,35 +141,26 @@ def _classified(tokenizer: Tokenizer, text: str, max_length: int) -> tuple[np.nd
     return np.concatenate([ids[:before], body[:room], after])[:max_length], True
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[np.ndarray, list[int]]:
-    """(ids of the pieces joined, where each ends in them); no special tokens are added.
+def encode_pair(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[np.ndarray, int]:
+    """(ids of both joined, how many are the prompt's); no special tokens are added.
 
-    A text up to the end of a piece is what a model is given when it has to write the next one. So its ids must be the beginning of the
-    whole's: mostly the whole is simply encoded. Where a merge would reach across the boundary ("is " + "Paris", where " Paris" is one
-    token), the ids up to it stay, and the next piece is encoded so that both together spell the whole text: by itself or, where the
-    tokenizer puts a space before a text, behind a character that is taken away again. Where neither spells it (a normalizer composes
-    characters across the boundary), the ids are the whole's, and the token on the boundary belongs to the next piece.
+    The prompt is what a model is given when it has to write the completion, so its ids must be the beginning of the whole's: mostly
+    the whole is simply encoded. Where a merge would reach across the boundary ("is " + "Paris", where " Paris" is one token), the
+    prompt's ids stay, and the completion is encoded so that both together spell the whole text: by itself or, where the tokenizer
+    puts a space before a text, behind a character that is taken away again. Where neither spells it (a normalizer composes
+    characters across the boundary), the ids are the whole's, and the token on the boundary belongs to the completion.
     """
-    ids, text = np.empty(0, dtype=np.int64), ""
-    ends: list[int] = []
-    for piece in pieces:
-        text += piece
-        whole = tokenizer.encode(text, add_special=False)
-        if not np.array_equal(whole[: len(ids)], ids):
-            joined = (np.concatenate([ids, tail]) for tail in _continued(tokenizer, piece))
-            spelled = tokenizer.decode(whole)
-            if (found := next((both for both in joined if tokenizer.decode(both) == spelled), None)) is not None:
-                whole = found
-            else:
-                alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, ids, strict=False)))
-                ends = [min(end, alike) for end in ends]
-        ids = whole
-        ends.append(len(ids))
-    return ids, ends
+    ids, whole = (tokenizer.encode(text, add_special=False) for text in (prompt, prompt + completion))
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, ids, strict=False)))
+    if alike < len(ids):
+        spelled, joined = tokenizer.decode(whole), (np.concatenate([ids, tail]) for tail in _continued(tokenizer, completion))
+        if (found := next((both for both in joined if tokenizer.decode(both) == spelled), None)) is not None:
+            return found, len(ids)
+    return whole, alike
 
 
 def _continued(tokenizer: Tokenizer, piece: str) -> Iterator[np.ndarray]:
-    """Ways to encode a piece that stands behind another: by itself, and without what a tokenizer puts before the first word."""
+    """Ways to encode a text that stands behind another: by itself, and without what a tokenizer puts before the first word."""
     yield tokenizer.encode(piece, add_special=False)
     for guard in "\n|0a":
         alone, both = (tokenizer.encode(text, add_special=False) for text in (guard, guard + piece))
