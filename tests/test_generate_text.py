@@ -11,7 +11,7 @@ from small_tokenizers import BYTES, CHATML, TALK, byte_level_bpe, sentencepiece_
 
 from minilora.formats.chat import assistant_spans, find_chat_template, render_chat, turn_end
 from minilora.formats.gguf import GGUFTokenizer
-from minilora.formats.tokenizer import HFTokenizer, gguf_tokenizer, load_tokenizer
+from minilora.formats.tokenizer import ByteTokenizer, HFTokenizer, gguf_tokenizer, load_tokenizer
 from minilora.models.generate import generate_text
 from minilora.training.examples import example_maker
 
@@ -207,6 +207,7 @@ def test_of_a_long_conversation_only_what_fits_is_looked_at():
         ({"eos_token": "\ud800"}, "half of a surrogate pair"),
         ({"added_tokens_decoder": {"x": {"content": "y"}}}, "'x' is no token id"),
         ({"additional_special_tokens": "x"}, "must be a list"),
+        ({"extra_special_tokens": {"messages": "<x>"}}, "cannot have the name 'messages'"),
     ],
 )
 def test_settings_that_cannot_be_applied_are_refused(settings, message, tmp_path):
@@ -224,6 +225,12 @@ def test_a_broken_table_does_not_reach_the_library(charsmap, tmp_path):
         (folder / "tokenizer.json").write_text(json.dumps({**raw, "normalizer": nested}))
         with pytest.raises(ValueError, match="precompiled_charsmap of its normalizer is broken"):
             load_tokenizer(folder, 1000)
+
+
+def test_text_that_is_no_unicode_is_an_error_of_one_sentence():
+    for tokenizer in (BPE, ByteTokenizer()):
+        with pytest.raises(ValueError, match="half of a surrogate pair at character 1"):
+            tokenizer.encode_prompt("a\ud800")
 
 
 def test_an_unknown_word_without_a_token_for_it_is_an_error_of_one_sentence(tmp_path):

@@ -48,7 +48,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str, add_special: bool = True) -> np.ndarray:
-        """Ids (T,), int64. Special tokens spelled out in the text are recognised; add_special adds those that the model wants around it."""
+        """Ids (T,), int64. Special tokens spelled out in the text are recognised; add_special adds those that the model wants around it.
+
+        Raises ValueError for half of a surrogate pair, and where the tokenizers library fails.
+        """
 
     @abstractmethod
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
@@ -122,7 +125,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 256
 
     def encode(self, text: str, add_special: bool = True) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int64)
 
     def offsets(self, text: str) -> np.ndarray:
         first = np.repeat(np.arange(len(text)), [len(char.encode("utf-8")) for char in text])
@@ -174,6 +177,7 @@ class HFTokenizer(Tokenizer):
         return self.ends | ({self.added[end]} if end else set())
 
     def encode(self, text: str, add_special: bool = True) -> np.ndarray:
+        _utf8(text)
         with library_errors(self.where):
             return np.array(self.library.encode(text, add_special_tokens=add_special).ids, dtype=np.int64)
 
@@ -200,6 +204,13 @@ class HFTokenizer(Tokenizer):
         write_file(Path(folder) / "tokenizer.json", self.library.save)
         write_json(Path(folder) / "tokenizer_config.json", settings)
         self.save_stop_ids(folder)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON may hold it, and a shell that is not set to UTF-8 gives it
+        raise ValueError(f"the text holds half of a surrogate pair at character {error.start}, which is no text.") from None
 
 
 _CLEAN_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"

@@ -76,6 +76,8 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
     extra = _tokens(given["extra_special_tokens"], where)
     named = {name: value for name, value in given.items() if name in _NAMES or (name.endswith("_token") and isinstance(value, str | dict))}
     named |= of_model
+    if clash := named.keys() & {"template", "messages", "add_generation_prompt", "tools", "documents", "ends"}:
+        raise ValueError(f"{where}: a special token cannot have the name {min(clash)!r}, which means something else in a chat template.")
     known = {added.content: added for added in listed.values()}
     every = library.get_vocab(with_added_tokens=True).keys() | known.keys() | {_content(value) for value in named.values()}
     named = {name: c for name, c in _DEFAULTS.get(kind, {}).items() if name not in named and c in every} | named

@@ -48,40 +48,35 @@ def example_maker(
     """A function (file, line, record) -> Example, that raises ValueError naming file and line."""
     label = reader(labels or ())
 
-    def classify(file: Path, line: int, record: dict[str, Any]) -> Example:
-        ids, cut = _classified(tokenizer, _text(file, line, record, "text", "classify"), max_length)
-        return Example(ids, np.array([label(file, line, record)]), per_sequence=True, cut=cut)
+    def made(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, bool]:
+        if task == "classify":
+            ids, cut = _classified(tokenizer, _text(record, "text", task), max_length)
+            return ids, np.zeros(0, dtype=bool), cut
+        if "messages" in record:
+            beside = {name: record[name] for name in ("tools", "documents") if record.get(name) is not None}
+            return _conversation(tokenizer, record["messages"], template, max_length, mask_prompt, beside)
+        if "prompt" in record and "completion" in record:
+            return _completion(tokenizer, _text(record, "prompt", task), _text(record, "completion", task), max_length, mask_prompt)
+        ids = tokenizer.encode_prompt(_text(record, "text", task))
+        return ids[: max_length + 1], np.ones(min(len(ids), max_length + 1), dtype=bool), len(ids) > max_length + 1
 
-    def lm(file: Path, line: int, record: dict[str, Any]) -> Example:
+    def example(file: Path, line: int, record: dict[str, Any]) -> Example:
         try:
-            if "messages" in record:
-                beside = {name: record[name] for name in ("tools", "documents") if record.get(name) is not None}
-                ids, learnt, cut = _conversation(tokenizer, record["messages"], template, max_length, mask_prompt, beside)
-            elif "prompt" in record and "completion" in record:
-                prompt, completion = (_text(file, line, record, name, "lm") for name in ("prompt", "completion"))
-                ids, learnt, cut = _completion(tokenizer, prompt, completion, max_length, mask_prompt)
-            else:
-                ids = tokenizer.encode_prompt(_text(file, line, record, "text", "lm"))
-                ids, cut = ids[: max_length + 1], len(ids) > max_length + 1
-                learnt = np.ones(len(ids), dtype=bool)
-        except _Unusable as error:
+            ids, learnt, cut = made(record)
+        except ValueError as error:
             raise ValueError(f"{file}, line {line}: {error}") from None
+        if task == "classify":
+            return Example(ids, np.array([label(file, line, record)]), per_sequence=True, cut=cut)
         if not learnt[1:].any():
             what = f"nothing to learn is left within {max_length} tokens" if cut else "there is nothing to learn from so short a text"
             raise ValueError(f"{file}, line {line}: {what}.")
         return Example(ids[:-1], np.where(learnt[1:], ids[1:], IGNORE), cut=cut)  # row t predicts token t + 1
 
-    return classify if task == "classify" else lm
-
-
-class _Unusable(ValueError):
-    """What is wrong with a record, without the file and the line."""
+    return example
 
 
 def _completion(tokenizer: Tokenizer, prompt: str, completion: str, max_length: int, mask: bool) -> tuple[np.ndarray, np.ndarray, bool]:
     """(ids, which of them are to be learnt, was it cut) of a prompt and what follows it."""
-    if not completion.strip():
-        raise _Unusable("the completion is empty: there is nothing to learn.")
     ids, n = encode_pair(tokenizer, prompt, completion)
     begun, bos = tokenizer.begin(ids), len(tokenizer.prefix)
     n += len(begun) - len(ids)
@@ -97,7 +92,7 @@ def _completion(tokenizer: Tokenizer, prompt: str, completion: str, max_length: 
 
 
 def _conversation(
-    tokenizer: Tokenizer, messages: Any, template: str | None, max_length: int, mask: bool, beside: dict[str, Any] | None = None
+    tokenizer: Tokenizer, messages: Any, template: str | None, max_length: int, mask: bool, beside: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """(ids, which of them are to be learnt, was it cut) of messages: what the assistant wrote, each turn with its end token.
 
@@ -106,26 +101,22 @@ def _conversation(
     template itself marks the answer. Turns that begin after the first max_length tokens are not looked for.
     """
     if not isinstance(messages, list) or not messages:
-        raise _Unusable('"messages" must be a list of {"role", "content"} objects that is not empty.')
-    room, more = max_length + 1, {**tokenizer.special_tokens, **(beside or {})}
-    try:
-        text, spans = assistant_spans(template, messages, ends=list(tokenizer.added), **more)
-        answers = [message for message in messages if message["role"] == "assistant"]
-        if not any((message.get("content") or "").strip() or message.get("tool_calls") for message in answers):
-            raise _Unusable("no message of the assistant has any content: there is nothing to learn.")
-        if not mask and any(message.get(name) in (0, False) for message in answers for name in ("weight", "train")):
-            raise _Unusable('a message that is not to be learnt ("weight", "train") needs the mask: leave out --no-mask-prompt.')
-        _check_unicode(text, "messages")
-        ids = tokenizer.encode(text, add_special=False)
-        learnt = np.full(min(len(ids), room), not mask)
-        first, past = tokenizer.offsets(text)[:room].T  # of each token, in characters
-        for start, end in spans if mask else ():
-            if start >= past.max(initial=0):
-                break
-            reaches = np.flatnonzero((first < end) & (past > start) & ((past <= end) | marks_answers(template)))
-            learnt[reaches.min(initial=len(ids)) : reaches.max(initial=-1) + 1] = True
-    except ValueError as error:
-        raise _Unusable(str(error)) from None
+        raise ValueError('"messages" must be a list of {"role", "content"} objects that is not empty.')
+    room = max_length + 1
+    text, spans = assistant_spans(template, messages, ends=list(tokenizer.added), **tokenizer.special_tokens, **beside)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not any((message.get("content") or "").strip() or message.get("tool_calls") for message in answers):
+        raise ValueError("no message of the assistant has any content: there is nothing to learn.")
+    if not mask and any(message.get(name) in (0, False) for message in answers for name in ("weight", "train")):
+        raise ValueError('a message that is not to be learnt ("weight", "train") needs the mask: leave out --no-mask-prompt.')
+    ids = tokenizer.encode(text, add_special=False)
+    learnt = np.full(min(len(ids), room), not mask)
+    first, past = tokenizer.offsets(text)[:room].T  # of each token, in characters
+    for start, end in spans if mask else ():
+        if start >= past.max(initial=0):
+            break
+        reaches = np.flatnonzero((first < end) & (past > start) & ((past <= end) | marks_answers(template)))
+        learnt[reaches.min(initial=len(ids)) : reaches.max(initial=-1) + 1] = True
     return ids[:room], learnt, len(ids) > room
 
 
@@ -168,26 +159,13 @@ def _continued(tokenizer: Tokenizer, piece: str) -> Iterator[np.ndarray]:
             yield both[len(alone) :]
 
 
-def _text(file: Path, line: int, record: dict[str, Any], name: str, task: str) -> str:
-    """A field that must be text. Raises ValueError naming file and line."""
-    where = f"{file}, line {line}:"
+def _text(record: dict[str, Any], name: str, task: str) -> str:
+    """A field that must be text. Raises ValueError."""
     if name not in record:
-        has = ", ".join(map(repr, record)) or "none"
-        raise ValueError(f"{where} expected {WANTED[task]}; it has {has}.")
+        raise ValueError(f"expected {WANTED[task]}; it has {', '.join(map(repr, record)) or 'none'}.")
     value = record[name]
     if not isinstance(value, str):
-        raise ValueError(f"{where} {name!r} must be text, got {value!r:.60}.")
+        raise ValueError(f"{name!r} must be text, got {value!r:.60}.")
     if name != "prompt" and not value.strip():
-        raise ValueError(f"{where} the {name} is empty: there is nothing to learn.")
-    try:
-        _check_unicode(value, name)
-    except ValueError as error:
-        raise ValueError(f"{where} {error}") from None
+        raise ValueError(f"the {name} is empty: there is nothing to learn.")
     return value
-
-
-def _check_unicode(text: str, name: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name!r} holds half of a surrogate pair at character {error.start}, which is no text.") from None
