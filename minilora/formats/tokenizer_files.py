@@ -45,39 +45,11 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
     Raises ValueError naming the file for what is broken or not supported, ImportError without the extra `hf`.
     """
     library, raw = _load(file)
-    config, model, named_too, added_too = (read_json(f) if (f := file.parent / name).is_file() else {} for name in _BESIDE)
+    config, model = _beside(file, "tokenizer_config"), _beside(file, "config")
     where = file.parent / "tokenizer_config.json"
     kind = _kind(config, model, raw, where)
     tokenizers = import_tokenizers()
-
-    given = dict(config)
-    if given.get("additional_special_tokens") is not None and not given.get("extra_special_tokens"):
-        given["extra_special_tokens"] = given.pop("additional_special_tokens")
-    of_model = dict(given.get("model_specific_special_tokens") or {}) | _pop_named(given)
-    listed: dict[int, Any] = {}
-    if isinstance(decoder := config.get("added_tokens_decoder"), dict):
-        for key, value in decoder.items():
-            listed[_id(key, where)] = _token({} if isinstance(value, str) else value, "added_tokens_decoder", where)
-    else:
-        for name, value in named_too.items():
-            if name != "extra_special_tokens":
-                given[name] = {**value, "special": True} if isinstance(value, dict) else value
-            else:
-                given[name] = [*(given.get(name) or ()), *value] if isinstance(value, list) else value
-        of_model |= _pop_named(given)
-        texts = (*given.values(), *_tokens(given.get("extra_special_tokens"), where))
-        special = {text for text in texts if isinstance(text, str)} | {_content(value) for value in named_too.values()}
-        for content, id in added_too.items():
-            kept = {"content": content, "special": content in special, "normalized": content not in special}
-            listed[_id(id, file.parent / "added_tokens.json")] = _token(kept, "a key", file.parent / "added_tokens.json")
-        listed |= {value["id"]: _token(value, "added_tokens", file) for value in raw.get("added_tokens", ())}
-    if "extra_special_tokens" not in given:
-        given["extra_special_tokens"] = given.get("additional_special_tokens")
-    extra = _tokens(given["extra_special_tokens"], where)
-    named = {name: value for name, value in given.items() if name in _NAMES or (name.endswith("_token") and isinstance(value, str | dict))}
-    named |= of_model
-    if clash := named.keys() & {"template", "messages", "add_generation_prompt", "tools", "documents", "ends"}:
-        raise ValueError(f"{where}: a special token cannot have the name {min(clash)!r}, which means something else in a chat template.")
+    named, extra, listed = _tokens_beside(config, raw, file)
     known = {added.content: added for added in listed.values()}
     every = library.get_vocab(with_added_tokens=True).keys() | known.keys() | {_content(value) for value in named.values()}
     named = {name: c for name, c in _DEFAULTS.get(kind, {}).items() if name not in named and c in every} | named
@@ -88,10 +60,10 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
     if kind:
         library = _built(kind, library, raw, config, names, file)
 
-    there = library.get_added_tokens_decoder().values()
-    add = [added for _, added in sorted(listed.items()) if repr(added) not in set(map(repr, there))]
-    have = {_content(added) for added in (*there, *add)}
-    for value in (*named.values(), *(_token(value, "extra_special_tokens", where) for value in extra)):
+    there = {repr(added): added.content for added in library.get_added_tokens_decoder().values()}
+    add = [added for _, added in sorted(listed.items()) if repr(added) not in there]
+    have = {*there.values(), *map(_content, add)}
+    for value in (*named.values(), *extra):
         if _content(value) not in have and value not in add:  # the same token with other options is added again, and they count
             add.append(value)
     add = [tokenizers.AddedToken(added, special=True) if isinstance(added, str) else added for added in add]
@@ -112,7 +84,45 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
 
 _MODELS = {"BertTokenizer": "WordPiece", "XLMRobertaTokenizer": "Unigram"}
 _AROUND = {"BertTokenizer": ("cls_token", "sep_token"), "XLMRobertaTokenizer": ("bos_token", "eos_token")}
-_BESIDE = ("tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def _tokens_beside(config: dict[str, Any], raw: dict[str, Any], file: Path) -> tuple[dict[str, Any], list[Any], dict[int, Any]]:
+    """(special tokens by name, special tokens without one, added tokens by id) that the files beside a tokenizer.json give.
+
+    special_tokens_map.json, added_tokens.json and the added tokens of tokenizer.json count where there is no added_tokens_decoder.
+    """
+    given, listed, where = dict(config), {}, file.parent / "tokenizer_config.json"
+    if given.get("additional_special_tokens") is not None and not given.get("extra_special_tokens"):
+        given["extra_special_tokens"] = given.pop("additional_special_tokens")
+    of_model = dict(given.get("model_specific_special_tokens") or {}) | _pop_named(given)
+    if isinstance(decoder := config.get("added_tokens_decoder"), dict):
+        for key, value in decoder.items():
+            listed[_id(key, where)] = _token({} if isinstance(value, str) else value, "added_tokens_decoder", where)
+    else:
+        special = set()
+        for name, value in _beside(file, "special_tokens_map").items():
+            special.add(_content(value))
+            if name != "extra_special_tokens":
+                given[name] = {**value, "special": True} if isinstance(value, dict) else value
+            else:
+                given[name] = [*(given.get(name) or ()), *value] if isinstance(value, list) else value
+        of_model |= _pop_named(given)
+        special |= {text for text in (*given.values(), *_tokens(given.get("extra_special_tokens"), where)) if isinstance(text, str)}
+        for content, id in _beside(file, "added_tokens").items():
+            kept = {"content": content, "special": content in special, "normalized": content not in special}
+            listed[_id(id, file.parent / "added_tokens.json")] = _token(kept, "a key", file.parent / "added_tokens.json")
+        listed |= {value["id"]: _token(value, "added_tokens", file) for value in raw.get("added_tokens", ())}
+    extra = _tokens(given.get("extra_special_tokens", given.get("additional_special_tokens")), where)
+    named = {name: value for name, value in given.items() if name in _NAMES or (name.endswith("_token") and isinstance(value, str | dict))}
+    if clash := of_model.keys() & {"template", "messages", "add_generation_prompt", "tools", "documents", "ends"}:
+        raise ValueError(f"{where}: a special token cannot have the name {min(clash)!r}, which means something else in a chat template.")
+    return named | of_model, [_token(value, "extra_special_tokens", where) for value in extra], listed
+
+
+def _beside(file: Path, name: str) -> dict[str, Any]:
+    """The JSON file of this name in the folder of a tokenizer.json; {} where there is none."""
+    beside = file.parent / f"{name}.json"
+    return read_json(beside) if beside.is_file() else {}
 
 
 def _kind(config: dict[str, Any], model: dict[str, Any], raw: dict[str, Any], where: Path) -> str:
