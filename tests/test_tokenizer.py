@@ -290,7 +290,7 @@ RENDERED = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_render_as_in_transformers(name):
-    text = render_chat(TEMPLATES[name], TALK, True, "<s>", "</s>")
+    text = render_chat(TEMPLATES[name], TALK, True, bos_token="<s>", eos_token="</s>")
     if name in RENDERED:
         assert text == RENDERED[name]
     if name.startswith("tojson"):
@@ -361,7 +361,7 @@ def test_objects_with_methods_do_not_reach_a_template():
 
 
 def spans_of(template, messages=TALK, eos="<|im_end|>"):
-    text, spans = assistant_spans(template, messages, "", eos)
+    text, spans = assistant_spans(template, messages, eos_token=eos)
     return [text[a:b] for a, b in spans]
 
 

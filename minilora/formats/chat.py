@@ -35,23 +35,22 @@ def find_chat_template(folder: str | Path) -> str | None:
     """
     folder = Path(folder)
     config = folder / "tokenizer_config.json"
-    template = read_json(config).get("chat_template") if config.is_file() else None
-    if isinstance(template, list):
-        try:
-            named = {entry["name"]: entry["template"] for entry in template}
-        except (TypeError, KeyError):
-            raise ValueError(f'{config}: chat_template must be a string or a list of {{"name", "template"}}.') from None
-    else:
-        named = {} if template is None else {"default": template}
+    named = (read_json(config) if config.is_file() else {}).get("chat_template") or {}
+    try:
+        named = {entry["name"]: entry["template"] for entry in named} if isinstance(named, list) else named
+    except (TypeError, KeyError):
+        raise ValueError(f'{config}: chat_template must be a string or a list of {{"name", "template"}}.') from None
+    named = named if isinstance(named, dict) else {"default": named}
     if wrong := [text for text in named.values() if not isinstance(text, str)]:
         raise ValueError(f"{config}: chat_template must be a string, got {type(wrong[0]).__name__}.")
     files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
     files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    try:
-        named = {name: file.read_text(encoding="utf-8") for name, file in files.items()} or named
-    except UnicodeDecodeError as error:
-        broken = next(file for file in files.values() if file.read_bytes() == error.object)
-        raise ValueError(f"{broken} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
+    named = {} if files else named
+    for name, file in files.items():
+        try:
+            named[name] = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
     if "tool_use" in named:
         default = named.get("default", "{{ raise_exception('of the several templates none is the default') }}")
         parts = "{% if tools is not none %}", named["tool_use"], "{% else %}", default, "{% endif %}"
@@ -59,17 +58,15 @@ def find_chat_template(folder: str | Path) -> str | None:
     return named.get("default")
 
 
-def render_chat(
-    template: str | None, messages: Messages, add_generation_prompt: bool = False, bos_token: str = "", eos_token: str = "", **more: Any
-) -> str:
+def render_chat(template: str | None, messages: Messages, add_generation_prompt: bool = False, **more: Any) -> str:
     """The conversation as text; with `add_generation_prompt` also what stands before an answer of the assistant.
 
-    `more`: tools and documents (lists of objects), and the other special tokens that a template may write (pad_token, ...), as
+    `more`: tools and documents (lists of objects), and the special tokens that a template may write (bos_token, eos_token, ...), as
     `Tokenizer.special_tokens` gives them. Encode the text with add_special=False: the template writes the special tokens itself; those
     that a message spells are read as such too, as in transformers. Raises ValueError when there is no template, when it is broken,
     refuses the messages or tries to leave its sandbox; ImportError when jinja2 is missing.
     """
-    return _render(template, messages, add_generation_prompt, {"bos_token": bos_token, "eos_token": eos_token, **more})[0]
+    return _render(template, messages, add_generation_prompt, more)[0]
 
 
 def _render(template: str | None, messages: Messages, prompt: bool, more: dict[str, Any]) -> tuple[str, list[Span]]:
@@ -116,9 +113,7 @@ def marks_answers(template: str | None) -> bool:
     return template is not None and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
-def assistant_spans(
-    template: str | None, messages: Messages, bos_token: str = "", eos_token: str = "", *, ends: Sequence[str] = (), **more: Any
-) -> tuple[str, Iterator[Span]]:
+def assistant_spans(template: str | None, messages: Messages, *, ends: Sequence[str] = (), **more: Any) -> tuple[str, Iterator[Span]]:
     """(the whole text, the spans of what the assistant wrote), one after the other as they are asked for; `more` as in `render_chat`.
 
     Where the template has {% generation %} blocks, these are the spans, as in transformers. Else a turn begins after what the template
@@ -128,7 +123,6 @@ def assistant_spans(
     where the assistant begins, a turn is what changes in the whole text with another content, and the end token behind it.
     A message with "weight": 0 or "train": false has no span. Raises ValueError as `render_chat`, and when a content is not found.
     """
-    more |= {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(messages: Messages, prompt: bool = False) -> str:
         return _render(template, messages, prompt, more)[0]
@@ -145,7 +139,7 @@ def assistant_spans(
 
     def past_mark(rest: str) -> int:
         """The character after the last special token; 0 where there is none."""
-        return max((rest.rfind(mark) + len(mark) for mark in (eos_token, *ends) if mark and mark in rest), default=0)
+        return max((rest.rfind(mark) + len(mark) for mark in (more.get("eos_token"), *ends) if mark and mark in rest), default=0)
 
     def behind_prompt(i: int, through: str) -> int | None:
         """Where answer i begins after what the template writes before an answer; None where it stands behind nothing of the kind."""
@@ -192,8 +186,11 @@ def assistant_spans(
 
 def _common(one: str, other: str) -> str:
     """What both begin with."""
-    pairs = zip(one, other, strict=False)
-    return one[: next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))]
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # halves of what is left are compared at once
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return one[:low]
 
 
 def _is_learnt(i: int, message: dict[str, Any]) -> bool:
