@@ -81,7 +81,7 @@ FOLDERS = {
     "llama, new tokens": (sentencepiece_bpe, {**LLAMA, "eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}, {}),
     "qwen2": (byte_level_bpe, QWEN2, {}),
     "qwen2, another class": (byte_level_bpe, {**QWEN2, "tokenizer_class": "PreTrainedTokenizerFast"}, {"config": {"model_type": "qwen2"}}),
-    "qwen2, prefix space": (byte_level_bpe, {**QWEN2, "add_prefix_space": True}, {}),
+    "qwen2, prefix space": (byte_level_bpe, {**QWEN2, "add_prefix_space": True}, {"config": {"model_type": "qwen2"}}),
     "plain": (byte_level_bpe, PLAIN, {}),
     "plain, digits": (library_bpe, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}, {}),
     "plain, cleaned up": (byte_level_bpe, {**PLAIN, "clean_up_tokenization_spaces": True}, {}),
@@ -124,7 +124,7 @@ def test_ids_and_texts_are_those_of_transformers(name, auto, tmp_path):
     library, config, files = FOLDERS[name]
     folder = write_tokenizer(tmp_path / "a", library(), config, **files)
     ours, theirs = load_tokenizer(folder, 1000), auto(folder)
-    ours.save(tmp_path / "b")
+    ours.save(write_tokenizer(tmp_path / "b", library(), config=files.get("config")))
     saved = load_tokenizer(tmp_path / "b", 1000), auto(tmp_path / "b")
     for text in TEXTS:
         for special in (True, False):

@@ -199,6 +199,8 @@ class HFTokenizer(Tokenizer):
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
         settings |= {"eos_token": self.token(self.eos_id)} if self.eos_id is not None else {}
         settings |= {"chat_template": self.chat_template} if self.chat_template is not None else {}
+        spaced = "add_prefix_space=True" in repr(self.library.pre_tokenizer)  # Qwen2's is built from the settings, whatever they name
+        settings |= {"add_prefix_space": True} if spaced else {}
         settings |= {"split_special_tokens": True} if self.library.encode_special_tokens else {}
         settings |= {"clean_up_tokenization_spaces": True, _CLEAN_BPE: True} if self.clean_up else {}
         write_file(Path(folder) / "tokenizer.json", self.library.save)
