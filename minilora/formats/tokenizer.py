@@ -14,7 +14,7 @@ import numpy as np
 
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.chat import Messages, find_chat_template, render_chat, turn_end
-from minilora.formats.tokenizer_files import QWEN2, import_tokenizers, library_errors, read_tokenizer
+from minilora.formats.tokenizer_files import import_tokenizers, library_errors, read_tokenizer, split_in_bytes
 
 
 class Tokenizer(ABC):
@@ -245,9 +245,9 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
 def gguf_tokenizer(vocabulary: Any, vocab_size: int, path: str | Path = "the GGUF file") -> HFTokenizer:
     """The byte-level BPE in the metadata of a GGUF file, as `read_gguf_tokenizer` gives them (its GGUFTokenizer).
 
-    `pre` says how a text is split before the merges: "gpt-2" words from spaces; "smollm" also every digit; "qwen2" by an expression of its
-    own. Another way of splitting gives other ids for the same text, so others raise ValueError, as do SentencePiece vocabularies, and
-    tokens and merges that do not fit. Bytes that no token stands for (SmolLM2 lacks 21) are dropped, as in the published tokenizers.
+    `pre` says how a text is split before the merges (`split_in_bytes`). Another way of splitting gives other ids for the same text, so
+    others raise ValueError, as do SentencePiece vocabularies, and tokens and merges that do not fit. Bytes that no token stands for
+    (SmolLM2 lacks 21) are dropped, as in the published tokenizers.
     """
     tokenizers, ends = import_tokenizers(), vocabulary.ends
     for name, of in (("tokens", str), ("merges", str), ("token_types", int)):
@@ -273,16 +273,8 @@ def gguf_tokenizer(vocabulary: Any, vocab_size: int, path: str | Path = "the GGU
         if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
             raise ValueError(f"{path}: {name} is token {id}, but there are {len(tokens)} tokens.")
 
-    before = tokenizers.pre_tokenizers
     library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=merges))
-    steps = [before.ByteLevel(add_prefix_space=False, use_regex=pre != "qwen2")]
-    if pre == "smollm":
-        steps.insert(0, before.Digits(individual_digits=True))
-    if pre == "qwen2":
-        library.normalizer = tokenizers.normalizers.NFC()
-        steps.insert(0, before.Split(tokenizers.Regex(QWEN2), behavior="isolated"))
-    library.pre_tokenizer = before.Sequence(steps)
-    library.decoder = tokenizers.decoders.ByteLevel()
+    split_in_bytes(library, pre)
     of_types = [(token, type) for token, type in zip(tokens, vocabulary.token_types, strict=True) if type in (_CONTROL, _USER_DEFINED)]
     library.add_tokens([tokenizers.AddedToken(token, normalized=False, special=type == _CONTROL) for token, type in of_types])
     if vocabulary.add_bos and vocabulary.bos is not None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from minilora.formats.atomic import read_json
 
-QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as published
+_QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as published
 
 _NAMES = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 _END = "<|endoftext|>"
@@ -172,15 +172,23 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
             built.decoder = t.decoders.Sequence([t.decoders.Replace("▁", " "), t.decoders.ByteFallback(), t.decoders.Fuse(), *strip])
         else:
             built = t.Tokenizer(t.models.BPE(vocab, merges))
-            built.pre_tokenizer, built.decoder = t.pre_tokenizers.ByteLevel(add_prefix_space=space or False), t.decoders.ByteLevel()
-        if kind == "Qwen2Tokenizer":
-            built.normalizer, split = t.normalizers.NFC(), t.pre_tokenizers.Split(t.Regex(QWEN2), behavior="isolated")
-            in_bytes = t.pre_tokenizers.ByteLevel(add_prefix_space=space or False, use_regex=False)
-            built.pre_tokenizer = t.pre_tokenizers.Sequence([split, in_bytes])
+            split_in_bytes(built, "qwen2" if kind == "Qwen2Tokenizer" else "gpt-2", space or False)
         built.post_processor = library.post_processor or t.processors.TemplateProcessing(single="$A:0")
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"{file}: a {kind} cannot be made of it and the tokenizer_config.json beside it ({error}).") from None
     return built
+
+
+def split_in_bytes(library: Any, pre: str, add_prefix_space: bool = False) -> None:
+    """Makes a byte-level BPE split text as "gpt-2" does, as "smollm" (every digit apart), or by the expression of "qwen2"."""
+    t = import_tokenizers()
+    steps = [t.pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=pre != "qwen2")]
+    if pre == "smollm":
+        steps.insert(0, t.pre_tokenizers.Digits(individual_digits=True))
+    if pre == "qwen2":
+        library.normalizer = t.normalizers.NFC()
+        steps.insert(0, t.pre_tokenizers.Split(t.Regex(_QWEN2), behavior="isolated"))
+    library.pre_tokenizer, library.decoder = t.pre_tokenizers.Sequence(steps), t.decoders.ByteLevel()
 
 
 def _token(value: Any, name: str, where: Path) -> Any:
