@@ -92,7 +92,7 @@ def _tokens_beside(config: dict[str, Any], raw: dict[str, Any], file: Path) -> t
     special_tokens_map.json, added_tokens.json and the added tokens of tokenizer.json count where there is no added_tokens_decoder.
     """
     given, listed, where = dict(config), {}, file.parent / "tokenizer_config.json"
-    if given.get("additional_special_tokens") is not None and not given.get("extra_special_tokens"):
+    if "additional_special_tokens" in given and not given.get("extra_special_tokens"):
         given["extra_special_tokens"] = given.pop("additional_special_tokens")
     of_model = dict(given.get("model_specific_special_tokens") or {}) | _pop_named(given)
     if isinstance(decoder := config.get("added_tokens_decoder"), dict):
