@@ -72,17 +72,19 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from minilora.formats.run import open_model, tokenizer_of
     from minilora.models.generate import generate_text
 
+    if args.system is not None and not args.chat:
+        raise ValueError("--system is a turn of a conversation; give --chat too.")
     model = open_model(args.model, args.backend, args.adapter, allow_other_weights=args.allow_other_weights)
     if not hasattr(model, "decode"):
         raise ValueError(f"{args.model} ({type(model).__name__}) does not generate text: it is no decoder.")
     tokenizer = tokenizer_of(args.model, model.config.vocab_size)
-    prompt, ids = args.prompt, tokenizer.encode_prompt(args.prompt)
+    before = prompt = args.prompt
     if args.chat:
-        messages = ([{"role": "system", "content": args.system}] if args.system else []) + [{"role": "user", "content": args.prompt}]
-        prompt = tokenizer.render(messages, add_generation_prompt=True)
-        ids = tokenizer.encode(prompt, add_special=False)
-
-    before = "" if args.chat else prompt
+        turns = [("user", prompt)] if args.system is None else [("system", args.system), ("user", prompt)]
+        prompt = tokenizer.render([{"role": role, "content": content} for role, content in turns], add_generation_prompt=True)
+        before, ids = "", tokenizer.encode(prompt, add_special=False)
+    else:
+        ids = tokenizer.encode_prompt(prompt)
 
     def show(piece: str) -> None:
         nonlocal before  # the prompt comes with the first piece, after all that can be wrong

@@ -95,6 +95,18 @@ def bert_wordpiece(lowercase=True):
     return library
 
 
+def xlm_roberta():
+    """As XLM-RoBERTa's and multilingual E5's: pieces of SentencePiece with scores; another normalizer than the published one's table."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    library = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    library.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False)
+    library.train_from_iterator(WORDS, trainer)
+    library.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
+    return library
+
+
 def write_tokenizer(folder, library, settings=None, **files):
     """A folder as published: tokenizer.json, tokenizer_config.json, and the `files` by name without .json."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -275,6 +275,12 @@ BAD = {
     "adapter of another model": (adapter_of_another_model, "other weights"),
     "nothing to merge": (lambda d: ["merge", "pydoc", "--out", "m"], "pydoc has no adapter to merge"),
     "empty prompt": (lambda d: ["generate", "--prompt", "", "--backend", "numpy"], "the prompt is empty"),
+    "tokens below 0": (lambda d: ["generate", "--tokens", "-1", "--backend", "numpy"], "-1 tokens are to be written"),
+    "prompt of a broken shell": (
+        lambda d: ["generate", "--prompt", "a\udcff", "--backend", "numpy"],
+        "half of a surrogate pair at character 1",
+    ),
+    "system without a chat": (lambda d: ["generate", "--system", "You help."], "give --chat too"),
     "temperature": (lambda d: ["generate", "--temperature", "-1", "--backend", "numpy"], "temperature is -1.0"),
     "info on nothing": (lambda d: ["info", "nowhere"], "there is no model at nowhere"),
 }

@@ -22,7 +22,7 @@ from minilora.training.datasets import (
     packed_batches,
     read_records,
 )
-from minilora.training.examples import encode_pieces
+from minilora.training.examples import encode_pair
 from minilora.training.records import is_dataset
 
 
@@ -90,7 +90,7 @@ def test_a_prompt_is_read_as_generation_will_read_it(tokenizer, tmp_path_factory
         asked = tokenizer.encode(prompt)
         assert np.array_equal(example.ids[: len(asked)], asked)
         whole = np.append(example.ids, example.labels[-1])
-        assert tokenizer.decode(whole) == (tokenizer.token(tokenizer.bos_id) if tokenizer.adds_bos else "") + prompt + completion + end
+        assert tokenizer.decode(whole) == tokenizer.decode(tokenizer.prefix) + prompt + completion + end
         wanted = np.where(np.arange(len(example.ids)) + 1 < len(asked), -100, whole[1:])
         assert example.labels.tolist() == wanted.tolist()
 
@@ -98,10 +98,10 @@ def test_a_prompt_is_read_as_generation_will_read_it(tokenizer, tmp_path_factory
 
 
 def test_a_boundary_that_a_merge_would_cross():
-    ids, ends = encode_pieces(BPE, ["the capital is ", "Paris"])
+    ids, n = encode_pair(BPE, "the capital is ", "Paris")
     assert ids.tolist() == [*BPE.encode("the capital is "), *BPE.encode("Paris")]
     assert len(BPE.encode("the capital is Paris")) < len(ids)
-    assert ends == [len(BPE.encode("the capital is ")), len(ids)]
+    assert n == len(BPE.encode("the capital is "))
 
 
 def test_of_messages_what_the_assistant_wrote_is_learnt(tmp_path):
@@ -276,12 +276,12 @@ BAD = {
     "no field": ("x.jsonl", '{"txt": "a b"}', "lm", "line 1: expected the field \"text\", or .*; it has 'txt'"),
     "half a pair": ("x.jsonl", '{"prompt": "a b"}', "lm", "line 1: expected .*; it has 'prompt'"),
     "number": ("x.jsonl", A + '{"text": 3}', "lm", "line 2: 'text' must be text, got 3"),
-    "surrogate": ("x.jsonl", '{"text": "a\\ud800b"}', "lm", "line 1: 'text' holds half of a surrogate pair"),
+    "surrogate": ("x.jsonl", '{"text": "a\\ud800b"}', "lm", "line 1: the text holds half of a surrogate pair"),
     "surrogate in chat": (
         "x.jsonl",
         '{"messages": [{"role": "assistant", "content": "\\ud800b"}]}',
         "lm",
-        "line 1: 'messages' holds half of a surrogate pair",
+        "line 1: the text holds half of a surrogate pair",
     ),
     "empty text": ("x.jsonl", '{"text": " "}', "lm", "line 1: the text is empty"),
     "short text": ("x.jsonl", '{"text": "a"}', "lm", "line 1: there is nothing to learn from so short a text"),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from small_tokenizers import BYTES, CHATML, TALK, byte_level_bpe, sentencepiece_bpe, write_tokenizer
 
 from minilora.formats.chat import assistant_spans, find_chat_template, render_chat, turn_end
-from minilora.formats.tokenizer import HFTokenizer, gguf_tokenizer, load_tokenizer
+from minilora.formats.gguf import GGUFTokenizer
+from minilora.formats.tokenizer import ByteTokenizer, HFTokenizer, gguf_tokenizer, load_tokenizer
 from minilora.models.generate import generate_text
 from minilora.training.examples import example_maker
 
@@ -139,6 +140,22 @@ def test_what_the_user_says_next_is_never_learnt():
     assert answers(CHATML, TALK, eos_token="</s>", ends=["<|im_end|>"]) == ["Hello!<|im_end|>", "\nSo <b>long</b><|im_end|>"]
 
 
+def test_answers_are_found_where_a_template_writes_more_or_less_around_them():
+    """SmolLM2 writes a system prompt before a first message; Phi-3 ends the last turn with one more token; Qwen3 forgets thinking."""
+    talk = [*TALK[:2], TALK[2], {"role": "assistant", "content": "So <b>long</b>"}]
+    smollm2 = "{% if messages and messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are SmolLM<|im_end|>\n' }}{% endif %}" + CHATML
+    assert answers(smollm2, talk[1:], ends=["<|im_end|>"]) == ["Hello!<|im_end|>", "So <b>long</b><|im_end|>"]
+    phi3 = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    phi3 += "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+    ends = ["<|end|>", "<|user|>", "<|assistant|>"]
+    assert answers(phi3, talk, eos_token="</s>", ends=ends) == ["Hello!<|end|>", "So <b>long</b><|end|>\n</s>"]
+    qwen3 = CHATML.replace(
+        "message['content']", "('<think>' if loop.last and message.role == 'assistant' else '') + message['content'].split('>')[-1]"
+    )
+    thought = [TALK[0], {**TALK[1], "content": "<think>hm</think>Hello!"}, *talk[2:3], {**TALK[3], "content": "Bye"}]
+    assert answers(qwen3, thought, ends=["<|im_end|>"]) == ["Hello!<|im_end|>", "<think>Bye<|im_end|>"]
+
+
 def test_a_message_may_be_left_out_of_what_is_learnt():
     for field, value in (("weight", 0), ("train", False)):
         messages = [TALK[0], {**TALK[1], field: value}, *TALK[2:]]
@@ -183,12 +200,14 @@ def test_of_a_long_conversation_only_what_fits_is_looked_at():
     ("settings", "message"),
     [
         ({"tokenizer_class": "T5Tokenizer"}, "'T5Tokenizer' is not supported"),
+        ({"tokenizer_class": "BertJapaneseTokenizer"}, "'BertJapaneseTokenizer' is not supported"),
         ({"tokenizer_class": "BertTokenizer"}, "its model is BPE, but BertTokenizer needs WordPiece"),
         ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": "yes"}, "a GPT2Tokenizer cannot be made of it"),
         ({"eos_token": 7}, "eos_token must be a token, got 7"),
         ({"eos_token": "\ud800"}, "half of a surrogate pair"),
         ({"added_tokens_decoder": {"x": {"content": "y"}}}, "'x' is no token id"),
         ({"additional_special_tokens": "x"}, "must be a list"),
+        ({"extra_special_tokens": {"messages": "<x>"}}, "cannot have the name 'messages'"),
     ],
 )
 def test_settings_that_cannot_be_applied_are_refused(settings, message, tmp_path):
@@ -208,6 +227,12 @@ def test_a_broken_table_does_not_reach_the_library(charsmap, tmp_path):
             load_tokenizer(folder, 1000)
 
 
+def test_text_that_is_no_unicode_is_an_error_of_one_sentence():
+    for tokenizer in (BPE, ByteTokenizer()):
+        with pytest.raises(ValueError, match="half of a surrogate pair at character 1"):
+            tokenizer.encode_prompt("a\ud800")
+
+
 def test_an_unknown_word_without_a_token_for_it_is_an_error_of_one_sentence(tmp_path):
     import tokenizers
 
@@ -220,9 +245,10 @@ def test_an_unknown_word_without_a_token_for_it_is_an_error_of_one_sentence(tmp_
 def test_gguf_tokens_that_end_a_turn_and_metadata_of_other_types():
     tokens = ["a", "b", "<|im_end|>", "<|eom|>"]
     metadata = {"tokens": tokens, "merges": [], "token_types": [1, 1, 3, 3], "bos": None, "eos": 1, "chat_template": None, "add_bos": False}
-    assert gguf_tokenizer(SimpleNamespace(**metadata, ends=(2, 3)), 4).stop_ids == {1, 2, 3}
+    metadata |= {"unk": None, "pre": "gpt-2"}
+    assert gguf_tokenizer(GGUFTokenizer(**metadata, ends=(2, 3)), 4).stop_ids == {1, 2, 3}
     for wrong in ({"merges": [1]}, {"merges": 5}, {"token_types": ["x"]}, {"tokens": [1]}, {"token_types": [1]}, {"chat_template": 3}):
         with pytest.raises(ValueError, match=r"m\.gguf: .* tokenizer"):
-            gguf_tokenizer(SimpleNamespace(**{**metadata, **wrong}), 4, "m.gguf")
+            gguf_tokenizer(GGUFTokenizer(**{**metadata, **wrong}), 4, "m.gguf")
     with pytest.raises(ValueError, match=r"m\.gguf: eot is token 9"):
-        gguf_tokenizer(SimpleNamespace(**metadata, ends=(9,)), 4, "m.gguf")
+        gguf_tokenizer(GGUFTokenizer(**metadata, ends=(9,)), 4, "m.gguf")

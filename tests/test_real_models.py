@@ -107,11 +107,10 @@ def test_smollm2_knows_the_capital_of_france_and_ends_its_turn(smollm2, capsys):
 
 def test_the_tokenizer_of_smollm2_splits_digits_and_ends_turns(smollm2):
     tokenizer = load_tokenizer(smollm2, 49152)
-    marks = tokenizer.token(tokenizer.bos_id), tokenizer.token(tokenizer.eos_id)
-    text = render_chat(tokenizer.chat_template, [{"role": "user", "content": QUESTION}], True, *marks)
+    text = render_chat(tokenizer.chat_template, [{"role": "user", "content": QUESTION}], True, **tokenizer.special_tokens)
     assert text.endswith(f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n")
     ids = tokenizer.encode(text, add_special=False)
-    assert (ids[0], tokenizer.stop_ids, marks[1], tokenizer.adds_bos) == (1, {2}, "<|im_end|>", False)
+    assert (ids[0], tokenizer.stop_ids, tokenizer.token(tokenizer.eos_id), tokenizer.prefix) == (1, {2}, "<|im_end|>", ())
     assert tokenizer.decode(ids) == text
     assert [tokenizer.decode([i]) for i in tokenizer.encode("in 2024")] == ["in", " ", "2", "0", "2", "4"]
 

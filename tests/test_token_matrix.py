@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_tokenizers import bert_wordpiece, byte_level_bpe, library_bpe, sentencepiece_bpe, write_tokenizer
+from small_tokenizers import bert_wordpiece, byte_level_bpe, library_bpe, sentencepiece_bpe, write_tokenizer, xlm_roberta
 
 from minilora.formats.tokenizer import ByteTokenizer, load_tokenizer
 from minilora.training.examples import example_maker
@@ -38,6 +38,9 @@ FOLDERS = {
     "bert, Chinese words": (bert_wordpiece, {**BERT, "tokenize_chinese_chars": False}, {}),
     "bert, BertTokenizerFast": (bert_wordpiece, {**BERT, "tokenizer_class": "BertTokenizerFast", "do_lower_case": False}, {}),
     "bert, taken as it is": (lambda: bert_wordpiece(False), {**BERT, "tokenizer_class": "PreTrainedTokenizerFast"}, {}),
+    "bert, SqueezeBertTokenizer": (bert_wordpiece, {**BERT, "tokenizer_class": "SqueezeBertTokenizer", "do_lower_case": False}, {}),
+    "bert, XLMRobertaTokenizer": (xlm_roberta, {"tokenizer_class": "XLMRobertaTokenizer"}, {"config": {"model_type": "bert"}}),
+    "bert, XLMRobertaTokenizer, no prefix space": (xlm_roberta, {"tokenizer_class": "XLMRobertaTokenizer", "add_prefix_space": None}, {}),
     "bert, cleaned up": (bert_wordpiece, {**BERT, "clean_up_tokenization_spaces": True}, {}),
     "gpt2": (byte_level_bpe, GPT2, {}),
     "gpt2, prefix space": (byte_level_bpe, {**GPT2, "add_prefix_space": True}, {}),
@@ -53,6 +56,17 @@ FOLDERS = {
     "gpt2, pad_token is new": (byte_level_bpe, {**GPT2, "pad_token": "<new>"}, {}),
     "gpt2, a word is a special token": (byte_level_bpe, {**GPT2, "additional_special_tokens": ["cat", "<new>"]}, {}),
     "gpt2, extra tokens": (byte_level_bpe, {**GPT2, "extra_special_tokens": {"image_token": "<new>"}}, {}),
+    "gpt2, named and unnamed extra tokens": (
+        byte_level_bpe,
+        {**GPT2, "extra_special_tokens": {"image_token": "<new>"}, "additional_special_tokens": ["cat"], "seen_token": 3},
+        {},
+    ),
+    "gpt2, model_specific_special_tokens": (byte_level_bpe, {**GPT2, "model_specific_special_tokens": {"image_token": "<new>"}}, {}),
+    "gpt2, named tokens in special_tokens_map": (
+        byte_level_bpe,
+        GPT2,
+        {"special_tokens_map": {"bos_token": None, "extra_special_tokens": {"image_token": "<new>"}, "additional_special_tokens": ["cat"]}},
+    ),
     "gpt2, special_tokens_map": (byte_level_bpe, GPT2, {"special_tokens_map": {"eos_token": added("</s>"), "pad_token": "<new>"}}),
     "gpt2, added_tokens.json": (byte_level_bpe, GPT2, {"added_tokens": {"<new>": byte_level_bpe().get_vocab_size()}}),
     "gpt2, special tokens split": (byte_level_bpe, {**GPT2, "split_special_tokens": True}, {}),
@@ -67,7 +81,7 @@ FOLDERS = {
     "llama, new tokens": (sentencepiece_bpe, {**LLAMA, "eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}, {}),
     "qwen2": (byte_level_bpe, QWEN2, {}),
     "qwen2, another class": (byte_level_bpe, {**QWEN2, "tokenizer_class": "PreTrainedTokenizerFast"}, {"config": {"model_type": "qwen2"}}),
-    "qwen2, prefix space": (byte_level_bpe, {**QWEN2, "add_prefix_space": True}, {}),
+    "qwen2, prefix space": (byte_level_bpe, {**QWEN2, "add_prefix_space": True}, {"config": {"model_type": "qwen2"}}),
     "plain": (byte_level_bpe, PLAIN, {}),
     "plain, digits": (library_bpe, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}, {}),
     "plain, cleaned up": (byte_level_bpe, {**PLAIN, "clean_up_tokenization_spaces": True}, {}),
@@ -110,7 +124,7 @@ def test_ids_and_texts_are_those_of_transformers(name, auto, tmp_path):
     library, config, files = FOLDERS[name]
     folder = write_tokenizer(tmp_path / "a", library(), config, **files)
     ours, theirs = load_tokenizer(folder, 1000), auto(folder)
-    ours.save(tmp_path / "b")
+    ours.save(write_tokenizer(tmp_path / "b", library(), config=files.get("config")))
     saved = load_tokenizer(tmp_path / "b", 1000), auto(tmp_path / "b")
     for text in TEXTS:
         for special in (True, False):
@@ -124,6 +138,7 @@ def test_ids_and_texts_are_those_of_transformers(name, auto, tmp_path):
         spans = theirs(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         assert ours.offsets(text).tolist() == [list(span) for span in spans]
     assert ours.special_tokens == theirs.special_tokens_map
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
 
 
 # ---- records -------------------------------------------------------------------------------------------------------------------------

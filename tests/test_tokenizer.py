@@ -2,7 +2,6 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from small_tokenizers import BPE, BYTES, CHATML, SPECIAL, TALK, library_bpe, library_wordpiece
 
 from minilora.formats.chat import assistant_spans, find_chat_template, render_chat
+from minilora.formats.gguf import GGUFTokenizer
 from minilora.formats.tokenizer import ByteTokenizer, HFTokenizer, gguf_tokenizer, load_tokenizer
 
 
@@ -29,8 +29,8 @@ def metadata(**changed):
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     types = [3 if token in SPECIAL else 1 for token in tokens]
-    told = {"tokens": tokens, "merges": merges, "token_types": types, "bos": 1, "eos": 0, "unk": None}
-    return SimpleNamespace(**{**told, "chat_template": CHATML, "add_bos": False, **changed})
+    told = {"tokens": tokens, "merges": merges, "token_types": types, "bos": 1, "eos": 0, "unk": None, "pre": "smollm"}
+    return GGUFTokenizer(**{**told, "chat_template": CHATML, "add_bos": False, **changed})
 
 
 # ---- encode, decode, stream ----------------------------------------------------------------------------------------------------------
@@ -105,13 +105,13 @@ def test_what_the_file_says_about_padding_and_truncation_does_not_apply(tmp_path
     assert tokenizer.encode("A man eating food.").tolist() == [2, 4, 5, 6, 7, 8, 9, 3]
     assert tokenizer.encode("A man", add_special=False).tolist() == [4, 5]
     assert tokenizer.vocab_size == 10
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (None, None, False)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.prefix) == (None, None, (2,))
 
 
 def test_special_ids_come_from_the_files_beside_the_tokenizer(tmp_path):
     config = {"vocab_size": 400, "bos_token_id": 2, "eos_token_id": 1}
     only = load_tokenizer(folder_of(tmp_path / "a", library_bpe(), config=config), 400)
-    assert (only.bos_id, only.eos_id, only.stop_ids) == (2, 1, {1})
+    assert (only.bos_id, only.eos_id, only.stop_ids) == (None, 1, {1})  # a begin token is the tokenizer's alone, as in transformers
     both = load_tokenizer(
         folder_of(
             tmp_path / "b",
@@ -125,14 +125,14 @@ def test_special_ids_come_from_the_files_beside_the_tokenizer(tmp_path):
     )
     assert (both.bos_id, both.eos_id, both.stop_ids) == (1, 0, {0, 1, 2})
     assert both.chat_template == CHATML
-    assert not both.adds_bos
+    assert not both.prefix
 
 
 def test_a_begin_token_that_the_tokenizer_adds_is_known(tmp_path):
     library = library_bpe()
     library.post_processor = tokenizers.processors.TemplateProcessing(single="<|user|> $A", special_tokens=[("<|user|>", 1)])
-    tokenizer = load_tokenizer(folder_of(tmp_path, library, config={"bos_token_id": 1}), 400)
-    assert tokenizer.adds_bos
+    tokenizer = load_tokenizer(folder_of(tmp_path, library), 400)
+    assert tokenizer.prefix == (1,)
     assert tokenizer.encode("the")[0] == 1
 
 
@@ -188,9 +188,9 @@ def test_gguf_metadata_give_special_tokens_digits_and_the_begin_token():
     for pre, wanted in (("gpt-2", ["2024"]), ("smollm", ["2", "0", "2", "4"])):
         other = gguf_tokenizer(metadata(pre=pre, **digits), 400)
         assert [other.decode([i]) for i in other.encode("2024")] == wanted
-    assert not tokenizer.adds_bos
+    assert not tokenizer.prefix
     begun = gguf_tokenizer(metadata(add_bos=True), 400)
-    assert begun.adds_bos
+    assert begun.prefix == (1,)
     assert begun.encode("the").tolist() == [1, *tokenizer.encode("the")]
     assert begun.encode("the", add_special=False).tolist() == tokenizer.encode("the").tolist()
 
@@ -290,7 +290,7 @@ RENDERED = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_render_as_in_transformers(name):
-    text = render_chat(TEMPLATES[name], TALK, True, "<s>", "</s>")
+    text = render_chat(TEMPLATES[name], TALK, True, bos_token="<s>", eos_token="</s>")
     if name in RENDERED:
         assert text == RENDERED[name]
     if name.startswith("tojson"):
@@ -361,7 +361,7 @@ def test_objects_with_methods_do_not_reach_a_template():
 
 
 def spans_of(template, messages=TALK, eos="<|im_end|>"):
-    text, spans = assistant_spans(template, messages, "", eos)
+    text, spans = assistant_spans(template, messages, eos_token=eos)
     return [text[a:b] for a, b in spans]
 
 
@@ -380,5 +380,5 @@ def test_templates_without_a_generation_prompt_or_with_a_longer_one():
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     rewrites = "{% for m in messages %}{{ m.role }}{{ m.content if loop.last else '...' }}{% endfor %}"
-    with pytest.raises(ValueError, match="message 2 differently when others follow"):
+    with pytest.raises(ValueError, match="does not write message 2 as it is"):
         spans_of(rewrites)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +35,22 @@ def find_chat_template(folder: str | Path) -> str | None:
     """
     folder = Path(folder)
     config = folder / "tokenizer_config.json"
-    template = read_json(config).get("chat_template") if config.is_file() else None
-    if isinstance(template, list):
-        try:
-            named = {entry["name"]: entry["template"] for entry in template}
-        except (TypeError, KeyError):
-            raise ValueError(f'{config}: chat_template must be a string or a list of {{"name", "template"}}.') from None
-    else:
-        named = {} if template is None else {"default": template}
+    named = (read_json(config) if config.is_file() else {}).get("chat_template") or {}
+    try:
+        named = {entry["name"]: entry["template"] for entry in named} if isinstance(named, list) else named
+    except (TypeError, KeyError):
+        raise ValueError(f'{config}: chat_template must be a string or a list of {{"name", "template"}}.') from None
+    named = named if isinstance(named, dict) else {"default": named}
     if wrong := [text for text in named.values() if not isinstance(text, str)]:
         raise ValueError(f"{config}: chat_template must be a string, got {type(wrong[0]).__name__}.")
     files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
     files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    try:
-        named = {name: file.read_text(encoding="utf-8") for name, file in files.items()} or named
-    except UnicodeDecodeError as error:
-        broken = next(file for file in files.values() if file.read_bytes() == error.object)
-        raise ValueError(f"{broken} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
+    named = {} if files else named
+    for name, file in files.items():
+        try:
+            named[name] = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
     if "tool_use" in named:
         default = named.get("default", "{{ raise_exception('of the several templates none is the default') }}")
         parts = "{% if tools is not none %}", named["tool_use"], "{% else %}", default, "{% endif %}"
@@ -59,17 +58,15 @@ def find_chat_template(folder: str | Path) -> str | None:
     return named.get("default")
 
 
-def render_chat(
-    template: str | None, messages: Messages, add_generation_prompt: bool = False, bos_token: str = "", eos_token: str = "", **more: Any
-) -> str:
+def render_chat(template: str | None, messages: Messages, add_generation_prompt: bool = False, **more: Any) -> str:
     """The conversation as text; with `add_generation_prompt` also what stands before an answer of the assistant.
 
-    `more`: tools and documents (lists of objects), and the other special tokens that a template may write (pad_token, ...), as
+    `more`: tools and documents (lists of objects), and the special tokens that a template may write (bos_token, eos_token, ...), as
     `Tokenizer.special_tokens` gives them. Encode the text with add_special=False: the template writes the special tokens itself; those
     that a message spells are read as such too, as in transformers. Raises ValueError when there is no template, when it is broken,
     refuses the messages or tries to leave its sandbox; ImportError when jinja2 is missing.
     """
-    return _render(template, messages, add_generation_prompt, {"bos_token": bos_token, "eos_token": eos_token, **more})[0]
+    return _render(template, messages, add_generation_prompt, more)[0]
 
 
 def _render(template: str | None, messages: Messages, prompt: bool, more: dict[str, Any]) -> tuple[str, list[Span]]:
@@ -116,19 +113,16 @@ def marks_answers(template: str | None) -> bool:
     return template is not None and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
-def assistant_spans(
-    template: str | None, messages: Messages, bos_token: str = "", eos_token: str = "", *, ends: Sequence[str] = (), **more: Any
-) -> tuple[str, Iterator[Span]]:
+def assistant_spans(template: str | None, messages: Messages, *, ends: Sequence[str] = (), **more: Any) -> tuple[str, Iterator[Span]]:
     """(the whole text, the spans of what the assistant wrote), one after the other as they are asked for; `more` as in `render_chat`.
 
     Where the template has {% generation %} blocks, these are the spans, as in transformers. Else a turn begins after what the template
     writes before an answer, and ends with the last special token (eos_token, or one of `ends`) if only white space follows it, or
     before the next message. They are found by rendering the conversation up to each turn, so a caller who needs no more stops early.
-    A message with "weight": 0 or "train": false has no span. Raises ValueError as `render_chat` does, and when the template writes a
-    turn differently once others follow it.
+    Where the template writes a turn differently once others follow it (Qwen3 without its thinking, Phi-3 without its end of text), or
+    where the assistant begins, a turn is what changes in the whole text with another content, and the end token behind it.
+    A message with "weight": 0 or "train": false has no span. Raises ValueError as `render_chat`, and when a content is not found.
     """
-
-    more |= {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(messages: Messages, prompt: bool = False) -> str:
         return _render(template, messages, prompt, more)[0]
@@ -143,29 +137,60 @@ def assistant_spans(
             raise ValueError('the chat template does not mark every answer, so that "weight" and "train" cannot be honoured.')
         return text, (span for span, wanted in zip(marked, answers, strict=True) if wanted)
 
+    def past_mark(rest: str) -> int:
+        """The character after the last special token; 0 where there is none."""
+        return max((rest.rfind(mark) + len(mark) for mark in (more.get("eos_token"), *ends) if mark and mark in rest), default=0)
+
+    def behind_prompt(i: int, through: str) -> int | None:
+        """Where answer i begins after what the template writes before an answer; None where it stands behind nothing of the kind."""
+        try:
+            opened = render(messages[:i], prompt=True)
+            before = opened if through.startswith(opened) else render(messages[:i])
+        except ValueError:
+            return None
+        if not (through.startswith(before) and text.startswith(through)):
+            return None
+        return max(len(before), len(_common(opened, through)))  # templates may open an answer in another way than this
+
+    def within(i: int, through: str) -> tuple[Span, str]:
+        """(where the content of answer i stands in the text, what ends it, whatever follows): what stays when another takes its place."""
+        for letter in "axz":  # one that the content neither begins nor ends with
+            short = [*messages[:i], {"role": "assistant", "content": letter}]
+            other = render([*short, *messages[i + 1 :]])
+            start = len(_common(text, other))
+            behind = len(_common(text[start:][::-1], other[start:][::-1]))
+            if other[start : len(other) - behind].strip() == letter:
+                end, rest = len(text) - behind, _common(through[::-1], render(short)[::-1])[::-1]
+                shared = _common(rest, text[end:])
+                return (start, end), shared if shared == rest else shared[: past_mark(shared)]
+        raise ValueError(
+            f"the chat template does not write message {i + 1} as it is, so its tokens cannot be told from the rest; "
+            "let every conversation end with its first answer, or learn from all of it (--no-mask-prompt)."
+        )
+
     def turns() -> Iterator[Span]:
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or not learnt[i]:
                 continue
             through = render(messages[: i + 1]) if i + 1 < len(messages) else text
-            try:
-                opened = render(messages[:i], prompt=True)
-                before = opened if through.startswith(opened) else render(messages[:i])
-            except ValueError:  # such a conversation is none for this template; where does another answer differ from this one?
-                other = "b" if (message.get("content") or "").strip().startswith("a") else "a"
-                before, opened = "", render([*messages[:i], {**message, "content": other}])
-            if not (through.startswith(before) and text.startswith(through)):
-                raise ValueError(
-                    f"the chat template writes message {i + 1} differently when others follow, so its tokens cannot be told from the "
-                    "rest; let every conversation end with its first answer, or learn from all of it (--no-mask-prompt)."
-                )
-            start = len(before)  # mostly behind the whole prompt; in between where a template opens answers in a way that this one does not
-            start += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opened[start:], through[start:], strict=False)))
-            marks = [mark for mark in (eos_token, *ends) if mark and through.rfind(mark, start) >= 0]
-            past = max((through.rfind(mark) + len(mark) for mark in marks), default=start)
-            yield start, past if past > start and not through[past:].strip() else len(through)
+            start = behind_prompt(i, through) if i else None  # before a first message, templates write a system prompt, and before none not
+            if start is not None:
+                end, rest = start, through[start:]
+            else:
+                (start, end), rest = within(i, through)
+            past = past_mark(rest)
+            yield start, end + (past if past and not rest[past:].strip() else len(rest))
 
     return text, turns()
+
+
+def _common(one: str, other: str) -> str:
+    """What both begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # halves of what is left are compared at once
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return one[:low]
 
 
 def _is_learnt(i: int, message: dict[str, Any]) -> bool:

@@ -6,7 +6,7 @@ No padding and no truncation anywhere: sequences are laid end to end, and who cu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.chat import Messages, find_chat_template, render_chat, turn_end
-from minilora.formats.tokenizer_files import QWEN2, import_tokenizers, library_errors, read_tokenizer
+from minilora.formats.tokenizer_files import import_tokenizers, library_errors, read_tokenizer, split_in_bytes
 
 
 class Tokenizer(ABC):
@@ -22,7 +22,7 @@ class Tokenizer(ABC):
 
     vocab_size      the largest id + 1
     bos_id, eos_id  None where there are none
-    prefix          the ids that `encode` puts in front of a text; adds_bos: do they begin with bos_id?
+    prefix          the ids that `encode` puts in front of a text
     special_tokens  those that a chat template may write, by name: {"bos_token": "<s>", ...}
     added           {token: id} of the tokens that are found in a text before it is split
     special_ids     those of them that `decode` may leave out
@@ -33,7 +33,6 @@ class Tokenizer(ABC):
     vocab_size: int
     bos_id: int | None = None
     eos_id: int | None = None
-    adds_bos: bool = False
     prefix: tuple[int, ...] = ()
     chat_template: str | None = None
     special_tokens: dict[str, str] = {}  # noqa: RUF012 - never changed
@@ -49,7 +48,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str, add_special: bool = True) -> np.ndarray:
-        """Ids (T,), int64. Special tokens spelled out in the text are recognised; add_special adds those that the model wants around it."""
+        """Ids (T,), int64. Special tokens spelled out in the text are recognised; add_special adds those that the model wants around it.
+
+        Raises ValueError for half of a surrogate pair, and where the tokenizers library fails.
+        """
 
     @abstractmethod
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
@@ -123,7 +125,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 256
 
     def encode(self, text: str, add_special: bool = True) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int64)
 
     def offsets(self, text: str) -> np.ndarray:
         first = np.repeat(np.arange(len(text)), [len(char.encode("utf-8")) for char in text])
@@ -168,7 +170,6 @@ class HFTokenizer(Tokenizer):
         probe, alone = self.encode("a"), self.encode("a", add_special=False)
         before = (i for i in range(len(probe)) if np.array_equal(probe[i : i + len(alone)], alone))
         self.prefix = tuple(probe[: next(before, 0)].tolist())
-        self.adds_bos = bos_id is not None and self.prefix[:1] == (bos_id,)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -176,6 +177,7 @@ class HFTokenizer(Tokenizer):
         return self.ends | ({self.added[end]} if end else set())
 
     def encode(self, text: str, add_special: bool = True) -> np.ndarray:
+        _utf8(text)
         with library_errors(self.where):
             return np.array(self.library.encode(text, add_special_tokens=add_special).ids, dtype=np.int64)
 
@@ -194,14 +196,23 @@ class HFTokenizer(Tokenizer):
         return "" if id is None else self.library.id_to_token(id) or ""
 
     def save(self, folder: str | Path) -> None:
-        named = {**self.special_tokens, "bos_token": self.token(self.bos_id), "eos_token": self.token(self.eos_id)}
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **{name: token for name, token in named.items() if token}}
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
+        settings |= {"eos_token": self.token(self.eos_id)} if self.eos_id is not None else {}
         settings |= {"chat_template": self.chat_template} if self.chat_template is not None else {}
+        spaced = "add_prefix_space=True" in repr(self.library.pre_tokenizer)  # Qwen2's is built from the settings, whatever they name
+        settings |= {"add_prefix_space": True} if spaced else {}
         settings |= {"split_special_tokens": True} if self.library.encode_special_tokens else {}
         settings |= {"clean_up_tokenization_spaces": True, _CLEAN_BPE: True} if self.clean_up else {}
         write_file(Path(folder) / "tokenizer.json", self.library.save)
         write_json(Path(folder) / "tokenizer_config.json", settings)
         self.save_stop_ids(folder)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON may hold it, and a shell that is not set to UTF-8 gives it
+        raise ValueError(f"the text holds half of a surrogate pair at character {error.start}, which is no text.") from None
 
 
 _CLEAN_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
@@ -234,53 +245,38 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
 def gguf_tokenizer(vocabulary: Any, vocab_size: int, path: str | Path = "the GGUF file") -> HFTokenizer:
     """The byte-level BPE in the metadata of a GGUF file, as `read_gguf_tokenizer` gives them (its GGUFTokenizer).
 
-    `pre` says how a text is split before the merges: "gpt-2" words from spaces; "smollm" also every digit; "qwen2" by an expression of its
-    own. Another way of splitting gives other ids for the same text, so others raise ValueError, as do SentencePiece vocabularies, and
-    tokens and merges that do not fit. Bytes that no token stands for (SmolLM2 lacks 21) are dropped, as in the published tokenizers.
+    `pre` says how a text is split before the merges (`split_in_bytes`). Another way of splitting gives other ids for the same text, so
+    others raise ValueError, as do SentencePiece vocabularies, and tokens and merges that do not fit. Bytes that no token stands for
+    (SmolLM2 lacks 21) are dropped, as in the published tokenizers.
     """
-    tokenizers = import_tokenizers()
+    tokenizers, ends = import_tokenizers(), vocabulary.ends
     for name, of in (("tokens", str), ("merges", str), ("token_types", int)):
         if not isinstance(values := getattr(vocabulary, name), list) or not all(isinstance(value, of) for value in values):
             raise ValueError(f"{path}: the {name} of its tokenizer are not a list of {'texts' if of is str else 'numbers'}.")
-    tokens, kind, pre = list(vocabulary.tokens), getattr(vocabulary, "kind", "gpt2"), getattr(vocabulary, "pre", "smollm")
-    if kind != "gpt2" or pre not in _PRE:
+    tokens, pre = vocabulary.tokens, vocabulary.pre
+    if vocabulary.kind != "gpt2" or pre not in _PRE:
         raise ValueError(
-            f"{path}: its tokenizer is of model {kind!r} and splits text as {pre!r}; supported: model 'gpt2' with "
+            f"{path}: its tokenizer is of model {vocabulary.kind!r} and splits text as {pre!r}; supported: model 'gpt2' with "
             f"{', '.join(map(repr, _PRE))}. Give a folder with a tokenizer.json instead."
         )
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
         raise ValueError(f"{path}: the token {twice!r} is in the vocabulary more than once.")
-    if len(vocabulary.token_types) != len(vocabulary.tokens) or not isinstance(vocabulary.chat_template, str | None):
-        raise ValueError(
-            f"{path}: its tokenizer needs a type for each of {len(vocabulary.tokens)} tokens, and a chat template that is text."
-        )
+    if len(vocabulary.token_types) != len(tokens) or not isinstance(vocabulary.chat_template, str | None):
+        raise ValueError(f"{path}: its tokenizer needs a type for each of {len(tokens)} tokens, and a chat template that is text.")
     merges = [tuple(merge.split(" ")) for merge in vocabulary.merges]
     for merge in merges:
         if len(merge) != 2 or not all(part in ids for part in (*merge, "".join(merge))):
             raise ValueError(f"{path}: the merge {' '.join(merge)!r} is not of two tokens that give a third.")
-    ends = getattr(vocabulary, "ends", ())
     for name, id in (("bos", vocabulary.bos), ("eos", vocabulary.eos), *(("eot", end) for end in ends)):
         if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
             raise ValueError(f"{path}: {name} is token {id}, but there are {len(tokens)} tokens.")
 
-    before = tokenizers.pre_tokenizers
     library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=merges))
-    steps = [before.ByteLevel(add_prefix_space=False, use_regex=pre != "qwen2")]
-    if pre == "smollm":
-        steps.insert(0, before.Digits(individual_digits=True))
-    if pre == "qwen2":
-        library.normalizer = tokenizers.normalizers.NFC()
-        steps.insert(0, before.Split(tokenizers.Regex(QWEN2), behavior="isolated"))
-    library.pre_tokenizer = before.Sequence(steps)
-    library.decoder = tokenizers.decoders.ByteLevel()
-    added = [
-        tokenizers.AddedToken(token, normalized=False, special=kind == _CONTROL)
-        for token, kind in zip(tokens, vocabulary.token_types, strict=True)
-        if kind in (_CONTROL, _USER_DEFINED)
-    ]
-    library.add_tokens(added)
+    split_in_bytes(library, pre)
+    of_types = [(token, type) for token, type in zip(tokens, vocabulary.token_types, strict=True) if type in (_CONTROL, _USER_DEFINED)]
+    library.add_tokens([tokenizers.AddedToken(token, normalized=False, special=type == _CONTROL) for token, type in of_types])
     if vocabulary.add_bos and vocabulary.bos is not None:
         bos = tokens[vocabulary.bos]
         library.post_processor = tokenizers.processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, vocabulary.bos)])
@@ -292,29 +288,18 @@ _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
 def _from_file(file: Path) -> HFTokenizer:
-    """tokenizer.json with what the files beside it change. Ids that they name only by number come after the tokens that they name."""
+    """tokenizer.json with what the files beside it change. The ids of ends that they name come after the tokenizer's own end token."""
     library, tokens, config = read_tokenizer(file)
-    beside = [tokens, *(read_json(file.parent / name) for name in _BESIDE if (file.parent / name).is_file())]
-    bos, eos = _special_ids(library, beside, "bos"), _special_ids(library, beside, "eos")
+    bos, eos = (library.token_to_id(tokens[name]) if name in tokens else None for name in ("bos_token", "eos_token"))
+    ends: list[Any] = [eos]
+    for beside in (file.parent / name for name in ("generation_config.json", "config.json")):
+        given = read_json(beside).get("eos_token_id") if beside.is_file() else None
+        ends += given if isinstance(given, list) else [given]
+    ends = [
+        id for id in ends if isinstance(id, int) and not isinstance(id, bool) and 0 <= id < 2**32 and library.id_to_token(id) is not None
+    ]
     clean = bool(config.get("clean_up_tokenization_spaces")) and (type(library.model).__name__ != "BPE" or bool(config.get(_CLEAN_BPE)))
-    template = find_chat_template(file.parent)
-    return HFTokenizer(library, next(iter(bos), None), next(iter(eos), None), eos, template, tokens, clean, file)
-
-
-_BESIDE = ("tokenizer_config.json", "generation_config.json", "config.json")
-
-
-def _special_ids(library: Any, beside: Sequence[dict[str, Any]], name: str) -> list[int]:
-    """The ids that the files give for "bos" or "eos", the first file's first: a token (or {"content": token}), an id, or a list of ids."""
-    found: list[int] = []
-    for raw in beside:
-        token = raw.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        id = library.token_to_id(token) if isinstance(token, str) else None
-        given = raw.get(f"{name}_token_id")
-        ids = [id, *(given if isinstance(given, list) else [given])]
-        found += [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i not in found]
-    return [i for i in found if 0 <= i < 2**32 and library.id_to_token(i) is not None]  # -1 means none
+    return HFTokenizer(library, bos, next(iter(ends), None), ends, find_chat_template(file.parent), tokens, clean, file)
 
 
 def _fitting(tokenizer: HFTokenizer, vocab_size: int, path: str | Path) -> HFTokenizer:

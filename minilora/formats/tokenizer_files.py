@@ -1,9 +1,9 @@
 """tokenizer.json with all that the files beside it change, as transformers' AutoTokenizer (5.23) applies it.
 
-The class that tokenizer_config.json names, or else that of the model's type, decides. BertTokenizer, GPT2Tokenizer, LlamaTokenizer
-and Qwen2Tokenizer take the vocabulary and the post-processor of tokenizer.json only, and build the rest from the options of
-tokenizer_config.json (do_lower_case, add_prefix_space, legacy, ...); the base class, PreTrainedTokenizerFast, takes tokenizer.json as it
-is. Other classes of transformers that build their own are refused by name. add_bos_token and add_eos_token change nothing where
+The class that tokenizer_config.json names, or else that of the model's type, decides. BertTokenizer, GPT2Tokenizer, LlamaTokenizer,
+Qwen2Tokenizer and XLMRobertaTokenizer take the vocabulary and the post-processor of tokenizer.json only, and build the rest from the
+options of tokenizer_config.json (do_lower_case, add_prefix_space, legacy, ...); the base class, PreTrainedTokenizerFast, takes it as it is.
+Other classes of transformers that build their own are refused by name. add_bos_token and add_eos_token change nothing where
 there is a tokenizer.json. One thing differs: a special token that is only a class's default, and that the vocabulary lacks, is not
 added, as no model has been trained on it.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from minilora.formats.atomic import read_json
 
-QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as published
+_QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as published
 
 _NAMES = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 _END = "<|endoftext|>"
@@ -27,13 +27,16 @@ _DEFAULTS = {
     "GPT2Tokenizer": dict.fromkeys(_NAMES[:3], _END),
     "LlamaTokenizer": dict(zip(_NAMES[:3], ("<s>", "</s>", "<unk>"), strict=True)),
     "Qwen2Tokenizer": {"unk_token": _END, "eos_token": _END, "pad_token": _END},
+    "XLMRobertaTokenizer": dict(zip(_NAMES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>"), strict=True)),
 }
 _OF_MODEL = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}
-_ALIASES = {"ElectraTokenizer": "BertTokenizer", "DistilBertTokenizer": "BertTokenizer"}
-_OTHERS = """Albert Bart Barthez BigBird Blenderbot CLIP Camembert CodeLlama Cohere DPRQuestionEncoder Deberta DebertaV2 Esmc Funnel
-GPTNeoX Gemma Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM Luke Lxmert MBart50 MBart MPNet MarkupLM MobileBert Mvp Nllb Nougat
-OpenAIGPT Pegasus Qwen3_5 Reformer RemBert RoFormer Roberta SeamlessM4T Siglip2 Splinter T5 Udop VideoPrism Whisper XGLM XLMRoberta XLNet
-FNet""".split()
+_ALIASES = dict.fromkeys(("ElectraTokenizer", "DistilBertTokenizer", "SqueezeBertTokenizer"), "BertTokenizer")
+_OTHERS = """Albert Bart Barthez Bartpho BertGeneration BertJapanese Bertweet BigBird BioGpt Blenderbot BlenderbotSmall ByT5 CLIP CTRL
+Camembert Canine Clvp CodeGen CodeLlama Cohere Cpm CpmAnt DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia Esm Esmc
+FNet FSMT FastSpeech2Conformer Flaubert Funnel GPTNeoX GPTNeoXJapanese GPTSw3 Gemma Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM
+Luke Lxmert M2M100 MBart MBart50 MLuke MPNet Marian MarkupLM Mgpstr MobileBert Mvp MyT5 Nllb Nougat OpenAIGPT PLBart Pegasus Perceiver
+Phobert Pop2Piano ProphetNet Qwen3_5 Reformer RemBert RoCBert RoFormer Roberta SeamlessM4T Siglip Siglip2 Speech2Text SpeechT5 Splinter
+T5 Tapas Tipsv2 Udop VideoPrism Vits Wav2Vec2CTC Wav2Vec2PhonemeCTC Whisper XGLM XLM XLNet""".split()
 
 
 def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
@@ -42,31 +45,11 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
     Raises ValueError naming the file for what is broken or not supported, ImportError without the extra `hf`.
     """
     library, raw = _load(file)
-    config, model, named_too, added_too = (read_json(f) if (f := file.parent / name).is_file() else {} for name in _BESIDE)
+    config, model = _beside(file, "tokenizer_config"), _beside(file, "config")
     where = file.parent / "tokenizer_config.json"
     kind = _kind(config, model, raw, where)
     tokenizers = import_tokenizers()
-
-    extra: list[Any] = _tokens(config.get("extra_special_tokens") or config.get("additional_special_tokens"), where)
-    named = {name: value for name, value in config.items() if name in _NAMES or (name.endswith("_token") and not isinstance(value, bool))}
-    named |= config["extra_special_tokens"] if isinstance(config.get("extra_special_tokens"), dict) else {}
-    listed: dict[int, Any] = {}
-    if isinstance(given := config.get("added_tokens_decoder"), dict):
-        for key, value in given.items():
-            listed[_id(key, where)] = _token({} if isinstance(value, str) else value, "added_tokens_decoder", where)
-    else:
-        where = file.parent / "special_tokens_map.json"
-        extra += [t for t in _tokens(named_too.get("extra_special_tokens"), where) if t not in extra]
-        named |= {k: {**v, "special": True} if isinstance(v, dict) else v for k, v in named_too.items() if k.endswith("_token")}
-        special = {v for v in (*named.values(), *extra) if isinstance(v, str)} | {_content(v) for v in named_too.values()}
-        if not {"extra_special_tokens", "additional_special_tokens"} & config.keys() | {"extra_special_tokens"} & named_too.keys():
-            extra = _tokens(named_too.get("additional_special_tokens"), where)
-        where = file.parent / "added_tokens.json"
-        for content, id in added_too.items():
-            kept = {"content": content, "special": content in special, "normalized": content not in special}
-            listed[_id(id, where)] = _token(kept, "a key", where)
-        listed |= {value["id"]: _token(value, "added_tokens", file) for value in raw.get("added_tokens", ())}
-    where = file.parent / "tokenizer_config.json"
+    named, extra, listed = _tokens_beside(config, raw, file)
     known = {added.content: added for added in listed.values()}
     every = library.get_vocab(with_added_tokens=True).keys() | known.keys() | {_content(value) for value in named.values()}
     named = {name: c for name, c in _DEFAULTS.get(kind, {}).items() if name not in named and c in every} | named
@@ -77,10 +60,10 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
     if kind:
         library = _built(kind, library, raw, config, names, file)
 
-    there = library.get_added_tokens_decoder().values()
-    add = [added for _, added in sorted(listed.items()) if repr(added) not in set(map(repr, there))]
-    have = {_content(added) for added in (*there, *add)}
-    for value in (*named.values(), *(_token(value, "extra_special_tokens", where) for value in extra)):
+    there = {repr(added): added.content for added in library.get_added_tokens_decoder().values()}
+    add = [added for _, added in sorted(listed.items()) if repr(added) not in there]
+    have = {*there.values(), *map(_content, add)}
+    for value in (*named.values(), *extra):
         if _content(value) not in have and value not in add:  # the same token with other options is added again, and they count
             add.append(value)
     add = [tokenizers.AddedToken(added, special=True) if isinstance(added, str) else added for added in add]
@@ -89,17 +72,57 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
     library.add_tokens(add)
     if kind == "Qwen2Tokenizer":
         library.add_tokens([tokenizers.AddedToken(content, special=True) for content in (*names.values(), *map(_content, extra))])
-    if kind == "BertTokenizer":  # whatever the post-processor of tokenizer.json is
-        around = [(mark, library.token_to_id(mark)) for name in ("cls_token", "sep_token") if (mark := names.get(name))]
+    if kind in _AROUND:  # whatever the post-processor of tokenizer.json is
+        around = [(mark, library.token_to_id(mark)) for name in _AROUND[kind] if (mark := names.get(name))]
         if len(around) < 2:
-            raise ValueError(f"{file}: BertTokenizer needs the tokens [CLS] and [SEP], which are not in the vocabulary.")
+            raise ValueError(f"{file}: {kind} needs {' and '.join(_AROUND[kind])}, which are not in the vocabulary.")
         single = f"{around[0][0]}:0 $A:0 {around[1][0]}:0"
         library.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=around)
     library.encode_special_tokens = bool(config.get("split_special_tokens"))
     return library, names, config
 
 
-_BESIDE = ("tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json")
+_MODELS = {"BertTokenizer": "WordPiece", "XLMRobertaTokenizer": "Unigram"}
+_AROUND = {"BertTokenizer": ("cls_token", "sep_token"), "XLMRobertaTokenizer": ("bos_token", "eos_token")}
+
+
+def _tokens_beside(config: dict[str, Any], raw: dict[str, Any], file: Path) -> tuple[dict[str, Any], list[Any], dict[int, Any]]:
+    """(special tokens by name, special tokens without one, added tokens by id) that the files beside a tokenizer.json give.
+
+    special_tokens_map.json, added_tokens.json and the added tokens of tokenizer.json count where there is no added_tokens_decoder.
+    """
+    given, listed, where = dict(config), {}, file.parent / "tokenizer_config.json"
+    if "additional_special_tokens" in given and not given.get("extra_special_tokens"):
+        given["extra_special_tokens"] = given.pop("additional_special_tokens")
+    of_model = dict(given.get("model_specific_special_tokens") or {}) | _pop_named(given)
+    if isinstance(decoder := config.get("added_tokens_decoder"), dict):
+        for key, value in decoder.items():
+            listed[_id(key, where)] = _token({} if isinstance(value, str) else value, "added_tokens_decoder", where)
+    else:
+        special = set()
+        for name, value in _beside(file, "special_tokens_map").items():
+            special.add(_content(value))
+            if name != "extra_special_tokens":
+                given[name] = {**value, "special": True} if isinstance(value, dict) else value
+            else:
+                given[name] = [*(given.get(name) or ()), *value] if isinstance(value, list) else value
+        of_model |= _pop_named(given)
+        special |= {text for text in (*given.values(), *_tokens(given.get("extra_special_tokens"), where)) if isinstance(text, str)}
+        for content, id in _beside(file, "added_tokens").items():
+            kept = {"content": content, "special": content in special, "normalized": content not in special}
+            listed[_id(id, file.parent / "added_tokens.json")] = _token(kept, "a key", file.parent / "added_tokens.json")
+        listed |= {value["id"]: _token(value, "added_tokens", file) for value in raw.get("added_tokens", ())}
+    extra = _tokens(given.get("extra_special_tokens", given.get("additional_special_tokens")), where)
+    named = {name: value for name, value in given.items() if name in _NAMES or (name.endswith("_token") and isinstance(value, str | dict))}
+    if clash := of_model.keys() & {"template", "messages", "add_generation_prompt", "tools", "documents", "ends"}:
+        raise ValueError(f"{where}: a special token cannot have the name {min(clash)!r}, which means something else in a chat template.")
+    return named | of_model, [_token(value, "extra_special_tokens", where) for value in extra], listed
+
+
+def _beside(file: Path, name: str) -> dict[str, Any]:
+    """The JSON file of this name in the folder of a tokenizer.json; {} where there is none."""
+    beside = file.parent / f"{name}.json"
+    return read_json(beside) if beside.is_file() else {}
 
 
 def _kind(config: dict[str, Any], model: dict[str, Any], raw: dict[str, Any], where: Path) -> str:
@@ -120,7 +143,7 @@ def _kind(config: dict[str, Any], model: dict[str, Any], raw: dict[str, Any], wh
 
 def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any], names: dict[str, str], file: Path) -> Any:
     """What a class of transformers makes of the vocabulary and the post-processor of tokenizer.json."""
-    wanted, model = "WordPiece" if kind == "BertTokenizer" else "BPE", type(library.model).__name__
+    wanted, model = _MODELS.get(kind, "BPE"), type(library.model).__name__
     if model != wanted:
         raise ValueError(
             f"{file}: its model is {model}, but {kind} needs {wanted}; "
@@ -134,6 +157,13 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
             chinese, lowercase = config.get("tokenize_chinese_chars", True), config.get("do_lower_case", True)
             built.normalizer = t.normalizers.BertNormalizer(True, chinese, config.get("strip_accents"), lowercase)
             built.pre_tokenizer, built.decoder = t.pre_tokenizers.BertPreTokenizer(), t.decoders.WordPiece(prefix="##")
+        elif kind == "XLMRobertaTokenizer":
+            built = t.Tokenizer(t.models.Unigram([(piece, score) for piece, score in vocab], unk_id=3, byte_fallback=False))
+            if (table := next(_charsmaps(raw), None)) is not None:
+                built.normalizer = t.normalizers.Precompiled(table)
+            spaces = {"replacement": "▁", "prepend_scheme": "always" if config.get("add_prefix_space", True) else "never"}
+            steps = [t.pre_tokenizers.WhitespaceSplit(), t.pre_tokenizers.Metaspace(**spaces)]
+            built.pre_tokenizer, built.decoder = t.pre_tokenizers.Sequence(steps), t.decoders.Metaspace(**spaces)
         elif kind == "LlamaTokenizer":
             built = t.Tokenizer(t.models.BPE(vocab, merges, fuse_unk=True, byte_fallback=True))
             scheme = "never" if space is False else "always" if config.get("legacy") else "first"
@@ -142,15 +172,23 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
             built.decoder = t.decoders.Sequence([t.decoders.Replace("▁", " "), t.decoders.ByteFallback(), t.decoders.Fuse(), *strip])
         else:
             built = t.Tokenizer(t.models.BPE(vocab, merges))
-            built.pre_tokenizer, built.decoder = t.pre_tokenizers.ByteLevel(add_prefix_space=space or False), t.decoders.ByteLevel()
-        if kind == "Qwen2Tokenizer":
-            built.normalizer, split = t.normalizers.NFC(), t.pre_tokenizers.Split(t.Regex(QWEN2), behavior="isolated")
-            in_bytes = t.pre_tokenizers.ByteLevel(add_prefix_space=space or False, use_regex=False)
-            built.pre_tokenizer = t.pre_tokenizers.Sequence([split, in_bytes])
+            split_in_bytes(built, "qwen2" if kind == "Qwen2Tokenizer" else "gpt-2", space or False)
         built.post_processor = library.post_processor or t.processors.TemplateProcessing(single="$A:0")
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"{file}: a {kind} cannot be made of it and the tokenizer_config.json beside it ({error}).") from None
     return built
+
+
+def split_in_bytes(library: Any, pre: str, add_prefix_space: bool = False) -> None:
+    """Makes a byte-level BPE split text as "gpt-2" does, as "smollm" (every digit apart), or by the expression of "qwen2"."""
+    t = import_tokenizers()
+    steps = [t.pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=pre != "qwen2")]
+    if pre == "smollm":
+        steps.insert(0, t.pre_tokenizers.Digits(individual_digits=True))
+    if pre == "qwen2":
+        library.normalizer = t.normalizers.NFC()
+        steps.insert(0, t.pre_tokenizers.Split(t.Regex(_QWEN2), behavior="isolated"))
+    library.pre_tokenizer, library.decoder = t.pre_tokenizers.Sequence(steps), t.decoders.ByteLevel()
 
 
 def _token(value: Any, name: str, where: Path) -> Any:
@@ -171,10 +209,16 @@ def _token(value: Any, name: str, where: Path) -> Any:
 _OPTIONS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
+def _pop_named(given: dict[str, Any]) -> dict[str, Any]:
+    """The extra special tokens that have names; they are taken out of `given`."""
+    extra = given.get("extra_special_tokens")
+    return given.pop("extra_special_tokens") if isinstance(extra, dict) else {}
+
+
 def _tokens(value: Any, where: Path) -> list[Any]:
-    if not isinstance(value, (list, dict, type(None))):
+    if not isinstance(value, list | None):
         raise ValueError(f"{where}: the extra special tokens must be a list, got {value!r:.60}.")
-    return list(value) if isinstance(value, list) else []
+    return value or []
 
 
 def _content(value: Any) -> str:
@@ -193,21 +237,26 @@ def _id(value: Any, where: Path) -> int:
 def _load(file: Path) -> tuple[Any, dict[str, Any]]:
     """(the library's object, the JSON) of a tokenizer.json."""
     tokenizers, raw = import_tokenizers(), read_json(file)
-    normalizer = raw.get("normalizer") or {}
-    for step in (normalizer, *(normalizer.get("normalizers") or ())) if isinstance(normalizer, dict) else ():
-        if isinstance(step, dict) and isinstance(charsmap := step.get("precompiled_charsmap"), str):
-            try:
-                start = base64.b64decode(charsmap)[:4]  # how many bytes of a table follow: the library believes any number
-            except ValueError:
-                start = b""
-            size = int.from_bytes(start, "little")
-            if len(start) < 4 or size % 4 or size > 3 * len(charsmap) // 4:
-                raise ValueError(f"{file}: the precompiled_charsmap of its normalizer is broken.")
+    for table in _charsmaps(raw):
+        size = int.from_bytes(table[:4], "little")  # how many bytes follow: the library believes any number
+        if len(table) < 4 or size % 4 or size > len(table) - 4:
+            raise ValueError(f"{file}: the precompiled_charsmap of its normalizer is broken.")
     with library_errors(file):
         try:
             return tokenizers.Tokenizer.from_file(str(file)), raw
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{file} is not a tokenizer that the tokenizers library can read ({error}).") from None
+
+
+def _charsmaps(raw: dict[str, Any]) -> Iterator[bytes]:
+    """The tables of characters that the normalizer of a tokenizer.json exchanges, as SentencePiece compiles them."""
+    normalizer = raw.get("normalizer") or {}
+    for step in (normalizer, *(normalizer.get("normalizers") or ())) if isinstance(normalizer, dict) else ():
+        if isinstance(step, dict) and isinstance(charsmap := step.get("precompiled_charsmap"), str):
+            try:
+                yield base64.b64decode(charsmap)
+            except ValueError:
+                yield b""
 
 
 @contextmanager

@@ -48,41 +48,36 @@ def example_maker(
     """A function (file, line, record) -> Example, that raises ValueError naming file and line."""
     label = reader(labels or ())
 
-    def classify(file: Path, line: int, record: dict[str, Any]) -> Example:
-        ids, cut = _classified(tokenizer, _text(file, line, record, "text", "classify"), max_length)
-        return Example(ids, np.array([label(file, line, record)]), per_sequence=True, cut=cut)
+    def made(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, bool]:
+        if task == "classify":
+            ids, cut = _classified(tokenizer, _text(record, "text", task), max_length)
+            return ids, np.zeros(0, dtype=bool), cut
+        if "messages" in record:
+            beside = {name: record[name] for name in ("tools", "documents") if record.get(name) is not None}
+            return _conversation(tokenizer, record["messages"], template, max_length, mask_prompt, beside)
+        if "prompt" in record and "completion" in record:
+            return _completion(tokenizer, _text(record, "prompt", task), _text(record, "completion", task), max_length, mask_prompt)
+        ids = tokenizer.encode_prompt(_text(record, "text", task))
+        return ids[: max_length + 1], np.ones(min(len(ids), max_length + 1), dtype=bool), len(ids) > max_length + 1
 
-    def lm(file: Path, line: int, record: dict[str, Any]) -> Example:
+    def example(file: Path, line: int, record: dict[str, Any]) -> Example:
         try:
-            if "messages" in record:
-                beside = {name: record[name] for name in ("tools", "documents") if record.get(name) is not None}
-                ids, learnt, cut = _conversation(tokenizer, record["messages"], template, max_length, mask_prompt, beside)
-            elif "prompt" in record and "completion" in record:
-                prompt, completion = (_text(file, line, record, name, "lm") for name in ("prompt", "completion"))
-                ids, learnt, cut = _completion(tokenizer, prompt, completion, max_length, mask_prompt)
-            else:
-                ids = tokenizer.encode_prompt(_text(file, line, record, "text", "lm"))
-                ids, cut = ids[: max_length + 1], len(ids) > max_length + 1
-                learnt = np.ones(len(ids), dtype=bool)
-        except _Unusable as error:
+            ids, learnt, cut = made(record)
+        except ValueError as error:
             raise ValueError(f"{file}, line {line}: {error}") from None
+        if task == "classify":
+            return Example(ids, np.array([label(file, line, record)]), per_sequence=True, cut=cut)
         if not learnt[1:].any():
             what = f"nothing to learn is left within {max_length} tokens" if cut else "there is nothing to learn from so short a text"
             raise ValueError(f"{file}, line {line}: {what}.")
         return Example(ids[:-1], np.where(learnt[1:], ids[1:], IGNORE), cut=cut)  # row t predicts token t + 1
 
-    return classify if task == "classify" else lm
-
-
-class _Unusable(ValueError):
-    """What is wrong with a record, without the file and the line."""
+    return example
 
 
 def _completion(tokenizer: Tokenizer, prompt: str, completion: str, max_length: int, mask: bool) -> tuple[np.ndarray, np.ndarray, bool]:
     """(ids, which of them are to be learnt, was it cut) of a prompt and what follows it."""
-    if not completion.strip():
-        raise _Unusable("the completion is empty: there is nothing to learn.")
-    ids, (n, _) = encode_pieces(tokenizer, [prompt, completion])
+    ids, n = encode_pair(tokenizer, prompt, completion)
     begun, bos = tokenizer.begin(ids), len(tokenizer.prefix)
     n += len(begun) - len(ids)
     head, tail = begun[:n], begun[n:]
@@ -97,7 +92,7 @@ def _completion(tokenizer: Tokenizer, prompt: str, completion: str, max_length: 
 
 
 def _conversation(
-    tokenizer: Tokenizer, messages: Any, template: str | None, max_length: int, mask: bool, beside: dict[str, Any] | None = None
+    tokenizer: Tokenizer, messages: Any, template: str | None, max_length: int, mask: bool, beside: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """(ids, which of them are to be learnt, was it cut) of messages: what the assistant wrote, each turn with its end token.
 
@@ -106,26 +101,22 @@ def _conversation(
     template itself marks the answer. Turns that begin after the first max_length tokens are not looked for.
     """
     if not isinstance(messages, list) or not messages:
-        raise _Unusable('"messages" must be a list of {"role", "content"} objects that is not empty.')
-    room, more = max_length + 1, {**tokenizer.special_tokens, **(beside or {})}
-    try:
-        text, spans = assistant_spans(template, messages, ends=list(tokenizer.added), **more)
-        answers = [message for message in messages if message["role"] == "assistant"]
-        if not any((message.get("content") or "").strip() or message.get("tool_calls") for message in answers):
-            raise _Unusable("no message of the assistant has any content: there is nothing to learn.")
-        if not mask and any(message.get(name) in (0, False) for message in answers for name in ("weight", "train")):
-            raise _Unusable('a message that is not to be learnt ("weight", "train") needs the mask: leave out --no-mask-prompt.')
-        _check_unicode(text, "messages")
-        ids = tokenizer.encode(text, add_special=False)
-        learnt = np.full(min(len(ids), room), not mask)
-        first, past = tokenizer.offsets(text)[:room].T  # of each token, in characters
-        for start, end in spans if mask else ():
-            if start >= past.max(initial=0):
-                break
-            reaches = np.flatnonzero((first < end) & (past > start) & ((past <= end) | marks_answers(template)))
-            learnt[reaches.min(initial=len(ids)) : reaches.max(initial=-1) + 1] = True
-    except ValueError as error:
-        raise _Unusable(str(error)) from None
+        raise ValueError('"messages" must be a list of {"role", "content"} objects that is not empty.')
+    room = max_length + 1
+    text, spans = assistant_spans(template, messages, ends=list(tokenizer.added), **tokenizer.special_tokens, **beside)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not any((message.get("content") or "").strip() or message.get("tool_calls") for message in answers):
+        raise ValueError("no message of the assistant has any content: there is nothing to learn.")
+    if not mask and any(message.get(name) in (0, False) for message in answers for name in ("weight", "train")):
+        raise ValueError('a message that is not to be learnt ("weight", "train") needs the mask: leave out --no-mask-prompt.')
+    ids = tokenizer.encode(text, add_special=False)
+    learnt = np.full(min(len(ids), room), not mask)
+    first, past = tokenizer.offsets(text)[:room].T  # of each token, in characters
+    for start, end in spans if mask else ():
+        if start >= past.max(initial=0):
+            break
+        reaches = np.flatnonzero((first < end) & (past > start) & ((past <= end) | marks_answers(template)))
+        learnt[reaches.min(initial=len(ids)) : reaches.max(initial=-1) + 1] = True
     return ids[:room], learnt, len(ids) > room
 
 
@@ -141,35 +132,26 @@ def _classified(tokenizer: Tokenizer, text: str, max_length: int) -> tuple[np.nd
     return np.concatenate([ids[:before], body[:room], after])[:max_length], True
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[np.ndarray, list[int]]:
-    """(ids of the pieces joined, where each ends in them); no special tokens are added.
+def encode_pair(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[np.ndarray, int]:
+    """(ids of both joined, how many are the prompt's); no special tokens are added.
 
-    A text up to the end of a piece is what a model is given when it has to write the next one. So its ids must be the beginning of the
-    whole's: mostly the whole is simply encoded. Where a merge would reach across the boundary ("is " + "Paris", where " Paris" is one
-    token), the ids up to it stay, and the next piece is encoded so that both together spell the whole text: by itself or, where the
-    tokenizer puts a space before a text, behind a character that is taken away again. Where neither spells it (a normalizer composes
-    characters across the boundary), the ids are the whole's, and the token on the boundary belongs to the next piece.
+    The prompt is what a model is given when it has to write the completion, so its ids must be the beginning of the whole's: mostly
+    the whole is simply encoded. Where a merge would reach across the boundary ("is " + "Paris", where " Paris" is one token), the
+    prompt's ids stay, and the completion is encoded so that both together spell the whole text: by itself or, where the tokenizer
+    puts a space before a text, behind a character that is taken away again. Where neither spells it (a normalizer composes
+    characters across the boundary), the ids are the whole's, and the token on the boundary belongs to the completion.
     """
-    ids, text = np.empty(0, dtype=np.int64), ""
-    ends: list[int] = []
-    for piece in pieces:
-        text += piece
-        whole = tokenizer.encode(text, add_special=False)
-        if not np.array_equal(whole[: len(ids)], ids):
-            joined = (np.concatenate([ids, tail]) for tail in _continued(tokenizer, piece))
-            spelled = tokenizer.decode(whole)
-            if (found := next((both for both in joined if tokenizer.decode(both) == spelled), None)) is not None:
-                whole = found
-            else:
-                alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, ids, strict=False)))
-                ends = [min(end, alike) for end in ends]
-        ids = whole
-        ends.append(len(ids))
-    return ids, ends
+    ids, whole = (tokenizer.encode(text, add_special=False) for text in (prompt, prompt + completion))
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, ids, strict=False)))
+    if alike < len(ids):
+        spelled, joined = tokenizer.decode(whole), (np.concatenate([ids, tail]) for tail in _continued(tokenizer, completion))
+        if (found := next((both for both in joined if tokenizer.decode(both) == spelled), None)) is not None:
+            return found, len(ids)
+    return whole, alike
 
 
 def _continued(tokenizer: Tokenizer, piece: str) -> Iterator[np.ndarray]:
-    """Ways to encode a piece that stands behind another: by itself, and without what a tokenizer puts before the first word."""
+    """Ways to encode a text that stands behind another: by itself, and without what a tokenizer puts before the first word."""
     yield tokenizer.encode(piece, add_special=False)
     for guard in "\n|0a":
         alone, both = (tokenizer.encode(text, add_special=False) for text in (guard, guard + piece))
@@ -177,26 +159,13 @@ def _continued(tokenizer: Tokenizer, piece: str) -> Iterator[np.ndarray]:
             yield both[len(alone) :]
 
 
-def _text(file: Path, line: int, record: dict[str, Any], name: str, task: str) -> str:
-    """A field that must be text. Raises ValueError naming file and line."""
-    where = f"{file}, line {line}:"
+def _text(record: dict[str, Any], name: str, task: str) -> str:
+    """A field that must be text. Raises ValueError."""
     if name not in record:
-        has = ", ".join(map(repr, record)) or "none"
-        raise ValueError(f"{where} expected {WANTED[task]}; it has {has}.")
+        raise ValueError(f"expected {WANTED[task]}; it has {', '.join(map(repr, record)) or 'none'}.")
     value = record[name]
     if not isinstance(value, str):
-        raise ValueError(f"{where} {name!r} must be text, got {value!r:.60}.")
+        raise ValueError(f"{name!r} must be text, got {value!r:.60}.")
     if name != "prompt" and not value.strip():
-        raise ValueError(f"{where} the {name} is empty: there is nothing to learn.")
-    try:
-        _check_unicode(value, name)
-    except ValueError as error:
-        raise ValueError(f"{where} {error}") from None
+        raise ValueError(f"the {name} is empty: there is nothing to learn.")
     return value
-
-
-def _check_unicode(text: str, name: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name!r} holds half of a surrogate pair at character {error.start}, which is no text.") from None
