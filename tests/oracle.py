@@ -5,9 +5,10 @@ import warnings
 import numpy as np
 from golden import make_models
 from safetensors.numpy import load_file, save_file
+from small_tokenizers import BPE, library_wordpiece
 
 import minilora as ml
-from minilora.formats.atomic import write_json
+from minilora.formats.atomic import read_json, write_json
 from minilora.lora import lora_layers
 
 GOLDEN = load_file(make_models.FILE)
@@ -35,6 +36,25 @@ def write_checkpoint(name, folder, dtype="float64", **config):
         {"model_type": name, "architectures": [ARCHITECTURES[name]], **make_models.CONFIGS[name], **labels, **config},
     )
     save_file({key: value.astype(dtype) for key, value in part(name, "weights").items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def bare_bert(folder):
+    """The golden BERT without its head, as sentence encoders are published, with a tokenizer."""
+    write_checkpoint("bert", folder)
+    weights = {name.removeprefix("bert."): value for name, value in part("bert", "weights").items() if name.startswith("bert.")}
+    raw = {name: value for name, value in read_json(folder / "config.json").items() if name != "id2label"}
+    write_json(folder / "config.json", raw | {"architectures": ["BertModel"]})
+    save_file({name: value.astype("float32") for name, value in weights.items()}, folder / "model.safetensors")
+    library_wordpiece().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def small_llama(folder):
+    """A random Llama with the tokenizer BPE."""
+    sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1}
+    ml.save_model(ml.Llama(ml.LlamaConfig(vocab_size=BPE.vocab_size, max_position_embeddings=96, **sizes), rng=0), folder)
+    BPE.save(folder)
     return folder
 
 

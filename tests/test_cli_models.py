@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import oracle
 import pytest
-from small_tokenizers import BPE, CHATML, library_wordpiece
+from small_tokenizers import CHATML, library_wordpiece
 
 import minilora as ml
 from minilora.cli import main
@@ -45,21 +45,12 @@ def cwd(tmp_path, monkeypatch):
 
 @pytest.fixture
 def bert(cwd):
-    """An encoder without a head, as sentence encoders are published."""
-    folder = oracle.write_checkpoint("bert", cwd / "bert")
-    weights = {name.removeprefix("bert."): value for name, value in oracle.part("bert", "weights").items() if name.startswith("bert.")}
-    raw = {name: value for name, value in read_json(folder / "config.json").items() if name != "id2label"}
-    write_json(folder / "config.json", raw | {"architectures": ["BertModel"]})
-    oracle.save_file({name: value.astype("float32") for name, value in weights.items()}, folder / "model.safetensors")
-    library_wordpiece().save(str(folder / "tokenizer.json"))
-    return folder
+    return oracle.bare_bert(cwd / "bert")
 
 
 @pytest.fixture
 def llama(cwd):
-    sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1}
-    ml.save_model(ml.Llama(ml.LlamaConfig(vocab_size=BPE.vocab_size, max_position_embeddings=96, **sizes), rng=0), cwd / "llama")
-    BPE.save(cwd / "llama")
+    oracle.small_llama(cwd / "llama")
     (cwd / "llama" / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')  # no chat template
     return cwd / "llama"
 

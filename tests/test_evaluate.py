@@ -38,22 +38,12 @@ def run(capsys):
 
 @pytest.fixture
 def bert(cwd):
-    """An encoder without a head."""
-    folder = oracle.write_checkpoint("bert", cwd / "bert")
-    weights = {name.removeprefix("bert."): value for name, value in oracle.part("bert", "weights").items() if name.startswith("bert.")}
-    raw = {name: value for name, value in read_json(folder / "config.json").items() if name != "id2label"}
-    write_json(folder / "config.json", raw | {"architectures": ["BertModel"]})
-    oracle.save_file({name: value.astype("float32") for name, value in weights.items()}, folder / "model.safetensors")
-    library_wordpiece().save(str(folder / "tokenizer.json"))
-    return folder
+    return oracle.bare_bert(cwd / "bert")
 
 
 @pytest.fixture
 def llama(cwd):
-    sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1}
-    ml.save_model(ml.Llama(ml.LlamaConfig(vocab_size=BPE.vocab_size, max_position_embeddings=96, **sizes), rng=0), cwd / "llama")
-    BPE.save(cwd / "llama")
-    return cwd / "llama"
+    return oracle.small_llama(cwd / "llama")
 
 
 def write(path, records):
@@ -353,9 +343,9 @@ def test_the_seed_reaches_the_head(bert, data, cwd, run):
         ({"labels": [1, 2, 3]}, "run.json: labels must be a list of names"),
         ({"configuration": {"dtype": "x"}}, "run.json: dtype must be one of"),
         ({"configuration": {"quantize": 1}}, "run.json: quantize must be one of"),
-        ({"configuration": {"window": "7"}}, "window must be of type int"),
+        ({"configuration": {"window": "7"}}, "window must be an integer"),
         ({"configuration": {"window": -7}}, "window must be at least 1"),
-        ({"configuration": {"seed": None}}, "seed must be of type int"),
+        ({"configuration": {"seed": None}}, "seed must be an integer"),
         ({"results": {"after": {}}}, "run.json: results.headline must be a name"),
         ({"results": {"after": [], "before": 3, "headline": "loss"}}, "run.json: results.before must be an object with 'loss'"),
         ({"trained_on": "x"}, "run.json: trained_on must be an object"),

@@ -253,7 +253,7 @@ class Check:
         elif not size:
             entry.remark = "every gradient is zero here; choose another x"
         elif skipped:
-            entry.remark = f"{skipped} coordinates left out: at a kink, or y varies too fast there"
+            entry.remark = f"left out {skipped} of {skipped + len(at)}: at a kink, or y varies too fast there"
         return entry
 
     def joint_direction(self) -> Entry:

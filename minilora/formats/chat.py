@@ -58,15 +58,17 @@ def find_chat_template(folder: str | Path) -> str | None:
     return named.get("default")
 
 
-def render_chat(template: str | None, messages: Messages, add_generation_prompt: bool = False, **more: Any) -> str:
+def render_chat(
+    template: str | None, messages: Messages, add_generation_prompt: bool = False, bos_token: str = "", eos_token: str = "", **more: Any
+) -> str:
     """The conversation as text; with `add_generation_prompt` also what stands before an answer of the assistant.
 
-    `more`: tools and documents (lists of objects), and the special tokens that a template may write (bos_token, eos_token, ...), as
+    `more`: tools and documents (lists of objects), and the other special tokens that a template may write (pad_token, ...), as
     `Tokenizer.special_tokens` gives them. Encode the text with add_special=False: the template writes the special tokens itself; those
     that a message spells are read as such too, as in transformers. Raises ValueError when there is no template, when it is broken,
     refuses the messages or tries to leave its sandbox; ImportError when jinja2 is missing.
     """
-    return _render(template, messages, add_generation_prompt, more)[0]
+    return _render(template, messages, add_generation_prompt, {"bos_token": bos_token, "eos_token": eos_token, **more})[0]
 
 
 def _render(template: str | None, messages: Messages, prompt: bool, more: dict[str, Any]) -> tuple[str, list[Span]]:
@@ -113,7 +115,9 @@ def marks_answers(template: str | None) -> bool:
     return template is not None and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
-def assistant_spans(template: str | None, messages: Messages, *, ends: Sequence[str] = (), **more: Any) -> tuple[str, Iterator[Span]]:
+def assistant_spans(
+    template: str | None, messages: Messages, bos_token: str = "", eos_token: str = "", *, ends: Sequence[str] = (), **more: Any
+) -> tuple[str, Iterator[Span]]:
     """(the whole text, the spans of what the assistant wrote), one after the other as they are asked for; `more` as in `render_chat`.
 
     Where the template has {% generation %} blocks, these are the spans, as in transformers. Else a turn begins after what the template
@@ -123,6 +127,8 @@ def assistant_spans(template: str | None, messages: Messages, *, ends: Sequence[
     where the assistant begins, a turn is what changes in the whole text with another content, and the end token behind it.
     A message with "weight": 0 or "train": false has no span. Raises ValueError as `render_chat`, and when a content is not found.
     """
+
+    more |= {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(messages: Messages, prompt: bool = False) -> str:
         return _render(template, messages, prompt, more)[0]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minilora.formats.fetch import BUNDLED
 from minilora.formats.run import open_model, record_of, tokenizer_of
+from minilora.models.config_file import check_types
 from minilora.models.generate import context_length
 from minilora.training.recipe import Recipe, threads_for
 from minilora.training.tasks import Task, measure, measuring_task
@@ -75,12 +76,9 @@ def recipe_of(record: dict[str, Any], run: str) -> Recipe:
     """What a run.json says of the data and how they are measured, as a recipe; without a run.json the defaults. Raises ValueError."""
     asked = record.get("configuration") or {}
     names = set("model data task window mask_prompt encoding seed train_size eval_size eval_bytes batch_size tokens_per_batch".split())
-    known = {field.name: field.type for field in fields(Recipe) if field.name in names & asked.keys()}
-    for name, kind in known.items():
-        kinds = {"int": int, "str": str, "bool": bool, "None": type(None)}
-        if type(asked[name]) not in [kinds[part] for part in str(kind).split(" | ")]:
-            raise ValueError(f"the run.json of {run}: {name} must be of type {kind}, got {asked[name]!r:.60}.")
+    known = {name: asked[name] for name in names & asked.keys()}
+    check_types(Recipe, known, f"the run.json of {run}")
     try:
-        return Recipe(**{name: asked[name] for name in known})
+        return Recipe(**known)
     except ValueError as error:
         raise ValueError(f"the run.json of {run}: {error}") from None

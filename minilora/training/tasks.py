@@ -28,7 +28,7 @@ from minilora.training.few_sample import few
 from minilora.training.labels import class_names
 from minilora.training.metrics import classification_metrics, pearson, perplexity
 from minilora.training.recipe import Recipe
-from minilora.training.records import SPLITS, is_dataset, note, read_bytes, read_records, split_files
+from minilora.training.records import SPLITS, is_dataset, listed, note, read_bytes, read_records, split_files
 from minilora.training.text import read_text, split_text, stdlib_source
 
 
@@ -108,7 +108,7 @@ def _names_for(labels: Sequence[str], recipe: Recipe) -> Sequence[str]:
     names = class_names(file, records) if file else []
     if len(names) != len(labels) or all(name in labels or name.isdecimal() for name in names):
         return labels
-    note(f"{recipe.model} does not name its {len(labels)} classes; they are taken to be {', '.join(names)}, in this order.")
+    note(f"{recipe.model} does not name its {len(labels)} classes; they are taken to be {listed(names, 40)}, in this order.")
     return names
 
 
