@@ -93,9 +93,9 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
             before = ""
 
     drawing = {"top_k": args.top_k, "top_p": args.top_p, "stop": args.stop or ()}
-    told = generate_text(model, tokenizer, ids, args.tokens, args.temperature, args.seed, **drawing, show=show)
+    result = generate_text(model, tokenizer, ids, args.tokens, args.temperature, args.seed, **drawing, show=show)
     show("\n")
-    return {"prompt": prompt, **told}
+    return {"prompt": prompt, **result}
 
 
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
@@ -172,9 +172,14 @@ def _recipe(args: argparse.Namespace) -> Any:
     """The recipe that the flags ask for."""
     from dataclasses import fields
 
-    from minilora.training.recipe import Recipe
+    from minilora.training.recipe import WITHOUT_EFFECT, Recipe
 
-    return Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe) if getattr(args, field.name, None) is not None})
+    given = {field.name: getattr(args, field.name) for field in fields(Recipe) if getattr(args, field.name, None) is not None}
+    recipe = Recipe(**given)
+    what, names = WITHOUT_EFFECT[recipe.kind]
+    for name in sorted(given.keys() & set(names.split())):
+        print(f"--{name.replace('_', '-')} has no effect on {what}.", file=sys.stderr)
+    return recipe
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------------
@@ -209,7 +214,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         add = p.add_argument
         add("--model", help="a model folder, a .gguf file, an id of the hub (default: the bundled one, pydoc)")
         add("--data", metavar="PATH", help="text or records, a file or a folder (default: the standard library's source)")
-        add("--task", choices=TASKS, help="go on with a text, or tell its class (default: lm)")
+        add("--task", choices=TASKS, help="continue a text, or classify it (default: lm)")
         add("--method", choices=METHODS, help="what to train (default: lora)")
         add("--peft-type", choices=("LORA", "VERA"), help="the kind of adapter (default: LORA; VERA wants an r of 256)")
         add("--r", "--rank", type=int, metavar="R", help="rank of the adapters (default: 8)")
@@ -218,7 +223,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         add("--use-rslora", action="store_const", const=True, help="scale by alpha / sqrt(r) instead")
         add("--use-dora", action="store_const", const=True, help="train the magnitudes of W's columns apart from their directions")
         add("--init-lora-weights", "--init", metavar="HOW", help="initialiser of A and B: gaussian, pissa, olora, eva, lora_ga, loftq")
-        add("--quantize", choices=("nf4", "float16", "bfloat16"), help="keep the frozen weights of linear layers in so many bits")
+        add("--quantize", choices=("nf4", "float16", "bfloat16"), help="quantize the frozen weights of linear layers")
         add("--dtype", choices=DTYPES, help="of activations and frozen matrices (default: float32)")
         add("--loraplus-lr-ratio", type=float, metavar="X", help="learning rate of B over that of A (LoRA+; default: 1)")
         add("--optimizer", choices=OPTIMIZERS, help="AdamW, or a relative that knows A and B (default: adamw)")

@@ -250,6 +250,13 @@ def test_epochs_read_every_text_and_take_the_steps_of_transformers(n, size, accu
     assert sum(step["tokens"] for step in steps[:each]) == n * per_text
 
 
+def test_a_setting_that_the_data_do_not_read_is_named(bert, llama, data, run):
+    run("finetune", *RUNS["classes"][0], *FAST, "--out", "run", "--eval-bytes", 100, "--mask-prompt")
+    assert "--eval-bytes has no effect on texts with a class.\n--mask-prompt has no effect on texts with a class.\n" in run.err
+    run("finetune", *RUNS["pairs"][0], *FAST, "--out", "run2", "--batch-size", 4)
+    assert "--batch-size has no effect on records to continue.\n" in run.err
+
+
 # ---- heads ---------------------------------------------------------------------------------------------------------------------------
 
 

@@ -96,13 +96,13 @@ def largest_changes(base: Layer, tuned: Layer) -> dict[str, float]:
     for here, there, which in ((first, second, "second"), (second, first, "first")):
         if missing := [path for path in here if path not in there]:
             raise ValueError(f"the models are not of one kind: {missing[0]} is missing in the {which}.")
-    told = {}
+    changes = {}
     for path, W in first.items():
         ours, theirs = W(), second[path]()
         if ours.shape != theirs.shape:
             raise ValueError(f"the models are not of one kind: {path} is {ours.shape} in the first, and {theirs.shape} in the second.")
-        told[path] = 0.0 if ours is theirs else float(abs(theirs - ours).max())
-    return told
+        changes[path] = 0.0 if ours is theirs else float(abs(theirs - ours).max())
+    return changes
 
 
 def _weights(model: Layer) -> dict[str, Callable[[], Array]]:

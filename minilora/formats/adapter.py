@@ -82,7 +82,7 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
     """Inject the adapter in a folder into a base model. Returns its configuration.
 
     Everything is checked before the model is touched, and every tensor is loaded: the base's own weights that a file has along are
-    trained whole (modules_to_save) where they differ from those of the model. An adapter of a model without its head is recognised.
+    fully trained (modules_to_save) where they differ from those of the model. An adapter of a model without its head is recognised.
     allow_other_weights: take an adapter that was trained on other weights, and say so on standard error. That it was trained on a
     rounded or quantized copy is said in any case. Raises FileNotFoundError; ValueError when the configuration asks for what is
     not supported, or when the adapter was made for another model.

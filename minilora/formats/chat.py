@@ -81,16 +81,16 @@ def _render(template: str | None, messages: Messages, prompt: bool, more: dict[s
     for name in ("tools", "documents"):
         if not isinstance(value := more.get(name) or [], list) or not all(isinstance(item, dict) for item in value):
             raise ValueError(f'"{name}" must be a list of objects.')
-    told = {"tools": None, "documents": None}  # templates ask whether there are any
-    told |= {name: value for name, value in more.items() if value not in (None, "")}
+    context = {"tools": None, "documents": None}  # templates ask whether there are any
+    context |= {name: value for name, value in more.items() if value not in (None, "")}
     try:
-        plain = json.dumps({**told, "messages": [_plain(message) for message in messages]}, ensure_ascii=False)
+        plain = json.dumps({**context, "messages": [_plain(message) for message in messages]}, ensure_ascii=False)
     except (TypeError, ValueError):
         raise ValueError("messages must hold nothing but strings, numbers, lists and objects.") from None
     compiled, marks = _compile(template), f"[{''.join(_MARKS)}]"
     if (marked := marks_answers(template)) and re.search(marks, plain):
         raise ValueError(f"messages must not hold the noncharacters {' and '.join(map(ascii, _MARKS))}.")
-    with _told():
+    with _in_one_sentence():
         text = compiled.render(**json.loads(plain), add_generation_prompt=prompt)  # plain data: no object with methods gets in
     pieces = re.split(marks, text) if marked else [text]
     bounds = list(accumulate(map(len, pieces)))
@@ -141,7 +141,7 @@ def assistant_spans(
             return text, iter(marked)
         if len(answers) != len(marked):
             raise ValueError('the chat template does not mark every answer, so that "weight" and "train" cannot be honoured.')
-        return text, (span for span, wanted in zip(marked, answers, strict=True) if wanted)
+        return text, (span for span, learns in zip(marked, answers, strict=True) if learns)
 
     def past_mark(rest: str) -> int:
         """The character after the last special token; 0 where there is none."""
@@ -170,7 +170,7 @@ def assistant_spans(
                 shared = _common(rest, text[end:])
                 return (start, end), shared if shared == rest else shared[: past_mark(shared)]
         raise ValueError(
-            f"the chat template does not write message {i + 1} as it is, so its tokens cannot be told from the rest; "
+            f"the chat template does not write message {i + 1} as it is, so its tokens are not found; "
             "let every conversation end with its first answer, or learn from all of it (--no-mask-prompt)."
         )
 
@@ -275,7 +275,7 @@ def _compile(template: str) -> Any:
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, namespace=PlainNamespace, dict=plain_dict)
-    with _told():
+    with _in_one_sentence():
         return environment.from_string(template)
 
 
@@ -291,7 +291,7 @@ def _check_version() -> None:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _in_one_sentence() -> Iterator[None]:
     """Turns whatever a template raises into a ValueError of one sentence."""
     from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 

@@ -84,9 +84,9 @@ def _snapshot(hub_id: str, download: bool) -> Path:
         raise ImportError(
             f"there is no folder {hub_id}, and to fetch it from the hub takes huggingface_hub: pip install 'minilora[hf]'."
         ) from error
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["*/*"], local_files_only=not download))
+        folder = Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=not download))
     except Exception as error:  # no network, offline, no such name, no permission: each has a class of its own, some from other libraries
         if not download:
             raise FileNotFoundError(f"there is no folder {hub_id}, nor is it in the hub's local cache.") from None

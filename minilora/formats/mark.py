@@ -76,7 +76,7 @@ def _difference(mark: str, model: Layer, ours: np.ndarray) -> str | None:
 def fingerprint(model: Layer, without: Collection[str] = ()) -> str:
     """16 hexadecimal digits for the base model: paths, shapes and a few values, as float16, of every dense weight.
 
-    `without` are paths of modules to leave out: those that are trained whole are not the base's.
+    `without` are paths of modules to leave out: those that are fully trained are not the base's.
     """
     digest = hashlib.sha256()
     for path, shape, sample in _sampled(model, without):

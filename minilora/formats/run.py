@@ -44,14 +44,14 @@ def _base(path: str | Path, backend: str, adapter: str | Path | None = None, dty
         found = _adapter_folder(Path(adapter)) or Path(adapter)
     record = record_of(adapter or path)
     labels = (record.get("labels") or _classes(found)) if found else None  # a model says in its own config.json
-    asked = record.get("configuration", {})
+    settings = record.get("configuration", {})
     typed = base == str(path)  # or named by a file, which is not to send anybody to the hub
     try:
         published = None if labels is None else published_classes(base, download=typed)
         count = labels if isinstance(labels, int) else len(labels or ())
         same = published is None or labels == published or (count == len(published) and (isinstance(labels, int) or not named(published)))
-        options: dict[str, Any] = {"labels": labels, "quantize": asked.get("quantize", ""), "download": typed, "new_head": not same}
-        model = load_model(base, backend, dtype or asked.get("dtype", "float32"), **options)
+        options: dict[str, Any] = {"labels": labels, "quantize": settings.get("quantize", ""), "download": typed, "new_head": not same}
+        model = load_model(base, backend, dtype or settings.get("dtype", "float32"), **options)
     except FileNotFoundError as error:
         if typed:
             raise
@@ -104,9 +104,9 @@ def _check_record(record: dict[str, Any], file: Path) -> None:
         check(isinstance(record.get(name, {}), dict), name, "an object", record.get(name))
     labels = record.get("labels")
     check(labels is None or (isinstance(labels, list) and all(isinstance(x, str) for x in labels)), "labels", "a list of names", labels)
-    asked, results = record.get("configuration", {}), record.get("results", {})
+    settings, results = record.get("configuration", {}), record.get("results", {})
     for name, allowed in (("dtype", ("float32", *KINDS)), ("quantize", ("", *PACK))):
-        check(asked.get(name, allowed[0]) in allowed, name, f"one of {', '.join(map(repr, allowed))}", asked.get(name))
+        check(settings.get(name, allowed[0]) in allowed, name, f"one of {', '.join(map(repr, allowed))}", settings.get(name))
     if "after" in results:
         name = results.get("headline")
         check(isinstance(name, str), "results.headline", "a name", name)

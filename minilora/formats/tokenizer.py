@@ -94,12 +94,12 @@ class Tokenizer(ABC):
 
         A token may hold part of a character, which decodes to replacement characters at the end: they wait for the next token. So does
         a run of tokens of single bytes, which some decoders read as a whole. Only the tokens since the last piece but one are decoded
-        again; as decoders may drop a space before the first word they see, these must hold a word that has been told.
+        again; as decoders may drop a space before the first word they see, these must hold a word that has been shown.
         """
         window = [int(id) for id in after]
-        context, told, in_bytes = len(window), len(self.decode(window, skip_special)), False  # `told` characters of window[:context]
+        context, shown, in_bytes = len(window), len(self.decode(window, skip_special)), False  # `shown` characters of window[:context]
         if self.clean_up:  # every token may change what stands before it: all in one piece
-            yield from filter(None, [self.decode([*window, *ids], skip_special)[told:]])
+            yield from filter(None, [self.decode([*window, *ids], skip_special)[shown:]])
             return
         for id in map(int, ids):
             window.append(id)
@@ -108,13 +108,13 @@ class Tokenizer(ABC):
                 continue
             text = self.decode(window, skip_special)
             whole = text.rstrip("\ufffd")
-            if len(whole) > told:
-                yield whole[told:]
-                told = len(whole)
+            if len(whole) > shown:
+                yield whole[shown:]
+                shown = len(whole)
             if len(whole) == len(text) and self.decode(window[context:], skip_special).strip():  # forget the tokens before the last piece
                 window, context = window[context:], len(window) - context
-                told = len(self.decode(window, skip_special))
-        rest = self.decode(window, skip_special)[told:]
+                shown = len(self.decode(window, skip_special))
+        rest = self.decode(window, skip_special)[shown:]
         if rest:
             yield rest
 

@@ -143,10 +143,10 @@ def _kind(config: dict[str, Any], model: dict[str, Any], raw: dict[str, Any], wh
 
 def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any], names: dict[str, str], file: Path) -> Any:
     """What a class of transformers makes of the vocabulary and the post-processor of tokenizer.json."""
-    wanted, model = _MODELS.get(kind, "BPE"), type(library.model).__name__
-    if model != wanted:
+    expected, model = _MODELS.get(kind, "BPE"), type(library.model).__name__
+    if model != expected:
         raise ValueError(
-            f"{file}: its model is {model}, but {kind} needs {wanted}; "
+            f"{file}: its model is {model}, but {kind} needs {expected}; "
             'write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json to use it as it is.'
         )
     t, vocab, space = import_tokenizers(), raw["model"]["vocab"], config.get("add_prefix_space")

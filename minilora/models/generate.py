@@ -31,7 +31,7 @@ def generate(
     if not hasattr(model, "decode"):
         raise ValueError(f"{type(model).__name__} does not generate text: it is no decoder.")
     if n < 0:
-        raise ValueError(f"generate: {n} tokens are to be written; wanted at least 0.")
+        raise ValueError(f"generate: {n} tokens are to be written; it must be at least 0.")
     if len(prompt) == 0:
         raise ValueError("generate: the prompt is empty; give at least one token.")
     rng = np.random.default_rng(rng)

@@ -74,9 +74,9 @@ def task_of(
 
 def recipe_of(record: dict[str, Any], run: str) -> Recipe:
     """What a run.json says of the data and how they are measured, as a recipe; without a run.json the defaults. Raises ValueError."""
-    asked = record.get("configuration") or {}
+    settings = record.get("configuration") or {}
     names = set("model data task window mask_prompt encoding seed train_size eval_size eval_bytes batch_size tokens_per_batch".split())
-    known = {name: asked[name] for name in names & asked.keys()}
+    known = {name: settings[name] for name in names & settings.keys()}
     check_types(Recipe, known, f"the run.json of {run}")
     try:
         return Recipe(**known)

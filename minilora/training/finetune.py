@@ -171,13 +171,13 @@ def prepare(model: Any, recipe: Recipe, task: Task) -> AdamW:
 def _config(recipe: Recipe) -> LoraConfig:
     """The configuration of the recipe's adapters, for `inject`."""
     names = "r target_modules layers_to_transform bias modules_to_save use_dora init_lora_weights use_rslora".split()
-    asked = {name: getattr(recipe, name) for name in names}
-    asked["task_type"] = "SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM"
+    values = {name: getattr(recipe, name) for name in names}
+    values["task_type"] = "SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM"
     if recipe.peft_type == "LORA":
-        asked |= {"lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout}
+        values |= {"lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout}
     else:
-        asked["vera_dropout"] = recipe.lora_dropout
-    return config_classes()[recipe.peft_type](**asked)
+        values["vera_dropout"] = recipe.lora_dropout
+    return config_classes()[recipe.peft_type](**values)
 
 
 def _look(model: Any, task: Task, seed: int) -> None:

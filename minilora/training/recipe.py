@@ -15,6 +15,11 @@ from minilora.training.schedules import schedule
 TASKS = ("lm", "classify")
 DTYPES = ("float32", "bfloat16", "float16")
 METHODS = ("lora", "full", *adapters.METHODS)
+WITHOUT_EFFECT = {  # {kind of data: (in words, settings that it does not read)}
+    "text": ("plain text", "tokens_per_batch mask_prompt"),
+    "lm": ("records to continue", "batch_size eval_bytes sample_bytes"),
+    "classify": ("texts with a class", "tokens_per_batch mask_prompt eval_bytes sample_bytes"),
+}
 OPTIMIZERS = ("adamw", "riemannian", "lora_pro", "lora_fa")
 
 # Peak learning rates. Those of LoRA and of full fine-tuning of the bundled model are the best of one grid (benchmarks/lora_vs_full.py);
