@@ -160,7 +160,7 @@ def measuring_task(
         "give other data, or --all to measure on all of it."
     )
     if recipe.kind == "text":
-        part = (recipe.data is None and split != "train") or split in ("valid", "test") or (own and split is None)
+        part = split in ("valid", "test") or (split is None and (own or recipe.data is None))
         if own and part and not known:
             raise ValueError(changed)
         return _text_to_measure(recipe, tokenizer, split, part, own, sampled)
@@ -199,12 +199,16 @@ def _same_file(a: str, b: str) -> bool:
 def _text_to_measure(recipe: Recipe, tokenizer: Tokenizer, split: str | None, part: bool, own: bool, sampled: bool) -> Task:
     """part: only what is held out. own: it is the text that the run was trained on."""
     if recipe.data is None:
-        text, what = stdlib_source(held_out=part), "Python source of the standard library"
+        parts = {"all": (False, True), "train": (False,)}.get(split or "", (True,))
+        text, what = np.concatenate([stdlib_source(held_out) for held_out in parts]), "Python source of the standard library"
     else:
         text, what = read_text(recipe.data, recipe.encoding), str(recipe.data)
         if part or split == "train":
             text = split_text(text)[part]
-    what += ", the held-out part of it" if part else ", all of it, training data too" if own else ""
+    if part or split == "train":
+        what += ", the held-out part of it" if part else ", the part to train on"
+    elif own or recipe.data is None:
+        what += ", all of it, training data too"
     task = _measured_text(what, tokens_of(text, tokenizer), recipe if part or sampled else replace(recipe, eval_bytes=2**62), tokenizer)
     scored = sum(b.labelled for b in task.held_out)
     task.what = f"{what}: {scored:,} of {task.counts['total_tokens']:,} tokens, in windows of {recipe.window}"
