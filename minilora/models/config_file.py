@@ -40,7 +40,7 @@ NEUTRAL = {
     "tokens, which the tokenizer and `generate` look at": """bos_token_id eos_token_id sep_token_id decoder_start_token_id prefix
         eos_token_ids predict_special_tokens n_special forced_bos_token_id forced_eos_token_id bad_words_ids suppress_tokens
         begin_suppress_tokens""",
-    "how text is drawn, which `generate` is told": """do_sample early_stopping max_length min_length num_beams num_beam_groups
+    "how text is drawn, which `generate` takes as arguments": """do_sample early_stopping max_length min_length num_beams num_beam_groups
         num_return_sequences diversity_penalty temperature top_k top_p typical_p epsilon_cutoff eta_cutoff repetition_penalty
         length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size encoder_repetition_penalty remove_invalid_values
         exponential_decay_length_penalty assistant_confidence_threshold assistant_lookbehind target_lookbehind num_assistant_tokens

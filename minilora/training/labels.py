@@ -55,7 +55,7 @@ def reader(names: Sequence[str]) -> Callable[[Path, int, Record], float]:
         return _value
     index = {name.strip(): i for i, name in enumerate(names)}
     if len(index) < len(names):
-        raise ValueError(f"the model names a class twice: {', '.join(names)}; its labels cannot be told apart by name.")
+        raise ValueError(f"the model names a class twice: {', '.join(names)}; a label does not say which is meant.")
     if not any(_number(name) is not None for name in names):
         index |= {str(i): i for i in range(len(names))}
 
