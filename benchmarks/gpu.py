@@ -77,8 +77,8 @@ def ours(o: Namespace) -> Iterator[float]:
     import minilora as ml
     from benchmarks import classification, toy
     from benchmarks.ours import training
-    from minilora.training.data import Batch
-    from minilora.training.datasets import batches_of, endless
+    from minilora.data.batches import Batch
+    from minilora.data.datasets import batches_of, endless
 
     if o.model == "mlp":
         return toy.ours(o, "cupy")
@@ -146,8 +146,8 @@ def suite() -> dict[str, Any]:
 
 def curves(steps: int = 200, bfloat16_on: str = "cupy") -> dict[str, Any]:
     """Goals: losses 1e-4 apart, and the held-out loss with bfloat16 within 1 %."""
-    from minilora.training.finetune import finetune
-    from minilora.training.recipe import Recipe
+    from minilora.runs.finetune import finetune
+    from minilora.runs.recipe import Recipe
 
     ends, losses = {}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +174,7 @@ def launches(steps: int = 40) -> dict[str, Any]:
     has little to do and what is left is Python and launches."""
     import minilora as ml
     from minilora.backend import synchronize
-    from minilora.training.data import random_windows
+    from minilora.data.batches import random_windows
     from minilora.training.loop import train
 
     told = {}

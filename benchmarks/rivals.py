@@ -15,9 +15,7 @@ from peft import PeftModel
 LR, CLIP = 3e-3, 1.0
 
 
-def adapted(
-    kind: str, o: Namespace, device: str = "cpu", dtype: torch.dtype = torch.float32, autocast: bool = True, **config: Any
-) -> Any:
+def adapted(kind: str, o: Namespace, device: str = "cpu", dtype: torch.dtype = torch.float32, autocast: bool = True, **config: Any) -> Any:
     """The model of class `kind` and the adapter in the folder, compiled if the side says so. `config` overrides its config.json.
 
     autocast: the adapter is in float32 beside a model in half precision, as PEFT has it by default.
