@@ -29,7 +29,7 @@ def metadata(**changed):
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     types = [3 if token in SPECIAL else 1 for token in tokens]
-    told = {"tokens": tokens, "merges": merges, "token_types": types, "bos": 1, "eos": 0, "unk": None, "pre": "smollm"}
+    told = {"tokens": tokens, "merges": merges, "token_types": types, "bos": 1, "eos": 0, "pre": "smollm"}
     return GGUFTokenizer(**{**told, "chat_template": CHATML, "add_bos": False, **changed})
 
 
