@@ -278,7 +278,7 @@ BAD = {
     "tokens below 0": (lambda d: ["generate", "--tokens", "-1", "--backend", "numpy"], "-1 tokens are to be written"),
     "prompt of a broken shell": (
         lambda d: ["generate", "--prompt", "a\udcff", "--backend", "numpy"],
-        "half of a surrogate pair at character 1",
+        "unpaired surrogate at character 1",
     ),
     "system without a chat": (lambda d: ["generate", "--system", "You help."], "give --chat too"),
     "temperature": (lambda d: ["generate", "--temperature", "-1", "--backend", "numpy"], "temperature is -1.0"),

@@ -148,7 +148,7 @@ def test_a_template_that_tries_to_leave_its_sandbox_trains_and_writes_nothing(ll
     write(cwd / "chats.jsonl", CHATS)
     for argv in (["finetune", "--model", "llama", "--data", "chats.jsonl", "--out", "new"], ["generate", "llama", "--chat"]):
         assert main([*argv, "--backend", "numpy"]) == 1
-        assert "the chat template tries to leave its sandbox" in capsys.readouterr().err
+        assert "the chat template tries to leave the sandbox" in capsys.readouterr().err
     assert not (cwd / "new").exists()
 
 

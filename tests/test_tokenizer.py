@@ -232,9 +232,9 @@ def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(made, tmp_path):
     [
         ({"pre": "llama-bpe"}, "of model 'gpt2' and splits text as 'llama-bpe'; supported: .*'smollm', 'gpt-2', 'qwen2'"),
         ({"kind": "llama"}, "of model 'llama'"),
-        ({"tokens": ["a", "b", "a"]}, "the token 'a' is in the vocabulary more than once"),
-        ({"merges": ["t h e"]}, "the merge 't h e' is not of two tokens"),
-        ({"merges": ["q q"]}, "the merge 'q q' is not of two tokens that give a third"),
+        ({"tokens": ["a", "b", "a"]}, "the token 'a' occurs twice in the vocabulary"),
+        ({"merges": ["t h e"]}, "the merge 't h e' does not join two tokens"),
+        ({"merges": ["q q"]}, "the merge 'q q' does not join two tokens into a third"),
         ({"eos": 7000}, "eos is token 7000"),
     ],
 )
@@ -324,14 +324,14 @@ def test_templates_render_as_in_transformers(name):
     ],
 )
 def test_a_template_cannot_leave_its_sandbox(template):
-    with pytest.raises(ValueError, match=r"^the chat template tries to leave its sandbox \(.*\)\.$"):
+    with pytest.raises(ValueError, match=r"^the chat template tries to leave the sandbox \(.*\)\.$"):
         render_chat(template, TALK)
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}\n{{ m.role }", "is broken at line 2"),
+        ("{% for m in messages %}\n{{ m.role }", "is invalid at line 2"),
         ("{% import 'os' as os %}", "fails with"),
         ("{{ raise_exception('roles must alternate') }}", r"refuses these messages \(roles must alternate\)"),
         ("{{ 1 / 0 }}", "fails with ZeroDivisionError"),
@@ -353,7 +353,7 @@ def test_messages_are_objects_with_role_and_content(wrong):
 
 
 def test_objects_with_methods_do_not_reach_a_template():
-    with pytest.raises(ValueError, match="nothing but strings"):
+    with pytest.raises(ValueError, match="must consist of strings"):
         render_chat(CHATML, [{**TALK[0], "image": np.zeros(2)}])
 
 
@@ -380,5 +380,5 @@ def test_templates_without_a_generation_prompt_or_with_a_longer_one():
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     rewrites = "{% for m in messages %}{{ m.role }}{{ m.content if loop.last else '...' }}{% endfor %}"
-    with pytest.raises(ValueError, match="does not write message 2 as it is"):
+    with pytest.raises(ValueError, match="changes message 2"):
         spans_of(rewrites)
