@@ -223,10 +223,10 @@ def test_a_drawn_pooler_goes_along_with_other_methods(config, tmp_path):
 def test_mean_pooling_is_said_where_it_is_written(tmp_path, capsys):
     model = ml.BertClassifier(BertConfig(**SIZES, pooling="mean"), rng=0)
     ml.save_model(model, tmp_path / "m")
-    assert "mean of the tokens (pooling), which transformers and PEFT have not" in capsys.readouterr().err
+    assert "mean of the tokens; transformers and PEFT read BERT's pooler" in capsys.readouterr().err
     ml.inject(model, ml.LoraConfig(r=2, target_modules=["query"]), rng=0)
     ml.save_adapter(model, tmp_path / "a")
-    assert "mean of the tokens (pooling), which transformers and PEFT have not" in capsys.readouterr().err
+    assert "mean of the tokens; transformers and PEFT read BERT's pooler" in capsys.readouterr().err
 
 
 # -- adapters of models without their head ------------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def test_a_link_out_of_the_folder_is_not_published(tmp_path, capsys):
     assert not (tmp_path / "out" / "vocab.txt").exists()
     assert (tmp_path / "out" / "vocab.json").read_text() == "a b"
     assert not (tmp_path / "out" / "vocab.json").is_symlink()
-    assert "vocab.txt is a link out of its folder: it is not copied" in capsys.readouterr().err
+    assert "vocab.txt links to a file outside its folder, and is not copied" in capsys.readouterr().err
 
 
 def test_links_of_the_hubs_cache_are_its_own(tmp_path, capsys):
@@ -421,13 +421,13 @@ def test_only_what_is_meant_for_the_hub_is_asked_of_it(tmp_path, monkeypatch):
     model.lora_config.base_model_name_or_path = "org/name"
     ml.save_adapter(model, tmp_path / "a")
     for opened in (open_model, tokenizer_of):
-        with pytest.raises(FileNotFoundError, match=r"org/name, nor is it in the hub's local cache"):
+        with pytest.raises(FileNotFoundError, match=r"org/name, and it is not in the hub's local cache"):
             opened("a")
     with pytest.raises(FileNotFoundError, match="Give it as the model, and --adapter a"):
         open_model("a", "numpy")
     assert {local for _, local in asked} == {True}
     asked.clear()
-    with pytest.raises(FileNotFoundError, match="the hub did not give it: no network"):
+    with pytest.raises(FileNotFoundError, match="it cannot be fetched from the hub: no network"):
         open_model("org/name", "numpy", adapter="a")
     assert asked == [("org/name", False)]
 

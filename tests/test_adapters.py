@@ -150,7 +150,7 @@ def test_partly_trained_weights_are_a_model_and_bottlenecks_are_not(tmp_path):
     model = trained(injected("gpt2", "bitfit", "float32"))
     ml.save_model(model, tmp_path / "m")
     np.testing.assert_array_equal(logits(ml.load_model(tmp_path / "m", "numpy")), logits(model))
-    with pytest.raises(ValueError, match="has a bottleneck adapter, which no weight can hold"):
+    with pytest.raises(ValueError, match="has a bottleneck adapter, which cannot be merged into a weight"):
         ml.save_model(injected("gpt2", "bottleneck"), tmp_path / "n")
 
 

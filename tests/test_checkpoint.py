@@ -126,7 +126,7 @@ def test_a_bare_bert_gets_a_classifier_and_says_so(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     folder = bare(oracle.write_checkpoint("bert", tmp_path / "m"))
     model = ml.load_model(folder, "numpy", "float64", labels=5)
-    assert capsys.readouterr().err == f"{folder} has no classifier: drawn at random, until it is trained or loaded.\n"
+    assert capsys.readouterr().err == f"{folder} has no classifier: initialised at random, to be trained or loaded.\n"
     ids, _, offsets = oracle.batch("bert")
     np.testing.assert_array_equal(model.embed(ids, offsets), wanted.embed(ids, offsets))
     assert logits(model, "bert").shape == (4, 5)
@@ -151,7 +151,7 @@ def test_names_of_the_first_berts_and_heads_for_other_tasks(tmp_path, capsys):
         tensors["cls.predictions.bias"] = np.zeros(61)
 
     np.testing.assert_array_equal(logits(ml.load_model(edit(folder, change), "numpy"), "bert"), wanted)
-    assert "the head for another task (cls.predictions.bias, ...) is left out" in capsys.readouterr().err
+    assert "the head for another task (cls.predictions.bias, ...) is ignored" in capsys.readouterr().err
 
 
 def test_gpt2s_buffers_are_ignored_and_its_head_may_be_there_if_it_is_the_embedding(tmp_path):
@@ -186,7 +186,7 @@ def test_a_gguf_file_is_read_by_its_own_module(tmp_path, monkeypatch):
     raw = {"model_type": "bert", **make_models.CONFIGS["bert"], "num_labels": 3}
     with pytest.raises(FileNotFoundError, match="there is no file"):
         ml.load_model(tmp_path / "x.gguf", "numpy")
-    monkeypatch.setattr("minilora.formats.checkpoint.read_gguf", lambda path: (raw, weights, None))
+    monkeypatch.setattr("minilora.formats.checkpoint.read_gguf", lambda path: (raw, weights))
     model = ml.load_model(tmp_path / "x.gguf", "numpy", "float64")
     wanted = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "m"), "numpy", "float64")
     np.testing.assert_array_equal(logits(model, "bert"), logits(wanted, "bert"))
@@ -215,7 +215,7 @@ except FileNotFoundError as error:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.splitlines()
     assert out[0] == f"org/name {home / 'snapshots' / 'abc'}"
-    assert out[1].startswith("there is no folder org/other, and the hub did not give it: ")
+    assert out[1].startswith("there is no folder org/other, and it cannot be fetched from the hub: ")
     assert len(out) == 2
 
 
@@ -230,7 +230,7 @@ def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatc
     hub.snapshot_download = fetch
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="the hub did not give it: no network"):
+    with pytest.raises(FileNotFoundError, match="it cannot be fetched from the hub: no network"):
         ml.load_model("org/name", "numpy")
     assert asked["name"] == "org/name"
     assert "*.safetensors" in asked["allow_patterns"]
@@ -340,15 +340,15 @@ def only(name):
 
 
 BAD = {
-    "missing": (lambda f: edit(f, lambda t: t.pop(W)), rf"misses '{W}' \(1 tensors"),
-    "half a classifier": (lambda f: edit(f, lambda t: t.pop("classifier.bias")), "misses 'classifier.bias'"),
+    "missing": (lambda f: edit(f, lambda t: t.pop(W)), rf"lacks '{W}' \(1 tensors"),
+    "half a classifier": (lambda f: edit(f, lambda t: t.pop("classifier.bias")), "lacks 'classifier.bias'"),
     "no classifier where one is promised": (
         lambda f: edit(f, lambda t: [t.pop("classifier.bias"), t.pop("classifier.weight")]),
-        "misses 'classifier.bias'",
+        "lacks 'classifier.bias'",
     ),
     "extra": (lambda f: edit(f, lambda t: t.update({"bert.stray": np.ones(1)})), "has 'bert.stray' .* no place for"),
     "twice": (lambda f: edit(f, lambda t: t.update({W[5:]: t[W]})), f"has '{W}' twice"),
-    "misshapen": (lambda f: edit(f, lambda t: t.update({W: t[W].T.copy()})), r"has shape \(12, 20\), the model wants \(20, 12\)"),
+    "misshapen": (lambda f: edit(f, lambda t: t.update({W: t[W].T.copy()})), r"has shape \(12, 20\), the model expects \(20, 12\)"),
     "NaN": (lambda f: edit(f, lambda t: t[W].__setitem__((1, 2), np.nan)), "not finite"),
     "infinite": (lambda f: edit(f, lambda t: t[W].__setitem__((1, 2), -np.inf)), "not finite"),
     "integers": (lambda f: edit(f, lambda t: t.update({W: t[W].astype(np.int32)})), r"\(int32\) holds values that are not finite"),
@@ -359,12 +359,12 @@ BAD = {
         config(architectures=["BertForTokenClassification"]),
         "'BertForTokenClassification'; supported: BertForSequenceClassification",
     ),
-    "a size that is not the tensors'": (config(intermediate_size=24), "has shape .*, the model wants"),
+    "a size that is not the tensors'": (config(intermediate_size=24), "has shape .*, the model expects"),
     "pickled": (only("pytorch_model.bin"), r"only a pickled checkpoint \(pytorch_model.bin\), .* convert it to safetensors"),
     "no weights": (only("weights.dat"), "there is no file .*model.safetensors, nor"),
-    "index outside": (lambda f: shards(f, **{W: "../model-00001-of-00002.safetensors"}), "not a plain name of a file in its folder"),
-    "index absolute": (lambda f: shards(f, **{W: "/etc/passwd"}), "'/etc/passwd', which is not a plain name"),
-    "index on another system": (lambda f: shards(f, **{W: "..\\x.safetensors"}), "not a plain name"),
+    "index outside": (lambda f: shards(f, **{W: "../model-00001-of-00002.safetensors"}), "not the plain name of a file in its folder"),
+    "index absolute": (lambda f: shards(f, **{W: "/etc/passwd"}), "'/etc/passwd', which is not the plain name"),
+    "index on another system": (lambda f: shards(f, **{W: "..\\x.safetensors"}), "not the plain name"),
     "index of a list": (lambda f: shards(f, **{W: [1]}), r"names the file \[1\], which is not"),
     "index of a number": (lambda f: shards(f, **{W: 3}), "names the file 3, which is not"),
     "index without files": (lambda f: shards(f, **{W: "model-00003.safetensors"}), "there is no file"),
@@ -391,9 +391,9 @@ def test_a_bad_checkpoint(case, tmp_path):
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match="this model is no classifier"):
+    with pytest.raises(ValueError, match="this model is not a classifier"):
         ml.load_model("pydoc", "numpy", labels=3)
-    with pytest.raises(ValueError, match=r"classifier.weight has shape \(12, 3\), the model wants \(12, 4\)"):
+    with pytest.raises(ValueError, match=r"classifier.weight has shape \(12, 3\), the model expects \(12, 4\)"):
         ml.load_model(oracle.write_checkpoint("bert", tmp_path / "m"), "numpy", labels=4)
     for dtype in ("int8", "float3", "float8"):
         with pytest.raises(ValueError, match=f"dtype is '{dtype}'; choose float32"):

@@ -235,7 +235,7 @@ BAD = {
     "a task that the model is not for": (["evaluate", "llama", "--data", "films", "--task", "classify"], "task classify needs a BERT"),
     "text for a classifier": (["evaluate", "bert", "--data", "films", "--task", "lm"], "task lm needs a decoder"),
     "training a classifier on text": (["finetune", "--model", "bert", "--data", "films"], "Is --task classify meant?"),
-    "classes for a decoder": (["finetune", "--model", "llama", "--data", "films", "--task", "classify"], "this model is no classifier"),
+    "classes for a decoder": (["finetune", "--model", "llama", "--data", "films", "--task", "classify"], "this model is not a classifier"),
     "writing with a classifier": (["generate", "bert"], "does not generate text"),
     "classes that nobody named": (
         ["evaluate", "bert", "--data", "films/test.jsonl"],

@@ -360,7 +360,7 @@ def test_vera_takes_the_matrices_of_the_file(tmp_path):
     found, was = (m.transformer.h[0].mlp.c_fc.matrices()[0] for m in (again, model))
     assert distance(found, 2 * was) == 0
     for change, message in (
-        ({"base_model.vera_A": None}, "misses 'base_model.vera_A'"),
+        ({"base_model.vera_A": None}, "lacks 'base_model.vera_A'"),
         ({"base_model.vera_B": tensors["base_model.vera_B"][:5]}, r"base_model.vera_B has shape \(5, 5\)"),
     ):
         save_file({key: value for key, value in (tensors | change).items() if value is not None}, path)

@@ -11,7 +11,6 @@ from small_tokenizers import BYTES, CHATML, TALK, byte_level_bpe, sentencepiece_
 
 from minilora.data.examples import example_maker
 from minilora.formats.chat import assistant_spans, find_chat_template, render_chat, turn_end
-from minilora.formats.gguf import GGUFTokenizer
 from minilora.formats.tokenizer import ByteTokenizer, HFTokenizer, gguf_tokenizer, load_tokenizer
 from minilora.models.generate import generate_text
 
@@ -244,11 +243,10 @@ def test_an_unknown_word_without_a_token_for_it_is_an_error_of_one_sentence(tmp_
 
 def test_gguf_tokens_that_end_a_turn_and_metadata_of_other_types():
     tokens = ["a", "b", "<|im_end|>", "<|eom|>"]
-    metadata = {"tokens": tokens, "merges": [], "token_types": [1, 1, 3, 3], "bos": None, "eos": 1, "chat_template": None, "add_bos": False}
-    metadata |= {"pre": "gpt-2"}
-    assert gguf_tokenizer(GGUFTokenizer(**metadata, ends=(2, 3)), 4).stop_ids == {1, 2, 3}
-    for wrong in ({"merges": [1]}, {"merges": 5}, {"token_types": ["x"]}, {"tokens": [1]}, {"token_types": [1]}, {"chat_template": 3}):
+    metadata = {"tokens": tokens, "merges": [], "token_type": [1, 1, 3, 3], "eos_token_id": 1, "pre": "gpt-2"}
+    assert gguf_tokenizer({**metadata, "eot_token_id": 2, "eom_token_id": 3}, 4).stop_ids == {1, 2, 3}
+    for wrong in ({"merges": [1]}, {"merges": 5}, {"token_type": ["x"]}, {"tokens": [1]}, {"token_type": [1]}, {"chat_template": 3}):
         with pytest.raises(ValueError, match=r"m\.gguf: .* tokenizer"):
-            gguf_tokenizer(GGUFTokenizer(**{**metadata, **wrong}), 4, "m.gguf")
+            gguf_tokenizer({**metadata, **wrong}, 4, "m.gguf")
     with pytest.raises(ValueError, match=r"m\.gguf: eot is token 9"):
-        gguf_tokenizer(GGUFTokenizer(**metadata, ends=(9,)), 4, "m.gguf")
+        gguf_tokenizer({**metadata, "eot_token_id": 9}, 4, "m.gguf")

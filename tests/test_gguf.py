@@ -9,7 +9,7 @@ import pytest
 from small_tokenizers import BPE, CHATML, SPECIAL
 
 import minilora as ml
-from minilora.formats.gguf import in_halves, read_gguf
+from minilora.formats.gguf import in_halves, read_gguf, read_gguf_tokenizer
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.models import Llama, LlamaConfig
 
@@ -119,7 +119,7 @@ def state_dict(model):
 
 def model_of(path):
     """The model that a file holds, put together by hand."""
-    raw, tensors, _ = read_gguf(path)
+    raw, tensors = read_gguf(path)
     model = Llama(LlamaConfig.from_json(raw, str(path)), rng=9)
     assert {p for p, _ in model.parameters()} == tensors.keys()
     for name, p in model.parameters():
@@ -166,7 +166,7 @@ def test_quantized_weights_are_near_their_source(tmp_path):
     """Each value is within half a step of what was written: the steps are range / 15 (Q4_1) and largest / 127 (Q8_0) of 32 values."""
     model = random_model(small())
     kinds = {"q_proj.weight": Type.Q4_1, "gate_proj.weight": Type.Q4_1, "k_proj.weight": Type.Q8_0, "embed": Type.Q8_0, "down": Type.F16}
-    _, tensors, _ = read_gguf(write(tmp_path / "a.gguf", model, kinds))
+    _, tensors = read_gguf(write(tmp_path / "a.gguf", model, kinds))
     for name, source in state_dict(model).items():
         assert tensors[name].dtype == np.float32
         kind = next((t for part, t in kinds.items() if part in name), Type.F32)
@@ -183,23 +183,24 @@ def test_quantized_weights_are_near_their_source(tmp_path):
 
 def test_other_dtypes_and_mapped_arrays(tmp_path):
     path = write(tmp_path / "a.gguf", random_model(small()))
-    _, tensors, _ = read_gguf(path, "float64")
+    _, tensors = read_gguf(path, "float64")
     assert {t.dtype for t in tensors.values()} == {np.dtype("float64")}
-    _, tensors, _ = read_gguf(path)
+    _, tensors = read_gguf(path)
     assert not tensors["model.norm.weight"].flags.writeable  # a view of the file
 
 
 def test_tokenizer_metadata(tmp_path):
     path = write(tmp_path / "a.gguf", random_model(small()))
-    tokenizer = read_gguf(path)[2]
-    assert tokenizer.tokens[:2] == ["t0", "t1"]
-    assert tokenizer.tokens[66] == "é"
-    assert tokenizer.merges == ["t 0", "t 1"]
-    assert tokenizer.token_types == [3] + [1] * 66
-    assert (tokenizer.bos, tokenizer.eos) == (1, 2)
-    assert tokenizer.chat_template == "{{ messages }}"
-    assert tokenizer.add_bos is True
-    assert (tokenizer.kind, tokenizer.pre) == ("gpt2", "smollm")
+    rows, vocabulary = read_gguf_tokenizer(path)
+    assert rows == 67
+    assert vocabulary["tokens"][:2] == ["t0", "t1"]
+    assert vocabulary["tokens"][66] == "é"
+    assert vocabulary["merges"] == ["t 0", "t 1"]
+    assert vocabulary["token_type"] == [3] + [1] * 66
+    assert (vocabulary["bos_token_id"], vocabulary["eos_token_id"]) == (1, 2)
+    assert vocabulary["chat_template"] == "{{ messages }}"
+    assert vocabulary["add_bos_token"] is True
+    assert (vocabulary["model"], vocabulary["pre"]) == ("gpt2", "smollm")
 
 
 # -- broken and unsupported files -----------------------------------------------------------------------------------------
@@ -367,5 +368,5 @@ def test_a_merged_model_brings_its_tokenizer(tmp_path):
 def test_a_tokenizer_that_cannot_be_read_is_said_to_be_missing(tmp_path, capsys):
     model = ml.load_model(write(tmp_path / "m.gguf", random_model(small()), meta={"tokenizer.ggml.model": "llama"}), "numpy")
     ml.save_model(model, tmp_path / "out")
-    assert "out is without a tokenizer that can be read: " in capsys.readouterr().err
+    assert "out has no readable tokenizer: " in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}

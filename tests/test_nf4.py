@@ -277,7 +277,7 @@ DAMAGED = {
     "another code": (lambda t: t | {f"{PATH}.quant_map": t[f"{PATH}.quant_map"] / 2}, "does not fit its code"),
     "another block size": (edited_state(blocksize=128), "does not fit its block sizes"),
     "an offset that is none": (edited_state(nested_offset="x"), "does not fit its offset"),
-    "another shape": (edited_state(shape=[32, 128]), r"q_proj.weight has shape \(128, 32\), the model wants \(64, 64\)"),
+    "another shape": (edited_state(shape=[32, 128]), r"q_proj.weight has shape \(128, 32\), the model expects \(64, 64\)"),
 }
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from small_tokenizers import BPE, BYTES, CHATML, SPECIAL, TALK, library_bpe, library_wordpiece
 
 from minilora.formats.chat import assistant_spans, find_chat_template, render_chat
-from minilora.formats.gguf import GGUFTokenizer
 from minilora.formats.tokenizer import ByteTokenizer, HFTokenizer, gguf_tokenizer, load_tokenizer
 
 
@@ -29,8 +28,8 @@ def metadata(**changed):
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     types = [3 if token in SPECIAL else 1 for token in tokens]
-    told = {"tokens": tokens, "merges": merges, "token_types": types, "bos": 1, "eos": 0, "pre": "smollm"}
-    return GGUFTokenizer(**{**told, "chat_template": CHATML, "add_bos": False, **changed})
+    result = {"tokens": tokens, "merges": merges, "token_type": types, "bos_token_id": 1, "eos_token_id": 0, "pre": "smollm"}
+    return {**result, "chat_template": CHATML, "add_bos_token": False, **changed}
 
 
 # ---- encode, decode, stream ----------------------------------------------------------------------------------------------------------
@@ -184,25 +183,26 @@ def test_gguf_metadata_give_special_tokens_digits_and_the_begin_token():
     tokenizer = gguf_tokenizer(metadata(), 400)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids, tokenizer.chat_template) == (1, 0, {0}, CHATML)
     assert tokenizer.decode(tokenizer.encode("the<|end|>"), skip_special=True) == "the"
-    digits = {"merges": ["2 0", "2 4", "20 24"], "tokens": [*metadata().tokens[:-3], "20", "24", "2024"]}
+    digits = {"merges": ["2 0", "2 4", "20 24"], "tokens": [*metadata()["tokens"][:-3], "20", "24", "2024"]}
     for pre, wanted in (("gpt-2", ["2024"]), ("smollm", ["2", "0", "2", "4"])):
         other = gguf_tokenizer(metadata(pre=pre, **digits), 400)
         assert [other.decode([i]) for i in other.encode("2024")] == wanted
     assert not tokenizer.prefix
-    begun = gguf_tokenizer(metadata(add_bos=True), 400)
+    begun = gguf_tokenizer(metadata(add_bos_token=True), 400)
     assert begun.prefix == (1,)
     assert begun.encode("the").tolist() == [1, *tokenizer.encode("the")]
     assert begun.encode("the", add_special=False).tolist() == tokenizer.encode("the").tolist()
 
 
 def test_qwen2s_way_of_splitting_is_transformers():
-    told = metadata(pre="qwen2")
-    ours = gguf_tokenizer(told, 400)
+    vocabulary = metadata(pre="qwen2")
+    ours = gguf_tokenizer(vocabulary, 400)
     qwen2 = pytest.importorskip(
         "transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'"
     ).Qwen2Tokenizer
-    merges = [tuple(merge.split(" ")) for merge in told.merges]
-    theirs = qwen2({token: i for i, token in enumerate(told.tokens)}, merges, unk_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>")
+    merges = [tuple(merge.split(" ")) for merge in vocabulary["merges"]]
+    ids = {token: i for i, token in enumerate(vocabulary["tokens"])}
+    theirs = qwen2(ids, merges, unk_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>")
 
     @given(st.text() | st.sampled_from(["IT'S 1234\r\n\n  x", "the\u0301 cat, the mat;  Paris"]))
     def check(text):
@@ -211,7 +211,7 @@ def test_qwen2s_way_of_splitting_is_transformers():
     check()
 
 
-@pytest.mark.parametrize("made", [BPE, gguf_tokenizer(metadata(add_bos=True), 400)], ids=["bpe", "gguf"])
+@pytest.mark.parametrize("made", [BPE, gguf_tokenizer(metadata(add_bos_token=True), 400)], ids=["bpe", "gguf"])
 def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(made, tmp_path):
     made.save(tmp_path)
     again = load_tokenizer(tmp_path, 400)
@@ -231,11 +231,11 @@ def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(made, tmp_path):
     ("changed", "message"),
     [
         ({"pre": "llama-bpe"}, "of model 'gpt2' and splits text as 'llama-bpe'; supported: .*'smollm', 'gpt-2', 'qwen2'"),
-        ({"kind": "llama"}, "of model 'llama'"),
+        ({"model": "llama"}, "of model 'llama'"),
         ({"tokens": ["a", "b", "a"]}, "the token 'a' occurs twice in the vocabulary"),
         ({"merges": ["t h e"]}, "the merge 't h e' does not join two tokens"),
         ({"merges": ["q q"]}, "the merge 'q q' does not join two tokens into a third"),
-        ({"eos": 7000}, "eos is token 7000"),
+        ({"eos_token_id": 7000}, "eos is token 7000"),
     ],
 )
 def test_gguf_metadata_that_do_not_fit_are_refused(changed, message):

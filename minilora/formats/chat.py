@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
-from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -225,6 +224,8 @@ def turn_end(template: str | None, ends: Sequence[str], **more: Any) -> str | No
 @lru_cache(maxsize=8)
 def _compile(template: str) -> Any:
     """The template, compiled in the environment of transformers, in a sandbox that raises at the first violation."""
+    from importlib.metadata import version  # takes a while to import
+
     try:
         from jinja2 import nodes
         from jinja2.exceptions import SecurityError, TemplateError

@@ -18,7 +18,18 @@ from minilora.backend import choose_backend, to_numpy
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.blank import Blank
 from minilora.formats.fetch import BUNDLED, is_hub_id, model_folder, read_weights, weight_files
-from minilora.formats.fitting import FAMILIES, assign, check_sizes, classes_of, family_of, fresh, named, oriented, renamed, warn_of_pooling
+from minilora.formats.fitting import (
+    FAMILIES,
+    check_fit,
+    check_sizes,
+    classes_of,
+    family_of,
+    fresh,
+    named,
+    oriented,
+    renamed,
+    warn_of_pooling,
+)
 from minilora.formats.gguf import read_gguf
 from minilora.formats.nf4 import CONFIG, is_nf4_config, packed, unpacked
 from minilora.formats.tensors import stored_dtypes, write_tensors
@@ -73,7 +84,7 @@ def load_model(
     backend = choose_backend(backend, quiet=True)
     if str(path_or_id).endswith(".gguf"):
         source = Path(path_or_id)
-        raw, tensors, _ = read_gguf(source)
+        raw, tensors = read_gguf(source)
         where = str(source)
     else:
         source, tensors = model_folder(path_or_id, download), {}
@@ -96,7 +107,10 @@ def load_model(
     elif isinstance(labels, Sequence) and "classifier.weight" in tensors and list(labels) != published and named(published):
         raise ValueError(f"{where}: the head is for {', '.join(published)}, not {', '.join(labels)}; new_head=True replaces it.")
     tensors |= fresh(model, family, tensors, raw, source, new_head, seed)
-    assign(model, oriented(model, tensors), source)
+    tensors, parameters = oriented(model, tensors), dict(model.parameters())
+    check_fit(source, tensors, {path: p.data.shape for path, p in parameters.items()})
+    for path, p in parameters.items():
+        p.data = tensors[path]
     model.source = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # adapters name their base by it
     model.hub_id = str(path_or_id) if is_hub_id(path_or_id) else None
     if quantize:

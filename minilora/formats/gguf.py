@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,23 +32,8 @@ _READ = set(
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-class GGUFTokenizer(NamedTuple):
-    """The tokenizer section of a GGUF file's metadata; ids are None where the file names none."""
-
-    tokens: list[str]
-    merges: list[str]
-    token_types: list[int]  # 3 for control tokens, 4 for user-defined ones
-    bos: int | None
-    eos: int | None
-    chat_template: str | None
-    add_bos: bool
-    kind: str = "gpt2"  # "gpt2" for byte-level BPE, "llama" for SentencePiece (which has no merges)
-    pre: str = "default"  # the pre-tokenizer, by name
-    ends: tuple[int, ...] = ()  # the ids that end a turn or a message, besides eos
-
-
-def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any], dict[str, np.ndarray], GGUFTokenizer]:
-    """(config as in config.json, {path as in transformers: array}, tokenizer) of a GGUF file.
+def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(config as in config.json, {path as in transformers: array}) of a GGUF file.
 
     Weights are (out, in), as published, and dequantized to `dtype`; those stored in `dtype` are mapped, not copied. A head tied to
     the embedding is absent. Files of architecture "llama" order the rows of q and k for interleaved rotary embeddings; they are
@@ -71,14 +56,18 @@ def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any],
                 raise ValueError(f"{path}: {tensor.name} has {len(value)} rows, which {heads[projection]} heads of pairs do not divide.")
             value = in_halves(value, heads[projection])
         tensors[name] = np.asarray(value, dtype)
-    return config, tensors, _tokenizer(meta, path)
+    return config, tensors
 
 
-def read_gguf_tokenizer(path: str | Path) -> tuple[int, GGUFTokenizer]:
-    """(rows of the embedding, tokenizer) of a GGUF file, without its weights. Raises as `read_gguf`."""
+def read_gguf_tokenizer(path: str | Path) -> tuple[int, dict[str, Any]]:
+    """(rows of the embedding, {name: value} of the metadata tokenizer.ggml.<name> and tokenizer.chat_template) of a GGUF file.
+
+    Raises as `read_gguf`.
+    """
     path = Path(path)
     meta, stored = _open(path)
-    return _config(meta, {tensor.name: tensor for tensor in stored}, path)["vocab_size"], _tokenizer(meta, path)
+    rows = _config(meta, {tensor.name: tensor for tensor in stored}, path)["vocab_size"]
+    return rows, {re.sub(r"^tokenizer\.(ggml\.)?", "", name): value for name, value in meta.items() if name.startswith("tokenizer.")}
 
 
 def in_halves(W: np.ndarray, n_head: int) -> np.ndarray:
@@ -149,6 +138,8 @@ def _config(meta: dict[str, Any], shapes: dict[str, Any], path: Path) -> dict[st
     known = _READ | _FIXED.keys()
     if unknown := sorted(name for name in meta if name.startswith(f"{architecture}.") and name.partition(".")[2] not in known):
         print(f"{path}: unknown options, ignored: {', '.join(unknown):.300}.", file=sys.stderr)
+    if not isinstance(meta.get("tokenizer.ggml.tokens"), list):
+        raise ValueError(f"{path} has no tokenizer: tokenizer.ggml.tokens is missing.")
     if "token_embd.weight" not in shapes or len(shapes["token_embd.weight"].shape) != 2:
         raise ValueError(f"{path} lacks the tensor 'token_embd.weight', or it is not a matrix.")
 
@@ -203,24 +194,3 @@ def _dequantized(tensor: Any, path: Path) -> np.ndarray:
     if value.ndim not in (1, 2):
         raise ValueError(f"{path}: {tensor.name} has shape {value.shape}; expected a matrix or a vector.")
     return np.asarray(value)
-
-
-def _tokenizer(meta: dict[str, Any], path: Path) -> GGUFTokenizer:
-    def get(name: str, default: Any = None) -> Any:
-        return meta.get(f"tokenizer.ggml.{name}", default)
-
-    tokens = get("tokens")
-    if not isinstance(tokens, list):
-        raise ValueError(f"{path} has no tokenizer: tokenizer.ggml.tokens is missing.")
-    return GGUFTokenizer(
-        tokens,
-        merges=get("merges", []),
-        token_types=get("token_type", [1] * len(tokens)),
-        bos=get("bos_token_id"),
-        eos=get("eos_token_id"),
-        chat_template=meta.get("tokenizer.chat_template"),
-        add_bos=bool(get("add_bos_token", False)),
-        kind=get("model", "gpt2"),
-        pre=get("pre", "default"),
-        ends=tuple(id for name in ("eot", "eom") if (id := get(f"{name}_token_id")) is not None),
-    )

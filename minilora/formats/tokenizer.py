@@ -6,7 +6,7 @@ Nothing here pads or truncates: sequences are packed, and callers that shorten o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.chat import Messages, find_chat_template, render_chat, turn_end
-from minilora.formats.gguf import GGUFTokenizer, read_gguf_tokenizer
+from minilora.formats.gguf import read_gguf_tokenizer
 from minilora.formats.tokenizer_files import import_tokenizers, library_errors, read_tokenizer, split_in_bytes
 
 
@@ -242,48 +242,54 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     )
 
 
-def gguf_tokenizer(vocabulary: GGUFTokenizer, vocab_size: int, path: str | Path = "the GGUF file") -> HFTokenizer:
-    """The byte-level BPE in the metadata of a GGUF file.
+def gguf_tokenizer(vocabulary: dict[str, Any], vocab_size: int, path: str | Path = "the GGUF file") -> HFTokenizer:
+    """The byte-level BPE in the metadata of a GGUF file, as returned by `read_gguf_tokenizer`.
 
     `pre` names how a text is split before the merges (`split_in_bytes`); other ways would give other ids. Bytes without a token
     (SmolLM2 lacks 21) are dropped, as in the published tokenizers. Raises ValueError for another `pre`, SentencePiece vocabularies,
     and inconsistent tokens and merges.
     """
-    tokenizers, ends = import_tokenizers(), vocabulary.ends
-    for name, of in (("tokens", str), ("merges", str), ("token_types", int)):
-        if not isinstance(values := getattr(vocabulary, name), list) or not all(isinstance(value, of) for value in values):
+    tokenizers = import_tokenizers()
+    get: Callable[..., Any] = vocabulary.get
+    tokens, merges, template = get("tokens"), get("merges", []), get("chat_template")
+    types = get("token_type", [_NORMAL] * len(tokens or ()))
+    for name, values, of in (("tokens", tokens, str), ("merges", merges, str), ("token_type", types, int)):
+        if not isinstance(values, list) or not all(isinstance(value, of) for value in values):
             raise ValueError(f"{path}: the {name} of its tokenizer must be a list of {'strings' if of is str else 'numbers'}.")
-    tokens, pre = vocabulary.tokens, vocabulary.pre
-    if vocabulary.kind != "gpt2" or pre not in _PRE:
+    model, pre = get("model", "gpt2"), get("pre", "default")
+    if model != "gpt2" or pre not in _PRE:
         raise ValueError(
-            f"{path}: its tokenizer is of model {vocabulary.kind!r} and splits text as {pre!r}; supported: model 'gpt2' with "
+            f"{path}: its tokenizer is of model {model!r} and splits text as {pre!r}; supported: model 'gpt2' with "
             f"{', '.join(map(repr, _PRE))}. Use a folder with a tokenizer.json instead."
         )
     ids = {token: i for i, token in enumerate(tokens)}
-    if duplicate := next((token for i, token in enumerate(tokens) if ids[token] != i), None):
-        raise ValueError(f"{path}: the token {duplicate!r} occurs twice in the vocabulary.")
-    if len(vocabulary.token_types) != len(tokens) or not isinstance(vocabulary.chat_template, str | None):
+    if duplicates := [token for i, token in enumerate(tokens) if ids[token] != i]:
+        raise ValueError(f"{path}: the token {duplicates[0]!r} occurs twice in the vocabulary.")
+    if len(types) != len(tokens) or not isinstance(template, str | None):
         raise ValueError(f"{path}: its tokenizer needs a type for each of {len(tokens)} tokens, and a string as chat template.")
-    merges = [tuple(merge.split(" ")) for merge in vocabulary.merges]
-    for merge in merges:
-        if len(merge) != 2 or not all(part in ids for part in (*merge, "".join(merge))):
-            raise ValueError(f"{path}: the merge {' '.join(merge)!r} does not join two tokens into a third.")
-    for name, id in (("bos", vocabulary.bos), ("eos", vocabulary.eos), *(("eot", end) for end in ends)):
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    for pair in pairs:
+        if len(pair) != 2 or not all(part in ids for part in (*pair, "".join(pair))):
+            raise ValueError(f"{path}: the merge {' '.join(pair)!r} does not join two tokens into a third.")
+    bos, eos, *ends = (get(f"{name}_token_id") for name in _ENDS)
+    for name, id in zip(_ENDS, (bos, eos, *ends), strict=True):
         if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
             raise ValueError(f"{path}: {name} is token {id}, but there are {len(tokens)} tokens.")
 
-    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=merges))
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=pairs))
     split_in_bytes(library, pre)
-    added = [(token, kind) for token, kind in zip(tokens, vocabulary.token_types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
+    added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
     library.add_tokens([tokenizers.AddedToken(token, normalized=False, special=kind == _CONTROL) for token, kind in added])
-    if vocabulary.add_bos and vocabulary.bos is not None:
-        bos = tokens[vocabulary.bos]
-        library.post_processor = tokenizers.processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, vocabulary.bos)])
-    return _checked(HFTokenizer(library, vocabulary.bos, vocabulary.eos, ends, vocabulary.chat_template, where=path), vocab_size, path)
+    if get("add_bos_token") and bos is not None:
+        single = [tokens[bos], "$A"]
+        library.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=[(tokens[bos], bos)])
+    stop_ids = [id for id in ends if id is not None]
+    return _checked(HFTokenizer(library, bos, eos, stop_ids, template, where=path), vocab_size, path)
 
 
 _PRE = ("smollm", "gpt-2", "qwen2")
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_ENDS = ("bos", "eos", "eot", "eom")  # eot ends a turn, eom a message
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of token_type
 
 
 def _from_file(file: Path) -> HFTokenizer:
