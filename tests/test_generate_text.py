@@ -237,7 +237,7 @@ def test_an_unknown_word_without_a_token_for_it_is_an_error_of_one_sentence(tmp_
 
     words = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0}, unk_token="[UNK]"))
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, words), 1000)
-    with pytest.raises(ValueError, match=r"tokenizer\.json: the tokenizers library fails with it \(.*UNK"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the tokenizers library failed \(.*UNK"):
         tokenizer.encode("b")
 
 

@@ -215,7 +215,7 @@ def test_qwen2s_way_of_splitting_is_transformers():
 def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(made, tmp_path):
     made.save(tmp_path)
     again = load_tokenizer(tmp_path, 400)
-    apart = {"library": None, "where": None}
+    apart = {"library": None, "failed": None}
     assert vars(again) | apart == vars(made) | apart
     text = "the capital of France <|user|> 2024 ☃"
     assert again.encode(text).tolist() == made.encode(text).tolist()

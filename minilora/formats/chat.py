@@ -79,7 +79,7 @@ def _render(template: str | None, messages: Messages, prompt: bool, more: dict[s
             'or use records of "prompt" and "completion" instead of "messages".'
         )
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not _has_content(message):
+        if not _is_message(message):
             raise ValueError(f'message {i + 1} must be an object with the strings "role" and "content".')
     for name in ("tools", "documents"):
         if not isinstance(value := more.get(name) or [], list) or not all(isinstance(item, dict) for item in value):
@@ -100,10 +100,11 @@ def _render(template: str | None, messages: Messages, prompt: bool, more: dict[s
     return "".join(pieces), list(zip(bounds[:-1:2], bounds[1:-1:2], strict=True))
 
 
-def _has_content(message: dict[str, Any]) -> bool:
-    """Whether a message has text, or tool calls without text."""
-    content = message.get("content")
-    return isinstance(content, str) or (content is None and message.get("tool_calls") is not None)
+def _is_message(message: Any) -> bool:
+    """Whether this is an object with a role, and either text or calls of tools."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str) or (message.get("content") is None and message.get("tool_calls") is not None)
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ _FAR = 0.5  # relative difference: about 0.1 after rounding to four bits, 1.4 be
 
 def mark_of(model: Layer, without: Collection[str], loftq: bool = False) -> dict[str, str]:
     """The metadata of an adapter for this base; `without`: paths of modules that do not belong to the base."""
-    mark = f"{fingerprint(model, without)}:{'quantized' * _quantized(model)}:{_samples(model, without).tobytes().hex()}"
-    return {KEY: _LOFTQ * loftq + mark}
+    digest, samples = _read(model, without)
+    return {KEY: f"{_LOFTQ * loftq}{digest}:{'quantized' * _quantized(model)}:{samples.tobytes().hex()}"}
 
 
 def check_base(model: Layer, without: Collection[str], metadata: dict[str, str], source: Path, allow: bool) -> None:
@@ -41,10 +41,10 @@ def check_base(model: Layer, without: Collection[str], metadata: dict[str, str],
     allow: report other weights too, instead of raising. Adapters without a mark, such as PEFT's, are accepted.
     """
     mark = metadata.get(KEY)
-    own = fingerprint(model, without)
-    if mark is None or mark.removeprefix(_LOFTQ).partition(":")[0] == own:
+    digest, samples = _read(model, without)
+    if mark is None or mark.removeprefix(_LOFTQ).partition(":")[0] == digest:
         return
-    difference = None if mark.startswith(_LOFTQ) else _difference(mark, model, _samples(model, without))
+    difference = None if mark.startswith(_LOFTQ) else _difference(mark, model, samples)
     if difference is not None:
         print(f"{source}: it was trained on another copy of this base, by {difference}: results will differ a little.", file=sys.stderr)
     elif allow:
@@ -78,24 +78,20 @@ def fingerprint(model: Layer, without: Collection[str] = ()) -> str:
 
     `without`: paths of modules to skip, as those that are fully trained do not belong to the base.
     """
-    digest = hashlib.sha256()
-    for path, shape, sample in _sampled(model, without):
-        digest.update(f"{path}{shape}".encode() + rounded(sample, "float16").tobytes())
-    return digest.hexdigest()[:16]
+    return _read(model, without)[0]
 
 
-def _samples(model: Layer, without: Collection[str]) -> np.ndarray:
-    """64 of the values that the fingerprint reads."""
-    values = np.concatenate([np.zeros(0, "<f4"), *(sample.astype("<f4") for _, _, sample in _sampled(model, without))])
-    return values[np.linspace(0, len(values) - 1, _SAMPLES).astype(int)] if len(values) else values
-
-
-def _sampled(model: Layer, without: Collection[str]) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+def _read(model: Layer, without: Collection[str]) -> tuple[str, np.ndarray]:
+    """(the fingerprint, 64 of the values that it reads)."""
+    digest, values = hashlib.sha256(), np.zeros(0, "<f4")
     for path, layer in model.modules():
         if isinstance(layer, Linear) and not any(f"{path}.".startswith(f"{skipped}.") for skipped in without):
             W = dense(layer.weight.data)
             rows, columns = np.divmod(np.arange(0, W.size, max(1, W.size // 16)), W.shape[1])
-            yield path, tuple(W.shape), to_numpy(W[as_like(rows, W), as_like(columns, W)])
+            sample = to_numpy(W[as_like(rows, W), as_like(columns, W)])
+            digest.update(f"{path}{tuple(W.shape)}".encode() + rounded(sample, "float16").tobytes())
+            values = np.append(values, sample.astype("<f4"))
+    return digest.hexdigest()[:16], values[np.linspace(0, len(values) - 1, _SAMPLES).astype(int)] if len(values) else values
 
 
 def _quantized(model: Any) -> bool:

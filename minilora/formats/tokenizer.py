@@ -157,7 +157,7 @@ class HFTokenizer(Tokenizer):
     ) -> None:
         library.no_padding()
         library.no_truncation()
-        self.library, self.where, self.clean_up = library, str(where), clean_up
+        self.library, self.clean_up, self.failed = library, clean_up, f"{where}: the tokenizers library failed"
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id, self.eos_id = bos_id, eos_id
         added = library.get_added_tokens_decoder()
@@ -180,15 +180,15 @@ class HFTokenizer(Tokenizer):
 
     def encode(self, text: str, add_special: bool = True) -> np.ndarray:
         _utf8(text)
-        with library_errors(self.where):
+        with library_errors(self.failed):
             return np.array(self.library.encode(text, add_special_tokens=add_special).ids, dtype=np.int64)
 
     def offsets(self, text: str) -> np.ndarray:
-        with library_errors(self.where):
+        with library_errors(self.failed):
             return np.array(self.library.encode(text, add_special_tokens=False).offsets, dtype=np.int64).reshape(-1, 2)
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        with library_errors(self.where):
+        with library_errors(self.failed):
             text = self.library.decode([int(i) for i in ids], skip_special_tokens=skip_special)
         for before, after in _CLEAN if self.clean_up else ():
             text = text.replace(before, after)

@@ -11,7 +11,7 @@ model was trained on it.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ _DEFAULTS = {
 }
 _OF_MODEL = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}
 _ALIASES = dict.fromkeys(("ElectraTokenizer", "DistilBertTokenizer", "SqueezeBertTokenizer"), "BertTokenizer")
+_MODELS = {"BertTokenizer": "WordPiece", "XLMRobertaTokenizer": "Unigram"}  # the others: BPE
+_AROUND = {"BertTokenizer": ("cls_token", "sep_token"), "XLMRobertaTokenizer": ("bos_token", "eos_token")}  # added around a text
+_OPTIONS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _OTHERS = """Albert Bart Barthez Bartpho BertGeneration BertJapanese Bertweet BigBird BioGpt Blenderbot BlenderbotSmall ByT5 CLIP CTRL
 Camembert Canine Clvp CodeGen CodeLlama Cohere Cpm CpmAnt DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia Esm Esmc
 FNet FSMT FastSpeech2Conformer Flaubert Funnel GPTNeoX GPTNeoXJapanese GPTSw3 Gemma Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM
@@ -47,7 +50,6 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
     library, raw = _load(file)
     config, where = _beside(file, "tokenizer_config"), file.parent / "tokenizer_config.json"
     kind = _kind(config, _beside(file, "config"), raw, where)
-    tokenizers = import_tokenizers()
     found, extra, listed = _tokens_beside(config, raw, file)
     known = {added.content: added for added in listed.values()}
     vocabulary = library.get_vocab(with_added_tokens=True).keys() | known.keys() | {_content(value) for value in found.values()}
@@ -59,31 +61,30 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
     names = {name: _content(value) for name, value in tokens.items()}
     if kind:
         library = _built(kind, library, raw, config, names, file)
-
-    present = {repr(added): added.content for added in library.get_added_tokens_decoder().values()}
-    add = [added for _, added in sorted(listed.items()) if repr(added) not in present]
-    contents = {*present.values(), *map(_content, add)}
-    add += [
-        value for value in dict.fromkeys((*tokens.values(), *extra)) if _content(value) not in contents
-    ]  # options may differ: both count
-    add = [tokenizers.AddedToken(added, special=True) if isinstance(added, str) else added for added in add]
-    for added in add:
-        added.special = added.special or added.content in names.values()
-    library.add_tokens(add)
+    _add_tokens(library, listed, [*tokens.values(), *extra], names.values())
     if kind == "Qwen2Tokenizer":
-        library.add_tokens([tokenizers.AddedToken(content, special=True) for content in (*names.values(), *map(_content, extra))])
+        t = import_tokenizers()
+        library.add_tokens([t.AddedToken(content, special=True) for content in (*names.values(), *map(_content, extra))])
     if kind in _AROUND:  # replaces the post-processor of tokenizer.json
         around = [(token, library.token_to_id(token)) for name in _AROUND[kind] if (token := names.get(name))]
         if len(around) < 2:
             raise ValueError(f"{file}: {kind} needs {' and '.join(_AROUND[kind])}, which are not in the vocabulary.")
         single = f"{around[0][0]}:0 $A:0 {around[1][0]}:0"
-        library.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=around)
+        library.post_processor = import_tokenizers().processors.TemplateProcessing(single=single, special_tokens=around)
     library.encode_special_tokens = bool(config.get("split_special_tokens"))
     return library, names, config
 
 
-_MODELS = {"BertTokenizer": "WordPiece", "XLMRobertaTokenizer": "Unigram"}
-_AROUND = {"BertTokenizer": ("cls_token", "sep_token"), "XLMRobertaTokenizer": ("bos_token", "eos_token")}
+def _add_tokens(library: Any, listed: dict[int, Any], more: list[Any], special: Collection[str]) -> None:
+    """Add the tokens that the library lacks: those listed, by id, then `more`, also twice if their options differ."""
+    present = {repr(added): added.content for added in library.get_added_tokens_decoder().values()}
+    add = [added for _, added in sorted(listed.items()) if repr(added) not in present]
+    contents = {*present.values(), *map(_content, add)}
+    add += [value for value in dict.fromkeys(more) if _content(value) not in contents]
+    add = [import_tokenizers().AddedToken(added, special=True) if isinstance(added, str) else added for added in add]
+    for added in add:
+        added.special = added.special or added.content in special
+    library.add_tokens(add)
 
 
 def _tokens_beside(config: dict[str, Any], raw: dict[str, Any], file: Path) -> tuple[dict[str, Any], list[Any], dict[int, Any]]:
@@ -157,7 +158,7 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
         )
     t, vocab, space = import_tokenizers(), raw["model"]["vocab"], config.get("add_prefix_space")
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in raw["model"].get("merges", ())]
-    try:
+    with library_errors(f"{file}: no {kind} can be built from it and the tokenizer_config.json beside it"):
         if kind == "BertTokenizer":
             built = t.Tokenizer(t.models.WordPiece(vocab, unk_token=names.get("unk_token", "[UNK]")))
             chinese, lowercase = config.get("tokenize_chinese_chars", True), config.get("do_lower_case", True)
@@ -180,8 +181,6 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
             built = t.Tokenizer(t.models.BPE(vocab, merges))
             split_in_bytes(built, "qwen2" if kind == "Qwen2Tokenizer" else "gpt-2", space or False)
         built.post_processor = library.post_processor or t.processors.TemplateProcessing(single="$A:0")
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"{file}: no {kind} can be built from it and the tokenizer_config.json beside it ({error}).") from None
     return built
 
 
@@ -212,9 +211,6 @@ def _token(value: Any, name: str, where: Path) -> Any:
         raise ValueError(f"{where}: {name} must be a token, got {value!r:.60}.") from None
 
 
-_OPTIONS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-
-
 def _tokens(value: Any, where: Path) -> list[Any]:
     if not isinstance(value, list | None):
         raise ValueError(f"{where}: the extra special tokens must be a list, got {value!r:.60}.")
@@ -241,11 +237,8 @@ def _load(file: Path) -> tuple[Any, dict[str, Any]]:
         size = int.from_bytes(table[:4], "little")  # the library does not check this size
         if len(table) < 4 or size % 4 or size > len(table) - 4:
             raise ValueError(f"{file}: the precompiled_charsmap of its normalizer is invalid.")
-    with library_errors(file):
-        try:
-            return tokenizers.Tokenizer.from_file(str(file)), raw
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{file} is not a tokenizer that the tokenizers library can read ({error}).") from None
+    with library_errors(f"{file} is not a tokenizer that the tokenizers library can read"):
+        return tokenizers.Tokenizer.from_file(str(file)), raw
 
 
 def _charsmaps(raw: dict[str, Any]) -> Iterator[bytes]:
@@ -260,14 +253,14 @@ def _charsmaps(raw: dict[str, Any]) -> Iterator[bytes]:
 
 
 @contextmanager
-def library_errors(where: str | Path) -> Iterator[None]:
-    """Turn what the tokenizers library raises (a bare Exception, or a panic, which is a BaseException) into a ValueError."""
+def library_errors(what: str) -> Iterator[None]:
+    """Turn whatever the tokenizers library raises, a panic included (a BaseException), into a ValueError that starts with `what`."""
     try:
         yield
     except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{where}: the tokenizers library fails with it ({error}).") from None
+        raise ValueError(f"{what} ({error}).") from None
 
 
 def import_tokenizers() -> Any:
