@@ -18,18 +18,7 @@ from minilora.backend import choose_backend, to_numpy
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.blank import Blank
 from minilora.formats.fetch import BUNDLED, is_hub_id, model_folder, read_weights, weight_files
-from minilora.formats.fitting import (
-    FAMILIES,
-    check_fit,
-    check_sizes,
-    classes_of,
-    family_of,
-    fresh,
-    named,
-    oriented,
-    renamed,
-    warn_of_pooling,
-)
+from minilora.formats.fitting import FAMILIES, check_sizes, classes_of, family_of, fill, named, oriented, warn_of_pooling
 from minilora.formats.gguf import read_gguf
 from minilora.formats.nf4 import CONFIG, is_nf4_config, packed, unpacked
 from minilora.formats.tensors import stored_dtypes, write_tensors
@@ -43,9 +32,7 @@ from minilora.quantization.quantize import PACK, narrow_model, quantize_model
 
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
 _TOKENIZER_FILES += "vocab.txt vocab.json merges.txt tokenizer.model generation_config.json".split()
-_KEPT = (
-    "bos_token_id eos_token_id pad_token_id hidden_dropout_prob attention_probs_dropout_prob attention_dropout".split()
-)  # copied unchanged
+_COPIED = "bos_token_id eos_token_id pad_token_id hidden_dropout_prob attention_probs_dropout_prob attention_dropout".split()
 STORED = "stored"  # a dtype for save_model
 
 
@@ -100,17 +87,13 @@ def load_model(
     check_sizes(config, tensors, where)
     if labels is not None:
         config = _with_labels(config, labels, where)
-    model = model_class(config, rng=Blank(), dtype="float32")
-    tensors = renamed(model, family, tensors, source)
     if new_head:
         tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
     elif isinstance(labels, Sequence) and "classifier.weight" in tensors and list(labels) != published and named(published):
         raise ValueError(f"{where}: the head is for {', '.join(published)}, not {', '.join(labels)}; new_head=True replaces it.")
-    tensors |= fresh(model, family, tensors, raw, source, new_head, seed)
-    tensors, parameters = oriented(model, tensors), dict(model.parameters())
-    check_fit(source, tensors, {path: p.data.shape for path, p in parameters.items()})
-    for path, p in parameters.items():
-        p.data = tensors[path]
+    model = model_class(config, rng=Blank(), dtype="float32")
+    complete = family.architectures[0] in (raw.get("architectures") or ()) and not new_head
+    fill(model, family, tensors, source, None if complete else seed)
     model.source = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # adapters name their base by it
     model.hub_id = str(path_or_id) if is_hub_id(path_or_id) else None
     if quantize:
@@ -169,7 +152,7 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     result["torch_dtype"] = max((dtypes.get(path, value.dtype.name) for path, value in tensors.items()), key=lambda name: name[-2:])
     source = Path(model.source) if model.source and model.source != BUNDLED else None
     if source is not None and (source / "config.json").is_file():
-        result = {**{key: value for key, value in read_json(source / "config.json").items() if key in _KEPT}, **result}
+        result = {**{key: value for key, value in read_json(source / "config.json").items() if key in _COPIED}, **result}
     tensors = oriented(model, tensors)
     for path, value in quantized.items():
         tensors, result["quantization_config"] = tensors | packed(path, value), CONFIG

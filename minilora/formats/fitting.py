@@ -85,7 +85,21 @@ def check_sizes(config: Any, tensors: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {name} is {size}, but the tensors in the file allow at most {most}.")
 
 
-def renamed(model: Layer, family: Family, tensors: dict[str, np.ndarray], source: Path) -> dict[str, np.ndarray]:
+def fill(model: Any, family: Family, tensors: dict[str, np.ndarray], source: Path, seed: int | None) -> None:
+    """Set every parameter to the tensor of its path, without a copy. With a seed, modules that the file lacks are initialised by it.
+
+    Raises ValueError as `check_fit`, and for a name that occurs twice or a tied head that differs from the embedding.
+    """
+    tensors = _renamed(model, family, tensors, source)
+    if seed is not None:
+        tensors |= _initialised(model, family, tensors, source, seed)
+    tensors, parameters = oriented(model, tensors), dict(model.parameters())
+    check_fit(source, tensors, {path: p.data.shape for path, p in parameters.items()})
+    for path, p in parameters.items():
+        p.data = tensors[path]
+
+
+def _renamed(model: Layer, family: Family, tensors: dict[str, np.ndarray], source: Path) -> dict[str, np.ndarray]:
     """The tensors by their paths in the model: with the prefix that bare models lack, without buffers and a tied head."""
     paths = {path for path, _ in model.parameters()}
     head = f"{getattr(model, 'output_head', '')}.weight"
@@ -109,22 +123,16 @@ def renamed(model: Layer, family: Family, tensors: dict[str, np.ndarray], source
     return renamed
 
 
-def fresh(
-    model: Any, family: Family, tensors: dict[str, np.ndarray], raw: dict[str, Any], source: Path, new_head: bool, seed: int
-) -> dict[str, np.ndarray]:
-    """Initial values (out, in) of the modules that a bare checkpoint lacks or new_head replaces, reported on standard error."""
-    if family.architectures[0] in (raw.get("architectures") or ()) and not new_head:
-        return {}
-    parameters = dict(model.parameters())
-    absent = [name for name in family.fresh if not any(path.startswith(f"{name}.") for path in tensors)]
-    rng, values = np.random.default_rng(seed), {}
-    for name in absent:
+def _initialised(model: Any, family: Family, tensors: dict[str, np.ndarray], source: Path, seed: int) -> dict[str, np.ndarray]:
+    """Random values, weights (out, in) from N(0, 0.02^2), of the modules that the tensors lack. Reported on standard error."""
+    parameters, rng, values = dict(model.parameters()), np.random.default_rng(seed), {}
+    model.drawn = tuple(name for name in family.fresh if not any(path.startswith(f"{name}.") for path in tensors))
+    for name in model.drawn:
         W, b = parameters[f"{name}.weight"].data, parameters[f"{name}.bias"].data
         values[f"{name}.weight"] = rng.normal(0, 0.02, W.shape).astype(W.dtype).T
         values[f"{name}.bias"] = np.zeros(b.shape, b.dtype)
-    model.drawn = tuple(absent)
-    if absent:
-        print(f"{source} has no {' and no '.join(absent)}: initialised at random, to be trained or loaded.", file=sys.stderr)
+    if model.drawn:
+        print(f"{source} has no {' and no '.join(model.drawn)}: initialised at random, to be trained or loaded.", file=sys.stderr)
     return values
 
 
