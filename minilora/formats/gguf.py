@@ -44,16 +44,16 @@ def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any],
     """
     path = Path(path)
     meta, stored = _open(path)
-    config = _config(meta, {tensor.name: tensor for tensor in stored}, path)
+    config = _config(meta, stored, path)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     tensors = {}
-    for tensor in stored:
+    for tensor in stored.values():
         name = _published(tensor.name, config["num_hidden_layers"], path)
         value = _dequantized(tensor, path)
         projection = name.split(".")[-2]
         if config["model_type"] == "llama" and projection in heads:
             if len(value) % (2 * heads[projection]):
-                raise ValueError(f"{path}: {tensor.name} has {len(value)} rows, which {heads[projection]} heads of pairs do not divide.")
+                raise ValueError(f"{path}: {tensor.name} has {len(value)} rows, not a multiple of 2 x {heads[projection]} heads.")
             value = in_halves(value, heads[projection])
         tensors[name] = np.asarray(value, dtype)
     return config, tensors
@@ -66,8 +66,9 @@ def read_gguf_tokenizer(path: str | Path) -> tuple[int, dict[str, Any]]:
     """
     path = Path(path)
     meta, stored = _open(path)
-    rows = _config(meta, {tensor.name: tensor for tensor in stored}, path)["vocab_size"]
-    return rows, {re.sub(r"^tokenizer\.(ggml\.)?", "", name): value for name, value in meta.items() if name.startswith("tokenizer.")}
+    return _config(meta, stored, path)["vocab_size"], {
+        re.sub(r"^tokenizer\.(ggml\.)?", "", name): value for name, value in meta.items() if name.startswith("tokenizer.")
+    }
 
 
 def in_halves(W: np.ndarray, n_head: int) -> np.ndarray:
@@ -79,8 +80,8 @@ def in_halves(W: np.ndarray, n_head: int) -> np.ndarray:
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(W.shape)
 
 
-def _open(path: Path) -> tuple[dict[str, Any], list[Any]]:
-    """(metadata, the library's tensors) of a file. Raises FileNotFoundError, ImportError, or ValueError for an unreadable file."""
+def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metadata, {name: the library's tensor}) of a file. Raises FileNotFoundError, ImportError, or ValueError for an unreadable file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     try:
@@ -104,10 +105,10 @@ def _open(path: Path) -> tuple[dict[str, Any], list[Any]]:
         raise ValueError(f"{path} is not a readable GGUF file: it is truncated or of another format ({error}).") from None
     if reader.byte_order == "S":
         raise ValueError(f"{path} is a GGUF file of the opposite byte order; convert it to this machine's.")
-    return meta, list(reader.tensors)
+    return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def _config(meta: dict[str, Any], shapes: dict[str, Any], path: Path) -> dict[str, Any]:
+def _config(meta: dict[str, Any], stored: dict[str, Any], path: Path) -> dict[str, Any]:
     """The metadata of the model as transformers' config.json. Raises ValueError for what is not supported."""
     architecture = meta.get("general.architecture")
     if architecture not in tuple(_CLASSES):
@@ -130,7 +131,7 @@ def _config(meta: dict[str, Any], shapes: dict[str, Any], path: Path) -> dict[st
         raise ValueError(f"{path}: rotary embeddings of part of a head, and values of another size than keys, are not supported.")
     kind = get("rope.scaling.type", str, "linear")  # llama.cpp's default
     factors = [get(name, number, 1) or 1 for name in ("rope.scaling.factor", "rope.scale_linear")]  # 0 means none
-    if kind not in ("none", "linear") or (kind == "linear" and factors != [1, 1]) or "rope_freqs.weight" in shapes:
+    if kind not in ("none", "linear") or (kind == "linear" and factors != [1, 1]) or "rope_freqs.weight" in stored:
         raise ValueError(f"{path}: scaled rotary embeddings (rope.scaling) are not supported.")
     for name, supported in _FIXED.items():
         if (value := meta.get(f"{architecture}.{name}", supported)) != supported:
@@ -140,13 +141,13 @@ def _config(meta: dict[str, Any], shapes: dict[str, Any], path: Path) -> dict[st
         print(f"{path}: unknown options, ignored: {', '.join(unknown):.300}.", file=sys.stderr)
     if not isinstance(meta.get("tokenizer.ggml.tokens"), list):
         raise ValueError(f"{path} has no tokenizer: tokenizer.ggml.tokens is missing.")
-    if "token_embd.weight" not in shapes or len(shapes["token_embd.weight"].shape) != 2:
+    if "token_embd.weight" not in stored or len(stored["token_embd.weight"].shape) != 2:
         raise ValueError(f"{path} lacks the tensor 'token_embd.weight', or it is not a matrix.")
 
     config: dict[str, Any] = {
         "model_type": architecture,
         "architectures": [_CLASSES[architecture]],
-        "vocab_size": int(shapes["token_embd.weight"].shape[-1]),  # GGUF lists dimensions in reverse
+        "vocab_size": int(stored["token_embd.weight"].shape[-1]),  # GGUF lists dimensions in reverse
         "hidden_size": hidden,
         "intermediate_size": get("feed_forward_length", int),
         "num_hidden_layers": get("block_count", int),
@@ -157,11 +158,11 @@ def _config(meta: dict[str, Any], shapes: dict[str, Any], path: Path) -> dict[st
         "rms_norm_eps": _short(get("attention.layer_norm_rms_epsilon", number)),
         "rope_theta": _short(get("rope.freq_base", number, 10000.0)),
         "hidden_act": "silu",
-        "tie_word_embeddings": "output.weight" not in shapes,
+        "tie_word_embeddings": "output.weight" not in stored,
     }
     if architecture == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in shapes
-        config["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
+        config["attention_bias"] = "blk.0.attn_q.bias" in stored
+        config["mlp_bias"] = "blk.0.ffn_gate.bias" in stored
     for name in ("bos_token_id", "eos_token_id"):
         config[name] = meta.get(f"tokenizer.ggml.{name}")
     return config
