@@ -61,13 +61,6 @@ def far(a, b):
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-@pytest.fixture(scope="session")
-def peft():
-    for name in ("torch", "transformers"):
-        pytest.importorskip(name, reason=f"the live comparison needs {name}: pip install 'minilora[oracle]'")
-    return pytest.importorskip("peft", reason="the live comparison needs peft: pip install 'minilora[oracle]'")
-
-
 def in_peft(peft, base, adapter, name="AutoModelForCausalLM", seed=0, **options):
     """What transformers and PEFT make of the two folders; torch draws what is missing with this seed."""
     import torch

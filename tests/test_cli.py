@@ -41,12 +41,6 @@ def text(tmp_path):
     return path
 
 
-@pytest.fixture
-def cwd(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def run(capsys, *argv):
     """(exit status, stdout, stderr) of a verb."""
     status = main([str(a) for a in argv])

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from small_tokenizers import CHATML, library_wordpiece
+from tiny import write_jsonl
 
 import minilora as ml
 from minilora.cli import main
@@ -55,15 +56,9 @@ def llama(cwd):
     return cwd / "llama"
 
 
-def write(path, records):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
 def write_films(folder):
     for split in ("train", "valid", "test"):
-        write(folder / f"{split}.jsonl", FILMS * 3)
+        write_jsonl(folder / f"{split}.jsonl", FILMS * 3)
     return folder
 
 
@@ -81,7 +76,7 @@ def test_a_classifier_from_its_data_to_a_folder_of_its_own(bert, cwd, run):
     assert read_json(cwd / "merged" / "config.json")["id2label"] == {"0": "dish", "1": "none", "2": "tale"}
     told["merged"] = run("evaluate", "merged", "--data", films / "test.jsonl", json=True)  # the names of the classes went along
     shutil.copytree(cwd / "run" / "adapter", cwd / "sent")  # as PEFT's are: no list of names, a head of three rows
-    write(cwd / "numbered.jsonl", [{"text": r["text"], "label": ["dish", "none", "tale"].index(r["label"])} for r in FILMS * 3])
+    write_jsonl(cwd / "numbered.jsonl", [{"text": r["text"], "label": ["dish", "none", "tale"].index(r["label"])} for r in FILMS * 3])
     told["sent"] = run("evaluate", "sent", "--data", "numbered.jsonl", json=True)
     for name in ("merged", "sent"):
         assert told[name] == pytest.approx(told["run"], abs=1e-5), name
@@ -126,7 +121,7 @@ CHATS = [{"messages": [{"role": "user", "content": "the cat"}, {"role": "assista
 
 
 def test_chats_from_a_csv_or_a_folder_to_an_answer(llama, cwd, run):
-    write(cwd / "chats.jsonl", CHATS * 4)
+    write_jsonl(cwd / "chats.jsonl", CHATS * 4)
     (cwd / "pairs.csv").write_text('completion,prompt\n" mat",the cat sat on the\n"Paris",the capital is\n')
     learn = [*QUICK, "--window", 64, "--model", "llama", "--lr", 0.05, "--r", 2]
     (llama / "chat_template.jinja").write_text(CHATML)
@@ -145,7 +140,7 @@ def test_chats_from_a_csv_or_a_folder_to_an_answer(llama, cwd, run):
 
 def test_a_template_that_tries_to_leave_its_sandbox_trains_and_writes_nothing(llama, cwd, capsys):
     (llama / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
-    write(cwd / "chats.jsonl", CHATS)
+    write_jsonl(cwd / "chats.jsonl", CHATS)
     for argv in (["finetune", "--model", "llama", "--data", "chats.jsonl", "--out", "new"], ["generate", "llama", "--chat"]):
         assert main([*argv, "--backend", "numpy"]) == 1
         assert "the chat template tries to leave the sandbox" in capsys.readouterr().err
@@ -226,7 +221,7 @@ def larger_vocabulary(cwd):
 
 
 def no_template(cwd):
-    write(cwd / "chats.jsonl", CHATS)
+    write_jsonl(cwd / "chats.jsonl", CHATS)
     return ["finetune", "--model", "llama", "--data", "chats.jsonl"]
 
 

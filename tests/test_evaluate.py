@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from small_tokenizers import BPE, library_wordpiece
+from tiny import write_jsonl
 
 import minilora as ml
 from minilora.cli import main
@@ -47,12 +48,6 @@ def llama(cwd):
     return oracle.small_llama(cwd / "llama")
 
 
-def write(path, records):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
 def texts(n, seed=0):
     rng = np.random.default_rng(seed)
     return [{"text": " ".join(rng.choice(WORDS, rng.integers(2, 5))) + f" {i}", "label": ["so", "no", "yes"][i % 3]} for i in range(n)]
@@ -77,10 +72,10 @@ RUNS = {
 
 @pytest.fixture
 def data(cwd):
-    write(cwd / "films.jsonl", texts(60))
-    write(cwd / "films" / "train.jsonl", texts(40))
-    write(cwd / "films" / "dev.jsonl", texts(10, seed=1))
-    write(cwd / "pairs.jsonl", pairs(40))
+    write_jsonl(cwd / "films.jsonl", texts(60))
+    write_jsonl(cwd / "films" / "train.jsonl", texts(40))
+    write_jsonl(cwd / "films" / "dev.jsonl", texts(10, seed=1))
+    write_jsonl(cwd / "pairs.jsonl", pairs(40))
     (cwd / "poem.txt").write_text("the cat sat on the mat; the capital of France is Paris. " * 20)
     (cwd / "latin.txt").write_bytes("the naïve cat sat on the mat ".encode("latin-1") * 30)
 
@@ -105,7 +100,7 @@ def test_what_is_learnt_is_not_measured_unless_asked_for(bert, data, run):
     assert everything["sequences"] == 60
     assert "all of films.jsonl, of which the run may have learnt all but what it held out" in run.err
     assert run("evaluate", "run", "--split", "train")["sequences"] == 60 - told["sequences"]
-    write(bert.parent / "others.jsonl", texts(9, seed=5))
+    write_jsonl(bert.parent / "others.jsonl", texts(9, seed=5))
     assert run("evaluate", "run", "--data", "others.jsonl")["sequences"] == 9  # data that it has never seen: all of them
     run("finetune", *RUNS["classes, a folder"][0], *FAST, "--out", "run2")
     assert "the run was trained on all of films/train.jsonl" in run("evaluate", "run2", "--data", "films/train.jsonl", status=1)
@@ -174,7 +169,7 @@ def test_data_that_have_changed_since_the_run_are_not_measured_as_held_out(bert,
 
 def test_sizes_that_are_given_hold_for_any_data(bert, llama, data, run):
     run("finetune", *RUNS["classes, few"][0], *FAST, "--out", "run")
-    write(bert.parent / "others.jsonl", texts(30, seed=5))
+    write_jsonl(bert.parent / "others.jsonl", texts(30, seed=5))
     assert run("evaluate", "run", "--data", "others.jsonl")["sequences"] == 30
     assert run("evaluate", "run", "--data", "others.jsonl", "--eval-size", 7)["sequences"] == 7
     assert run("evaluate", "run", "--split", "train", "--eval-size", 7)["sequences"] == 7
@@ -211,7 +206,7 @@ def test_run_json_holds_null_for_what_json_has_not(cwd, run):
     model = ml.BertClassifier(ml.BertConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1), rng=0)
     ml.save_model(model, cwd / "scorer")
     library_wordpiece().save(str(cwd / "scorer" / "tokenizer.json"))
-    write(cwd / "x.jsonl", [{"text": row["text"], "label": 0.5} for row in texts(9)])  # no correlation with what is constant
+    write_jsonl(cwd / "x.jsonl", [{"text": row["text"], "label": 0.5} for row in texts(9)])  # no correlation with what is constant
     how = ["--model", "scorer", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST]
     assert run("finetune", *how, "--out", "run")["after"]["pearson"] is None
     assert "NaN" not in (cwd / "run" / "run.json").read_text()
@@ -240,8 +235,8 @@ def test_the_perplexity_of_a_text_counts_every_token_once(llama, run):
 @pytest.mark.parametrize(("n", "size", "accumulate"), [(40, 8, 1), (40, 8, 3), (44, 8, 4), (9, 8, 8), (41, 8, 2)])
 @pytest.mark.parametrize("epochs", [1, 2, 1.5, 2.1])
 def test_epochs_read_every_text_and_take_the_steps_of_transformers(n, size, accumulate, epochs, bert, run):
-    write(bert.parent / "x" / "train.jsonl", [{"text": "a man eating", "label": i % 2} for i in range(n)])
-    write(bert.parent / "x" / "valid.jsonl", [{"text": "food", "label": 0}, {"text": "a", "label": 1}])
+    write_jsonl(bert.parent / "x" / "train.jsonl", [{"text": "a man eating", "label": i % 2} for i in range(n)])
+    write_jsonl(bert.parent / "x" / "valid.jsonl", [{"text": "food", "label": 0}, {"text": "a", "label": 1}])
     how = ["--batch-size", size, "--accumulate", accumulate, "--epochs", epochs, "--warmup", 0, "--backend", "numpy", "--no-cache"]
     run("finetune", "--model", "bert", "--data", "x", "--task", "classify", "--window", 9, *how, "--out", "run")
     steps = [json.loads(line) for line in (bert.parent / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -278,7 +273,7 @@ def test_a_published_head_keeps_the_order_of_its_classes(cwd, data, run):
     for row in rows:
         logits = model.forward(np.array(library_wordpiece().encode(row["text"]).ids), keep=False)[0]
         row["label"] = ["yes", "so", "no"][int(logits.argmax())]
-    write(cwd / "own.jsonl", rows)
+    write_jsonl(cwd / "own.jsonl", rows)
     tiny = ["--task", "classify", "--window", 11, "--steps", 1, "--r", 2, "--lr", 1e-12, "--backend", "numpy"]
     told = run("finetune", "--model", "named", "--data", "own.jsonl", *tiny, "--out", "run")
     assert told["before"]["accuracy"] == told["after"]["accuracy"] == 1.0
@@ -292,7 +287,7 @@ def test_a_published_head_keeps_the_order_of_its_classes(cwd, data, run):
 
 def test_a_head_for_other_classes_is_replaced_on_request_only(cwd, run):
     classifier(cwd / "named", ["good", "bad", "ugly"])
-    write(cwd / "x.jsonl", texts(30))
+    write_jsonl(cwd / "x.jsonl", texts(30))
     tiny = ["--task", "classify", "--window", 11, *FAST]
     err = run("finetune", "--model", "named", "--data", "x.jsonl", *tiny, "--out", "run", status=1)
     assert "none of the classes: good, bad, ugly. The data have no, so, yes" in err
@@ -301,14 +296,14 @@ def test_a_head_for_other_classes_is_replaced_on_request_only(cwd, run):
     assert "the head for good, bad, ugly is replaced by one for no, so, yes" in run.err
     assert read_json(cwd / "run" / "run.json")["labels"] == ["no", "so", "yes"]
     assert run("evaluate", "run", "--backend", "numpy") == told["after"]
-    write(cwd / "two.jsonl", [row | {"label": i % 2} for i, row in enumerate(texts(30))])  # and for another number of them
+    write_jsonl(cwd / "two.jsonl", [row | {"label": i % 2} for i, row in enumerate(texts(30))])  # and for another number of them
     told = run("finetune", "--model", "named", "--data", "two.jsonl", *tiny, "--out", "run2", "--new-head")
     assert run("evaluate", "run2", "--backend", "numpy") == told["after"]
 
 
 def test_a_head_that_names_no_classes_takes_those_of_the_data_and_says_so(cwd, run):
     classifier(cwd / "plain", num_labels=3)
-    write(cwd / "x.jsonl", texts(30))
+    write_jsonl(cwd / "x.jsonl", texts(30))
     told = run("finetune", "--model", "plain", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST, "--out", "run")
     assert "plain does not name its 3 classes; they are taken to be no, so, yes, in this order" in run.err
     assert run("evaluate", "run", "--backend", "numpy") == told["after"]
@@ -319,7 +314,7 @@ def test_scores_are_learnt_by_a_model_of_one_output(cwd, run):
     model = ml.BertClassifier(ml.BertConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1), rng=0)
     ml.save_model(model, cwd / "scorer")
     library_wordpiece().save(str(cwd / "scorer" / "tokenizer.json"))
-    write(cwd / "x.jsonl", [{"text": row["text"], "label": len(row["text"]) / 7} for row in texts(30)])
+    write_jsonl(cwd / "x.jsonl", [{"text": row["text"], "label": len(row["text"]) / 7} for row in texts(30)])
     told = run("finetune", "--model", "scorer", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST, "--out", "run")
     assert told["headline"] == "pearson"
     assert run("evaluate", "run", "--backend", "numpy") == told["after"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from golden import make_adapters
 from safetensors.numpy import load_file
+from tiny import IDS, gpt2, logits
 
 import minilora as ml
 from minilora.lora import lora_layers
@@ -21,13 +22,7 @@ from minilora.optim.preconditioned import (
     riemannian,
 )
 
-CONFIG = ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)
-IDS = np.array([1, 5, 2, 10, 0, 7, 7])
 LABELS = np.append(IDS[1:], -100)
-
-
-def gpt2(**options):
-    return ml.GPT2(CONFIG, rng=0, **options)
 
 
 def config_of(vera=False, **config):
@@ -46,10 +41,6 @@ def shake(model, scale=0.3):
     for p in adapter_parameters(model).values():
         p.data = (p.data + scale * rng.standard_normal(p.data.shape)).astype(p.data.dtype)
     return model
-
-
-def logits(model):
-    return model.forward(IDS, keep=False)[0]
 
 
 def gradients(model):

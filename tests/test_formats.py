@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny import CONFIG, logits
 
 import minilora as ml
 from minilora.formats.adapter_config import read_adapter_config
@@ -13,13 +14,6 @@ from minilora.formats.atomic import write_file, write_json
 from minilora.formats.fetch import model_folder
 from minilora.formats.mark import fingerprint
 from minilora.lora import lora_layers
-
-CONFIG = ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)
-IDS = np.array([1, 5, 2, 10, 0, 7, 7])
-
-
-def logits(model):
-    return model.forward(IDS, keep=False)[0]
 
 
 def adapted(seed=0, **config):

@@ -98,13 +98,6 @@ def test_what_was_read_is_written_as_it_was(kind, what, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def peft():
-    for name in ("torch", "transformers"):
-        pytest.importorskip(name, reason=f"the live comparison needs {name}: pip install 'minilora[oracle]'")
-    return pytest.importorskip("peft", reason="the live comparison needs peft: pip install 'minilora[oracle]'")
-
-
-@pytest.fixture(scope="session")
 def bases(peft, tmp_path_factory):
     """Folders of transformers' models, by kind."""
     folder = tmp_path_factory.mktemp("bases")

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from tiny import tiny_model
 
 import minilora as ml
 from minilora.adapters import largest_changes
@@ -13,15 +14,10 @@ from minilora.data.batches import Batch
 from minilora.lora import lora_layers
 
 IDS, OFFSETS = np.array([1, 5, 2, 10, 0, 7, 7, 3, 4, 9]), [0, 3, 4, 7, 10]
-SIZES = {"vocab_size": 11, "max_position_embeddings": 8, "hidden_size": 6, "num_attention_heads": 3, "num_hidden_layers": 2}
 
 
 def base(kind, dtype="float64"):
-    if kind == "gpt2":
-        return ml.GPT2(ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3), rng=0, dtype=dtype).freeze()
-    if kind == "bert":
-        return ml.BertClassifier(ml.BertConfig(**SIZES, intermediate_size=9, num_labels=3), rng=0, dtype=dtype).freeze()
-    return ml.Llama(ml.LlamaConfig(**SIZES, intermediate_size=9), rng=0, dtype=dtype).freeze()
+    return tiny_model(kind, dtype).freeze()
 
 
 def adapted(base, config, seed):
