@@ -273,8 +273,8 @@ def test_an_adapter_that_names_no_base_is_not_put_on_the_bundled_model(tmp_path)
     from minilora.runs.run_file import open_model
 
     ml.save_adapter(adapted(llama(tmp_path / "base")), tmp_path / "a")
-    told = read_json(tmp_path / "a" / "adapter_config.json")
-    write_json(tmp_path / "a" / "adapter_config.json", {**told, "base_model_name_or_path": None})
+    result = read_json(tmp_path / "a" / "adapter_config.json")
+    write_json(tmp_path / "a" / "adapter_config.json", {**result, "base_model_name_or_path": None})
     with pytest.raises(ValueError, match=r"a names no base model \(base_model_name_or_path\); give one as the model, and --adapter"):
         open_model(str(tmp_path / "a"), "numpy")
     assert far(logits(open_model(str(tmp_path / "base"), "numpy", str(tmp_path / "a"))), logits(adapted(tmp_path / "base"))) == 0
@@ -394,11 +394,11 @@ def test_only_what_is_meant_for_the_hub_is_asked_of_it(tmp_path, monkeypatch):
 
     from minilora.runs.run_file import open_model, tokenizer_of
 
-    asked = []
+    requested = []
     hub = types.ModuleType("huggingface_hub")
 
     def fetch(name, **options):
-        asked.append((name, options["local_files_only"]))
+        requested.append((name, options["local_files_only"]))
         raise OSError("no network")
 
     hub.snapshot_download = fetch
@@ -408,7 +408,7 @@ def test_only_what_is_meant_for_the_hub_is_asked_of_it(tmp_path, monkeypatch):
     for name in ("runs/lora-9", "studies/x", "models/mine", "./org/name", "../org/name", "~/name"):
         with pytest.raises(FileNotFoundError, match="there is no model at"):
             open_model(name, "numpy")
-    assert asked == []
+    assert requested == []
     base = llama(tmp_path / "base")
     model = adapted(base)
     model.lora_config.base_model_name_or_path = "org/name"
@@ -418,11 +418,11 @@ def test_only_what_is_meant_for_the_hub_is_asked_of_it(tmp_path, monkeypatch):
             opened("a")
     with pytest.raises(FileNotFoundError, match="Give it as the model, and --adapter a"):
         open_model("a", "numpy")
-    assert {local for _, local in asked} == {True}
-    asked.clear()
+    assert {local for _, local in requested} == {True}
+    requested.clear()
     with pytest.raises(FileNotFoundError, match="it cannot be fetched from the hub: no network"):
         open_model("org/name", "numpy", adapter="a")
-    assert asked == [("org/name", False)]
+    assert requested == [("org/name", False)]
 
 
 # -- comparing ----------------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_two_bottlenecks_a_block_of_the_papers_size(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "wanted"),
+    ("kind", "method", "expected"),
     [
         ("bert", "head", lambda path: path.startswith("classifier.")),
         ("bert", "layer-norm", lambda path: "LayerNorm" in path or path.startswith("classifier.")),
@@ -70,9 +70,9 @@ def test_two_bottlenecks_a_block_of_the_papers_size(kind):
         ("llama", "layer-norm", lambda path: "norm" in path),
     ],
 )
-def test_what_the_partial_methods_train(kind, method, wanted):
+def test_what_the_partial_methods_train(kind, method, expected):
     model = injected(kind, method)
-    assert {path for path, p in model.parameters() if p.trainable} == {path for path, _ in model.parameters() if wanted(path)}
+    assert {path for path, p in model.parameters() if p.trainable} == {path for path, _ in model.parameters() if expected(path)}
     model.loss_backward(loss(model)[1])
     assert {path for path, p in model.parameters() if p.grad is not None} == {path for path, p in model.parameters() if p.trainable}
 
@@ -93,11 +93,11 @@ def test_the_start_is_a_normal_distribution_cut_off_at_two_deviations():
 @pytest.mark.parametrize(("kind", "method"), CASES)
 def test_disabled_is_the_base_model_to_the_bit(kind, method, backend):
     model = trained(injected(kind, method).to(backend))
-    before, wanted = logits(model), logits(tiny_model(kind).to(backend))
+    before, expected = logits(model), logits(tiny_model(kind).to(backend))
     with ml.disabled(model):
-        np.testing.assert_array_equal(logits(model), wanted)
+        np.testing.assert_array_equal(logits(model), expected)
     np.testing.assert_array_equal(logits(model), before)
-    assert np.abs(before - wanted).max() > 1e-3
+    assert np.abs(before - expected).max() > 1e-3
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
@@ -129,10 +129,10 @@ def test_the_files_weights_lie_as_in_the_models_checkpoint(tmp_path):
 def test_replicas_share_the_weights_and_add_up():
     """What the training loop relies on: a replica of an adapted model is one."""
     model = injected("bert", "bottleneck")
-    twin = model.replica()
-    twin.loss_backward(loss(twin)[1])
+    replica = model.replica()
+    replica.loss_backward(loss(replica)[1])
     model.loss_backward(loss(model)[1])
-    for (path, p), (_, q) in zip(model.parameters(), twin.parameters(), strict=True):
+    for (path, p), (_, q) in zip(model.parameters(), replica.parameters(), strict=True):
         assert p.data is q.data, path
         if p.trainable:
             np.testing.assert_array_equal(p.grad, q.grad)
@@ -189,10 +189,10 @@ def test_logits_and_gradients_are_those_of_torch(kind, tmp_path):
     dy = np.random.default_rng(0).standard_normal(y.shape)
     ours.backward(dy, saved)
     (theirs_y * torch.tensor(dy)).sum().backward()
-    wanted = {path: p.grad.numpy() for path, p in theirs.named_parameters() if p.grad is not None}
+    expected = {path: p.grad.numpy() for path, p in theirs.named_parameters() if p.grad is not None}
     for path, p in ours.parameters():
         if p.trainable:
-            g = hooked[path].grad.numpy() if path in hooked else wanted[path].T
+            g = hooked[path].grad.numpy() if path in hooked else expected[path].T
             np.testing.assert_allclose(p.grad, g, rtol=within, atol=within * np.abs(g).max(), err_msg=path)
 
 

@@ -122,13 +122,13 @@ def bare(folder, pooler=True):
 
 
 def test_a_bare_bert_gets_a_classifier_and_says_so(tmp_path, capsys):
-    wanted = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "w"), "numpy", "float64")
+    expected = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "w"), "numpy", "float64")
     assert capsys.readouterr().err == ""
     folder = bare(oracle.write_checkpoint("bert", tmp_path / "m"))
     model = ml.load_model(folder, "numpy", "float64", labels=5)
     assert capsys.readouterr().err == f"{folder} has no classifier: initialised at random, to be trained or loaded.\n"
     ids, _, offsets = oracle.batch("bert")
-    np.testing.assert_array_equal(model.embed(ids, offsets), wanted.embed(ids, offsets))
+    np.testing.assert_array_equal(model.embed(ids, offsets), expected.embed(ids, offsets))
     assert logits(model, "bert").shape == (4, 5)
     W = model.classifier.weight.data
     assert 0.01 < W.std() < 0.03
@@ -142,7 +142,7 @@ def test_a_bare_bert_gets_a_classifier_and_says_so(tmp_path, capsys):
 
 def test_names_of_the_first_berts_and_heads_for_other_tasks(tmp_path, capsys):
     folder = oracle.write_checkpoint("bert", tmp_path / "m", architectures=["BertForMaskedLM"])
-    wanted = logits(ml.load_model(folder, "numpy"), "bert")
+    expected = logits(ml.load_model(folder, "numpy"), "bert")
 
     def change(tensors):
         for key in list(tensors):
@@ -150,15 +150,15 @@ def test_names_of_the_first_berts_and_heads_for_other_tasks(tmp_path, capsys):
             tensors[old] = tensors.pop(key)
         tensors["cls.predictions.bias"] = np.zeros(61)
 
-    np.testing.assert_array_equal(logits(ml.load_model(edit(folder, change), "numpy"), "bert"), wanted)
+    np.testing.assert_array_equal(logits(ml.load_model(edit(folder, change), "numpy"), "bert"), expected)
     assert "the head for another task (cls.predictions.bias, ...) is ignored" in capsys.readouterr().err
 
 
 def test_gpt2s_buffers_are_ignored_and_its_head_may_be_there_if_it_is_the_embedding(tmp_path):
     folder = oracle.write_checkpoint("gpt2", tmp_path / "m")
-    wanted = logits(ml.load_model(folder, "numpy"), "gpt2")
+    expected = logits(ml.load_model(folder, "numpy"), "gpt2")
     edit(folder, lambda t: t.update({"transformer.h.0.attn.bias": np.ones((1, 1, 13, 13)), "lm_head.weight": t["transformer.wte.weight"]}))
-    np.testing.assert_array_equal(logits(ml.load_model(folder, "numpy"), "gpt2"), wanted)
+    np.testing.assert_array_equal(logits(ml.load_model(folder, "numpy"), "gpt2"), expected)
     edit(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
     with pytest.raises(ValueError, match=r"lm_head.weight differs from transformer.wte.weight"):
         ml.load_model(folder, "numpy")
@@ -188,8 +188,8 @@ def test_a_gguf_file_is_read_by_its_own_module(tmp_path, monkeypatch):
         ml.load_model(tmp_path / "x.gguf", "numpy")
     monkeypatch.setattr("minilora.formats.checkpoint.read_gguf", lambda path: (raw, weights))
     model = ml.load_model(tmp_path / "x.gguf", "numpy", "float64")
-    wanted = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "m"), "numpy", "float64")
-    np.testing.assert_array_equal(logits(model, "bert"), logits(wanted, "bert"))
+    expected = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "m"), "numpy", "float64")
+    np.testing.assert_array_equal(logits(model, "bert"), logits(expected, "bert"))
     assert model.source == str(tmp_path / "x.gguf")
 
 
@@ -220,11 +220,11 @@ except FileNotFoundError as error:
 
 
 def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatch):
-    asked = {}
+    requested = {}
     hub = types.ModuleType("huggingface_hub")
 
     def fetch(name, **options):
-        asked.update(options, name=name)
+        requested.update(options, name=name)
         raise OSError("no\nnetwork")
 
     hub.snapshot_download = fetch
@@ -232,9 +232,9 @@ def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="it cannot be fetched from the hub: no network"):
         ml.load_model("org/name", "numpy")
-    assert asked["name"] == "org/name"
-    assert "*.safetensors" in asked["allow_patterns"]
-    assert not any(pattern.endswith((".bin", "*")) for pattern in asked["allow_patterns"])
+    assert requested["name"] == "org/name"
+    assert "*.safetensors" in requested["allow_patterns"]
+    assert not any(pattern.endswith((".bin", "*")) for pattern in requested["allow_patterns"])
     hub.snapshot_download = lambda name, **options: str(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"org/name on the hub has no config.json"):
         ml.load_model("org/name", "numpy")
@@ -306,10 +306,10 @@ def test_what_transformers_writes_is_read_and_what_is_written_transformers_reads
     merged = ours.forward(ids, keep=False)[0]
     assert np.abs(merged - judge(theirs)).max() > 0.1
     assert oracle.deviation(merged, judge(again.eval())) < 1e-5
-    written, told = load_file(tmp_path / "ours" / "model.safetensors"), read_json(tmp_path / "ours" / "config.json")
+    written, result = load_file(tmp_path / "ours" / "model.safetensors"), read_json(tmp_path / "ours" / "config.json")
     assert ("lm_head.weight" in written) == (family == "llama, free head")
-    assert told["architectures"] == [name]
-    assert told["eos_token_id"] == 2
+    assert result["architectures"] == [name]
+    assert result["eos_token_id"] == 2
     assert oracle.deviation(ml.load_model(tmp_path / "ours", "numpy").forward(ids, keep=False)[0], merged) < 1e-6
     if model_type == "bert":
         assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").config.num_labels == 3

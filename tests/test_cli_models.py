@@ -67,19 +67,19 @@ def write_films(folder):
 
 def test_a_classifier_from_its_data_to_a_folder_of_its_own(bert, cwd, run):
     films = write_films(cwd / "films")
-    told = run("finetune", *QUICK, "--model", "bert", "--data", "films", "--task", "classify", "--out", "run", json=True)
-    assert told["headline"] == "accuracy"
-    told = {"run": run("evaluate", "run", "--data", films, json=True)}
-    assert {"loss", "tokens", "accuracy", "f1", "f1_macro", "matthews"} < told["run"].keys()
-    assert told["run"]["sequences"] == 12
+    result = run("finetune", *QUICK, "--model", "bert", "--data", "films", "--task", "classify", "--out", "run", json=True)
+    assert result["headline"] == "accuracy"
+    result = {"run": run("evaluate", "run", "--data", films, json=True)}
+    assert {"loss", "tokens", "accuracy", "f1", "f1_macro", "matthews"} < result["run"].keys()
+    assert result["run"]["sequences"] == 12
     run("merge", "run", "--out", "merged", json=True)
     assert read_json(cwd / "merged" / "config.json")["id2label"] == {"0": "dish", "1": "none", "2": "tale"}
-    told["merged"] = run("evaluate", "merged", "--data", films / "test.jsonl", json=True)  # the names of the classes went along
+    result["merged"] = run("evaluate", "merged", "--data", films / "test.jsonl", json=True)  # the names of the classes went along
     shutil.copytree(cwd / "run" / "adapter", cwd / "sent")  # as PEFT's are: no list of names, a head of three rows
     write_jsonl(cwd / "numbered.jsonl", [{"text": r["text"], "label": ["dish", "none", "tale"].index(r["label"])} for r in FILMS * 3])
-    told["sent"] = run("evaluate", "sent", "--data", "numbered.jsonl", json=True)
+    result["sent"] = run("evaluate", "sent", "--data", "numbered.jsonl", json=True)
     for name in ("merged", "sent"):
-        assert told[name] == pytest.approx(told["run"], abs=1e-5), name
+        assert result[name] == pytest.approx(result["run"], abs=1e-5), name
 
 
 def test_full_fine_tuning_keeps_the_names_of_the_classes(bert, cwd, run):
@@ -97,10 +97,10 @@ def test_a_merged_classifier_loads_in_transformers_under_its_names(bert, cwd, ru
     assert theirs.config.id2label == {0: "dish", 1: "none", 2: "tale"}
     ids = library_wordpiece().encode("a man eating").ids
     with torch.no_grad():
-        wanted = theirs(torch.tensor([ids])).logits.numpy()
+        expected = theirs(torch.tensor([ids])).logits.numpy()
     from minilora.runs.run_file import open_model
 
-    np.testing.assert_allclose(open_model("run", "numpy").forward(np.array(ids), keep=False)[0], wanted, atol=1e-5)
+    np.testing.assert_allclose(open_model("run", "numpy").forward(np.array(ids), keep=False)[0], expected, atol=1e-5)
 
 
 def test_a_run_works_from_anywhere_and_says_when_its_base_is_gone(bert, cwd, run, capsys, monkeypatch):
@@ -127,12 +127,12 @@ def test_chats_from_a_csv_or_a_folder_to_an_answer(llama, cwd, run):
     (llama / "chat_template.jinja").write_text(CHATML)
     run("finetune", *learn, "--data", "chats.jsonl", "--steps", 20, "--out", "chat")
     prompt = ["--prompt", "the cat", "--temperature", 0, "--tokens", 3]
-    told = run("generate", "chat", "--chat", *prompt, json=True)
-    assert told["prompt"] == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
-    assert told["tokens"] == 3
-    assert run("generate", "chat", "--chat", *prompt) == told["text"] + "\n"
+    result = run("generate", "chat", "--chat", *prompt, json=True)
+    assert result["prompt"] == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    assert result["tokens"] == 3
+    assert run("generate", "chat", "--chat", *prompt) == result["text"] + "\n"
     run("merge", "chat", "--out", "merged")
-    assert run("generate", "merged", "--chat", *prompt, json=True) == told
+    assert run("generate", "merged", "--chat", *prompt, json=True) == result
     losses = [run("evaluate", "llama", "--data", "pairs.csv", *more, json=True) for more in ([], ["--no-mask-prompt"])]
     assert losses[0]["labelled_tokens"] < losses[1]["labelled_tokens"]
     assert {"loss", "tokens", "perplexity"} < losses[0].keys()
@@ -168,9 +168,9 @@ def test_flags_win_over_the_settings_file_which_may_use_any_name_of_a_flag(bert,
         'backend = "numpy"\ntarget-modules = ["query", "value"]\nlayers_to_transform = [1]\njson = true\nout = "run"\n'
     )
     assert json.loads(run("finetune", "--config", "a.toml", "--lr", 0.001))["steps"] == 2
-    told = read_json(cwd / "run" / "run.json")["configuration"]
-    wanted = {"r": 2, "lora_alpha": 3, "lr": 0.001, "window": 11, "target_modules": ["query", "value"], "layers_to_transform": [1]}
-    assert {name: told[name] for name in wanted} == wanted
+    result = read_json(cwd / "run" / "run.json")["configuration"]
+    expected = {"r": 2, "lora_alpha": 3, "lr": 0.001, "window": 11, "target_modules": ["query", "value"], "layers_to_transform": [1]}
+    assert {name: result[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -257,6 +257,6 @@ def test_what_does_not_go_together_is_one_sentence_and_leaves_nothing_behind(cas
     assert main(argv) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    (told,) = [line for line in err.splitlines() if line.startswith("minilora: error:")]
-    assert message in told
+    (result,) = [line for line in err.splitlines() if line.startswith("minilora: error:")]
+    assert message in result
     assert set(cwd.rglob("*")) == before

@@ -95,8 +95,8 @@ def test_attention(threads, causal, offsets, monkeypatch):
     for rows in (None, np.array([2, 6, 9, 20])):
         q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
         o, saved = K.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
-        wanted, P = F.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
-        close(o, wanted)
+        expected, P = F.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
+        close(o, expected)
         got = K.attention_backward(do_, q_, k, v, saved, 6, offsets, 3, rows=rows)
         pair = F.attention_backward(do_, q_, k, v, P, 6, offsets, 3, rows=rows)
         if rows is None:  # the pair leaves dk and dv of a sequence without a query unset

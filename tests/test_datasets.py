@@ -81,12 +81,12 @@ def test_a_prompt_is_read_as_generation_will_read_it(tokenizer, tmp_path_factory
         if not completion.strip() or (not prompt and len(tokenizer.encode(completion)) < 2):
             return
         (example,) = load_examples(write_jsonl(path, [{"prompt": prompt, "completion": completion}]), "lm", tokenizer, 100)
-        asked = tokenizer.encode(prompt)
-        assert np.array_equal(example.ids[: len(asked)], asked)
+        requested = tokenizer.encode(prompt)
+        assert np.array_equal(example.ids[: len(requested)], requested)
         whole = np.append(example.ids, example.labels[-1])
         assert tokenizer.decode(whole) == tokenizer.decode(tokenizer.prefix) + prompt + completion + end
-        wanted = np.where(np.arange(len(example.ids)) + 1 < len(asked), -100, whole[1:])
-        assert example.labels.tolist() == wanted.tolist()
+        expected = np.where(np.arange(len(example.ids)) + 1 < len(requested), -100, whole[1:])
+        assert example.labels.tolist() == expected.tolist()
 
     check()
 

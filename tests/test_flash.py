@@ -68,15 +68,15 @@ def test_against_the_pair(dtype, d, case, gpu):
         got = flash.attention_backward(do, q, k, v, saved, heads, groups, offsets, {"dq", "dk", "dv"}, rows)
     assert gpu is not standin.module or (c.launches, c.syncs) == (3, 0)
     here = [wide(x) for x in (q, k, v)]
-    wanted, P = F.attention(*here, heads, offsets, causal, n_kv_head=groups, rows=rows)
+    expected, P = F.attention(*here, heads, offsets, causal, n_kv_head=groups, rows=rows)
     pair = F.attention_backward(wide(do), *here, P, heads, offsets, groups, rows=rows)
     if rows is not None:  # the pair leaves dk and dv of a sequence without a query unset
-        asked = np.unique(np.searchsorted(offsets, rows, side="right") - 1)
-        unread = np.setdiff1d(np.arange(len(offsets) - 1), asked)
+        requested = np.unique(np.searchsorted(offsets, rows, side="right") - 1)
+        unread = np.setdiff1d(np.arange(len(offsets) - 1), requested)
         for x in pair[1:]:
             for i in unread:
                 x[offsets[i] : offsets[i + 1]] = 0
-    for name, a, b in zip(("o", "dq", "dk", "dv"), (o, *got), (wanted, *pair), strict=True):
+    for name, a, b in zip(("o", "dq", "dk", "dv"), (o, *got), (expected, *pair), strict=True):
         assert a.dtype == dtype
         np.testing.assert_allclose(wide(a), b, rtol=0, atol=tolerance(dtype, gpu) * max(1, np.abs(b).max()), err_msg=name)
 
@@ -84,8 +84,8 @@ def test_against_the_pair(dtype, d, case, gpu):
 def test_large_scores_do_not_overflow(dtype, gpu):
     q, k, v = (20 * x for x in column_blocks(40, (64, 64, 64), dtype, seed=2))
     o, _ = flash.attention(q, k, v, 1, 1, None, True, None)
-    wanted, _ = F.attention(wide(q), wide(k), wide(v), 1)
-    np.testing.assert_allclose(wide(o), wanted, atol=40 * tolerance(dtype, gpu))
+    expected, _ = F.attention(wide(q), wide(k), wide(v), 1)
+    np.testing.assert_allclose(wide(o), expected, atol=40 * tolerance(dtype, gpu))
 
 
 def test_what_there_is_no_kernel_for(fake_cupy, monkeypatch):

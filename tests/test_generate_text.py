@@ -33,23 +33,23 @@ def written(text, stop=(), tokenizer=BYTES, n=50):
     """(what was shown, piece by piece; what is returned) of a model that writes `text`."""
     pieces = []
     model = Parrot(tokenizer.encode(text, add_special=False), tokenizer.vocab_size)
-    told = generate_text(model, tokenizer, tokenizer.encode("x"), n, temperature=0, stop=stop, show=pieces.append)
-    assert "".join(pieces) == told["text"]
-    return pieces, told
+    result = generate_text(model, tokenizer, tokenizer.encode("x"), n, temperature=0, stop=stop, show=pieces.append)
+    assert "".join(pieces) == result["text"]
+    return pieces, result
 
 
 @given(st.text("ab\u2603\n", max_size=12), st.lists(st.text("ab\u2603\n", min_size=1, max_size=4), max_size=3))
 def test_a_text_to_stop_at_is_never_shown_in_part(text, stop):
     n = len(text.encode())
     first = min((at for at in (text.find(mark) for mark in stop) if at >= 0), default=len(text))
-    told = written(text, stop, n=n)[1]
+    result = written(text, stop, n=n)[1]
     # of two that overlap, the one that is complete first counts, as a person who reads along would see it
     complete = min(((text.find(mark) + len(mark), text.find(mark)) for mark in stop if mark in text), default=(0, first))[0]
-    assert told["ended"] == ("stop" if complete else "length")
-    assert text.startswith(told["text"])
-    assert not any(mark in told["text"] for mark in stop)
+    assert result["ended"] == ("stop" if complete else "length")
+    assert text.startswith(result["text"])
+    assert not any(mark in result["text"] for mark in stop)
     if not complete:
-        assert told == {"text": text, "tokens": n, "ended": "length"}
+        assert result == {"text": text, "tokens": n, "ended": "length"}
 
 
 def test_what_may_become_a_text_to_stop_at_waits():
@@ -60,9 +60,9 @@ def test_what_may_become_a_text_to_stop_at_waits():
 
 def test_the_space_before_the_first_word_is_shown():
     tokenizer = HFTokenizer(sentencepiece_bpe(), 1, 2)
-    asked, new = tokenizer.encode("the cat"), tokenizer.encode("the cat sat on")[len(tokenizer.encode("the cat")) :]
-    told = generate_text(Parrot(new, tokenizer.vocab_size), tokenizer, asked, len(new), temperature=0)
-    assert told["text"] == " sat on"
+    requested, new = tokenizer.encode("the cat"), tokenizer.encode("the cat sat on")[len(tokenizer.encode("the cat")) :]
+    result = generate_text(Parrot(new, tokenizer.vocab_size), tokenizer, requested, len(new), temperature=0)
+    assert result["text"] == " sat on"
 
 
 def test_special_tokens_are_texts_to_stop_at_and_empty_ones_are_none():
@@ -115,12 +115,12 @@ def test_a_text_ends_at_each_token_that_the_files_name(tmp_path):
 
 def test_a_prompt_to_go_on_from_is_encoded_as_in_training():
     tokenizer = HFTokenizer(sentencepiece_bpe("<s> $A </s>"), 1, 2)
-    asked = tokenizer.encode_prompt("the cat")
-    assert tokenizer.encode("the cat").tolist() == [*asked, 2]
+    requested = tokenizer.encode_prompt("the cat")
+    assert tokenizer.encode("the cat").tolist() == [*requested, 2]
     assert tokenizer.encode_prompt("<s>the").tolist().count(1) == 1
     example = example_maker("lm", tokenizer, 99, True, None, None)("f", 1, {"prompt": "the cat", "completion": " sat"})
-    assert example.ids[: len(asked)].tolist() == asked.tolist()
-    assert (example.labels[len(asked) - 1], example.labels[-1]) == (example.ids[len(asked)], 2)
+    assert example.ids[: len(requested)].tolist() == requested.tolist()
+    assert (example.labels[len(requested) - 1], example.labels[-1]) == (example.ids[len(requested)], 2)
     cut = example_maker("lm", tokenizer, 8, True, None, None)("f", 1, {"prompt": "<s>" + "the cat " * 9, "completion": " sat"})
     assert (cut.cut, cut.ids[0], len(cut.ids)) == (True, 1, 8)  # what is cut off is not the begin token
 

@@ -105,10 +105,10 @@ def test_a_bad_id_is_found_before_a_launch(fake_cupy):
 
 @pytest.mark.filterwarnings("default")
 def test_without_the_bindings_steps_run_as_they_are(fake_cupy, monkeypatch):
-    wanted = losses(GPT2, False)
+    expected = losses(GPT2, False)
     monkeypatch.setattr(blas, "bindings", lambda: None)
     plain = losses(GPT2, True)
-    np.testing.assert_allclose(plain[0], wanted[0], rtol=1e-4)
+    np.testing.assert_allclose(plain[0], expected[0], rtol=1e-4)
     replay, x = Replay(), fake_cupy.asarray(np.eye(3))
     for i in range(AFTER + 1):
         if i == AFTER - 1:
@@ -132,13 +132,13 @@ def test_work_that_must_not_be_recorded_is_found_out(wrong, fake_cupy):
             x = x * fake_cupy.asarray(np.arange(3.0))
         return (x * len(calls) if wrong == "counts" else x * 2,)
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as result:
         warnings.simplefilter("always")
         for i in range(AFTER + 2):
             (y,) = replay(0, work, [np.ones(3) + i])
             factor = len(calls) if wrong == "counts" else 2
             np.testing.assert_array_equal(y.get(), (1 + i) * factor * (np.arange(3) if wrong == "reads the host" else 1))
-    assert ["could not be recorded" in str(warning.message) for warning in told] == [True]
+    assert ["could not be recorded" in str(warning.message) for warning in result] == [True]
     assert replay.recorded is None
 
 

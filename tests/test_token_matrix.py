@@ -73,7 +73,7 @@ FOLDERS = {
     "llama": (sentencepiece_bpe, LLAMA, {}),
     "llama, legacy": (sentencepiece_bpe, {**LLAMA, "legacy": True}, {}),
     "llama, no prefix space": (sentencepiece_bpe, {**LLAMA, "add_prefix_space": False}, {}),
-    "llama, no begin token asked": (sentencepiece_bpe, {**LLAMA, "add_bos_token": False}, {}),
+    "llama, no begin token requested": (sentencepiece_bpe, {**LLAMA, "add_bos_token": False}, {}),
     "llama, an end token in the file": (lambda: sentencepiece_bpe("<s> $A </s>"), LLAMA, {}),
     "llama, taken as it is": (sentencepiece_bpe, {**LLAMA, "tokenizer_class": "PreTrainedTokenizerFast"}, {}),
     "llama, an unknown class": (sentencepiece_bpe, {**LLAMA, "tokenizer_class": "OurTokenizer"}, {}),
@@ -208,14 +208,14 @@ def test_conversations_are_those_of_apply_chat_template(name, template, chatters
     for key, talk in TALKS.items():
         messages = messages_of(talk)
         beside = {"tools": [{"name": "f"}], "documents": [{"title": "a", "text": "b"}]}
-        asked = dict(chat_template=TEMPLATES[template], **beside)
+        requested = dict(chat_template=TEMPLATES[template], **beside)
         for prompt in (False, True):
             ours.chat_template = TEMPLATES[template]
             assert ours.render(messages, prompt, **beside) == theirs.apply_chat_template(
-                messages, add_generation_prompt=prompt, tokenize=False, **asked
+                messages, add_generation_prompt=prompt, tokenize=False, **requested
             )
         want = theirs.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask="{% generation %}" in TEMPLATES[template], **asked
+            messages, return_dict=True, return_assistant_tokens_mask="{% generation %}" in TEMPLATES[template], **requested
         )
         if not any(want.get("assistant_masks", [1, 1])[1:]):
             continue
@@ -278,9 +278,9 @@ def test_the_ids_spell_the_record(name, chatters):
             ids, learnt = usable(record)
             if ids is not None:
                 assert tokenizer.decode(ids) == spelled(text, behind)
-                asked, first = tokenizer.encode_prompt(a), np.flatnonzero(learnt)[0]
-                if "prompt" in record and first >= len(asked):  # else a normalizer composed a character across the boundary
-                    assert np.array_equal(ids[: len(asked)], asked)
+                requested, first = tokenizer.encode_prompt(a), np.flatnonzero(learnt)[0]
+                if "prompt" in record and first >= len(requested):  # else a normalizer composed a character across the boundary
+                    assert np.array_equal(ids[: len(requested)], requested)
         messages = messages_of([("user", a), ("assistant", b), ("user", c), ("assistant", d), ("user", "the end")])
         tokenizer.chat_template = TEMPLATES[template]
         text = tokenizer.render(messages)

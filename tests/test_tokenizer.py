@@ -66,13 +66,13 @@ def test_a_stream_gives_whole_characters_as_soon_as_they_are_whole():
 
     def ids():
         for id in BYTES.encode("é!"):
-            seen.append("".join(told))
+            seen.append("".join(result))
             yield id
 
-    told = []
+    result = []
     for piece in BYTES.stream(ids()):
-        told.append(piece)
-    assert seen == ["", "", "é"]  # what had been told when the next byte was asked for
+        result.append(piece)
+    assert seen == ["", "", "é"]  # what had been yielded when the next byte was read
 
 
 def test_a_stream_keeps_the_spaces_between_words():
@@ -184,9 +184,9 @@ def test_gguf_metadata_give_special_tokens_digits_and_the_begin_token():
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids, tokenizer.chat_template) == (1, 0, {0}, CHATML)
     assert tokenizer.decode(tokenizer.encode("the<|end|>"), skip_special=True) == "the"
     digits = {"merges": ["2 0", "2 4", "20 24"], "tokens": [*metadata()["tokens"][:-3], "20", "24", "2024"]}
-    for pre, wanted in (("gpt-2", ["2024"]), ("smollm", ["2", "0", "2", "4"])):
+    for pre, expected in (("gpt-2", ["2024"]), ("smollm", ["2", "0", "2", "4"])):
         other = gguf_tokenizer(metadata(pre=pre, **digits), 400)
-        assert [other.decode([i]) for i in other.encode("2024")] == wanted
+        assert [other.decode([i]) for i in other.encode("2024")] == expected
     assert not tokenizer.prefix
     begun = gguf_tokenizer(metadata(add_bos_token=True), 400)
     assert begun.prefix == (1,)
@@ -263,9 +263,9 @@ def test_a_template_is_found_where_it_is_kept(tmp_path):
 
 
 def test_chatml():
-    wanted = "<|im_start|>user\nHi<|im_end|>\n"
-    assert render_chat(CHATML, TALK[:1]) == wanted
-    assert render_chat(CHATML, TALK[:1], add_generation_prompt=True) == wanted + "<|im_start|>assistant\n"
+    expected = "<|im_start|>user\nHi<|im_end|>\n"
+    assert render_chat(CHATML, TALK[:1]) == expected
+    assert render_chat(CHATML, TALK[:1], add_generation_prompt=True) == expected + "<|im_start|>assistant\n"
 
 
 TEMPLATES = {
@@ -299,10 +299,10 @@ def test_templates_render_as_in_transformers(name):
     utils = pytest.importorskip(
         "transformers.utils.chat_template_utils", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'"
     )
-    told, _ = utils.render_jinja_template(
+    result, _ = utils.render_jinja_template(
         [TALK], chat_template=TEMPLATES[name], add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
     )
-    assert text == told[0]
+    assert text == result[0]
 
 
 @pytest.mark.parametrize(
