@@ -1,4 +1,4 @@
-"""The command line: the main job in small, and bad input told in one sentence."""
+"""The command line: the main job in small, and bad input reported in one sentence."""
 
 import json
 import os
@@ -41,12 +41,6 @@ def text(tmp_path):
     return path
 
 
-@pytest.fixture
-def cwd(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def run(capsys, *argv):
     """(exit status, stdout, stderr) of a verb."""
     status = main([str(a) for a in argv])
@@ -66,9 +60,9 @@ def test_finetune_leaves_a_whole_run_folder(method, cwd, text, capsys):
     folder = cwd / "runs" / f"{method}-1"
     made = "model" if method == "full" else "adapter"
     assert {p.name for p in folder.iterdir()} == {"run.json", "metrics.jsonl", "samples.txt", "curves.png", made}
-    told = json.loads((folder / "run.json").read_text())
-    assert told["configuration"]["method"] == method
-    results = told["results"]
+    result = json.loads((folder / "run.json").read_text())
+    assert result["configuration"]["method"] == method
+    results = result["results"]
     assert results["headline"] == "bits_per_byte"
     assert results["after"]["bits_per_byte"] < results["before"]["bits_per_byte"]
     assert results["steps"] == 4
@@ -111,7 +105,7 @@ def test_generate_merge_and_info_work_on_what_finetune_wrote(cwd, text, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "method"),
     [
         (["--use-dora", "--init", "pissa"], "DoRA (pissa) r=8"),
         (["--init-lora-weights", "eva", "--loraplus-lr-ratio", "4"], "LoRA (eva, LoRA+ of 4) r=8"),
@@ -122,14 +116,14 @@ def test_generate_merge_and_info_work_on_what_finetune_wrote(cwd, text, capsys):
         (["--optimizer", "lora_fa", "--threads", "2", "--r", "4"], "LoRA (lora_fa) r=4"),
     ],
 )
-def test_methods_of_the_family(flags, told, cwd, text, capsys):
+def test_methods_of_the_family(flags, method, cwd, text, capsys):
     out = finetune(capsys, "--data", text, "--out", "run", "--lr", "0.003", *flags)
-    assert told in out
+    assert method in out
     results = json.loads((cwd / "run" / "run.json").read_text())["results"]
     assert results["after"]["bits_per_byte"] < results["before"]["bits_per_byte"]
     status, out, err = run(capsys, "evaluate", "run", "--data", text, "--window", "32", "--json")
     assert status == 0, err
-    assert f"adapter     {told.split()[0]} on " in run(capsys, "info", "run")[1]
+    assert f"adapter     {method.split()[0]} on " in run(capsys, "info", "run")[1]
     assert run(capsys, "merge", "run", "--out", "merged", "--dtype", "float32")[0] == 0
     assert json.loads(out)["loss"] == pytest.approx(results["after"]["loss"], rel=1e-5)  # of the same held-out part
     held_out = ["--data", text, "--window", "32", "--split", "valid", "--eval-bytes", "256", "--json"]
@@ -278,7 +272,7 @@ BAD = {
     "tokens below 0": (lambda d: ["generate", "--tokens", "-1", "--backend", "numpy"], "-1 tokens are to be written"),
     "prompt of a broken shell": (
         lambda d: ["generate", "--prompt", "a\udcff", "--backend", "numpy"],
-        "half of a surrogate pair at character 1",
+        "unpaired surrogate at character 1",
     ),
     "system without a chat": (lambda d: ["generate", "--system", "You help."], "give --chat too"),
     "temperature": (lambda d: ["generate", "--temperature", "-1", "--backend", "numpy"], "temperature is -1.0"),
@@ -293,9 +287,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(case, cwd, capsys):
     before = {p: p.read_bytes() for p in cwd.rglob("*") if p.is_file()}
     status, _, err = run(capsys, *argv)
     assert status == 1
-    told = [line for line in err.splitlines() if line.startswith("minilora: error:")]
-    assert len(told) == 1
-    assert message in told[0]
+    result = [line for line in err.splitlines() if line.startswith("minilora: error:")]
+    assert len(result) == 1
+    assert message in result[0]
     assert "Traceback" not in err
     assert {p: p.read_bytes() for p in cwd.rglob("*") if p.is_file()} == before
     assert not (cwd / "new").exists()

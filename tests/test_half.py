@@ -25,9 +25,9 @@ def test_products_are_right_to_rounding_whatever_the_size(kind, scale, on, monke
     W, x, dy = arrays(12, 7, on=on), arrays(5, 12, on=on, seed=1, scale=scale), arrays(5, 7, on=on, seed=2, scale=scale)
     H = Half.of(W, kind)
     assert (H.shape, H.T.shape, H.nbytes, H.size, str(H.dtype)) == ((12, 7), (7, 12), 168, 84, "float32")
-    for got, wanted in ((x @ H, x @ W), (dy @ H.T, dy @ W.T), (H @ dy.T, W @ dy.T)):
+    for got, expected in ((x @ H, x @ W), (dy @ H.T, dy @ W.T), (H @ dy.T, W @ dy.T)):
         assert got.dtype == np.float32
-        error = np.abs(ml.to_numpy(got) - ml.to_numpy(wanted)).max()
+        error = np.abs(ml.to_numpy(got) - ml.to_numpy(expected)).max()
         assert error <= 12 * EPS[kind] * scale * 3
     np.testing.assert_allclose(ml.to_numpy(H), ml.to_numpy(W), rtol=EPS[kind])
     np.testing.assert_allclose(ml.to_numpy(H.column_squares()), (ml.to_numpy(W) ** 2).sum(axis=0), rtol=4 * EPS[kind])

@@ -6,16 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import IDS, gpt2
 
 import minilora as ml
 from minilora.lora import find_targets, lora_layers
-
-CONFIG = ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)
-IDS = np.array([1, 5, 2, 10, 0, 7, 7])
-
-
-def gpt2(**options):
-    return ml.GPT2(CONFIG, rng=0, **options)
 
 
 def injected(model=None, rng=0, **config):

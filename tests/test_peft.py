@@ -30,7 +30,7 @@ def our_logits(model, ids=IDS[0], offsets=(0, 7, 14)):
 
 def our_losses(model, optimizer=None):
     optimizer = optimizer or ml.AdamW(model.parameters(), **ADAMW)
-    told = []
+    result = []
     for ids, labels in zip(IDS, LABELS, strict=True):
         if not isinstance(model, BertClassifier):
             labels = np.full(ids.shape, -100)
@@ -39,8 +39,8 @@ def our_losses(model, optimizer=None):
         model.loss_backward(saved)
         optimizer.step()
         optimizer.zero_grad()
-        told.append(float(loss))
-    return np.array(told)
+        result.append(float(loss))
+    return np.array(result)
 
 
 def deviation(a, b, what):
@@ -95,13 +95,6 @@ def test_what_was_read_is_written_as_it_was(kind, what, tmp_path):
 
 
 # -- live ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def peft():
-    for name in ("torch", "transformers"):
-        pytest.importorskip(name, reason=f"the live comparison needs {name}: pip install 'minilora[oracle]'")
-    return pytest.importorskip("peft", reason="the live comparison needs peft: pip install 'minilora[oracle]'")
 
 
 @pytest.fixture(scope="session")

@@ -212,11 +212,11 @@ def test_the_command_prints_a_table(recipe, tmp_path, capsys, monkeypatch):
     common += ["--window", "16", "--quick", "--new-head", "--rows", "few-sample", "--epochs", "0.5"]
     assert main(["study", *common, "--json"]) == 0
     out = capsys.readouterr()
-    told = json.loads(out.out)
-    assert [line["row"] for line in told["rows"]] == ["standard", "re-init", "longer", "both", "uncorrected"]
-    steps = {line["row"]: line["steps"] for line in told["rows"]}
+    result = json.loads(out.out)
+    assert [line["row"] for line in result["rows"]] == ["standard", "re-init", "longer", "both", "uncorrected"]
+    steps = {line["row"]: line["steps"] for line in result["rows"]}
     assert steps["longer"] == steps["both"] == 60 * steps["standard"]
-    assert told["folder"] == "studies/few-sample-quick"
+    assert result["folder"] == "studies/few-sample-quick"
     assert "standard, seed 1" in out.err
     assert main(["study", *common]) == 0
     out = capsys.readouterr()

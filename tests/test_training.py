@@ -347,9 +347,9 @@ def test_when_memory_runs_out_the_run_says_what_fits_and_keeps_what_it_has(most,
 
     monkeypatch.setattr(GPT2, "loss", hungry)
     recipe = Recipe(steps=9, window=256, eval_bytes=512, sample_bytes=0, threads=1, backend=backend)
-    with pytest.raises(MemoryError, match=advice) as told:
+    with pytest.raises(MemoryError, match=advice) as result:
         finetune(recipe, tmp_path / "run", say=lambda line: None)
-    assert f"is in {tmp_path / 'run'}" in str(told.value)
+    assert f"is in {tmp_path / 'run'}" in str(result.value)
     again = ml.load_model("pydoc", "numpy")
     ml.load_adapter(again, tmp_path / "run" / "adapter")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["results"]["stopped_after_step"] >= 1
