@@ -13,15 +13,16 @@ from minilora.data.examples import example_maker
 from minilora.formats.chat import assistant_spans, find_chat_template, render_chat, turn_end
 from minilora.formats.gguf import GGUFTokenizer
 from minilora.formats.tokenizer import ByteTokenizer, HFTokenizer, gguf_tokenizer, load_tokenizer
+from minilora.models.decoder import Decoder
 from minilora.models.generate import generate_text
 
 BPE = HFTokenizer(byte_level_bpe(), bos_id=3, eos_id=0, chat_template=CHATML)
 
 
-class Parrot:
+class Parrot(Decoder):
     """A model that writes the tokens it is given, whatever it reads, and space after them."""
 
-    config = SimpleNamespace(n_positions=100)
+    config = SimpleNamespace(max_position_embeddings=100)
 
     def __init__(self, ids, size):
         self.ids, self.size = list(ids), size
