@@ -249,7 +249,9 @@ class Check:
         entry = Entry(name, _relative(a, n, self.floor(name)), len(at), precision=noise / size if size else infinite)
         skipped = len(self.kinks[name])
         if entry.verdict(self.tol) == "WRONG":
-            entry.remark = diagnose(name, self, a, n, at, max(0.01 * self.tol, entry.precision))
+            entry.remark = diagnose(
+                name, g, n, at, max(0.01 * self.tol, entry.precision), self.c, self.alone[name], lambda: self.once()[name]
+            )
         elif not size:
             entry.remark = "every gradient is zero here; choose another x"
         elif skipped:

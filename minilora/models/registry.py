@@ -28,8 +28,8 @@ _GPT2 = ("GPT2LMHeadModel", "GPT2Model"), "transformer.", "transformer.wte.weigh
 _LLAMA = "model.", "model.embed_tokens.weight", r".*rotary_emb\.inv_freq"
 
 ARCHITECTURES = {  # model_type in config.json: its architecture
-    "bert": Architecture(BertConfig, BertClassifier, _BERT, "bert.", "", _BERT_IGNORED, ("bert.pooler.dense", "classifier")),
     "gpt2": Architecture(GPT2Config, GPT2, *_GPT2),
+    "bert": Architecture(BertConfig, BertClassifier, _BERT, "bert.", "", _BERT_IGNORED, ("bert.pooler.dense", "classifier")),
     "llama": Architecture(LlamaConfig, Llama, ("LlamaForCausalLM", "LlamaModel"), *_LLAMA),
     "qwen2": Architecture(LlamaConfig, Llama, ("Qwen2ForCausalLM", "Qwen2Model"), *_LLAMA),
 }
