@@ -157,29 +157,11 @@ class BertSelfAttention(SelfAttention):
         return self.query, self.key, self.value
 
 
-class BertProjection(Layer):
-    """Names only: the dense layer into the residual stream, its dropout and the norm after the sum. BertLayer runs them."""
+class Names(Layer):
+    """Layers under names that a checkpoint has; the layer that holds this one runs them."""
 
-    def __init__(self, d_in: int, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
-        self.dense = Linear(d_in, c.hidden_size, rng=rng, dtype=dtype)
-        self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, dtype=dtype)
-        self.dropout = Dropout(c.dropout)
-
-
-class BertAttention(Layer):
-    """Names only: self-attention and the projection of its result. BertLayer runs them."""
-
-    def __init__(self, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
-        self.self = BertSelfAttention(c, rng, dtype)
-        self.output = BertProjection(c.hidden_size, c, rng, dtype)
-
-
-class BertIntermediate(Layer):
-    """Names only: the dense layer into the wide part, and its non-linearity. BertLayer runs them."""
-
-    def __init__(self, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
-        self.dense = Linear(c.hidden_size, c.intermediate_size, rng=rng, dtype=dtype)
-        self.act = _ACTIVATIONS[c.hidden_act]()
+    def __init__(self, /, **layers: Any) -> None:
+        vars(self).update(layers)
 
 
 class BertLayer(Layer):
@@ -192,9 +174,16 @@ class BertLayer(Layer):
     """
 
     def __init__(self, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
-        self.attention = BertAttention(c, rng, dtype)
-        self.intermediate = BertIntermediate(c, rng, dtype)
-        self.output = BertProjection(c.intermediate_size, c, rng, dtype)
+        def dense(d_in: int, d_out: int) -> Linear:
+            return Linear(d_in, d_out, rng=rng, dtype=dtype)
+
+        def into_residual(d_in: int) -> Names:
+            norm = LayerNorm(c.hidden_size, c.layer_norm_eps, dtype=dtype)
+            return Names(dense=dense(d_in, c.hidden_size), LayerNorm=norm, dropout=Dropout(c.dropout))
+
+        self.attention: Any = Names(self=BertSelfAttention(c, rng, dtype), output=into_residual(c.hidden_size))
+        self.intermediate: Any = Names(dense=dense(c.hidden_size, c.intermediate_size), act=_ACTIVATIONS[c.hidden_act]())
+        self.output: Any = into_residual(c.intermediate_size)
 
     def forward(
         self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Sequence[int] | None = None, rows: np.ndarray | None = None
@@ -253,13 +242,6 @@ class BertLayer(Layer):
         return F.take_rows_backward(dz_1, rows, T) + dx if need_dx else None  # x feeds z_1 twice
 
 
-class BertEncoder(Layer):
-    """Names only: the blocks. Bert runs them."""
-
-    def __init__(self, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
-        self.layer = [BertLayer(c, rng, dtype) for _ in range(c.num_hidden_layers)]
-
-
 class BertPooler(Layer):
     """p = tanh(f W_p + b_p).   f (n, d), the first row of each sequence -> p (n, d). Saved: p, and f if W_p is trained."""
 
@@ -284,7 +266,7 @@ class Bert(Body):
     def __init__(self, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
         super().__init__(c)
         self.embeddings = BertEmbeddings(c, rng, dtype)
-        self.encoder = BertEncoder(c, rng, dtype)
+        self.encoder: Any = Names(layer=[BertLayer(c, rng, dtype) for _ in range(c.num_hidden_layers)])
         self.pooler = BertPooler(c, rng, dtype)
 
     def parts(self) -> Parts:
