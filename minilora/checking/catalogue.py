@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from minilora.backend import to_backend
-from minilora.checking.catalogue_adapters import adapters
-from minilora.checking.catalogue_layers import layers
+from minilora.checking.catalogue_layers import adapters, layers
 from minilora.checking.catalogue_models import models
 from minilora.checking.catalogue_pairs import pairs
 from minilora.checking.gradcheck import gradcheck
