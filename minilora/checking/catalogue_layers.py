@@ -57,7 +57,7 @@ class HeldNorms(DoRALinear):
 
 
 def adapters(rng: np.random.Generator) -> Iterator[Subject]:
-    """Every adapted layer, with what is trained away from its initial value."""
+    """Every adapted layer, with its trained parameters away from their initial values."""
     d: dict[str, Any] = {"rng": rng, "dtype": "float64"}
     x, ids = rng.standard_normal((6, 5)), rng.integers(0, 6, 9)
 

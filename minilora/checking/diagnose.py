@@ -34,7 +34,7 @@ def diagnose(
         return to_backend(g, "numpy").ravel()[at]
 
     if full.dtype != np.float64:
-        return f"is {full.dtype}, and what it belongs to is float64: precision is lost"
+        return f"is {full.dtype}, and its array is float64: precision is lost"
     if not numeric.any():
         return "is not zero, and the true gradient is"
     if getattr(alone, "shape", None) == full.shape and explains(same_place(alone)):

@@ -165,7 +165,7 @@ class Check:
             raise Broken("y", f"{bad}; nothing can be compared", _INF)
         self.c = self.draw(y.shape)
         if not relative_error(_host(self.forward()[0]), _host(y), 0) < 1e-9:
-            raise Broken("forward", "gives another y for the same x: it draws random numbers, or keeps state")
+            raise Broken("forward", "returns another y for the same x: it draws random numbers, or keeps state")
         self.alone = self.once()
         self.moved({name: p.data for name, p in self.checked.items()}, -0.1)
         self.analytic = self.collect(self.backward(saved))

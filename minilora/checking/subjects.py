@@ -1,4 +1,4 @@
-"""What is checked beside layers, with the contract of a layer: functional pairs and losses. And what the parts of the catalogue share."""
+"""Functional pairs and losses with the contract of a layer, so that they can be checked like one; and helpers of the catalogue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BERT with a classifier: what it reads of each sequence, its loss, and sentence embeddings. Names as in BertForSequenceClassification.
+"""BERT with a classifier: pooling, head, loss, and sentence embeddings. Module names as in BertForSequenceClassification.
 
 logits = p W_c + b_c,   p = tanh(f W_p + b_p) with f the first row of each sequence of h (BERT's pooler), or the mean of its rows
 """

@@ -26,10 +26,10 @@ def generate(
     """Up to n token ids that continue the prompt (T,), one by one as they are drawn; ends before a token in `stop`.
 
     temperature, top_k and top_p as in `draw`. When the text outgrows the model's positions, the older half is forgotten.
-    Raises ValueError for a model that is no decoder, an empty prompt, or values out of range.
+    Raises ValueError for a model that is not a Decoder, an empty prompt, or values out of range.
     """
     if not isinstance(model, Decoder):
-        raise ValueError(f"{type(model).__name__} does not generate text: it is no decoder.")
+        raise ValueError(f"{type(model).__name__} does not generate text: it is not a decoder.")
     if n < 0:
         raise ValueError(f"generate: n is {n}; it must be at least 0.")
     if len(prompt) == 0:

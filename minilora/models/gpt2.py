@@ -77,7 +77,7 @@ class GPT2Body(Body):
     def parts(self) -> Parts:
         return Parts([self.wte, self.wpe], self.h, self.ln_f)
 
-    def embed(self, ids: Array, places: np.ndarray, keep: bool, **inputs: Any) -> tuple[Array, Any]:
+    def embed(self, ids: Array, places: np.ndarray, keep: bool) -> tuple[Array, Any]:  # type: ignore[override]
         w, s_wte = self.wte.forward(ids, keep=keep)
         p, s_wpe = self.wpe.forward(constant(places, w), keep=keep)
         x, s_drop = self.drop.forward(w + p, keep=keep)

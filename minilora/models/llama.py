@@ -202,7 +202,7 @@ class LlamaBody(Body):
     def parts(self) -> Parts:
         return Parts([self.embed_tokens], self.layers, self.norm)
 
-    def embed(self, ids: Array, places: np.ndarray, keep: bool, **inputs: Any) -> tuple[Array, Any]:
+    def embed(self, ids: Array, places: np.ndarray, keep: bool) -> tuple[Array, Any]:  # type: ignore[override]
         return self.embed_tokens.forward(ids, keep=keep)
 
     def embed_backward(self, dx: Array, saved: Any) -> None:
