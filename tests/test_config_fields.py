@@ -158,7 +158,7 @@ def test_what_published_files_say_is_taken_without_a_word(name, capsys):
 
 def test_an_unknown_field_is_named_in_one_line(capsys):
     BertConfig.from_json({"use_magic": 3, "layer_scale": [1]}, "here.json")
-    assert capsys.readouterr().err == "here.json: not known here, and without effect: layer_scale, use_magic.\n"
+    assert capsys.readouterr().err == "here.json: unknown, and without effect: layer_scale, use_magic.\n"
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,16 @@ from small_tokenizers import BYTES, CHATML, TALK, byte_level_bpe, sentencepiece_
 from minilora.data.examples import example_maker
 from minilora.formats.chat import assistant_spans, find_chat_template, render_chat, turn_end
 from minilora.formats.tokenizer import ByteTokenizer, HFTokenizer, gguf_tokenizer, load_tokenizer
+from minilora.models.decoder import Decoder
 from minilora.models.generate import generate_text
 
 BPE = HFTokenizer(byte_level_bpe(), bos_id=3, eos_id=0, chat_template=CHATML)
 
 
-class Parrot:
+class Parrot(Decoder):
     """A model that generates given tokens, whatever its input, and spaces after them."""
 
-    config = SimpleNamespace(n_positions=100)
+    config = SimpleNamespace(max_position_embeddings=100)
 
     def __init__(self, ids, size):
         self.ids, self.size = list(ids), size

@@ -45,7 +45,7 @@ def test_options_that_would_change_the_result_are_refused(tmp_path):
         "scale_attn_by_inverse_layer_idx": True,
         "tie_word_embeddings": False,
     }.items():
-        with pytest.raises(ValueError, match=rf"config.json asks for {option} {value!r}; supported"):
+        with pytest.raises(ValueError, match=rf"config.json has {option} {value!r}; supported"):
             ml.load_model(oracle.write_checkpoint("gpt2", tmp_path / "m", **{option: value}), "numpy")
 
 

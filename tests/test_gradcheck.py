@@ -189,7 +189,7 @@ def test_x_of_another_kind_is_refused(x):
 def test_a_forward_that_draws_random_numbers_is_named():
     draw = np.random.default_rng(0)
     layer = broken(forward=lambda self, x: (x @ self.W.data + x + draw.standard_normal(), x))
-    assert failures(layer) == {"forward": ("WRONG", "gives another y for the same x: it draws random numbers, or keeps state")}
+    assert failures(layer) == {"forward": ("WRONG", "returns another y for the same x: it draws random numbers, or keeps state")}
 
 
 def test_with_nothing_to_check_that_is_what_is_said():
@@ -244,7 +244,7 @@ REMARKS = [
     (gradient(lambda g: g * (1 + 4e-7)), "W", ""),  # six digits of this are 1
     (gradient(lambda g: g.T), "W", "is transposed"),
     (gradient(lambda g: g * 0), "W", "is zero, and the true gradient is not"),
-    (gradient(lambda g: g.astype("float16")), "W", "is float16, and what it belongs to is float64: precision is lost"),
+    (gradient(lambda g: g.astype("float16")), "W", "is float16, and its array is float64: precision is lost"),
     (gradient(lambda g: g + NOISE), "W", ""),
     (gradient(lambda g: g + 1e-6 * NOISE), "W", ""),
     (gradient(lambda g: g + np.eye(4)), "W", "4 of 16 coordinates are wrong, the first at [0, 0]"),

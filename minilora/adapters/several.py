@@ -9,7 +9,6 @@ ml.mixed([base, *models.values()], [1, 0, 2], offsets).forward(ids, keep=False, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -91,14 +90,7 @@ def mixed(models: Sequence[Layer], which: Sequence[int], offsets: Sequence[int])
         if isinstance(first, Embedding):
             raise ValueError(f"mixed: the models differ in {path}, an embedding, which cannot be mixed; are they replicas of one model?")
         replace_module(twin, path, PerSequence(layers, groups))
-    if hasattr(twin, "decode"):
-        twin.loss = _no_loss  # type: ignore[attr-defined]
     return twin
-
-
-def _no_loss(*_: Any, **__: Any) -> None:
-    """In `loss`, the last norm and the head of a decoder see the labelled rows alone: PerSequence could not tell whose they are."""
-    raise ValueError("mixed: a mixture of decoders has no loss of its own; take forward and cross_entropy, or the models one by one.")
 
 
 def _leaves(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:

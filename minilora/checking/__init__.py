@@ -1,4 +1,4 @@
-"""Finite differences for every gradient: `gradcheck(layer, x)`, and `catalogue` for all that the project has.
+"""Finite differences for every gradient: `gradcheck(layer, x)`, and `catalogue` for everything in the project.
 
-(Not called `gradcheck`, since a module of that name would hide the function `minilora.gradcheck`.)
+(The package is not called `gradcheck`, as that name would hide the function `minilora.gradcheck`.)
 """

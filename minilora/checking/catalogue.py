@@ -1,4 +1,4 @@
-"""Everything that has a gradient here, ready to be checked: what `minilora gradcheck` and the tests go through."""
+"""Everything that has a gradient here, ready to be checked: what `minilora gradcheck` and the tests check."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from minilora.backend import to_backend
-from minilora.checking.catalogue_family import family
-from minilora.checking.catalogue_layers import layers
+from minilora.checking.catalogue_layers import adapters, layers
 from minilora.checking.catalogue_models import models
 from minilora.checking.catalogue_pairs import pairs
 from minilora.checking.gradcheck import gradcheck
@@ -20,7 +19,7 @@ def catalogue(seed: int = 0) -> Iterator[Subject]:
     """(name, object, x, forward options) of every pair, layer and model, on small odd shapes, in float64 on NumPy."""
     rng = np.random.default_rng(seed)
     yield from ((pair.name, pair, x, {}) for pair, x in pairs(rng))
-    for part in (layers, family, models):
+    for part in (layers, adapters, models):
         yield from part(rng)
 
 

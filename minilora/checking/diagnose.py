@@ -1,45 +1,46 @@
-"""What the difference between a wrong gradient and the true one looks like: the usual mistakes leave fingerprints.
+"""How a wrong gradient differs from the true one: the usual mistakes leave fingerprints.
 
-A remark states what was found to be true of the numbers. What only might be so is not said.
+A remark states a fact about the numbers. It never guesses.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from minilora.backend import Array, to_backend
 
-if TYPE_CHECKING:
-    from minilora.checking.gradcheck import Check
 
+def diagnose(
+    name: str, gradient: Array, numeric: np.ndarray, at: np.ndarray, precision: float, dy: Array, alone: Any, again: Callable[[], Any]
+) -> str:
+    """A fact about the coordinates `at` of the wrong gradient called `name`, or "" if none explains nearly all of the error.
 
-def diagnose(name: str, check: Check, analytic: np.ndarray, numeric: np.ndarray, at: np.ndarray, precision: float) -> str:
-    """What is true of the coordinates `at` of the wrong gradient called `name`, in a few words, or "".
-
-    `precision` is the relative precision of `numeric`. What explains the error has to explain nearly all of it.
+    numeric: the finite differences at these coordinates, with their relative precision. dy: the cotangent. alone: the gradient
+    computed by a backward right after the first forward; again(): computed so once more.
     """
+    full = to_backend(gradient, "numpy")
+    analytic = full.ravel()[at]
     difference = float(np.linalg.norm(analytic - numeric))
 
     def explains(true: np.ndarray) -> bool:
-        """Would the gradient be right if `analytic` were this?"""
+        """Whether the gradient would be right if `analytic` were this."""
         rest = float(np.linalg.norm(true - numeric))
         return rest <= 0.01 * difference and rest <= 10 * precision * float(np.linalg.norm(numeric))
 
     def same_place(g: Array) -> np.ndarray:
         return to_backend(g, "numpy").ravel()[at]
 
-    full = to_backend(check.analytic[name], "numpy")
     if full.dtype != np.float64:
-        return f"is {full.dtype}, and what it belongs to is float64: precision is lost"
+        return f"is {full.dtype}, and its array is float64: precision is lost"
     if not numeric.any():
         return "is not zero, and the true gradient is"
-    if getattr(check.alone[name], "shape", None) == full.shape and explains(same_place(check.alone[name])):
-        again = check.once()[name]
-        always = getattr(again, "shape", None) == full.shape and explains(same_place(again))
+    if getattr(alone, "shape", None) == full.shape and explains(same_place(alone)):
+        repeated = again()
+        always = getattr(repeated, "shape", None) == full.shape and explains(same_place(repeated))
         return f"is right only {'if no other forward comes in between' if always else 'the first time'}: state is kept in the layer"
-    dy = to_backend(check.c, "numpy")
     if name == "dx" and dy.shape == full.shape and explains(analytic + same_place(dy)):
         return "lacks exactly dy: the gradient of a residual add is left out"
     if not analytic.any():
@@ -56,7 +57,7 @@ def diagnose(name: str, check: Check, analytic: np.ndarray, numeric: np.ndarray,
 
 
 def misshapen(g: np.ndarray, shape: tuple[int, ...], numeric: np.ndarray, at: np.ndarray) -> str:
-    """What is true of a gradient that has another shape than what it belongs to."""
+    """A fact about a gradient whose shape differs from that of its array."""
     extra = tuple(range(g.ndim - len(shape)))
     stretched = tuple(len(extra) + i for i, n in enumerate(shape) if n == 1 and g.ndim >= len(shape) and g.shape[len(extra) + i] > 1)
     remarks = {
@@ -76,7 +77,7 @@ def misshapen(g: np.ndarray, shape: tuple[int, ...], numeric: np.ndarray, at: np
 
 
 def not_finite(values: Array) -> str:
-    """How many values are NaN or infinite, and where the first is; "" where none is."""
+    """How many values are NaN or infinite, and where the first one is; "" if none is."""
     bad = ~np.isfinite(to_backend(values, "numpy"))
     if not bad.any():
         return ""

@@ -1,15 +1,15 @@
-"""What `gradcheck` found: one entry for each gradient, and the report in words."""
+"""The result of `gradcheck`: one entry for each gradient, and the report in words."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-CONCLUSIVE = 1e-4  # finite differences less precise than this would hide the mistakes that a check is there to find
+CONCLUSIVE = 1e-4  # finite differences less precise than this would hide the mistakes that a check should find
 
 
 @dataclass
 class Entry:
-    """One gradient: its name ("dx" or a parameter's path), its relative error, and what seems wrong with it.
+    """One gradient: its name ("dx" or a parameter's path), its relative error, and a remark on what is wrong.
 
     `precision` is that of the finite differences, relative to the gradient: rounding of y, mostly. Infinite: nothing could be compared.
     """
@@ -28,7 +28,7 @@ class Entry:
 
 
 class Broken(Exception):
-    """The check cannot go on; `entry` says why."""
+    """The check cannot continue; `entry` says why."""
 
     def __init__(self, name: str, remark: str, precision: float = 0.0) -> None:
         super().__init__(name, remark)
@@ -37,7 +37,7 @@ class Broken(Exception):
 
 @dataclass
 class Report:
-    """What `gradcheck` found. `ok`, `verdict`, `worst` (the largest relative error), `failures` (entries), and a table by `str()`."""
+    """The result of `gradcheck`. `ok`, `verdict`, `worst` (the largest relative error), `failures` (entries), and a table by `str()`."""
 
     what: str
     tol: float

@@ -1,4 +1,4 @@
-"""What is checked beside layers: functional pairs and losses, with the contract of a layer; and what all parts of the catalogue share."""
+"""Functional pairs and losses with the contract of a layer, so that they can be checked like one; and helpers of the catalogue."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from minilora.backend import Array, to_backend
+from minilora.backend import Array
 from minilora.layers import Layer, Parameter, Saved
-from minilora.models import GPT2, BertClassifier, Llama
 
 OFFSETS = [0, 3, 4, 9]  # three sequences, of 3, 1 and 5 tokens
-
 Subject = tuple[str, Any, Array, dict[str, Any]]  # name, object, x, forward options
 
 
@@ -41,9 +39,9 @@ class Pair(Layer):
 
 
 class LossOf(Layer):
-    """A model's `loss` and `loss_backward`, which is that of dy = 1, with the contract of a layer: y is the loss."""
+    """A model's `loss`, and its `loss_backward` for dy = 1, with the contract of a layer: y is the loss."""
 
-    def __init__(self, model: GPT2 | BertClassifier | Llama, labels: np.ndarray) -> None:
+    def __init__(self, model: Any, labels: np.ndarray) -> None:
         self.name, self.model, self.labels = f"{type(model).__name__}.loss", model, labels
 
     def forward(
@@ -64,32 +62,8 @@ class LossOf(Layer):
 
 
 def shaken(layer: Any, rng: np.random.Generator, names: Sequence[str] | None = None) -> Any:
-    """Every parameter, or those called `names`, away from where it starts: a gain of 1 or a bias of 0 hides mistakes."""
+    """The layer with every parameter, or those called `names`, away from its initial value: a gain of 1 or a bias of 0 hides mistakes."""
     for path, p in layer.parameters():
         if names is None or path in names:
             p.data = p.data + 0.3 * rng.standard_normal(p.data.shape)
     return layer
-
-
-def _biased(layer: Any) -> Any:
-    layer.bias.trainable = True
-    return layer
-
-
-def _off(layer: Any) -> Any:
-    layer.enabled = False
-    return _biased(layer)
-
-
-def _merged(layer: Any) -> Any:
-    layer.freeze().merge()
-    return _biased(layer)
-
-
-# Ways to use an adapted layer: with the bias of its base trained, as bias="all" does it; switched off; or frozen and merged.
-MODES = {"the bias trained": _biased, "off": _off, "merged": _merged}
-
-
-def fixed_weight(x: Array) -> Array:
-    """A fixed frozen weight (5, 4), where x lives and in its dtype."""
-    return to_backend(np.linspace(-1, 1, 20).reshape(5, 4), "numpy" if isinstance(x, np.ndarray) else "cupy", x.dtype)

@@ -6,46 +6,20 @@ dtype are not copied.
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from minilora.layers import Layer, Linear
 from minilora.lora.adapted import adapter_parameters
+from minilora.models.registry import ARCHITECTURES as FAMILIES
+from minilora.models.registry import Architecture as Family
 from minilora.quantization.nf4 import is_nf4
-
-
-class Family(NamedTuple):
-    """What there is to know of an architecture to read its checkpoints."""
-
-    module: str
-    config: str
-    model: str
-    architectures: tuple[str, ...]  # classes of transformers whose checkpoints fit; the first is the one written
-    prefix: str  # what that class puts before the names of the bare model
-    embedding: str  # the table that a tied head shares
-    ignored: str  # regular expression: buffers, and heads for other tasks
-    fresh: tuple[str, ...] = ()  # modules that a bare model may lack; they then start at random
-
-
-_BERTS = ("BertForSequenceClassification", "BertModel", "BertForMaskedLM", "BertForPreTraining")
-_BERT_HEADS = r"(bert\.)?embeddings\.position_ids|cls\..*"
-_LLAMA = ("model.", "model.embed_tokens.weight", r".*rotary_emb\.inv_freq")
-FAMILIES = {
-    "gpt2": Family(
-        *("gpt2", "GPT2Config", "GPT2", ("GPT2LMHeadModel", "GPT2Model"), "transformer.", "transformer.wte.weight"),
-        r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
-    ),
-    "bert": Family("bert", "BertConfig", "BertClassifier", _BERTS, "bert.", "", _BERT_HEADS, ("bert.pooler.dense", "classifier")),
-    "llama": Family("llama", "LlamaConfig", "Llama", ("LlamaForCausalLM", "LlamaModel"), *_LLAMA),
-    "qwen2": Family("llama", "LlamaConfig", "Llama", ("Qwen2ForCausalLM", "Qwen2Model"), *_LLAMA),
-}
 
 
 def family_of(raw: dict[str, Any], where: str) -> Family:
@@ -63,8 +37,7 @@ def family_of(raw: dict[str, Any], where: str) -> Family:
 
 
 def classes_of(family: Family) -> tuple[Any, Any]:
-    module = importlib.import_module(f"minilora.models.{family.module}")
-    return getattr(module, family.config), getattr(module, family.model)
+    return family.config, family.model
 
 
 def named(classes: Sequence[str]) -> bool:

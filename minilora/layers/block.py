@@ -1,8 +1,8 @@
-"""A pre-norm transformer block, as in GPT-2, written out by hand."""
+"""A pre-norm transformer block, written out by hand: `PreNormBlock` for any attention and feed-forward layer, and GPT-2's `Block`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,81 @@ from minilora.layers.base import Layer, Saved
 from minilora.layers.dropout import Dropout
 from minilora.layers.linear import Linear
 from minilora.layers.norm import LayerNorm
+
+
+class PreNormBlock(Layer):
+    """h = x + attn(norm_1(x));   y = h + mlp(norm_2(h)).   x (T, d) -> y (T, d), or the requested `rows` of it, (R, d).
+
+    Each residual add sends the gradient both ways: dh = dy + (the gradient through mlp and norm_2), and so on. A subclass names its
+    four layers as its checkpoint does, and returns them from `parts`. Dropout, if there is any, follows attn and mlp.
+    """
+
+    drop_1 = drop_2 = Dropout(0.0)
+
+    def parts(self) -> tuple[Layer, Any, Layer, Layer]:
+        """(norm_1, attn, norm_2, mlp)."""
+        raise NotImplementedError(f"{type(self).__name__} has no parts.")
+
+    def forward(
+        self,
+        x: Array,
+        keep: bool = True,
+        need_dx: bool = True,
+        offsets: Sequence[int] | None = None,
+        rows: np.ndarray | None = None,
+        **inputs: Any,
+    ) -> tuple[Array, Saved | None]:
+        """inputs: further arguments of the attention."""
+        norm_1, attn, norm_2, mlp = self.parts()
+        # The gradient is needed at each place that has something trainable at or below it.
+        at_a = need_dx or norm_1.trainable
+        at_h = at_a or attn.trainable
+        at_m = at_h or norm_2.trainable
+        at_y = at_m or mlp.trainable
+
+        a, s_norm_1 = norm_1.forward(x, keep=keep and at_a, need_dx=need_dx)
+        a, s_attn = attn.forward(a, keep=keep and at_h, need_dx=at_a, offsets=offsets, rows=rows, **inputs)
+        a, s_drop_1 = self.drop_1.forward(a, keep=keep and at_h, need_dx=at_h)
+        h = F.take_rows(x, rows) + a
+
+        m, s_norm_2 = norm_2.forward(h, keep=keep and at_m, need_dx=at_h)
+        m, s_mlp = mlp.forward(m, keep=keep and at_y, need_dx=at_m)
+        m, s_drop_2 = self.drop_2.forward(m, keep=keep and at_y, need_dx=at_y)
+        y = h + m
+
+        if not keep:
+            return y, None
+        needs = (at_a, at_h, at_m, at_y)
+        return y, self.save(need_dx, needs, rows, len(x), s_norm_1, s_attn, s_drop_1, s_norm_2, s_mlp, s_drop_2)
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
+        needs, rows, T, s_norm_1, s_attn, s_drop_1, s_norm_2, s_mlp, s_drop_2 = self.load(saved, need_dx)
+        at_a, at_h, at_m, at_y = needs
+        norm_1, attn, norm_2, mlp = self.parts()
+
+        if not at_y:
+            return None
+        dm: Any = self.drop_2.backward(dy, s_drop_2)  #                y = h + m
+        dm = mlp.backward(dm, s_mlp, need_dx=at_m)
+        if not at_m:
+            return None
+        dh: Any = norm_2.backward(dm, s_norm_2, need_dx=at_h)
+        if not at_h:
+            return None
+        dh = dy + dh  #                                                h feeds y twice: directly, and through norm_2 and mlp
+
+        da: Any = self.drop_1.backward(dh, s_drop_1)  #                h = x[rows] + a
+        da = attn.backward(da, s_attn, need_dx=at_a)
+        if not at_a:
+            return None
+        dx = norm_1.backward(da, s_norm_1, need_dx=need_dx)
+        return F.take_rows_backward(dh, rows, T) + dx if need_dx else None  # x feeds h twice
+
+    def decode(self, x: Array, extend: Callable[[Array, Array], tuple[Array, Array]], **inputs: Any) -> Array:
+        """Inference for the next tokens of one sequence. extend(k, v) appends theirs to the earlier ones, and returns all."""
+        norm_1, attn, norm_2, mlp = self.parts()
+        h = x + attn.decode(norm_1.forward(x, keep=False)[0], extend, **inputs)
+        return h + mlp.forward(norm_2.forward(h, keep=False)[0], keep=False)[0]
 
 
 class FeedForward(Layer):
@@ -41,11 +116,8 @@ class FeedForward(Layer):
         return self.c_fc.backward(dh, s_fc, need_dx=need_dx)  # h = c_fc(x)
 
 
-class Block(Layer):
-    """h = x + attn(ln_1(x));   y = h + mlp(ln_2(h)).   x (T, d) -> y (T, d), or the `rows` of it that are asked for, (R, d).
-
-    Each residual add sends the gradient both ways: dh = dy + (what comes back through mlp and ln_2), and so on.
-    """
+class Block(PreNormBlock):
+    """GPT-2's block: layer norm, attention with a fused projection, GELU, and dropout before each residual add."""
 
     def __init__(
         self,
@@ -65,48 +137,5 @@ class Block(Layer):
         self.mlp = FeedForward(d_model, n_inner or 4 * d_model, rng=rng, dtype=dtype)
         self.drop_2 = Dropout(dropout)
 
-    def forward(
-        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Sequence[int] | None = None, rows: np.ndarray | None = None
-    ) -> tuple[Array, Saved | None]:
-        # Who needs a gradient? Each part that has something trainable at or below it.
-        at_a = need_dx or self.ln_1.trainable
-        at_h = at_a or self.attn.trainable
-        at_m = at_h or self.ln_2.trainable
-        at_y = at_m or self.mlp.trainable
-
-        a, s_ln_1 = self.ln_1.forward(x, keep=keep and at_a, need_dx=need_dx)
-        a, s_attn = self.attn.forward(a, keep=keep and at_h, need_dx=at_a, offsets=offsets, rows=rows)
-        a, s_drop_1 = self.drop_1.forward(a, keep=keep and at_h, need_dx=at_h)
-        h = F.take_rows(x, rows) + a
-
-        m, s_ln_2 = self.ln_2.forward(h, keep=keep and at_m, need_dx=at_h)
-        m, s_mlp = self.mlp.forward(m, keep=keep and at_y, need_dx=at_m)
-        m, s_drop_2 = self.drop_2.forward(m, keep=keep and at_y, need_dx=at_y)
-        y = h + m
-
-        if not keep:
-            return y, None
-        needs = (at_a, at_h, at_m, at_y)
-        return y, self.save(need_dx, needs, rows, len(x), s_ln_1, s_attn, s_drop_1, s_ln_2, s_mlp, s_drop_2)
-
-    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        needs, rows, T, s_ln_1, s_attn, s_drop_1, s_ln_2, s_mlp, s_drop_2 = self.load(saved, need_dx)
-        at_a, at_h, at_m, at_y = needs
-
-        if not at_y:
-            return None
-        dm = self.drop_2.backward(dy, s_drop_2)  #                     y = h + m
-        dm = self.mlp.backward(dm, s_mlp, need_dx=at_m)
-        if not at_m:
-            return None
-        dh = self.ln_2.backward(dm, s_ln_2, need_dx=at_h)
-        if not at_h:
-            return None
-        dh = dy + dh  #                                                h feeds y twice: directly, and through ln_2 and mlp
-
-        da = self.drop_1.backward(dh, s_drop_1)  #                     h = x[rows] + a
-        da = self.attn.backward(da, s_attn, need_dx=at_a)
-        if not at_a:
-            return None
-        dx = self.ln_1.backward(da, s_ln_1, need_dx=need_dx)
-        return F.take_rows_backward(dh, rows, T) + dx if need_dx else None  # x feeds h twice
+    def parts(self) -> tuple[Layer, Any, Layer, Layer]:
+        return self.ln_1, self.attn, self.ln_2, self.mlp

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from minilora.backend import Array, get_xp
+
+Extend = Callable[[Array, Array], tuple[Array, Array]]  # `KVCache.extend` for one layer
 
 
 class KVCache:
-    """The keys and values of the `length` tokens of one sequence that `model.decode(ids, cache)` has seen, for each layer.
+    """The keys and values, in each layer, of the `length` tokens of one sequence that `model.decode(ids, cache)` has read.
 
-    A new token then costs one row of products in place of a forward over the whole sequence. The arrays grow by `block`
-    tokens at a time. To forget the last tokens, set `length` lower; the next ones overwrite them.
+    A new token then costs one row of products instead of a forward over the whole sequence. The arrays grow by `block` tokens at a
+    time. To forget the last tokens, lower `length`; the next ones overwrite them.
     """
 
     def __init__(self, block: int = 256) -> None:
@@ -17,9 +21,9 @@ class KVCache:
         self._kept: dict[int, tuple[Array, Array]] = {}  # layer: keys and values, (capacity, n_kv_head d) each
 
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Put k and v (t, n_kv_head d) of new tokens behind those of this layer; returns all, (length + t, n_kv_head d), as views.
+        """Append k and v (t, n_kv_head d) of new tokens to those of this layer; returns all, (length + t, n_kv_head d), as views.
 
-        The model adds t to `length` when all its layers have been extended.
+        The model adds t to `length` once all its layers have been extended.
         """
         end = self.length + k.shape[0]
         keys, values = (self._with_room(old, new, end) for old, new in zip(self._kept.get(layer, (None, None)), (k, v), strict=True))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import to_numpy
-from minilora.layers import Layer
 from minilora.models.cache import KVCache
+from minilora.models.decoder import Decoder
 
 
 def generate(
@@ -23,15 +23,15 @@ def generate(
     top_p: float = 1.0,
     stop: Collection[int] = (),
 ) -> Iterator[int]:
-    """Up to n token ids that follow the prompt (T,), as they are drawn; it ends before a token in `stop`.
+    """Up to n token ids that continue the prompt (T,), one by one as they are drawn; ends before a token in `stop`.
 
-    `model` has decode(ids, cache), as GPT2 and Llama have. temperature, top_k and top_p as in `draw`. When the text outgrows the
-    model's positions, the older half is forgotten. Raises ValueError for an empty prompt or values out of range.
+    temperature, top_k and top_p as in `draw`. When the text outgrows the model's positions, the older half is forgotten.
+    Raises ValueError for a model that is not a Decoder, an empty prompt, or values out of range.
     """
-    if not hasattr(model, "decode"):
-        raise ValueError(f"{type(model).__name__} does not generate text: it is no decoder.")
+    if not isinstance(model, Decoder):
+        raise ValueError(f"{type(model).__name__} does not generate text: it is not a decoder.")
     if n < 0:
-        raise ValueError(f"generate: {n} tokens are to be written; it must be at least 0.")
+        raise ValueError(f"generate: n is {n}; it must be at least 0.")
     if len(prompt) == 0:
         raise ValueError("generate: the prompt is empty; give at least one token.")
     rng = np.random.default_rng(rng)
@@ -63,11 +63,11 @@ def generate_text(
     stop: Sequence[str] = (),
     show: Callable[[str], None] = lambda piece: None,
 ) -> dict[str, Any]:
-    """Write on after the prompt `ids` (T,), from `tokenizer.encode_prompt`, and show each piece of text as soon as it is certain.
+    """Continue the prompt `ids` (T,), from `tokenizer.encode_prompt`, and show each piece of text as soon as it is certain.
 
-    It ends after n tokens, before one of the tokenizer's stop_ids, or before a text in `stop`, of which nothing is ever shown.
-    Returns {"text": what it adds to that of the prompt, "tokens": how many were drawn, "ended": "stop" or "length"}. Raises ValueError as
-    `generate`, and for an empty text to stop at, or one that holds a special token and more.
+    Ends after n tokens, before one of the tokenizer's stop_ids, or before a text in `stop`, no part of which is ever shown.
+    Returns {"text": the continuation, "tokens": how many were drawn, "ended": "stop" or "length"}. Raises ValueError as `generate`,
+    and for a stop text that is empty, or holds a special token among others.
     """
     ends, marks = set(tokenizer.stop_ids), [mark for mark in stop if mark not in tokenizer.added]
     ends |= {tokenizer.added[mark] for mark in stop if mark in tokenizer.added}
@@ -77,13 +77,13 @@ def generate_text(
         raise ValueError(f"generate: the text to stop at {wrong[0]!r} holds a special token; give that token alone.")
     drawn: list[int] = []
 
-    def noted() -> Iterator[int]:
+    def counted() -> Iterator[int]:
         for token in generate(model, ids, n, temperature, rng, top_k=top_k, top_p=top_p, stop=ends):
             drawn.append(token)
             yield token
 
     text, shown = "", 0
-    for piece in tokenizer.stream(noted(), skip_special=True, after=ids):
+    for piece in tokenizer.stream(counted(), skip_special=True, after=ids):
         text += piece
         if found := [at for mark in marks if (at := text.find(mark, shown)) >= 0]:
             text = text[: min(found)]
@@ -98,26 +98,25 @@ def generate_text(
 
 
 def draw(logits: np.ndarray, temperature: float, top_k: int, top_p: float, rng: np.random.Generator) -> int:
-    """One token from logits (V,):  p = softmax(logits / temperature), of which only some are kept; temperature 0 takes the likeliest.
+    """One token from logits (V,), drawn from p = softmax(logits / temperature); temperature 0 takes the likeliest.
 
-    top_k keeps the k likeliest (0: all); top_p the smallest set of likeliest tokens whose probabilities reach it (arXiv 1904.09751).
+    top_k keeps the k likeliest (0: all); top_p keeps the smallest set of likeliest tokens whose probabilities reach it (arXiv 1904.09751).
     """
     if not temperature >= 0:
         raise ValueError(f"generate: temperature is {temperature}; it must be at least 0.")
     if top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_k is {top_k} and top_p {top_p}; wanted at least 0, and above 0 up to 1.")
+        raise ValueError(f"generate: top_k is {top_k} and top_p {top_p}; they must be at least 0, and above 0 up to 1.")
     logits = logits.astype(np.float64)
     if temperature == 0:
         return int(logits.argmax())
     p = np.exp((logits - logits.max()) / temperature)
     order = np.argsort(-p, kind="stable")[: top_k or None]
     p = p[order] / p[order].sum()
-    kept = int(np.searchsorted(np.cumsum(p), top_p)) + 1  # the token that reaches top_p is in
+    kept = int(np.searchsorted(np.cumsum(p), top_p)) + 1  # including the token that reaches top_p
     p = p[:kept]
     return int(order[rng.choice(len(p), p=p / p.sum())])
 
 
-def context_length(model: Layer) -> int:
-    """The longest sequence that the model takes."""
-    config: Any = model.config  # type: ignore[attr-defined]
-    return int(getattr(config, "n_positions", None) or config.max_position_embeddings)
+def context_length(model: Any) -> int:
+    """The longest sequence that the model takes, in tokens."""
+    return int(model.config.max_position_embeddings)

@@ -1,0 +1,153 @@
+"""BERT with a classifier: pooling, head, loss, and sentence embeddings. Module names as in BertForSequenceClassification.
+
+logits = p W_c + b_c,   p = tanh(f W_p + b_p) with f the first row of each sequence of h (BERT's pooler), or the mean of its rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from minilora import functional as F
+from minilora import kernels as K
+from minilora.backend import Array, Rng, as_like, generator
+from minilora.layers import Dropout, Layer, Linear, Saved
+from minilora.models.bert import Bert, BertConfig
+from minilora.models.stack import Prefix
+
+
+class BertClassifier(Layer):
+    """ids (T,), offsets of n sequences -> logits (n, num_labels). Initial values (BERT's): N(0, 0.02^2), biases zero."""
+
+    model_type = "bert"
+    weights_are_in_out = False
+    output_head = "classifier"
+
+    def __init__(self, config: BertConfig, *, rng: Rng = None, dtype: Any = "float32") -> None:
+        self.config = config
+        rng = generator(rng)
+        self.bert = Bert(config, rng, dtype)
+        self.dropout = Dropout(config.dropout)
+        self.classifier = Linear(config.hidden_size, config.num_labels, rng=rng, dtype=dtype)
+        for _, layer in self.modules():
+            if isinstance(layer, Linear) and layer.bias is not None:
+                layer.weight.data = rng.normal(0, 0.02, layer.weight.data.shape).astype(dtype)
+                layer.bias.data[...] = 0
+
+    def forward(
+        self,
+        x: Array,
+        keep: bool = True,
+        need_dx: bool = False,
+        offsets: Sequence[int] | None = None,
+        token_types: np.ndarray | None = None,
+        prefix: Prefix | None = None,
+    ) -> tuple[Array, Saved | None]:
+        """x are token ids of packed sequences, `offsets` their bounds. There is no dx: ids are integers.
+
+        BERT's pooler reads the first row of each sequence, so the last block computes no others. prefix: the result of `prefix`.
+        """
+        pooler = self.bert.pooler if self.config.pooling == "first" else None
+        at_h = self.bert.embeddings.trainable or self.bert.encoder.trainable
+        at_p = at_h or (pooler is not None and pooler.trainable)
+        bounds = _bounds(offsets, len(x))
+
+        rows = None if pooler is None else bounds[:-1]
+        h, s_bert = self.bert.forward(x, keep and at_h, offsets=offsets, rows=rows, prefix=prefix, token_types=token_types)
+        s_pool = None
+        if pooler is None:
+            p = _means(h, bounds)
+        else:
+            p, s_pool = pooler.forward(h, keep=keep and at_p, need_dx=at_h)
+        p, s_drop = self.dropout.forward(p, keep=keep and at_p)
+        logits, s_classifier = self.classifier.forward(p, keep=keep, need_dx=at_p)
+        return logits, self.save(need_dx, at_h, at_p, bounds, s_bert, s_pool, s_drop, s_classifier) if keep else None
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
+        at_h, at_p, bounds, s_bert, s_pool, s_drop, s_classifier = self.load(saved, need_dx)
+        dp: Any = self.classifier.backward(dy, s_classifier, need_dx=at_p)  # logits = p W_c + b_c
+        if not at_p:
+            return
+        dp = self.dropout.backward(dp, s_drop)
+        dh: Any
+        if s_pool is None:
+            dh = _means_backward(dp, bounds)  #                          p = mean of each sequence
+        else:
+            dh = self.bert.pooler.backward(dp, s_pool, need_dx=at_h)  #  p = pooler(h), h the first rows only
+        if at_h:
+            self.bert.backward(dh, s_bert)  #                            h = bert(ids)
+
+    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix | None:
+        """The output of the frozen blocks at the bottom, the same in every epoch (models/stack.py); None if there are none."""
+        return self.bert.prefix(ids, offsets)
+
+    def loss(
+        self,
+        ids: Array,
+        labels: np.ndarray,
+        offsets: Sequence[int] | None = None,
+        count: int | None = None,
+        keep: bool = True,
+        prefix: Prefix | None = None,
+    ) -> tuple[Array, Saved | None]:
+        """The sum over labelled sequences of -log p(label), in regression of (logit - label)^2, over `count` (default: their number).
+
+        ids (T,); labels (n,) on the host, one for each sequence: integers, or numbers in regression; -100 means no label.
+        Raises ValueError when there is not one label for each sequence, or when no sequence is labelled and no `count` is given.
+        """
+        n = len(_bounds(offsets, len(ids))) - 1
+        if labels.shape != (n,):
+            raise ValueError(f"loss: labels have shape {labels.shape}, but there are {n} sequences; one label a sequence is needed.")
+        rows = np.flatnonzero(labels != F.IGNORE)
+        if rows.size == 0 and count is None:
+            raise ValueError("loss: no sequence is labelled.")
+        logits, saved = self.forward(ids, keep=keep, offsets=offsets, prefix=prefix)
+        N = rows.size if count is None else count
+        if rows.size == 0:
+            loss, dlogits = logits.sum() * 0, logits * 0
+        elif self.config.regression:
+            loss, dlogits = _squares(K.wide(logits), labels, rows, N)
+            dlogits = dlogits.astype(logits.dtype, copy=False)
+        else:
+            loss, dlogits = K.cross_entropy(logits, labels, rows.size / N)
+        return loss, self.save(False, dlogits, saved) if keep else None
+
+    def loss_backward(self, saved: Saved | None) -> None:
+        """Add the gradients of `loss` to the trainable parameters."""
+        dlogits, s_logits = self.load(saved, False)
+        self.backward(dlogits, s_logits)
+
+    def embed(self, ids: Array, offsets: Sequence[int] | None = None) -> Array:
+        """(n, d): the mean of the hidden states of each sequence, as in sentence encoders. Inference only; not normalised."""
+        h, _ = self.bert.forward(ids, keep=False, offsets=offsets)
+        return _means(h, _bounds(offsets, len(ids)))
+
+
+def _bounds(offsets: Sequence[int] | None, tokens: int) -> np.ndarray:
+    """The offsets as an array; None is one sequence. Raises ValueError when they do not fit."""
+    F.check_offsets(offsets, tokens)
+    return np.array([0, tokens] if offsets is None else offsets, dtype=np.int64)
+
+
+def _means(h: Array, bounds: np.ndarray) -> Array:
+    """p_i = mean of the rows of sequence i.   h (T, d) -> p (n, d), as one product with an (n, T) matrix of 1 / length."""
+    lengths = np.diff(bounds)
+    M = (np.arange(len(lengths))[:, None] == np.repeat(np.arange(len(lengths)), lengths)) / lengths[:, None]
+    return K.product(as_like(M.astype(h.dtype), h), h)
+
+
+def _means_backward(dp: Array, bounds: np.ndarray) -> Array:
+    """dh_t = dp_i / length_i for every token t of sequence i."""
+    lengths = np.diff(bounds)
+    each = as_like((1 / lengths[:, None]).astype(dp.dtype), dp)
+    return (dp * each)[as_like(np.repeat(np.arange(len(lengths)), lengths), dp)]
+
+
+def _squares(logits: Array, labels: np.ndarray, rows: np.ndarray, N: int) -> tuple[Array, Array]:
+    """loss = sum over `rows` of (logit - label)^2 / N, and its gradient (n, 1)."""
+    counts = np.zeros((len(labels), 1), dtype=logits.dtype)
+    counts[rows] = 1
+    error = (logits - as_like(labels[:, None].astype(logits.dtype), logits)) * as_like(counts, logits)
+    return (error * error).sum() / N, error * (2 / N)

@@ -1,0 +1,35 @@
+"""The table of architectures. A new architecture is one file in this folder and one line here."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from minilora.models.bert import BertConfig
+from minilora.models.classifier import BertClassifier
+from minilora.models.gpt2 import GPT2, GPT2Config
+from minilora.models.llama import Llama, LlamaConfig
+
+
+class Architecture(NamedTuple):
+    """What reading and writing the checkpoints of an architecture takes."""
+
+    config: type[Any]
+    model: type[Any]
+    architectures: tuple[str, ...]  # classes of transformers whose checkpoints fit; the first is the one that is written
+    prefix: str = ""  # what that class puts before the names of the bare model
+    embedding: str = ""  # the table that a tied head shares
+    ignored: str = ""  # regular expression: buffers, and heads for other tasks
+    fresh: tuple[str, ...] = ()  # modules that a bare model may lack; they are then drawn at random
+
+
+_BERT = ("BertForSequenceClassification", "BertModel", "BertForMaskedLM", "BertForPreTraining")
+_BERT_IGNORED = r"(bert\.)?embeddings\.position_ids|cls\..*"
+_GPT2 = ("GPT2LMHeadModel", "GPT2Model"), "transformer.", "transformer.wte.weight", r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"
+_LLAMA = "model.", "model.embed_tokens.weight", r".*rotary_emb\.inv_freq"
+
+ARCHITECTURES = {  # model_type in config.json: its architecture
+    "gpt2": Architecture(GPT2Config, GPT2, *_GPT2),
+    "bert": Architecture(BertConfig, BertClassifier, _BERT, "bert.", "", _BERT_IGNORED, ("bert.pooler.dense", "classifier")),
+    "llama": Architecture(LlamaConfig, Llama, ("LlamaForCausalLM", "LlamaModel"), *_LLAMA),
+    "qwen2": Architecture(LlamaConfig, Llama, ("Qwen2ForCausalLM", "Qwen2Model"), *_LLAMA),
+}
