@@ -45,7 +45,7 @@ def layers(rng: np.random.Generator) -> Iterator[Subject]:
     yield "LoRALinear, rsLoRA, dropout", LoRALinear(Linear(5, 4, **d), 3, 8, 0.3, True, **d), draw(6, 5), {}
     for mode, switch in MODES.items():
         yield f"LoRALinear, {mode}", switch(shaken(LoRALinear(Linear(5, 4, **d), r=2, **d), rng)), draw(6, 5), {}
-    yield "LoRALinear, the seed's init", LoRALinear(Linear(5, 4, **d), r=2, init="seed", **d), draw(6, 5), {}
+    yield "LoRALinear, normal init", LoRALinear(Linear(5, 4, **d), r=2, init="normal", **d), draw(6, 5), {}
     for act in (GELU(), ReLU()):
         yield f"BottleneckLinear, {type(act).__name__}", shaken(BottleneckLinear(Linear(5, 4, **d), 3, act, **d), rng), draw(6, 5), {}
     bottleneck = MODES["the bias trained"](shaken(BottleneckLinear(Linear(5, 4, **d), 2, rng=rng), rng))

@@ -21,6 +21,7 @@ from minilora.formats.fetch import BUNDLED, is_hub_id, model_folder, read_weight
 from minilora.formats.fitting import FAMILIES, assign, check_sizes, classes_of, family_of, fresh, named, oriented, renamed, warn_of_pooling
 from minilora.formats.gguf import read_gguf
 from minilora.formats.nf4 import CONFIG, is_nf4_config, packed, unpacked
+from minilora.formats.origin import Origin, origin
 from minilora.formats.tensors import stored_dtypes, write_tensors
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.layers import Embedding
@@ -54,7 +55,7 @@ def load_model(
     On NumPy, parameters that the file holds in `dtype` are read-only views of the mapped file.
     labels: the names of a classifier's classes, or how many there are; by default what config.json says. A head of the checkpoint keeps
     its own; new_head=True leaves that out. A classifier or pooler that is not there, or left out, is drawn from N(0, 0.02^2) by `seed`,
-    and a line on standard error says so; `model.drawn` names them.
+    and a line on standard error says so; `model.origin.drawn` names them.
     dtype: "float16" and "bfloat16" are of matrices, embeddings included, and so of activations (kernels/half.py): norms, biases, and what
     `inject` makes trainable, are then of float32.
     quantize: "nf4" keeps the weights of linear layers, but for the head, in four bits (quantization/nf4.py), "float16" and "bfloat16" in
@@ -95,8 +96,8 @@ def load_model(
         raise ValueError(f"{where}: the head is for {', '.join(published)}, not {', '.join(labels)}; new_head=True replaces it.")
     tensors |= fresh(model, family, tensors, raw, source, new_head, seed)
     assign(model, oriented(model, tensors), source)
-    model.source = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # an adapter will name it, from anywhere
-    model.hub_id = str(path_or_id) if is_hub_id(path_or_id) else None
+    name = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # an adapter will name it, from anywhere
+    model.origin = Origin(name, str(path_or_id) if is_hub_id(path_or_id) else None, origin(model).drawn)
     if quantize:
         quantize_model(model, quantize)
     if kind in KINDS:
@@ -151,7 +152,8 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     result = {"model_type": model.model_type, **model.config.to_json()}
     result["architectures"] = [FAMILIES[result["model_type"]].architectures[0]]
     result["torch_dtype"] = max((dtypes.get(path, value.dtype.name) for path, value in tensors.items()), key=lambda name: name[-2:])
-    source = Path(model.source) if model.source and model.source != BUNDLED else None
+    name = origin(model).source
+    source = Path(name) if name and name != BUNDLED else None
     if source is not None and (source / "config.json").is_file():
         result = {**{key: value for key, value in read_json(source / "config.json").items() if key in _KEPT}, **result}
     tensors = oriented(model, tensors)
@@ -182,7 +184,8 @@ def _save_tokenizer(model: Any, source: Path, folder: Path) -> None:
 
 def _stored(model: Any, tensors: dict[str, np.ndarray]) -> dict[str, str]:
     """{path: dtype in the files that the model was loaded from}; what is in none of them has the dtype that is most there."""
-    source = model_folder() if model.source == BUNDLED else Path(model.source or "")
+    name = origin(model).source
+    source = model_folder() if name == BUNDLED else Path(name or "")
     if not (source / "config.json").is_file():
         return {}
     prefix = FAMILIES[model.model_type].prefix

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minilora.formats.origin import Origin, origin
 from minilora.layers import Layer, Linear
 from minilora.lora.adapted import adapter_parameters
 from minilora.quantization.nf4 import is_nf4
@@ -122,16 +123,16 @@ def fresh(
         W, b = parameters[f"{name}.weight"].data, parameters[f"{name}.bias"].data
         values[f"{name}.weight"] = rng.normal(0, 0.02, W.shape).astype(W.dtype).T
         values[f"{name}.bias"] = np.zeros(b.shape, b.dtype)
-    model.drawn = tuple(absent)
+    model.origin = Origin(drawn=tuple(absent))
     if absent:
         print(f"{source} has no {' and no '.join(absent)}: drawn at random, until it is trained or loaded.", file=sys.stderr)
     return values
 
 
 def drawn_parameters(model: Layer) -> list[str]:
-    """The paths of the parameters, but for adapters', of the modules that no file held (`Layer.drawn`)."""
+    """The paths of the parameters, but for adapters', of the modules that no file held (`Origin.drawn`)."""
     own = adapter_parameters(model)
-    return [path for path, _ in model.parameters() if path not in own and path.rpartition(".")[0] in model.drawn]
+    return [path for path, _ in model.parameters() if path not in own and path.rpartition(".")[0] in origin(model).drawn]
 
 
 def oriented(model: Layer, tensors: dict[str, Any]) -> dict[str, Any]:
