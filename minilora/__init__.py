@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from minilora import moved as moved
+
 if TYPE_CHECKING:
     from minilora.adapters import BottleneckConfig, BottleneckLinear, PartialConfig, combine, extract, input_roots, mixed
     from minilora.backend import choose_backend, seed, to_backend, to_numpy
