@@ -97,6 +97,20 @@ def test_gradients_of_a_mixed_batch(kind):
                 np.testing.assert_allclose(p.grad, together[k][path], rtol=1e-8, atol=1e-12, err_msg=path)
 
 
+def test_the_loss_of_a_mixture_is_that_of_its_logits_or_refused():
+    """A decoder's loss sees the labelled rows alone: a shared head may, but a head of each model could not tell whose they are."""
+    labels = np.where(np.arange(10) % 3, IDS, -100)
+    for kind in ("gpt2", "llama"):
+        model = base(kind)
+        mixed = ml.mixed([model, adapted(model, CONFIGS[kind][0], 0)], [0, 1, 1, 0], OFFSETS)
+        expected, _ = ml.cross_entropy(mixed.forward(IDS, keep=False, offsets=OFFSETS)[0], labels)
+        assert float(mixed.loss(IDS, labels, OFFSETS, keep=False)[0]) == pytest.approx(float(expected), rel=1e-12)
+    headed = ml.mixed([model, adapted(model, ml.LoraConfig(r=2, modules_to_save=["lm_head"]), 0)], [0, 1, 1, 0], OFFSETS)
+    headed.loss(IDS, np.append(IDS[1:], 0), OFFSETS, keep=False)  # all rows are labelled
+    with pytest.raises(ValueError, match="mixed: a layer got 6 rows; the batch it was made for has 10"):
+        headed.loss(IDS, labels, OFFSETS, keep=False)
+
+
 def test_bad_mixtures():
     model = base("bert")
     other = adapted(model, ml.PartialConfig(modules_to_save=["word_embeddings"]), 0)

@@ -28,7 +28,7 @@ NON_LINEARITIES: dict[str, Callable[[], Activation]] = {
 
 @dataclass
 class BottleneckConfig(PartialConfig):
-    """Bottleneck adapters after the projections into the residual stream (arXiv 1902.00751), beside the layer norms and the head.
+    """Bottleneck adapters after the projections into the residual stream (arXiv 1902.00751), and the layer norms and the head.
 
     reduction_factor  the bottleneck of a layer with n outputs has n / reduction_factor features, at least 1
     non_linearity     "relu", "gelu", "gelu_new" (GELU by tanh), "silu" or "tanh"

@@ -1,6 +1,6 @@
 """A fine-tuned model as a LoRA of its base:   dW = W_tuned - W_base ~ A B,   and how far two models are apart.
 
-Which rank? With the singular values S of dW, the energy that rank r keeps is sum_{i <= r} S_i^2 / sum_i S_i^2 (Eckart, Young 1936).
+The rank: with the singular values S of dW, the energy that rank r keeps is sum_{i <= r} S_i^2 / sum_i S_i^2 (Eckart, Young 1936).
 With the inputs of each layer it is that of L dW, L^T L = x^T x / T: what counts is the change of the outputs.
 """
 

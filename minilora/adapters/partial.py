@@ -42,7 +42,7 @@ class PartialConfig:
         return {}
 
     def adapters(self, model: Layer, targets: dict[str, Any], rng: Any, train_step: Callable[[], Any] | None) -> tuple[Any, dict[str, Any]]:
-        """This configuration, and {path: layer} to put in place of the targets."""
+        """This configuration, and {path: the layer that replaces the target}."""
         return self, {}
 
     def trained(self, model: Layer, adapted: Collection[str], strict: bool = True) -> set[str]:

@@ -26,9 +26,9 @@ class Parameter:
 
     `home` is the view of the flat gradient buffer that belongs to this parameter, once an optimizer has made one (docs/flat-buffer.md).
 
-    `changes` counts, over the whole process, how often a parameter was created, frozen or unfrozen, and a layer replaced. While it stands
-    still, what a layer knows about `trainable` below it is still true: looking that up in every forward and backward would add a third
-    to the Python time of a step.
+    `changes` counts, over the whole process, how often a parameter was created, frozen or unfrozen, and a layer replaced. While it does not
+    change, what a layer has found out about `trainable` below it holds: a lookup in every forward and backward would add a third to the
+    Python time of a step.
     """
 
     __slots__ = ("_trainable", "data", "grad", "home")

@@ -1,4 +1,4 @@
-"""What all adapters have in common: a frozen weight and trained parameters beside it, which can be merged and switched off."""
+"""What all adapters have in common: a frozen weight and trained parameters next to it, which can be merged and switched off."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INSTEAD = "load the model with dtype='float32', or use quantize for half-precisi
 
 
 class Adapted(Layer):
-    """Base of the layers that `inject` puts in place of others: the original weight, frozen, and what is trained beside it."""
+    """Base of the layers that `inject` puts in place of others: the original weight, frozen, and what is trained in addition."""
 
     weight: Parameter
     trains: tuple[str, ...] = ("lora_A", "lora_B")  # the names of the trained parameters
@@ -44,7 +44,7 @@ class Adapted(Layer):
         self.merged = None
 
     def alone(self, keep: bool) -> Array | None:
-        """The weight that replaces the adapter: the merged one, or the base's own where the adapter is off; else None."""
+        """The weight to use without the adapter: the merged one, or the base's own where the adapter is off; else None."""
         if not self.enabled:
             return self.weight.data
         if self.merged is not None and keep and any(getattr(self, name).trainable for name in self.trains):
@@ -135,7 +135,7 @@ def adapter_parameters(model: Layer) -> dict[str, Parameter]:
 
 
 def trained_dtype(W: Array) -> Any:
-    """The dtype of what is trained beside a weight: the weight's own, but float32 beside half precision."""
+    """The dtype of an adapter's parameters: that of the weight, but float32 for weights in half precision."""
     return np.dtype("float32") if is_half(W) else W.dtype
 
 

@@ -142,7 +142,7 @@ class LoraConfig:
         return find_modules(model, self.saved_modules, strict, CLASSIFIERS if classifier else ())
 
     def trained(self, model: Layer, adapted: Collection[str], strict: bool = True) -> set[str]:
-        """The paths of the model's own parameters that are trained, beside adapters at the paths `adapted`."""
+        """The paths of the model's own parameters that are trained, together with adapters at the paths `adapted`."""
         paths = {f"{path}.{name}" for path, module in self.full_modules(model, strict).items() for name, _ in module.parameters()}
         if self.bias == "none":
             return paths

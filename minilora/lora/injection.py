@@ -1,4 +1,4 @@
-"""Put any adapter into any tree of layers, and take its effect in and out: inject, merge, unmerge, disabled."""
+"""Put any adapter into any tree of layers, fold it into the weights, and switch it off: inject, merge, unmerge, disabled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Config(Protocol):
         """The paths of the model's own parameters that are trained, where the layers at the paths `adapted` are replaced."""
 
     def adapters(self, model: Layer, targets: dict[str, Any], rng: Any, train_step: Callable[[], Any] | None) -> tuple[Any, dict[str, Any]]:
-        """The configuration with what the data decided, and {path: layer} to put in place of the targets."""
+        """The configuration, with what was found from data, and {path: the layer that replaces the target}."""
 
 
 def inject(model: Layer, config: Config, *, rng: Rng = None, strict: bool = True, train_step: Callable[[], Any] | None = None) -> list[str]:

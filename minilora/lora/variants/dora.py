@@ -1,10 +1,10 @@
-"""DoRA: LoRA for the direction of each column of a weight, a number for its length (arXiv 2402.09353).
+"""DoRA: LoRA for the direction of each column of a weight, a number for its magnitude (arXiv 2402.09353).
 
-    V = W + s A B,   c_j = ||column j of V||,   y = (x V) m / c + b        m (n,) starts at ||column j of W||
+    V = W + s A B,   c_j = ||column j of V||,   y = (x V) m / c + b        initially m_j = ||column j of W||
 
 c follows A and B. The paper (section 4.3) and PEFT treat it as a constant in backward, which is cheaper and no longer the gradient of
-what is computed: finite differences disagree by design. Here it is one pair of functions more, left out with use_dora=True and
-called with use_dora="exact". Neither ever holds an array of W's size.
+what is computed: finite differences disagree by design. Here the gradient of c is a function of its own, called with use_dora="exact"
+only. Neither mode ever holds an array of W's size.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     y_t = E[ids_t] + s A[ids_t] B
 
-An embedding is a product with one-hot rows, so this is `lora_linear` with x A read instead of multiplied. A starts at zero and B at
-N(0, 1), as in PEFT: the reverse of LoRA for a Linear, so that a token that is never read never changes.
+An embedding is a product with one-hot rows, so this is `lora_linear` with x A read instead of multiplied. Initially A is zero and
+B ~ N(0, 1), as in PEFT: the reverse of LoRA for a Linear, so that a token that is never read never changes.
 """
 
 from __future__ import annotations
