@@ -47,8 +47,8 @@ class GainLinear(LoRALinear):
 class GainConfig(ml.LoraConfig):
     peft_type: ClassVar[str] = "GAIN"
 
-    def layer_class(self, layer):
-        return GainLinear
+    def classes(self):
+        return {"Linear": GainLinear}
 
 
 # -- the files of two initialisers ------------------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ def mixed(models: Sequence[Layer], which: Sequence[int], offsets: Sequence[int])
 
     The models are replicas of one model, adapted or not, by any method. Where they are the same, all rows take part in one product; where
     they differ, each row passes through the layer of its model. Their layers are shared, not copied: training this model trains them.
-    Where the models differ in the last norm or the head of a decoder, `loss` needs a label for every token: with fewer, these layers get
-    a selection of the rows, and raise ValueError. `forward` and `cross_entropy` have no such limit.
+    Where decoders differ in the last norm or the head, which get the labelled rows alone in `loss`, that raises ValueError: use `forward`
+    and `cross_entropy`.
     Raises ValueError when the numbers do not fit, when the models are not of one kind, or when they differ in an embedding.
     """
     owners, bounds = np.asarray(which), np.asarray(offsets)

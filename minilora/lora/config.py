@@ -155,19 +155,23 @@ class LoraConfig:
         return config, {path: classes[path].of(targets[path], config, path, init, rng=rng) for path, init in inits.items()}
 
     def layer_class(self, layer: Layer) -> Any:
-        """The class that adapts `layer`. Raises ValueError when the configuration selects two, or none for this type of layer."""
-        selected = [name for name in VARIANTS if name and getattr(self, name)]
-        if len(selected) > 1:
-            raise ValueError(f"{' and '.join(selected)} exclude each other; choose one.")
-        return self._class_for(layer, VARIANTS["".join(selected)], "".join(selected) or self.peft_type)
-
-    @staticmethod
-    def _class_for(layer: Layer, classes: dict[str, Any], method: str) -> Any:
-        """The entry of {type of layer: class, or "module:class"} for the type of `layer`, or for one that it extends."""
+        """The class that adapts `layer`. Raises ValueError when there is none for this type of layer."""
+        classes = self.classes()
         for kind in type(layer).__mro__:
             if kind.__name__ in classes:
                 return load(classes[kind.__name__])
-        raise ValueError(f"{method} has no way to adapt a layer of type {type(layer).__name__}.")
+        raise ValueError(f"{self._variant() or self.peft_type} has no way to adapt a layer of type {type(layer).__name__}.")
+
+    def classes(self) -> dict[str, Any]:
+        """{type of layer: the class that adapts it, or "module:class"}."""
+        return VARIANTS[self._variant()]
+
+    def _variant(self) -> str:
+        """The field that selects a variant, or "". Raises ValueError when there are two."""
+        selected = [name for name in VARIANTS if name and getattr(self, name)]
+        if len(selected) > 1:
+            raise ValueError(f"{' and '.join(selected)} exclude each other; choose one.")
+        return "".join(selected)
 
     # -- single layers ------------------------------------------------------------------------------------------------------------
 

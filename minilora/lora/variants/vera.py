@@ -110,10 +110,13 @@ class VeraConfig(LoraConfig):
             raise ValueError(f"VeraConfig: d_initial is {self.d_initial!r}; it must be a number.")
 
     def adapters(self, model: Layer, targets: dict[str, Any], rng: Any, train_step: Callable[[], Any] | None) -> tuple[Any, dict[str, Any]]:
-        classes = {path: self._class_for(layer, {"Linear": VeRALinear}, "VERA") for path, layer in targets.items()}
+        classes = {path: self.layer_class(layer) for path, layer in targets.items()}
         shapes = [layer.weight.data.shape for layer in targets.values()]
         shared = Projections.drawn(max(m for m, _ in shapes), max(n for _, n in shapes), self.r, self.projection_prng_key)
         return self, {path: kind(targets[path], self, shared, rng) for path, kind in classes.items()}
+
+    def classes(self) -> dict[str, Any]:
+        return {"Linear": VeRALinear}
 
     @property
     def method(self) -> str:
