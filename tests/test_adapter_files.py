@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 import minilora as ml
 from minilora.formats.atomic import read_json, write_json
 from minilora.formats.tensors import read_tensors, stored_dtypes, write_tensors
+from minilora.lora import adaptation
 from minilora.models.bert import BertConfig
 from minilora.models.llama import LlamaConfig
 
@@ -128,7 +129,7 @@ def test_a_tied_head_may_lie_in_the_file_if_it_is_the_embedding(tmp_path):
     with pytest.raises(ValueError, match=r"has 'base_model.model.lm_head.weight' .* no place for"):
         ml.load_adapter(ml.load_model(base, "numpy"), adapter)
     base, adapter = with_embedding(tmp_path, lambda E: {EMBEDDING: E + 1}, tie_word_embeddings=True)
-    with pytest.raises(ValueError, match=r"model.embed_tokens cannot be trained whole, since embedding and head share"):
+    with pytest.raises(ValueError, match=r"model.embed_tokens cannot be fully trained, since embedding and head share"):
         ml.load_adapter(ml.load_model(base, "numpy"), adapter)
 
 
@@ -198,7 +199,7 @@ def test_what_stays_drawn_is_said(tmp_path, capsys):
     write_json(tmp_path / "a" / "adapter_config.json", {**raw, "modules_to_save": ["classifier", "score"]})
     capsys.readouterr()
     ml.load_adapter(ml.load_model(base, "numpy", labels=3), tmp_path / "a")
-    assert "a has no bert.pooler.dense either: what was drawn here at random stays." in capsys.readouterr().err
+    assert "a has no bert.pooler.dense either: the random initial values here are unchanged." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", [ml.BottleneckConfig(), ml.PartialConfig(train=["norm"])])
@@ -411,7 +412,7 @@ def test_only_what_is_meant_for_the_hub_is_asked_of_it(tmp_path, monkeypatch):
     assert requested == []
     base = llama(tmp_path / "base")
     model = adapted(base)
-    model.lora_config.base_model_name_or_path = "org/name"
+    adaptation(model).config.base_model_name_or_path = "org/name"
     ml.save_adapter(model, tmp_path / "a")
     for opened in (open_model, tokenizer_of):
         with pytest.raises(FileNotFoundError, match=r"org/name, and it is not in the hub's local cache"):

@@ -11,6 +11,7 @@ import minilora as ml
 from minilora.adapters import METHODS, bottlenecks
 from minilora.adapters.bottleneck import truncated_normal
 from minilora.formats.tensors import read_tensors
+from minilora.lora import adaptation
 
 OFFSETS = [0, 3, 4, 7]
 
@@ -105,7 +106,7 @@ def test_saved_and_loaded_it_is_the_same_model(kind, method, backend, tmp_path):
     model = trained(injected(kind, method, "float32").to(backend))
     size = ml.save_adapter(model, tmp_path)
     again = tiny_model(kind, "float32").to(backend)
-    assert ml.load_adapter(again, tmp_path) == model.lora_config
+    assert ml.load_adapter(again, tmp_path) == adaptation(model).config
     np.testing.assert_array_equal(logits(again), logits(model))
     count = sum(p.data.size for _, p in model.parameters() if p.trainable)
     assert 4 * count < size < 4 * count + 6000
@@ -271,7 +272,7 @@ def test_bad_folders_leave_the_model_as_it_was(case, tmp_path):
     with pytest.raises(ValueError, match=message):
         ml.load_adapter(model, tmp_path)
     np.testing.assert_array_equal(logits(model), before)
-    assert model.lora_config is None
+    assert adaptation(model).config is None
 
 
 def test_what_the_configuration_does_not_name_is_not_dropped_in_silence(tmp_path):

@@ -61,7 +61,7 @@ def test_weights_are_mapped_and_a_mapped_model_does_all_that_others_do(name, tmp
     model = ml.load_model(folder, "numpy")
     assert all(is_mapped(p.data) and not p.data.flags.writeable for _, p in model.parameters())
     assert not any(is_mapped(p.data) for _, p in ml.load_model(folder, "numpy", "float64").parameters())
-    assert model.source == str(folder)
+    assert model.origin.source == str(folder)
     assert not model.trainable
     before = logits(model, name)
     assert oracle.deviation(before, oracle.GOLDEN[f"{name}.logits"]) > 1e-3  # the golden logits are with the adapter
@@ -190,7 +190,7 @@ def test_a_gguf_file_is_read_by_its_own_module(tmp_path, monkeypatch):
     model = ml.load_model(tmp_path / "x.gguf", "numpy", "float64")
     expected = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "m"), "numpy", "float64")
     np.testing.assert_array_equal(logits(model, "bert"), logits(expected, "bert"))
-    assert model.source == str(tmp_path / "x.gguf")
+    assert model.origin.source == str(tmp_path / "x.gguf")
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_the_cache_and_the_offline_switch_of_the_hub_are_respected(tmp_path):
     code = """
 import minilora as ml
 model = ml.load_model("org/name", "numpy")
-print(model.hub_id, model.source)
+print(model.origin.hub_id, model.origin.source)
 try:
     ml.load_model("org/other", "numpy")
 except FileNotFoundError as error:
@@ -254,7 +254,7 @@ def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatc
     oracle.write_checkpoint("gpt2", tmp_path / "name").rename(tmp_path / "org")
     (tmp_path / "org").rename(tmp_path / "name")
     monkeypatch.chdir(tmp_path.parent)
-    assert ml.load_model(f"{tmp_path.name}/name", "numpy").hub_id is None  # a folder that looks like an id
+    assert ml.load_model(f"{tmp_path.name}/name", "numpy").origin.hub_id is None  # a folder that looks like an id
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import minilora as ml
 from minilora.cli import _parser, main
 from minilora.data.text import HELD_OUT, TRAIN, stdlib_source
+from minilora.formats.origin import Origin
 from minilora.formats.tokenizer import ByteTokenizer
 
 QUICK = [
@@ -232,7 +233,7 @@ def broken_adapter(d):
 def adapter_of_another_model(d):
     model = ml.GPT2(ml.GPT2Config(vocab_size=256, n_positions=8, n_embd=6, n_layer=1, n_head=1), rng=0)
     ml.inject(model, ml.LoraConfig(r=2))
-    model.source = "pydoc"  # which it is not
+    model.origin = Origin("pydoc")  # which it is not
     ml.save_adapter(model, d / "adapter")
     return ["merge", "adapter", "--out", "merged"]
 

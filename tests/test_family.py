@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from tiny import IDS, gpt2, logits
 
 import minilora as ml
-from minilora.lora import lora_layers
+from minilora.lora import adaptation, lora_layers
 from minilora.lora.adapted import adapter_parameters
 from minilora.lora.variants.vera import Projections, VeraConfig
 from minilora.optim.loraplus import create_loraplus_optimizer
@@ -243,7 +243,7 @@ def test_eva_finds_what_varies_and_gives_it_the_rank():
     assert ml.inject(model, config, rng=0, train_step=lambda: model.forward(x)) == ["layers.0", "layers.1"]
     many, one = model.layers
     assert (many.r, many.alpha, one.r, one.alpha) == (3, 6, 1, 3)
-    assert model.lora_config.rank_pattern == {"layers.0": 3, "layers.1": 1}
+    assert adaptation(model).config.rank_pattern == {"layers.0": 3, "layers.1": 1}
     assert np.abs(np.diag(many.lora_A.data.T @ directions)).min() > 0.99
     assert not many.lora_B.data.any()
 
@@ -261,7 +261,7 @@ def test_eva_leaves_out_a_layer_that_explains_too_little(tmp_path):
     config = ml.LoraConfig(r=1, init_lora_weights="eva", target_modules=["0", "1"])
     assert ml.inject(model, config, rng=0, train_step=lambda: model.forward(x)) == ["layers.1"]
     assert (type(model.layers[0]), model.layers[1].r, model.layers[1].scaling) == (ml.Linear, 2, config.lora_alpha)
-    assert (model.lora_config.target_modules, config.target_modules) == (["layers.1"], ["0", "1"])
+    assert (adaptation(model).config.target_modules, config.target_modules) == (["layers.1"], ["0", "1"])
 
 
 def test_lora_ga_begins_where_full_fine_tuning_would_go():
@@ -441,7 +441,7 @@ REFUSED = {
     "DoRA on an embedding": ({"target_modules": ["wte"], "use_dora": True}, "use_dora has no way to adapt a layer of type Embedding"),
     "PiSSA on an embedding": ({"target_modules": ["wte"], "init_lora_weights": "pissa"}, "is for linear layers; transformer.wte is of"),
     "neither linear nor an embedding": ({"target_modules": ["ln_f"]}, "is not linear, but LayerNorm; only a Linear or an Embedding"),
-    "EVA without data": ({"init_lora_weights": "eva", "train_step": None}, "'eva' looks at data: give inject a train_step"),
+    "EVA without data": ({"init_lora_weights": "eva", "train_step": None}, "'eva' reads data: pass a train_step to inject"),
     "EVA on too little": (
         {"init_lora_weights": "eva", "r": 6, "train_step": "one token"},
         "shown .*c_attn 1 tokens; rank 6 needs at least 7",

@@ -11,7 +11,7 @@ import minilora as ml
 from minilora.adapters import largest_changes
 from minilora.cli import main
 from minilora.data.batches import Batch
-from minilora.lora import lora_layers
+from minilora.lora import adaptation, lora_layers
 
 IDS, OFFSETS = np.array([1, 5, 2, 10, 0, 7, 7, 3, 4, 9]), [0, 3, 4, 7, 10]
 
@@ -93,11 +93,24 @@ def test_gradients_of_a_mixed_batch(kind):
                 np.testing.assert_allclose(p.grad, together[k][path], rtol=1e-8, atol=1e-12, err_msg=path)
 
 
+def test_the_loss_of_a_mixture_is_that_of_its_logits_or_refused():
+    """A decoder's loss sees the labelled rows alone: a shared head may, but a head of each model could not tell whose they are."""
+    labels = np.where(np.arange(10) % 3, IDS, -100)
+    for kind in ("gpt2", "llama"):
+        model = base(kind)
+        mixed = ml.mixed([model, adapted(model, CONFIGS[kind][0], 0)], [0, 1, 1, 0], OFFSETS)
+        expected, _ = ml.cross_entropy(mixed.forward(IDS, keep=False, offsets=OFFSETS)[0], labels)
+        assert float(mixed.loss(IDS, labels, OFFSETS, keep=False)[0]) == pytest.approx(float(expected), rel=1e-12)
+    headed = ml.mixed([model, adapted(model, ml.LoraConfig(r=2, modules_to_save=["lm_head"]), 0)], [0, 1, 1, 0], OFFSETS)
+    with pytest.raises(ValueError, match="mixed: a layer got 6 rows; the batch it was made for has 10"):
+        headed.loss(IDS, labels, OFFSETS, keep=False)
+
+
 def test_bad_mixtures():
     model = base("bert")
     other = adapted(model, ml.PartialConfig(modules_to_save=["word_embeddings"]), 0)
     for models, which, message in (
-        ([model, model], [0, 1, 2, 0], "wanted one of 0 to 1 for each of 4 sequences"),
+        ([model, model], [0, 1, 2, 0], "expected one of 0 to 1 for each of 4 sequences"),
         ([model, model], [0, 1], r"which is \[0, 1\]"),
         ([model, base("gpt2")], [0, 1, 0, 0], "have different layers"),
         ([model, other], [0, 1, 0, 0], "differ in bert.embeddings.word_embeddings, an embedding"),
@@ -105,7 +118,7 @@ def test_bad_mixtures():
         with pytest.raises(ValueError, match=message):
             ml.mixed(models, which, OFFSETS)
     mixed = ml.mixed([model, adapted(model, CONFIGS["bert"][0], 0)], [0, 1, 0, 0], OFFSETS)
-    with pytest.raises(ValueError, match="given 3 rows; the batch it was made for has 10 or 4"):
+    with pytest.raises(ValueError, match="got 3 rows; the batch it was made for has 10 or 4"):
         mixed.forward(IDS[:3], keep=False)
 
 
@@ -133,7 +146,7 @@ def test_cat_is_the_sum_and_svd_is_the_best_of_its_rank(backend):
         assert np.linalg.norm(d - expected[path]) == pytest.approx(np.linalg.norm(left), abs=1e-10)
     same = ml.combine(model, [one], [1.0], "linear")
     np.testing.assert_allclose(logits(same), logits(one), atol=1e-12)
-    assert model.lora_config is None
+    assert adaptation(model).config is None
 
 
 @pytest.mark.filterwarnings("ignore")  # theirs are not ours
@@ -180,7 +193,7 @@ def test_sums_are_pefts(kind, how, r, tmp_path):
 
 REFUSED = {
     "counts": ([1.0], "cat", None, "the weights \\[1.0\\] do not match 2 adapters"),
-    "not a number": ([1.0, float("nan")], "cat", None, "do not match 2 adapters; give one finite number"),
+    "not a number": ([1.0, float("nan")], "cat", None, "do not match 2 adapters; pass one finite number"),
     "way": ([1.0, 1.0], "ties", None, "unknown way 'ties'; choose cat, svd, linear"),
     "ranks": ([1.0, 1.0], "linear", None, "the ranks must be the same"),
     "rank": ([1.0, 1.0], "svd", 7, "rank 7 does not fit a matrix"),
@@ -200,10 +213,10 @@ def test_what_has_no_sum():
     other.bert.pooler.dense.weight.data = other.bert.pooler.dense.weight.data + 1
     lora = adapted(model, ml.LoraConfig(r=1), 0)
     for second, message in (
-        (adapted(model, ml.LoraConfig(r=1, task_type="SEQ_CLS"), 0), "trained classifier.bias whole; only LoRA adapters have a sum"),
+        (adapted(model, ml.LoraConfig(r=1, task_type="SEQ_CLS"), 0), "fully trained classifier.bias; only LoRA adapters have a sum"),
         (adapted(model, ml.PartialConfig(train=["norm"]), 0), "only LoRA adapters have a sum"),
         (model, "has no LoRA adapter; only LoRA adapters have a sum"),
-        (adapted(other, ml.LoraConfig(r=1), 0), "bert.pooler.dense is no plain LoRA, or was put on other weights"),
+        (adapted(other, ml.LoraConfig(r=1), 0), "bert.pooler.dense is no plain LoRA, or was made for other weights"),
     ):
         with pytest.raises(ValueError, match=message):
             ml.combine(model, [lora, second], [1, 1])
@@ -300,13 +313,13 @@ def test_biases_norms_and_a_classifiers_head_go_along_and_embeddings_do_not(tmp_
     ml.load_adapter(again, tmp_path)
     np.testing.assert_allclose(logits(again), logits(tuned), atol=1e-9)
     bare, _ = ml.extract(model, tuned, 2, whole=False)
-    assert bare.base_values == {}
+    assert adaptation(bare).base_values == {}
     assert np.abs(logits(bare) - logits(tuned)).max() > 1e-2
     tuned.bert.embeddings.word_embeddings.weight.data = tuned.bert.embeddings.word_embeddings.weight.data + 0.5
     changes = largest_changes(model, tuned)
     assert changes["bert.embeddings.word_embeddings.weight"] == 0.5
     assert changes["classifier.weight"] == 1
-    assert ml.extract(model, tuned, 2)[0].lora_config.modules_to_save.count("classifier") == 1
+    assert adaptation(ml.extract(model, tuned, 2)[0]).config.modules_to_save.count("classifier") == 1
 
 
 def test_an_adapter_gets_another_rank():

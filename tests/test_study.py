@@ -10,6 +10,7 @@ from small_tokenizers import library_wordpiece
 import minilora as ml
 from minilora.cli import main
 from minilora.data.examples import Example
+from minilora.formats.origin import Origin
 from minilora.layers import Parameter
 from minilora.runs import study as study_module
 from minilora.runs.recipe import Recipe
@@ -269,13 +270,13 @@ def test_changed_data_are_not_mixed_into_one_table_and_a_study_that_cannot_begin
 def test_each_seed_draws_all_that_no_file_held(recipe, tmp_path, monkeypatch):
     """A bare encoder without a pooler: pooler and classifier are drawn, and they differ from seed to seed."""
     opened, pooled = study_module.open_recipe(recipe), []
-    opened[0].drawn = ("bert.pooler.dense", "classifier")
+    opened[0].origin = Origin(drawn=("bert.pooler.dense", "classifier"))
     monkeypatch.setattr(study_module, "open_recipe", lambda recipe: opened)
     prepare = study_module.prepare
 
     def spy(model, *args):
         layers = dict(model.modules())
-        pooled.append([layers[path].weight.data.copy() for path in model.drawn])
+        pooled.append([layers[path].weight.data.copy() for path in model.origin.drawn])
         return prepare(model, *args)
 
     monkeypatch.setattr(study_module, "prepare", spy)

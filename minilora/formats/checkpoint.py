@@ -21,6 +21,7 @@ from minilora.formats.fetch import BUNDLED, is_hub_id, model_folder, read_weight
 from minilora.formats.fitting import FAMILIES, check_sizes, classes_of, family_of, fill, named, oriented, warn_of_pooling
 from minilora.formats.gguf import read_gguf
 from minilora.formats.nf4 import CONFIG, is_nf4_config, packed, unpacked
+from minilora.formats.origin import Origin, origin
 from minilora.formats.tensors import stored_dtypes, write_tensors
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.layers import Embedding
@@ -56,7 +57,7 @@ def load_model(
     what `inject` makes trainable stay in float32.
     labels: the class names of a classifier, or their number; by default those of config.json. A classifier in the checkpoint is kept,
     unless new_head=True. A classifier or pooler that is missing or replaced is initialised from N(0, 0.02^2) with `seed`, and reported
-    on standard error; `model.drawn` lists them.
+    on standard error; `model.origin.drawn` lists them.
     quantize: "nf4" keeps the weights of linear layers, except the head, in four bits (quantization/nf4.py); "float16" and "bfloat16" in
     sixteen (quantization/half.py), with activations in `dtype`. A folder in NF4, as written by bitsandbytes, is read without `quantize`.
     download: False looks up an id only in the local cache of the hub.
@@ -93,9 +94,9 @@ def load_model(
         raise ValueError(f"{where}: the head is for {', '.join(published)}, not {', '.join(labels)}; new_head=True replaces it.")
     model = model_class(config, rng=Blank(), dtype="float32")
     complete = family.architectures[0] in (raw.get("architectures") or ()) and not new_head
-    fill(model, family, tensors, source, None if complete else seed)
-    model.source = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # adapters name their base by it
-    model.hub_id = str(path_or_id) if is_hub_id(path_or_id) else None
+    drawn = fill(model, family, tensors, source, None if complete else seed)
+    name = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # adapters name their base by it
+    model.origin = Origin(name, str(path_or_id) if is_hub_id(path_or_id) else None, drawn)
     if quantize:
         quantize_model(model, quantize)
     if kind in KINDS:
@@ -150,7 +151,8 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     result = {"model_type": model.model_type, **model.config.to_json()}
     result["architectures"] = [FAMILIES[result["model_type"]].architectures[0]]
     result["torch_dtype"] = max((dtypes.get(path, value.dtype.name) for path, value in tensors.items()), key=lambda name: name[-2:])
-    source = Path(model.source) if model.source and model.source != BUNDLED else None
+    name = origin(model).source
+    source = Path(name) if name and name != BUNDLED else None
     if source is not None and (source / "config.json").is_file():
         result = {**{key: value for key, value in read_json(source / "config.json").items() if key in _COPIED}, **result}
     tensors = oriented(model, tensors)
@@ -181,7 +183,8 @@ def _save_tokenizer(model: Any, source: Path, folder: Path) -> None:
 
 def _stored(model: Any, tensors: dict[str, np.ndarray]) -> dict[str, str]:
     """{path: dtype in the files that the model was loaded from}, by default the most frequent one there."""
-    source = model_folder() if model.source == BUNDLED else Path(model.source or "")
+    name = origin(model).source
+    source = model_folder() if name == BUNDLED else Path(name or "")
     if not (source / "config.json").is_file():
         return {}
     prefix = FAMILIES[model.model_type].prefix

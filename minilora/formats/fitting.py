@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.formats.origin import origin
 from minilora.layers import Layer, Linear
 from minilora.lora.adapted import adapter_parameters
 from minilora.models.registry import ARCHITECTURES as FAMILIES
@@ -58,18 +59,23 @@ def check_sizes(config: Any, tensors: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {name} is {size}, but the tensors in the file allow at most {most}.")
 
 
-def fill(model: Any, family: Family, tensors: dict[str, np.ndarray], source: Path, seed: int | None) -> None:
+def fill(model: Any, family: Family, tensors: dict[str, np.ndarray], source: Path, seed: int | None) -> tuple[str, ...]:
     """Set every parameter to the tensor of its path, without a copy. With a seed, modules that the file lacks are initialised by it.
+
+    Returns the paths of those modules.
 
     Raises ValueError as `check_fit`, and for a name that occurs twice or a tied head that differs from the embedding.
     """
     tensors = _renamed(model, family, tensors, source)
+    drawn: tuple[str, ...] = ()
     if seed is not None:
-        tensors |= _initialised(model, family, tensors, source, seed)
+        values, drawn = _initialised(model, family, tensors, source, seed)
+        tensors |= values
     tensors, parameters = oriented(model, tensors), dict(model.parameters())
     check_fit(source, tensors, {path: p.data.shape for path, p in parameters.items()})
     for path, p in parameters.items():
         p.data = tensors[path]
+    return drawn
 
 
 def _renamed(model: Layer, family: Family, tensors: dict[str, np.ndarray], source: Path) -> dict[str, np.ndarray]:
@@ -96,23 +102,25 @@ def _renamed(model: Layer, family: Family, tensors: dict[str, np.ndarray], sourc
     return renamed
 
 
-def _initialised(model: Any, family: Family, tensors: dict[str, np.ndarray], source: Path, seed: int) -> dict[str, np.ndarray]:
-    """Random values, weights (out, in) from N(0, 0.02^2), of the modules that the tensors lack. Reported on standard error."""
+def _initialised(
+    model: Any, family: Family, tensors: dict[str, np.ndarray], source: Path, seed: int
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Random values, weights (out, in) from N(0, 0.02^2), of the modules that the tensors lack, and their paths, which are reported."""
     parameters, rng, values = dict(model.parameters()), np.random.default_rng(seed), {}
-    model.drawn = tuple(name for name in family.fresh if not any(path.startswith(f"{name}.") for path in tensors))
-    for name in model.drawn:
+    drawn = tuple(name for name in family.fresh if not any(path.startswith(f"{name}.") for path in tensors))
+    for name in drawn:
         W, b = parameters[f"{name}.weight"].data, parameters[f"{name}.bias"].data
         values[f"{name}.weight"] = rng.normal(0, 0.02, W.shape).astype(W.dtype).T
         values[f"{name}.bias"] = np.zeros(b.shape, b.dtype)
-    if model.drawn:
-        print(f"{source} has no {' and no '.join(model.drawn)}: initialised at random, to be trained or loaded.", file=sys.stderr)
-    return values
+    if drawn:
+        print(f"{source} has no {' and no '.join(drawn)}: initialised at random, to be trained or loaded.", file=sys.stderr)
+    return values, drawn
 
 
 def drawn_parameters(model: Layer) -> list[str]:
-    """The paths of the parameters, except adapters', of modules that were initialised at random (`Layer.drawn`)."""
+    """The paths of the parameters, except adapters', of modules that were initialised at random (`Origin.drawn`)."""
     own = adapter_parameters(model)
-    return [path for path, _ in model.parameters() if path not in own and path.rpartition(".")[0] in model.drawn]
+    return [path for path, _ in model.parameters() if path not in own and path.rpartition(".")[0] in origin(model).drawn]
 
 
 def oriented(model: Layer, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 from minilora.adapters.extraction import embeddings_changed, extract, input_roots, largest_changes
 from minilora.formats.adapter import save_adapter
 from minilora.formats.checkpoint import load_model
+from minilora.formats.origin import origin
+from minilora.lora import adaptation
 from minilora.runs.evaluate import recipe_of, task_of
 from minilora.runs.recipe import threads_for
 from minilora.runs.run_file import base_of, open_model, published_classes, record_of
@@ -50,7 +52,7 @@ def extract_run(
         task = task_of(target, tuned, data, tokenizer_source=tuned, split=None, say=say, task=task_name, window=window)
         roots = input_roots(target, task.held_out)
     adapted, layers = extract(origin, target, r, energy, roots, whole)
-    adapted.lora_config.base_model_name_or_path = base
+    adaptation(adapted).config.base_model_name_or_path = base
     size = save_adapter(adapted, out)
 
     changes = largest_changes(origin, target)
@@ -87,7 +89,8 @@ def compare(first: str, second: str, allow_other_weights: bool = False) -> dict[
     models = [open_model(name, "numpy", allow_other_weights=allow_other_weights) for name in (first, second)]
     classes = [getattr(model.config, "num_labels", None) for model in models]
     for i, name in enumerate((first, second)):
-        if None not in classes and classes[0] != classes[1] and models[i].output_head in models[i].drawn and models[i].lora_config is None:
+        random_head = models[i].output_head in origin(models[i]).drawn and adaptation(models[i]).config is None
+        if None not in classes and classes[0] != classes[1] and random_head:
             models[i] = load_model(name, "numpy", labels=classes[1 - i])
     return largest_changes(*models)
 

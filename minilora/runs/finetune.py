@@ -17,13 +17,13 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from minilora.adapters import METHODS, inject, method_name
+from minilora.adapters import METHODS
 from minilora.backend import choose_backend, peak_memory
 from minilora.data.records import listed, note
 from minilora.formats.adapter import save_adapter
 from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.tokenizer import Tokenizer
-from minilora.lora import LoraConfig, disabled, lora_layers
+from minilora.lora import LoraConfig, adaptation, disabled, inject, lora_layers
 from minilora.lora.registry import config_classes
 from minilora.models.generate import context_length, generate
 from minilora.optim.loraplus import create_loraplus_optimizer
@@ -256,7 +256,7 @@ def _save(model: Any, folder: RunFolder, recipe: Recipe) -> int:
     """Write the adapter, or the whole model. Returns the bytes of its tensors' file."""
     if recipe.method != "full":
         if recipe.init_lora_weights == "loftq":  # the adapter fits the quantized weights only, so that they are kept with it
-            model.lora_config.base_model_name_or_path = str(folder.base.absolute())
+            adaptation(model).config.base_model_name_or_path = str(folder.base.absolute())
             with disabled(model):
                 save_model(model, folder.base)
         return save_adapter(model, folder.adapter)
@@ -266,7 +266,7 @@ def _save(model: Any, folder: RunFolder, recipe: Recipe) -> int:
 
 def _method(recipe: Recipe, model: Any) -> str:
     if recipe.method != "lora":
-        return "full fine-tuning" if recipe.method == "full" else method_name(model.lora_config)
+        return "full fine-tuning" if recipe.method == "full" else adaptation(model).config.method
     also = ["biases"] * (recipe.bias != "none") + (["the head"] if recipe.task == "classify" else []) + list(recipe.modules_to_save or [])
     how = [recipe.quantize] if recipe.quantize else []
     how += [recipe.dtype] * (recipe.dtype != "float32")

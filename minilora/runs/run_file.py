@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minilora.adapters import PartialConfig, bottlenecks, method_name
+from minilora.adapters import PartialConfig, bottlenecks
 from minilora.backend import get_xp
 from minilora.formats.adapter import load_adapter
 from minilora.formats.adapter_config import read_adapter_config
@@ -18,7 +18,7 @@ from minilora.formats.fitting import Family, classes_of, family_of, named
 from minilora.formats.tensors import map_tensors
 from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
 from minilora.layers import Linear
-from minilora.lora import lora_layers, merge
+from minilora.lora import adaptation, lora_layers, merge
 from minilora.quantization.half import KINDS
 from minilora.quantization.quantize import PACK
 
@@ -165,8 +165,9 @@ def merge_run(
     if adapter is None and base_of(path)[1] is None:
         raise ValueError(f"{path} has no adapter to merge.")
     model = open_model(path, "numpy", adapter, "float32", allow_other_weights)  # a sum is not rounded to what the run was computed in
-    if isinstance(model.lora_config, PartialConfig):
-        changes = {name: float(abs(p.data - model.base_values[name]).max()) for name, p in model.parameters() if name in model.base_values}
+    if isinstance(adaptation(model).config, PartialConfig):
+        before = adaptation(model).base_values
+        changes = {name: float(abs(p.data - before[name]).max()) for name, p in model.parameters() if name in before}
     else:
         changes = merge(model)
     save_model(model, out, dtype)
@@ -191,11 +192,11 @@ def describe(path: str | Path, allow_other_weights: bool = False) -> dict[str, A
     }
     if adapter is not None:
         config = load_adapter(model, adapter, allow_other_weights)
-        result["adapter"] = {"method": method_name(config), "layers": len(lora_layers(model)) + len(bottlenecks(model))}
+        result["adapter"] = {"method": config.method, "layers": len(lora_layers(model)) + len(bottlenecks(model))}
         if adapters := lora_layers(model):
             result["adapter"]["r"] = sorted({layer.r for _, layer in adapters})
         added = sum(p.data.size for _, p in model.parameters()) - count
-        result["adapter"]["parameters"] = added + sum(value.size for value in model.base_values.values())
+        result["adapter"]["parameters"] = added + sum(value.size for value in adaptation(model).base_values.values())
     if (Path(path) / "run.json").is_file():
         result["results"] = record_of(path).get("results", {})
     return result

@@ -18,7 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from minilora.backend import choose_backend
-from minilora.lora.registry import STARTS_FROM_DATA
+from minilora.formats.origin import origin
+from minilora.lora.registry import DATA_INITIALISERS
 from minilora.runs.finetune import open_recipe, prefix_for, prepare, steps_of
 from minilora.runs.plot import have_matplotlib, plot_study
 from minilora.runs.recipe import METHODS, Recipe
@@ -110,7 +111,7 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Calla
             for name, seed in todo:
                 bar.set_description(f"{name}, seed {seed}")
                 each = recipes[name, seed]
-                if name not in prefixes or each.init_lora_weights in STARTS_FROM_DATA:  # these may leave out other layers for another seed
+                if name not in prefixes or each.init_lora_weights in DATA_INITIALISERS:  # these may leave out other layers for another seed
                     prefixes[name] = prefix_for(task, each)  # kept for all seeds of a row, whose frozen blocks are the same
                 record = _run(model, task, each, floor, bar, prefixes[name])
                 store.add({"row": name, "seed": seed, **record})
@@ -134,7 +135,7 @@ def _run(model: Any, task: Task, recipe: Recipe, floor: float, bar: tqdm, prefix
     twin = model.replica()
     rng = np.random.default_rng((recipe.seed, 1))
     for path, layer in twin.modules():
-        if path in model.drawn:
+        if path in origin(model).drawn:
             draw(layer, rng)
     optimizer = prepare(twin, recipe, task)
     trained = int(optimizer.flat.data.size)
