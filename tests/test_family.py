@@ -8,11 +8,7 @@ from golden import make_adapters
 from safetensors.numpy import load_file
 
 import minilora as ml
-from minilora.lora import lora_layers
-from minilora.lora.adapted import adapter_parameters
-from minilora.lora.variants.vera import Projections, VeraConfig
-from minilora.optim.loraplus import create_loraplus_optimizer
-from minilora.optim.preconditioned import (
+from examples.preconditioned import (
     create_lora_pro_optimizer,
     create_lorafa_optimizer,
     create_riemannian_optimizer,
@@ -20,6 +16,10 @@ from minilora.optim.preconditioned import (
     lora_pro,
     riemannian,
 )
+from minilora.lora import lora_layers
+from minilora.lora.adapted import adapter_parameters
+from minilora.lora.variants.vera import Projections, VeraConfig
+from minilora.optim.loraplus import create_loraplus_optimizer
 
 CONFIG = ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)
 IDS = np.array([1, 5, 2, 10, 0, 7, 7])

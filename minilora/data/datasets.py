@@ -21,8 +21,8 @@ from minilora.data.examples import Example, Maker, example_maker
 from minilora.data.labels import NoClass, class_names, label_of
 from minilora.data.records import SPLITS, Record, listed, note, read_records, split_files
 from minilora.formats.tokenizer import Tokenizer
-from minilora.runs.recipe import TASKS
 
+TASKS = ("lm", "classify")
 _USED = {"lm": ("text", "prompt", "completion", "messages", "tools", "documents"), "classify": ("text", "label")}
 _REFUSED = ("text_pair", "weight", "weights", "sample_weight")  # what would change the result if it were read
 
@@ -274,3 +274,14 @@ def _check(task: str, max_length: int) -> None:
         raise ValueError(f"unknown task {task!r}; choose {' or '.join(TASKS)}.")
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}.")
+
+
+def few(examples: Sequence[Example], size: int, labels: Sequence[str], seed: int = 0) -> list[Example]:
+    """At most `size` of the examples, drawn without replacement; a smaller draw is part of a larger one.
+
+    Raises ValueError when a class has no example left.
+    """
+    chosen = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))[:size]]
+    if missing := _absent(chosen, labels):
+        raise ValueError(f"among the {size} examples drawn there is none of class {missing[0]!r}; use a larger train_size or another seed.")
+    return chosen

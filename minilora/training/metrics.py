@@ -1,6 +1,6 @@
-"""How good predictions are. Class ids are integers from 0; all arrays (n,) on the host. Values and edge cases as in scikit-learn.
+"""Metrics of predictions. Class ids are integers from 0; all arrays (n,) on the host. Values and edge cases as in scikit-learn.
 
-From the confusion matrix C, C[i, j] = how many of class i were called j:   t_i = sum_j C_ij (true)   p_j = sum_i C_ij (called)
+With the confusion matrix C, C[i, j] = the number of class i predicted as j:   t_i = sum_j C_ij (true)   p_j = sum_i C_ij (predicted)
 """
 
 from __future__ import annotations
@@ -91,6 +91,6 @@ def _ranks(x: np.ndarray) -> np.ndarray:
 
 def _check(predicted: np.ndarray, labels: np.ndarray) -> None:
     if predicted.shape != labels.shape or predicted.ndim != 1:
-        raise ValueError(f"metrics: predictions have shape {predicted.shape}, labels {labels.shape}; wanted the same (n,).")
+        raise ValueError(f"metrics: predictions have shape {predicted.shape}, labels {labels.shape}; expected the same (n,).")
     if len(labels) == 0:
-        raise ValueError("metrics: there is nothing to measure, no prediction was given.")
+        raise ValueError("metrics: there are no predictions to measure.")
