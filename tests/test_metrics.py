@@ -50,7 +50,7 @@ def test_perplexity_is_the_exponential_of_the_loss_and_never_raises():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="nothing to measure"):
+    with pytest.raises(ValueError, match="no predictions to measure"):
         accuracy(np.array([], int), np.array([], int))
     with pytest.raises(ValueError, match=r"predictions have shape \(2,\), labels \(3,\)"):
         matthews(np.zeros(2, int), np.zeros(3, int))
