@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from minilora import __version__
 from minilora.formats.settings import read_settings
@@ -15,6 +15,7 @@ from minilora.runs.recipe import GROUPS, Recipe
 
 REMOVED = {"optimizer": "--optimizer was removed: AdamW is the optimizer; the others are in examples/preconditioned.py, for Python."}
 _RENAMED = {"--pull": "l2_sp"}  # flags that still work, but are not in --help
+_FIELDS = {field.name: field for field in fields(Recipe)}
 _MODEL = "a run folder, an adapter or model folder, a .gguf file, an id of the hub, or pydoc, the bundled model"
 _THE_RUNS = "the run's"
 
@@ -111,8 +112,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
 def _add_recipe(p: argparse.ArgumentParser) -> Callable[..., Any]:
     """Every field of Recipe as a flag, in groups. Returns the add_argument of the group "output"."""
     groups = {name: p.add_argument_group(name) for name in GROUPS}
-    for field in fields(Recipe):
-        _add_fields(groups[field.metadata["group"]].add_argument, field.name)
+    for name, field in _FIELDS.items():
+        _add_fields(groups[field.metadata["group"]].add_argument, name)
     for flag, name in _RENAMED.items():
         p.add_argument(flag, dest=name, type=float, help=argparse.SUPPRESS)
     for name in REMOVED:
@@ -122,17 +123,14 @@ def _add_recipe(p: argparse.ArgumentParser) -> Callable[..., Any]:
 
 def _add_fields(add: Callable[..., Any], names: str, default: str = "") -> None:
     """Fields of Recipe as flags; None where they are not given. default: in words, where it is not the recipe's."""
-    hints = get_type_hints(Recipe)
-    for field in fields(Recipe):
-        if field.name not in names.split():
-            continue
-        about, kinds = field.metadata, set(get_args(hints[field.name]) or (hints[field.name],)) - {type(None)}
+    for field in map(_FIELDS.__getitem__, names.split()):
+        about, kinds = field.metadata, set(str(field.type).split(" | ")) - {"None"}
         options: dict[str, Any] = {"metavar": about["metavar"], "choices": about["choices"] or None}
-        if kinds == {bool, str}:
+        if kinds == {"bool", "str"}:
             options |= {"nargs": "?", "const": True}
-        elif bool in kinds and not field.default:
+        elif kinds == {"bool"} and not field.default:
             options = {"action": "store_const", "const": True}
-        elif bool in kinds:
+        elif kinds == {"bool"}:
             options = {"action": argparse.BooleanOptionalAction}
         else:
             options["type"] = next((parse for kind, parse in _PARSERS.items() if kind in kinds), str)
@@ -168,7 +166,7 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-_PARSERS: dict[Any, Callable[[str], Any]] = {list[str]: _names, list[int]: _numbers, float: float, int: int}
+_PARSERS: dict[str, Callable[[str], Any]] = {"list[str]": _names, "list[int]": _numbers, "float": float, "int": int}  # by annotation
 
 
 # -- TOML --------------------------------------------------------------------------------------------------------------------

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from minilora.data import TASKS
 from minilora.data.batches import Batch
 from minilora.data.examples import Example, Maker, example_maker
 from minilora.data.labels import NoClass, class_names, label_of
 from minilora.data.records import SPLITS, Record, listed, note, read_records, split_files
 from minilora.formats.tokenizer import Tokenizer
 
-TASKS = ("lm", "classify")
 _USED = {"lm": ("text", "prompt", "completion", "messages", "tools", "documents"), "classify": ("text", "label")}
 _REFUSED = ("text_pair", "weight", "weights", "sample_weight")  # ignoring these would change the result
 

@@ -7,11 +7,12 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from minilora import adapters
 from minilora.backend import BACKENDS
-from minilora.data.datasets import TASKS
+from minilora.data import TASKS
 from minilora.data.records import is_dataset
 from minilora.formats.fetch import BUNDLED
 from minilora.lora.registry import STARTS, STARTS_FROM_DATA
@@ -47,8 +48,8 @@ def threads_for(requested: int | None) -> int:
 
 
 def option(
-    default: Any,
     group: str,
+    default: Any,
     help: str,
     *,
     unset: str = "",
@@ -57,11 +58,12 @@ def option(
     choices: Sequence[str] = (),
     least: float | None = None,
 ) -> Any:
-    """A field of Recipe. unset: the default in words, where the value does not say it. least: the smallest value allowed."""
-    return field(
-        default=default,
-        metadata={"group": group, "help": help, "unset": unset, "aliases": aliases, "metavar": metavar, "choices": choices, "least": least},
-    )
+    """A field of Recipe. unset: the default in words, if the value does not say it. least: the smallest value allowed."""
+    about = {"group": group, "help": help, "unset": unset, "aliases": aliases, "metavar": metavar, "choices": choices, "least": least}
+    return field(default=default, metadata=about)
+
+
+_data, _method, _adapter, _optimisation, _memory, _output = (partial(option, group) for group in GROUPS)
 
 
 @dataclass(frozen=True)
@@ -71,71 +73,63 @@ class Recipe:
     Raises ValueError for values out of range, and for combinations that exclude each other.
     """
 
-    model: str = option(BUNDLED, "data", "a model folder, a .gguf file, or an id of the hub", unset="pydoc, the bundled model")
-    data: str | None = option(None, "data", "text or records, a file or a folder", unset="the standard library's source", metavar="PATH")
-    task: str = option("lm", "data", "continue a text, or classify it", choices=TASKS)
-    window: int = option(256, "data", "longest sequence, in tokens", aliases=["--max-length"], metavar="N", least=1)
-    mask_prompt: bool = option(True, "data", "learn completions only, or prompts too", unset="completions only")
-    encoding: str = option("utf-8", "data", "encoding of text and record files", metavar="NAME")
-    new_head: bool = option(False, "data", "replace a classifier that the model has by one for the data")
-    train_size: int | None = option(None, "data", "number of texts with a class to train on", unset="all", metavar="N", least=1)
-    eval_size: int | None = option(None, "data", "number of them to measure on", unset="all that are held out", metavar="N", least=1)
-    eval_bytes: int | None = option(
-        None, "data", "held-out text to measure on", unset="65536 bytes for pydoc, else 8192 tokens", metavar="N", least=1
+    model: str = _data(BUNDLED, "a model folder, a .gguf file, or an id of the hub", unset="pydoc, the bundled model")
+    data: str | None = _data(None, "text or records, a file or a folder", unset="the standard library's source", metavar="PATH")
+    task: str = _data("lm", "continue a text, or classify it", choices=TASKS)
+    window: int = _data(256, "longest sequence, in tokens", aliases=["--max-length"], metavar="N", least=1)
+    mask_prompt: bool = _data(True, "learn completions only, or prompts too", unset="completions only")
+    encoding: str = _data("utf-8", "encoding of text and record files", metavar="NAME")
+    new_head: bool = _data(False, "replace a classifier that the model has by one for the data")
+    train_size: int | None = _data(None, "number of texts with a class to train on", unset="all", metavar="N", least=1)
+    eval_size: int | None = _data(None, "number of them to measure on", unset="all that are held out", metavar="N", least=1)
+    eval_bytes: int | None = _data(
+        None, "held-out text to measure on", unset="65536 bytes for pydoc, else 8192 tokens", metavar="N", least=1
     )
 
-    method: str = option("lora", "method", "what to train", choices=METHODS)
-    reinit: int | None = option(
-        None, "method", "reinitialise the pooler and the top L blocks (method full)", unset="no", metavar="L", least=0
-    )
+    method: str = _method("lora", "what to train", choices=METHODS)
+    reinit: int | None = _method(None, "method full: reinitialise the pooler and the top L blocks", unset="no", metavar="L", least=0)
 
-    peft_type: str = option("LORA", "adapter", "the kind of adapter; VERA needs a rank of about 256", choices=("LORA", "VERA"))
-    r: int = option(8, "adapter", "rank", aliases=["--rank"], metavar="R")
-    lora_alpha: float = option(32, "adapter", "the update is scaled by alpha / r", aliases=["--alpha"], metavar="ALPHA")
-    lora_dropout: float = option(0.0, "adapter", "dropout on the adapters' input", metavar="P")
-    target_modules: str | list[str] = option("all-linear", "adapter", "names separated by commas, or all-linear", metavar="NAMES")
-    layers_to_transform: list[int] | None = option(None, "adapter", "numbers of the blocks to adapt", unset="all", metavar="N,N")
-    use_rslora: bool = option(False, "adapter", "scale by alpha / sqrt(r) instead")
-    use_dora: bool | str = option(
-        False, "adapter", "DoRA: train the magnitudes of W's columns apart from their directions", metavar="exact"
+    peft_type: str = _adapter("LORA", "the kind of adapter; VERA needs a rank of about 256", choices=("LORA", "VERA"))
+    r: int = _adapter(8, "rank", aliases=["--rank"], metavar="R")
+    lora_alpha: float = _adapter(32, "the update is scaled by alpha / r", aliases=["--alpha"], metavar="ALPHA")
+    lora_dropout: float = _adapter(0.0, "dropout on the adapters' input", metavar="P")
+    target_modules: str | list[str] = _adapter("all-linear", "names separated by commas, or all-linear", metavar="NAMES")
+    layers_to_transform: list[int] | None = _adapter(None, "numbers of the blocks to adapt", unset="all", metavar="N,N")
+    use_rslora: bool = _adapter(False, "scale by alpha / sqrt(r) instead")
+    use_dora: bool | str = _adapter(False, "DoRA: magnitudes of W's columns trained apart from directions", metavar="exact")
+    init_lora_weights: bool | str = _adapter(
+        True, f"initialiser of A and B: {_INITIALISERS}", unset="Kaiming for A, zero for B", aliases=["--init"], metavar="HOW"
     )
-    init_lora_weights: bool | str = option(
-        True, "adapter", f"initialiser of A and B: {_INITIALISERS}", unset="Kaiming for A, zero for B", aliases=["--init"], metavar="HOW"
+    reduction_factor: float = _adapter(16, "width of a layer over that of its bottleneck", metavar="X")
+    bias: str | None = _adapter(
+        None, "biases to train too", unset="all for pydoc, else none", choices=("none", "all", "lora_only", "vera_only")
     )
-    reduction_factor: float = option(16, "adapter", "width of a layer over that of its bottleneck", metavar="X")
-    bias: str | None = option(
-        None, "adapter", "biases to train too", unset="all for pydoc, else none", choices=("none", "all", "lora_only", "vera_only")
-    )
-    modules_to_save: list[str] | None = option(
-        None, "adapter", "modules to train fully", unset="layer norms for pydoc, else none", metavar="NAMES"
-    )
+    modules_to_save: list[str] | None = _adapter(None, "modules to train fully", unset="layer norms for pydoc, else none", metavar="NAMES")
 
-    lr: float | None = option(None, "optimisation", "peak learning rate", unset="by model, task and method")
-    schedule: str = option("linear", "optimisation", "shape of the learning rate", choices=tuple(SHAPES))
-    warmup: float | None = option(
-        None, "optimisation", "steps of linear warm-up; below 1, a share of the run", unset="10", metavar="STEPS", least=0
-    )
-    weight_decay: float = option(0.0, "optimisation", "decoupled weight decay", metavar="X", least=0)
-    l2_sp: float = option(0.0, "optimisation", "L2-SP: decoupled decay towards the initial weights", metavar="X", least=0)
-    bias_correction: bool = option(True, "optimisation", "bias correction of Adam", unset="on")
-    loraplus_lr_ratio: float | None = option(None, "optimisation", "LoRA+: learning rate of B over that of A", unset="1", metavar="X")
-    clip: float = option(1.0, "optimisation", "largest gradient norm", metavar="NORM")
-    steps: int | None = option(None, "optimisation", "optimizer steps", unset="120 for text, else by --epochs", least=1)
-    epochs: float | None = option(None, "optimisation", "passes over the records", unset="3")
-    batch_size: int = option(8, "optimisation", "windows or texts a batch", metavar="N", least=1)
-    tokens_per_batch: int = option(2048, "optimisation", "tokens a batch of records", metavar="N", least=1)
-    accumulate: int = option(1, "optimisation", "batches a step", metavar="N", least=1)
-    seed: int = option(0, "optimisation", "seed of initial weights, batches and samples", least=0)
+    lr: float | None = _optimisation(None, "peak learning rate", unset="by model, task and method")
+    schedule: str = _optimisation("linear", "shape of the learning rate", choices=tuple(SHAPES))
+    warmup: float | None = _optimisation(None, "steps of linear warm-up; below 1, a share of the run", unset="10", metavar="STEPS", least=0)
+    weight_decay: float = _optimisation(0.0, "decoupled weight decay", metavar="X", least=0)
+    l2_sp: float = _optimisation(0.0, "L2-SP: decoupled decay towards the initial weights", metavar="X", least=0)
+    bias_correction: bool = _optimisation(True, "bias correction of Adam", unset="on")
+    loraplus_lr_ratio: float | None = _optimisation(None, "LoRA+: learning rate of B over that of A", unset="1", metavar="X")
+    clip: float = _optimisation(1.0, "largest gradient norm", metavar="NORM")
+    steps: int | None = _optimisation(None, "optimizer steps", unset="120 for text, else by --epochs", least=1)
+    epochs: float | None = _optimisation(None, "passes over the records", unset="3")
+    batch_size: int = _optimisation(8, "windows or texts a batch", metavar="N", least=1)
+    tokens_per_batch: int = _optimisation(2048, "tokens a batch of records", metavar="N", least=1)
+    accumulate: int = _optimisation(1, "batches a step", metavar="N", least=1)
+    seed: int = _optimisation(0, "seed of initial weights, batches and samples", least=0)
 
-    quantize: str = option("", "memory and speed", "quantize the frozen weights of linear layers", choices=tuple(PACK))
-    dtype: str = option("float32", "memory and speed", "dtype of activations and frozen matrices", choices=DTYPES)
-    recompute: bool = option(False, "memory and speed", "save less for the backward pass and compute more")
-    cache: bool = option(True, "memory and speed", "cache the outputs of frozen blocks over epochs", unset="on")
-    threads: int = option(0, "memory and speed", "replicas, one thread each", unset="the cores, at most 8", metavar="N", least=0)
-    backend: str = option("auto", "memory and speed", "where to compute", choices=("auto", *BACKENDS))
-    tf32: bool = option(False, "memory and speed", "on a GPU: products in TF32, several times as fast, with errors of 1e-3")
+    quantize: str = _memory("", "quantize the frozen weights of linear layers", choices=tuple(PACK))
+    dtype: str = _memory("float32", "dtype of activations and frozen matrices", choices=DTYPES)
+    recompute: bool = _memory(False, "save less for the backward pass and compute more")
+    cache: bool = _memory(True, "cache the outputs of frozen blocks over epochs", unset="on")
+    threads: int = _memory(0, "replicas, one thread each", unset="the cores, at most 8", metavar="N", least=0)
+    backend: str = _memory("auto", "where to compute", choices=("auto", *BACKENDS))
+    tf32: bool = _memory(False, "on a GPU: products in TF32, several times as fast, with errors of 1e-3")
 
-    sample_bytes: int | None = option(None, "output", "length of the samples", unset="240 for pydoc, else none", metavar="N", least=0)
+    sample_bytes: int | None = _output(None, "length of the samples", unset="240 for pydoc, else none", metavar="N", least=0)
 
     def __post_init__(self) -> None:
         for f in fields(Recipe):

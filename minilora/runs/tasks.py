@@ -76,9 +76,7 @@ def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | 
     if recipe.kind == "text":
         return _text_task(recipe, tokenizer)
     data = str(recipe.data)
-    if labels is not None:
-        labels = _names_for(labels, recipe)
-    dataset = _dataset(recipe, tokenizer, labels)
+    dataset = _dataset(recipe, tokenizer, labels and _names_for(labels, recipe))
     for split in ("train", "valid"):
         if not getattr(dataset, split):
             raise ValueError(f"{data} has no examples to {'train on' if split == 'train' else 'hold out'} (split {split}).")
@@ -158,7 +156,8 @@ def measuring_task(
         raise ValueError(f"there is no split {split!r}; choose {', '.join(SPLITS)} or all.")
     trained_on = trained_on or {}
     known = recipe.data is not None and bool(trained_on) and trained_on.get("sha256") == fingerprint(recipe.data, recipe.encoding)
-    own = known or (made is not None and None not in (recipe.data, made.data) and _same_file(str(recipe.data), str(made.data)))
+    paths = [Path(r.data).resolve() for r in (recipe, made) if r is not None and r.data is not None]
+    own = known or (len(paths) == 2 and paths[0] == paths[1])
     changed = (
         f"{recipe.data} is not as the run read it (its SHA-256 is another), so the held-out part is not known; "
         "give other data, or --all to measure on all of it."
@@ -194,10 +193,6 @@ def measuring_task(
     cut = sum(e.cut for e in examples)
     what = f"{len(examples):,} sequences: {where}; window {recipe.window}, {f'{cut:,} are' if cut else 'none is'} cut"
     return _measured(what, examples, recipe, tokenizer, list(labels) if labels and len(labels) > 1 else None)
-
-
-def _same_file(a: str, b: str) -> bool:
-    return Path(a).resolve() == Path(b).resolve()
 
 
 def _text_to_measure(recipe: Recipe, tokenizer: Tokenizer, split: str | None, part: bool, own: bool, sampled: bool) -> Task:

@@ -61,12 +61,6 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
     return float(x @ y / math.sqrt((x @ x) * (y @ y)))
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's correlation of the ranks; equal values share the mean of their ranks."""
-    _check(x, y)
-    return pearson(_ranks(x), _ranks(y))
-
-
 def perplexity(loss: float) -> float:
     """exp(loss), the loss being the mean over tokens in nats; inf where that overflows."""
     return math.exp(loss) if loss < 709 else math.inf if loss == loss else math.nan
@@ -81,12 +75,6 @@ def classification_metrics(predicted: np.ndarray, labels: np.ndarray, n_classes:
         "f1_macro": macro,
         "matthews": matthews(predicted, labels),
     }
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
-    _, which, count = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return ((last - count + last - 1) / 2)[which]
 
 
 def _check(predicted: np.ndarray, labels: np.ndarray) -> None:
