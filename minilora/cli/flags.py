@@ -15,6 +15,17 @@ from minilora.runs.recipe import GROUPS, Recipe
 
 REMOVED = {"optimizer": "--optimizer was removed: AdamW is the optimizer; the others are in examples/preconditioned.py, for Python."}
 _RENAMED = {"--pull": "l2_sp"}  # flags that still work, but are not in --help
+_VERBS = {
+    "finetune": "adapt a model to data; without arguments, the bundled model to Python source",
+    "study": "several ways to fine-tune, several seeds: mean, deviation, worst and failed runs; continues if interrupted",
+    "evaluate": "measure a model on data: loss, perplexity, or accuracy, F1 and Matthews correlation",
+    "generate": "continue a text, token by token",
+    "merge": "fold an adapter into its model, as a folder that transformers loads",
+    "extract": "turn a full fine-tune into a LoRA of its base model, by singular value decomposition",
+    "compare": "the largest change of each weight between two models, with their adapters",
+    "info": "the contents of a model or a run folder: parameters, memory, adaptable modules",
+    "gradcheck": "check every gradient of this package by finite differences",
+}
 _FIELDS = {field.name: field for field in fields(Recipe)}
 _MODEL = "a run folder, an adapter or model folder, a .gguf file, an id of the hub, or pydoc, the bundled model"
 _THE_RUNS = "the run's"
@@ -25,47 +36,46 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     Raises ValueError for a file with an unknown name, a value of another type, or two names of one setting.
     """
-    parser, verbs = make_parser()
     words = sys.argv[1:] if argv is None else argv
+    verb = next((word for word in words if word in _VERBS), None)
+    parser, verbs = make_parser(flags=verb is not None)
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config", type=Path)
     path = config.parse_known_args(words)[0].config
-    verb = next((word for word in words if word in verbs), None)
     if path is not None and verb is not None:
         _set_defaults(verbs[verb], path)
     return parser.parse_args(words)
 
 
-def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser, and those of the verbs by name."""
+def make_parser(flags: bool = True) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of the verbs by name. flags=False: the names of the verbs only, for `minilora --help`."""
     parser = argparse.ArgumentParser(prog="minilora", description="Low-rank adaptation with every gradient written by hand.")
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    verbs = parser.add_subparsers(required=True, dest="verb", metavar="VERB")
-
-    def verb(name: str, help: str) -> Callable[..., Any]:
-        p = verbs.add_parser(name, help=help, description=help)
+    choices = parser.add_subparsers(required=True, dest="verb", metavar="VERB")
+    verbs = {name: choices.add_parser(name, help=help, description=help) for name, help in _VERBS.items()}
+    if not flags:
+        return parser, verbs
+    for p in verbs.values():
         p.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with any of these flags; the command line wins")
         p.add_argument("--json", action="store_true", help="print one JSON object on standard output, everything else on standard error")
-        return p.add_argument
 
-    add = verb("finetune", "adapt a model to data; without arguments, the bundled model to Python source")
-    _add_recipe(verbs.choices["finetune"])("--out", metavar="FOLDER", help="a new run folder (default: runs/METHOD-N)")
+    _add_recipe(verbs["finetune"])("--out", metavar="FOLDER", help="a new run folder (default: runs/METHOD-N)")
 
-    add = verb("study", "several ways to fine-tune, several seeds: mean, deviation, worst and failed runs; continues if interrupted")
+    add = verbs["study"].add_argument
     add("--rows", type=_names, metavar="NAMES", help="methods, few-sample, or names of single rows, see runs/study.py")
     add("--seeds", type=int, metavar="N", help="runs of each row (default: 5)")
     add("--quick", action="store_true", help="a small version, with 2 seeds: minutes")
-    _add_recipe(verbs.choices["study"])("--out", metavar="FOLDER", help="of the study, new or to be continued (default: studies/NAMES)")
+    _add_recipe(verbs["study"])("--out", metavar="FOLDER", help="of the study, new or to be continued (default: studies/NAMES)")
 
-    add = verb("evaluate", "measure a model on data: loss, perplexity, or accuracy, F1 and Matthews correlation")
+    add = verbs["evaluate"].add_argument
     _add_model(add)
     add("--split", choices=("train", "valid", "test", "all"), help="default: test, valid, or what the run held out; of a file all")
     add("--all", dest="split", action="store_const", const="all", help="--split all; of a run's data also those it was trained on")
     _add_fields(add, "data task window mask_prompt encoding seed eval_size eval_bytes", _THE_RUNS)
     _add_fields(add, "threads backend")
 
-    add = verb("generate", "continue a text, token by token")
+    add = verbs["generate"].add_argument
     _add_model(add)
     add("--prompt", default="def ", help="the text to continue (default: 'def ')")
     add("--chat", action="store_true", help="put the prompt into the model's chat template, as the user's turn")
@@ -77,12 +87,12 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     add("--stop", action="append", metavar="TEXT", help="end before this text, or special token; may be given several times")
     _add_fields(add, "seed backend")
 
-    add = verb("merge", "fold an adapter into its model, as a folder that transformers loads")
+    add = verbs["merge"].add_argument
     _add_model(add, required=True)
     add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the merged model")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the merged model (default: that of the base's files)")
 
-    add = verb("extract", "turn a full fine-tune into a LoRA of its base model, by singular value decomposition")
+    add = verbs["extract"].add_argument
     add("model", help="a run of full fine-tuning, a model, or an adapter whose rank is to change")
     add("--base", help="the model it was tuned from (default: that of the run or adapter)")
     add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the adapter")
@@ -93,20 +103,20 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     _add_fields(add, "task window", _THE_RUNS)
     _add_weights(add)
 
-    add = verb("compare", "the largest change of each weight between two models, with their adapters")
+    add = verbs["compare"].add_argument
     add("first", help=_MODEL)
     add("second", help="another of the same kind")
     _add_weights(add)
 
-    add = verb("info", "the contents of a model or a run folder: parameters, memory, adaptable modules")
+    add = verbs["info"].add_argument
     add("model", nargs="?", default="pydoc", help=f"{_MODEL} (default)")
     add("--kernels", action="store_true", help="the implementation that runs for each operation of the model, and why")
     _add_weights(add)
     _add_fields(add, "backend", "numpy")
 
-    add = verb("gradcheck", "check every gradient of this package by finite differences")
+    add = verbs["gradcheck"].add_argument
     _add_fields(add, "backend")
-    return parser, dict(verbs.choices)
+    return parser, verbs
 
 
 def _add_recipe(p: argparse.ArgumentParser) -> Callable[..., Any]:
