@@ -60,7 +60,8 @@ def describe(
     if kernels:
         from minilora.kernels.report import report
 
-        result["kernels"] = rows = report(model)
+        rows = report(model)
+        result["kernels"] = [row._asdict() for row in rows]
         for row in rows:
-            say(f"kernel      {row}")
+            say(f"kernel      {row.operation:<20} {row.implementation:<10} {row.why}")
     return result

@@ -46,10 +46,9 @@ class StudyFolder:
         self.records: list[dict[str, Any]] = []
         if self.about.is_file():
             there = read_json(self.about)
-            self._check(there, requested, rows)
+            rows = {**self._check(there, requested, rows), **rows}
             if there.get("sha256", sha256) != sha256:
                 raise ValueError(f"{recipe.data} has changed since the runs in {self.path}; name another --out.")
-            rows = {**there["rows"], **rows}
             self.records = read_records(self.runs)
         else:
             check_free(self.path, ", and holds no study")
@@ -59,19 +58,21 @@ class StudyFolder:
         """Write study.json."""
         write_json(self.about, self._study)
 
-    def _check(self, there: dict[str, Any], requested: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+    def _check(self, there: dict[str, Any], requested: dict[str, Any], rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The rows of the study in the folder. Raises ValueError when it is another study."""
         if there.get("version") != VERSION:
             raise ValueError(f"{self.about} is of version {there.get('version')!r}, this minilora writes {VERSION}; name another --out.")
         old, old_rows = there.get("recipe"), there.get("rows")
         if not isinstance(old, dict) or not isinstance(old_rows, dict):
             raise ValueError(f"{self.about} is damaged: it has no recipe or no rows.")
-        old = {_RENAMED.get(name, name): value for name, value in old.items()}
-        for name, value in {**requested, **{name: _REMOVED[name] for name in _REMOVED if name in old}}.items():
+        old, old_rows = _renamed(old), {name: _renamed(change) for name, change in old_rows.items()}
+        for name, value in (requested | {name: value for name, value in _REMOVED.items() if name in old}).items():
             if old.get(name) != value:
                 raise ValueError(f"{self.path} holds a study with {name} {old.get(name)!r}, not {value!r}; name another --out.")
         for name, change in rows.items():
-            if name in old_rows and {_RENAMED.get(key, key): value for key, value in old_rows[name].items()} != change:
+            if name in old_rows and old_rows[name] != change:
                 raise ValueError(f"{self.path} holds a study whose row {name!r} is {old_rows[name]}, not {change}; name another --out.")
+        return old_rows
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep one more finished run. The file is replaced as a whole, so an interruption leaves no part of a line."""
@@ -80,6 +81,10 @@ class StudyFolder:
 
     def write_table(self, text: str) -> None:
         write_text(self.path / "table.txt", text + "\n")
+
+
+def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
+    return {_RENAMED.get(name, name): value for name, value in fields.items()}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
