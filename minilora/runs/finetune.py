@@ -87,7 +87,6 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
         raise ArithmeticError(f"the held-out loss is not finite; the {plan.product} is in {folder.path}. A lower --lr may help.")
     if sample_after:
         folder.write_samples(PROMPT, sample_before, sample_after)
-    left_out = sum(record["grad_norm"] is None for record in records)
     results: dict[str, Any] = {
         "headline": task.headline,
         "before": before,
@@ -98,22 +97,14 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
         "saved_bytes": size,
         "model_bytes": 4 * base,
         "steps": len(records),
-        **({} if scale is None else {"steps_left_out": left_out}),
+        **({} if scale is None else {"steps_left_out": sum(record["grad_norm"] is None for record in records)}),
         "tokens_per_second": tokens / seconds,
         "seconds": time.perf_counter() - begun,
         "peak_memory_bytes": peak_memory(plan.backend),
         **_scale_state(scale),
     }
     folder.write_run(settings, results, task.labels, task.trained_on)
-
-    if left_out:
-        say(f"left out  {left_out} of {len(records)} steps: their gradients overflowed in {plan.dtype}")
-    figures = [f"{results[when][task.headline]:.3f} {when}" for when in ("before", "after")]
-    say(f"held out  {task.headline.replace('_', ' ')} {', '.join(figures)}; loss {before['loss']:.4f}, {after['loss']:.4f}")
-    say(f"speed     {tokens / seconds:,.0f} tokens a second, {results['seconds']:.1f} s in all")
-    say(f"saved     {plan.product} of {size / 1e3:,.0f} kB; the model has {4 * base / 1e3:,.0f} kB")
-    for title, text in (("before", sample_before), ("after", sample_after)) if sample_after else ():
-        say(f"\n--- a sample {title} ---\n{(PROMPT + text).rstrip()}")
+    _print(say, plan, results, {"before": sample_before, "after": sample_after})
     say(f"\nwritten to {folder.path}")
     _draw(say, folder, plan, records, results)
     return {"folder": str(folder.path), **results}
@@ -171,6 +162,19 @@ def _method(recipe: ResolvedRecipe, model: Any) -> str:
     name = ("VeRA" if vera else "DoRA" if recipe.use_dora else "LoRA") + (f" ({', '.join(how)})" if how else "")
     alpha = "" if vera else f" alpha={recipe.lora_alpha:g}"
     return f"{name} r={recipe.r}{alpha} on {len(lora_layers(model))} layers{', with ' + ', '.join(also) if also else ''}"
+
+
+def _print(say: Say, recipe: ResolvedRecipe, results: dict[str, Any], samples: dict[str, str]) -> None:
+    if left_out := results.get("steps_left_out"):
+        say(f"left out  {left_out} of {results['steps']} steps: their gradients overflowed in {recipe.dtype}")
+    name, before, after = results["headline"], results["before"], results["after"]
+    say(
+        f"held out  {name.replace('_', ' ')} {before[name]:.3f} before, {after[name]:.3f} after; loss {before['loss']:.4f}, {after['loss']:.4f}"
+    )
+    say(f"speed     {results['tokens_per_second']:,.0f} tokens a second, {results['seconds']:.1f} s in all")
+    say(f"saved     {recipe.product} of {results['saved_bytes'] / 1e3:,.0f} kB; the model has {results['model_bytes'] / 1e3:,.0f} kB")
+    for when, text in samples.items() if samples["after"] else ():
+        say(f"\n--- a sample {when} ---\n{(PROMPT + text).rstrip()}")
 
 
 def _draw(say: Say, folder: RunFolder, recipe: Recipe, records: Records, results: dict[str, Any]) -> None:

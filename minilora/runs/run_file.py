@@ -17,6 +17,7 @@ from minilora.formats.fitting import Family, classes_of, family_of, named
 from minilora.formats.gguf import read_gguf_tokenizer
 from minilora.formats.tensors import map_tensors
 from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
+from minilora.models import BertClassifier
 from minilora.models.generate import context_length
 from minilora.quantization.half import KINDS
 from minilora.quantization.quantize import PACK
@@ -158,7 +159,7 @@ def check_task(model: Any, task: str, source: str | Path) -> None:
     what = f"{source} ({type(model).__name__})"
     if task == "lm" and not is_decoder(model):
         raise ValueError(f"{what} is not a decoder, and task lm needs a decoder. Is --task classify meant?")
-    if task == "classify" and not hasattr(model, "classifier"):
+    if task == "classify" and not isinstance(model, BertClassifier):
         raise ValueError(f"{what} has no classifier, and task classify needs a BERT.")
 
 
