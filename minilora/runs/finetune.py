@@ -168,9 +168,8 @@ def _print(say: Say, recipe: ResolvedRecipe, results: dict[str, Any], samples: d
     if left_out := results.get("steps_left_out"):
         say(f"left out  {left_out} of {results['steps']} steps: their gradients overflowed in {recipe.dtype}")
     name, before, after = results["headline"], results["before"], results["after"]
-    say(
-        f"held out  {name.replace('_', ' ')} {before[name]:.3f} before, {after[name]:.3f} after; loss {before['loss']:.4f}, {after['loss']:.4f}"
-    )
+    losses = f"loss {before['loss']:.4f}, {after['loss']:.4f}"
+    say(f"held out  {name.replace('_', ' ')} {before[name]:.3f} before, {after[name]:.3f} after; {losses}")
     say(f"speed     {results['tokens_per_second']:,.0f} tokens a second, {results['seconds']:.1f} s in all")
     say(f"saved     {recipe.product} of {results['saved_bytes'] / 1e3:,.0f} kB; the model has {results['model_bytes'] / 1e3:,.0f} kB")
     for when, text in samples.items() if samples["after"] else ():
