@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -47,20 +47,15 @@ def threads_for(requested: int | None) -> int:
     return requested or min(os.cpu_count() or 1, 8)
 
 
-def option(
-    group: str,
-    default: Any,
-    help: str,
-    *,
-    unset: str = "",
-    aliases: Sequence[str] = (),
-    metavar: str | None = None,
-    choices: Sequence[str] = (),
-    least: float | None = None,
-) -> Any:
-    """A field of Recipe. unset: the default in words, if the value does not say it. least: the smallest value allowed."""
-    about = {"group": group, "help": help, "unset": unset, "aliases": aliases, "metavar": metavar, "choices": choices, "least": least}
-    return field(default=default, metadata=about)
+def option(group: str, default: Any, help: str, **about: Any) -> Any:
+    """A field of Recipe and its flag. about: any of
+
+    unset     the default in words, if the value does not say it
+    aliases   other names of the flag        metavar   its value in --help
+    choices   the values allowed             least     the smallest value allowed
+    """
+    empty = {"unset": "", "aliases": (), "metavar": None, "choices": (), "least": None}
+    return field(default=default, metadata={"group": group, "help": help, **empty, **about})
 
 
 _data, _method, _adapter, _optimisation, _memory, _output = (partial(option, group) for group in GROUPS)
