@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from minilora.optim.flat import clip_grad_norm
     from minilora.optim.loraplus import create_loraplus_optimizer
     from minilora.optim.optimizers import SGD, Adam, AdamW
-    from minilora.optim.preconditioned import create_lora_pro_optimizer, create_lorafa_optimizer, create_riemannian_optimizer
     from minilora.optim.schedules import schedule
     from minilora.quantization.quantize import quantize_model
 
@@ -61,7 +60,6 @@ _HOME = {
     "optim.flat": "clip_grad_norm",
     "optim.loraplus": "create_loraplus_optimizer",
     "optim.optimizers": "SGD Adam AdamW",
-    "optim.preconditioned": "create_lora_pro_optimizer create_lorafa_optimizer create_riemannian_optimizer",
     "optim.schedules": "schedule",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

@@ -9,6 +9,7 @@ Two rules keep the rest of the code free of the question "CPU or GPU?":
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -121,6 +122,16 @@ def import_cupy() -> Any:
     if devices == 0:
         raise RuntimeError("CuPy is installed but sees no GPU; is CUDA_VISIBLE_DEVICES empty? Otherwise use --backend numpy.")
     return cupy
+
+
+def allow_tf32() -> None:
+    """Compute products of float32 on a GPU in TF32: several times as fast, with errors of 1e-3. CuPy reads this when it is imported.
+
+    Raises RuntimeError when CuPy has been imported without it.
+    """
+    if "cupy" in sys.modules and os.environ.get("CUPY_TF32") != "1":
+        raise RuntimeError("TF32 must be chosen before CuPy is imported: set CUPY_TF32=1 before Python starts.")
+    os.environ["CUPY_TF32"] = "1"
 
 
 def choose_backend(name: str = "auto", quiet: bool = False) -> str:

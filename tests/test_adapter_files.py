@@ -342,7 +342,7 @@ def test_bfloat16_is_the_nearest_and_ties_go_to_the_even(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_merging_keeps_the_bases_dtype_and_size(dtype, tmp_path):
-    from minilora.runs.run_file import merge_run
+    from minilora.runs.merge import merge_run
 
     base = llama(tmp_path / "base", dtype)
     ml.save_adapter(adapted(base), tmp_path / "a")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import minilora as ml
-from minilora.cli import _parser, main
+from minilora.cli import main
+from minilora.cli.flags import make_parser
 from minilora.data.text import HELD_OUT, TRAIN, stdlib_source
 from minilora.formats.origin import Origin
 from minilora.formats.tokenizer import ByteTokenizer
@@ -110,11 +111,10 @@ def test_generate_merge_and_info_work_on_what_finetune_wrote(cwd, text, capsys):
     [
         (["--use-dora", "--init", "pissa"], "DoRA (pissa) r=8"),
         (["--init-lora-weights", "eva", "--loraplus-lr-ratio", "4"], "LoRA (eva, LoRA+ of 4) r=8"),
-        (["--init", "lora_ga", "--optimizer", "lora_pro", "--backend", "numpy"], "LoRA (lora_ga, lora_pro) r=8"),
+        (["--init", "lora_ga", "--backend", "numpy"], "LoRA (lora_ga) r=8"),
         (["--quantize", "nf4"], "LoRA (nf4) r=8"),
         (["--peft-type", "VERA", "--r", "300", "--lora-dropout", "0.1"], "VeRA r=300 on 16 layers"),
         (["--init", "loftq"], "LoRA (loftq) r=8"),
-        (["--optimizer", "lora_fa", "--threads", "2", "--r", "4"], "LoRA (lora_fa) r=4"),
     ],
 )
 def test_methods_of_the_family(flags, method, cwd, text, capsys):
@@ -247,8 +247,8 @@ BAD = {
     "no such start": (bad(["--init", "magic"]), "init_lora_weights is 'magic'; choose one of True, False, 'gaussian'"),
     "a start beyond the SVD": (bad(["--init", "lora_ga", "--r", "100"]), "rank 100 needs 200 singular vectors"),
     "two methods": (bad(["--peft-type", "VERA", "--use-dora"]), "use_dora and VeRA exclude each other"),
-    "two optimizers": (bad(["--optimizer", "riemannian", "--loraplus-lr-ratio", "4"]), "exclude each other; choose one"),
-    "adapters' optimizer without adapters": (bad(["--method", "full", "--optimizer", "lora_fa"]), "optimizer is for LoRA; method full"),
+    "a removed flag": (bad(["--optimizer", "riemannian"]), "--optimizer was removed: AdamW is the optimizer"),
+    "LoRA+ without LoRA": (bad(["--method", "full", "--loraplus-lr-ratio", "4"]), "loraplus_lr_ratio is for LoRA; method full"),
     "rank 0": (bad(["--r", "0"]), "rank r must be an integer of at least 1, got 0"),
     "rank too large": (bad(["--r", "500"]), "rank 500 is beyond transformer.h.0.attn.c_attn"),
     "unknown module": (bad(["--target-modules", "q_proj,c_attn"]), "no linear layer is called 'q_proj'"),
@@ -332,7 +332,7 @@ def test_bytes_and_text():
 def test_every_verb_has_its_help_and_a_wrong_flag_its_line(capsys):
     """Each flag once, none of them turned into a word without dashes, and no traceback."""
     words = {"compare": ["first", "second"], **{key: ["model"] for key in ("evaluate", "generate", "merge", "extract", "info")}}
-    for name, p in _parser()[1].items():
+    for name, p in make_parser()[1].items():
         assert [action.dest for action in p._actions if not action.option_strings] == words.get(name, [])
         assert f"minilora {name}" in p.format_help()
         with pytest.raises(SystemExit) as stopped:

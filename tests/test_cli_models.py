@@ -151,9 +151,7 @@ def test_plain_text_moves_a_published_model_at_the_rate_for_published_models():
     """The rates of the bundled model, 0.8 M parameters, are far too high for others."""
     rates = {}
     for model, task in (("pydoc", "lm"), ("llama", "lm")):
-        recipe = Recipe(model=model, task=task)
-        recipe.settle(lambda *_: None)
-        rates[model] = recipe.lr
+        rates[model] = Recipe(model=model, task=task).resolve(lambda *_: None).lr
     assert rates == {"pydoc": 8e-3, "llama": 5e-4}
 
 

@@ -305,7 +305,7 @@ def test_a_head_that_names_no_classes_takes_those_of_the_data_and_says_so(cwd, r
     classifier(cwd / "plain", num_labels=3)
     write_jsonl(cwd / "x.jsonl", texts(30))
     result = run("finetune", "--model", "plain", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST, "--out", "run")
-    assert "plain does not name its 3 classes; they are taken to be no, so, yes, in this order" in run.err
+    assert "plain does not name its 3 classes; they are assumed to be no, so, yes, in this order" in run.err
     assert run("evaluate", "run", "--backend", "numpy") == result["after"]
     assert "none of the classes: LABEL_0, LABEL_1, LABEL_2" in run("evaluate", "plain", "--data", "x.jsonl", status=1)
 

@@ -9,11 +9,7 @@ from safetensors.numpy import load_file
 from tiny import IDS, gpt2, logits
 
 import minilora as ml
-from minilora.lora import adaptation, lora_layers
-from minilora.lora.adapted import adapter_parameters
-from minilora.lora.variants.vera import Projections, VeraConfig
-from minilora.optim.loraplus import create_loraplus_optimizer
-from minilora.optim.preconditioned import (
+from examples.preconditioned import (
     create_lora_pro_optimizer,
     create_lorafa_optimizer,
     create_riemannian_optimizer,
@@ -21,6 +17,10 @@ from minilora.optim.preconditioned import (
     lora_pro,
     riemannian,
 )
+from minilora.lora import adaptation, lora_layers
+from minilora.lora.adapted import adapter_parameters
+from minilora.lora.variants.vera import Projections, VeraConfig
+from minilora.optim.loraplus import create_loraplus_optimizer
 
 LABELS = np.append(IDS[1:], -100)
 

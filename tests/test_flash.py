@@ -118,7 +118,7 @@ def test_a_model_takes_the_same_steps(name, gpu, monkeypatch):
             narrow_model(model, "bfloat16")
         ml.inject(model.to(backend), ml.LoraConfig(r=4), rng=1)
         batches = random_windows(np.random.default_rng(0).integers(0, 30, 400), 40, 2, np.random.default_rng(1))
-        run = train(model, ml.AdamW(model.parameters(), 1e-2), batches, 3, lambda step: 1.0, record=False)
+        run = train(model, ml.AdamW(model.parameters(), 1e-2), batches, 3, lambda step: 1.0, cuda_graph=False)
         return [step.loss for step in run]
 
     np.testing.assert_allclose(losses("cupy"), losses("numpy"), rtol=5e-3 if name == "bfloat16" or gpu is not standin.module else 1e-5)

@@ -21,11 +21,13 @@ from minilora.models.generate import generate
 from minilora.optim.flat import clip_grad_norm
 from minilora.quantization.quantize import narrow_model
 from minilora.runs.finetune import finetune
+from minilora.runs.merge import merge_run
 from minilora.runs.recipe import Recipe
-from minilora.runs.run_file import merge_run, open_model
-from minilora.training.loop import Diverged, train
+from minilora.runs.run_file import open_model
+from minilora.training.loop import train
 from minilora.training.loss_scale import LossScale
 from minilora.training.prefix import PrefixCache
+from minilora.training.watch import Diverged
 
 attention_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in ("attention", "losses"))
 KINDS = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -436,7 +438,7 @@ def test_the_scale_grows_gives_up_and_goes_on_from_its_state():
     scale = LossScale()
     for _ in range(LossScale.PATIENCE - 1):
         scale.update(True)
-    again = LossScale.from_state(json.loads(json.dumps(scale.state())))
+    again = LossScale(**json.loads(json.dumps(scale.state())))
     for each in (scale, again):
         assert each.value == 2.0**15
         each.update(True)
@@ -478,7 +480,7 @@ def test_what_cannot_be_is_told_in_a_sentence(kind, monkeypatch):
     with pytest.raises(ValueError, match="method full"):
         Recipe(dtype=kind, method="full")
     model = ml.load_model("pydoc", "numpy", kind)
-    with pytest.raises(ValueError, match=f"wte.weight is of {kind}, in which small steps are lost"):
+    with pytest.raises(ValueError, match=f"wte.weight is {kind}, in which small steps are lost"):
         ml.AdamW(model.unfreeze().parameters(), 1e-3)
     bert = narrowed("bert", kind)
     with pytest.raises(ValueError, match=r"to train bert\.embeddings\.word_embeddings needs weights of float32; load the model"):

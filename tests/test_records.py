@@ -88,7 +88,7 @@ def test_an_encoding_is_named_not_guessed(tmp_path):
         ("a.json", b'[{"a": 1}]\n[]', "there is more behind the list"),
         ("a.json", b"[1]", "line 1: expected a JSON object, got int"),
         ("a.json", b"[]", "is empty"),
-        ("a.jsonl", b'{"a": 1, "a": 2}', "line 1: .*the key 'a' is there twice"),
+        ("a.jsonl", b'{"a": 1, "a": 2}', "line 1: .*the key 'a' appears twice"),
         ("a.jsonl", b'{"a": "\x00"}', "line 1: this is binary data"),
         ("a.csv", b"text;label\na;b\n", "line 1: the columns are separated by ';'"),
         ("a.csv", b"text,label\n,\n", None),

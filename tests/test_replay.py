@@ -35,7 +35,7 @@ def losses(config, record, steps=9, dropout=0.0, batches=None, recompute=False, 
         model.transformer.recompute = True
     optimizer = ml.AdamW(model.parameters(), 1e-2)
     batches = batches or random_windows(TEXT, 8, 3, np.random.default_rng(2))
-    run = train(model, optimizer, batches, steps, lambda step: 1 - step / steps, record=record, check_every=1, clip=0.1, **options)
+    run = train(model, optimizer, batches, steps, lambda step: 1 - step / steps, cuda_graph=record, check_every=1, clip=0.1, **options)
     return [(step.loss, step.grad_norm) for step in run], ml.to_numpy(optimizer.flat.data)
 
 

@@ -390,7 +390,7 @@ def test_extract_and_compare(tmp_path, monkeypatch, capsys):
     for argv, message in (
         (["extract", "run", "--out", "adapter"], "adapter is in use; name another folder with --out"),
         (["extract", "run/model", "--r", "500", "--out", "x"], "rank 500 is beyond transformer.h.0.attn.c_attn, which is 128 x 384"),
-        (["extract", "pydoc", "--out", "x"], "does not say which model it was tuned from; name that with --base"),
+        (["extract", "pydoc", "--out", "x"], "does not name the model it was tuned from; name it with --base"),
         (["extract", "pydoc", "--base", "pydoc", "--out", "x"], "no linear layer differs"),
     ):
         status, _, err = run(capsys, *argv)

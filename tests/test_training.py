@@ -14,8 +14,9 @@ from minilora.data.datasets import endless
 from minilora.layers import Parameter
 from minilora.optim.flat import FlatBuffer, clip_grad_norm
 from minilora.training.evaluate import evaluate
-from minilora.training.loop import Diverged, train
+from minilora.training.loop import train
 from minilora.training.replicas import Replicas
+from minilora.training.watch import Diverged
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "optimizers.json").read_text())
 CONFIG = ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3, dropout=0.0)
