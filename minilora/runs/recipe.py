@@ -15,7 +15,7 @@ from minilora.backend import BACKENDS
 from minilora.data import TASKS
 from minilora.data.records import is_dataset
 from minilora.formats.fetch import BUNDLED
-from minilora.lora.registry import INITIALISERS, DATA_INITIALISERS
+from minilora.lora.registry import DATA_INITIALISERS, INITIALISERS
 from minilora.optim.schedules import SHAPES, schedule
 from minilora.quantization.quantize import PACK
 
