@@ -14,7 +14,7 @@ from minilora.moved import MOVED
 
 @pytest.mark.parametrize("old", MOVED)
 def test_a_moved_module_names_its_new_place(old):
-    message = f"minilora.{old} has moved to minilora.{MOVED[old]}."
+    message = f"minilora.{old} has moved to {MOVED[old]}."
     with pytest.raises(ModuleNotFoundError, match=f"^{re.escape(message)}$"):
         importlib.import_module(f"minilora.{old}")
     for new in re.findall(r"minilora[\w.]*\w", message)[1:]:
