@@ -339,3 +339,11 @@ def test_every_verb_has_its_help_and_a_wrong_flag_its_line(capsys):
             main([name, "--no-such-flag"])
         assert stopped.value.code == 2
         assert "usage: minilora" in capsys.readouterr().err
+
+
+def test_info_names_the_kernels_of_a_model(capsys):
+    pytest.importorskip("minilora.kernels.report")
+    rows = [line.split() for line in run(capsys, "info", "--kernels")[1].splitlines() if line.startswith("kernel ")]
+    assert {"numpy", "reference"} >= {where for _, _, where, *_ in rows}
+    result = json.loads(run(capsys, "info", "--kernels", "--json")[1])
+    assert [row["operation"] for row in result["kernels"]] == [name for _, name, *_ in rows]
