@@ -86,8 +86,6 @@ class Decoder(Layer):
         rows, targets, _ = F.labelled(labels)
         if targets.size == 0 and count is None:
             raise ValueError("loss: no row is labelled.")
-        if any(layer is not None and layer.every_row for layer in (self.body.parts().norm, self.lm_head)):
-            raise ValueError("loss: the models of this mixture differ in the head or the last norm; use forward and cross_entropy.")
         h, s_h = self.body.forward(ids, keep=keep, offsets=offsets, rows=rows, prefix=prefix)
         W, dh, dW, dz, s_head = self.head, None, None, None, None
         if W is not None:
