@@ -1,6 +1,8 @@
 """BERT with a classifier: pooling, head, loss, and sentence embeddings. Module names as in BertForSequenceClassification.
 
-logits = p W_c + b_c,   p = tanh(f W_p + b_p) with f the first row of each sequence of h (BERT's pooler), or the mean of its rows
+    logits = p W_c + b_c        p = tanh(f W_p + b_p), f the first row of each sequence of h; or p the mean of its rows
+
+The first is BERT's pooler, the second what sentence encoders use.
 """
 
 from __future__ import annotations

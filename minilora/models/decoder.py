@@ -1,6 +1,8 @@
-"""What decoders share: the head, which may be the embedding ("tied"), the loss of the next token, and generation token by token.
+"""What decoders share: the head, the loss of the next token, and generation token by token.
 
-h = body(ids)        logits = h W_head        W_head = lm_head, or embedding^T
+    h = body(ids)        logits = h W_head        W_head = lm_head, or embedding^T: a "tied" head
+
+The body is in models/stack.py, its parts are in the file of each model.
 """
 
 from __future__ import annotations
