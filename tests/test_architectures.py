@@ -159,12 +159,12 @@ def test_its_config_is_checked(folder):
 
 
 def test_a_mixture_that_differs_in_the_last_norm_has_no_loss():
-    """Its rows belong to different models; of the labelled rows alone the norm could not tell whose they are."""
+    """The norm gets the labelled rows alone, and could not tell to which model they belong."""
     base = Tiny(TinyConfig(), rng=0).freeze()
     other = base.replica()
     ml.inject(other, ml.PartialConfig(train=["norm"]))
     other.body.norm.weight.data = other.body.norm.weight.data + 1
     mixture = ml.mixed([base, other], [1, 0], OFFSETS)
     assert mixture.forward(IDS, keep=False, offsets=OFFSETS)[0].shape == (7, 11)
-    with pytest.raises(ValueError, match="differ in the head or the last norm"):
+    with pytest.raises(ValueError, match="the batch it was made for has 7"):
         mixture.loss(IDS, LABELS, OFFSETS)

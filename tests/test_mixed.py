@@ -183,7 +183,9 @@ def test_masks_and_angles_are_of_float32(kind, backend):
     layer = adapted("gpt2", kind, backend, lora_dropout=0.1).transformer.h[0].attn.c_attn
     mask = layer.mask(layer.weight.data, 3)
     assert float(mask.max()) == np.float32(1 / 0.9)
-    assert all(table.dtype == np.float32 for table in adapted("llama", kind, backend).model.tables(np.arange(3), layer.weight.data))
+    assert all(
+        table.dtype == np.float32 for table in adapted("llama", kind, backend).model.block_inputs(np.arange(3), layer.weight.data)["rope"]
+    )
 
 
 @pytest.mark.parametrize("head", ["half", "float32"])

@@ -9,6 +9,7 @@ import numpy as np
 
 from minilora.backend import Array
 from minilora.layers import Layer, Parameter, Saved
+from minilora.layers.block import Offsets, Output
 
 OFFSETS = [0, 3, 4, 9]  # three sequences, of 3, 1 and 5 tokens
 Subject = tuple[str, Any, Array, dict[str, Any]]  # name, object, x, forward options
@@ -26,7 +27,7 @@ class Pair(Layer):
         for key, value in arrays.items():
             setattr(self, key, Parameter(value))
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         y, saved = self.f(x, *(getattr(self, key).data for key in self.names))
         return y, self.save(need_dx, x, saved) if keep else None
 
@@ -44,9 +45,7 @@ class LossOf(Layer):
     def __init__(self, model: Any, labels: np.ndarray) -> None:
         self.name, self.model, self.labels = f"{type(model).__name__}.loss", model, labels
 
-    def forward(
-        self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Sequence[int] | None = None
-    ) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Offsets = None) -> Output:
         return self.model.loss(x, self.labels, offsets, keep=keep)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> None:

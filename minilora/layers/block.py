@@ -16,6 +16,10 @@ from minilora.layers.dropout import Dropout
 from minilora.layers.linear import Linear
 from minilora.layers.norm import LayerNorm
 
+Offsets = Sequence[int] | None  # the bounds of packed sequences: [0, 5, 9] is two, of 5 and 4 tokens; None: one sequence
+Rows = np.ndarray | None  # which rows of the result to compute, on the host; None: all
+Output = tuple[Array, Saved | None]  # y, and what backward reads
+
 
 class PreNormBlock(Layer):
     """h = x + attn(norm_1(x));   y = h + mlp(norm_2(h)).   x (T, d) -> y (T, d), or the requested `rows` of it, (R, d).
@@ -31,14 +35,8 @@ class PreNormBlock(Layer):
         raise NotImplementedError(f"{type(self).__name__} has no parts.")
 
     def forward(
-        self,
-        x: Array,
-        keep: bool = True,
-        need_dx: bool = True,
-        offsets: Sequence[int] | None = None,
-        rows: np.ndarray | None = None,
-        **inputs: Any,
-    ) -> tuple[Array, Saved | None]:
+        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Offsets = None, rows: Rows = None, **inputs: Any
+    ) -> Output:
         """inputs: further arguments of the attention."""
         norm_1, attn, norm_2, mlp = self.parts()
         # The gradient is needed at each place that has something trainable at or below it.
@@ -100,7 +98,7 @@ class FeedForward(Layer):
         self.act = GELU("tanh")
         self.c_proj = Linear(n_inner, d_model, rng=rng, dtype=dtype)
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         below = need_dx or self.c_fc.trainable
         h, s_fc = self.c_fc.forward(x, keep=keep and below, need_dx=need_dx)
         a, s_act = self.act.forward(h, keep=keep and below)

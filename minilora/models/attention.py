@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array
 from minilora.layers import Layer, Saved
+from minilora.layers.block import Offsets, Output, Rows
 from minilora.models.cache import Extend
 
 Tables = tuple[Array, Array]  # cos and sin of the rotary angles, (T, head_dim / 2) each
@@ -33,14 +33,8 @@ class SelfAttention(Layer):
         raise NotImplementedError(f"{type(self).__name__} has no projections.")
 
     def forward(
-        self,
-        x: Array,
-        keep: bool = True,
-        need_dx: bool = True,
-        offsets: Sequence[int] | None = None,
-        rows: np.ndarray | None = None,
-        rope: Tables | None = None,
-    ) -> tuple[Array, Saved | None]:
+        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Offsets = None, rows: Rows = None, rope: Tables | None = None
+    ) -> Output:
         to_q, to_k, to_v = self.projections()
         need = {name for name, layer in (("dq", to_q), ("dk", to_k), ("dv", to_v)) if need_dx or layer.trainable}
         q, s_q = to_q.forward(F.take_rows(x, rows), keep=keep and "dq" in need, need_dx=need_dx)
@@ -83,5 +77,5 @@ class SelfAttention(Layer):
         return K.attention(q, k, v, self.n_head, keep=False, n_kv_head=self.n_kv_head, rows=last)[0]
 
 
-def _take(rope: Tables, rows: np.ndarray | None) -> list[Array]:
+def _take(rope: Tables, rows: Rows) -> list[Array]:
     return [F.take_rows(table, rows) for table in rope]

@@ -9,7 +9,7 @@ it is read, as views.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ import numpy as np
 from minilora import functional as F
 from minilora.backend import Array, constant
 from minilora.layers import GELU, Dropout, Embedding, Layer, LayerNorm, Linear, ReLU, Saved, Tanh
+from minilora.layers.block import Offsets, Output, Rows
 from minilora.models.attention import SelfAttention
 from minilora.models.config_file import ModelConfig
 from minilora.models.stack import Body, Parts
@@ -118,7 +119,7 @@ class BertEmbeddings(Layer):
 
     def forward(  # type: ignore[override]
         self, x: Array, keep: bool = True, need_dx: bool = False, *, places: np.ndarray, token_types: np.ndarray | None = None
-    ) -> tuple[Array, Saved | None]:
+    ) -> Output:
         """x are token ids, token_types (T,) are 0 by default. There is no dx: ids are integers."""
         types = np.zeros(len(x), dtype=np.int64) if token_types is None else token_types
         at_sum = self.word_embeddings.trainable or self.position_embeddings.trainable or self.token_type_embeddings.trainable
@@ -185,9 +186,7 @@ class BertLayer(Layer):
         self.intermediate: Any = Names(dense=dense(c.hidden_size, c.intermediate_size), act=_ACTIVATIONS[c.hidden_act]())
         self.output: Any = into_residual(c.intermediate_size)
 
-    def forward(
-        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Sequence[int] | None = None, rows: np.ndarray | None = None
-    ) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Offsets = None, rows: Rows = None) -> Output:
         attn, out_1, inter, out_2 = self.attention.self, self.attention.output, self.intermediate, self.output
         # The gradient is needed at each place that has something trainable at or below it.
         at_a = need_dx or attn.trainable
@@ -249,7 +248,7 @@ class BertPooler(Layer):
         self.dense = Linear(c.hidden_size, c.hidden_size, rng=rng, dtype=dtype)
         self.act = Tanh()
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         z, s_dense = self.dense.forward(x, keep=keep, need_dx=need_dx)
         p, s_act = self.act.forward(z, keep=keep)
         return p, self.save(need_dx, s_dense, s_act) if keep else None

@@ -1,11 +1,12 @@
 """BERT with a classifier: pooling, head, loss, and sentence embeddings. Module names as in BertForSequenceClassification.
 
-logits = p W_c + b_c,   p = tanh(f W_p + b_p) with f the first row of each sequence of h (BERT's pooler), or the mean of its rows
+    logits = p W_c + b_c        p = tanh(f W_p + b_p), f the first row of each sequence of h; or p the mean of its rows
+
+The first is BERT's pooler, the second what sentence encoders use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, generator
 from minilora.layers import Dropout, Layer, Linear, Saved
+from minilora.layers.block import Offsets, Output
 from minilora.models.bert import Bert, BertConfig
 from minilora.models.stack import Prefix
 
@@ -41,10 +43,10 @@ class BertClassifier(Layer):
         x: Array,
         keep: bool = True,
         need_dx: bool = False,
-        offsets: Sequence[int] | None = None,
+        offsets: Offsets = None,
         token_types: np.ndarray | None = None,
         prefix: Prefix | None = None,
-    ) -> tuple[Array, Saved | None]:
+    ) -> Output:
         """x are token ids of packed sequences, `offsets` their bounds. There is no dx: ids are integers.
 
         BERT's pooler reads the first row of each sequence, so the last block computes no others. prefix: the result of `prefix`.
@@ -79,7 +81,7 @@ class BertClassifier(Layer):
         if at_h:
             self.bert.backward(dh, s_bert)  #                            h = bert(ids)
 
-    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix | None:
+    def prefix(self, ids: Array, offsets: Offsets = None) -> Prefix | None:
         """The output of the frozen blocks at the bottom, the same in every epoch (models/stack.py); None if there are none."""
         return self.bert.prefix(ids, offsets)
 
@@ -87,11 +89,11 @@ class BertClassifier(Layer):
         self,
         ids: Array,
         labels: np.ndarray,
-        offsets: Sequence[int] | None = None,
+        offsets: Offsets = None,
         count: int | None = None,
         keep: bool = True,
         prefix: Prefix | None = None,
-    ) -> tuple[Array, Saved | None]:
+    ) -> Output:
         """The sum over labelled sequences of -log p(label), in regression of (logit - label)^2, over `count` (default: their number).
 
         ids (T,); labels (n,) on the host, one for each sequence: integers, or numbers in regression; -100 means no label.
@@ -119,13 +121,13 @@ class BertClassifier(Layer):
         dlogits, s_logits = self.load(saved, False)
         self.backward(dlogits, s_logits)
 
-    def embed(self, ids: Array, offsets: Sequence[int] | None = None) -> Array:
+    def embed(self, ids: Array, offsets: Offsets = None) -> Array:
         """(n, d): the mean of the hidden states of each sequence, as in sentence encoders. Inference only; not normalised."""
         h, _ = self.bert.forward(ids, keep=False, offsets=offsets)
         return _means(h, _bounds(offsets, len(ids)))
 
 
-def _bounds(offsets: Sequence[int] | None, tokens: int) -> np.ndarray:
+def _bounds(offsets: Offsets, tokens: int) -> np.ndarray:
     """The offsets as an array; None is one sequence. Raises ValueError when they do not fit."""
     F.check_offsets(offsets, tokens)
     return np.array([0, tokens] if offsets is None else offsets, dtype=np.int64)

@@ -1,11 +1,12 @@
-"""What decoders share: the head, which may be the embedding ("tied"), the loss of the next token, and generation token by token.
+"""What decoders share: the head, the loss of the next token, and generation token by token.
 
-h = body(ids)        logits = h W_head        W_head = lm_head, or embedding^T
+    h = body(ids)        logits = h W_head        W_head = lm_head, or embedding^T: a "tied" head
+
+The body is in models/stack.py, its parts are in the file of each model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array
 from minilora.layers import Layer, Linear, Saved
+from minilora.layers.block import Offsets, Output
 from minilora.models.cache import KVCache
 from minilora.models.stack import Body, Prefix
 
@@ -46,9 +48,7 @@ class Decoder(Layer):
             return self.embedding.weight.data.T
         return self.lm_head.weight.data if type(self.lm_head) is Linear else None
 
-    def forward(
-        self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Sequence[int] | None = None
-    ) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Offsets = None) -> Output:
         h, s_h = self.body.forward(x, keep=keep, offsets=offsets)
         if self.lm_head is None:
             logits, s_head = K.linear(h, self.head), h if self.embedding.weight.trainable else None
@@ -72,11 +72,11 @@ class Decoder(Layer):
         self,
         ids: Array,
         labels: np.ndarray | F.Labelled,
-        offsets: Sequence[int] | None = None,
+        offsets: Offsets = None,
         count: int | None = None,
         keep: bool = True,
         prefix: Prefix | None = None,
-    ) -> tuple[Array, Saved | None]:
+    ) -> Output:
         """The sum over labelled rows of -log p(labels_t | ids_0 ... ids_t), divided by `count` (default: the number of those rows).
 
         ids (T,); labels (T,) on the host: labels[t] is the token that row t has to predict (already shifted), or -100.
@@ -88,8 +88,6 @@ class Decoder(Layer):
         rows, targets, _ = F.labelled(labels)
         if targets.size == 0 and count is None:
             raise ValueError("loss: no row is labelled.")
-        if any(layer is not None and layer.every_row for layer in (self.body.parts().norm, self.lm_head)):
-            raise ValueError("loss: the models of this mixture differ in the head or the last norm; use forward and cross_entropy.")
         h, s_h = self.body.forward(ids, keep=keep, offsets=offsets, rows=rows, prefix=prefix)
         W, dh, dW, dz, s_head = self.head, None, None, None, None
         if W is not None:
@@ -115,7 +113,7 @@ class Decoder(Layer):
         if dh is not None:  # None: only the head is trained
             self.body.backward(dh, s_h)  #                                         h = body(ids)
 
-    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix | None:
+    def prefix(self, ids: Array, offsets: Offsets = None) -> Prefix | None:
         """The output of the frozen blocks at the bottom, the same in every epoch (models/stack.py); None if there are none."""
         return self.body.prefix(ids, offsets)
 

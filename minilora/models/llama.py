@@ -17,7 +17,7 @@ from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array, Rng, generator
 from minilora.layers import Embedding, Layer, Linear, RMSNorm, Saved
-from minilora.layers.block import PreNormBlock
+from minilora.layers.block import Output, PreNormBlock
 from minilora.models.attention import SelfAttention, Tables
 from minilora.models.cache import Extend
 from minilora.models.config_file import ModelConfig
@@ -124,7 +124,7 @@ class LlamaAttention(SelfAttention):
     def projections(self) -> tuple[Layer, Layer, Layer]:
         return self.q_proj, self.k_proj, self.v_proj
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True, *args: Any, **inputs: Any) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True, *args: Any, **inputs: Any) -> Output:
         at_o = need_dx or any(layer.trainable for layer in self.projections())
         o, s_o = super().forward(x, keep and at_o, need_dx, *args, **inputs)
         y, s_y = self.o_proj.forward(o, keep=keep, need_dx=at_o)
@@ -151,7 +151,7 @@ class LlamaMLP(Layer):
         self.up_proj = Linear(d, f, bias, rng=rng, dtype=dtype)
         self.down_proj = Linear(f, d, bias, rng=rng, dtype=dtype)
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         at_g, at_u = need_dx or self.gate_proj.trainable, need_dx or self.up_proj.trainable
         below = at_g or at_u
         g, s_gate = self.gate_proj.forward(x, keep=keep and at_g, need_dx=need_dx)

@@ -13,14 +13,7 @@ from minilora.layers import Layer, Linear, ReLU, Sequential
 class MLP(Sequential):
     """x (T, sizes[0]) -> y (T, sizes[-1]).   `MLP([2, 32, 32, 1], Tanh)` has three dense layers, layers.0, layers.2, layers.4."""
 
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        activation: Callable[[], Layer] = ReLU,
-        *,
-        rng: Rng = None,
-        dtype: Any = "float32",
-    ) -> None:
+    def __init__(self, sizes: Sequence[int], activation: Callable[[], Layer] = ReLU, *, rng: Rng = None, dtype: Any = "float32") -> None:
         if len(sizes) < 2:
             raise ValueError(f"MLP: sizes {list(sizes)} must name at least an input and an output size.")
         rng = generator(rng)

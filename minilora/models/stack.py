@@ -19,6 +19,7 @@ import numpy as np
 from minilora import functional as F
 from minilora.backend import Array
 from minilora.layers import Dropout, Layer, Saved
+from minilora.layers.block import Offsets, Output, Rows
 
 
 class Parts(NamedTuple):
@@ -58,7 +59,7 @@ class Body(Layer):
         """Further arguments of every block, such as Llama's rotary tables, where the activations `like` are."""
         return {}
 
-    def places(self, tokens: int, offsets: Sequence[int] | None = None) -> np.ndarray:
+    def places(self, tokens: int, offsets: Offsets = None) -> np.ndarray:
         """(T,) the position of each token. Raises ValueError for a sequence beyond max_position_embeddings."""
         return F.positions(tokens, offsets, self.config.max_position_embeddings)
 
@@ -67,11 +68,11 @@ class Body(Layer):
         x: Array,
         keep: bool = True,
         need_dx: bool = False,
-        offsets: Sequence[int] | None = None,
-        rows: np.ndarray | None = None,
+        offsets: Offsets = None,
+        rows: Rows = None,
         prefix: Prefix | None = None,
         **inputs: Any,
-    ) -> tuple[Array, Saved | None]:
+    ) -> Output:
         """x are token ids of packed sequences, `offsets` their bounds. There is no dx: ids are integers.
 
         rows: the rows of h to return, by default all. prefix: the result of `self.prefix` for these ids. inputs: for `embed`.
@@ -96,7 +97,7 @@ class Body(Layer):
         if dx is not None:
             self.embed_backward(dx, s_x)  #                                                   x_0 = embed(ids)
 
-    def prefix(self, ids: Array, offsets: Sequence[int] | None = None) -> Prefix | None:
+    def prefix(self, ids: Array, offsets: Offsets = None) -> Prefix | None:
         """The output of the frozen blocks at the bottom for these ids, None if there are none. The last block never counts as frozen."""
         embeddings, blocks, _ = self.parts()
         n = next((i for i, block in enumerate(blocks) if block.trainable), len(blocks) - 1)
@@ -124,7 +125,7 @@ class Again(NamedTuple):
 
 
 def run_blocks(
-    blocks: Sequence[Layer], x: Array, need_dx: bool, keep: bool, rows: np.ndarray | None = None, recompute: bool = False, **inputs: Any
+    blocks: Sequence[Layer], x: Array, need_dx: bool, keep: bool, rows: Rows = None, recompute: bool = False, **inputs: Any
 ) -> tuple[Array, Ran]:
     """x (T, d) through all blocks -> y (T, d), or its `rows` (R, d). need_dx: whether the gradient of x will be needed."""
     needs: list[bool] = [need_dx]
