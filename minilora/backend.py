@@ -9,6 +9,7 @@ Two rules keep the rest of the code free of the question "CPU or GPU?":
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -24,6 +25,59 @@ BACKENDS = ("numpy", "cupy")
 _caches: list[Any] = []
 _most_held = 0  # by CuPy's memory pools
 POOL_OWNERS: WeakSet[Any] = WeakSet()  # whoever has a memory pool besides CuPy's own, as .pool (kernels/cuda/replay.py)
+
+
+class Matrix:
+    """What stands in for a weight (m, n) in products without being an array, such as a quantized weight (quantization/).
+
+    Products with it are taken by its own `__rmatmul__`; anything else reads it as a dense array. A subclass has `shape`, `dtype` (of what a
+    product gives), `like` (an array that lives where it does) and the five methods that raise here.
+    """
+
+    __array_ufunc__ = None  # so that x @ this calls __rmatmul__
+    ndim = 2
+    shape: tuple[int, ...]
+    dtype: Any
+    like: Array
+
+    def __rmatmul__(self, x: Array) -> Array:
+        """x W, for x (T, m)."""
+        raise NotImplementedError(f"{type(self).__name__} has no product.")
+
+    @property
+    def T(self) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no T.")
+
+    def dense(self) -> Array:
+        """The matrix as an array."""
+        raise NotImplementedError(f"{type(self).__name__} has no dense.")
+
+    def column_squares(self) -> Array:
+        """sum_i W_ij^2 (n,)."""
+        raise NotImplementedError(f"{type(self).__name__} has no column_squares.")
+
+    def to_backend(self, backend: str, dtype: Any = None) -> Any:
+        """The same on another backend, or with products in another dtype."""
+        raise NotImplementedError(f"{type(self).__name__} has no to_backend.")
+
+    def __matmul__(self, y: Array) -> Array:
+        return (y.T @ self.T).T
+
+    def __add__(self, other: Array) -> Array:
+        return self.dense() + other
+
+    def __sub__(self, other: Array) -> Array:
+        return self.dense() - other
+
+    def __getitem__(self, key: Any) -> Array:
+        return self.dense()[key]
+
+    def copy(self) -> Array:
+        return self.dense()
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 def get_xp(*arrays: Array | None) -> Any:
@@ -47,7 +101,7 @@ def _cupy_of(x: Array) -> Any:
     cupy = sys.modules.get("cupy")  # who holds a CuPy array has imported CuPy
     if cupy is not None and isinstance(x, cupy.ndarray):
         return cupy
-    if hasattr(x, "like"):  # a matrix made of arrays (quantization/residual.py, quantization/nf4.py)
+    if isinstance(x, Matrix):
         return get_xp(x.like)
     raise TypeError(f"expected a NumPy or CuPy array, got {type(x).__name__}.")
 
@@ -61,7 +115,7 @@ def to_backend(x: Array, backend: str, dtype: Any = None) -> Array:
     """x on the named backend, in `dtype` if given. Copies only what has to change."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
-    if hasattr(x, "to_backend"):  # NF4
+    if isinstance(x, Matrix):
         return x.to_backend(backend, dtype)
     if backend == "cupy":
         return import_cupy().asarray(x, dtype=dtype)
@@ -71,7 +125,7 @@ def to_backend(x: Array, backend: str, dtype: Any = None) -> Array:
 
 def to_numpy(x: Array) -> np.ndarray:
     """x as a NumPy array. From a GPU this copies and synchronises: for printing, saving and tests only."""
-    return to_backend(x.dense() if hasattr(x, "dense") else x, "numpy")
+    return to_backend(x.dense() if isinstance(x, Matrix) else x, "numpy")
 
 
 def as_like(x: Array, like: Array) -> Array:

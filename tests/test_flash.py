@@ -12,8 +12,9 @@ import minilora as ml
 from minilora import functional as F
 from minilora.backend import import_cupy
 from minilora.data.batches import random_windows
-from minilora.kernels import cuda, flash
-from minilora.quantization.quantize import narrow_model
+from minilora.kernels import cuda
+from minilora.kernels.cuda import flash
+from minilora.quantization.half import to_half_precision
 from minilora.training.loop import train
 
 pytestmark = pytest.mark.skipif(not cuda.ENABLED, reason="CUDA sources run through g++ here")
@@ -115,7 +116,7 @@ def test_a_model_takes_the_same_steps(name, card, monkeypatch):
         sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
         model = ml.Llama(ml.LlamaConfig(vocab_size=30, max_position_embeddings=80, **sizes), rng=0).freeze()
         if name == "bfloat16":
-            narrow_model(model, "bfloat16")
+            to_half_precision(model, "bfloat16")
         ml.inject(model.to(backend), ml.LoraConfig(r=4), rng=1)
         batches = random_windows(np.random.default_rng(0).integers(0, 30, 400), 40, 2, np.random.default_rng(1))
         run = train(model, ml.AdamW(model.parameters(), 1e-2), batches, 3, lambda step: 1.0, record=False)

@@ -168,7 +168,7 @@ class GPT2(Layer):
         self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Sequence[int] | None = None
     ) -> tuple[Array, Saved | None]:
         h, s_h = self.transformer.forward(x, keep=keep, offsets=offsets)
-        logits = K.linear(h, self.head)
+        logits = K.product(h, self.head)
         return logits, self.save(need_dx, h if self.transformer.wte.weight.trainable else None, s_h) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
@@ -219,4 +219,4 @@ class GPT2(Layer):
 
         Raises ValueError for a sequence beyond n_positions, and leaves the cache's length as it was.
         """
-        return K.linear(self.transformer.decode(ids, cache)[-1:], self.head)[0]
+        return K.product(self.transformer.decode(ids, cache)[-1:], self.head)[0]

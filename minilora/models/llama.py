@@ -153,27 +153,28 @@ class LlamaAttention(Layer):
         q, s_q = self.q_proj.forward(F.take_rows(x, rows), keep=keep and "dq" in need, need_dx=need_dx)
         k, s_k = self.k_proj.forward(x, keep=keep and "dk" in need, need_dx=need_dx)
         v, s_v = self.v_proj.forward(x, keep=keep and "dv" in need, need_dx=need_dx)
-        q, k = K.rotary(q, *(F.take_rows(table, rows) for table in rope)), K.rotary(k, *rope)
+        rope_q = tuple(F.take_rows(table, rows) for table in rope)
+        (q, r_q), (k, r_k) = K.rotary(q, *rope_q), K.rotary(k, *rope)
         o, P = K.attention(q, k, v, self.n_head, offsets, keep=keep and bool(need), n_kv_head=self.n_kv_head, rows=rows)
         y, s_o = self.o_proj.forward(o, keep=keep, need_dx=bool(need))
         if not keep:
             return y, None
-        return y, self.save(need_dx, need, s_q, s_k, s_v, (q, k, v, P, offsets, rows, rope) if need else None, s_o)
+        return y, self.save(need_dx, need, s_q, s_k, s_v, (q, k, v, P, offsets, rows, r_q, r_k, rope_q, rope) if need else None, s_o)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         need, s_q, s_k, s_v, inner, s_o = self.load(saved, need_dx)
         do = self.o_proj.backward(dy, s_o, need_dx=bool(need))  #            y = o_proj(o)
         if not need:
             return None
-        q, k, v, P, offsets, rows, rope = inner
+        q, k, v, P, offsets, rows, r_q, r_k, rope_q, rope = inner
         dq, dk, dv = K.attention_backward(do, q, k, v, P, self.n_head, offsets, self.n_kv_head, need, rows)  # o = attention(q, k, v)
         dx_q = dx_k = dx_v = None
         if "dq" in need:
-            dq = K.rotary_backward(dq, *(F.take_rows(table, rows) for table in rope))
+            dq = K.rotary_backward(dq, r_q, *rope_q)
             dx_q = self.q_proj.backward(dq, s_q, need_dx=need_dx)  #                                   q = rotary(q_proj(x[rows]))
             dx_q = F.take_rows_backward(dx_q, rows, len(k)) if need_dx else None
         if "dk" in need:
-            dx_k = self.k_proj.backward(K.rotary_backward(dk, *rope), s_k, need_dx=need_dx)  #         k = rotary(k_proj(x))
+            dx_k = self.k_proj.backward(K.rotary_backward(dk, r_k, *rope), s_k, need_dx=need_dx)  #         k = rotary(k_proj(x))
         if "dv" in need:
             dx_v = self.v_proj.backward(dv, s_v, need_dx=need_dx)  #                                   v = v_proj(x)
         # x feeds all three
@@ -182,16 +183,16 @@ class LlamaAttention(Layer):
     def decode(self, x: Array, rope: Tables, extend: Extend) -> Array:
         """`forward` of the next tokens of one sequence; extend(k, v) puts theirs behind those of the earlier ones and returns all."""
         q, k, v = (proj.forward(x, keep=False)[0] for proj in (self.q_proj, self.k_proj, self.v_proj))
-        k, v = extend(K.rotary(k, *rope), v)
+        k, v = extend(K.rotary(k, *rope)[0], v)
         last = np.arange(len(k) - len(q), len(k))
-        o, _ = K.attention(K.rotary(q, *rope), k, v, self.n_head, keep=False, n_kv_head=self.n_kv_head, rows=last)
+        o, _ = K.attention(K.rotary(q, *rope)[0], k, v, self.n_head, keep=False, n_kv_head=self.n_kv_head, rows=last)
         return self.o_proj.forward(o, keep=False)[0]
 
 
 class LlamaMLP(Layer):
     """SwiGLU (arXiv 2002.05202): y = (silu(g) * u) W_down,   g = x W_gate,   u = x W_up.   x (T, d) -> y (T, d).
 
-    Saved, if a gradient has to pass through: what kernels/gate.py makes of g and u (T, intermediate_size), two arrays of that size.
+    Saved, if a gradient has to pass through: what K.swiglu saves, two arrays (T, intermediate_size).
     """
 
     def __init__(self, config: LlamaConfig, *, rng: Rng = None, dtype: Any = "float32") -> None:
@@ -217,7 +218,8 @@ class LlamaMLP(Layer):
         if gate is None:
             return None
         dx_g = dx_u = None
-        dg, du = K.swiglu_backward(da, gate, (at_g, at_u))  #                  a = silu(g) * u
+        need = {name for name, at in (("dg", at_g), ("du", at_u)) if at}
+        dg, du = K.swiglu_backward(da, gate, need)  #                          a = silu(g) * u
         if at_u:
             dx_u = self.up_proj.backward(du, s_up, need_dx=need_dx)  #         u = up_proj(x)
         if at_g:
@@ -352,7 +354,7 @@ class LlamaDecoder(Layer):
 
     def tables(self, positions: np.ndarray, like: Array) -> Tables:
         """cos and sin for these positions, where the activations `like` live; beside 16 bits they are of float32."""
-        return F.rotary_tables(positions, self.config.head_dim, self.config.rope_theta, K.wide(like[:1]))  # type: ignore[arg-type]
+        return F.rotary_tables(positions, self.config.head_dim, self.config.rope_theta, K.upcast(like[:1]))  # type: ignore[arg-type]
 
 
 class Llama(Layer):
@@ -382,7 +384,7 @@ class Llama(Layer):
     ) -> tuple[Array, Saved | None]:
         h, s_h = self.model.forward(x, keep=keep, offsets=offsets)
         if self.config.tie_word_embeddings:
-            logits, s_head = K.linear(h, self.head), h if self.model.embed_tokens.weight.trainable else None
+            logits, s_head = K.product(h, self.head), h if self.model.embed_tokens.weight.trainable else None
         else:
             logits, s_head = self.lm_head.forward(h, keep=keep, need_dx=self.model.trainable)
         return logits, self.save(need_dx, s_head, s_h) if keep else None
@@ -457,7 +459,7 @@ class Llama(Layer):
         """
         h = self.model.decode(ids, cache)[-1:]
         W = self.head
-        return (K.linear(h, W) if W is not None else self.lm_head.forward(h, keep=False)[0])[0]
+        return (K.product(h, W) if W is not None else self.lm_head.forward(h, keep=False)[0])[0]
 
     @property
     def head(self) -> Array | None:

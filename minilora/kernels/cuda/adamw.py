@@ -1,4 +1,4 @@
-"""AdamW over the whole flat buffer in one launch; the equations are in optim/optimizers.py, which also has the plain one."""
+"""A step of AdamW over the flat buffer in one launch (adamw.cu)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def adamw(
     eps: float,
     decoupled: bool,
 ) -> None:
-    """One step, in place. rates and decays: numbers, or arrays of the buffer's size. Everything is on the device."""
+    """As functional.adamw, in place."""
     f, (b1, b2) = w.dtype.type, betas
     scales = [(x, f(y)) if hasattr(x, "shape") and x.shape else (cuda.NULL, f(x * y)) for x, y in ((rates, lr), (decays, weight_decay))]
     (rates, lr_), (decays, decay) = scales

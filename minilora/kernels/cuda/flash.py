@@ -1,7 +1,7 @@
-"""Attention on a card's tensor cores, whose scores are never in memory: cuda/flash.cu, and which block of it takes which rows.
+"""Attention on tensor cores without the scores in memory (flash.cu), and which block of threads takes which rows.
 
-For 16-bit arrays, and for float32 where products may be taken in TF32 (backend CuPy, CUPY_TF32=1); heads of 32, 64 or 128 features.
-Saved: o, and of each row and head the logarithm of the sum that the softmax divides by. Memory is linear in the length of a sequence.
+For half precision, and for float32 where products may be taken in TF32 (CUPY_TF32=1); heads of 32, 64 or 128 features. Saved: o, and for
+each row and head the logarithm of the sum that the softmax divides by. Memory is linear in the length of a sequence.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Tiles(NamedTuple):
 
 
 def fits(q: Array, k: Array, v: Array, n_head: int) -> bool:
-    """Is there a kernel for these?"""
+    """Whether there is a kernel for these arrays."""
     kind = q.dtype.itemsize == 2 or (q.dtype == np.float32 and tf32())
-    if not kind or not cuda.usable(q, k, v) or not _has_the_instructions(get_xp(q)):
+    if not kind or not cuda.alike(q, k, v) or not _has_the_instructions(get_xp(q)):
         return False
     return q.shape[1] // n_head in HEADS and all(_aligned(x) for x in (q, k, v))
 
@@ -53,7 +53,7 @@ def _has_the_instructions(xp: Any) -> bool:
 
 
 def _aligned(x: Array) -> bool:
-    """Can rows be read 16 bytes at a time?"""
+    """Whether rows can be read 16 bytes at a time."""
     return x.strides[1] == x.itemsize and x.strides[0] % 16 == 0 and x.data.ptr % 16 == 0
 
 
@@ -107,11 +107,11 @@ def _numbers(q: Array, k: Array, v: Array, n_head: int, n_kv_head: int) -> tuple
     return scale, np.int32(n_head), np.int32(n_head // n_kv_head), *(np.int64(x.strides[0] // x.itemsize) for x in (q, k, v))
 
 
-def _launch(name: str, blocks: int, sizes: tuple[int, int], straight: int, turned: int, like: Array, args: tuple[Any, ...]) -> None:
-    """With room in shared memory for so many tiles that lie row by row, and column by column; see flash.cu for their sizes."""
+def _launch(name: str, blocks: int, sizes: tuple[int, int], straight: int, transposed: int, like: Array, args: tuple[Any, ...]) -> None:
+    """With room in shared memory for so many tiles in row order, and transposed; see flash.cu for their sizes."""
     d, itemsize = sizes
     loop = min(64, 8192 // (d * itemsize))
-    words = straight * loop * (d * itemsize // 4 + 4) + turned * d * (loop * itemsize // 4 + 4) + 3 * loop
+    words = straight * loop * (d * itemsize // 4 + 4) + transposed * d * (loop * itemsize // 4 + 4) + 3 * loop
     if blocks:
         cuda.function(like, "flash", name, f"-DD={d}")((blocks,), (_THREADS,), args, shared_mem=4 * words)
 
