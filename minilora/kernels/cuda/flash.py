@@ -90,7 +90,7 @@ def attention_backward(
     given = (q, k, v, saved.o, do, saved.log_sum, tiles.of_queries, tiles.limit, *numbers)
     _launch("flash_dq", len(tiles.of_queries) * n_head, sizes, 2, 1, q, (*given, delta, dq))  # delta, which the other needs, comes along
     if not {"dk", "dv"} & set(need):
-        return dq, None, None
+        return dq if "dq" in need else None, None, None
     dk, dv = (xp.empty(k.shape, dtype=k.dtype) for _ in range(2))
     given = (q, k, v, do, saved.log_sum, delta, tiles.of_keys, tiles.limit, *numbers)
     _launch("flash_dkv", len(tiles.of_keys) * n_kv_head, sizes, 2, 2, q, (*given, dk, dv))

@@ -31,7 +31,7 @@ def linear(x: Array, W: Array, b: Array | None = None) -> tuple[Array, None]:
 def linear_backward(
     dy: Array, x: Array | None, W: Array, need: Collection[str] = ("dx", "dW", "db")
 ) -> tuple[Array | None, Array | None, Array | None]:
-    """As functional.linear_backward; db is summed in float32."""
+    """As functional.linear_backward; dW and db are of float32 also in half precision."""
     db = upcast(dy).sum(axis=0) if "db" in need else None
-    dW = cuda.gemm(x.T, dy) if x is not None and "dW" in need else None
+    dW = cuda.gemm(x.T, dy, dtype=cuda.real_of(x)) if x is not None and "dW" in need else None
     return product(dy, W.T) if "dx" in need else None, dW, db

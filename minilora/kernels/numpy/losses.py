@@ -30,7 +30,7 @@ def linear_cross_entropy(
     dx = np.zeros((T, d), x.dtype) if "dx" in need else None
     for first in range(0, V, width):
         W_block = W[:, first : first + width]
-        z = np.matmul(x, W_block, out=buffer[: T * W_block.shape[1]].reshape(T, -1))
+        z = np.matmul(x, W_block, out=buffer[: T * W_block.shape[1]].reshape(T, W_block.shape[1]))
         m_old, m = m, np.maximum(m, z.max(axis=1, keepdims=True))
         shrink = np.exp(m_old - m)
         z -= m
