@@ -65,8 +65,8 @@ def test_against_the_pair(dtype, d, case, card):
     do = column_blocks(len(q), (heads * d,), dtype, seed=1)[0]
     assert flash.fits(q, k, v, heads)
     with standin.count() as c:
-        o, saved = flash.attention(q, k, v, heads, groups, offsets, causal, rows)
-        got = flash.attention_backward(do, q, k, v, saved, heads, groups, offsets, {"dq", "dk", "dv"}, rows)
+        o, saved = flash.attention(q, k, v, heads, offsets, causal, n_kv_head=groups, rows=rows)
+        got = flash.attention_backward(do, q, k, v, saved, heads, offsets, groups, {"dq", "dk", "dv"}, rows)
     assert card is not standin.module or (c.launches, c.syncs) == (3, 0)
     here = [wide(x) for x in (q, k, v)]
     wanted, P = F.attention(*here, heads, offsets, causal, n_kv_head=groups, rows=rows)
@@ -84,7 +84,7 @@ def test_against_the_pair(dtype, d, case, card):
 
 def test_large_scores_do_not_overflow(dtype, card):
     q, k, v = (20 * x for x in column_blocks(40, (64, 64, 64), dtype, seed=2))
-    o, _ = flash.attention(q, k, v, 1, 1, None, True, None)
+    o, _ = flash.attention(q, k, v, 1)
     wanted, _ = F.attention(wide(q), wide(k), wide(v), 1)
     np.testing.assert_allclose(wide(o), wanted, atol=40 * tolerance(dtype, card))
 

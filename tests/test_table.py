@@ -59,7 +59,7 @@ FUNCTIONS = {
     "linear_cross_entropy": lambda draw, real: case(draw(T, M), draw(M, 600), LABELS, 17, ("dx",)),
     "dropout_mask": lambda draw, real: case(real(M), (T, M), 0.3, 5),
     "adamw": lambda draw, real: case(
-        real(40), real(40), real(40), abs(real(40)), real(40), 1.0, 0.1, 0.01, (0.9, 0.99), (0.5, 0.3), 1e-8, True
+        real(40), real(40), real(40), abs(real(40)), real(40), 1.0, F.AdamStep(0.1, 0.01, 0.9, 0.99, 0.5, 0.3, 1e-8, True)
     ),
 }
 

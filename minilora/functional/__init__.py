@@ -14,7 +14,7 @@ from minilora.functional.activations import (
     tanh,
     tanh_backward,
 )
-from minilora.functional.adamw import adamw
+from minilora.functional.adamw import AdamStep, adamw
 from minilora.functional.attention import attention, attention_backward, check_attention, check_offsets, positions
 from minilora.functional.dropout import check_p, dropout, dropout_backward, dropout_mask
 from minilora.functional.embedding import check_ids, embedding, embedding_backward

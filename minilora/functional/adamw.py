@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from minilora.backend import Array, get_xp
 
 
+class AdamStep(NamedTuple):
+    """The numbers of a step: b1 and b2 the betas, c1 = 1 - b1^t and c2 = 1 - b2^t (or 1, without bias correction)."""
+
+    lr: float
+    weight_decay: float
+    b1: float
+    b2: float
+    c1: float
+    c2: float
+    eps: float
+    decoupled: bool
+
+
 def adamw(
-    w: Array,
-    g: Array,
-    m: Array,
-    v: Array,
-    rates: Array | float,
-    decays: Array | float,
-    lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    corrections: tuple[float, float],
-    eps: float,
-    decoupled: bool,
+    w: Array, g: Array, m: Array, v: Array, rates: Array | float, decays: Array | float, step: AdamStep
 ) -> tuple[Array, Array, Array]:
-    """The new weights, and first and second moments (Adam, arXiv 1412.6980, algorithm 1; AdamW, arXiv 1711.05101, algorithm 2).
+    """The new weights and moments (Adam, arXiv 1412.6980, algorithm 1; AdamW, arXiv 1711.05101, algorithm 2). All arrays (n,).
 
         m' = b1 m + (1 - b1) g,   v' = b2 v + (1 - b2) g^2
         w' = w - lr weight_decay w - lr (m' / c1) / (sqrt(v' / c2) + eps)
 
-    All arrays (n,). corrections c1 = 1 - b1^t and c2 = 1 - b2^t at step t, or 1; rates and decays, factors of lr and weight_decay, are
-    numbers or (n,). Adam (decoupled=False) adds weight_decay w to g instead.
+    rates and decays are factors of lr and weight_decay. Adam (not decoupled) adds weight_decay w to g instead.
     """
-    xp, (b1, b2), (c1, c2) = get_xp(w, g, m, v), betas, corrections
-    lr_, decay = lr * rates, weight_decay * decays
-    if not decoupled:
+    lr, decay = step.lr * rates, step.weight_decay * decays
+    if not step.decoupled:
         g = g + decay * w
-    m = b1 * m + (1 - b1) * g
-    v = b2 * v + (1 - b2) * (g * g)
-    if decoupled:
-        w = w * (1 - lr_ * decay)
-    return w - (lr_ / c1) * m / (xp.sqrt(v) / math.sqrt(c2) + eps), m, v
+    m = step.b1 * m + (1 - step.b1) * g
+    v = step.b2 * v + (1 - step.b2) * (g * g)
+    if step.decoupled:
+        w = w * (1 - lr * decay)
+    return w - (lr / step.c1) * m / (get_xp(v).sqrt(v) / math.sqrt(step.c2) + step.eps), m, v

@@ -12,16 +12,13 @@ from typing import Any
 from minilora import functional as F
 from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
-from minilora.kernels.cuda import activations as cu_activations
-from minilora.kernels.cuda import adamw as cu_adamw
 from minilora.kernels.cuda import attention as cu_attention
-from minilora.kernels.cuda import dropout as cu_dropout
 from minilora.kernels.cuda import flash
 from minilora.kernels.cuda import linear as cu_linear
 from minilora.kernels.cuda import lora as cu_lora
 from minilora.kernels.cuda import losses as cu_losses
 from minilora.kernels.cuda import norm as cu_norm
-from minilora.kernels.cuda import rotary as cu_rotary
+from minilora.kernels.cuda import pointwise as cu_pointwise
 from minilora.kernels.dispatch import ANY, Kernel, function, operation
 from minilora.kernels.dispatch import TABLE as TABLE
 from minilora.kernels.half import upcast as upcast
@@ -78,16 +75,16 @@ relu, relu_backward = operation("relu", F.relu, F.relu_backward, saves="x", dtyp
 tanh, tanh_backward = operation("tanh", F.tanh, F.tanh_backward, saves="y", dtypes=ANY)
 gelu, gelu_backward = operation("gelu", F.gelu, F.gelu_backward,
     NUMPY(np_activations.gelu, np_activations.activation_backward, SLOPE, ("float32",), when="x is of float32"),
-    CUDA(cu_activations.gelu, cu_activations.activation_backward, SLOPE), saves="x", keep=True)
+    CUDA(cu_pointwise.gelu, cu_pointwise.activation_backward, SLOPE), saves="x", keep=True)
 gelu_tanh, gelu_tanh_backward = operation("gelu_tanh", F.gelu_tanh, F.gelu_tanh_backward,
     NUMPY(np_activations.gelu_tanh, np_activations.activation_backward, SLOPE),
-    CUDA(cu_activations.gelu_tanh, cu_activations.activation_backward, SLOPE), saves="x", keep=True)
+    CUDA(cu_pointwise.gelu_tanh, cu_pointwise.activation_backward, SLOPE), saves="x", keep=True)
 silu, silu_backward = operation("silu", F.silu, F.silu_backward,
     NUMPY(np_activations.silu, np_activations.activation_backward, SLOPE),
-    CUDA(cu_activations.silu, cu_activations.activation_backward, SLOPE), saves="x", keep=True)
+    CUDA(cu_pointwise.silu, cu_pointwise.activation_backward, SLOPE), saves="x", keep=True)
 swiglu, swiglu_backward = operation("swiglu", F.swiglu, F.swiglu_backward,
     NUMPY(np_activations.swiglu, np_activations.swiglu_backward, SLOPE),
-    CUDA(cu_activations.swiglu, cu_activations.swiglu_backward, SLOPE, fits=_gate, when=DTYPES),
+    CUDA(cu_pointwise.swiglu, cu_pointwise.swiglu_backward, SLOPE, fits=_gate, when=DTYPES),
     saves="saved", keep=True, activations=(0, 1))
 linear, linear_backward = operation("linear", F.linear, F.linear_backward,
     CUDA(cu_linear.linear, cu_linear.linear_backward, "cuBLAS reads transposed factors in place", fits=_weight, when=DTYPES))
@@ -102,12 +99,12 @@ rms_norm, rms_norm_backward = operation("rms_norm", F.rms_norm, F.rms_norm_backw
     NUMPY(np_norm.rms_norm, np_norm.rms_norm_backward, "blocks of rows that stay in the cache"),
     CUDA(cu_norm.rms_norm, cu_norm.rms_norm_backward, "one launch", fits=cuda.real, when=DTYPES), saves="saved")
 rotary, rotary_backward = operation("rotary", F.rotary, F.rotary_backward,
-    CUDA(cu_rotary.rotary, cu_rotary.rotary_backward, "one launch", fits=cuda.real, when=DTYPES))
+    CUDA(cu_pointwise.rotary, cu_pointwise.rotary_backward, "one launch", fits=cuda.real, when=DTYPES))
 dropout, dropout_backward = operation("dropout", F.dropout, F.dropout_backward,
-    CUDA(cu_dropout.dropout, cu_dropout.dropout_backward, "the mask is drawn and applied in one launch"))
+    CUDA(cu_pointwise.dropout, cu_pointwise.dropout_backward, "the mask is drawn and applied in one launch"))
 attention, attention_backward = operation("attention", F.attention, F.attention_backward,
     NUMPY(np_attention.attention, np_attention.attention_backward, "many short sequences at once, half of a causal square"),
-    CUDA(cu_attention.flash_attention, cu_attention.flash_attention_backward, "tensor cores, without scores in memory",
+    CUDA(flash.attention, flash.attention_backward, "tensor cores, without scores in memory",
          fits=_flash, when="half precision, or float32 with CUPY_TF32=1; heads of 32, 64 or 128"),
     CUDA(cu_attention.attention, cu_attention.attention_backward, "many short sequences at once", fits=_heads, when=DTYPES),
     saves="saved", keep=True, activations=(0, 1, 2))
@@ -116,10 +113,10 @@ cross_entropy = function("cross_entropy", _cross_entropy)
 linear_cross_entropy = function("linear_cross_entropy", F.linear_cross_entropy,
     NUMPY(np_losses.linear_cross_entropy, None, "one buffer, every step in place", fits=np_losses.fits, when="the head is frozen"),
     CUDA(cu_losses.linear_cross_entropy, None, "one launch for each block of the vocabulary", fits=_head, when=DTYPES))
-dropout_mask = function("dropout_mask", _dropout_mask, CUDA(cu_dropout.dropout_mask, None, "one launch"))
+dropout_mask = function("dropout_mask", _dropout_mask, CUDA(cu_pointwise.dropout_mask, None, "one launch"))
 adamw = function("adamw", _adamw_in_place,
     NUMPY(np_adamw.adamw, None, "in place, in blocks that stay in the cache"),
-    CUDA(cu_adamw.adamw, None, "one launch", fits=cuda.alike, when=DTYPES))
+    CUDA(cu_pointwise.adamw, None, "one launch", fits=cuda.alike, when=DTYPES))
 # fmt: on
 take_rows, take_rows_backward = F.take_rows, F.take_rows_backward  # these two copy rows: the reference is all there is
 embedding, embedding_backward = F.embedding, F.embedding_backward

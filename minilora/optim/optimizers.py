@@ -8,6 +8,7 @@ from typing import Any
 
 from minilora import kernels as K
 from minilora.backend import Array, get_xp
+from minilora.functional import AdamStep
 from minilora.optim.flat import FlatBuffer, Parameters
 
 
@@ -101,13 +102,10 @@ class AdamW(Optimizer):
     def step(self) -> None:
         w, g = self.flat.data, self.gradient()
         self.t += 1
-        arrays = w, g, self.m, self.v, self.rates, self.decays
-        K.adamw(*arrays, self.lr, self.weight_decay, self.betas, self._corrections(), self.eps, self.decoupled)
-
-    def _corrections(self) -> tuple[float, float]:
-        """1 - b1^t and 1 - b2^t, or 1 where they are left out."""
         b1, b2 = self.betas
-        return (1 - b1**self.t, 1 - b2**self.t) if self.bias_correction else (1.0, 1.0)
+        c1, c2 = (1 - b1**self.t, 1 - b2**self.t) if self.bias_correction else (1.0, 1.0)
+        step = AdamStep(self.lr, self.weight_decay, b1, b2, c1, c2, self.eps, self.decoupled)
+        K.adamw(w, g, self.m, self.v, self.rates, self.decays, step)
 
 
 class Adam(AdamW):

@@ -1,16 +1,13 @@
-"""Attention on the GPU: by groups of sequences (kernels/grouped.py, softmax.cu), or by the flash kernels (flash.py)."""
+"""Attention by groups of sequences and blocks of queries (kernels/grouped.py) on the GPU (softmax.cu)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
-from minilora import functional as F
 from minilora.backend import Array, get_xp
 from minilora.kernels import cuda, grouped
-from minilora.kernels.cuda import flash
 from minilora.kernels.half import is_half
 
 
@@ -22,38 +19,6 @@ def attention(*args: Any, **options: Any) -> tuple[Array, list]:
 def attention_backward(*args: Any, **options: Any) -> tuple[Array, Array, Array]:
     """As functional.attention_backward."""
     return grouped.attention_backward(_STEPS, *args, **options)
-
-
-def flash_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    n_head: int,
-    offsets: Sequence[int] | None = None,
-    causal: bool = True,
-    keep: bool = True,
-    n_kv_head: int | None = None,
-    rows: np.ndarray | None = None,
-) -> tuple[Array, flash.Saved]:
-    """As functional.attention; saved are o and the logarithms of the sums."""
-    F.check_attention(q, k, v, n_head, n_kv_head or n_head, offsets, rows)
-    return flash.attention(q, k, v, n_head, n_kv_head or n_head, offsets, causal, rows)
-
-
-def flash_attention_backward(
-    do: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    saved: flash.Saved,
-    n_head: int,
-    offsets: Sequence[int] | None = None,
-    n_kv_head: int | None = None,
-    need: Collection[str] = ("dq", "dk", "dv"),
-    rows: np.ndarray | None = None,
-) -> tuple[Array | None, Array | None, Array | None]:
-    """As functional.attention_backward."""
-    return flash.attention_backward(do, q, k, v, saved, n_head, n_kv_head or n_head, offsets, need, rows)
 
 
 def _scores(a: Array, b: Array) -> Array:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minilora import functional as F
 from minilora.backend import Array, get_xp, kept_on_device
 from minilora.kernels import cuda
 from minilora.kernels.cuda.blas import tf32
@@ -58,14 +59,23 @@ def _aligned(x: Array) -> bool:
 
 
 def attention(
-    q: Array, k: Array, v: Array, n_head: int, n_kv_head: int, offsets: Sequence[int] | None, causal: bool, rows: np.ndarray | None
+    q: Array,
+    k: Array,
+    v: Array,
+    n_head: int,
+    offsets: Sequence[int] | None = None,
+    causal: bool = True,
+    keep: bool = True,
+    n_kv_head: int | None = None,
+    rows: np.ndarray | None = None,
 ) -> tuple[Array, Saved]:
-    """o (R, H d), and what backward needs; the arguments are checked already."""
-    xp = get_xp(q)
+    """As functional.attention."""
+    xp, G = get_xp(q), n_kv_head or n_head
+    F.check_attention(q, k, v, n_head, G, offsets, rows)
     tiles, sizes = _tiles_of(offsets, len(k), rows, causal, xp), _sizes(q, n_head)
     o, log_sum = xp.empty(q.shape, dtype=q.dtype), xp.empty((len(q), n_head), dtype=xp.float32)
-    given = (q, k, v, tiles.of_queries, tiles.limit, *_numbers(q, k, v, n_head, n_kv_head))
-    _launch("flash_forward", len(tiles.of_queries) * n_head, sizes, 1, 1, q, (*given, o, log_sum))
+    args = (q, k, v, tiles.of_queries, tiles.limit, *_numbers(q, k, v, n_head, G))
+    _launch("flash_forward", len(tiles.of_queries) * n_head, sizes, 1, 1, q, (*args, o, log_sum))
     return o, Saved(o, log_sum, causal)
 
 
@@ -76,24 +86,24 @@ def attention_backward(
     v: Array,
     saved: Saved,
     n_head: int,
-    n_kv_head: int,
-    offsets: Sequence[int] | None,
-    need: Collection[str],
-    rows: np.ndarray | None,
+    offsets: Sequence[int] | None = None,
+    n_kv_head: int | None = None,
+    need: Collection[str] = ("dq", "dk", "dv"),
+    rows: np.ndarray | None = None,
 ) -> tuple[Array | None, Array | None, Array | None]:
-    """dq, dk and dv, each formed only if needed."""
-    xp = get_xp(q)
+    """As functional.attention_backward."""
+    xp, G = get_xp(q), n_kv_head or n_head
     do = xp.ascontiguousarray(do)
     tiles, sizes = _tiles_of(offsets, len(k), rows, saved.causal, xp), _sizes(q, n_head)
-    numbers = _numbers(q, k, v, n_head, n_kv_head)
+    numbers = _numbers(q, k, v, n_head, G)
     delta, dq = xp.empty(saved.log_sum.shape, dtype=xp.float32), xp.empty(q.shape, dtype=q.dtype)
-    given = (q, k, v, saved.o, do, saved.log_sum, tiles.of_queries, tiles.limit, *numbers)
-    _launch("flash_dq", len(tiles.of_queries) * n_head, sizes, 2, 1, q, (*given, delta, dq))  # delta, which the other needs, comes along
-    if not {"dk", "dv"} & set(need):
-        return dq if "dq" in need else None, None, None
-    dk, dv = (xp.empty(k.shape, dtype=k.dtype) for _ in range(2))
-    given = (q, k, v, do, saved.log_sum, delta, tiles.of_keys, tiles.limit, *numbers)
-    _launch("flash_dkv", len(tiles.of_keys) * n_kv_head, sizes, 2, 2, q, (*given, dk, dv))
+    args = (q, k, v, saved.o, do, saved.log_sum, tiles.of_queries, tiles.limit, *numbers)
+    _launch("flash_dq", len(tiles.of_queries) * n_head, sizes, 2, 1, q, (*args, delta, dq))  # also delta, which the next kernel needs
+    dk = dv = None
+    if {"dk", "dv"} & set(need):
+        dk, dv = (xp.empty(k.shape, dtype=k.dtype) for _ in range(2))
+        args = (q, k, v, do, saved.log_sum, delta, tiles.of_keys, tiles.limit, *numbers)
+        _launch("flash_dkv", len(tiles.of_keys) * G, sizes, 2, 2, q, (*args, dk, dv))
     return dq if "dq" in need else None, dk if "dk" in need else None, dv if "dv" in need else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from functools import partial
 
 import numpy as np
 
@@ -27,21 +28,6 @@ _P = (  # erf(x / sqrt 2) = tanh(x P(x^2)) to 1.3e-7 for |x| <= 5.6; tests/golde
     1.3997511483232472e-10,
     -2.2305737985839347e-12,
 )
-
-
-def gelu(x: np.ndarray, keep: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
-    """y = x Phi(x), saved Phi(x) + x phi(x). The polynomial is good enough for float32 only."""
-    return _with_derivative(_gelu, x, keep)
-
-
-def gelu_tanh(x: np.ndarray, keep: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
-    """y = x (1 + tanh z) / 2, saved its derivative."""
-    return _with_derivative(_gelu_tanh, x, keep)
-
-
-def silu(x: np.ndarray, keep: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
-    """y = x sigmoid(x), saved its derivative."""
-    return _with_derivative(_silu, x, keep)
 
 
 def activation_backward(dy: np.ndarray, derivative: np.ndarray) -> np.ndarray:
@@ -78,7 +64,8 @@ def swiglu_backward(
 Block = Callable[..., None]
 
 
-def _with_derivative(fill: Block, x: np.ndarray, keep: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _with_derivative(fill: Block, x: np.ndarray, keep: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+    """y = f(x), saved f'(x). fill computes a block of each."""
     x = np.ascontiguousarray(x)
     y, d = np.empty_like(x), np.empty_like(x) if keep else None
     a, t = scratch(x, 2)
@@ -96,7 +83,7 @@ def _gelu(x: np.ndarray, y: np.ndarray, d: np.ndarray | None, a: np.ndarray, t: 
         t += p
         t *= a
     t += _P[0]
-    t *= x  #                                            beyond _LARGEST a straight line, which tanh takes to 1 exactly
+    t *= x  #                                            beyond _LARGEST a straight line, of which tanh is exactly 1
     np.tanh(t, out=t)
     t += 1
     t *= 0.5  #                                          t = Phi(x)
@@ -141,3 +128,6 @@ def _silu(x: np.ndarray, y: np.ndarray, d: np.ndarray | None, a: np.ndarray, t: 
         np.subtract(1, t, out=d)
         d *= y
         d += t
+
+
+gelu, gelu_tanh, silu = (partial(_with_derivative, block) for block in (_gelu, _gelu_tanh, _silu))
