@@ -17,7 +17,8 @@ from minilora.backend import backend_name
 from minilora.kernels import cuda, flash
 
 attention_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in ("attention", "losses"))
-FILES = {"activations": 4, "adamw": 1, "dropout": 1, "flash": 3, "norm": 2, "rotary": 1, "softmax": 3}  # and how many kernels each has
+# and how many kernels each has
+FILES = {"activations": 4, "adamw": 1, "dropout": 1, "elementwise": 4, "flash": 3, "norm": 2, "rotary": 1, "softmax": 3}
 VARIANTS = [(file, dtype, ()) for file in FILES for dtype in cuda.REAL if file != "flash"]
 VARIANTS += [("flash", dtype, (f"-DD={d}",)) for dtype in cuda.REAL if dtype != "float64" for d in flash.HEADS]
 needs_gpp = pytest.mark.skipif(emulator.COMPILER is None, reason="the stand-in runs CUDA sources through g++, which is not installed")

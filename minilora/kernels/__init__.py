@@ -11,6 +11,7 @@ from minilora.kernels.activations import gelu, gelu_backward, gelu_tanh, gelu_ta
 from minilora.kernels.adamw import adamw
 from minilora.kernels.attention import attention, attention_backward
 from minilora.kernels.dropout import dropout, dropout_backward, dropout_mask
+from minilora.kernels.elementwise import add, multiply
 from minilora.kernels.gate import swiglu, swiglu_backward
 from minilora.kernels.half import wide
 from minilora.kernels.linear import linear, linear_backward, product

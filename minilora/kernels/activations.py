@@ -14,6 +14,7 @@ from minilora import functional as F
 from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
 from minilora.kernels.blocks import blocks, scratch
+from minilora.kernels.elementwise import multiply
 from minilora.kernels.half import NARROW, in_float32
 
 _C = math.sqrt(2 / math.pi)
@@ -45,7 +46,7 @@ def gelu(x: Array, keep: bool = True) -> tuple[Array, Array | None]:
 def gelu_backward(dy: Array, saved: Array) -> Array:
     """dx = dy * slope, or the pair's where that ran."""
     if cuda.usable(dy):
-        return dy * saved
+        return multiply(dy, saved)
     return F.gelu_backward(dy, saved) if get_xp(dy) is not np or dy.dtype == np.float64 else dy * saved
 
 
@@ -60,7 +61,7 @@ def gelu_tanh(x: Array, keep: bool = True) -> tuple[Array, Array | None]:
 @in_float32(NARROW)
 def gelu_tanh_backward(dy: Array, saved: Array) -> Array:
     """dx = dy * slope."""
-    return dy * saved if get_xp(dy) is np or cuda.usable(dy) else F.gelu_tanh_backward(dy, saved)
+    return multiply(dy, saved) if get_xp(dy) is np or cuda.usable(dy) else F.gelu_tanh_backward(dy, saved)
 
 
 @in_float32(NARROW, NARROW)
@@ -74,7 +75,7 @@ def silu(x: Array, keep: bool = True) -> tuple[Array, Array | None]:
 @in_float32(NARROW)
 def silu_backward(dy: Array, saved: Array) -> Array:
     """dx = dy * slope."""
-    return dy * saved if get_xp(dy) is np or cuda.usable(dy) else F.silu_backward(dy, saved)
+    return multiply(dy, saved) if get_xp(dy) is np or cuda.usable(dy) else F.silu_backward(dy, saved)
 
 
 def _on_device(name: str, x: Array, keep: bool) -> tuple[Array, Array | None]:

@@ -9,6 +9,7 @@ from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
 from minilora.kernels.activations import silu_block
 from minilora.kernels.blocks import blocks, scratch
+from minilora.kernels.elementwise import multiply
 from minilora.kernels.half import NARROW, in_float32
 
 
@@ -43,4 +44,4 @@ def swiglu_backward(dy: Array, saved: tuple[Array, Array], need: tuple[bool, boo
         g, u = saved
         return F.silu_backward(dy * u, g) if need[0] else None, dy * F.silu(g) if need[1] else None
     by_u, by_g = saved
-    return dy * by_g if need[0] else None, dy * by_u if need[1] else None
+    return multiply(dy, by_g) if need[0] else None, multiply(dy, by_u) if need[1] else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from minilora import functional as F
-from minilora.backend import Array, get_xp
+from minilora.backend import Array
 from minilora.kernels import cuda
+from minilora.kernels.elementwise import rows_of
 from minilora.kernels.half import NARROW, WIDE, in_float32, is_half, wide
 
 
@@ -36,9 +37,7 @@ def _linear(x: Array, W: Array, b: Array | None) -> Array:
     if not cuda.usable(x, W, real=(b,)) or not _fit(x, W, b):
         return F.linear(x, W, b)
     if b is not None and is_half(x):  # added before the sum is rounded
-        y = get_xp(x).empty((len(x), W.shape[1]), dtype=x.dtype)
-        y[...] = b
-        return cuda.gemm(x, W, y, 1, 1)
+        return cuda.gemm(x, W, rows_of(b, len(x), x), 1, 1)
     y = product(x, W)
     if b is not None:
         y += b

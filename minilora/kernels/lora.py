@@ -14,6 +14,7 @@ from minilora import functional as F
 from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
 from minilora.kernels.blocks import BLOCK, row_blocks
+from minilora.kernels.elementwise import cast_two
 from minilora.kernels.half import NARROW, WIDE, in_float32
 from minilora.kernels.linear import linear, product
 
@@ -23,8 +24,9 @@ def lora_linear(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: floa
     """As functional.lora_linear."""
     if x.ndim == 2 and len(x) and cuda.usable(x, real=(A, B)):
         F.check_lora(W, A, B)
-        y, u = linear(x, W, b), product(_masked(x, mask), _as(x, A))
-        return cuda.gemm(u, _as(x, B), y, s, 1), u
+        A, B = cast_two(A, B, x)
+        y, u = linear(x, W, b), product(_masked(x, mask), A)
+        return cuda.gemm(u, B, y, s, 1), u
     if get_xp(x, W, A, B) is not np or x.ndim != 2 or x.dtype != A.dtype or len(x) * sum(W.shape) < BLOCK:
         return F.lora_linear(x, W, b, A, B, s, mask)
     F.check_lora(W, A, B)
@@ -74,14 +76,15 @@ def _backward_on_device(
     dB = cuda.gemm(u.T, dy, alpha=s, dtype=B.dtype) if "dB" in need else None
     if not {"dx", "dA"} & set(need):
         return None, None, dB
-    du = cuda.gemm(dy, _as(dy, B).T, alpha=s)
+    A16, B16 = cast_two(A, B, dy) if "dx" in need else (A, _as(dy, B))
+    du = cuda.gemm(dy, B16.T, alpha=s)
     dA = cuda.gemm(_masked(x, mask).T, du, dtype=A.dtype) if "dA" in need else None
     if "dx" not in need:
         return None, dA, dB
     dx = product(dy, W.T)
     if mask is None:
-        return cuda.gemm(du, _as(dy, A).T, dx, 1, 1), dA, dB
-    dx += _masked(product(du, _as(dy, A).T), mask)
+        return cuda.gemm(du, A16.T, dx, 1, 1), dA, dB
+    dx += _masked(product(du, A16.T), mask)
     return dx, dA, dB
 
 

@@ -69,9 +69,10 @@ def _module(xp: Any, file: str, dtype: Any, options: tuple[str, ...]) -> Any:
     return xp.RawModule(code=source_of(file), options=(*options_of(dtype.name), *options))
 
 
-def elementwise(file: str, name: str, n: int, *args: Any, like: Array | None = None) -> None:
-    """Launch a kernel over n elements, its last argument. like: an array of activations, if the first argument is none."""
-    blocks = min(-(-n // THREADS), 8192)
+def elementwise(file: str, name: str, n: int, *args: Any, like: Array | None = None, each: int = 1) -> None:
+    """Launch a kernel over n elements, its last argument. like: an array of activations, if the first argument is none. A thread takes
+    `each` elements at once."""
+    blocks = min(-(-n // (THREADS * each)), 8192)
     if n:
         function(args[0] if like is None else like, file, name)((blocks,), (THREADS,), (*args, np.int64(n)))
 

@@ -48,6 +48,16 @@ struct float16 {
     }
 };
 
+// 16 bytes of activations, as many as a thread moves at once: pack i of an array begins at number i PACK, and the array at a multiple of 16 bytes.
+#define PACK (16 / (int)sizeof(ACT))
+union Pack {
+    uint4 whole;
+    ACT at[PACK];
+};
+__device__ bool aligned(const void* x) { return (unsigned long long)x % 16 == 0; }
+__device__ Pack load_pack(const ACT* x, long long i) { return {((const uint4*)x)[i]}; }
+__device__ void store_pack(ACT* x, long long i, const Pack& pack) { ((uint4*)x)[i] = pack.whole; }
+
 #define GRID_STRIDE(i, n) \
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (long long)gridDim.x * blockDim.x)
 
