@@ -14,6 +14,7 @@ from minilora.kernels.dropout import dropout, dropout_backward, dropout_mask
 from minilora.kernels.elementwise import add, multiply
 from minilora.kernels.gate import swiglu, swiglu_backward
 from minilora.kernels.half import wide
+from minilora.kernels.joined import attention_backward_joined
 from minilora.kernels.linear import linear, linear_backward, product
 from minilora.kernels.lora import lora_linear, lora_linear_backward
 from minilora.kernels.losses import cross_entropy, linear_cross_entropy

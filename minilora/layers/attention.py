@@ -9,7 +9,7 @@ import numpy as np
 
 from minilora import functional as F
 from minilora import kernels as K
-from minilora.backend import Array, Rng, get_xp
+from minilora.backend import Array, Rng
 from minilora.layers.base import Layer, Saved
 from minilora.layers.linear import Linear
 
@@ -47,8 +47,7 @@ class Attention(Layer):
         if through is None:
             return None
         q, k, v, P, offsets, rows = through
-        dq, dk, dv = K.attention_backward(do, q, k, v, P, self.n_head, offsets, rows=rows)  # o = attention(q, k, v)
-        dqkv = get_xp(dq).concatenate([F.take_rows_backward(dq, rows, len(k)), dk, dv], axis=1)
+        dqkv = K.attention_backward_joined(do, q, k, v, P, self.n_head, offsets, rows)  # o = attention(q, k, v)
         return self.c_attn.backward(dqkv, s_attn, need_dx=need_dx)  #            qkv = c_attn(x)
 
     def decode(self, x: Array, extend: Callable[[Array, Array], tuple[Array, Array]]) -> Array:

@@ -7,6 +7,7 @@ written for, and all of them with MINILORA_KERNELS=plain in the environment. tes
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -45,8 +46,9 @@ def real_of(x: Array) -> Any:
 
 
 def source_of(file: str) -> str:
-    """The text of FILE.cu, with what all of them share before it."""
-    return (_HERE / "common.cuh").read_text() + (_HERE / f"{file}.cu").read_text()
+    """The text of FILE.cu, with what all of them share before it, and with what it includes: NVRTC knows no folder to look in."""
+    text = (_HERE / "common.cuh").read_text() + (_HERE / f"{file}.cu").read_text()
+    return re.sub(r'#include "(\w+\.cuh)"\n', lambda found: (_HERE / found[1]).read_text(), text)
 
 
 def options_of(dtype: str) -> tuple[str, ...]:
