@@ -22,6 +22,7 @@ Rng = np.random.Generator | int | None  # what draws initial values: a generator
 Made = TypeVar("Made", bound=Callable[..., Any])
 BACKENDS = ("numpy", "cupy")
 _caches: list[Any] = []
+_modules: dict[type, Any] = {np.ndarray: np}  # of the types of arrays seen so far: a step of a model asks thousands of times
 _most_held = 0  # by CuPy's memory pools
 POOL_OWNERS: WeakSet[Any] = WeakSet()  # whoever has a memory pool besides CuPy's own, as .pool (kernels/cuda/replay.py)
 
@@ -36,17 +37,19 @@ def get_xp(*arrays: Array | None) -> Any:
     for x in arrays:
         if x is None:
             continue
-        xp = np if isinstance(x, (np.ndarray, np.generic)) else _cupy_of(x)
+        xp = _modules.get(type(x)) or _module_of(x)
         if found is not None and xp is not found:
             raise TypeError("arrays of NumPy and CuPy are mixed; move the layer with layer.to(...) or the data with to_backend(...).")
         found = xp
     return np if found is None else found
 
 
-def _cupy_of(x: Array) -> Any:
+def _module_of(x: Array) -> Any:
+    if isinstance(x, (np.ndarray, np.generic)):
+        return np
     cupy = sys.modules.get("cupy")  # who holds a CuPy array has imported CuPy
     if cupy is not None and isinstance(x, cupy.ndarray):
-        return cupy
+        return _modules.setdefault(type(x), cupy)
     if hasattr(x, "like"):  # a matrix made of arrays (family/residual.py, family/nf4.py)
         return get_xp(x.like)
     raise TypeError(f"expected a NumPy or CuPy array, got {type(x).__name__}.")

@@ -27,17 +27,22 @@ _HERE = Path(__file__).parent
 
 def usable(first: Array, *alike: Array | None, real: Sequence[Array | None] = ()) -> bool:
     """Are these on the device, in a dtype that the sources are written for: `alike` in the first's, `real` in what it is computed in?"""
-    if not ENABLED or isinstance(first, np.ndarray):
+    if not ENABLED or isinstance(first, np.ndarray) or get_xp(first, *alike, *real) is np:
         return False
     dtype = first.dtype
-    if get_xp(first, *alike, *real) is np or not _known(dtype):
-        return False
-    return all(x is None or x.dtype == dtype for x in alike) and all(x is None or x.dtype == real_of(first) for x in real)
+    computed = _computed_in(dtype)
+    for x in alike:
+        if x is not None and x.dtype != dtype:
+            return False
+    for x in real:
+        if x is not None and x.dtype != computed:
+            return False
+    return computed is not None
 
 
 @cache  # a dtype's name takes NumPy longer than a launch should
-def _known(dtype: Any) -> bool:
-    return dtype.name in REAL
+def _computed_in(dtype: Any) -> np.dtype | None:
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32) if dtype.name in REAL else None
 
 
 def real_of(x: Array) -> Any:
