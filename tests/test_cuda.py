@@ -60,7 +60,7 @@ def test_the_sources_compile_for_a_gpu(file, dtype, options, tmp_path):
         assert ".f64" not in text, "a float kernel computes in double somewhere: slow on a GPU"
 
 
-@pytest.fixture(params=[1, 4, 32])
+@pytest.fixture(params=[1, 4, 32, 64])
 def threads(request, monkeypatch, standin_cupy):
     """So many real threads a block."""
     monkeypatch.setattr(emulator, "THREADS", request.param)

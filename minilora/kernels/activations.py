@@ -82,7 +82,7 @@ def _on_device(name: str, x: Array, keep: bool) -> tuple[Array, Array | None]:
     xp = get_xp(x)
     x = xp.ascontiguousarray(x)
     y, slope = xp.empty_like(x), xp.empty_like(x) if keep else None
-    cuda.elementwise("activations", name, x.size, x, y, cuda.NULL if slope is None else slope)
+    cuda.elementwise("activations", name, x.size, x, y, cuda.NULL if slope is None else slope, each=16 // x.itemsize)
     return y, slope
 
 

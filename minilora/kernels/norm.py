@@ -102,7 +102,7 @@ def _on_device(x: Array, gamma: Array, beta: Array | None, eps: float) -> tuple[
     x = xp.ascontiguousarray(x)
     y, xhat, rstd = xp.empty_like(x), xp.empty_like(x), xp.empty((len(x), 1), dtype=cuda.real_of(x))
     given = (x, gamma, cuda.NULL if beta is None else beta, cuda.real_of(x)(eps), np.int32(n))
-    cuda.rowwise("norm", "norm_forward", len(x), n, *given, y, xhat, rstd)
+    cuda.rowwise("norm", "norm_forward", len(x), n * x.itemsize // 16, *given, y, xhat, rstd)
     return y, (xhat, rstd)
 
 
@@ -117,7 +117,7 @@ def _dx_on_device(dy: Array, saved: tuple[Array, Array], gamma: Array, centred: 
     xp, n = get_xp(dy), dy.shape[1]
     dx = xp.empty_like(saved[0])
     given = (xp.ascontiguousarray(dy), *saved, gamma, np.int32(centred), np.int32(n))
-    cuda.rowwise("norm", "norm_backward", len(dy), n, *given, dx)
+    cuda.rowwise("norm", "norm_backward", len(dy), n * dx.itemsize // 16, *given, dx)
     return dx
 
 
