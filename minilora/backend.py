@@ -22,13 +22,14 @@ Rng = np.random.Generator | int | None  # what draws initial values: a generator
 Made = TypeVar("Made", bound=Callable[..., Any])
 BACKENDS = ("numpy", "cupy")
 _caches: list[Any] = []
+_modules: dict[type, Any] = {np.ndarray: np}  # of the types of arrays seen so far, as this is looked up thousands of times a step
 
 
 class Matrix:
     """What stands in for a weight (m, n) in products without being an array, such as a quantized weight (quantization/).
 
-    A subclass has what raises here: products from the right, x @ this, its transpose, itself as an array, the squares of its columns' lengths
-    (n,), and itself on another backend; and `shape`, `dtype` (of products), and `like`, an array that lives where it does.
+    A subclass has what raises here: products x @ this, itself as an array, the squares of its columns' lengths (n,), and itself on another
+    backend; and `shape`, `dtype` (of products), its transpose, and `like`, an array that lives where it does.
     """
 
     __array_ufunc__ = None  # so that x @ this calls __rmatmul__
@@ -76,17 +77,19 @@ def get_xp(*arrays: Array | None) -> Any:
     for x in arrays:
         if x is None:
             continue
-        xp = np if isinstance(x, (np.ndarray, np.generic)) else _cupy_of(x)
+        xp = _modules.get(type(x)) or _module_of(x)
         if found is not None and xp is not found:
             raise TypeError("arrays of NumPy and CuPy are mixed; move the layer with layer.to(...) or the data with to_backend(...).")
         found = xp
     return np if found is None else found
 
 
-def _cupy_of(x: Array) -> Any:
+def _module_of(x: Array) -> Any:
+    if isinstance(x, (np.ndarray, np.generic)):
+        return np
     cupy = sys.modules.get("cupy")  # who holds a CuPy array has imported CuPy
     if cupy is not None and isinstance(x, cupy.ndarray):
-        return cupy
+        return _modules.setdefault(type(x), cupy)
     if isinstance(x, Matrix):
         return get_xp(x.like)
     raise TypeError(f"expected a NumPy or CuPy array, got {type(x).__name__}.")

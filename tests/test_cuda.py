@@ -17,7 +17,8 @@ from minilora.kernels import cuda, grouped
 from minilora.kernels.cuda import flash
 from minilora.kernels.cuda import losses as losses_module
 
-FILES = {"activations": 4, "adamw": 1, "dropout": 1, "flash": 3, "norm": 2, "rotary": 1, "softmax": 3}  # and how many kernels each has
+# and how many kernels each has
+FILES = {"activations": 4, "adamw": 1, "dropout": 1, "elementwise": 4, "flash": 3, "norm": 2, "rotary": 1, "softmax": 3}
 VARIANTS = [(file, dtype, ()) for file in FILES for dtype in cuda.REAL if file != "flash"]
 VARIANTS += [("flash", dtype, (f"-DD={d}",)) for dtype in cuda.REAL if dtype != "float64" for d in flash.HEADS]
 needs_gpp = pytest.mark.skipif(emulator.COMPILER is None, reason="the stand-in runs CUDA sources through g++, which is not installed")
@@ -59,7 +60,7 @@ def test_the_sources_compile_for_a_gpu(file, dtype, options, tmp_path):
         assert ".f64" not in text, "a float kernel computes in double somewhere: slow on a GPU"
 
 
-@pytest.fixture(params=[1, 4, 32])
+@pytest.fixture(params=[1, 4, 32, 64])
 def threads(request, monkeypatch, standin_cupy):
     """So many real threads a block."""
     monkeypatch.setattr(emulator, "THREADS", request.param)

@@ -10,6 +10,7 @@ import standin
 
 import minilora as ml
 from minilora import functional as F
+from minilora import kernels as K
 from minilora.backend import import_cupy
 from minilora.data.batches import random_windows
 from minilora.kernels import cuda
@@ -80,6 +81,20 @@ def test_against_the_pair(dtype, d, case, card):
     for name, a, b in zip(("o", "dq", "dk", "dv"), (o, *got), (wanted, *pair), strict=True):
         assert a.dtype == dtype
         np.testing.assert_allclose(wide(a), b, rtol=0, atol=tolerance(dtype, card) * max(1, np.abs(b).max()), err_msg=name)
+
+
+def test_gradients_side_by_side_in_one_array(dtype, card):
+    q, k, v = column_blocks(70, (128, 128, 128), dtype, seed=0)
+    do = column_blocks(70, (128,), dtype, seed=1)[0]
+    for rows in (None, np.array([2, 40, 69])):
+        q_, do_ = (q, do) if rows is None else (q[:3], do[:3])
+        _, saved = K.attention(q_, k, v, 2, [0, 3, 70], rows=rows)
+        with standin.count() as c:
+            joined = K.attention_backward_joined(do_, q_, k, v, saved, 2, [0, 3, 70], rows)
+        assert card is not standin.module or rows is not None or c.launches == 2
+        dq, dk, dv = K.attention_backward(do_, q_, k, v, saved, 2, [0, 3, 70], rows=rows)
+        apart = [wide(x) for x in (F.take_rows_backward(dq, rows, 70), dk, dv)]
+        np.testing.assert_array_equal(wide(joined), np.concatenate(apart, axis=1))
 
 
 def test_large_scores_do_not_overflow(dtype, card):

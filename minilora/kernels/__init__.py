@@ -6,6 +6,7 @@ rounding (tests/test_kernels.py). MINILORA_KERNELS=plain runs references only; `
 
 from __future__ import annotations
 
+import operator
 from functools import partial
 from typing import Any
 
@@ -109,6 +110,7 @@ attention, attention_backward = operation("attention", F.attention, F.attention_
     CUDA(cu_attention.attention, cu_attention.attention_backward, "many short sequences at once", fits=_heads, when=DTYPES),
     saves="saved", keep=True, activations=(0, 1, 2))
 # without a backward
+add = function("add", operator.add, CUDA(cu_pointwise.add, None, "16 bytes a thread", fits=cu_pointwise.of_two, when=DTYPES), dtypes=ANY)
 cross_entropy = function("cross_entropy", _cross_entropy)
 linear_cross_entropy = function("linear_cross_entropy", F.linear_cross_entropy,
     NUMPY(np_losses.linear_cross_entropy, None, "one buffer, every step in place", fits=np_losses.fits, when="the head is frozen"),
@@ -125,3 +127,18 @@ embedding, embedding_backward = F.embedding, F.embedding_backward
 def product(x: Array, W: Array) -> Array:
     """x @ W, for x (T, m) and W (m, n)."""
     return linear(x, W)[0]
+
+
+def attention_backward_joined(do: Array, q: Array, k: Array, v: Array, saved: Any, n_head: int, offsets: Any, rows: Any) -> Array:
+    """[dq dk dv] (T, 3 d), as the backward pass of a fused projection reads them; dq is 0 outside of `rows`.
+
+    The flash kernels write their columns of it; other implementations return three arrays, which are concatenated.
+    """
+    xp, (T, d) = get_xp(do), k.shape
+    if saved.by.backward is flash.attention_backward and rows is None:
+        joined = xp.empty((T, 3 * d), dtype=k.dtype)
+        into = joined[:, :d], joined[:, d : 2 * d], joined[:, 2 * d :]
+        attention_backward(do, q, k, v, saved, n_head, offsets, into=into)
+        return joined
+    dq, dk, dv = attention_backward(do, q, k, v, saved, n_head, offsets, rows=rows)
+    return xp.concatenate([take_rows_backward(dq, rows, T), dk, dv], axis=1)

@@ -139,9 +139,11 @@ def operation(
     return run, run_backward
 
 
-def function(name: str, reference: Function, *kernels: Kernel, activations: tuple[int, ...] = (1,)) -> Function:
+def function(
+    name: str, reference: Function, *kernels: Kernel, activations: tuple[int, ...] = (1,), dtypes: tuple[str, ...] = REAL
+) -> Function:
     """As `operation`, for what has no backward: a loss, which returns its gradients beside it, or a step of an optimizer."""
-    op = _add(name, reference, None, (*kernels, Kernel("reference", reference)), activations)
+    op = _add(name, reference, None, (*kernels, Kernel("reference", reference, dtypes=dtypes)), activations)
 
     def run(*args: Any, **options: Any) -> Any:
         kernel = choose(op, args)

@@ -15,8 +15,8 @@ _most_held = 0  # by CuPy's memory pools
 def keep_freed_memory() -> None:
     """Make glibc's malloc keep freed memory for the next array, instead of returning it to the system.
 
-    A step makes and frees the same arrays again and again; memory that comes from the system costs a page fault for each page: 7 % of a step
-    of GPT-2 small (docs/speed.md). Without glibc this does nothing. The process does not shrink again.
+    A step makes and frees the same arrays again and again; memory from the system costs a page fault for each page: 7 % of a step of GPT-2
+    small (docs/speed.md). Without glibc this does nothing. The process does not shrink again.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora import kernels as K
-from minilora.backend import Array, Rng, get_xp
+from minilora.backend import Array, Rng
 from minilora.layers.base import Layer, Saved
 from minilora.layers.linear import Linear
 
@@ -46,8 +46,7 @@ class Attention(Layer):
         if through is None:
             return None
         q, k, v, inner, offsets, rows = through
-        dq, dk, dv = K.attention_backward(do, q, k, v, inner, self.n_head, offsets, rows=rows)  # o = attention(q, k, v)
-        dqkv = get_xp(dq).concatenate([K.take_rows_backward(dq, rows, len(k)), dk, dv], axis=1)
+        dqkv = K.attention_backward_joined(do, q, k, v, inner, self.n_head, offsets, rows)  # o = attention(q, k, v)
         return self.c_attn.backward(dqkv, s_attn, need_dx=need_dx)  #            qkv = c_attn(x)
 
     def decode(self, x: Array, extend: Callable[[Array, Array], tuple[Array, Array]]) -> Array:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora import functional as F
+from minilora import kernels as K
 from minilora.backend import Array, Rng
 from minilora.layers.activations import GELU
 from minilora.layers.attention import Attention
@@ -77,12 +78,12 @@ class Block(Layer):
         a, s_ln_1 = self.ln_1.forward(x, keep=keep and at_a, need_dx=need_dx)
         a, s_attn = self.attn.forward(a, keep=keep and at_h, need_dx=at_a, offsets=offsets, rows=rows)
         a, s_drop_1 = self.drop_1.forward(a, keep=keep and at_h, need_dx=at_h)
-        h = F.take_rows(x, rows) + a
+        h = K.add(F.take_rows(x, rows), a)
 
         m, s_ln_2 = self.ln_2.forward(h, keep=keep and at_m, need_dx=at_h)
         m, s_mlp = self.mlp.forward(m, keep=keep and at_y, need_dx=at_m)
         m, s_drop_2 = self.drop_2.forward(m, keep=keep and at_y, need_dx=at_y)
-        y = h + m
+        y = K.add(h, m)
 
         if not keep:
             return y, None
@@ -102,11 +103,11 @@ class Block(Layer):
         dh = self.ln_2.backward(dm, s_ln_2, need_dx=at_h)
         if not at_h:
             return None
-        dh = dy + dh  #                                                h feeds y twice: directly, and through ln_2 and mlp
+        dh = K.add(dy, dh)  #                                           h feeds y twice: directly, and through ln_2 and mlp
 
         da = self.drop_1.backward(dh, s_drop_1)  #                     h = x[rows] + a
         da = self.attn.backward(da, s_attn, need_dx=at_a)
         if not at_a:
             return None
         dx = self.ln_1.backward(da, s_ln_1, need_dx=need_dx)
-        return F.take_rows_backward(dh, rows, T) + dx if need_dx else None  # x feeds h twice
+        return K.add(F.take_rows_backward(dh, rows, T), dx) if need_dx else None  # x feeds h twice

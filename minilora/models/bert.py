@@ -191,7 +191,7 @@ class BertSelfAttention(Layer):
         if "dq" in need:
             dx_q = self.query.backward(dq, s_q, need_dx=need_dx)  # q = x[rows] W_q
         # x feeds all three
-        return F.take_rows_backward(dx_q, rows, len(k)) + dx_k + dx_v if need_dx else None
+        return K.add(K.add(F.take_rows_backward(dx_q, rows, len(k)), dx_k), dx_v) if need_dx else None
 
 
 class BertProjection(Layer):
@@ -247,13 +247,13 @@ class BertLayer(Layer):
         a, s_attn = attn.forward(x, keep=keep and at_a, need_dx=need_dx, offsets=offsets, rows=rows)
         a, s_dense_1 = out_1.dense.forward(a, keep=keep and at_z_1, need_dx=at_a)
         a, s_drop_1 = out_1.dropout.forward(a, keep=keep and at_z_1, need_dx=at_z_1)
-        h, s_ln_1 = out_1.LayerNorm.forward(F.take_rows(x, rows) + a, keep=keep and at_h, need_dx=at_z_1)
+        h, s_ln_1 = out_1.LayerNorm.forward(K.add(F.take_rows(x, rows), a), keep=keep and at_h, need_dx=at_z_1)
 
         m, s_dense_i = inter.dense.forward(h, keep=keep and at_i, need_dx=at_h)
         m, s_act = inter.act.forward(m, keep=keep and at_i, need_dx=at_i)
         m, s_dense_2 = out_2.dense.forward(m, keep=keep and at_z_2, need_dx=at_i)
         m, s_drop_2 = out_2.dropout.forward(m, keep=keep and at_z_2, need_dx=at_z_2)
-        y, s_ln_2 = out_2.LayerNorm.forward(h + m, keep=keep, need_dx=at_z_2)
+        y, s_ln_2 = out_2.LayerNorm.forward(K.add(h, m), keep=keep, need_dx=at_z_2)
 
         if not keep:
             return y, None
@@ -277,7 +277,7 @@ class BertLayer(Layer):
         dh = inter.dense.backward(dm, s_dense_i, need_dx=at_h)
         if not at_h:
             return None
-        dh = dz_2 + dh  #                                               h feeds z_2 twice: directly, and through m
+        dh = K.add(dz_2, dh)  #                                          h feeds z_2 twice: directly, and through m
 
         dz_1: Array = out_1.LayerNorm.backward(dh, s_ln_1, need_dx=at_z_1)  # h = LN_1(z_1)
         if not at_z_1:
@@ -287,7 +287,7 @@ class BertLayer(Layer):
         if not at_a:
             return None
         dx = attn.backward(da, s_attn, need_dx=need_dx)
-        return F.take_rows_backward(dz_1, rows, T) + dx if need_dx else None  # x feeds z_1 twice
+        return K.add(F.take_rows_backward(dz_1, rows, T), dx) if need_dx else None  # x feeds z_1 twice
 
 
 class BertEncoder(Layer):

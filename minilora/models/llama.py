@@ -178,7 +178,7 @@ class LlamaAttention(Layer):
         if "dv" in need:
             dx_v = self.v_proj.backward(dv, s_v, need_dx=need_dx)  #                                   v = v_proj(x)
         # x feeds all three
-        return dx_q + dx_k + dx_v if need_dx else None  # type: ignore[operator]
+        return K.add(K.add(dx_q, dx_k), dx_v) if need_dx else None
 
     def decode(self, x: Array, rope: Tables, extend: Extend) -> Array:
         """`forward` of the next tokens of one sequence; extend(k, v) puts theirs behind those of the earlier ones and returns all."""
@@ -225,7 +225,7 @@ class LlamaMLP(Layer):
         if at_g:
             dx_g = self.gate_proj.backward(dg, s_gate, need_dx=need_dx)  #     g = gate_proj(x)
         # x feeds both
-        return dx_g + dx_u if need_dx else None  # type: ignore[operator]
+        return K.add(dx_g, dx_u) if need_dx else None
 
 
 class LlamaBlock(Layer):
@@ -258,11 +258,11 @@ class LlamaBlock(Layer):
 
         a, s_norm_1 = self.input_layernorm.forward(x, keep=keep and at_a, need_dx=need_dx)
         a, s_attn = self.self_attn.forward(a, keep=keep and at_h, need_dx=at_a, offsets=offsets, rows=rows, rope=rope)
-        h = F.take_rows(x, rows) + a
+        h = K.add(F.take_rows(x, rows), a)
 
         m, s_norm_2 = self.post_attention_layernorm.forward(h, keep=keep and at_m, need_dx=at_h)
         m, s_mlp = self.mlp.forward(m, keep=keep and at_y, need_dx=at_m)
-        y = h + m
+        y = K.add(h, m)
 
         needs = (at_a, at_h, at_m, at_y)
         return y, self.save(need_dx, needs, rows, len(x), s_norm_1, s_attn, s_norm_2, s_mlp) if keep else None
@@ -279,13 +279,13 @@ class LlamaBlock(Layer):
         dh = self.post_attention_layernorm.backward(dm, s_norm_2, need_dx=at_h)
         if not at_h:
             return None
-        dh = dy + dh  #                                                        h feeds y twice: directly, and through the norm and mlp
+        dh = K.add(dy, dh)  #                                                   h feeds y twice: directly, and through the norm and mlp
 
         da = self.self_attn.backward(dh, s_attn, need_dx=at_a)  #              h = x[rows] + a
         if not at_a:
             return None
         dx = self.input_layernorm.backward(da, s_norm_1, need_dx=need_dx)
-        return F.take_rows_backward(dh, rows, T) + dx if need_dx else None  #  x feeds h twice
+        return K.add(F.take_rows_backward(dh, rows, T), dx) if need_dx else None  #  x feeds h twice
 
     def decode(self, x: Array, rope: Tables, extend: Extend) -> Array:
         """`forward` of the next tokens of one sequence, see LlamaAttention.decode."""

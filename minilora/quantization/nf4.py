@@ -78,7 +78,8 @@ class NF4(Matrix):
         dtype: Any = "float32",
         nested_code: np.ndarray = DYNAMIC,
     ) -> None:
-        self.shape, self.codes, self.absmax, self.nested_absmax, self.offset = shape, codes, absmax, nested_absmax, offset
+        self.shape: tuple[int, int] = shape
+        self.codes, self.absmax, self.nested_absmax, self.offset = codes, absmax, nested_absmax, offset
         self.dtype, self.like, self.transposed = np.dtype(dtype), codes, False
         home = backend_name(codes)
         high, low = np.divmod(np.arange(256), 16)

@@ -33,7 +33,7 @@ _REALS = {"float": (np.float32, ctypes.c_float), "double": (np.float64, ctypes.c
 _HALVES = {"float16": (np.float16, None), "bfloat16": (ml_dtypes.bfloat16, None)}  # of arrays alone
 
 _BEFORE = (Path(__file__).parent / "emulator.hpp").read_text()
-_SHARED_ARRAY = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
+_SHARED_ARRAY = re.compile(r"extern __shared__ (?:__align__\(16\) )?(\w+) (\w+)\[\];")
 
 
 class RawModule:

@@ -6,6 +6,7 @@ CuPy compiles the sources when they are first used (NVRTC: no compiler has to be
 from __future__ import annotations
 
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,18 @@ _HERE = Path(__file__).parent
 
 def alike(x: Array, *args: Any) -> bool:
     """Whether the arrays among the arguments have x's dtype, as a kernel reads them. Raises TypeError where one lives elsewhere."""
-    arrays = [a for a in args if getattr(a, "ndim", 0)]
-    get_xp(x, *arrays)
-    return all(a.dtype == x.dtype for a in arrays)
+    return _of(x.dtype, x, args)
 
 
 def real(x: Array, *args: Any) -> bool:
     """Whether they have the dtype in which sums over arrays like x are taken. Raises TypeError where one lives elsewhere."""
+    return _of(real_of(x), x, args)
+
+
+def _of(dtype: Any, x: Array, args: tuple[Any, ...]) -> bool:
     arrays = [a for a in args if getattr(a, "ndim", 0)]
     get_xp(x, *arrays)
-    return all(a.dtype == real_of(x) for a in arrays)
+    return all(a.dtype == dtype for a in arrays)
 
 
 def real_of(x: Array) -> Any:
@@ -42,8 +45,9 @@ def real_of(x: Array) -> Any:
 
 
 def source_of(file: str) -> str:
-    """The text of FILE.cu, after what all sources share."""
-    return (_HERE / "common.cuh").read_text() + (_HERE / f"{file}.cu").read_text()
+    """The text of FILE.cu after what all sources share, with what it includes: NVRTC knows no folder to look in."""
+    text = (_HERE / "common.cuh").read_text() + (_HERE / f"{file}.cu").read_text()
+    return re.sub(r'#include "(\w+\.cuh)"\n', lambda found: (_HERE / found[1]).read_text(), text)
 
 
 def options_of(dtype: str) -> tuple[str, ...]:
@@ -66,9 +70,10 @@ def _module(xp: Any, file: str, dtype: Any, options: tuple[str, ...]) -> Any:
     return xp.RawModule(code=source_of(file), options=(*options_of(dtype.name), *options))
 
 
-def elementwise(file: str, name: str, n: int, *args: Any, like: Array | None = None) -> None:
-    """Launch a kernel over n elements, its last argument. like: an array of activations, if the first argument is none."""
-    blocks = min(-(-n // THREADS), 8192)
+def elementwise(file: str, name: str, n: int, *args: Any, like: Array | None = None, each: int = 1) -> None:
+    """Launch a kernel over n elements, its last argument. like: an array of activations, if the first argument is none.
+    A thread takes `each` elements at once."""
+    blocks = min(-(-n // (THREADS * each)), 8192)
     if n:
         function(args[0] if like is None else like, file, name)((blocks,), (THREADS,), (*args, np.int64(n)))
 

@@ -90,20 +90,23 @@ def attention_backward(
     n_kv_head: int | None = None,
     need: Collection[str] = ("dq", "dk", "dv"),
     rows: np.ndarray | None = None,
+    into: Sequence[Array | None] = (None, None, None),
 ) -> tuple[Array | None, Array | None, Array | None]:
-    """As functional.attention_backward."""
+    """As functional.attention_backward. The gradients are new, or written `into` arrays, whose rows may lie apart."""
     xp, G = get_xp(q), n_kv_head or n_head
     do = xp.ascontiguousarray(do)
     tiles, sizes = _tiles_of(offsets, len(k), rows, saved.causal, xp), _sizes(q, n_head)
     numbers = _numbers(q, k, v, n_head, G)
-    delta, dq = xp.empty(saved.log_sum.shape, dtype=xp.float32), xp.empty(q.shape, dtype=q.dtype)
+    delta = xp.empty(saved.log_sum.shape, dtype=xp.float32)
+    dq, dk, dv = into
+    dq = xp.empty(q.shape, dtype=q.dtype) if dq is None else dq
+    # flash_dq also computes delta, which flash_dkv reads.
     args = (q, k, v, saved.o, do, saved.log_sum, tiles.of_queries, tiles.limit, *numbers)
-    _launch("flash_dq", len(tiles.of_queries) * n_head, sizes, 2, 1, q, (*args, delta, dq))  # also delta, which the next kernel needs
-    dk = dv = None
+    _launch("flash_dq", len(tiles.of_queries) * n_head, sizes, 2, 1, q, (*args, delta, dq, _step(dq)))
     if {"dk", "dv"} & set(need):
-        dk, dv = (xp.empty(k.shape, dtype=k.dtype) for _ in range(2))
+        dk, dv = (xp.empty(k.shape, dtype=k.dtype) if x is None else x for x in (dk, dv))
         args = (q, k, v, do, saved.log_sum, delta, tiles.of_keys, tiles.limit, *numbers)
-        _launch("flash_dkv", len(tiles.of_keys) * G, sizes, 2, 2, q, (*args, dk, dv))
+        _launch("flash_dkv", len(tiles.of_keys) * G, sizes, 2, 2, q, (*args, dk, _step(dk), dv, _step(dv)))
     return dq if "dq" in need else None, dk if "dk" in need else None, dv if "dv" in need else None
 
 
@@ -114,14 +117,20 @@ def _sizes(q: Array, n_head: int) -> tuple[int, int]:
 
 def _numbers(q: Array, k: Array, v: Array, n_head: int, n_kv_head: int) -> tuple[Any, ...]:
     scale = np.float32(1 / math.sqrt(q.shape[1] // n_head))
-    return scale, np.int32(n_head), np.int32(n_head // n_kv_head), *(np.int64(x.strides[0] // x.itemsize) for x in (q, k, v))
+    return scale, np.int32(n_head), np.int32(n_head // n_kv_head), *map(_step, (q, k, v))
+
+
+def _step(x: Array) -> np.int64:
+    """From a row to the next, in numbers."""
+    return np.int64(x.strides[0] // x.itemsize)
 
 
 def _launch(name: str, blocks: int, sizes: tuple[int, int], straight: int, transposed: int, like: Array, args: tuple[Any, ...]) -> None:
-    """With room in shared memory for so many tiles in row order, and transposed; see flash.cu for their sizes."""
+    """With room in shared memory for so many tiles in row order, and transposed; in half precision two, twice: tiles.cuh."""
     d, itemsize = sizes
+    stages, (straight, transposed) = (2, (2, 0)) if itemsize == 2 else (1, (straight, transposed))
     loop = min(64, 8192 // (d * itemsize))
-    words = straight * loop * (d * itemsize // 4 + 4) + transposed * d * (loop * itemsize // 4 + 4) + 3 * loop
+    words = stages * (straight * loop * (d * itemsize // 4 + 4) + transposed * d * (loop * itemsize // 4 + 4) + 3 * loop)
     if blocks:
         cuda.function(like, "flash", name, f"-DD={d}")((blocks,), (_THREADS,), args, shared_mem=4 * words)
 

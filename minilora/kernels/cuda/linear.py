@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from minilora import functional as F
-from minilora.backend import Array, Matrix, get_xp
+from minilora.backend import Array, Matrix
 from minilora.kernels import cuda
+from minilora.kernels.cuda.pointwise import rows_of
 from minilora.kernels.half import is_half, upcast
 
 
@@ -19,9 +20,7 @@ def linear(x: Array, W: Array, b: Array | None = None) -> tuple[Array, None]:
     """As functional.linear."""
     F.check_linear(x, W, b)
     if b is not None and is_half(x):  # added before the sum is rounded
-        y = get_xp(x).empty((len(x), W.shape[1]), dtype=x.dtype)
-        y[...] = b
-        return cuda.gemm(x, W, y, 1, 1), None
+        return cuda.gemm(x, W, rows_of(b, len(x), x), 1, 1), None
     y = product(x, W)
     if b is not None:
         y += b

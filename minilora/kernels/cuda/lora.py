@@ -11,13 +11,15 @@ from minilora import functional as F
 from minilora.backend import Array
 from minilora.kernels import cuda
 from minilora.kernels.cuda.linear import linear, product
+from minilora.kernels.cuda.pointwise import cast_two
 
 
 def lora_linear(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: float, mask: Array | None = None) -> tuple[Array, Array]:
     """As functional.lora_linear."""
     F.check_lora(W, A, B)
-    y, u = linear(x, W, b)[0], product(_masked(x, mask), _as(x, A))
-    return cuda.gemm(u, _as(x, B), y, s, 1), u
+    A, B = cast_two(A, B, x)
+    y, u = linear(x, W, b)[0], product(_masked(x, mask), A)
+    return cuda.gemm(u, B, y, s, 1), u
 
 
 def lora_linear_backward(
@@ -35,20 +37,16 @@ def lora_linear_backward(
     dB = cuda.gemm(u.T, dy, alpha=s, dtype=B.dtype) if "dB" in need else None
     if not {"dx", "dA"} & set(need):
         return None, None, dB
-    du = cuda.gemm(dy, _as(dy, B).T, alpha=s)
+    A_, B_ = cast_two(A, B, dy) if "dx" in need else (A, B.astype(dy.dtype, copy=False))  # in dy's dtype
+    du = cuda.gemm(dy, B_.T, alpha=s)
     dA = cuda.gemm(_masked(x, mask).T, du, dtype=A.dtype) if "dA" in need else None
     if "dx" not in need:
         return None, dA, dB
     dx = product(dy, W.T)
     if mask is None:
-        return cuda.gemm(du, _as(dy, A).T, dx, 1, 1), dA, dB
-    dx += _masked(product(du, _as(dy, A).T), mask)
+        return cuda.gemm(du, A_.T, dx, 1, 1), dA, dB
+    dx += _masked(product(du, A_.T), mask)
     return dx, dA, dB
-
-
-def _as(x: Array, A: Array) -> Array:
-    """A in x's dtype, as the factors of a product have one dtype."""
-    return A if A.dtype == x.dtype else A.astype(x.dtype)
 
 
 def _masked(x: Array, mask: Array | None) -> Array:

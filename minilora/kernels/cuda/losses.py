@@ -32,10 +32,11 @@ def linear_cross_entropy(
     dx = xp.zeros(x.shape, dtype=real) if "dx" in need else None
     for first in range(0, V, width):
         W_block = W[:, first : first + width]
-        z = cuda.gemm(x, W_block, dtype=real)
-        e = xp.empty(z.shape, dtype=x.dtype) if half and dx is not None else None  # exp(z - m) for the next product
-        args = (z, np.int32(z.shape[1]), m, total, shrink, cuda.NULL if e is None else e)
-        cuda.rowwise("softmax", "online_exp", T, z.shape[1], *args, like=x)
+        n, step = W_block.shape[1], -(-W_block.shape[1] // 8) * 8  # rows begin at multiples of 16 bytes
+        z = cuda.gemm(x, W_block, xp.empty((T, step), dtype=real)[:, :n])
+        e = xp.empty((T, step), dtype=x.dtype)[:, :n] if half and dx is not None else None  # exp(z - m), for the next product
+        args = (z, np.int64(step), np.int32(n), m, total, shrink, cuda.NULL if e is None else e, np.int64(step))
+        cuda.rowwise("softmax", "online_exp", T, n, *args, like=x)
         if dx is not None:
             dx *= shrink
             cuda.gemm(z if e is None else e, W_block.T, dx, 1, 1)

@@ -44,7 +44,7 @@ def _forward(x: Array, gamma: Array, beta: Array | None, eps: float) -> tuple[Ar
     x = xp.ascontiguousarray(x)
     y, xhat, rstd = xp.empty_like(x), xp.empty_like(x), xp.empty((len(x), 1), dtype=cuda.real_of(x))
     args = (x, gamma, cuda.NULL if beta is None else beta, cuda.real_of(x)(eps), np.int32(n))
-    cuda.rowwise("norm", "norm_forward", len(x), n, *args, y, xhat, rstd)
+    cuda.rowwise("norm", "norm_forward", len(x), n * x.itemsize // 16, *args, y, xhat, rstd)
     return y, (xhat, rstd)
 
 
@@ -59,5 +59,5 @@ def _dx(dy: Array, saved: tuple[Array, Array], gamma: Array, centred: bool) -> A
     xp, n = get_xp(dy), dy.shape[1]
     dx = xp.empty_like(saved[0])
     args = (xp.ascontiguousarray(dy), *saved, gamma, np.int32(centred), np.int32(n))
-    cuda.rowwise("norm", "norm_backward", len(dy), n, *args, dx)
+    cuda.rowwise("norm", "norm_backward", len(dy), n * dx.itemsize // 16, *args, dx)
     return dx

@@ -1,4 +1,7 @@
-"""Operations on each element, in one launch: activations (activations.cu), dropout, rotary positions, AdamW (files of these names)."""
+"""Operations on each element, in one launch: sums (elementwise.cu), activations, dropout, rotary positions, AdamW (files of these names).
+
+CuPy's own kernels move one number a thread, 2 bytes in half precision; those of elementwise.cu and activations.cu move 16 bytes.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,54 @@ from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
 
 
+def of_two(x: Array, y: Array) -> bool:
+    """Whether `add` and `multiply` have a kernel for these arrays."""
+    return cuda.alike(x, y) and x.shape == y.shape and x.flags.c_contiguous and y.flags.c_contiguous
+
+
+def add(x: Array, y: Array) -> Array:
+    """x + y."""
+    return _of_two("add", x, y)
+
+
+def multiply(x: Array, y: Array) -> Array:
+    """x * y."""
+    return _of_two("multiply", x, y) if of_two(x, y) else x * y
+
+
+def _of_two(name: str, x: Array, y: Array) -> Array:
+    z = get_xp(x).empty(x.shape, dtype=x.dtype)
+    cuda.elementwise("elementwise", name, x.size, x, y, z, each=16 // x.itemsize)
+    return z
+
+
+def rows_of(b: Array, rows: int, like: Array) -> Array:
+    """(rows, n) in the dtype of `like`, every row the bias b (n,), which has the dtype of its sums."""
+    xp, n, pack = get_xp(b, like), len(b), 16 // like.itemsize
+    y = xp.empty((rows, n), dtype=like.dtype)
+    args = xp.ascontiguousarray(b), y, np.int64(rows), np.int32(n)
+    cuda.rowwise("elementwise", "fill_rows", -(-rows // 4), -(-n // pack), *args, like=like)
+    return y
+
+
+def cast_two(A: Array, B: Array, like: Array) -> tuple[Array, Array]:
+    """A and B in the dtype of `like`, in one launch."""
+    if A.dtype == like.dtype:
+        return A, B
+    if not (A.flags.c_contiguous and B.flags.c_contiguous):
+        return A.astype(like.dtype), B.astype(like.dtype)
+    xp = get_xp(A, B, like)
+    a, b = xp.empty(A.shape, dtype=like.dtype), xp.empty(B.shape, dtype=like.dtype)
+    cuda.elementwise("elementwise", "cast_two", A.size + B.size, A, B, a, b, np.int64(A.size), like=like)
+    return a, b
+
+
 def _with_derivative(name: str, x: Array, keep: bool = True) -> tuple[Array, Array | None]:
     """y = f(x), saved f'(x), which takes no more memory than x."""
     xp = get_xp(x)
     x = xp.ascontiguousarray(x)
     y, derivative = xp.empty_like(x), xp.empty_like(x) if keep else None
-    cuda.elementwise("activations", name, x.size, x, y, cuda.NULL if derivative is None else derivative)
+    cuda.elementwise("activations", name, x.size, x, y, cuda.NULL if derivative is None else derivative, each=16 // x.itemsize)
     return y, derivative
 
 
@@ -28,7 +73,7 @@ gelu, gelu_tanh, silu = (partial(_with_derivative, name) for name in ("gelu", "g
 
 def activation_backward(dy: Array, derivative: Array) -> Array:
     """dx = dy f'(x)."""
-    return dy * derivative
+    return multiply(dy, derivative)
 
 
 def swiglu(g: Array, u: Array, keep: bool = True) -> tuple[Array, tuple[Array, Array] | None]:
@@ -43,7 +88,7 @@ def swiglu(g: Array, u: Array, keep: bool = True) -> tuple[Array, tuple[Array, A
 def swiglu_backward(dy: Array, saved: tuple[Array, Array], need: Collection[str] = ("dg", "du")) -> tuple[Array | None, Array | None]:
     """dg = dy u silu'(g),   du = dy silu(g)."""
     by_g, by_u = saved
-    return dy * by_g if "dg" in need else None, dy * by_u if "du" in need else None
+    return multiply(dy, by_g) if "dg" in need else None, multiply(dy, by_u) if "du" in need else None
 
 
 def dropout(x: Array, p: float, key: Any) -> tuple[Array, None]:

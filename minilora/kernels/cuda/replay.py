@@ -31,8 +31,8 @@ class Replay:
     """`replay(key, work, arrays)` is work(*arrays). When the same key and shapes have come AFTER times in a row, the work is captured, and
     replayed from then on. One graph is kept, the last: it holds the memory of its work.
 
-    work       takes arrays of the device and returns a tuple of them. Its results depend on these, on `key`, and on arrays at fixed addresses
-               (weights, gradients), on nothing else: random numbers and step numbers would be those of the capture
+    work       takes arrays of the device and returns a tuple of them. Its results depend on these, on `key`, and on arrays at fixed
+               addresses (weights, gradients), on nothing else: random numbers and step numbers would be those of the capture
     arrays     of the host or the device
     """
 
