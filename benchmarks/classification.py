@@ -43,7 +43,7 @@ def write(o: Namespace, count: int | None = None, layers: list[int] | None = Non
 
 def examples(o: Namespace) -> list[Any]:
     """The records as minilora has them."""
-    from minilora.training.examples import Example
+    from minilora.data.examples import Example
 
     records = json.loads((o.folder / "records.json").read_text())
     return [Example(np.array(r["ids"]), np.array([r["label"]]), per_sequence=True) for r in records]
@@ -63,7 +63,7 @@ def padded_batches(o: Namespace) -> Iterator[dict[str, Any]]:
 
 def ours(o: Namespace) -> Iterator[float]:
     from benchmarks.ours import adapted, training
-    from minilora.training.datasets import batches_of, endless
+    from minilora.data.datasets import batches_of, endless
 
     data = examples(o)
     return training(adapted(o), endless(lambda rng: batches_of(data, BATCH, rng)), o)

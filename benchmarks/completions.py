@@ -81,9 +81,9 @@ def random_pairs(vocabulary: int, count: int = 500) -> Iterator[Pair]:
 
 def ours(o: Namespace) -> Iterator[float]:
     from benchmarks.ours import adapted, training
+    from minilora.data.datasets import batches_of, endless
+    from minilora.data.examples import Example
     from minilora.functional import IGNORE
-    from minilora.training.datasets import batches_of, endless
-    from minilora.training.examples import Example
 
     examples = []
     for prompt, completion in json.loads((o.folder / "pairs.json").read_text()):

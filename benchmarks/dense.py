@@ -33,7 +33,7 @@ def prepare(o: Namespace) -> None:
 
 def ours(o: Namespace) -> Iterator[float]:
     from benchmarks.ours import adapted, training
-    from minilora.training.data import random_windows
+    from minilora.data.batches import random_windows
 
     text = np.load(o.folder / "text.npy")
     return training(adapted(o), random_windows(text, WINDOW, BATCH, np.random.default_rng(0)), o)

@@ -30,7 +30,7 @@ def runs(o: Namespace) -> Iterator[int]:
 
 def ours(o: Namespace) -> Iterator[float]:
     from benchmarks.ours import adapted, training
-    from minilora.training.datasets import batches_of, endless
+    from minilora.data.datasets import batches_of, endless
 
     data, model = examples(o), adapted(o)
     start = [(p, p.data.copy()) for _, p in model.parameters() if p.trainable]

@@ -38,7 +38,7 @@ def full(o: Namespace) -> Iterator[float]:
 
 def _training(model: Any, o: Namespace) -> Iterator[float]:
     from benchmarks.ours import training
-    from minilora.training.data import random_windows
+    from minilora.data.batches import random_windows
 
     text = np.random.default_rng(0).zipf(1.3, 200_000) % model.config.vocab_size
     return training(model, random_windows(text, WINDOW, BATCH, np.random.default_rng(0)), o)

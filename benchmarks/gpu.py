@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--only suite curves dense-bf16 ...] [--rounds 5] [--no-compile]
     python -m benchmarks.gpu --standin
 
-suite      the whole test suite with --backend cupy
+suite      the tests of the GPU: --backend cupy -k cupy, with pytest-xdist and pytest-timeout
 curves     the main job on NumPy and on CuPy: losses of 200 steps, and the held-out loss with weights and activations in bfloat16
 launches   a step of GPT-2 small, launch by launch and recorded: its time, and that of Python alone, while the device has little to do
 the rest   against torch and PEFT of the same dtypes, sdpa attention, eager and compiled: a step's time, peak memory of the device
@@ -38,7 +38,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "completions-bf16": {"model": "llama", "batch": 8, "window": 512, "labelled": 128, "dtype": "bfloat16"},
     "toy": {"model": "mlp", "dtype": "float32"},
 }
-RIVALS = ("eager", "compile")
+RIVALS = ("eager", "compile", "half", "half-compile")  # half: PEFT's adapters in the model's dtype, not in float32 as PEFT has them
+SUITE = ["-k", "cupy", "-n", "12", "--dist", "worksteal", "--timeout", "120", "-p", "no:benchmark"]  # 35 s on an H100
 TOLERANCE = {"bfloat16": 0.05, "float32": 5e-3}  # of the first loss: TF32 and bfloat16 round products to 1e-3 and 4e-3
 
 
@@ -76,8 +77,8 @@ def ours(o: Namespace) -> Iterator[float]:
     import minilora as ml
     from benchmarks import classification, toy
     from benchmarks.ours import training
-    from minilora.training.data import Batch
-    from minilora.training.datasets import batches_of, endless
+    from minilora.data.batches import Batch
+    from minilora.data.datasets import batches_of, endless
 
     if o.model == "mlp":
         return toy.ours(o, "cupy")
@@ -101,7 +102,7 @@ def rival(o: Namespace) -> Iterator[float]:
         return toy.peft(o, "cuda")
     kind = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "minilm": "AutoModelForSequenceClassification"}[o.model]
     config = classification.NO_DROPOUT if o.model == "minilm" else {"use_cache": False}
-    model = adapted(kind, o, device="cuda", dtype=getattr(torch, o.dtype), **config)
+    model = adapted(kind, o, device="cuda", dtype=getattr(torch, o.dtype), autocast="half" not in o.side, **config)
     if o.model == "minilm":
         return training(model, ({name: x.to("cuda") for name, x in batch.items()} for batch in classification.padded_batches(o)))
 
@@ -133,15 +134,20 @@ SIDES = {"ours": ours, **dict.fromkeys(RIVALS, rival)}
 def suite() -> dict[str, Any]:
     begun = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--backend", "cupy", "-q", "-rs"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pytest", "--backend", "cupy", "-q", "-rs", *SUITE],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     return {"exit_code": done.returncode, "seconds": time.perf_counter() - begun, "end": done.stdout.splitlines()[-30:]}
 
 
 def curves(steps: int = 200, bfloat16_on: str = "cupy") -> dict[str, Any]:
     """Goals: losses 1e-4 apart, and the held-out loss with bfloat16 within 1 %."""
-    from minilora.training.finetune import finetune
-    from minilora.training.recipe import Recipe
+    from minilora.runs.finetune import finetune
+    from minilora.runs.recipe import Recipe
 
     ends, losses = {}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +174,7 @@ def launches(steps: int = 40) -> dict[str, Any]:
     has little to do and what is left is Python and launches."""
     import minilora as ml
     from minilora.backend import synchronize
-    from minilora.training.data import random_windows
+    from minilora.data.batches import random_windows
     from minilora.training.loop import train
 
     told = {}
@@ -186,7 +192,8 @@ def launches(steps: int = 40) -> dict[str, Any]:
 
 def against_rivals(name: str, args: Namespace) -> dict[str, Any]:
     job = {"labelled": JOBS[name].get("window", 0), **JOBS[name]}
-    names = ["ours", *(rival for rival in RIVALS if not (args.no_compile and rival == "compile"))]
+    half = job["dtype"] != "float32"
+    names = ["ours", *(r for r in RIVALS if not (args.no_compile and "compile" in r) and (half or "half" not in r))]
     with tempfile.TemporaryDirectory() as folder:
         given = {"steps": 200 if name == "toy" else 10, "warmup": 10, "rounds": args.rounds, "threads": 1, "folder": folder, **job}
         harness.prepare("gpu", given)

@@ -45,7 +45,7 @@ def prepare(o: Namespace) -> None:
 def ours(o: Namespace) -> Iterator[float]:
     import minilora as ml
     from benchmarks.ours import training
-    from minilora.training.data import random_windows
+    from minilora.data.batches import random_windows
 
     model = ml.load_model(o.folder / "model", "numpy")
     ml.inject(model, ml.LoraConfig(r=o.rank), rng=0)

@@ -14,8 +14,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from minilora.training.finetune import finetune
-from minilora.training.recipe import Recipe
+from minilora.runs.finetune import finetune
+from minilora.runs.recipe import Recipe
 
 RATES = [1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 5.6e-3, 8e-3, 1.1e-2, 1.6e-2]
 

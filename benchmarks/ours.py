@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import minilora as ml
-from minilora.training.data import Batch
+from minilora.data.batches import Batch
 from minilora.training.loop import train
 from minilora.training.prefix import PrefixCache
 

@@ -26,8 +26,8 @@ STEPS = 60
 def step_times(backend: str, record: bool, after: Any = lambda: None, steps: int = STEPS, **changed: Any) -> list[float]:
     """Seconds of each step; `after` is called once the first ten are done. changed: of the model's sizes, or its dtype."""
     import minilora as ml
-    from minilora.family.quantize import narrow_model
-    from minilora.training.data import random_windows
+    from minilora.data.batches import random_windows
+    from minilora.quantization.quantize import narrow_model
     from minilora.training.loop import train
 
     dtype = changed.pop("dtype", None)

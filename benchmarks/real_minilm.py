@@ -77,9 +77,9 @@ def frozen(model: Path) -> Callable[[tuple[Snippets, Snippets]], float]:
 def memory(model: Path, parts: tuple[Snippets, Snippets], folder: Path) -> dict[str, Any]:
     """Peaks of one epoch as in LEARN; the head that MiniLM lacks is drawn once, for both."""
     import minilora as ml
+    from minilora.data.datasets import batches_of
+    from minilora.data.examples import Example
     from minilora.formats.tokenizer import load_tokenizer
-    from minilora.training.datasets import batches_of
-    from minilora.training.examples import Example
 
     ml.save_model(ml.load_model(model, "numpy"), folder / "model")
     tokenizer = load_tokenizer(model, 30522)

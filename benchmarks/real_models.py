@@ -53,7 +53,7 @@ def _json(command: list[Any]) -> dict[str, Any]:
 
 def train_here(path: str, batches: list[dict[str, np.ndarray]], lora: dict[str, Any]) -> list[float]:
     import minilora as ml
-    from minilora.training.data import Batch
+    from minilora.data.batches import Batch
     from minilora.training.loop import train
 
     model = ml.load_model(path, "numpy")

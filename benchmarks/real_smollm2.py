@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.real_models import compare_peaks, minilora
-from minilora.training.data import random_windows
-from minilora.training.text import split_text, stdlib_source
+from minilora.data.batches import random_windows
+from minilora.data.text import split_text, stdlib_source
 from tests import assets
 
 WINDOW, BATCH, STEPS = 256, 4, 60
@@ -39,9 +39,9 @@ def texts() -> tuple[str, dict[str, str]]:
 
 def memory(model: Path, text: Path, folder: Path, steps: int = 3) -> dict[str, Any]:
     import minilora as ml
-    from minilora.formats.run import tokenizer_of
-    from minilora.training.tasks import tokens_of
-    from minilora.training.text import read_text
+    from minilora.data.text import read_text
+    from minilora.runs.run_file import tokenizer_of
+    from minilora.runs.tasks import tokens_of
 
     ml.save_model(ml.load_model(model, "numpy"), folder / "model")  # for transformers
     tokens = tokens_of(split_text(read_text(text))[0], tokenizer_of(model))

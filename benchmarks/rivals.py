@@ -15,11 +15,15 @@ from peft import PeftModel
 LR, CLIP = 3e-3, 1.0
 
 
-def adapted(kind: str, o: Namespace, device: str = "cpu", dtype: torch.dtype = torch.float32, **config: Any) -> Any:
-    """The model of class `kind` and the adapter in the folder, compiled if the side says so. `config` overrides its config.json."""
+def adapted(kind: str, o: Namespace, device: str = "cpu", dtype: torch.dtype = torch.float32, autocast: bool = True, **config: Any) -> Any:
+    """The model of class `kind` and the adapter in the folder, compiled if the side says so. `config` overrides its config.json.
+
+    autocast: the adapter is in float32 beside a model in half precision, as PEFT has it by default.
+    """
     torch.set_num_threads(o.threads)
     model = getattr(transformers, kind).from_pretrained(o.folder / "model", attn_implementation="sdpa", dtype=dtype, **config)
-    model = PeftModel.from_pretrained(model, o.folder / "adapter", is_trainable=True).train().to(device)
+    model = PeftModel.from_pretrained(model, o.folder / "adapter", is_trainable=True, autocast_adapter_dtype=autocast)
+    model = model.train().to(device)
     return torch.compile(model) if "compile" in o.side else model
 
 

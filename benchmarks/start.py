@@ -31,9 +31,9 @@ def ours(o: Namespace) -> Iterator[float]:
     import numpy as np
 
     import minilora as ml
+    from minilora.data.datasets import collate
+    from minilora.data.examples import Example
     from minilora.formats.tokenizer import load_tokenizer
-    from minilora.training.datasets import collate
-    from minilora.training.examples import Example
     from minilora.training.loop import train
 
     model = ml.load_model(o.folder / "model", "numpy")

@@ -15,14 +15,14 @@ from pydoc_data.topics import topics
 import numpy as np
 from tqdm import tqdm
 
+from minilora.data.batches import held_out_windows, random_windows
 from minilora.formats.checkpoint import save_model
 from minilora.models import GPT2, GPT2Config
-from minilora.training.data import held_out_windows, random_windows
+from minilora.optim.flat import clip_grad_norm
+from minilora.optim.optimizers import AdamW
+from minilora.optim.schedules import schedule
 from minilora.training.evaluate import evaluate
-from minilora.training.flat import clip_grad_norm
-from minilora.training.optimizers import AdamW
 from minilora.training.replicas import Replicas
-from minilora.training.schedules import schedule
 
 STEPS, BATCH, WINDOW, THREADS, SEED = 2400, 16, 256, 2, 0
 

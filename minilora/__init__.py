@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from minilora.adapters import BottleneckConfig, BottleneckLinear, PartialConfig, combine, extract, inject, input_roots, mixed
     from minilora.backend import choose_backend, seed, to_backend, to_numpy
     from minilora.checking.gradcheck import gradcheck
-    from minilora.family.quantize import quantize_model
-    from minilora.family.vera import VeraConfig
     from minilora.formats.adapter import load_adapter, save_adapter
     from minilora.formats.checkpoint import load_model, save_model
     from minilora.functional.losses import cross_entropy, mse
@@ -35,20 +33,22 @@ if TYPE_CHECKING:
         Tanh,
     )
     from minilora.lora import LoraConfig, LoRALinear, disabled, factorize, merge, unmerge
+    from minilora.lora.variants.vera import VeraConfig
     from minilora.models import GPT2, MLP, BertClassifier, BertConfig, GPT2Config, KVCache, Llama, LlamaConfig
-    from minilora.training.flat import clip_grad_norm
-    from minilora.training.loraplus import create_loraplus_optimizer
-    from minilora.training.optimizers import SGD, Adam, AdamW
-    from minilora.training.preconditioned import create_lora_pro_optimizer, create_lorafa_optimizer, create_riemannian_optimizer
-    from minilora.training.schedules import schedule
+    from minilora.optim.flat import clip_grad_norm
+    from minilora.optim.loraplus import create_loraplus_optimizer
+    from minilora.optim.optimizers import SGD, Adam, AdamW
+    from minilora.optim.preconditioned import create_lora_pro_optimizer, create_lorafa_optimizer, create_riemannian_optimizer
+    from minilora.optim.schedules import schedule
+    from minilora.quantization.quantize import quantize_model
 
 __version__ = "0.1.0"
 
 _HOME = {
     "adapters": "BottleneckConfig BottleneckLinear PartialConfig combine extract inject input_roots mixed",
     "backend": "choose_backend seed to_backend to_numpy",
-    "family.quantize": "quantize_model",
-    "family.vera": "VeraConfig",
+    "quantization.quantize": "quantize_model",
+    "lora.variants.vera": "VeraConfig",
     "formats.adapter": "load_adapter save_adapter",
     "formats.checkpoint": "load_model save_model",
     "functional.losses": "cross_entropy mse",
@@ -56,11 +56,11 @@ _HOME = {
     "layers": "GELU Attention Block Dropout Embedding Layer LayerNorm Linear Parameter RMSNorm ReLU Sequential SiLU Tanh",
     "lora": "LoRALinear LoraConfig disabled factorize merge unmerge",
     "models": "BertClassifier BertConfig GPT2 MLP GPT2Config KVCache Llama LlamaConfig",
-    "training.flat": "clip_grad_norm",
-    "training.loraplus": "create_loraplus_optimizer",
-    "training.optimizers": "SGD Adam AdamW",
-    "training.preconditioned": "create_lora_pro_optimizer create_lorafa_optimizer create_riemannian_optimizer",
-    "training.schedules": "schedule",
+    "optim.flat": "clip_grad_norm",
+    "optim.loraplus": "create_loraplus_optimizer",
+    "optim.optimizers": "SGD Adam AdamW",
+    "optim.preconditioned": "create_lora_pro_optimizer create_lorafa_optimizer create_riemannian_optimizer",
+    "optim.schedules": "schedule",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 

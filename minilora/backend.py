@@ -50,7 +50,7 @@ def _module_of(x: Array) -> Any:
     cupy = sys.modules.get("cupy")  # who holds a CuPy array has imported CuPy
     if cupy is not None and isinstance(x, cupy.ndarray):
         return _modules.setdefault(type(x), cupy)
-    if hasattr(x, "like"):  # a matrix made of arrays (family/residual.py, family/nf4.py)
+    if hasattr(x, "like"):  # a matrix made of arrays (quantization/residual.py, quantization/nf4.py)
         return get_xp(x.like)
     raise TypeError(f"expected a NumPy or CuPy array, got {type(x).__name__}.")
 

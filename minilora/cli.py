@@ -47,13 +47,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _finetune(args: argparse.Namespace) -> dict[str, Any]:
-    from minilora.training.finetune import finetune
+    from minilora.runs.finetune import finetune
 
     return finetune(_recipe(args), args.out, _say(args))
 
 
 def _study(args: argparse.Namespace) -> dict[str, Any]:
-    from minilora.training.study import as_json, quick, rows_named, study
+    from minilora.runs.study import as_json, quick, rows_named, study
 
     recipe = quick(_recipe(args)) if args.quick else _recipe(args)
     names = args.rows or (["methods"] if recipe.task == "classify" else ["lora", "full", "bottleneck", "bitfit", "layer-norm"])
@@ -62,15 +62,15 @@ def _study(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    from minilora.training.evaluate_run import evaluate_run
+    from minilora.runs.evaluate import evaluate_run
 
     names = "adapter split backend threads task window mask_prompt encoding seed eval_size eval_bytes allow_other_weights".split()
     return evaluate_run(args.model, args.data, say=_say(args), **{name: getattr(args, name) for name in names})
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
-    from minilora.formats.run import open_model, tokenizer_of
     from minilora.models.generate import generate_text
+    from minilora.runs.run_file import open_model, tokenizer_of
 
     if args.system is not None and not args.chat:
         raise ValueError("--system is a turn of a conversation; give --chat too.")
@@ -100,7 +100,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
     from minilora.formats.checkpoint import STORED
-    from minilora.formats.run import merge_run
+    from minilora.runs.run_file import merge_run
 
     changes = merge_run(args.model, args.out, args.adapter, args.dtype or STORED, args.allow_other_weights)
     still = [path for path, change in changes.items() if change == 0]
@@ -111,14 +111,14 @@ def _merge(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _extract(args: argparse.Namespace) -> dict[str, Any]:
-    from minilora.training.extract_run import extract_run
+    from minilora.runs.extract import extract_run
 
     asked = (args.base, args.r, args.energy, args.data, args.task, args.window, args.whole, args.threads, args.allow_other_weights)
     return extract_run(args.model, args.out, *asked, say=_say(args))
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
-    from minilora.training.extract_run import compare
+    from minilora.runs.extract import compare
 
     changes, say = compare(args.first, args.second, args.allow_other_weights), _say(args)
     changed = sorted((path for path, change in changes.items() if change), key=lambda path: -changes[path])
@@ -130,7 +130,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
-    from minilora.formats.run import describe
+    from minilora.runs.run_file import describe
 
     told, say = describe(args.model, args.allow_other_weights), _say(args)
     say(f"model       {told['model']}: {told['model_type']}, " + ", ".join(f"{k} {v}" for k, v in told["config"].items() if type(v) is int))
@@ -172,7 +172,7 @@ def _recipe(args: argparse.Namespace) -> Any:
     """The recipe that the flags ask for."""
     from dataclasses import fields
 
-    from minilora.training.recipe import WITHOUT_EFFECT, Recipe
+    from minilora.runs.recipe import WITHOUT_EFFECT, Recipe
 
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if getattr(args, field.name, None) is not None}
     recipe = Recipe(**given)
@@ -188,7 +188,7 @@ def _recipe(args: argparse.Namespace) -> Any:
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser, and those of the verbs by name."""
     from minilora import __version__
-    from minilora.training.recipe import DTYPES, METHODS, OPTIMIZERS, TASKS
+    from minilora.runs.recipe import DTYPES, METHODS, OPTIMIZERS, TASKS
 
     parser = argparse.ArgumentParser(prog="minilora", description="Low-rank adaptation with every gradient written by hand.")
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
@@ -272,7 +272,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     p = verb("study", _study, "several ways to fine-tune, several seeds: mean, deviation, worst and failed runs; goes on if interrupted")
     recipe_flags(p)
-    p.add_argument("--rows", type=_list, metavar="NAMES", help="methods, few-sample, or names of single rows, see training/study.py")
+    p.add_argument("--rows", type=_list, metavar="NAMES", help="methods, few-sample, or names of single rows, see runs/study.py")
     p.add_argument("--seeds", type=int, metavar="N", help="runs of each row (default: 5)")
     p.add_argument("--quick", action="store_true", help="in small, with 2 seeds: minutes")
     p.add_argument("--seed", type=int, help="of the examples to learn and to measure (default: 0)")

@@ -277,7 +277,7 @@ def _zero(source, folder):
 
 
 def test_an_adapter_that_names_no_base_is_not_put_on_the_bundled_model(tmp_path):
-    from minilora.formats.run import open_model
+    from minilora.runs.run_file import open_model
 
     ml.save_adapter(adapted(llama(tmp_path / "base")), tmp_path / "a")
     told = read_json(tmp_path / "a" / "adapter_config.json")
@@ -348,7 +348,7 @@ def test_bfloat16_is_the_nearest_and_ties_go_to_the_even(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_merging_keeps_the_bases_dtype_and_size(dtype, tmp_path):
-    from minilora.formats.run import merge_run
+    from minilora.runs.run_file import merge_run
 
     base = llama(tmp_path / "base", dtype)
     ml.save_adapter(adapted(base), tmp_path / "a")
@@ -399,7 +399,7 @@ def test_only_what_is_meant_for_the_hub_is_asked_of_it(tmp_path, monkeypatch):
     import sys
     import types
 
-    from minilora.formats.run import open_model, tokenizer_of
+    from minilora.runs.run_file import open_model, tokenizer_of
 
     asked = []
     hub = types.ModuleType("huggingface_hub")
@@ -436,7 +436,7 @@ def test_only_what_is_meant_for_the_hub_is_asked_of_it(tmp_path, monkeypatch):
 
 
 def test_compare_knows_no_order(tmp_path):
-    from minilora.training.extract_run import compare
+    from minilora.runs.extract import compare
 
     base = llama(tmp_path / "base")
     first, second = adapted(base), adapted(base, target_modules=["q_proj", "v_proj"], bias="none", modules_to_save=["model.norm"])
@@ -457,7 +457,7 @@ def test_compare_knows_no_order(tmp_path):
 
 
 def test_compare_of_classifiers(tmp_path):
-    from minilora.training.extract_run import compare
+    from minilora.runs.extract import compare
 
     base = bert(tmp_path / "base")
     model = ml.load_model(base, "numpy", labels=3)

@@ -13,10 +13,10 @@ import standin
 
 import minilora as ml
 from minilora import backend as door
+from minilora.data.batches import Batch
 from minilora.functional import dropout_mask
 from minilora.kernels import cuda
-from minilora.training.data import Batch
-from minilora.training.flat import clip_grad_norm
+from minilora.optim.flat import clip_grad_norm
 from minilora.training.replicas import Replicas
 
 # -- arrays know where they live ------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import pytest
 
 import minilora as ml
 from minilora.cli import _parser, main
+from minilora.data.text import HELD_OUT, TRAIN, stdlib_source
 from minilora.formats.tokenizer import ByteTokenizer
-from minilora.training.text import HELD_OUT, TRAIN, stdlib_source
 
 QUICK = [
     "--steps",

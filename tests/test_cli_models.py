@@ -12,7 +12,7 @@ from small_tokenizers import CHATML, library_wordpiece
 import minilora as ml
 from minilora.cli import main
 from minilora.formats.atomic import read_json, write_json
-from minilora.training.recipe import Recipe
+from minilora.runs.recipe import Recipe
 
 QUICK = ["--steps", 3, "--warmup", 0, "--window", 11, "--threads", 1, "--backend", "numpy"]
 FILMS = [
@@ -103,7 +103,7 @@ def test_a_merged_classifier_loads_in_transformers_under_its_names(bert, cwd, ru
     ids = library_wordpiece().encode("a man eating").ids
     with torch.no_grad():
         wanted = theirs(torch.tensor([ids])).logits.numpy()
-    from minilora.formats.run import open_model
+    from minilora.runs.run_file import open_model
 
     np.testing.assert_allclose(open_model("run", "numpy").forward(np.array(ids), keep=False)[0], wanted, atol=1e-5)
 

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import BPE, BYTES, CHATML, TALK, library_bpe, library_wordpiece
 
-from minilora.formats.tokenizer import HFTokenizer
-from minilora.training.data import Batch
-from minilora.training.datasets import (
+from minilora.data.batches import Batch
+from minilora.data.datasets import (
     Example,
     batches_of,
     collate,
@@ -22,8 +21,9 @@ from minilora.training.datasets import (
     packed_batches,
     read_records,
 )
-from minilora.training.examples import encode_pair
-from minilora.training.records import is_dataset
+from minilora.data.examples import encode_pair
+from minilora.data.records import is_dataset
+from minilora.formats.tokenizer import HFTokenizer
 
 
 def jsonl(path, *records):

@@ -11,9 +11,10 @@ from small_tokenizers import BPE, library_wordpiece
 
 import minilora as ml
 from minilora.cli import main
+from minilora.data import datasets
+from minilora.data.examples import Example
 from minilora.formats.atomic import read_json, write_json
-from minilora.training import datasets, tasks
-from minilora.training.examples import Example
+from minilora.runs import tasks
 
 WORDS = ["a", "man", "eating", "food", "."]
 

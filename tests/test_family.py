@@ -8,11 +8,11 @@ from golden import make_adapters
 from safetensors.numpy import load_file
 
 import minilora as ml
-from minilora.family.adapted import adapter_parameters
-from minilora.family.vera import Projections, VeraConfig
 from minilora.lora import lora_layers
-from minilora.training.loraplus import create_loraplus_optimizer
-from minilora.training.preconditioned import (
+from minilora.lora.adapted import adapter_parameters
+from minilora.lora.variants.vera import Projections, VeraConfig
+from minilora.optim.loraplus import create_loraplus_optimizer
+from minilora.optim.preconditioned import (
     create_lora_pro_optimizer,
     create_lorafa_optimizer,
     create_riemannian_optimizer,

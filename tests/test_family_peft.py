@@ -9,12 +9,12 @@ from safetensors.numpy import load_file
 from test_peft import bases, deviation, our_logits, our_losses, ours, peft  # noqa: F401  (fixtures)
 
 import minilora as ml
-from minilora.family.adapted import adapter_parameters
-from minilora.family.vera import VeraConfig
 from minilora.lora import lora_layers
+from minilora.lora.adapted import adapter_parameters
+from minilora.lora.variants.vera import VeraConfig
 from minilora.models import BertClassifier
-from minilora.training.loraplus import create_loraplus_optimizer
-from minilora.training.preconditioned import create_lorafa_optimizer, create_riemannian_optimizer
+from minilora.optim.loraplus import create_loraplus_optimizer
+from minilora.optim.preconditioned import create_lorafa_optimizer, create_riemannian_optimizer
 
 KINDS = ("bert", "gpt2", "llama")
 

@@ -12,9 +12,9 @@ import minilora as ml
 from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import import_cupy
-from minilora.family.quantize import narrow_model
+from minilora.data.batches import random_windows
 from minilora.kernels import cuda, flash
-from minilora.training.data import random_windows
+from minilora.quantization.quantize import narrow_model
 from minilora.training.loop import train
 
 pytestmark = pytest.mark.skipif(not cuda.ENABLED, reason="CUDA sources run through g++ here")

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import BYTES, CHATML, TALK, byte_level_bpe, sentencepiece_bpe, write_tokenizer
 
+from minilora.data.examples import example_maker
 from minilora.formats.chat import assistant_spans, find_chat_template, render_chat, turn_end
 from minilora.formats.gguf import GGUFTokenizer
 from minilora.formats.tokenizer import ByteTokenizer, HFTokenizer, gguf_tokenizer, load_tokenizer
 from minilora.models.generate import generate_text
-from minilora.training.examples import example_maker
 
 BPE = HFTokenizer(byte_level_bpe(), bos_id=3, eos_id=0, chat_template=CHATML)
 

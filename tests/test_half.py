@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import minilora as ml
-from minilora.family.half import Half
-from minilora.training.finetune import finetune
-from minilora.training.recipe import Recipe
+from minilora.quantization.half import Half
+from minilora.runs.finetune import finetune
+from minilora.runs.recipe import Recipe
 
 EPS = {"float16": 2**-11, "bfloat16": 2**-8}
 KINDS = list(EPS)

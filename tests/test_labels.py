@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import BYTES
 
-from minilora.training.datasets import hold_out, load_dataset, load_examples, sample
-from minilora.training.examples import Example
-from minilora.training.labels import class_names, reader
+from minilora.data.datasets import hold_out, load_dataset, load_examples, sample
+from minilora.data.examples import Example
+from minilora.data.labels import class_names, reader
 
 HERE = Path("x.jsonl")
 

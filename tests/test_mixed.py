@@ -13,19 +13,19 @@ import minilora as ml
 from minilora import functional as F
 from minilora import kernels as K
 from minilora.cli import main
-from minilora.family.quantize import narrow_model
+from minilora.data.batches import Batch
 from minilora.formats.atomic import read_json
-from minilora.formats.run import merge_run, open_model
 from minilora.kernels import cuda
 from minilora.models.cache import KVCache
 from minilora.models.generate import generate
-from minilora.training.data import Batch
-from minilora.training.finetune import finetune
-from minilora.training.flat import clip_grad_norm
+from minilora.optim.flat import clip_grad_norm
+from minilora.quantization.quantize import narrow_model
+from minilora.runs.finetune import finetune
+from minilora.runs.recipe import Recipe
+from minilora.runs.run_file import merge_run, open_model
 from minilora.training.loop import Diverged, train
 from minilora.training.loss_scale import LossScale
 from minilora.training.prefix import PrefixCache
-from minilora.training.recipe import Recipe
 
 attention_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in ("attention", "losses"))
 KINDS = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

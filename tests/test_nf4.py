@@ -10,9 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 import minilora as ml
 from minilora.checking.gradcheck import gradcheck
-from minilora.family import nf4
-from minilora.family.nf4 import NF4
-from minilora.family.quantize import quantize_model
+from minilora.quantization import nf4
+from minilora.quantization.nf4 import NF4
+from minilora.quantization.quantize import quantize_model
 
 GOLDEN = load_file(make_nf4.FILE)
 
@@ -114,8 +114,8 @@ def test_sizes_in_memory_and_on_disk(tmp_path):
 def test_the_bundled_model_loses_little():
     """Held out, of 2.79 bits a byte: 0.016 more in four bits."""
     from minilora.formats.tokenizer import ByteTokenizer
-    from minilora.training.recipe import Recipe
-    from minilora.training.tasks import measure, training_task
+    from minilora.runs.recipe import Recipe
+    from minilora.runs.tasks import measure, training_task
 
     task = training_task(Recipe(eval_bytes=32 * 256), ByteTokenizer())
     plain, quantized = (measure(ml.load_model("pydoc", "numpy", quantize=how), task)["bits_per_byte"] for how in ("", "nf4"))

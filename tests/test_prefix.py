@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import minilora as ml
+from minilora.data.batches import Batch
 from minilora.training import prefix as prefix_module
-from minilora.training.data import Batch
 from minilora.training.loop import train
 from minilora.training.prefix import PrefixCache
 from minilora.training.replicas import Replicas

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.cli import main
-from minilora.training.records import is_dataset, kind_of, read_records, split_files
-from minilora.training.text import read_text, split_text
+from minilora.data.records import is_dataset, kind_of, read_records, split_files
+from minilora.data.text import read_text, split_text
 
 ROWS = [{"prompt": f"question {i}: ", "completion": f"é {i}\nmore"} for i in range(3)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

@@ -8,10 +8,10 @@ import standin
 
 import minilora as ml
 from minilora.backend import POOL_OWNERS, forget_constants, peak_memory
+from minilora.data.batches import Batch, random_windows
 from minilora.kernels import cuda
 from minilora.kernels.cuda import blas
 from minilora.kernels.cuda.replay import AFTER, Replay
-from minilora.training.data import Batch, random_windows
 from minilora.training.loop import train
 
 pytestmark = pytest.mark.skipif(not cuda.ENABLED, reason="records launches of the CUDA sources, which need g++ here")

@@ -9,8 +9,8 @@ import pytest
 import minilora as ml
 from minilora.adapters import largest_changes
 from minilora.cli import main
+from minilora.data.batches import Batch
 from minilora.lora import lora_layers
-from minilora.training.data import Batch
 
 IDS, OFFSETS = np.array([1, 5, 2, 10, 0, 7, 7, 3, 4, 9]), [0, 3, 4, 7, 10]
 SIZES = {"vocab_size": 11, "max_position_embeddings": 8, "hidden_size": 6, "num_attention_heads": 3, "num_hidden_layers": 2}

@@ -9,12 +9,12 @@ from small_tokenizers import library_wordpiece
 
 import minilora as ml
 from minilora.cli import main
+from minilora.data.examples import Example
 from minilora.layers import Parameter
-from minilora.training import study as study_module
-from minilora.training.examples import Example
+from minilora.runs import study as study_module
+from minilora.runs.recipe import Recipe
+from minilora.runs.study import ROWS, rows_named, study, summarise
 from minilora.training.few_sample import PulledAdamW, few, reinitialise
-from minilora.training.recipe import Recipe
-from minilora.training.study import ROWS, rows_named, study, summarise
 
 BERT = {"vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 12}
 

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import bert_wordpiece, byte_level_bpe, library_bpe, sentencepiece_bpe, write_tokenizer, xlm_roberta
 
+from minilora.data.examples import example_maker
 from minilora.formats.tokenizer import ByteTokenizer, load_tokenizer
-from minilora.training.examples import example_maker
 
 BERT = {"tokenizer_class": "BertTokenizer", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
 GPT2 = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import minilora as ml
+from minilora.data.batches import Batch, held_out_windows, random_windows, windows
+from minilora.data.datasets import endless
 from minilora.layers import Parameter
-from minilora.training.data import Batch, held_out_windows, random_windows, windows
-from minilora.training.datasets import endless
+from minilora.optim.flat import FlatBuffer, clip_grad_norm
 from minilora.training.evaluate import evaluate
-from minilora.training.flat import FlatBuffer, clip_grad_norm
 from minilora.training.loop import Diverged, train
 from minilora.training.replicas import Replicas
 
@@ -332,8 +332,8 @@ def test_windows_and_splits():
 @pytest.mark.parametrize(("most", "advice"), [(2, "2 of a batch's 8 sequences fit: --batch-size 2"), (0, "not one of 8 sequences fits")])
 def test_when_memory_runs_out_the_run_says_what_fits_and_keeps_what_it_has(most, advice, backend, tmp_path, monkeypatch):
     from minilora.models import GPT2
-    from minilora.training.finetune import finetune
-    from minilora.training.recipe import Recipe
+    from minilora.runs.finetune import finetune
+    from minilora.runs.recipe import Recipe
 
     steps, loss = 0, GPT2.loss
 

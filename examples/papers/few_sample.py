@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.papers.shown import BLUE, GREEN, GREY, RED, Claim, flags, real_texts, tell
-from minilora.training.recipe import Recipe
-from minilora.training.study import rows_named, study
+from minilora.runs.recipe import Recipe
+from minilora.runs.study import rows_named, study
 
 # MNLI with 1,000 examples, of the paper's table: mean and standard deviation of 20 runs of BERT-large
 CLAIMED = {"standard": (52.2, 4.2), "re-init": (66.4, 0.6), "longer": (67.5, 1.1), "both": (68.8, 0.5)}

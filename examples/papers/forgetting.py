@@ -15,9 +15,9 @@ from pydoc_data.topics import topics
 import numpy as np
 
 from examples.papers.shown import BLUE, GREEN, RED, Claim, adapted, flags, tell
+from minilora.data.batches import held_out_windows
 from minilora.formats.checkpoint import load_model
-from minilora.formats.run import open_model
-from minilora.training.data import held_out_windows
+from minilora.runs.run_file import open_model
 from minilora.training.evaluate import evaluate
 
 METHODS = {

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.papers.shown import BLUE, GREEN, GREY, RED, Claim, flags, real_texts, tell
-from minilora.training.recipe import Recipe
-from minilora.training.study import Summary, study
+from minilora.runs.recipe import Recipe
+from minilora.runs.study import Summary, study
 
 TRAIN, VALID, EPOCHS = 200, 1000, 6
 ROWS: dict[str, dict[str, Any]] = {

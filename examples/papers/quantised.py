@@ -12,8 +12,8 @@ import statistics
 from typing import Any
 
 from examples.papers.shown import BLUE, GREEN, RED, Claim, adapted, flags, tell
-from minilora.family.nf4 import is_nf4
 from minilora.formats.checkpoint import load_model
+from minilora.quantization.nf4 import is_nf4
 
 LOFTQ = "NF4, LoftQ's start"
 BASES: dict[str, dict[str, Any]] = {"float32": {}, "NF4": {"quantize": "nf4"}, LOFTQ: {"init_lora_weights": "loftq"}}

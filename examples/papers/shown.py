@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.training.finetune import finetune
-from minilora.training.recipe import Recipe
+from minilora.runs.finetune import finetune
+from minilora.runs.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 SMALL: dict[str, Any] = {}  # what --quick changes in every recipe

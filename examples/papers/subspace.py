@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from examples.papers.shown import Claim, adapted, flags, tell
-from minilora.formats.run import open_model
 from minilora.lora import lora_layers
+from minilora.runs.run_file import open_model
 
 SMALL, LARGE = 8, 64
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, Rng, backend_name, generator
-from minilora.family.adapted import trained_dtype
 from minilora.layers import GELU, Activation, Linear, Saved
+from minilora.lora.adapted import trained_dtype
 
 
 class BottleneckLinear(Linear):

@@ -14,12 +14,12 @@ from typing import Any
 
 from minilora.adapters.sums import with_lora
 from minilora.backend import Array, get_xp
-from minilora.family.adapted import Adapted, adapter_parameters, lora_layers
-from minilora.family.residual import dense
 from minilora.layers import Embedding, Layer, LayerNorm, Linear, RMSNorm, Saved
 from minilora.lora import LoraConfig, factorize
+from minilora.lora.adapted import Adapted, adapter_parameters, lora_layers
 from minilora.lora.config import CLASSIFIERS
 from minilora.lora.injection import replace_module
+from minilora.quantization.residual import dense
 
 _RIDGE = 1e-6  # of the mean square of the inputs: a direction that no input had is then cheap to get wrong, and not impossible
 

@@ -9,8 +9,8 @@ from minilora import lora
 from minilora.adapters.bottleneck import BottleneckLinear
 from minilora.adapters.config import NON_LINEARITIES, BottleneckConfig, PartialConfig
 from minilora.backend import Rng, generator
-from minilora.family.adapted import train_only
 from minilora.layers import Layer, LayerNorm, Linear, RMSNorm
+from minilora.lora.adapted import train_only
 from minilora.lora.config import CLASSIFIERS, LoraConfig
 from minilora.lora.injection import find_modules, find_targets, replace_module
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from minilora.backend import Array, get_xp
-from minilora.family.residual import dense
 from minilora.layers import Layer, Linear
 from minilora.lora import LoraConfig, LoRALinear, factorize, inject, lora_layers
+from minilora.quantization.residual import dense
 
 Part = tuple[float, Array, Array]  # w s, A (m, r), B (r, n)
 

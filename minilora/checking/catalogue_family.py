@@ -9,9 +9,9 @@ import numpy as np
 
 from minilora.backend import Array, as_like
 from minilora.checking.subjects import MODES, LossOf, Pair, Subject, fixed_weight, shaken
-from minilora.family import dora, embedding, vera
 from minilora.layers import Embedding, Linear
 from minilora.lora import LoraConfig, LoRALinear, inject, lora_layers
+from minilora.lora.variants import dora, embedding, vera
 from minilora.models import GPT2, GPT2Config
 
 

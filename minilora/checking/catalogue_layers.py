@@ -10,7 +10,6 @@ import numpy as np
 from minilora import kernels as K
 from minilora.adapters import BottleneckLinear, PerSequence
 from minilora.checking.subjects import MODES, OFFSETS, Subject, shaken
-from minilora.family.watch import Watched
 from minilora.layers import (
     GELU,
     Attention,
@@ -27,6 +26,7 @@ from minilora.layers import (
     Tanh,
 )
 from minilora.lora import LoRALinear
+from minilora.lora.init.watch import Watched
 from minilora.models import MLP
 
 

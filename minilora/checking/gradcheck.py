@@ -20,8 +20,8 @@ from minilora.backend import Array, backend_name, get_xp, to_backend
 from minilora.checking.diagnose import diagnose, misshapen, not_finite
 from minilora.checking.differences import Derivative, derivative
 from minilora.checking.report import Broken, Entry, Report
-from minilora.family.residual import dense
 from minilora.layers import Layer, reseed
+from minilora.quantization.residual import dense
 
 _SEED = 0x6772616463  # with the caller's: no `default_rng(seed)`, from which x or a weight may come, draws the same numbers
 

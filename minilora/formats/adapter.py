@@ -20,7 +20,6 @@ import numpy as np
 
 from minilora.adapters import PartialConfig
 from minilora.backend import Array, as_like, to_numpy
-from minilora.family.adapted import adapter_parameters
 from minilora.formats import partial
 from minilora.formats.adapter_config import BARE, prefix_of, read_adapter_config, to_peft
 from minilora.formats.atomic import write_json
@@ -30,6 +29,7 @@ from minilora.formats.tensors import holds_bfloat16, read_tensors, rounded, writ
 from minilora.kernels.half import wide
 from minilora.layers import Layer, Linear
 from minilora.lora import LoraConfig, inject, lora_layers
+from minilora.lora.adapted import adapter_parameters
 from minilora.lora.injection import find_modules, find_targets, trained_paths
 
 _PREFIX = "base_model.model."

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from minilora.adapters import PartialConfig
-from minilora.family import config_classes
 from minilora.formats import partial
 from minilora.formats.atomic import read_json
 from minilora.formats.fitting import FAMILIES
 from minilora.layers import Layer
 from minilora.lora import LoraConfig, lora_layers
 from minilora.lora.injection import find_modules
+from minilora.lora.registry import config_classes
 from minilora.models.config_file import check_types, made
 
 BARE = "FEATURE_EXTRACTION"  # the task_type of a model without its head, whose modules have no prefix in PEFT

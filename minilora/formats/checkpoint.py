@@ -15,10 +15,6 @@ import numpy as np
 
 from minilora.adapters import bottlenecks
 from minilora.backend import choose_backend, to_numpy
-from minilora.family.adapted import adapter_parameters
-from minilora.family.half import KINDS
-from minilora.family.nf4 import is_nf4
-from minilora.family.quantize import PACK, narrow_model, quantize_model
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.blank import Blank
 from minilora.formats.fetch import BUNDLED, is_hub_id, model_folder, read_weights, weight_files
@@ -29,6 +25,10 @@ from minilora.formats.tensors import stored_dtypes, write_tensors
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.layers import Embedding
 from minilora.lora import lora_layers
+from minilora.lora.adapted import adapter_parameters
+from minilora.quantization.half import KINDS
+from minilora.quantization.nf4 import is_nf4
+from minilora.quantization.quantize import PACK, narrow_model, quantize_model
 
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
 _TOKENIZER_FILES += "vocab.txt vocab.json merges.txt tokenizer.model generation_config.json".split()
@@ -57,8 +57,8 @@ def load_model(
     and a line on standard error says so; `model.drawn` names them.
     dtype: "float16" and "bfloat16" are of matrices, embeddings included, and so of activations (kernels/half.py): norms, biases, and what
     `inject` makes trainable, are then of float32.
-    quantize: "nf4" keeps the weights of linear layers, but for the head, in four bits (family/nf4.py), "float16" and "bfloat16" in
-    sixteen (family/half.py), with activations in `dtype`. A folder that holds them in NF4, as bitsandbytes does, is read as it is.
+    quantize: "nf4" keeps the weights of linear layers, but for the head, in four bits (quantization/nf4.py), "float16" and "bfloat16" in
+    sixteen (quantization/half.py), with activations in `dtype`. A folder that holds them in NF4, as bitsandbytes does, is read as it is.
     download: False looks for an id of the hub in its local cache only.
 
     Raises FileNotFoundError; ValueError when the configuration, a file or a tensor does not fit; ImportError for a missing extra.

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora.family.adapted import adapter_parameters
-from minilora.family.nf4 import is_nf4
 from minilora.layers import Layer, Linear
+from minilora.lora.adapted import adapter_parameters
+from minilora.quantization.nf4 import is_nf4
 
 
 class Family(NamedTuple):

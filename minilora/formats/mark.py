@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import as_like, to_numpy
-from minilora.family.packed import is_packed
-from minilora.family.residual import dense
 from minilora.formats.tensors import holds_bfloat16, rounded
 from minilora.kernels.half import is_half
 from minilora.layers import Layer, Linear
+from minilora.quantization.packed import is_packed
+from minilora.quantization.residual import dense
 
 KEY = "minilora.base"
 _LOFTQ = "loftq:"

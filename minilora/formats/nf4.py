@@ -1,4 +1,4 @@
-"""NF4 weights in safetensors, in the layout that transformers and bitsandbytes write and read (family/nf4.py).
+"""NF4 weights in safetensors, in the layout that transformers and bitsandbytes write and read (quantization/nf4.py).
 
 <path>                                       (out in / 2, 1) bytes, two numbers each
 <path>.absmax                                (blocks,) bytes      the magnitudes of the blocks
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import to_numpy
-from minilora.family.nf4 import BLOCK, CODE, NESTED, NF4
 from minilora.formats.atomic import json_object
+from minilora.quantization.nf4 import BLOCK, CODE, NESTED, NF4
 
 _STATE = ".quant_state.bitsandbytes__nf4"
 _LARGEST = 1e38  # of a magnitude: the sum of two is finite in float32

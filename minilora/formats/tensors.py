@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import numpy as np
 from safetensors.numpy import save_file
 
-from minilora.family.half import dtype_of
 from minilora.formats.atomic import write_file
+from minilora.quantization.half import dtype_of
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
 _DTYPES |= {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}

@@ -1,4 +1,4 @@
-"""AdamW over the whole flat buffer in one launch; the equations are in training/optimizers.py, which also has the plain one."""
+"""AdamW over the whole flat buffer in one launch; the equations are in optim/optimizers.py, which also has the plain one."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def linear_backward(
 
 @in_float32(NARROW)
 def product(x: Array, W: Array) -> Array:
-    """x @ W. A packed matrix (family/packed.py) has its own way."""
+    """x @ W. A packed matrix (quantization/packed.py) has its own way."""
     return cuda.gemm(x, W) if cuda.usable(x, W) and isinstance(W, type(x)) else x @ W
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from minilora.family import check_start
+from minilora.lora.registry import check_start
 
 TASKS = (None, "CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
 CLASSIFIERS = ("classifier", "score")  # what transformers calls the head of its sequence classifiers

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from minilora.backend import Rng, backend_name, generator, to_backend
-from minilora.family import adapter_of, starts
-from minilora.family.adapted import adapter_parameters, check_whole, lora_layers, train_only
 from minilora.layers.base import Layer
 from minilora.layers.embedding import Embedding
 from minilora.layers.linear import Linear
+from minilora.lora.adapted import adapter_parameters, check_whole, lora_layers, train_only
 from minilora.lora.config import CLASSIFIERS, LoraConfig, fits
+from minilora.lora.registry import adapter_of, starts
 
 
 def inject(

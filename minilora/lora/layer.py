@@ -7,12 +7,12 @@ from typing import Any
 
 from minilora import kernels as K
 from minilora.backend import Array, Rng, backend_name, generator, to_backend
-from minilora.family import Start, start_of
-from minilora.family.adapted import Adapted, trained_dtype
 from minilora.layers.base import Parameter, Saved
 from minilora.layers.dropout import Dropout
 from minilora.layers.linear import Linear
+from minilora.lora.adapted import Adapted, trained_dtype
 from minilora.lora.config import LoraConfig
+from minilora.lora.registry import Start, start_of
 
 
 class LoRALinear(Adapted, Linear):

@@ -10,7 +10,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minilora.backend import get_xp
-from minilora.training.data import Batch
+from minilora.data.batches import Batch
 from minilora.training.replicas import LanguageModel
 
 Told = TypeVar("Told")

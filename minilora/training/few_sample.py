@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, Rng, as_like, generator
+from minilora.data.datasets import Example
 from minilora.layers import Embedding, Layer, LayerNorm, Linear, RMSNorm
-from minilora.training.datasets import Example
-from minilora.training.flat import Parameters
-from minilora.training.optimizers import AdamW
+from minilora.optim.flat import Parameters
+from minilora.optim.optimizers import AdamW
 
 _STD = 0.02  # of BERT's initial values
 

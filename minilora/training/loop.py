@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import get_xp
+from minilora.data.batches import Batch
 from minilora.layers import Layer
-from minilora.training.data import Batch
-from minilora.training.flat import FlatBuffer
+from minilora.optim.flat import FlatBuffer
+from minilora.optim.optimizers import Optimizer
+from minilora.optim.schedules import Schedule
 from minilora.training.loss_scale import LossScale
-from minilora.training.optimizers import Optimizer
 from minilora.training.prefix import PrefixCache
 from minilora.training.recorded import Gradients
 from minilora.training.replicas import Replicas
-from minilora.training.schedules import Schedule
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minilora.backend import backend_name, import_cupy
-from minilora.training.data import Batch
+from minilora.data.batches import Batch
 
 
 def sequences_that_fit(model: Any, batch: Batch) -> int:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, get_xp
+from minilora.data.batches import Batch
 from minilora.models.stack import Prefix
-from minilora.training.data import Batch
 
 IN_MEMORY = 2**30  # bytes; beyond it, what is kept goes into a file
 

@@ -8,12 +8,12 @@ import numpy as np
 
 from minilora import functional as F
 from minilora.backend import Array, get_xp
+from minilora.data.batches import Batch
 from minilora.kernels import cuda
 from minilora.kernels.cuda import blas
 from minilora.kernels.cuda.replay import Replay
 from minilora.layers import Dropout, reseed
-from minilora.training.data import Batch
-from minilora.training.flat import clip_grad_norm
+from minilora.optim.flat import clip_grad_norm
 from minilora.training.replicas import Replicas
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minilora.backend import Array, get_xp, keep_freed_memory
+from minilora.data.batches import Batch
 from minilora.layers import Parameter, reseed
-from minilora.training.data import Batch
-from minilora.training.flat import FlatBuffer, adopt, fill_missing
+from minilora.optim.flat import FlatBuffer, adopt, fill_missing
 from minilora.training.prefix import PrefixCache
 
 SHARD = 768  # tokens: enough for products at full speed

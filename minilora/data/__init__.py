@@ -1,0 +1,1 @@
+"""Text, records, batches and packing."""

@@ -1,0 +1,171 @@
+"""One record as an example to learn from: token ids, and which of them are learnt.
+
+    {"text": ...}                             every token is learnt; write the end token into the text if it is to be learnt too
+    {"prompt": ..., "completion": ...}        the completion and the end token after it are learnt, the prompt is read
+    {"messages": [{"role", "content"}, ...]}  what the assistant wrote is learnt, the rest is read; beside it "tools" and "documents"
+    {"text": ..., "label": ...}               one class for each text (task "classify")
+
+The ids spell the record: no space is added, no token is doubled. What cannot be used is a ValueError that names the file and the line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.data.labels import reader
+from minilora.formats.chat import assistant_spans, marks_answers
+from minilora.formats.tokenizer import Tokenizer
+from minilora.functional import IGNORE
+
+WANTED = {
+    "lm": 'the field "text", or "prompt" and "completion", or "messages"',
+    "classify": 'the fields "text" and "label"',
+}
+
+
+@dataclass
+class Example:
+    """ids (T,) of one sequence; labels (T,), shifted already, or with per_sequence (1,), its class. `cut`: it was longer than allowed."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    per_sequence: bool = False
+    cut: bool = False
+
+
+Maker = Callable[[Path, int, dict[str, Any]], Example]
+
+
+def example_maker(
+    task: str, tokenizer: Tokenizer, max_length: int, mask_prompt: bool, labels: Sequence[str] | None, template: str | None
+) -> Maker:
+    """A function (file, line, record) -> Example, that raises ValueError naming file and line."""
+    label = reader(labels or ())
+
+    def made(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, bool]:
+        if task == "classify":
+            ids, cut = _classified(tokenizer, _text(record, "text", task), max_length)
+            return ids, np.zeros(0, dtype=bool), cut
+        if "messages" in record:
+            beside = {name: record[name] for name in ("tools", "documents") if record.get(name) is not None}
+            return _conversation(tokenizer, record["messages"], template, max_length, mask_prompt, beside)
+        if "prompt" in record and "completion" in record:
+            return _completion(tokenizer, _text(record, "prompt", task), _text(record, "completion", task), max_length, mask_prompt)
+        ids = tokenizer.encode_prompt(_text(record, "text", task))
+        return ids[: max_length + 1], np.ones(min(len(ids), max_length + 1), dtype=bool), len(ids) > max_length + 1
+
+    def example(file: Path, line: int, record: dict[str, Any]) -> Example:
+        try:
+            ids, learnt, cut = made(record)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {line}: {error}") from None
+        if task == "classify":
+            return Example(ids, np.array([label(file, line, record)]), per_sequence=True, cut=cut)
+        if not learnt[1:].any():
+            what = f"nothing to learn is left within {max_length} tokens" if cut else "there is nothing to learn from so short a text"
+            raise ValueError(f"{file}, line {line}: {what}.")
+        return Example(ids[:-1], np.where(learnt[1:], ids[1:], IGNORE), cut=cut)  # row t predicts token t + 1
+
+    return example
+
+
+def _completion(tokenizer: Tokenizer, prompt: str, completion: str, max_length: int, mask: bool) -> tuple[np.ndarray, np.ndarray, bool]:
+    """(ids, which of them are to be learnt, was it cut) of a prompt and what follows it."""
+    ids, n = encode_pair(tokenizer, prompt, completion)
+    begun, bos = tokenizer.begin(ids), len(tokenizer.prefix)
+    n += len(begun) - len(ids)
+    head, tail = begun[:n], begun[n:]
+    if tokenizer.eos_id is not None and (len(tail) == 0 or tail[-1] != tokenizer.eos_id):
+        tail = np.append(tail, tokenizer.eos_id)
+    room = max_length + 1  # the last token is a label only
+    kept = min(len(tail), max(room - n, room - room // 2))
+    from_end = min(max(n - bos, 0), room - bos - kept)
+    cut = kept < len(tail) or from_end < n - bos
+    head = np.concatenate([head[:bos], head[n - from_end :]])
+    return np.concatenate([head, tail[:kept]]), np.arange(len(head) + kept) >= (len(head) if mask else 0), cut
+
+
+def _conversation(
+    tokenizer: Tokenizer, messages: Any, template: str | None, max_length: int, mask: bool, beside: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """(ids, which of them are to be learnt, was it cut) of messages: what the assistant wrote, each turn with its end token.
+
+    `beside`: tools and documents. The ids are those of the whole text, as apply_chat_template gives them in transformers; a token that
+    begins before an answer and reaches into it is learnt, one that reaches out of it into what is said next is not, unless the
+    template itself marks the answer. Turns that begin after the first max_length tokens are not looked for.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('"messages" must be a list of {"role", "content"} objects that is not empty.')
+    room = max_length + 1
+    text, spans = assistant_spans(template, messages, ends=list(tokenizer.added), **tokenizer.special_tokens, **beside)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not any((message.get("content") or "").strip() or message.get("tool_calls") for message in answers):
+        raise ValueError("no message of the assistant has any content: there is nothing to learn.")
+    if not mask and any(message.get(name) in (0, False) for message in answers for name in ("weight", "train")):
+        raise ValueError('a message that is not to be learnt ("weight", "train") needs the mask: leave out --no-mask-prompt.')
+    ids = tokenizer.encode(text, add_special=False)
+    learnt = np.full(min(len(ids), room), not mask)
+    first, past = tokenizer.offsets(text)[:room].T  # of each token, in characters
+    for start, end in spans if mask else ():
+        if start >= past.max(initial=0):
+            break
+        reaches = np.flatnonzero((first < end) & (past > start) & ((past <= end) | marks_answers(template)))
+        learnt[reaches.min(initial=len(ids)) : reaches.max(initial=-1) + 1] = True
+    return ids[:room], learnt, len(ids) > room
+
+
+def _classified(tokenizer: Tokenizer, text: str, max_length: int) -> tuple[np.ndarray, bool]:
+    """(ids, was it cut): cut in the text, so that the special tokens around it stay."""
+    ids = tokenizer.encode(text)
+    if len(ids) <= max_length:
+        return ids, False
+    body = tokenizer.encode(text, add_special=False)
+    before = len(tokenizer.prefix)
+    after = ids[before + len(body) :]
+    room = max(0, max_length - before - len(after))
+    return np.concatenate([ids[:before], body[:room], after])[:max_length], True
+
+
+def encode_pair(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[np.ndarray, int]:
+    """(ids of both joined, how many are the prompt's); no special tokens are added.
+
+    The prompt is what a model is given when it has to write the completion, so its ids must be the beginning of the whole's: mostly
+    the whole is simply encoded. Where a merge would reach across the boundary ("is " + "Paris", where " Paris" is one token), the
+    prompt's ids stay, and the completion is encoded so that both together spell the whole text: by itself or, where the tokenizer
+    puts a space before a text, behind a character that is taken away again. Where neither spells it (a normalizer composes
+    characters across the boundary), the ids are the whole's, and the token on the boundary belongs to the completion.
+    """
+    ids, whole = (tokenizer.encode(text, add_special=False) for text in (prompt, prompt + completion))
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, ids, strict=False)))
+    if alike < len(ids):
+        spelled, joined = tokenizer.decode(whole), (np.concatenate([ids, tail]) for tail in _continued(tokenizer, completion))
+        if (found := next((both for both in joined if tokenizer.decode(both) == spelled), None)) is not None:
+            return found, len(ids)
+    return whole, alike
+
+
+def _continued(tokenizer: Tokenizer, piece: str) -> Iterator[np.ndarray]:
+    """Ways to encode a text that stands behind another: by itself, and without what a tokenizer puts before the first word."""
+    yield tokenizer.encode(piece, add_special=False)
+    for guard in "\n|0a":
+        alone, both = (tokenizer.encode(text, add_special=False) for text in (guard, guard + piece))
+        if np.array_equal(both[: len(alone)], alone):
+            yield both[len(alone) :]
+
+
+def _text(record: dict[str, Any], name: str, task: str) -> str:
+    """A field that must be text. Raises ValueError."""
+    if name not in record:
+        raise ValueError(f"expected {WANTED[task]}; it has {', '.join(map(repr, record)) or 'none'}.")
+    value = record[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{name!r} must be text, got {value!r:.60}.")
+    if name != "prompt" and not value.strip():
+        raise ValueError(f"the {name} is empty: there is nothing to learn.")
+    return value

@@ -1,0 +1,97 @@
+"""What the label of a record means: one of a list of classes, or a value for a model with one output.
+
+A published head keeps its own classes in their own order. Without one, the classes are those of the training data: whole numbers by
+value, then everything else as text. Neither the order of the records nor the machine changes the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from minilora.data.records import Record, listed
+from minilora.functional import IGNORE
+
+
+class NoClass(ValueError):
+    """A label that is none of the classes of a head."""
+
+
+_DIGITS = 4000  # Python converts no longer ones; they are sorted as text
+
+
+def class_names(file: Path, records: Sequence[tuple[int, Record]]) -> list[str]:
+    """The different labels of records: whole numbers first, by value, equal ones ("1", "01") as text; then names as text."""
+    names = {label_of(file, line, record) for line, record in records}
+    if len(names) < 2:
+        raise ValueError(f"{file}: all {len(records)} records have the label {next(iter(names))!r}; classification needs two classes.")
+    short = {name: _whole(name) and len(name) <= _DIGITS for name in names}
+    return sorted(names, key=lambda name: (not short[name], int(name) if short[name] else 0, name))
+
+
+def label_of(file: Path, line: int, record: Record) -> str:
+    """The class of a record, as text without white space around it. Raises ValueError for what is not a whole number or a name."""
+    value = _given(file, line, record)
+    name = value.strip() if isinstance(value, str) else str(value)
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or not name or name.lower() == "nan":
+        advice = ' write "true" or "false" as text' if isinstance(value, bool) else ""
+        raise ValueError(f"{file}, line {line}: the label must be an integer or a name, got {value!r:.60}{';' if advice else ''}{advice}.")
+    if not _whole(name) and _number(name) is not None:
+        raise ValueError(
+            f"{file}, line {line}: the label {name!r:.60} is a score; classes are integers or names, scores need a model with one output."
+        )
+    return name
+
+
+def reader(names: Sequence[str]) -> Callable[[Path, int, Record], float]:
+    """A function (file, line, record) -> the index of the class in `names`, or for one name, that of a model with one output, the value.
+
+    A label is looked up by its name. Where no name is a number, a whole number is the index itself, as in transformers.
+    The function raises ValueError for a label that is neither.
+    """
+    if len(names) == 1:
+        return _value
+    index = {name.strip(): i for i, name in enumerate(names)}
+    if len(index) < len(names):
+        raise ValueError(f"the model names a class twice: {', '.join(names)}; a label does not say which is meant.")
+    if not any(_number(name) is not None for name in names):
+        index |= {str(i): i for i in range(len(names))}
+
+    def read(file: Path, line: int, record: Record) -> float:
+        given = record.get("label")
+        name = given.strip() if isinstance(given, str) and given.strip() in index else label_of(file, line, record)
+        if name not in index:
+            raise NoClass(f"{file}, line {line}: the label {name!r:.60} is none of the classes: {listed(names, 40)}.")
+        return index[name]
+
+    return read
+
+
+def _value(file: Path, line: int, record: Record) -> float:
+    """The label of a record as a value. Raises ValueError for what is not a finite number, and for -100, which means "no label"."""
+    given = _given(file, line, record)
+    value = _number(given.strip()) if isinstance(given, str) else given
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value == IGNORE:
+        raise ValueError(f"{file}, line {line}: this model has one output, so the label must be a number (not -100), got {given!r:.60}.")
+    return float(value)
+
+
+def _given(file: Path, line: int, record: Record) -> Any:
+    if "label" not in record:
+        has = ", ".join(map(repr, record)) or "none"
+        raise ValueError(f'{file}, line {line}: expected the fields "text" and "label"; it has {has}.')
+    return record["label"]
+
+
+def _whole(name: str) -> bool:
+    return name.isascii() and name.removeprefix("-").isdecimal()
+
+
+def _number(text: str) -> float | None:
+    """The number that a text spells in decimal notation, None for a name."""
+    try:
+        return float(text) if text.isascii() and any(c.isdigit() for c in text) and "_" not in text else None
+    except ValueError:
+        return None

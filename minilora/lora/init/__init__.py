@@ -1,0 +1,1 @@
+"""Initialisers of A and B: one file each."""

@@ -1,0 +1,92 @@
+"""EVA: A begins as the directions in which a layer's inputs vary most, and ranks go where they explain most (arXiv 2410.07170).
+
+    C = sum_t (x_t - mean)(x_t - mean)^T = V diag(S^2) V^T,   A = V_r,   B = 0        explained by direction i: S_i^2 / sum_j S_j^2
+
+All directions of all layers are ranked by what they explain; the best as many as the ranks add up to are taken, at most rho r in
+one layer, and a layer that gets none is not adapted. PEFT finds V by an incremental SVD that stops when it has converged; here C is summed
+over everything that train_step feeds, and V is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import Array, get_xp, to_numpy
+from minilora.layers import Layer
+from minilora.lora.config import LoraConfig
+from minilora.lora.init.watch import Watched, watching
+from minilora.quantization.residual import dense
+
+
+class Inputs(Watched):
+    """Sums x^T x and x over the inputs that a Linear gets."""
+
+    every_row = True
+    tokens = 0
+    squares: Array = 0
+    sums: Array = 0
+
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Any]:
+        z = dense(x)
+        self.tokens += z.shape[0]
+        self.squares = self.squares + z.T @ z
+        self.sums = self.sums + z.sum(axis=0)
+        return super().forward(x, keep, need_dx)
+
+    def directions(self, path: str, r: int) -> tuple[Array, np.ndarray, np.ndarray]:
+        """V (in, all) with the most important columns first, S^2, and the share of each that it explains."""
+        if min(self.tokens - 1, self.in_features) < r:
+            raise ValueError(f"eva: train_step has shown {path} {self.tokens} tokens; rank {r} needs at least {r + 1}.")
+        C = self.squares - self.sums[:, None] * (self.sums / self.tokens)
+        values, V = get_xp(C).linalg.eigh(C)
+        values = to_numpy(values[::-1]).clip(0)
+        return V[:, ::-1], values, values / values.sum()
+
+
+def eva(
+    model: Layer,
+    targets: dict[str, Any],
+    config: LoraConfig,
+    train_step: Callable[[], Any],
+    *,
+    rho: float = 2.0,
+    whiten: bool = False,
+    adjust_scaling_factors: bool = True,
+) -> tuple[LoraConfig, dict[str, Any]]:
+    """The configuration with the ranks that were found, and the initial values of the layers that have any.
+
+    rho                      the largest rank of a layer, in parts of what the configuration says; 1 leaves the ranks alone
+    whiten                   divide each direction by the root of its singular value
+    adjust_scaling_factors   scale alpha with a layer's rank, so that alpha / r stays
+    Raises ValueError when rho is below 1, or when a layer saw too few tokens for its rank.
+    """
+    if not rho >= 1:
+        raise ValueError(f"eva: rho is {rho}; it must be at least 1.")
+    with watching(model, targets, Inputs) as watchers:
+        train_step()
+    asked = {path: config.rank_of(path) for path in targets}
+    found = {path: watcher.directions(path, asked[path]) for path, watcher in watchers.items()}
+    best = sorted(
+        ((share, path) for path, (_, _, shares) in found.items() for share in shares[: round(rho * asked[path])]), key=lambda s: -s[0]
+    )
+    taken = [path for _, path in best[: sum(asked.values())]]
+    ranks = {path: taken.count(path) for path in targets if path in taken}
+
+    def start(layer: Any, rng: np.random.Generator, path: str) -> tuple[Array, Array]:
+        V, squares, _ = found[path]
+        xp, r = get_xp(V), layer.r
+        A = V[:, :r] / xp.asarray(squares[:r] ** 0.25, dtype=V.dtype) if whiten else V[:, :r]
+        return A, xp.zeros((r, layer.out_features), dtype=V.dtype)
+
+    if ranks != asked:
+        alphas = {path: config.alpha_of(path) * (r / asked[path] if adjust_scaling_factors else 1) for path, r in ranks.items()}
+        config = config.only(
+            ranks,
+            rank_pattern={path: r for path, r in ranks.items() if r != config.r},
+            alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
+        )
+    return config, {path: partial(start, path=path) for path in ranks}

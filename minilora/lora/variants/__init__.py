@@ -1,0 +1,1 @@
+"""Variants of the LoRA layer: one file each."""

@@ -1,0 +1,224 @@
+"""VeRA: one random A and B for the whole model, frozen; each layer trains two vectors (arXiv 2310.11454).
+
+    y = x W + b + lambda_b * ((lambda_d * (x A)) B)        lambda_d (r,), lambda_b (out,); * is element by element
+
+All layers read the same two matrices, each as many rows of A and columns of B as it has features. They are drawn from a key, as PEFT draws
+them, so that a file may leave them out. What is trained starts at d_initial and at zero: the model begins as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from minilora import functional as F
+from minilora.backend import Array, Rng, backend_name, generator, get_xp, to_backend, to_numpy
+from minilora.layers import Dropout, Linear, Parameter, Saved
+from minilora.lora.adapted import Adapted
+from minilora.lora.config import LoraConfig
+
+_OF_LORA = "lora_alpha lora_dropout use_rslora use_dora init_lora_weights eva_config lora_ga_config loftq_config".split()
+_OF_LORA += "rank_pattern alpha_pattern exclude_modules".split()
+
+
+def vera_linear(
+    x: Array, W: Array, b: Array | None, A: Array, B: Array, d: Array, e: Array, mask: Array | None = None
+) -> tuple[Array, Array]:
+    """y = x W + b + ((u * d) B) * e,   saved u = x A.
+
+    Shapes: x (T, m), W (m, n), b and e (n,), A (m, r), B (r, n), d (r,) -> y (T, n), u (T, r). d is lambda_d, e is lambda_b.
+    `mask` (T, m) is the dropout on what A reads. Saved: u, for both vectors.
+    """
+    y = F.linear(x, W, b)
+    u = (x if mask is None else x * mask) @ A
+    y += ((u * d) @ B) * e
+    return y, u
+
+
+def vera_linear_backward(
+    dy: Array,
+    u: Array,
+    W: Array,
+    A: Array,
+    B: Array,
+    d: Array,
+    e: Array,
+    mask: Array | None = None,
+    need: Collection[str] = ("dx", "dd", "de"),
+) -> tuple[Array, Array, Array]:
+    """Gradients of y = x W + b + ((u * d) B) * e with u = x A; W, A and B are frozen and get none.
+
+        M = u^T dy                                (r, n)    both vectors read it:
+        dd_k = sum_j M_kj B_kj e_j                (r,)
+        de_j = sum_k M_kj B_kj d_k                (n,)      zero as long as d is
+        dx = dy W^T + (((dy * e) B^T) * d) A^T    (T, m)
+
+    u may be None without "dd" and "de".
+    """
+    dx = dd = de = None
+    if {"dd", "de"} & set(need):
+        M = (u.T @ dy) * B  # y += ((u * d) @ B) * e
+        dd = M @ e if "dd" in need else None
+        de = d @ M if "de" in need else None
+    if "dx" in need:
+        dx = dy @ W.T  # y = x @ W
+        through = (((dy * e) @ B.T) * d) @ A.T  # u = (x * mask) @ A
+        dx += through if mask is None else through * mask
+    return dx, dd, de
+
+
+@dataclass
+class VeraConfig(LoraConfig):
+    """What `inject` reads for VeRA. Names, defaults and meaning are those of PEFT's VeraConfig; the rest of LoraConfig has none here.
+
+    r                     rank of the shared A and B; it may be beyond min(in, out), as it costs r numbers a layer
+    projection_prng_key   the seed of A and B
+    save_projection       write A and B into the file, so that nobody has to draw them again
+    vera_dropout          probability of dropping what A reads, in training
+    d_initial             where lambda_d starts
+    init_weights          False: lambda_d ~ N(0, 1) and lambda_b one, for tests
+    bias                  "none", "all" or "vera_only"
+    """
+
+    peft_type: ClassVar[str] = "VERA"
+    not_in_file: ClassVar[tuple[str, ...]] = tuple(_OF_LORA)
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        bias, self.bias = self.bias, "all" if self.bias == "vera_only" else self.bias
+        if bias == "lora_only":
+            raise ValueError("VeraConfig: bias is 'lora_only'; choose 'none', 'all' or 'vera_only'.")
+        super().__post_init__()
+        self.bias, usual = bias, LoraConfig()
+        for name in self.not_in_file:
+            if getattr(self, name) != getattr(usual, name):
+                raise ValueError(f"VeraConfig: {name} and VeRA exclude each other; {name} is LoRA's.")
+        if not 0 <= self.vera_dropout < 1:
+            raise ValueError(f"VeraConfig: vera_dropout is {self.vera_dropout}; it must be at least 0 and below 1.")
+        if not isinstance(self.projection_prng_key, int) or not 0 <= self.projection_prng_key < 2**32:
+            raise ValueError(f"VeraConfig: projection_prng_key is {self.projection_prng_key!r}; it must be an integer from 0 to 2^32 - 1.")
+        if not isinstance(self.d_initial, (int, float)) or not math.isfinite(self.d_initial):
+            raise ValueError(f"VeraConfig: d_initial is {self.d_initial!r}; it must be a number.")
+
+    def starts(self, targets: dict[str, Any]) -> dict[str, Projections]:
+        """{path: A and B}: the same for all, as large as the largest of the layers asks for."""
+        shapes = [layer.weight.data.shape for layer in targets.values()]
+        shared = Projections.drawn(max(m for m, _ in shapes), max(n for _, n in shapes), self.r, self.projection_prng_key)
+        return dict.fromkeys(targets, shared)
+
+
+class Projections:
+    """The A (m, r) and B (r, n) that all layers of a model share; on every backend and in every dtype that is asked for, once."""
+
+    def __init__(self, A: np.ndarray, B: np.ndarray) -> None:
+        self.A, self.B = A, B
+        self._there: dict[tuple[str, str], tuple[Array, Array]] = {}
+
+    @classmethod
+    def drawn(cls, m: int, n: int, r: int, key: int) -> Projections:
+        """Kaiming-uniform numbers from a Mersenne twister, to the bit those of PEFT: A turned, (r, m), and then B turned, (n, r)."""
+        twister = np.random.RandomState(key)
+
+        def uniform(rows: int, columns: int) -> np.ndarray:
+            bound = np.float32(math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(columns)))
+            bits = np.frombuffer(twister.bytes(4 * rows * columns), "<u4") & np.uint32(2**24 - 1)
+            x = bits * 2.0**-24 * (bound + bound) - float(bound)  # in float64, and rounded once: torch's fused multiply-add
+            return x.astype(np.float32).reshape(rows, columns)
+
+        A = uniform(r, m)
+        return cls(A.T, uniform(n, r).T)
+
+    def like(self, x: Array, m: int, n: int) -> tuple[Array, Array]:
+        """The first m rows of A and n columns of B, where x lives and in its dtype."""
+        home = backend_name(x), str(x.dtype)
+        if home not in self._there:
+            self._there[home] = to_backend(self.A, *home), to_backend(self.B, *home)
+        A, B = self._there[home]
+        return A[:m], B[:, :n]
+
+    def __deepcopy__(self, memo: Any) -> Projections:
+        return self  # nobody writes to it
+
+
+class VeRALinear(Adapted, Linear):
+    """y = x W + b + vera_lambda_b * ((vera_lambda_d * (x A)) B); see above. Saved: x A, if one of the vectors is trained."""
+
+    trains = ("vera_lambda_b", "vera_lambda_d")
+    config_class = VeraConfig
+
+    def __init__(self, base: Linear, config: VeraConfig, projections: Projections, rng: Rng = None) -> None:
+        self.weight, self.bias, self.projections = base.weight, base.bias, projections
+        for p in (self.weight, self.bias):
+            if p is not None:
+                p.trainable = False
+        self.dropout, self.saves_projections = Dropout(config.vera_dropout), config.save_projection
+        home, dtype, r = backend_name(base.weight.data), base.weight.data.dtype, config.r
+        e, d = np.zeros(base.out_features), np.full(r, config.d_initial)
+        if not config.init_weights:
+            e, d = e + 1, generator(rng).standard_normal(r)
+        self.vera_lambda_b, self.vera_lambda_d = (Parameter(to_backend(value, home, dtype)) for value in (e, d))
+
+    @classmethod
+    def of(cls, base: Linear, config: VeraConfig, path: str, init: Projections, rng: Rng = None) -> VeRALinear:
+        """The layer that `config` asks for at `path`."""
+        return cls(base, config, init, rng)
+
+    @property
+    def r(self) -> int:
+        return int(self.vera_lambda_d.data.size)
+
+    def shared(self) -> dict[str, Array]:
+        """vera_A (r, m) and vera_B (n, r), turned as PEFT keeps them, unless the file leaves them out."""
+        return {"vera_A": self.projections.A.T, "vera_B": self.projections.B.T} if self.saves_projections else {}
+
+    def share(self, arrays: dict[str, Array]) -> None:
+        self.projections.A, self.projections.B = (to_numpy(arrays[name]).T for name in ("vera_A", "vera_B"))
+        self.projections._there.clear()
+
+    def matrices(self) -> tuple[Array, Array, Array, Array]:
+        """A, B, lambda_d, lambda_b."""
+        d, e = self.vera_lambda_d.data, self.vera_lambda_b.data
+        return *self.projections.like(d, self.in_features, self.out_features), d, e
+
+    def delta(self) -> Array:
+        """What the weight is changed by: (A * lambda_d) B * lambda_b."""
+        A, B, d, e = self.matrices()
+        return ((A * d) @ B) * e
+
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+        b = None if self.bias is None else self.bias.data
+        if (W := self.alone(keep)) is not None:
+            return F.linear(x, W, b), self.save(need_dx, W, None, None) if keep else None
+        key = self.dropout.next_key() if keep and self.dropout.p > 0 else None
+        y, u = vera_linear(x, self.weight.data, b, *self.matrices(), self._mask(x, key))
+        trained = self.vera_lambda_d.trainable or self.vera_lambda_b.trainable
+        return y, self.save(need_dx, None, u if trained else None, key) if keep else None
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
+        W, u, key = self.load(saved, need_dx)
+        if self.bias is not None and self.bias.trainable:
+            self.bias.add_grad(dy.sum(axis=0))
+        if W is not None:
+            return dy @ W.T if need_dx else None
+        vectors = {"dd": self.vera_lambda_d, "de": self.vera_lambda_b}
+        need = {name for name, p in vectors.items() if p.trainable} | ({"dx"} if need_dx else set())
+        dx, *grads = vera_linear_backward(dy, u, self.weight.data, *self.matrices(), self._mask(dy, key), need)
+        for p, g in zip(vectors.values(), grads, strict=True):
+            if g is not None:
+                p.add_grad(g)
+        return dx
+
+    def _mask(self, like: Array, key: int | None) -> Array | None:
+        """The dropout mask (tokens of `like`, in), or None without dropout."""
+        if key is None:
+            return None
+        return F.dropout_mask((like.shape[0], self.in_features), self.dropout.p, key, get_xp(like), like.dtype)

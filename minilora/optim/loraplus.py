@@ -1,0 +1,55 @@
+"""LoRA+: B learns faster than A (arXiv 2402.12354).
+
+    A <- A - lr dA,   B <- B - lambda lr dB
+
+In a wide layer, A and B take steps of like effect only with lambda well above 1; the paper found about 16 best.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import backend_name, to_backend
+from minilora.layers import Embedding, Layer, LayerNorm, RMSNorm
+from minilora.optim.optimizers import Optimizer
+
+
+def create_loraplus_optimizer(
+    model: Layer,
+    optimizer_cls: type[Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_weight_decay: float = 0.0,
+    loraplus_lr_embedding: float = 1e-6,
+    **options: Any,
+) -> Any:
+    """An optimizer_cls of the model's trainable parameters, with learning rates as PEFT's function of this name sets them:
+
+        lr loraplus_lr_ratio     lora_B, and whatever is a vector: biases, gains, DoRA's lengths
+        loraplus_lr_embedding    the adapter of an embedding
+        lr                       the rest: lora_A, matrices that are trained whole
+
+    Weight decay leaves out biases and the gains of layer norms. `options` go to optimizer_cls. All is kept as factors of lr and of
+    weight_decay, so that schedules, which set lr, act on all three. Raises ValueError for a ratio that is not a positive number.
+    """
+    if not 0 < loraplus_lr_ratio < math.inf:
+        raise ValueError(f"LoRA+: loraplus_lr_ratio must be a positive number, got {loraplus_lr_ratio}.")
+    optimizer: Any = optimizer_cls(model.parameters(), lr, weight_decay=loraplus_weight_decay, **options)  # type: ignore[call-arg]
+    owners, flat = dict(model.modules()), optimizer.flat
+    rates, decays = [], []
+    for path, p in zip(flat.paths, flat.parameters, strict=True):
+        owner, _, name = path.rpartition(".")
+        rate = loraplus_lr_ratio if name == "lora_B" or p.data.ndim == 1 else 1.0
+        if isinstance(owners[owner], Embedding) and name != "weight":
+            rate = loraplus_lr_embedding / lr
+        plain = name == "bias" or isinstance(owners[owner], (LayerNorm, RMSNorm))
+        rates.append(np.full(p.data.size, rate))
+        decays.append(np.full(p.data.size, 0.0 if plain else 1.0))
+    home, dtype = backend_name(flat.data), flat.data.dtype
+    optimizer.rates = to_backend(np.concatenate(rates), home, dtype)
+    optimizer.decays = to_backend(np.concatenate(decays), home, dtype)
+    return optimizer

@@ -1,0 +1,140 @@
+"""SGD, Adam and AdamW: a handful of vector operations on the flat buffer, whatever the number of parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minilora import kernels as K
+from minilora.backend import Array, get_xp
+from minilora.kernels.blocks import blocks
+from minilora.optim.flat import FlatBuffer, Parameters
+
+
+class Optimizer:
+    """`step()` moves the parameters along their gradients, `zero_grad()` forgets the gradients. `lr` may be set between steps.
+
+    rates, decays    what lr and weight_decay are multiplied by: a number, or one for each element of the buffer (loraplus.py)
+    precondition     changes the gradients in place before each step (preconditioned.py)
+    """
+
+    rates: Any = 1.0
+    decays: Any = 1.0
+    precondition: Callable[[], None] | None = None
+
+    def __init__(self, params: Parameters, lr: float) -> None:
+        if not (math.isfinite(lr) and lr >= 0):
+            raise ValueError(f"lr must be a number of at least 0, got {lr}.")
+        self.lr = lr
+        self.t = 0  # steps done
+        self.flat = FlatBuffer(params)
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def gradient(self) -> Array:
+        """The gradient (n,) that a step follows."""
+        g = self.flat.gather()
+        if self.precondition is not None:
+            self.precondition()
+        return g
+
+    def zero_grad(self) -> None:
+        self.flat.zero_grad()
+
+
+class SGD(Optimizer):
+    """v <- momentum v + g;   w <- w - lr v,   or with Nesterov's momentum  w <- w - lr (g + momentum v).
+
+    g includes weight_decay w. As in PyTorch, v starts at the first g. Raises ValueError for nesterov without momentum.
+    """
+
+    def __init__(self, params: Parameters, lr: float, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> None:
+        if nesterov and momentum <= 0:
+            raise ValueError("SGD: nesterov needs a momentum above 0.")
+        super().__init__(params, lr)
+        self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
+        self.v = get_xp(self.flat.data).zeros_like(self.flat.data) if momentum else None
+
+    def step(self) -> None:
+        w, g = self.flat.data, self.gradient()
+        if self.weight_decay:
+            g = g + self.weight_decay * self.decays * w
+        if self.v is not None:
+            self.v *= self.momentum
+            self.v += g
+            g = g + self.momentum * self.v if self.nesterov else self.v
+        w -= self.lr * self.rates * g
+        self.t += 1
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (arXiv 1412.6980, algorithm 1, and 1711.05101, algorithm 2).
+
+        m <- b1 m + (1 - b1) g              m^ = m / (1 - b1^t)
+        v <- b2 v + (1 - b2) g^2            v^ = v / (1 - b2^t)
+        w <- w - lr weight_decay w - lr m^ / (sqrt(v^) + eps)
+
+    bias_correction=False leaves out the two divisions, as the first BERT code did: its early steps are larger by
+    (1 - b1^t) / sqrt(1 - b2^t), 3.16 at t = 1 and 6.57 at t = 12 (arXiv 2006.05987, section 4).
+    """
+
+    decoupled = True
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        bias_correction: bool = True,
+    ) -> None:
+        if not all(0 <= b < 1 for b in betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {betas}.")
+        super().__init__(params, lr)
+        self.betas, self.eps, self.weight_decay, self.bias_correction = betas, eps, weight_decay, bias_correction
+        xp = get_xp(self.flat.data)
+        self.m = xp.zeros_like(self.flat.data)
+        self.v = xp.zeros_like(self.flat.data)
+
+    def step(self) -> None:
+        w, g = self.flat.data, self.gradient()
+        self.t += 1
+        arrays = w, g, self.m, self.v, self.rates, self.decays
+        if get_xp(w) is np:
+            for part in blocks(*arrays):  # each is read from memory once, and all that is between stays in the cache
+                self._update(*part)
+        elif K.cuda.usable(w):
+            K.adamw(*arrays, self.lr, self.weight_decay, self.betas, self._corrections(), self.eps, self.decoupled)
+        else:
+            self._update(*arrays)
+
+    def _corrections(self) -> tuple[float, float]:
+        """1 - b1^t and 1 - b2^t, or 1 where they are left out."""
+        b1, b2 = self.betas
+        return (1 - b1**self.t, 1 - b2**self.t) if self.bias_correction else (1.0, 1.0)
+
+    def _update(self, w: Array, g: Array, m: Array, v: Array, rates: Any, decays: Any) -> None:
+        xp, (b1, b2) = get_xp(w), self.betas
+        lr = self.lr * rates
+        if self.weight_decay:
+            if self.decoupled:
+                w *= 1 - lr * self.weight_decay * decays
+            else:
+                g = g + self.weight_decay * decays * w
+        m *= b1
+        m += (1 - b1) * g
+        v *= b2
+        v += (1 - b2) * (g * g)
+        c1, c2 = self._corrections()
+        w -= (lr / c1) * m / (xp.sqrt(v) / math.sqrt(c2) + self.eps)
+
+
+class Adam(AdamW):
+    """Adam with weight decay, if any, added to the gradient (L2 regularisation), as in the first paper."""
+
+    decoupled = False

@@ -1,0 +1,1 @@
+"""Matrices that stand in for a weight in products."""

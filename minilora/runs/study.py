@@ -1,0 +1,195 @@
+"""A study: several ways to fine-tune, each with several seeds, on the same data; mean, standard deviation, worst and failed runs.
+
+A row of the table is a name and what it changes of a common recipe, {"longer": {"steps": None, "epochs": 30}}. The seed draws the head
+of a classifier, the adapters, the batches and the dropout masks; which examples there are to learn and to measure does not change.
+The model is read once: each run has a replica of it, which shares the weights that it does not train.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from minilora.backend import choose_backend
+from minilora.lora.registry import STARTS_FROM_DATA
+from minilora.runs.finetune import open_recipe, prefix_for, prepare, steps_of
+from minilora.runs.plot import have_matplotlib, plot_study
+from minilora.runs.recipe import METHODS, Recipe
+from minilora.runs.study_folder import StudyFolder
+from minilora.runs.tasks import Task, fingerprint, measure
+from minilora.training.few_sample import draw
+from minilora.training.loop import Diverged
+from minilora.training.prefix import PrefixCache
+
+Rows = dict[str, dict[str, Any]]
+
+_LONGER = {"steps": None, "epochs": 30}
+ROWS: Rows = {
+    **{method: {"method": method} for method in METHODS},
+    "standard": {"method": "full"},
+    "re-init": {"method": "full", "reinit": 1},
+    "longer": {"method": "full", **_LONGER},
+    "both": {"method": "full", "reinit": 1, **_LONGER},
+    "uncorrected": {"method": "full", "bias_correction": False},
+    "pulled": {"method": "full", "pull": 1.0},
+}
+GRIDS = {"methods": METHODS, "few-sample": ("standard", "re-init", "longer", "both", "uncorrected")}
+
+# What a row may not change: with other data, or another measure of it, there is nothing to compare.
+_SHARED = "model data task window batch_size tokens_per_batch mask_prompt train_size eval_size eval_bytes quantize".split()
+_SHARED += ["dtype", "seed", "backend", "encoding", "new_head"]
+_HIGHER = ("accuracy", "pearson")  # of other figures less is better
+
+
+@dataclass
+class Summary:
+    """One row of the table. Figures are of the task's headline, over the runs that did not diverge; nan where there is none."""
+
+    row: str
+    runs: int
+    mean: float
+    std: float
+    worst: float
+    best: float
+    failed: int
+    trained: int
+    steps: int
+    seconds: float
+
+
+def rows_named(names: Sequence[str]) -> Rows:
+    """The rows that names of grids ("methods", "few-sample") and of single rows mean. Raises ValueError for an unknown one."""
+    for name in names:
+        if name not in GRIDS and name not in ROWS:
+            raise ValueError(f"there is no row {name!r}; choose from {', '.join((*GRIDS, *ROWS))}.")
+    return {row: ROWS[row] for name in names for row in GRIDS.get(name, (name,))}
+
+
+def quick(recipe: Recipe) -> Recipe:
+    """The recipe in small: a few minutes for the whole table on two cores, enough to see that all is in place."""
+    records = {"train_size": min(recipe.train_size or 64, 64), "eval_size": min(recipe.eval_size or 200, 200)}
+    text = {"steps": min(recipe.steps or 20, 20), "eval_bytes": 8192}
+    return replace(recipe, **(records if recipe.task == "classify" else text), window=min(recipe.window, 64))  # type: ignore[arg-type]
+
+
+def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Callable[[str], None] = print) -> list[Summary]:
+    """Run what is not done yet of len(rows) x seeds runs, and leave table.txt and study.png in the folder. Returns the table.
+
+    A run has failed when it diverged, or when it is no better than the most frequent class or, for text, than the model it began with.
+    An interrupted study goes on where it was when it is started again with the same recipe and folder; rows and seeds may be added.
+    Raises ValueError for a row that asks for other data, or a folder that holds another study or a damaged record.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}.")
+    for name, change in rows.items():
+        if shared := sorted(change.keys() & set(_SHARED)):
+            raise ValueError(f"row {name!r} changes {shared[0]}, which all rows of a study share; make it a study of its own.")
+    recipe.backend = choose_backend(recipe.backend)
+    store = StudyFolder(folder, recipe, rows, fingerprint(recipe.data, recipe.encoding) if recipe.data else None)
+    done = {(record["row"], record["seed"]) for record in store.records}
+    todo = [(name, seed) for seed in range(seeds) for name in rows if (name, seed) not in done]
+
+    model, _, task = open_recipe(recipe)
+    say(f"data      {task.what}")
+    say(f"study     {len(rows)} rows x {seeds} seeds in {store.path}" + (f"; {len(done)} runs were there already" if done else ""))
+    recipes = {(name, seed): replace(recipe, **rows[name], seed=seed) for name, seed in todo}
+    for each in recipes.values():
+        each.settle(task.steps)
+    store.begin()
+    floor = _floor(model, task, recipe.threads) if todo else 0.0
+    prefixes: dict[str, PrefixCache | None] = {}
+    try:
+        with tqdm(total=sum(each.steps or 0 for each in recipes.values()), unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
+            for name, seed in todo:
+                bar.set_description(f"{name}, seed {seed}")
+                each = recipes[name, seed]
+                if name not in prefixes or each.init_lora_weights in STARTS_FROM_DATA:  # these may leave out other layers for another seed
+                    prefixes[name] = prefix_for(task, each)  # kept for all seeds of a row, whose frozen blocks are the same
+                record = _run(model, task, each, floor, bar, prefixes[name])
+                store.add({"row": name, "seed": seed, **record})
+    except KeyboardInterrupt:
+        say(f"stopped; {len(store.records)} runs are in {store.path}, and the same command goes on from there.")
+        raise
+    records = [record for record in store.records if record["row"] in rows and record["seed"] < seeds]
+    table = [summarise(name, [r for r in records if r["row"] == name], task.headline) for name in rows]
+    text = format_table(table, task.headline)
+    say(text)
+    store.write_table(text)
+    if have_matplotlib():
+        plot_study(store.picture, table, records, task.headline.replace("_", " "), floor or None)
+    else:
+        say("no picture: matplotlib is not installed (pip install 'minilora[plot]')")
+    return table
+
+
+def _run(model: Any, task: Task, recipe: Recipe, floor: float, bar: tqdm, prefix: PrefixCache | None) -> dict[str, Any]:
+    """Train and measure once. The model itself is left as it is."""
+    twin = model.replica()
+    rng = np.random.default_rng((recipe.seed, 1))
+    for path, layer in twin.modules():
+        if path in model.drawn:
+            draw(layer, rng)
+    optimizer = prepare(twin, recipe, task)
+    trained = int(optimizer.flat.data.size)
+    record: dict[str, Any] = {"trained": trained, "steps": recipe.steps, "failed": True, "value": None, "seconds": 0.0}
+    done = 0
+    try:
+        for step in steps_of(twin, optimizer, task, recipe, prefix):
+            record["seconds"] += step.seconds
+            bar.update()
+            done += 1
+    except Diverged as error:
+        bar.update((recipe.steps or 0) - done)
+        return {**record, "why": str(error)}
+    measured = measure(twin, task, recipe.threads)
+    value = measured[task.headline]
+    if math.isfinite(value):
+        record |= {"value": value, "failed": not (value > floor if task.headline in _HIGHER else value < floor)}
+    return {**record, "measured": measured}
+
+
+def _floor(model: Any, task: Task, threads: int) -> float:
+    """What a run has to beat: the share of the most frequent class, or the figure of the model as it is."""
+    if task.headline != "accuracy":
+        return measure(model, task, threads)[task.headline]
+    labels = np.concatenate([batch.labels for batch in task.held_out])
+    return float(np.bincount(labels).max() / len(labels))
+
+
+def summarise(row: str, records: Sequence[dict[str, Any]], headline: str) -> Summary:
+    """The figures of one row; the standard deviation is that of a sample (n - 1)."""
+    values = sorted((r["value"] for r in records if r["value"] is not None), reverse=headline not in _HIGHER)  # the worst first
+    return Summary(
+        row,
+        runs=len(records),
+        mean=statistics.fmean(values) if values else math.nan,
+        std=statistics.stdev(values) if len(values) > 1 else math.nan,
+        worst=values[0] if values else math.nan,
+        best=values[-1] if values else math.nan,
+        failed=sum(r["failed"] for r in records),
+        trained=records[0]["trained"],
+        steps=records[0]["steps"],
+        seconds=statistics.fmean(r["seconds"] for r in records),
+    )
+
+
+def format_table(table: Sequence[Summary], headline: str) -> str:
+    """The table as text."""
+    width = max(len(line.row) for line in table)
+    lines = [f"{headline.replace('_', ' '):<{width}}    mean    std   worst    best  failed      trained  steps  seconds"]
+    for s in table:
+        figures = f"{s.mean:7.3f} {s.std:6.3f} {s.worst:7.3f} {s.best:7.3f}"
+        lines.append(f"{s.row:<{width}} {figures} {f'{s.failed}/{s.runs}':>7} {s.trained:12,} {s.steps:6,} {s.seconds:8.1f}")
+    return "\n".join(lines)
+
+
+def as_json(table: Sequence[Summary], folder: str | Path) -> dict[str, Any]:
+    """What `minilora study --json` prints."""
+    return {"folder": str(folder), "rows": [asdict(line) for line in table]}

@@ -1,0 +1,280 @@
+"""What a recipe trains on and measures on: text in windows, records of text, texts with a class.
+
+`finetune` and `evaluate` read data here, by the same settings: on the same data they measure the same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import to_numpy
+from minilora.data.batches import Batch, check_length, held_out_windows, random_windows
+from minilora.data.datasets import Dataset, batches_of, endless, load_dataset, load_examples, pack, packed_batches, sample
+from minilora.data.examples import Example
+from minilora.data.labels import class_names
+from minilora.data.records import SPLITS, is_dataset, listed, note, read_bytes, read_records, split_files
+from minilora.data.text import read_text, split_text, stdlib_source
+from minilora.formats.fitting import named
+from minilora.formats.tokenizer import ByteTokenizer, Tokenizer
+from minilora.functional import cross_entropy, mse
+from minilora.kernels import wide
+from minilora.runs.recipe import Recipe
+from minilora.training.evaluate import evaluate, share_out
+from minilora.training.few_sample import few
+from minilora.training.metrics import classification_metrics, pearson, perplexity
+
+
+@dataclass
+class Task:
+    """Training batches without end, batches to measure on, and the name of the figure that is reported first.
+
+    what: the data in words. train: a function of the seed by which batches are drawn. epoch: how many batches one pass over the
+    training data has, when a generator draws it; None for text, of which there are no epochs. labels: the names of the classes.
+    counts: figures of the data that go into the results. trained_on: what run.json keeps of the training data.
+    """
+
+    what: str
+    headline: str
+    held_out: list[Batch]
+    train: Callable[[int], Iterator[Batch]] | None = None
+    epoch: Callable[[np.random.Generator], int] | None = None
+    labels: list[str] | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    trained_on: dict[str, Any] = field(default_factory=dict)
+
+    def batches(self, seed: int) -> Iterator[Batch]:
+        """Those to train on. Raises ValueError for a task that is only measured."""
+        if self.train is None:
+            raise ValueError(f"there is nothing to train on: {self.what}")
+        return self.train(seed)
+
+    def steps(self, epochs: float, accumulate: int, seed: int) -> int | None:
+        """How many steps read every record `epochs` times. The last step of an epoch may have fewer than `accumulate` batches."""
+        if self.epoch is None:
+            return None
+        each = (-(-self.epoch(np.random.default_rng((seed, k))) // accumulate) for k in range(math.ceil(epochs)))
+        return max(1, sum(math.ceil(round(min(1.0, epochs - k) * n, 6)) for k, n in enumerate(each)))  # 2.1 - 2 is above 0.1
+
+
+# ---- to learn ------------------------------------------------------------------------------------------------------------------------
+
+
+def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | None = None) -> Task:
+    """What a recipe trains on and measures on. labels: the classes of a published head, None where the data say what they are."""
+    if recipe.kind == "text":
+        return _text_task(recipe, tokenizer)
+    assert recipe.data is not None
+    if labels is not None:
+        labels = _names_for(labels, recipe)
+    dataset = _dataset(recipe, tokenizer, labels)
+    for split in ("train", "valid"):
+        if not getattr(dataset, split):
+            raise ValueError(f"{recipe.data} has no examples to {'train on' if split == 'train' else 'hold out'} (split {split}).")
+    if recipe.train_size is not None:
+        dataset.train = few(dataset.train, recipe.train_size, dataset.labels or (), recipe.seed)
+    dataset.valid = _at_most(dataset.valid, recipe)
+
+    task = _measured(dataset.describe(), dataset.valid, recipe, tokenizer, dataset.labels)
+    task.trained_on = _trained_on(recipe, drawn="valid" not in split_files(recipe.data))
+    if recipe.kind == "classify":
+        task.train = lambda seed: endless(lambda rng: batches_of(dataset.train, recipe.batch_size, rng), seed)
+        task.epoch = lambda rng: -(-len(dataset.train) // recipe.batch_size)
+    else:
+        lengths = np.array([len(e.ids) for e in dataset.train])
+        task.train = lambda seed: endless(lambda rng: packed_batches(dataset.train, recipe.tokens_per_batch, rng), seed)
+        task.epoch = lambda rng: len(pack(lengths, recipe.tokens_per_batch, rng))
+    return task
+
+
+def _trained_on(recipe: Recipe, drawn: bool) -> dict[str, Any]:
+    """What run.json keeps, to tell the training data again. drawn: what it was measured on was held out of them, by the seed."""
+    return {"sha256": fingerprint(str(recipe.data), recipe.encoding), "held_out": drawn, "seed": recipe.seed}
+
+
+def _names_for(labels: Sequence[str], recipe: Recipe) -> Sequence[str]:
+    """The classes of a published head, or, if it names none and the data do, those of the data in their order. That is said."""
+    if len(labels) < 2 or named(labels):
+        return labels
+    file = split_files(str(recipe.data)).get("train")
+    records = list(read_records(file, recipe.encoding)) if file else []
+    names = class_names(file, records) if file else []
+    if len(names) != len(labels) or all(name in labels or name.isdecimal() for name in names):
+        return labels
+    note(f"{recipe.model} does not name its {len(labels)} classes; they are taken to be {listed(names, 40)}, in this order.")
+    return names
+
+
+def _text_task(recipe: Recipe, tokenizer: Tokenizer) -> Task:
+    """Plain text in windows that start anywhere: a file, a folder of them, or, without `data`, the standard library's source."""
+    if recipe.data is None:
+        texts = stdlib_source(held_out=False), stdlib_source(held_out=True)
+        what = f"Python source of the standard library {sys.version_info.major}.{sys.version_info.minor}"
+    else:
+        texts, what = split_text(read_text(recipe.data, recipe.encoding)), str(recipe.data)
+    train, held_out = (tokens_of(text, tokenizer) for text in texts)
+    check_length(train, recipe.window, f"{what}, the part to train on,")
+    check_length(held_out, recipe.window, f"{what}, the held-out part,")
+    unit = "bytes" if isinstance(tokenizer, ByteTokenizer) else "tokens"
+    task = _measured_text(what, held_out, recipe, tokenizer)
+    scored = sum(b.labelled for b in task.held_out)
+    task.what = f"{what}: {len(train):,} {unit} to train on, {scored:,} of {len(held_out) - 1:,} held out to measure on"
+    task.train = lambda seed: random_windows(train, recipe.window, recipe.batch_size, np.random.default_rng(seed))
+    task.trained_on = {} if recipe.data is None else _trained_on(recipe, drawn=True)
+    return task
+
+
+# ---- to measure ----------------------------------------------------------------------------------------------------------------------
+
+
+def measuring_task(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    labels: Sequence[str] | None = None,
+    split: str | None = None,
+    made: Recipe | None = None,
+    trained_on: dict[str, Any] | None = None,
+    sampled: bool = False,
+) -> Task:
+    """What to measure a model on: `split` ("train", "valid", "test" or "all") of the recipe's data.
+
+    By default: of a folder the test split, or else valid, or else what `finetune` would hold out of train; of a file all of it. The file
+    that the run was trained on, as its run.json says in `trained_on`, is the exception: only what was held out of it is measured.
+    made: the recipe of the run, by whose window and mask that was drawn. sampled: eval_size and eval_bytes hold for any data.
+    Raises ValueError when the split is empty, nothing of the data was held out, or the run's file has changed since.
+    """
+    if split not in (None, *SPLITS, "all"):
+        raise ValueError(f"there is no split {split!r}; choose {', '.join(SPLITS)} or all.")
+    trained_on = trained_on or {}
+    known = recipe.data is not None and bool(trained_on) and trained_on.get("sha256") == fingerprint(recipe.data, recipe.encoding)
+    own = known or (made is not None and None not in (recipe.data, made.data) and _same_file(str(recipe.data), str(made.data)))
+    changed = (
+        f"{recipe.data} is not as the run read it (its SHA-256 is another), so that what was held out is not known; "
+        "give other data, or --all to measure on all of it."
+    )
+    if recipe.kind == "text":
+        part = split in ("valid", "test") or (split is None and (own or recipe.data is None))
+        if own and part and not known:
+            raise ValueError(changed)
+        return _text_to_measure(recipe, tokenizer, split, part, own, sampled)
+    path = Path(str(recipe.data))
+    files = split_files(path)
+    if known and not path.is_dir() and split is None and not trained_on.get("held_out"):
+        raise ValueError(f"the run was trained on all of {path}; give other data, or --all to measure on what it has learnt.")
+    split = split or ("test" if "test" in files else "valid" if own or path.is_dir() else "all")
+    drawn = split != "test" and "valid" not in files
+    if own and split == "valid" and drawn and not known:
+        raise ValueError(changed)
+    if split == "all":
+        options: dict[str, Any] = {"labels": labels, "encoding": recipe.encoding}
+        parts = [load_examples(f, recipe.task, tokenizer, recipe.window, recipe.mask_prompt, **options) for f in files.values()]
+        examples, where = [e for part in parts for e in part], f"all of {path}"
+        if own:
+            where += ", of which the run may have learnt all but what it held out"
+    else:
+        examples = getattr(_dataset(recipe, tokenizer, labels, made if known else None), split)
+        where = f"the split {split} of {path}" + f", a tenth of it held out by seed {recipe.seed}" * drawn
+        if own and (split == "train" or (drawn and trained_on.get("seed") != recipe.seed)):
+            where += ", most of which the run has learnt"
+    if sampled or (split == "valid" and known):
+        examples = _at_most(examples, recipe)
+    if not examples:
+        raise ValueError(f"{path} has no examples in the split {split} to measure on.")
+    cut = sum(e.cut for e in examples)
+    what = f"{len(examples):,} sequences: {where}; window {recipe.window}, {f'{cut:,} are' if cut else 'none is'} cut"
+    return _measured(what, examples, recipe, tokenizer, list(labels) if labels and len(labels) > 1 else None)
+
+
+def _same_file(a: str, b: str) -> bool:
+    return Path(a).resolve() == Path(b).resolve()
+
+
+def _text_to_measure(recipe: Recipe, tokenizer: Tokenizer, split: str | None, part: bool, own: bool, sampled: bool) -> Task:
+    """part: only what is held out. own: it is the text that the run was trained on."""
+    if recipe.data is None:
+        parts = {"all": (False, True), "train": (False,)}.get(split or "", (True,))
+        text, what = np.concatenate([stdlib_source(held_out) for held_out in parts]), "Python source of the standard library"
+    else:
+        text, what = read_text(recipe.data, recipe.encoding), str(recipe.data)
+        if part or split == "train":
+            text = split_text(text)[part]
+    if part or split == "train":
+        what += ", the held-out part of it" if part else ", the part to train on"
+    elif own or recipe.data is None:
+        what += ", all of it, training data too"
+    task = _measured_text(what, tokens_of(text, tokenizer), recipe if part or sampled else replace(recipe, eval_bytes=2**62), tokenizer)
+    scored = sum(b.labelled for b in task.held_out)
+    task.what = f"{what}: {scored:,} of {task.counts['total_tokens']:,} tokens, in windows of {recipe.window}"
+    return task
+
+
+def _measured(what: str, examples: Sequence[Example], recipe: Recipe, tokenizer: Tokenizer, labels: list[str] | None) -> Task:
+    counts = {"cut_sequences": sum(e.cut for e in examples)}
+    if recipe.kind == "classify":
+        headline = "accuracy" if examples[0].labels.dtype.kind == "i" else "pearson"
+        return Task(what, headline, list(batches_of(examples, recipe.batch_size)), labels=labels, counts=counts)
+    return Task(what, _headline(tokenizer), list(packed_batches(examples, recipe.tokens_per_batch)), counts=counts)
+
+
+def _measured_text(what: str, tokens: np.ndarray, recipe: Recipe, tokenizer: Tokenizer) -> Task:
+    if len(tokens) < 2:
+        raise ValueError(f"{recipe.data} has {len(tokens)} token: there is nothing to predict.")
+    assert recipe.eval_bytes is not None
+    batches = list(held_out_windows(tokens, recipe.window, 4, max(1, recipe.eval_bytes // recipe.window)))
+    return Task(what, _headline(tokenizer), batches, counts={"total_tokens": len(tokens) - 1})
+
+
+def fingerprint(data: str | Path, encoding: str = "utf-8") -> str:
+    """The SHA-256 of what is learnt from: the training split of records, or the text. A copy of a file has the same."""
+    raw = read_bytes(split_files(data)["train"]) if is_dataset(data) else read_text(data, encoding).tobytes()
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _dataset(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | None, made: Recipe | None = None) -> Dataset:
+    options: dict[str, Any] = {"labels": labels, "seed": recipe.seed, "encoding": recipe.encoding}
+    options["drawn_at"] = (made.window, made.mask_prompt) if made else None
+    return load_dataset(str(recipe.data), recipe.task, tokenizer, recipe.window, recipe.mask_prompt, **options)
+
+
+def _at_most(examples: list[Example], recipe: Recipe) -> list[Example]:
+    """recipe.eval_size of the examples, drawn by the seed, of each class its share."""
+    if recipe.eval_size is None or recipe.eval_size >= len(examples):
+        return examples
+    return [examples[i] for i in sample(examples, recipe.eval_size, recipe.seed)]
+
+
+def measure(model: Any, task: Task, threads: int = 1) -> dict[str, float]:
+    """{"loss": nats a label, "tokens": how many were read, and the task's own figures} on the held-out batches."""
+    tokens = sum(len(b.ids) for b in task.held_out)
+    if not task.held_out[0].per_sequence:
+        loss, labelled = evaluate(model, task.held_out, threads)
+        result = {"loss": loss, "tokens": tokens, "labelled_tokens": labelled, **task.counts, "perplexity": perplexity(loss)}
+        return result | ({"bits_per_byte": loss / math.log(2)} if task.headline == "bits_per_byte" else {})
+    logits = np.concatenate(share_out(model, task.held_out, _logits, threads))
+    labels = np.concatenate([b.labels for b in task.held_out])
+    read = {"tokens": tokens, "sequences": len(labels), **task.counts}
+    if logits.shape[1] == 1:
+        return {"loss": float(mse(logits[:, 0], labels)[0]), **read, "pearson": pearson(logits[:, 0], labels)}
+    return {"loss": float(cross_entropy(logits, labels)[0]), **read} | classification_metrics(
+        logits.argmax(axis=1), labels, logits.shape[1]
+    )
+
+
+def _logits(model: Any, batch: Batch) -> np.ndarray:
+    return to_numpy(wide(model.forward(batch.ids, keep=False, offsets=batch.offsets)[0]))
+
+
+def tokens_of(text: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """UTF-8 bytes as token ids, with one begin token where the tokenizer puts one; a model of bytes takes them as they are."""
+    return text if isinstance(tokenizer, ByteTokenizer) else tokenizer.encode_prompt(text.tobytes().decode("utf-8"))
+
+
+def _headline(tokenizer: Tokenizer) -> str:
+    return "bits_per_byte" if isinstance(tokenizer, ByteTokenizer) else "perplexity"
