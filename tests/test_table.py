@@ -13,6 +13,7 @@ from minilora import functional as F
 from minilora import kernels as K
 from minilora.kernels import cuda, dispatch
 from minilora.kernels.half import upcast
+from minilora.kernels.report import report
 
 DTYPES = {"float64": "float64", "float32": "float32", "float16": "float16", "bfloat16": ml_dtypes.bfloat16}
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 8 * 2.0**-11, "bfloat16": 8 * 2.0**-8}
@@ -165,3 +166,20 @@ def test_backward_follows_forward_when_kernels_are_turned_off_or_on_in_between(n
     monkeypatch.setattr(dispatch, "choose", None)  # backward does not choose
     for a, b in zip(gradients(name, made, dy, saved, need), same, strict=True):
         np.testing.assert_array_equal(ml.to_numpy(upcast(a)), ml.to_numpy(upcast(b)))
+
+
+def test_the_report_names_what_a_model_uses_and_why(backend, monkeypatch):
+    model = ml.GPT2(ml.GPT2Config(vocab_size=40, n_positions=16, n_embd=12, n_layer=1, n_head=2, dropout=0.1), rng=0).to(backend)
+    ml.inject(model, ml.LoraConfig(r=2, target_modules=["c_attn"]))
+    where = "numpy" if backend == "numpy" else "cuda" if cuda.ENABLED else "reference"
+    rows = {row.operation: row for row in report(model, tokens=64)}
+    used = "layer_norm lora_linear linear attention gelu_tanh dropout add linear_cross_entropy adamw"
+    assert rows.keys() >= set(used.split())
+    assert all(row.why for row in rows.values())
+    assert rows["attention"].implementation == ("reference" if dispatch.PLAIN else where)
+    assert backend != "numpy" or "no numpy kernel" in rows["linear"].why
+    monkeypatch.setattr(dispatch, "PLAIN", True)
+    for row in report(model, tokens=64):
+        assert row.implementation == "reference"
+        assert "MINILORA_KERNELS" in row.why or "no numpy kernel" in row.why or "no cuda kernel" in row.why
+    assert not dispatch.observers

@@ -8,6 +8,7 @@ import numpy as np
 
 from minilora.backend import backend_name
 from minilora.kernels import cuda, dispatch
+from minilora.kernels.half import is_half
 
 
 class Row(NamedTuple):
@@ -30,9 +31,11 @@ def report(model: Any, tokens: int = 1024, length: int = 64) -> list[Row]:
     ids = np.zeros(int(offsets[-1]), dtype=np.int64)
     labels = np.zeros(len(offsets) - 1, dtype=np.int64) if hasattr(config, "num_labels") else ids
     rows: dict[Row, None] = {}
+    half = next((p.data.dtype for _, p in model.parameters() if is_half(p.data)), None)
 
     def observe(op: dispatch.Operation, kernel: dispatch.Kernel, args: tuple[Any, ...]) -> None:
-        rows[Row(op.name, kernel.where, _why(op, kernel, args))] = None
+        upcast = f"; in float32, {half} is upcast" if half and kernel.where != "cuda" and op.name != "adamw" else ""
+        rows[Row(op.name, kernel.where, _why(op, kernel, args) + upcast)] = None
 
     dispatch.observers.append(observe)
     try:

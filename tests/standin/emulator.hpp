@@ -20,7 +20,7 @@ static Dim gridDim, blockDim, threadIdx, blockIdx;
 #define __global__
 #define __device__ inline
 #define __shared__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 alignas(16) static char shared_memory[65536];
 
 enum Waits { nobody, block, warp, over };

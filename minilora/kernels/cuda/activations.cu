@@ -52,12 +52,30 @@ extern "C" __global__ void silu(const ACT* x, ACT* y, ACT* slope, long long n) {
 
 // y = silu(g) u; kept: by_u = silu(g) = dy/du, and by_g = u silu'(g) = dy/dg, where it is not null. See ../gate.py.
 extern "C" __global__ void swiglu(const ACT* g, const ACT* u, ACT* y, ACT* by_u, ACT* by_g, long long n) {
-    GRID_STRIDE(i, n) {
-        REAL a = g[i], s = 1 / (1 + exp(-a)), f = a * s;
-        y[i] = f * u[i];
+    const bool all = aligned(g) && aligned(u) && aligned(y) && aligned(by_u) && aligned(by_g);
+    const long long packs = all ? n / PACK : 0, rest = packs * PACK;
+    GRID_STRIDE(i, packs) {
+        const Pack a = load_pack(g, i), b = load_pack(u, i);
+        Pack value, of_u, of_g;
+#pragma unroll
+        for (int l = 0; l < PACK; l++) {
+            const REAL x = a.at[l], s = 1 / (1 + exp(-x)), f = x * s;
+            value.at[l] = f * b.at[l];
+            of_u.at[l] = f;
+            of_g.at[l] = b.at[l] * s * (1 + x * (1 - s));
+        }
+        store_pack(y, i, value);
         if (by_g) {
-            by_u[i] = f;
-            by_g[i] = u[i] * s * (1 + a * (1 - s));
+            store_pack(by_u, i, of_u);
+            store_pack(by_g, i, of_g);
+        }
+    }
+    GRID_STRIDE(i, n - rest) {
+        const REAL x = g[rest + i], s = 1 / (1 + exp(-x)), f = x * s;
+        y[rest + i] = f * u[rest + i];
+        if (by_g) {
+            by_u[rest + i] = f;
+            by_g[rest + i] = u[rest + i] * s * (1 + x * (1 - s));
         }
     }
 }

@@ -1,9 +1,9 @@
 """Products by cuBLAS itself, through NVIDIA's bindings (nvmath-python), where they are installed; else by CuPy's own calls.
 
-CuPy copies a factor whose rows or columns do not follow each other, gives a product the dtype of its factors, has no product of 16-bit
-numbers with a float32 result, and refuses all of them while a step is recorded (replay.py). Here none of that holds.
+CuPy copies a factor whose rows or columns are not contiguous, gives a product the dtype of its factors, has no half-precision product with
+a float32 result, and refuses all products while a step is captured (replay.py). Here none of that holds.
 
-cuBLAS counts column by column. What lies row by row as C = A B is to it C^T = B^T A^T: the factors change places, and nothing is turned.
+cuBLAS counts column by column. C = A B in row order is to it C^T = B^T A^T: the factors change places, and nothing is transposed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from minilora.backend import Array, get_xp
 _TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cudaDataType_t
 _FLOAT32, _TF32, _FLOAT64 = 68, 77, 70  # cublasComputeType_t: what sums are taken in
 _DEFAULT_ALGORITHM = -1
-_WORKSPACE = 2**25  # bytes: what NVIDIA advises for Hopper; our own, as a recorded step must not allocate any
+_WORKSPACE = 2**25  # bytes: what NVIDIA advises for Hopper; our own, as a captured step must not allocate any
 
 
 def gemm(a: Array, b: Array, out: Array | None = None, alpha: float = 1.0, beta: float = 0.0, dtype: Any = None) -> Array:
     """out = alpha a b + beta out, in one launch: scaling a product, and adding it to what is there, cost nothing.
 
-    a (m, k), b (k, n) -> (m, n), or stacks of matrices (..., m, k), (..., k, n) -> (..., m, n), of one dtype. Without `out` the result
-    is new, of `dtype` (default: the factors'); 16-bit factors may give float32. Sums are taken in float32, or in float64 of float64.
+    a (m, k), b (k, n) -> (m, n), or stacks of matrices (..., m, k), (..., k, n) -> (..., m, n), of one dtype. Without `out` the result is
+    new, of `dtype` (default: the factors'); half-precision factors may give float32. Sums are taken in float32, or in float64 of float64.
+    Raises ValueError when the shapes do not fit.
     """
     xp, of_a, of_b = get_xp(a, b, out), a.shape, b.shape
     shape = (*of_a[:-1], of_b[-1])
@@ -49,19 +50,20 @@ def gemm(a: Array, b: Array, out: Array | None = None, alpha: float = 1.0, beta:
 
 @cache
 def bindings() -> Any:
-    """nvmath.bindings.cublas; None where it is not installed, or cannot be used (a warning says so), and with MINILORA_BLAS=cupy."""
+    """nvmath.bindings.cublas; None with MINILORA_BLAS=cupy, and where it is not installed or cannot be used, of which a warning tells."""
     if os.environ.get("MINILORA_BLAS") == "cupy":
         return None
     try:
         from nvmath.bindings import cublas
 
         cublas.destroy(cublas.create())
-    except ImportError:
-        return None
+        return cublas
+    except ImportError as error:
+        why = f"nvmath-python is not installed ({error}): pip install 'minilora[nvmath]'"
     except Exception as error:  # a library that is not found, or of another CUDA; its errors have no common class
-        warnings.warn(f"products go by CuPy's own calls, as NVIDIA's bindings cannot be used: {' '.join(str(error).split())}", stacklevel=2)
-        return None
-    return cublas
+        why = f"NVIDIA's bindings cannot be used: {' '.join(str(error).split())}"
+    warnings.warn(f"products go by CuPy's own calls, which are slower and cannot be captured, as {why}", stacklevel=2)
+    return None
 
 
 def _by_cublas(xp: Any, a: Array, b: Array, out: Array, alpha: float, beta: float) -> None:
@@ -119,13 +121,13 @@ def _type_of(dtype: Any) -> int:
 
 
 def tf32() -> bool:
-    """Are float32 products to be taken in TF32, as CuPy itself asks the environment?"""
+    """Whether float32 products are to be taken in TF32, by the environment variable that CuPy reads."""
     return os.environ.get("CUPY_TF32") == "1"
 
 
 @lru_cache(maxsize=64)
 def _number(value: float, float64: bool) -> tuple[np.ndarray, int]:
-    """A number on the host, and where it lies: cuBLAS reads it before the call returns."""
+    """A number on the host, and its address: cuBLAS reads it before the call returns."""
     array = np.array([value], "float64" if float64 else "float32")
     return array, array.ctypes.data
 

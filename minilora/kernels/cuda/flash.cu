@@ -5,7 +5,8 @@
 
 #include "tiles.cuh"
 
-#define LOWEST -3.0e38f  // what a hidden score is
+#define LOWEST -3.0e38f                               // what a hidden score is
+#define RESIDENT (D <= 64 ? 4 : HALF ? 3 : 2)         // blocks of the forward kernel that a multiprocessor is to have registers for
 
 struct Tile {  // which rows a block takes, and which it meets; host side: flash.py
     int first, count, offset, other_first, other_count;
@@ -13,7 +14,7 @@ struct Tile {  // which rows a block takes, and which it meets; host side: flash
 
 // O = softmax(scale Q K^T) V, and of each row the logarithm, to base 2, of the sum that the softmax divides by.
 // A tile's own rows are queries, the others keys; a query sees the keys 0 to limit[query] of its sequence.
-extern "C" __global__ void __launch_bounds__(128) flash_forward(
+extern "C" __global__ void __launch_bounds__(128, RESIDENT) flash_forward(
     const ACT* q, const ACT* k, const ACT* v, const int* tiles, const int* limit, float scale, int heads, int group, long long q_step,
     long long k_step, long long v_step, ACT* o, float* log_sum) {
     extern __shared__ __align__(16) unsigned shared[];

@@ -81,7 +81,7 @@ def swiglu(g: Array, u: Array, keep: bool = True) -> tuple[Array, tuple[Array, A
     xp = get_xp(g, u)
     g, u = xp.ascontiguousarray(g), xp.ascontiguousarray(u)
     y, *kept = (xp.empty_like(g) for _ in range(3 if keep else 1))
-    cuda.elementwise("activations", "swiglu", g.size, g, u, y, *(kept or (cuda.NULL, cuda.NULL)))
+    cuda.elementwise("activations", "swiglu", g.size, g, u, y, *(kept or (cuda.NULL, cuda.NULL)), each=16 // g.itemsize)
     return y, (kept[1], kept[0]) if keep else None
 
 
