@@ -199,7 +199,7 @@ def seed(value: int) -> None:
 
 
 def generator(rng: Rng = None) -> np.random.Generator:
-    """A host generator: the one given, one seeded by an integer, or the module's own."""
+    """A host generator: rng itself, one seeded by an integer, or the module's own."""
     if rng is None:
         return _generator
     return rng if isinstance(rng, np.random.Generator) else np.random.default_rng(rng)

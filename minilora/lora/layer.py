@@ -82,7 +82,7 @@ class LoRALinear(Adapted, Linear):
         y, u = K.lora_linear(x, self.W, b, self.lora_A.data, self.lora_B.data, self.scaling, self._mask(x, key))
         if not keep:
             return y, None
-        u = u if self.lora_B.trainable else u._replace(value=None)
+        u = u if self.lora_B.trainable else u._replace(value=None)  # x A, and the implementation that ran
         return y, self.save(need_dx, None, x if self.lora_A.trainable else None, u, key)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
@@ -92,7 +92,7 @@ class LoRALinear(Adapted, Linear):
         if W is not None:
             return K.linear_backward(dy, u, None, W, {"dx"})[0] if need_dx else None
         A, B = self.lora_A, self.lora_B
-        need = {name for name, wanted in (("dx", need_dx), ("dA", A.trainable), ("dB", B.trainable)) if wanted}
+        need = {name for name, yes in (("dx", need_dx), ("dA", A.trainable), ("dB", B.trainable)) if yes}
         dx, dA, dB = K.lora_linear_backward(dy, x, u, self.W, A.data, B.data, self.scaling, self._mask(dy, key), need)
         if dA is not None:
             A.add_grad(dA)

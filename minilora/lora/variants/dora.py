@@ -2,9 +2,9 @@
 
     V = W + s A B,   c_j = ||column j of V||,   y = (x V) m / c + b        m (n,) starts at ||column j of W||
 
-c follows A and B. The paper (section 4.3) and PEFT treat it as a constant in backward, which is cheaper and no longer the gradient of
-what is computed: finite differences disagree by design. Here it is one pair of functions more, left out with use_dora=True and
-called with use_dora="exact". Neither ever holds an array of W's size.
+c depends on A and B. The paper (section 4.3) and PEFT treat it as a constant in backward, which is cheaper but not the gradient of what is
+computed: finite differences disagree by design. Here use_dora=True does the same, and use_dora="exact" adds the gradient of c. Neither ever
+holds an array of W's size.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class DoRALinear(LoRALinear):
             self.bias.add_grad(K.upcast(dy).sum(axis=0))
         x, z, u, c, AtV, key = values
         A, B, m, s = self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling
-        wanted = {"dx": need_dx, "dA": A.trainable, "dB": B.trainable, "dm": m.trainable, "dc": AtV is not None}
-        need, mask = {name for name, yes in wanted.items() if yes}, self._mask(dy, key)
+        needs = {"dx": need_dx, "dA": A.trainable, "dB": B.trainable, "dm": m.trainable, "dc": AtV is not None}
+        need, mask = {name for name, yes in needs.items() if yes}, self._mask(dy, key)
         dx, dA, dB, dm, dc = dora_linear_backward(dy, x, z, u, self.W, A.data, B.data, m.data, c, s, mask, need)  # y = u m / c + b
         if dc is not None:
             more = column_norms_backward(dc, c, AtV, self.W, A.data, B.data, s)  # c = ||W + s A B||

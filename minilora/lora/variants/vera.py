@@ -108,7 +108,7 @@ class VeraConfig(LoraConfig):
 
 
 class Projections:
-    """The A (m, r) and B (r, n) that all layers of a model share; on every backend and in every dtype that is asked for, once."""
+    """The A (m, r) and B (r, n) that all layers of a model share; converted once for each backend and dtype."""
 
     def __init__(self, A: np.ndarray, B: np.ndarray) -> None:
         self.A, self.B = A, B
@@ -116,7 +116,7 @@ class Projections:
 
     @classmethod
     def drawn(cls, m: int, n: int, r: int, key: int) -> Projections:
-        """Kaiming-uniform numbers from a Mersenne twister, to the bit those of PEFT: A turned, (r, m), and then B turned, (n, r)."""
+        """Kaiming-uniform numbers from a Mersenne twister, to the bit those of PEFT: A^T (r, m), and then B^T (n, r)."""
         twister = np.random.RandomState(key)
 
         def uniform(rows: int, columns: int) -> np.ndarray:
@@ -168,7 +168,7 @@ class VeRALinear(Adapted, Linear):
         return int(self.vera_lambda_d.data.size)
 
     def shared(self) -> dict[str, Array]:
-        """vera_A (r, m) and vera_B (n, r), turned as PEFT keeps them, unless the file leaves them out."""
+        """vera_A (r, m) and vera_B (n, r), transposed as PEFT keeps them, unless the file leaves them out."""
         return {"vera_A": self.projections.A.T, "vera_B": self.projections.B.T} if self.saves_projections else {}
 
     def share(self, arrays: dict[str, Array]) -> None:
