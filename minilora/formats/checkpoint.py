@@ -27,9 +27,9 @@ from minilora.formats.tokenizer import load_tokenizer
 from minilora.layers import Embedding
 from minilora.lora import lora_layers
 from minilora.lora.adapted import adapter_parameters
-from minilora.quantization.half import KINDS
+from minilora.quantization.half import KINDS, to_half_precision
 from minilora.quantization.nf4 import is_nf4
-from minilora.quantization.quantize import PACK, narrow_model, quantize_model
+from minilora.quantization.quantize import check_kind, quantize_model
 
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
 _TOKENIZER_FILES += "vocab.txt vocab.json merges.txt tokenizer.model generation_config.json".split()
@@ -58,8 +58,8 @@ def load_model(
     labels: the class names of a classifier, or their number; by default those of config.json. A classifier in the checkpoint is kept,
     unless new_head=True. A classifier or pooler that is missing or replaced is initialised from N(0, 0.02^2) with `seed`, and reported
     on standard error; `model.origin.drawn` lists them.
-    quantize: "nf4" keeps the weights of linear layers, except the head, in four bits (quantization/nf4.py); "float16" and "bfloat16" in
-    sixteen (quantization/half.py), with activations in `dtype`. A folder in NF4, as written by bitsandbytes, is read without `quantize`.
+    quantize: "nf4" keeps the weights of linear layers, except the head, in four bits (quantization/nf4.py). A folder in
+    NF4, as written by bitsandbytes, is read without `quantize`.
     download: False looks up an id only in the local cache of the hub.
 
     Raises FileNotFoundError; ValueError when the configuration, a file or a tensor does not fit; ImportError for a missing extra.
@@ -67,8 +67,8 @@ def load_model(
     kind = _dtype_name("load_model", dtype)
     if quantize and kind in KINDS:
         raise ValueError(f"load_model: dtype {kind} and quantize {quantize!r} exclude each other; choose one.")
-    if quantize not in ("", *PACK):
-        raise ValueError(f"load_model: quantize is {quantize!r}; choose {', '.join(map(repr, PACK))}, or '' for none.")
+    if quantize:
+        check_kind(quantize)
     backend = choose_backend(backend, quiet=True)
     if str(path_or_id).endswith(".gguf"):
         source = Path(path_or_id)
@@ -100,7 +100,7 @@ def load_model(
     if quantize:
         quantize_model(model, quantize)
     if kind in KINDS:
-        narrow_model(model, kind)
+        to_half_precision(model, kind)
     return model.freeze().to(backend, None if kind in KINDS else dtype)
 
 

@@ -24,7 +24,7 @@ def mse(y: Array, target: Array) -> tuple[Array, Array]:
 
 
 class Labelled(NamedTuple):
-    """Which of `total` rows have a label, on the host (None: all), and their labels, on the host or where the model is."""
+    """The rows of `total` that have a label, on the host (None: all), and their labels, on the host or where the model is."""
 
     rows: np.ndarray | None
     targets: Array
@@ -32,7 +32,7 @@ class Labelled(NamedTuple):
 
 
 def labelled(labels: Array | Labelled, ignore_index: int = IGNORE) -> Labelled:
-    """Labels (T,) less those that do not count. They are wanted on the host: counting them on a device would synchronise."""
+    """Labels (T,) without those that do not count. They have to be on the host: counting them on a device would synchronise."""
     if isinstance(labels, Labelled):
         return labels
     if not isinstance(labels, np.ndarray):
@@ -43,15 +43,15 @@ def labelled(labels: Array | Labelled, ignore_index: int = IGNORE) -> Labelled:
     return Labelled(None if rows.size == labels.size else rows, labels[rows], labels.size)
 
 
-def cross_entropy(logits: Array, labels: Array | Labelled, ignore_index: int = IGNORE) -> tuple[Array, Array]:
+def cross_entropy(logits: Array, labels: Array | Labelled, ignore_index: int = IGNORE, times: float = 1.0) -> tuple[Array, Array]:
     """loss = mean over labelled rows of (logsumexp(z_t) - z_t[label_t]),   dz_t = (softmax(z_t) - onehot(label_t)) / N.
 
-    Shapes: logits (T, V), labels (T,) on the host -> loss (), dlogits (T, V), zero in rows labelled `ignore_index`.
+    Shapes: logits (T, V), labels (T,) on the host -> loss (), dlogits (T, V), zero in rows labelled `ignore_index`; both `times` a factor.
     For a large vocabulary use `linear_cross_entropy`, which never holds the logits.
     """
     rows, label, T = labelled(labels, ignore_index)
     if logits.ndim != 2 or logits.shape[0] != T:
-        raise ValueError(f"cross_entropy: logits have shape {logits.shape}, labels ({T},); wanted (T, V) and (T,).")
+        raise ValueError(f"cross_entropy: logits have shape {logits.shape}, labels ({T},); they must be (T, V) and (T,).")
     if label.size == 0:
         raise ValueError(f"cross_entropy: no row is labelled (all {T} are {ignore_index}).")
     check_ids(label, logits.shape[1], "cross_entropy")
@@ -62,7 +62,8 @@ def cross_entropy(logits: Array, labels: Array | Labelled, ignore_index: int = I
     total = e.sum(axis=1, keepdims=True)
     onehot = label[:, None] == xp.arange(z.shape[1])
     loss = (xp.log(total[:, 0]) - (z * onehot).sum(axis=1)).mean()
-    return loss, take_rows_backward((e / total - onehot) / len(z), rows, T)
+    dlogits = take_rows_backward((e / total - onehot) / len(z), rows, T)
+    return (loss, dlogits) if times == 1 else (loss * times, dlogits * times)
 
 
 def linear_cross_entropy(
@@ -71,7 +72,7 @@ def linear_cross_entropy(
     """The head and its loss in one: z = x W, loss = (1 / N) sum_t (logsumexp(z_t) - z_t[label_t]).
 
     Shapes: x (T, d) the labelled rows only, W (d, V), labels (T,) -> loss (), dx (T, d), dW (d, V).
-    `count` is N, when these rows are part of a larger batch whose mean is wanted; by default N = T.
+    `count` is N, when these rows are part of a larger batch over which the mean is taken; by default N = T.
 
     The vocabulary is taken in blocks of columns, so of the logits only (T, block) ever exist. With m the running
     maximum, what was summed under the old one is shrunk by exp(m_old - m_new) (the "online softmax",

@@ -1,9 +1,11 @@
-"""Rotary positions (RoFormer, arXiv 2104.09864, section 3.2.2): queries and keys are turned by an angle that grows with the position.
+"""Rotary positions (RoFormer, arXiv 2104.09864, section 3.2.2): queries and keys are rotated by an angle that grows with the position.
 
 Then q_s . k_t depends on the positions s and t through s - t alone.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,7 @@ def rotary_tables(positions: np.ndarray, d: int, theta: float, like: Array) -> t
     Computed in float64 on the host, then moved to where `like` lives, in its dtype: every layer of a model shares them.
     """
     if d < 2 or d % 2:
-        raise ValueError(f"rotary: a head has {d} features; they are turned in pairs, so their number must be even.")
+        raise ValueError(f"rotary: a head has {d} features; they are rotated in pairs, so their number must be even.")
     angles = positions[:, None] * theta ** (-np.arange(0, d, 2) / d)
     return constant(np.cos(angles).astype(like.dtype), like), constant(np.sin(angles).astype(like.dtype), like)
 
@@ -24,15 +26,13 @@ def rotary_tables(positions: np.ndarray, d: int, theta: float, like: Array) -> t
 def rotary(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array:
     """Each pair (a, b) of features of each head becomes (a cos - b sin, b cos + a sin).
 
-    Shapes: x (T, H d) holds H heads side by side, cos and sin (T, d / 2) -> y (T, H d).
+    Shapes: x (T, H d) holds H heads in its columns, cos and sin (T, d / 2) -> y (T, H d).
     Pair i of a head is its features i and i + d / 2, as in transformers' Llama, or, `interleaved`, 2 i and 2 i + 1, as in the
     original Llama and in GGUF files: the same model with the rows of its projections of q and k in another order.
 
     Nothing but the tables is needed backward.
     """
-    if x.ndim != 2 or cos.shape != sin.shape or cos.shape[0] != x.shape[0] or x.shape[1] % (2 * cos.shape[1]):
-        raise ValueError(f"rotary: x has shape {x.shape}, cos {cos.shape} and sin {sin.shape}; wanted (T, H d) and twice (T, d / 2).")
-    y = get_xp(x, cos, sin).empty_like(x)
+    y = check_rotary(x, cos, sin).empty_like(x)
     a, b = _pairs(x, cos.shape[1], interleaved)
     y_a, y_b = _pairs(y, cos.shape[1], interleaved)  # views into y
     cos, sin = cos[:, None, :], sin[:, None, :]  # one angle for all heads
@@ -42,8 +42,15 @@ def rotary(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array
 
 
 def rotary_backward(dy: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array:
-    """dx: dy turned back by the same angle. A rotation is orthogonal: its transpose is its inverse."""
+    """dx: dy rotated back by the same angle. A rotation is orthogonal: its transpose is its inverse."""
     return rotary(dy, cos, -sin, interleaved)
+
+
+def check_rotary(x: Array, cos: Array, sin: Array) -> Any:
+    """The module of the arrays. Raises ValueError unless x (T, H d) and cos and sin (T, d / 2) fit."""
+    if x.ndim != 2 or cos.shape != sin.shape or cos.shape[0] != x.shape[0] or x.shape[1] % (2 * cos.shape[1]):
+        raise ValueError(f"rotary: x has shape {x.shape}, cos {cos.shape} and sin {sin.shape}; they must be (T, H d) and (T, d / 2) each.")
+    return get_xp(x, cos, sin)
 
 
 def _pairs(x: Array, half: int, interleaved: bool) -> tuple[Array, Array]:

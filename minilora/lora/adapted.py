@@ -14,7 +14,7 @@ from minilora.layers.base import Layer, Parameter, Saved
 from minilora.layers.dropout import Dropout
 from minilora.layers.linear import Linear
 
-INSTEAD = "load the model with dtype='float32', or use quantize for half-precision weights."
+INSTEAD = "load the model with dtype='float32', or with quantize='nf4'."
 
 
 class Adapted(Layer):
@@ -88,16 +88,17 @@ class AdaptedLinear(Adapted, Linear):
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
         b = None if self.bias is None else self.bias.data
         if (W := self.alone(keep)) is not None:
-            return K.linear(x, W, b), self.save(need_dx, W) if keep else None
+            y, inner = K.linear(x, W, b)
+            return y, self.save(need_dx, W, inner) if keep else None
         y, values = self.adapted_forward(x, b, keep)
         return y, self.save(need_dx, None, *values) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         W, *values = self.load(saved, need_dx)
         if self.bias is not None and self.bias.trainable:  # LoraConfig(bias="all" or "lora_only")
-            self.bias.add_grad(K.wide(dy).sum(axis=0))
+            self.bias.add_grad(K.upcast(dy).sum(axis=0))
         if W is not None:
-            return K.product(dy, W.T) if need_dx else None
+            return K.linear_backward(dy, values[0], None, W, {"dx"})[0] if need_dx else None
         return self.adapted_backward(dy, values, need_dx)
 
     def next_key(self, keep: bool) -> Any:
@@ -108,7 +109,7 @@ class AdaptedLinear(Adapted, Linear):
         """The dropout mask (rows of x, in) of a key, or None without."""
         if key is None:
             return None
-        return K.dropout_mask((x.shape[0], self.in_features), self.dropout.p, key, getattr(self, self.trains[0]).data)
+        return K.dropout_mask(getattr(self, self.trains[0]).data, (x.shape[0], self.in_features), self.dropout.p, key)
 
 
 @dataclass

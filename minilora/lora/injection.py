@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from minilora.backend import Rng, backend_name, generator, to_backend
-from minilora.kernels.half import wide
+from minilora.kernels.half import upcast
 from minilora.layers.base import Layer
 from minilora.lora.adapted import Adaptation, adaptation, lora_layers
 
@@ -63,7 +63,7 @@ def inject(model: Layer, config: Config, *, rng: Rng = None, strict: bool = True
     for path, p in model.parameters():
         p.trainable = path in trained or path not in own
         if p.trainable:
-            p.data = wide(p.data)  # float32 where it is of half precision
+            p.data = upcast(p.data)  # float32 where it is of half precision
     base_values = {path: p.data.copy() for path, p in model.parameters() if path in trained}
     model.adaptation = Adaptation(config, base_values)  # type: ignore[attr-defined]  # the model may be any Layer
     return list(adapters)

@@ -66,7 +66,8 @@ class LoRALinear(AdaptedLinear):
     def adapted_forward(self, x: Array, b: Array | None, keep: bool) -> tuple[Array, tuple[Any, ...]]:
         A, B, key = self.lora_A, self.lora_B, self.next_key(keep)
         y, u = K.lora_linear(x, self.W, b, A.data, B.data, self.scaling, self.mask(x, key))
-        return y, (x if A.trainable else None, u if B.trainable else None, key)
+        u = u if B.trainable else u._replace(value=None)  # x A, and the implementation that ran
+        return y, (x if A.trainable else None, u, key)
 
     def adapted_backward(self, dy: Array, saved: list[Any], need_dx: bool) -> Array | None:
         (x, u, key), A, B = saved, self.lora_A, self.lora_B

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from minilora import functional as F
+from minilora import kernels as K
 from minilora.backend import Array, Rng, backend_name, generator, to_backend, to_numpy
 from minilora.layers import Layer, Linear, Parameter
 from minilora.lora.adapted import AdaptedLinear, check_float32
@@ -28,15 +28,12 @@ _OF_LORA += "rank_pattern alpha_pattern exclude_modules".split()
 def vera_linear(
     x: Array, W: Array, b: Array | None, A: Array, B: Array, d: Array, e: Array, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """y = x W + b + ((u * d) B) * e,   saved u = x A.
+    """y = x W + b + ((u * d) B) * e,   saved u = x A: LoRA with B' = diag(d) B diag(e) in place of B.
 
     Shapes: x (T, m), W (m, n), b and e (n,), A (m, r), B (r, n), d (r,) -> y (T, n), u (T, r). d is lambda_d, e is lambda_b.
     `mask` (T, m) is the dropout on what A reads. Saved: u, for both vectors.
     """
-    y = F.linear(x, W, b)
-    u = (x if mask is None else x * mask) @ A
-    y += ((u * d) @ B) * e
-    return y, u
+    return K.lora_linear(x, W, b, A, d[:, None] * B * e, 1.0, mask)
 
 
 def vera_linear_backward(
@@ -50,25 +47,19 @@ def vera_linear_backward(
     mask: Array | None = None,
     need: Collection[str] = ("dx", "dd", "de"),
 ) -> tuple[Array, Array, Array]:
-    """Gradients of y = x W + b + ((u * d) B) * e with u = x A; W, A and B are frozen and get none.
+    """Gradients of y = x W + b + u B' with u = x A and B'_kj = d_k B_kj e_j; W, A and B are frozen and get none.
 
-        M = u^T dy                                (r, n)    both vectors read it:
-        dd_k = sum_j M_kj B_kj e_j                (r,)
-        de_j = sum_k M_kj B_kj d_k                (n,)      zero as long as d is
-        dx = dy W^T + (((dy * e) B^T) * d) A^T    (T, m)
-
-    u may be None without "dd" and "de".
+    dB' = u^T dy                      (r, n)    both vectors read it:
+    dd_k = sum_j dB'_kj B_kj e_j      (r,)
+    de_j = sum_k dB'_kj B_kj d_k      (n,)      zero as long as d is
+    dx = dy W^T + (dy B'^T) A^T       (T, m)
     """
-    dx = dd = de = None
-    if {"dd", "de"} & set(need):
-        M = (u.T @ dy) * B  # y += ((u * d) @ B) * e
-        dd = M @ e if "dd" in need else None
-        de = d @ M if "de" in need else None
-    if "dx" in need:
-        dx = dy @ W.T  # y = x @ W
-        through = (((dy * e) @ B.T) * d) @ A.T  # u = (x * mask) @ A
-        dx += through if mask is None else through * mask
-    return dx, dd, de
+    lora_need = {"dx"} & set(need) | ({"dB"} if {"dd", "de"} & set(need) else set())
+    dx, _, dB = K.lora_linear_backward(dy, None, u, W, A, d[:, None] * B * e, 1.0, mask, lora_need)
+    if dB is None:
+        return dx, None, None
+    M = dB * B  # B' = d[:, None] * B * e
+    return dx, M @ e if "dd" in need else None, d @ M if "de" in need else None
 
 
 @dataclass
@@ -127,7 +118,7 @@ class VeraConfig(LoraConfig):
 
 
 class Projections:
-    """The A (m, r) and B (r, n) that all layers of a model share; once for each backend and dtype in use."""
+    """The A (m, r) and B (r, n) that all layers of a model share; converted once for each backend and dtype."""
 
     def __init__(self, A: np.ndarray, B: np.ndarray) -> None:
         self.A, self.B = A, B
@@ -202,7 +193,8 @@ class VeRALinear(AdaptedLinear):
     def adapted_forward(self, x: Array, b: Array | None, keep: bool) -> tuple[Array, tuple[Any, ...]]:
         key = self.next_key(keep)
         y, u = vera_linear(x, self.weight.data, b, *self.matrices(), self.mask(x, key))
-        return y, (u if self.vera_lambda_d.trainable or self.vera_lambda_b.trainable else None, key)
+        trained = self.vera_lambda_d.trainable or self.vera_lambda_b.trainable
+        return y, (u if trained else u._replace(value=None), key)
 
     def adapted_backward(self, dy: Array, saved: list[Any], need_dx: bool) -> Array | None:
         u, key = saved
