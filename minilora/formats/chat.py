@@ -58,17 +58,15 @@ def _templates_in_config(config: Path) -> dict[str, str]:
     return named
 
 
-def render_chat(
-    template: str | None, messages: Messages, add_generation_prompt: bool = False, bos_token: str = "", eos_token: str = "", **more: Any
-) -> str:
+def render_chat(template: str | None, messages: Messages, add_generation_prompt: bool = False, **more: Any) -> str:
     """The conversation as text; with `add_generation_prompt`, also the text that introduces an answer of the assistant.
 
-    `more`: tools and documents (lists of objects), and the other special tokens available to a template (pad_token, ...), as in
+    `more`: tools and documents (lists of objects), and the special tokens available to a template (bos_token, eos_token, ...), as in
     `Tokenizer.special_tokens`. Encode the text with add_special=False: the template writes the special tokens itself. Special tokens
     in a message are recognised too, as in transformers. Raises ValueError when there is no template, or it is invalid, refuses the
     messages or tries to leave the sandbox; ImportError without jinja2.
     """
-    return _render(template, messages, add_generation_prompt, {"bos_token": bos_token, "eos_token": eos_token, **more})[0]
+    return _render(template, messages, add_generation_prompt, more)[0]
 
 
 def _render(template: str | None, messages: Messages, prompt: bool, more: dict[str, Any]) -> tuple[str, list[Span]]:
@@ -119,9 +117,7 @@ def marks_answers(template: str | None) -> bool:
     return template is not None and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
-def assistant_spans(
-    template: str | None, messages: Messages, bos_token: str = "", eos_token: str = "", *, ends: Sequence[str] = (), **more: Any
-) -> tuple[str, Iterator[Span]]:
+def assistant_spans(template: str | None, messages: Messages, ends: Sequence[str] = (), **more: Any) -> tuple[str, Iterator[Span]]:
     """(the text, an iterator over the spans of what the assistant wrote); `more` as in `render_chat`.
 
     {% generation %} blocks of the template are the spans, as in transformers. Otherwise a turn starts after the text that introduces an
@@ -131,7 +127,6 @@ def assistant_spans(
     turn is the part of the text that changes with its content, and the end token after it.
     A message with "weight": 0 or "train": false has no span. Raises ValueError as `render_chat`, and when a turn is not found.
     """
-    more |= {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(messages: Messages, prompt: bool = False) -> str:
         return _render(template, messages, prompt, more)[0]
