@@ -1,4 +1,4 @@
-"""Adapters' files: every tensor is loaded or refused, drawn heads go along, bases are told apart, and older versions of PEFT read them."""
+"""Adapter files: every tensor is loaded or refused, new heads are saved too, bases are distinguished, and older versions of PEFT read them."""
 
 import warnings
 
@@ -20,7 +20,7 @@ PEFT_0_6 = """peft_type auto_mapping base_model_name_or_path revision task_type 
 
 
 def llama(folder, dtype=None, **changes):
-    """A small random Llama with large weights, so that what is wrong shows."""
+    """A small random Llama with large weights, so that errors show."""
     model = ml.Llama(LlamaConfig(**SIZES, **changes), rng=0)
     for _, p in model.parameters():
         if p.data.ndim == 2:
@@ -30,7 +30,7 @@ def llama(folder, dtype=None, **changes):
 
 
 def bert(folder, pooler=True, **changes):
-    """A small random BERT without a head, and perhaps without a pooler."""
+    """A small random BERT without a head, and optionally without a pooler."""
     ml.save_model(ml.BertClassifier(BertConfig(**SIZES, **changes), rng=0), folder)
     tensors = load_file(folder / "model.safetensors")
     kept = {name.removeprefix("bert."): 10 * value for name, value in tensors.items() if "classifier" not in name}
@@ -62,7 +62,7 @@ def far(a, b):
 
 
 def in_peft(peft, base, adapter, name="AutoModelForCausalLM", seed=0, **options):
-    """What transformers and PEFT make of the two folders; torch draws what is missing with this seed."""
+    """The output of transformers and PEFT for the two folders; torch initialises missing modules with this seed."""
     import torch
     import transformers
 
@@ -166,7 +166,7 @@ def test_the_base_weight_below_an_adapter_has_to_be_the_models(tmp_path):
     ],
 )
 def test_a_drawn_head_and_pooler_go_along(config, tmp_path, peft, capsys):
-    """PEFT, which draws its own with any seed, and a model here that drew others, answer as the model that was saved."""
+    """PEFT, whose own head depends on the seed, and a model here with another head, give the outputs of the saved model."""
     base = bert(tmp_path / "b", pooler=False)
     model = ml.load_model(base, "numpy", labels=3)
     ml.inject(model, ml.LoraConfig(r=2, **config), rng=0)
@@ -328,7 +328,7 @@ def test_older_versions_of_peft_know_every_field(tmp_path):
 
 
 def test_bfloat16_is_the_nearest_and_ties_go_to_the_even(tmp_path):
-    """By hand: one unit in the last place of 1 is 2^-7; a half of it is a tie."""
+    """By hand: one unit in the last place of 1 is 2^-7, and half of it is a tie."""
     x = np.float32([1, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 3 * 2**-8, 2.0**-130, 0, 3.3895314e38])
     expected = np.float32([1, 1, 1 + 2**-6, 1 + 2**-7, -1 - 2**-6, 2.0**-130, 0, 3.3895314e38])
     write_tensors(tmp_path / "x", {"x": x, "y": x[:2]}, dtypes={"x": "bfloat16"})
@@ -477,7 +477,7 @@ def test_compare_of_classifiers(tmp_path):
     ],
 )
 def test_the_row_of_the_pad_token_gets_no_gradient_from_what_is_read(fields, tied, tmp_path):
-    """All other rows do as without it."""
+    """All other rows behave as without it."""
     grads = {}
     for pad in (None, 4, -27):
         model = ml.load_model(llama(tmp_path / str(pad), pad_token_id=pad, tie_word_embeddings=tied), "numpy")

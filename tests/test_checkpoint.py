@@ -1,4 +1,4 @@
-"""Published checkpoints: mapped and not copied, in shards, bare, of the hub; written so that transformers reads them; bad files."""
+"""Published checkpoints: mapped without a copy, sharded, bare, from the hub; written for transformers; bad files."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def edit(folder, change):
 
 
 def shards(folder, **changes):
-    """Split a folder's tensors over two files; `changes` are made to the index."""
+    """Split a folder's tensors over two files, with `changes` to the index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
@@ -85,7 +85,7 @@ def test_weights_are_mapped_and_a_mapped_model_does_all_that_others_do(name, tmp
 
 
 def test_no_memory_is_taken_for_weights_that_are_mapped(tmp_path):
-    """A subprocess, so that the measure is of this alone: 40 MB of weights, and Python's arrays stay below 4 MB."""
+    """In a subprocess, to measure nothing else: 40 MB of weights, and Python allocates less than 4 MB."""
     model = ml.BertClassifier(ml.BertConfig(vocab_size=30000, hidden_size=320, num_hidden_layers=1, num_attention_heads=4), rng=0)
     ml.save_model(model, tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors").stat().st_size > 40e6
@@ -107,7 +107,7 @@ def test_shards_are_one_model(name, tmp_path):
 
 
 def bare(folder, pooler=True):
-    """The folder as a BertModel is saved: no prefix, no classifier, perhaps no pooler, and a buffer."""
+    """The folder as a saved BertModel: no prefix, no classifier, a buffer, and optionally no pooler."""
 
     def change(tensors):
         for key in list(tensors):

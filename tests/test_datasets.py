@@ -1,4 +1,4 @@
-"""Records to examples to batches: what is learnt, what is cut, what is refused, and every example once an epoch."""
+"""From records to examples to batches: what is trained on, truncated, refused, and every example once an epoch."""
 
 from itertools import islice
 
@@ -27,7 +27,7 @@ from minilora.formats.tokenizer import HFTokenizer
 
 
 def one(tmp_path, record, tokenizer=BPE, max_length=400, **options):
-    """The example made of one record."""
+    """The example from one record."""
     (example,) = load_examples(write_jsonl(tmp_path / "one.jsonl", [record]), "lm", tokenizer, max_length, **options)
     return example
 
@@ -247,7 +247,7 @@ def test_what_has_no_validation_data_is_split_the_same_way_each_time(as_folder, 
 
 
 def whole(examples):
-    """The texts that examples were made of: an example's last token is a label only."""
+    """The texts of examples; the last token of each is only a label."""
     return [BYTES.decode([*e.ids, e.labels[-1]]) for e in examples]
 
 
@@ -346,7 +346,7 @@ def test_sequences_that_are_measured_and_learnt_are_counted(tmp_path, capsys):
 
 
 def examples_of(lengths):
-    """Examples of these lengths, whose ids all are their number."""
+    """Examples of these lengths; every id of one is its index."""
     return [Example(np.full(n, i), np.full(n, i)) for i, n in enumerate(lengths)]
 
 

@@ -1,4 +1,4 @@
-"""Text that a model writes: where it ends, and what of it is shown."""
+"""Generated text: where it ends, and which part is shown."""
 
 import json
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ BPE = HFTokenizer(byte_level_bpe(), bos_id=3, eos_id=0, chat_template=CHATML)
 
 
 class Parrot:
-    """A model that writes the tokens it is given, whatever it reads, and space after them."""
+    """A model that generates given tokens, whatever its input, and spaces after them."""
 
     config = SimpleNamespace(n_positions=100)
 
@@ -30,7 +30,7 @@ class Parrot:
 
 
 def written(text, stop=(), tokenizer=BYTES, n=50):
-    """(what was shown, piece by piece; what is returned) of a model that writes `text`."""
+    """(the pieces shown, the result) of a model that generates `text`."""
     pieces = []
     model = Parrot(tokenizer.encode(text, add_special=False), tokenizer.vocab_size)
     told = generate_text(model, tokenizer, tokenizer.encode("x"), n, temperature=0, stop=stop, show=pieces.append)

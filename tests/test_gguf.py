@@ -40,7 +40,7 @@ VARIANTS = {
 
 
 def small(**options):
-    """Sizes that are no multiples of much; only rows that are quantized have to be multiples of 32."""
+    """Sizes with few divisors; only quantized rows must be multiples of 32."""
     sizes = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 35, "num_hidden_layers": 2, "max_position_embeddings": 9}
     return LlamaConfig(**{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, **options})
 
@@ -54,7 +54,7 @@ def random_model(config):
 
 
 def interleaved(W, n_head):
-    """The order that llama.cpp's converter gives to the rows of q and k (its `permute`)."""
+    """The rows of q and k in the order of llama.cpp's converter (its `permute`)."""
     return W.reshape(n_head, 2, -1, *W.shape[1:]).swapaxes(1, 2).reshape(W.shape)
 
 
@@ -118,7 +118,7 @@ def state_dict(model):
 
 
 def model_of(path):
-    """The model that a file holds, put together by hand."""
+    """The model in a file, assembled by hand."""
     raw, tensors = read_gguf(path)
     model = Llama(LlamaConfig.from_json(raw, str(path)), rng=9)
     assert {p for p, _ in model.parameters()} == tensors.keys()
@@ -216,7 +216,7 @@ def test_a_file_that_is_cut_off(part, tmp_path):
 
 
 def test_every_single_wrong_byte_of_the_header_is_read_or_refused(tmp_path):
-    """Never another exception, and never a hang. Lengths that lie are among them."""
+    """Never another exception, and never a hang. Wrong lengths are among them."""
     path = write(tmp_path / "a.gguf", random_model(small(num_hidden_layers=1)), meta={"tokenizer.ggml.tokens": ["a"] * 67})
     whole = path.read_bytes()
     end = whole.index(b"output_norm.weight") + 60
@@ -232,7 +232,7 @@ def test_every_single_wrong_byte_of_the_header_is_read_or_refused(tmp_path):
 
 
 def test_a_length_that_lies_is_not_followed(tmp_path):
-    """An array of 2^61 numbers, in a file of some kilobytes."""
+    """An array of 2^61 numbers in a file of a few kilobytes."""
     path = write(tmp_path / "a.gguf", random_model(small(num_hidden_layers=1)))
     whole = path.read_bytes()
     at = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8
@@ -300,7 +300,7 @@ def test_another_architecture_is_refused(tmp_path):
 
 
 def test_a_quantization_that_is_not_supported_is_refused(tmp_path):
-    """Q8_1 is a type of intermediate results, which the library knows by name alone."""
+    """Q8_1 is for intermediate results; the library only knows its name."""
     path = write(tmp_path / "a.gguf", random_model(small()), kinds={"embed": Type.Q8_0})
     whole = path.read_bytes()
     at = whole.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 16
@@ -311,7 +311,7 @@ def test_a_quantization_that_is_not_supported_is_refused(tmp_path):
 
 
 def test_the_model_trains_with_adapters(tmp_path):
-    """Arrays that are views of a read-only file will do for frozen weights."""
+    """Read-only views of a file suffice for frozen weights."""
     model = model_of(write(tmp_path / "a.gguf", random_model(small())))
     ml.inject(model, ml.LoraConfig(r=2), rng=0)
     labels = np.append(IDS[1:], -100)

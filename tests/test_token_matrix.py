@@ -1,4 +1,4 @@
-"""A matrix of tokenizers, settings beside them, templates and records against transformers, whose AutoTokenizer is the judge."""
+"""Tokenizers, their settings, templates and records, compared with transformers' AutoTokenizer."""
 
 import json
 
@@ -23,7 +23,7 @@ def added(content, **options):
 
 
 def decoder_of(library, *more):
-    """added_tokens_decoder: the library's own added tokens, and more behind its vocabulary."""
+    """added_tokens_decoder: the library's own added tokens, and more after its vocabulary."""
     own = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in json.loads(library.to_str())["added_tokens"]}
     size = library.get_vocab_size()
     return {"added_tokens_decoder": own | {str(size + i): token for i, token in enumerate(more)}}
@@ -185,7 +185,7 @@ def messages_of(talk):
 
 @pytest.fixture(scope="module")
 def chatters(tmp_path_factory):
-    """{name: folder} of the tokenizers that decoders have, each with a pad token and a begin and an end token."""
+    """{name: folder} of the tokenizers of decoders, each with a pad, a begin and an end token."""
     made = {}
     for name, (library, config, files) in CHATTERS.items():
         config = {"bos_token": "<s>", "pad_token": "<|endoftext|>", **config}
@@ -194,7 +194,7 @@ def chatters(tmp_path_factory):
 
 
 def example_of(tokenizer, record, template=None, **options):
-    """(ids with the last label, which are learnt) of a record."""
+    """(ids with the last label, which of them are trained on) of a record."""
     make = example_maker("lm", tokenizer, options.pop("window", 5000), options.pop("mask", True), None, template)
     example = make("f.jsonl", 1, record)
     last = example.labels[-1]
@@ -254,7 +254,7 @@ TEXT = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(ANY,
 
 @pytest.mark.parametrize("name", ["bytes", *CHATTERS])
 def test_the_ids_spell_the_record(name, chatters):
-    """Whatever is said, and wherever a merge, a prefix space or a normalizer reaches across a boundary."""
+    """For any text, also where a merge, a prefix space or a normalizer reaches across a boundary."""
     tokenizer = ByteTokenizer() if name == "bytes" else load_tokenizer(chatters[name], 1000)
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     usual = [key for key in TEMPLATES if name != "bytes" or "s_token" not in TEMPLATES[key]]  # bytes have no begin or end token to write

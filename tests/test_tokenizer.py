@@ -23,7 +23,7 @@ def folder_of(path, library, **files):
 
 
 def metadata(**changed):
-    """What the GGUF reader delivers, for the same vocabulary as BPE."""
+    """The metadata of a GGUF file with BPE's vocabulary, as `read_gguf_tokenizer` returns it."""
     model = json.loads(BPE.library.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]

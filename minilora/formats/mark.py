@@ -40,9 +40,10 @@ def check_base(model: Layer, without: Collection[str], metadata: dict[str, str],
 
     allow: report other weights too, instead of raising. Adapters without a mark, such as PEFT's, are accepted.
     """
-    mark = metadata.get(KEY)
+    if (mark := metadata.get(KEY)) is None:
+        return
     digest, samples = _read(model, without)
-    if mark is None or mark.removeprefix(_LOFTQ).partition(":")[0] == digest:
+    if mark.removeprefix(_LOFTQ).partition(":")[0] == digest:
         return
     difference = None if mark.startswith(_LOFTQ) else _difference(mark, model, samples)
     if difference is not None:
