@@ -1,4 +1,4 @@
-"""Adapter files: every tensor is loaded or refused, new heads are saved too, bases are distinguished, and older versions of PEFT read them."""
+"""Adapter files: every tensor is loaded or refused, new heads are saved, bases are distinguished, older versions of PEFT read them."""
 
 import warnings
 
