@@ -72,16 +72,12 @@ class Tokenizer(ABC):
     def offsets(self, text: str) -> np.ndarray:
         """The character span [first, last + 1) of each token of encode(text, add_special=False), (T, 2)."""
 
-    def token(self, id: int | None) -> str:
-        """The text of one token, for chat templates; "" for None."""
-        return "" if id is None else self.decode([id])
-
     def render(self, messages: Messages, add_generation_prompt: bool = False, **more: Any) -> str:
         """The messages as text, by this tokenizer's chat template and special tokens; arguments and errors as in `render_chat`."""
         return render_chat(self.chat_template, messages, add_generation_prompt, **self.special_tokens, **more)
 
     def save(self, folder: str | Path) -> None:
-        """Write the files that transformers and `load_tokenizer` read: tokenizer.json, its settings, the stop_ids. None for bytes."""
+        """Write the files that transformers and `load_tokenizer` read: tokenizer.json, its settings, the stop_ids. Bytes need none."""
         return None
 
     def save_stop_ids(self, folder: str | Path) -> None:
@@ -99,7 +95,7 @@ class Tokenizer(ABC):
         as decoders may drop the space before the first word, these must contain a word that has been shown.
         """
         window = [int(id) for id in after]
-        context, shown, in_bytes = len(window), len(self.decode(window, skip_special)), False  # the text of window[:context]
+        context, shown, in_bytes = len(window), len(self.decode(window, skip_special)), False  # shown: of the text of window
         if self.clean_up:  # each token may change the text before it: one piece
             yield from filter(None, [self.decode([*window, *ids], skip_special)[shown:]])
             return
@@ -195,16 +191,20 @@ class HFTokenizer(Tokenizer):
         return text
 
     def token(self, id: int | None) -> str:
+        """One token as it is written in a text; "" for None."""
         return "" if id is None else self.library.id_to_token(id) or ""
 
     def save(self, folder: str | Path) -> None:
+        options = {
+            "eos_token": self.token(self.eos_id) or None,
+            "chat_template": self.chat_template,
+            "add_prefix_space": "add_prefix_space=True" in repr(self.library.pre_tokenizer) or None,  # Qwen2's class reads it from here
+            "split_special_tokens": self.library.encode_special_tokens or None,
+            "clean_up_tokenization_spaces": self.clean_up or None,
+            _CLEAN_BPE: self.clean_up or None,
+        }
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
-        settings |= {"eos_token": self.token(self.eos_id)} if self.eos_id is not None else {}
-        settings |= {"chat_template": self.chat_template} if self.chat_template is not None else {}
-        spaced = "add_prefix_space=True" in repr(self.library.pre_tokenizer)  # Qwen2's class reads it from here
-        settings |= {"add_prefix_space": True} if spaced else {}
-        settings |= {"split_special_tokens": True} if self.library.encode_special_tokens else {}
-        settings |= {"clean_up_tokenization_spaces": True, _CLEAN_BPE: True} if self.clean_up else {}
+        settings |= {name: value for name, value in options.items() if value is not None}
         write_file(Path(folder) / "tokenizer.json", self.library.save)
         write_json(Path(folder) / "tokenizer_config.json", settings)
         self.save_stop_ids(folder)
