@@ -49,10 +49,10 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "gpu" in metafunc.fixturenames:
+    if "card" in metafunc.fixturenames:
         names = [name for name in CHOICES[metafunc.config.getoption("backend")] if name != "numpy"]
         skip = pytest.mark.skip(reason="for CuPy only; --backend numpy skips it")
-        metafunc.parametrize("gpu", names or [pytest.param("", marks=skip)], indirect=True)
+        metafunc.parametrize("card", names or [pytest.param("", marks=skip)], indirect=True)
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", CHOICES[metafunc.config.getoption("backend")], indirect=True)
 
@@ -61,12 +61,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def backend(request: pytest.FixtureRequest) -> str:
     """The name for `layer.to(...)` and `to_backend(...)`: "numpy" or "cupy". The fake CuPy is installed for this test only."""
     if request.param == "standin":
-        request.getfixturevalue("fake_cupy")
+        request.getfixturevalue("standin_cupy")
     return "numpy" if request.param == "numpy" else "cupy"
 
 
 @pytest.fixture
-def fake_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def standin_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The fake CuPy, which `import cupy` returns during this test; for tests that count. Products use its cuBLAS."""
     for name, module in standin.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -77,9 +77,9 @@ def fake_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 @pytest.fixture
-def gpu(request: pytest.FixtureRequest) -> ModuleType:
+def card(request: pytest.FixtureRequest) -> ModuleType:
     """CuPy or the fake CuPy, for tests of what only a GPU does."""
-    return request.getfixturevalue("fake_cupy") if request.param == "standin" else import_cupy()
+    return request.getfixturevalue("standin_cupy") if request.param == "standin" else import_cupy()
 
 
 @pytest.fixture

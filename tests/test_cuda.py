@@ -20,7 +20,7 @@ attention_module, losses_module = (import_module(f"minilora.kernels.{name}") for
 FILES = {"activations": 4, "adamw": 1, "dropout": 1, "flash": 3, "norm": 2, "rotary": 1, "softmax": 3}  # and how many kernels each has
 VARIANTS = [(file, dtype, ()) for file in FILES for dtype in cuda.REAL if file != "flash"]
 VARIANTS += [("flash", dtype, (f"-DD={d}",)) for dtype in cuda.REAL if dtype != "float64" for d in flash.HEADS]
-needs_gpp = pytest.mark.skipif(emulator.COMPILER is None, reason="the fake CuPy runs CUDA sources through g++, which is not installed")
+needs_gpp = pytest.mark.skipif(emulator.COMPILER is None, reason="the stand-in runs CUDA sources through g++, which is not installed")
 
 
 def test_every_source_is_here_and_its_kernels_are_used():
@@ -60,7 +60,7 @@ def test_the_sources_compile_for_a_gpu(file, dtype, options, tmp_path):
 
 
 @pytest.fixture(params=[1, 4, 32])
-def threads(request, monkeypatch, fake_cupy):
+def threads(request, monkeypatch, standin_cupy):
     """So many real threads a block."""
     monkeypatch.setattr(emulator, "THREADS", request.param)
     return request.param
@@ -147,8 +147,8 @@ def test_adamw_in_one_launch(threads, kind, vectors):
 
 
 @needs_gpp
-def test_a_wrong_argument_is_refused_by_the_stand_in(fake_cupy):
-    module = fake_cupy.RawModule(code=cuda.source_of("dropout"), options=("-DREAL=float",))
+def test_a_wrong_argument_is_refused_by_the_stand_in(standin_cupy):
+    module = standin_cupy.RawModule(code=cuda.source_of("dropout"), options=("-DREAL=float",))
     launch = module.get_function("dropout")
     x = device(4, dtype="float32")
     good = [x, np.uint64(1), cuda.NULL, np.uint64(2), np.float32(1), x, np.int64(4)]
@@ -162,7 +162,7 @@ def test_a_wrong_argument_is_refused_by_the_stand_in(fake_cupy):
 
 
 @needs_gpp
-def test_without_the_sources_the_pairs_run_on_the_device(monkeypatch, fake_cupy):
+def test_without_the_sources_the_pairs_run_on_the_device(monkeypatch, standin_cupy):
     x, gamma = device(4, 6), device(6, seed=1)
     with_them = K.gelu(x)[0], K.rms_norm(x, gamma)[0], K.dropout(x, 0.5, 3)
     monkeypatch.setattr(cuda, "ENABLED", False)
@@ -173,7 +173,7 @@ def test_without_the_sources_the_pairs_run_on_the_device(monkeypatch, fake_cupy)
 
 
 @needs_gpp
-def test_what_does_not_fit_goes_to_the_pair(fake_cupy):
+def test_what_does_not_fit_goes_to_the_pair(standin_cupy):
     x, short, none = device(4, 8), device(4), device(0, 8)
     for call in (lambda: K.layer_norm(x, short, short), lambda: K.rms_norm(x, short), lambda: K.rotary(x, device(3, 2), device(3, 2))):
         with pytest.raises(ValueError, match="shape"):

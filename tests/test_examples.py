@@ -20,13 +20,13 @@ EXAMPLES = ROOT / "examples"
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
-def run(script: str, *args: str, cwd: Path, without: tuple[str, ...] = (), fake_cupy: bool = False) -> subprocess.CompletedProcess[str]:
+def run(script: str, *args: str, cwd: Path, without: tuple[str, ...] = (), standin_cupy: bool = False) -> subprocess.CompletedProcess[str]:
     """Run examples/<script>.py in a process of its own, as if the modules in `without` were not installed."""
     path = str(EXAMPLES / f"{script}.py")
     command = [path, *args]
-    if without or fake_cupy:
+    if without or standin_cupy:
         lines = ["import runpy, sys", *(f"sys.modules[{name!r}] = None" for name in without)]
-        if fake_cupy:
+        if standin_cupy:
             lines += [f"sys.path.insert(0, {str(ROOT / 'tests')!r})", "import standin", "sys.modules |= standin.modules"]
         lines += [f"sys.argv = {command!r}", f"runpy.run_path({path!r}, run_name='__main__')"]
         command = ["-c", "\n".join(lines)]
@@ -59,7 +59,7 @@ def printed(backend, tmp_path):
             pytest.importorskip("matplotlib")
         folder = tmp_path / "new" / "folder"
         done = run(
-            script, "--backend", backend, "--out", str(folder), cwd=tmp_path, fake_cupy=fake, without=("matplotlib",) if fake else ()
+            script, "--backend", backend, "--out", str(folder), cwd=tmp_path, standin_cupy=fake, without=("matplotlib",) if fake else ()
         )
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from golden.make_adapters import IDS, LABELS, adapted, base, logits, losses, options, quietly
 from safetensors.numpy import load_file
-from test_peft import bases, deviation, our_logits, our_losses, ours, peft  # noqa: F401  (fixtures)
+from test_peft import bases, deviation, our_logits, our_losses, ours  # noqa: F401  (fixtures)
 
 import minilora as ml
 from minilora.lora import lora_layers
@@ -240,7 +240,7 @@ def vera_options(kind):
     }
 
 
-def vera_of_peft(kind, what, peft):  # noqa: F811
+def vera_of_peft(kind, what, peft):
     import torch
 
     torch.manual_seed(1)
@@ -286,7 +286,7 @@ def test_veras_matrices_are_pefts_to_the_bit(peft, bases):  # noqa: F811
     np.testing.assert_array_equal(shared.B.T, theirs.base_model.vera_B["default"].numpy())
 
 
-def test_every_field_of_veras_configuration(peft):  # noqa: F811
+def test_every_field_of_veras_configuration(peft):
     import dataclasses
 
     of_both = {field.name for field in dataclasses.fields(peft.PeftConfig)}

@@ -200,7 +200,7 @@ def test_the_loss_over_the_vocabulary(kind, head, draw, monkeypatch):
     check(kind, K.cross_entropy(z, labels % 7), F.cross_entropy(wide(z), labels % 7), ["float32", "half"])
 
 
-def test_rounding_is_to_the_nearest_even_and_keeps_what_is_no_number(kind, fake_cupy):
+def test_rounding_is_to_the_nearest_even_and_keeps_what_is_no_number(kind, standin_cupy):
     """The sources convert by themselves. Every number of the type is read, multiplied and written (by dropout)."""
     if not cuda.ENABLED:
         pytest.skip("the stand-in runs CUDA sources through g++")
@@ -315,7 +315,7 @@ def test_what_is_saved_takes_half(kind, backend):
     assert 0.5 <= saved[0] / saved[1] < 0.55
 
 
-def test_a_step_neither_waits_nor_has_more_products(kind, fake_cupy):
+def test_a_step_neither_waits_nor_has_more_products(kind, standin_cupy):
     counts = []
     for narrow in (True, False):
         model = adapted("gpt2", kind, "cupy", narrow)

@@ -1,4 +1,4 @@
-"""The CUDA sources through NVRTC, the compiler that CuPy hands them to on a GPU: it needs no GPU, and here no header either."""
+"""The CUDA sources through NVRTC, the compiler that CuPy hands them to on a card: it needs no card, and here no header either."""
 
 import pytest
 from test_cuda import VARIANTS
