@@ -119,7 +119,7 @@ def peak_memory() -> int:  # called by benchmarks/worker.py
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         return int(sys.modules["torch"].cuda.max_memory_reserved())
     if "cupy" in sys.modules:
-        from minilora.backend import peak_memory
+        from minilora.kernels.memory import peak_memory
 
         return peak_memory("cupy")
     return 0

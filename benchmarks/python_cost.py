@@ -3,7 +3,7 @@
     python -m benchmarks.python_cost
 
 launches   counted by the tests' stand-in for CuPy, launch by launch and recorded (minilora/kernels/cuda/replay.py); in bfloat16 attention
-           takes a launch forward and two backward (kernels/flash.py), as heads have 32 features there
+           takes a launch forward and two backward (kernels/cuda/flash.py), as heads have 32 features there
 python     milliseconds a step, of twelve blocks of width 12 and 16 tokens, where arithmetic is next to nothing: on NumPy, which has the
            same Python and calls of its own in place of CuPy's; and of a recorded step, on the stand-in, with a graph that does nothing
 """
@@ -27,14 +27,14 @@ def step_times(backend: str, record: bool, after: Any = lambda: None, steps: int
     """Seconds of each step; `after` is called once the first ten are done. changed: of the model's sizes, or its dtype."""
     import minilora as ml
     from minilora.data.batches import random_windows
-    from minilora.quantization.quantize import narrow_model
+    from minilora.quantization.half import to_half_precision
     from minilora.training.loop import train
 
     dtype = changed.pop("dtype", None)
     config = ml.GPT2Config(vocab_size=50, n_positions=16, n_head=12, n_layer=12, **{"n_embd": 12, **changed})
     model = ml.GPT2(config, rng=0)
     if dtype is not None:
-        narrow_model(model, dtype)
+        to_half_precision(model, dtype)
     model.to(backend)
     ml.inject(model, ml.LoraConfig(r=8), rng=0)
     batches = random_windows(np.random.default_rng(0).integers(0, 50, 1000), 16, 1, np.random.default_rng(0))

@@ -1,6 +1,6 @@
-"""The one door to NumPy and CuPy: choose, move arrays, draw numbers, synchronise, measure memory.
+"""NumPy and CuPy: choose one, move arrays, draw numbers, synchronise.
 
-Two rules keep the rest of the code free of the question "CPU or GPU?":
+Two rules keep the rest of the code independent of the backend:
 
 1. `xp` comes from the arrays in hand, `xp = get_xp(x, W)`, never from a global "current backend".
 2. Random numbers are drawn on the host by NumPy, or computed from a counter with integer arithmetic
@@ -9,45 +9,88 @@ Two rules keep the rest of the code free of the question "CPU or GPU?":
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 import numpy as np
 
-Array = Any  # a numpy.ndarray or a cupy.ndarray; the code below never asks which
+Array = Any  # a numpy.ndarray or a cupy.ndarray
 Rng = np.random.Generator | int | None  # what draws initial values: a generator, a seed, or the module's own generator
 Made = TypeVar("Made", bound=Callable[..., Any])
 BACKENDS = ("numpy", "cupy")
 _caches: list[Any] = []
-_most_held = 0  # by CuPy's memory pools
-POOL_OWNERS: WeakSet[Any] = WeakSet()  # whoever has a memory pool besides CuPy's own, as .pool (kernels/cuda/replay.py)
+_modules: dict[type, Any] = {np.ndarray: np}  # of the types of arrays seen so far, as this is looked up thousands of times a step
+
+
+class Matrix:
+    """What stands in for a weight (m, n) in products without being an array, such as a quantized weight (quantization/).
+
+    A subclass has what raises here: products x @ this, itself as an array, the squares of its columns' lengths (n,), and itself on another
+    backend; and `shape`, `dtype` (of products), its transpose, and `like`, an array that lives where it does.
+    """
+
+    __array_ufunc__ = None  # so that x @ this calls __rmatmul__
+    ndim = 2
+    shape: tuple[int, ...]
+    dtype: Any
+    like: Array
+    T: Any
+
+    def __rmatmul__(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def dense(self) -> Array:
+        raise NotImplementedError
+
+    def column_squares(self) -> Array:
+        raise NotImplementedError
+
+    def to_backend(self, backend: str, dtype: Any = None) -> Any:
+        raise NotImplementedError
+
+    def __matmul__(self, y: Array) -> Array:
+        return (y.T @ self.T).T
+
+    def __add__(self, other: Array) -> Array:
+        return self.dense() + other
+
+    def __getitem__(self, key: Any) -> Array:
+        return self.dense()[key]
+
+    def copy(self) -> Array:
+        return self.dense()
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 def get_xp(*arrays: Array | None) -> Any:
     """The module (numpy or cupy) that the arrays live in; None is skipped.
 
-    Raises TypeError when some live on the host and some on the device: nothing is ever copied between
-    them behind the caller's back.
+    Raises TypeError when some live on the host and some on the device: nothing is ever copied between them implicitly.
     """
     found = None
     for x in arrays:
         if x is None:
             continue
-        xp = np if isinstance(x, (np.ndarray, np.generic)) else _cupy_of(x)
+        xp = _modules.get(type(x)) or _module_of(x)
         if found is not None and xp is not found:
             raise TypeError("arrays of NumPy and CuPy are mixed; move the layer with layer.to(...) or the data with to_backend(...).")
         found = xp
     return np if found is None else found
 
 
-def _cupy_of(x: Array) -> Any:
+def _module_of(x: Array) -> Any:
+    if isinstance(x, (np.ndarray, np.generic)):
+        return np
     cupy = sys.modules.get("cupy")  # who holds a CuPy array has imported CuPy
     if cupy is not None and isinstance(x, cupy.ndarray):
-        return cupy
-    if hasattr(x, "like"):  # a matrix made of arrays (quantization/residual.py, quantization/nf4.py)
+        return _modules.setdefault(type(x), cupy)
+    if isinstance(x, Matrix):
         return get_xp(x.like)
     raise TypeError(f"expected a NumPy or CuPy array, got {type(x).__name__}.")
 
@@ -61,7 +104,7 @@ def to_backend(x: Array, backend: str, dtype: Any = None) -> Array:
     """x on the named backend, in `dtype` if given. Copies only what has to change."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
-    if hasattr(x, "to_backend"):  # NF4
+    if isinstance(x, Matrix):
         return x.to_backend(backend, dtype)
     if backend == "cupy":
         return import_cupy().asarray(x, dtype=dtype)
@@ -71,7 +114,7 @@ def to_backend(x: Array, backend: str, dtype: Any = None) -> Array:
 
 def to_numpy(x: Array) -> np.ndarray:
     """x as a NumPy array. From a GPU this copies and synchronises: for printing, saving and tests only."""
-    return to_backend(x.dense() if hasattr(x, "dense") else x, "numpy")
+    return to_backend(x.dense() if isinstance(x, Matrix) else x, "numpy")
 
 
 def as_like(x: Array, like: Array) -> Array:
@@ -80,18 +123,18 @@ def as_like(x: Array, like: Array) -> Array:
 
 
 def constant(x: np.ndarray, like: Array) -> Array:
-    """`as_like` for what comes again in every step, as positions do: on a device it is kept, and found by its content. Only to be read."""
+    """`as_like` for what repeats in every step, such as positions: the copy on a device is kept, and found by its content. Read-only."""
     return x if get_xp(like) is np else _kept(x.tobytes(), x.dtype, x.shape, get_xp(like))
 
 
 def kept_on_device(make: Made) -> Made:
-    """functools.lru_cache, for what makes arrays on a device that every layer of a step asks for."""
+    """functools.lru_cache, for a function that makes arrays on a device which every layer of a step reads."""
     _caches.append(lru_cache(maxsize=256)(make))
     return _caches[-1]
 
 
 def forget_constants() -> None:
-    """Let go of all that is kept so: a recorded step needs what it reads in memory of its own (kernels/cuda/replay.py)."""
+    """Free all that is kept so: a captured step needs what it reads in memory of its own (kernels/cuda/replay.py)."""
     for cache in _caches:
         cache.cache_clear()
 
@@ -166,36 +209,3 @@ def synchronize(backend: str) -> None:
     """Wait until the device has finished; nothing to wait for on NumPy."""
     if backend == "cupy":
         import_cupy().cuda.get_current_stream().synchronize()
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc's malloc to keep what is freed for the next array, in place of giving it back to the system.
-
-    A step makes and frees the same arrays again and again; each that comes fresh from the system is paid for page by page, as it is
-    first written to: 7 % of a step of GPT-2 small (docs/speed.md). Elsewhere than on glibc this does nothing. For long work only:
-    a process that calls this does not shrink again.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    import ctypes
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def peak_memory(backend: str = "numpy") -> int:
-    """Peak bytes: of this process (NumPy), or held by CuPy's memory pools: those shrink only where this was asked before."""
-    if backend == "cupy":
-        global _most_held
-        pools = import_cupy().get_default_memory_pool(), *(owner.pool for owner in POOL_OWNERS)
-        _most_held = max(_most_held, sum(int(pool.total_bytes()) for pool in pools))
-        return _most_held
-    try:
-        import resource
-    except ImportError:  # Windows has no resource module
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("backend") != "cupy":
         cuda.ENABLED = cuda.ENABLED and standin.cuda.COMPILER is not None
     else:
+        config.addinivalue_line("filterwarnings", "ignore:products go by CuPy's own calls:UserWarning")  # without nvmath-python
         try:
             import_cupy()
         except (ImportError, RuntimeError) as error:

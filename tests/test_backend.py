@@ -15,7 +15,7 @@ import minilora as ml
 from minilora import backend as door
 from minilora.data.batches import Batch
 from minilora.functional import dropout_mask
-from minilora.kernels import cuda
+from minilora.kernels import cuda, memory
 from minilora.optim.flat import clip_grad_norm
 from minilora.training.replicas import Replicas
 
@@ -70,19 +70,19 @@ def test_as_like_keeps_the_dtype(on, backend):
 
 
 def test_memory_and_synchronisation(backend):
-    assert sys.platform == "win32" or door.peak_memory("numpy") > 2**20
+    assert sys.platform == "win32" or memory.peak_memory("numpy") > 2**20
     door.synchronize(backend)
-    assert door.peak_memory(backend) >= 0
+    assert memory.peak_memory(backend) >= 0
 
 
 def test_synchronize_waits_for_the_device(standin_cupy, monkeypatch):
-    monkeypatch.setattr(door, "_most_held", 0)
+    monkeypatch.setattr(memory, "_most_held", 0)
     with standin.count() as c:
         door.synchronize("numpy")
         assert c.syncs == 0
         door.synchronize("cupy")
     assert c.syncs == 1
-    assert door.peak_memory("cupy") == standin.POOL_BYTES
+    assert memory.peak_memory("cupy") == standin.POOL_BYTES
 
 
 # -- choosing one ---------------------------------------------------------------------------------------------------

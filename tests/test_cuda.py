@@ -3,7 +3,6 @@
 import re
 import shutil
 import subprocess
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -14,10 +13,12 @@ import minilora as ml
 from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import backend_name
-from minilora.kernels import cuda, flash
+from minilora.kernels import cuda, grouped
+from minilora.kernels.cuda import flash
+from minilora.kernels.cuda import losses as losses_module
 
-attention_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in ("attention", "losses"))
-FILES = {"activations": 4, "adamw": 1, "dropout": 1, "flash": 3, "norm": 2, "rotary": 1, "softmax": 3}  # and how many kernels each has
+# and how many kernels each has
+FILES = {"activations": 4, "adamw": 1, "dropout": 1, "elementwise": 4, "flash": 3, "norm": 2, "rotary": 1, "softmax": 3}
 VARIANTS = [(file, dtype, ()) for file in FILES for dtype in cuda.REAL if file != "flash"]
 VARIANTS += [("flash", dtype, (f"-DD={d}",)) for dtype in cuda.REAL if dtype != "float64" for d in flash.HEADS]
 needs_gpp = pytest.mark.skipif(emulator.COMPILER is None, reason="the stand-in runs CUDA sources through g++, which is not installed")
@@ -28,7 +29,7 @@ def test_every_source_is_here_and_its_kernels_are_used():
     assert {path.stem for path in folder.glob("*.cu")} == set(FILES)
     python = "".join(path.read_text() for path in folder.parent.rglob("*.py"))
     for file, count in FILES.items():
-        names = re.findall(r"__global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(", cuda.source_of(file))
+        names = re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", cuda.source_of(file))
         assert len(names) == count
         assert all(f'"{name}"' in python for name in names)
 
@@ -59,7 +60,7 @@ def test_the_sources_compile_for_a_gpu(file, dtype, options, tmp_path):
         assert ".f64" not in text, "a float kernel computes in double somewhere: slow on a GPU"
 
 
-@pytest.fixture(params=[1, 4, 32])
+@pytest.fixture(params=[1, 4, 32, 64])
 def threads(request, monkeypatch, standin_cupy):
     """So many real threads a block."""
     monkeypatch.setattr(emulator, "THREADS", request.param)
@@ -79,18 +80,18 @@ def test_rows_are_summed_by_many_threads(threads):
     x, gamma, beta, dy = device(5, 70), device(70, seed=1), device(70, seed=2), device(5, 70, seed=3)
     for got, pair in ((K.layer_norm(x, gamma, beta), F.layer_norm(x, gamma, beta)), (K.rms_norm(x, gamma), F.rms_norm(x, gamma))):
         close(got[0], pair[0])
-        close(got[1][0], pair[1][0])
-        close(got[1][1], pair[1][1])
-    saved = F.layer_norm(x, gamma, beta)[1]
-    close(K.layer_norm_backward(dy, saved, gamma)[0], F.layer_norm_backward(dy, saved, gamma)[0])
-    close(K.rms_norm_backward(dy, saved, gamma)[0], F.rms_norm_backward(dy, saved, gamma)[0])
+        for a, b in zip(got[1].value, pair[1], strict=True):
+            close(a, b)
+        backward = "layer_norm_backward" if got[1].by is K.TABLE["layer_norm"].kernels[1] else "rms_norm_backward"
+        for a, b in zip(getattr(K, backward)(dy, got[1], gamma), getattr(F, backward)(dy, pair[1], gamma), strict=True):
+            close(a, b)
 
 
 @needs_gpp
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("offsets", [[0, 7, 14, 21], [0, 3, 12, 21]])
 def test_attention(threads, causal, offsets, monkeypatch):
-    monkeypatch.setattr(attention_module, "_KEPT", 8)  # of some sequences the probabilities are kept, of others computed again
+    monkeypatch.setattr(grouped, "KEPT", 8)  # of some sequences the probabilities are kept, of others computed again
     q, k, v, do = device(21, 24), device(21, 12, seed=1), device(21, 12, seed=2), device(21, 24, seed=3)
     for rows in (None, np.array([2, 6, 9, 20])):
         q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
@@ -108,7 +109,7 @@ def test_attention(threads, causal, offsets, monkeypatch):
 
 @needs_gpp
 def test_the_loss_in_blocks_of_the_vocabulary(threads, monkeypatch):
-    monkeypatch.setattr(losses_module, "_LOGITS_ON_DEVICE", 5 * 256)
+    monkeypatch.setattr(losses_module, "LOGITS", 5 * 256)
     x, W, labels = device(5, 8), device(8, 700, seed=1), np.array([0, 699, 256, 255, 3])
     got, pair = (f(x, W, labels, 9, {"dx"}) for f in (K.linear_cross_entropy, F.linear_cross_entropy))
     close(got[0], pair[0])
@@ -120,7 +121,7 @@ def test_the_loss_in_blocks_of_the_vocabulary(threads, monkeypatch):
 def test_masks_are_those_of_numpy_to_the_bit(threads):
     x = device(37, 11, dtype="float32")
     for p, key in ((0.1, 5), (0.5, 2**64 - 3), (0, 1)):
-        np.testing.assert_array_equal(K.dropout(x, p, key).get(), F.dropout(x.get(), p, key))
+        np.testing.assert_array_equal(K.dropout(x, p, key)[0].get(), F.dropout(x.get(), p, key))
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         K.dropout(x, 1.0, 5)
 
@@ -164,12 +165,12 @@ def test_a_wrong_argument_is_refused_by_the_stand_in(standin_cupy):
 @needs_gpp
 def test_without_the_sources_the_pairs_run_on_the_device(monkeypatch, standin_cupy):
     x, gamma = device(4, 6), device(6, seed=1)
-    with_them = K.gelu(x)[0], K.rms_norm(x, gamma)[0], K.dropout(x, 0.5, 3)
+    run = lambda: (K.gelu(x), K.rms_norm(x, gamma), K.dropout(x, 0.5, 3))  # noqa: E731
+    with_them = run()
     monkeypatch.setattr(cuda, "ENABLED", False)
-    for a, b in zip(with_them, (K.gelu(x)[0], K.rms_norm(x, gamma)[0], K.dropout(x, 0.5, 3)), strict=True):
+    for (a, kernel), (b, reference) in zip(with_them, run(), strict=True):
         close(a, b)
-    assert not cuda.usable(x)
-    assert cuda.usable(np.ones(2)) is False
+        assert (kernel.by.where, reference.by.where) == ("cuda", "reference")
 
 
 @needs_gpp
@@ -180,6 +181,6 @@ def test_what_does_not_fit_goes_to_the_pair(standin_cupy):
             call()
     A, B, W = device(8, 2), device(2, 5), device(8, 5)
     y, u = K.lora_linear(none, W, None, A, B, 1.0)
-    assert (y.shape, u.shape) == ((0, 5), (0, 2))
+    assert (y.shape, u.value.shape) == ((0, 5), (0, 2))
     assert K.lora_linear_backward(device(0, 5), none, u, W, A, B, 1.0)[0].shape == (0, 8)
-    assert K.gelu(none)[0].shape == K.dropout(none, 0.5, 1).shape == (0, 8)
+    assert K.gelu(none)[0].shape == K.dropout(none, 0.5, 1)[0].shape == (0, 8)

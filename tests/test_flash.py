@@ -10,10 +10,12 @@ import standin
 
 import minilora as ml
 from minilora import functional as F
+from minilora import kernels as K
 from minilora.backend import import_cupy
 from minilora.data.batches import random_windows
-from minilora.kernels import cuda, flash
-from minilora.quantization.quantize import narrow_model
+from minilora.kernels import cuda
+from minilora.kernels.cuda import flash
+from minilora.quantization.half import to_half_precision
 from minilora.training.loop import train
 
 pytestmark = pytest.mark.skipif(not cuda.ENABLED, reason="CUDA sources run through g++ here")
@@ -64,8 +66,8 @@ def test_against_the_pair(dtype, d, case, card):
     do = column_blocks(len(q), (heads * d,), dtype, seed=1)[0]
     assert flash.fits(q, k, v, heads)
     with standin.count() as c:
-        o, saved = flash.attention(q, k, v, heads, groups, offsets, causal, rows)
-        got = flash.attention_backward(do, q, k, v, saved, heads, groups, offsets, {"dq", "dk", "dv"}, rows)
+        o, saved = flash.attention(q, k, v, heads, offsets, causal, n_kv_head=groups, rows=rows)
+        got = flash.attention_backward(do, q, k, v, saved, heads, offsets, groups, {"dq", "dk", "dv"}, rows)
     assert card is not standin.module or (c.launches, c.syncs) == (3, 0)
     here = [wide(x) for x in (q, k, v)]
     wanted, P = F.attention(*here, heads, offsets, causal, n_kv_head=groups, rows=rows)
@@ -81,9 +83,23 @@ def test_against_the_pair(dtype, d, case, card):
         np.testing.assert_allclose(wide(a), b, rtol=0, atol=tolerance(dtype, card) * max(1, np.abs(b).max()), err_msg=name)
 
 
+def test_gradients_side_by_side_in_one_array(dtype, card):
+    q, k, v = column_blocks(70, (128, 128, 128), dtype, seed=0)
+    do = column_blocks(70, (128,), dtype, seed=1)[0]
+    for rows in (None, np.array([2, 40, 69])):
+        q_, do_ = (q, do) if rows is None else (q[:3], do[:3])
+        _, saved = K.attention(q_, k, v, 2, [0, 3, 70], rows=rows)
+        with standin.count() as c:
+            joined = K.attention_backward_joined(do_, q_, k, v, saved, 2, [0, 3, 70], rows)
+        assert card is not standin.module or rows is not None or c.launches == 2
+        dq, dk, dv = K.attention_backward(do_, q_, k, v, saved, 2, [0, 3, 70], rows=rows)
+        apart = [wide(x) for x in (F.take_rows_backward(dq, rows, 70), dk, dv)]
+        np.testing.assert_array_equal(wide(joined), np.concatenate(apart, axis=1))
+
+
 def test_large_scores_do_not_overflow(dtype, card):
     q, k, v = (20 * x for x in column_blocks(40, (64, 64, 64), dtype, seed=2))
-    o, _ = flash.attention(q, k, v, 1, 1, None, True, None)
+    o, _ = flash.attention(q, k, v, 1)
     wanted, _ = F.attention(wide(q), wide(k), wide(v), 1)
     np.testing.assert_allclose(wide(o), wanted, atol=40 * tolerance(dtype, card))
 
@@ -115,7 +131,7 @@ def test_a_model_takes_the_same_steps(name, card, monkeypatch):
         sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
         model = ml.Llama(ml.LlamaConfig(vocab_size=30, max_position_embeddings=80, **sizes), rng=0).freeze()
         if name == "bfloat16":
-            narrow_model(model, "bfloat16")
+            to_half_precision(model, "bfloat16")
         ml.inject(model.to(backend), ml.LoraConfig(r=4), rng=1)
         batches = random_windows(np.random.default_rng(0).integers(0, 30, 400), 40, 2, np.random.default_rng(1))
         run = train(model, ml.AdamW(model.parameters(), 1e-2), batches, 3, lambda step: 1.0, record=False)

@@ -11,8 +11,8 @@ import minilora as ml
 from minilora import functional as F
 from minilora import kernels as K
 
-MODULES = ("attention", "blocks", "lora", "losses")
-attention_module, blocks_module, lora_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in MODULES)
+MODULES = ("grouped", "numpy.attention", "numpy.blocks", "numpy.lora", "numpy.losses")
+grouped, attention_module, blocks_module, lora_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in MODULES)
 TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
 
 
@@ -21,7 +21,7 @@ def small_blocks(monkeypatch):
     """Blocks so small that every loop runs more than once."""
     for module in (blocks_module, lora_module):
         monkeypatch.setattr(module, "BLOCK", 23)
-    monkeypatch.setattr(losses_module, "_LOGITS", 2600)
+    monkeypatch.setattr(losses_module, "LOGITS", 2600)
 
 
 def close(a, b, dtype):
@@ -59,12 +59,12 @@ def test_activations(name, draw, on):
 def test_the_gate(draw):
     g, u, dy = draw(5, 9), draw(5, 9), draw(5, 9)
     y, saved = K.swiglu(g, u)
-    close(y, F.silu(g) * u, draw.dtype)
+    close(y, F.swiglu(g, u)[0], draw.dtype)
     dg, du = K.swiglu_backward(dy, saved)
     close(dg, F.silu_backward(dy * u, g), draw.dtype)
     close(du, dy * F.silu(g), draw.dtype)
-    assert K.swiglu_backward(dy, saved, (False, True))[0] is None
-    assert K.swiglu_backward(dy, saved, (True, False))[1] is None
+    assert K.swiglu_backward(dy, saved, {"du"})[0] is None
+    assert K.swiglu_backward(dy, saved, {"dg"})[1] is None
     close(K.swiglu(g, u, keep=False)[0], y, draw.dtype)
 
 
@@ -75,13 +75,14 @@ def test_norms(need, draw):
         (K.layer_norm(x, gamma, beta), F.layer_norm(x, gamma, beta)),
         (K.rms_norm(x, gamma), F.rms_norm(x, gamma)),
     ):
-        for a, b in zip((kernel[0], *kernel[1]), (pair[0], *pair[1]), strict=True):
+        for a, b in zip((kernel[0], *kernel[1].value), (pair[0], *pair[1]), strict=True):
             close(a, b, draw.dtype)
-    for name, saved in (("layer_norm", F.layer_norm(x, gamma, beta)[1]), ("rms_norm", F.rms_norm(x, gamma)[1])):
-        pair, kernel = (getattr(module, f"{name}_backward") for module in (F, K))
-        expected = pair(dy, saved, gamma)
-        for f in (kernel, pair):
-            for which, a, e in zip(("dx", "dgamma", "dbeta"), f(dy, saved, gamma, need), expected, strict=False):
+    for name, parameters in (("layer_norm", (gamma, beta)), ("rms_norm", (gamma,))):
+        saved = {module: getattr(module, name)(x, *parameters)[1] for module in (F, K)}
+        expected = getattr(F, f"{name}_backward")(dy, saved[F], gamma)
+        for module in (F, K):
+            got = getattr(module, f"{name}_backward")(dy, saved[module], gamma, need)
+            for which, a, e in zip(("dx", "dgamma", "dbeta"), got, expected, strict=False):
                 close(a, e if which in need else None, draw.dtype)
 
 
@@ -92,13 +93,15 @@ def test_lora(bias, need, draw, on):
     b = b if bias else None
     mask = on((np.arange(66) % 3 > 0).reshape(11, 6) * 1.5, draw.dtype)
     for m in (None, mask):
-        for a, e in zip(K.lora_linear(x, W, b, A, B, 0.7, m), F.lora_linear(x, W, b, A, B, 0.7, m), strict=True):
+        y, saved = K.lora_linear(x, W, b, A, B, 0.7, m)
+        for a, e in zip((y, saved.value), F.lora_linear(x, W, b, A, B, 0.7, m), strict=True):
             close(a, e, draw.dtype)
         u = (x if m is None else x * m) @ A
         expected = F.lora_linear_backward(dy, x, u, W, A, B, 0.7, m)
-        read = x if "dA" in need else None, u if "dB" in need else None  # what is not needed was not saved
-        for f in (K.lora_linear_backward, F.lora_linear_backward):
-            for name, a, e in zip(("dx", "dA", "dB"), f(dy, *read, W, A, B, 0.7, m, need), expected, strict=True):
+        read = x if "dA" in need else None  # what is not needed was not saved
+        u, saved = (u, saved) if "dB" in need else (None, saved._replace(value=None))
+        for f, inner in ((K.lora_linear_backward, saved), (F.lora_linear_backward, u)):
+            for name, a, e in zip(("dx", "dA", "dB"), f(dy, read, inner, W, A, B, 0.7, m, need), expected, strict=True):
                 close(a, e if name in need else None, draw.dtype)
     with pytest.raises(ValueError, match="asks for A"):
         K.lora_linear(x, W, b, A.T, B, 1.0)
@@ -145,9 +148,9 @@ def check_attention(lengths, heads, causal, rows, need, draw, d=3):
 @pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [1, 7, 3, 7, 6, 1, 12], [40, 9]])
 @pytest.mark.parametrize("limits", [(128, 2**21, 512), (3, 2**21, 512), (4, 60, 512), (5, 2**21, 4)])
 def test_attention(causal, heads, lengths, limits, draw, monkeypatch):
-    for name, value in zip(("_QUERIES", "_SCORES", "_KEPT"), limits, strict=True):
-        monkeypatch.setattr(attention_module, name, value)
-    attention_module._grouped.cache_clear()
+    for name, value in zip(("QUERIES", "SCORES", "KEPT"), limits, strict=True):
+        monkeypatch.setattr(grouped, name, value)
+    grouped._grouped.cache_clear()
     T = sum(lengths)
     last = np.cumsum(lengths) - 1
     some = np.flatnonzero(np.random.default_rng(2).random(T) < 0.4)
@@ -155,14 +158,14 @@ def test_attention(causal, heads, lengths, limits, draw, monkeypatch):
         check_attention(lengths, heads, causal, rows, ("dq", "dk", "dv"), draw)
     for need in (("dq",), ("dk",), ("dv",), ("dq", "dv")):
         check_attention(lengths, heads, causal, some if len(some) else last, need, draw)
-    attention_module._grouped.cache_clear()
+    grouped._grouped.cache_clear()
 
 
 def test_the_gradient_of_the_values_alone_does_not_pass_the_softmax(draw, monkeypatch):
     q, k, v, do = (draw(7, 4) for _ in range(4))
     for f, module, name in (
         (F, import_module("minilora.functional.attention"), "softmax_backward"),
-        (K, attention_module, "_through_softmax"),
+        (K, attention_module, "through_softmax"),
     ):
         monkeypatch.setattr(module, name, None)
         _, saved = f.attention(q, k, v, 2, [0, 4, 7])

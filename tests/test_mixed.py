@@ -19,7 +19,7 @@ from minilora.kernels import cuda
 from minilora.models.cache import KVCache
 from minilora.models.generate import generate
 from minilora.optim.flat import clip_grad_norm
-from minilora.quantization.quantize import narrow_model
+from minilora.quantization.half import to_half_precision
 from minilora.runs.finetune import finetune
 from minilora.runs.recipe import Recipe
 from minilora.runs.run_file import merge_run, open_model
@@ -27,7 +27,7 @@ from minilora.training.loop import Diverged, train
 from minilora.training.loss_scale import LossScale
 from minilora.training.prefix import PrefixCache
 
-attention_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in ("attention", "losses"))
+grouped, *losses_modules = (import_module(f"minilora.kernels.{name}") for name in ("grouped", "numpy.losses", "cuda.losses"))
 KINDS = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half the distance from 1 to the next number
 
@@ -70,17 +70,18 @@ def check(kind, got, wanted, dtypes, ulps=4.0):
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear(kind, bias, draw):
     x, W, b, dy = draw(6, 12), draw(12, 7), draw(7, dtype="float32") if bias else None, draw(6, 7)
-    check(kind, [K.linear(x, W, b), K.product(x, W)], [F.linear(*wide([x, W, b])), wide(x) @ wide(W)], ["half", "half"])
+    check(kind, [K.linear(x, W, b)[0], K.product(x, W)], [F.linear(*wide([x, W, b])), wide(x) @ wide(W)], ["half", "half"])
     x_32 = draw(6, 12, dtype="float32")  # a weight of 16 bits does not narrow what is wider
-    check(kind, [K.linear(x_32, W, b)], [F.linear(*wide([x_32, W, b]))], ["float32"], ulps=1e-2)
-    dx, dW, db = K.linear_backward(dy, None, W, ("dx", "db"))
+    check(kind, [K.linear(x_32, W, b)[0]], [F.linear(*wide([x_32, W, b]))], ["float32"], ulps=1e-2)
+    dx, dW, db = K.linear_backward(dy, K.linear(x, W, b)[1], None, W, ("dx", "db"))
     check(kind, [dx, dW, db], F.linear_backward(wide(dy), None, wide(W), ("dx", "db")), ["half", None, "float32"])
 
 
 def test_a_head_of_float32_gives_float32_and_takes_gradients_back_to_16_bits(kind, draw):
     x, W, b, dy = draw(6, 12), draw(12, 7, dtype="float32"), draw(7, dtype="float32"), draw(6, 7, dtype="float32")
-    check(kind, [K.linear(x, W, b)], [F.linear(*wide([x, W, b]))], ["float32"], ulps=1e-2)
-    check(kind, K.linear_backward(dy, x, W), F.linear_backward(*wide([dy, x, W])), ["half", "float32", "float32"])
+    y, saved = K.linear(x, W, b)
+    check(kind, [y], [F.linear(*wide([x, W, b]))], ["float32"], ulps=1e-2)
+    check(kind, K.linear_backward(dy, saved, x, W), F.linear_backward(*wide([dy, x, W])), ["half", "float32", "float32"])
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -89,10 +90,11 @@ def test_lora(kind, masked, need, draw, on):
     x, W, dy = draw(6, 12), draw(12, 7), draw(6, 7)
     b, A, B = (draw(*shape, dtype="float32") for shape in ((7,), (12, 2), (2, 7)))
     mask = on((np.arange(72).reshape(6, 12) % 3 > 0).astype("float32") * 1.5) if masked else None
-    y, u = K.lora_linear(x, W, b, A, B, 0.7, mask)
+    y, saved = K.lora_linear(x, W, b, A, B, 0.7, mask)
+    u = saved.value
     wanted, wanted_u = F.lora_linear(*wide([x, W, b, A, B]), 0.7, wide(mask))
     check(kind, [y, u], [wanted, wanted_u], ["half", "half"])
-    got = K.lora_linear_backward(dy, x, u, W, A, B, 0.7, mask, need)
+    got = K.lora_linear_backward(dy, x, saved, W, A, B, 0.7, mask, need)
     pair = F.lora_linear_backward(*wide([dy, x, u, W, A, B]), 0.7, wide(mask), need)
     check(kind, got, pair, ["half" if "dx" in need else None, *("float32" if name in need else None for name in ("dA", "dB"))])
 
@@ -100,10 +102,11 @@ def test_lora(kind, masked, need, draw, on):
 def test_norms(kind, draw):
     x, dy, gamma, beta = draw(5, 70), draw(5, 70), draw(70, dtype="float32"), draw(70, dtype="float32")
     for f, given in (("layer_norm", (gamma, beta)), ("rms_norm", (gamma,))):
-        y, (xhat, rstd) = getattr(K, f)(x, *given)
+        y, inner = getattr(K, f)(x, *given)
+        xhat, rstd = inner.value
         wanted, saved = getattr(F, f)(*wide([x, *given]))
         check(kind, [y, xhat, rstd], [wanted, *saved], ["half", "half", "float32"])
-        got = getattr(K, f"{f}_backward")(dy, (xhat, rstd), gamma)
+        got = getattr(K, f"{f}_backward")(dy, inner, gamma)
         pair = getattr(F, f"{f}_backward")(wide(dy), wide((xhat, rstd)), wide(gamma))
         check(kind, got, pair, ["half", *["float32"] * len(given)])
 
@@ -114,8 +117,8 @@ def test_activations(kind, name, draw):
     y, slope = getattr(K, name)(x)
     dx = getattr(K, f"{name}_backward")(dy, slope)
     pair = getattr(F, name)(wide(x)), getattr(F, f"{name}_backward")(wide(dy), wide(x))
-    check(kind, [y, slope, dx], [pair[0], wide(slope), pair[1]], ["half"] * 3)
-    assert getattr(K, name)(x, False)[1] is None
+    check(kind, [y, slope.value, dx], [pair[0], wide(slope.value), pair[1]], ["half"] * 3)
+    assert getattr(K, name)(x, keep=False)[1] is None
 
 
 def test_plain_activations(kind, draw):
@@ -130,8 +133,8 @@ def test_the_gate(kind, draw):
     g, u, dy = draw(5, 9), draw(5, 9), draw(5, 9)
     y, saved = K.swiglu(g, u)
     wanted, pair = K.swiglu(wide(g), wide(u))
-    got = [y, *saved, *K.swiglu_backward(dy, saved)]
-    check(kind, got, [wanted, *pair, *K.swiglu_backward(wide(dy), pair)], ["half"] * 5)
+    got = [y, *saved.value, *K.swiglu_backward(dy, saved)]
+    check(kind, got, [wanted, *pair.value, *K.swiglu_backward(wide(dy), pair)], ["half"] * 5)
     assert K.swiglu(g, u, keep=False)[1] is None
 
 
@@ -139,28 +142,30 @@ def test_the_gate(kind, draw):
 def test_rotary(kind, interleaved, draw, on):
     x, angles = draw(5, 24), np.random.default_rng(1).standard_normal((5, 4))
     tables = on(np.cos(angles), "float32"), on(np.sin(angles), "float32")
-    for name in ("rotary", "rotary_backward"):
-        got, pair = getattr(K, name)(x, *tables, interleaved), getattr(F, name)(*wide([x, *tables]), interleaved)
-        check(kind, [got], [pair], ["half"])
+    y, saved = K.rotary(x, *tables, interleaved)
+    check(kind, [y], [F.rotary(*wide([x, *tables]), interleaved)], ["half"])
+    got, pair = K.rotary_backward(x, saved, *tables, interleaved), F.rotary_backward(*wide([x, *tables]), interleaved)
+    check(kind, [got], [pair], ["half"])
 
 
 def test_dropout_draws_the_masks_of_float32(kind, draw):
     x = draw(37, 11)
-    check(kind, [K.dropout(x, 0.1, 5)], [F.dropout(wide(x), 0.1, 5)], ["half"], ulps=1)
-    assert (wide(K.dropout(x, 0.1, 5)) == 0).sum() == (F.dropout(wide(x), 0.1, 5) == 0).sum()
+    y = K.dropout(x, 0.1, 5)[0]
+    check(kind, [y], [F.dropout(wide(x), 0.1, 5)], ["half"], ulps=1)
+    assert (wide(y) == 0).sum() == (F.dropout(wide(x), 0.1, 5) == 0).sum()
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("offsets", [[0, 7, 14, 21], [0, 3, 12, 21]])
 def test_attention(kind, causal, offsets, draw, monkeypatch):
-    monkeypatch.setattr(attention_module, "_KEPT", 8)  # of some sequences what is saved is computed again
+    monkeypatch.setattr(grouped, "KEPT", 8)  # of some sequences what is saved is computed again
     q, k, v, do = draw(21, 24), draw(21, 24)[:, :12], draw(21, 12), draw(21, 24)
     for rows in (None, np.array([2, 6, 9, 20])):
         q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
         o, saved = K.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
         wanted, pair = K.attention(*wide([q_, k, v]), 6, offsets, causal, n_kv_head=3, rows=rows)
         check(kind, [o], [wanted], ["half"])
-        kept = [part[0] for _, parts in saved for part in parts if part is not None]
+        kept = [part[0] for _, parts in saved.value for part in parts if part is not None]
         assert kept
         assert all(E.dtype == KINDS[kind] for E in kept)
         got = K.attention_backward(do_, q_, k, v, saved, 6, offsets, 3, rows=rows)
@@ -188,8 +193,8 @@ def test_masks_and_angles_are_of_float32(kind, backend):
 
 @pytest.mark.parametrize("head", ["half", "float32"])
 def test_the_loss_over_the_vocabulary(kind, head, draw, monkeypatch):
-    for name in ("_LOGITS", "_LOGITS_ON_DEVICE"):
-        monkeypatch.setattr(losses_module, name, 5 * 256)
+    for module in losses_modules:
+        monkeypatch.setattr(module, "LOGITS", 5 * 256)
     x, W, labels = draw(5, 8), draw(8, 700, dtype=None if head == "half" else head), np.array([0, 699, 256, 255, 3])
     got, pair = K.linear_cross_entropy(x, W, labels, 9, {"dx"}), F.linear_cross_entropy(*wide([x, W]), labels, 9, {"dx"})
     check(kind, got[:1], pair[:1], ["float32"], ulps=1e-2)
@@ -210,7 +215,7 @@ def test_rounding_is_to_the_nearest_even_and_keeps_what_is_no_number(kind, stand
     x = standin.module.asarray(every)
     with np.errstate(all="ignore"):
         for p in (0.0, 0.75, 1 - 1 / 1.1):  # times 1, 4 (some beyond the largest) and 1.1, in float32, where it is kept
-            got = K.dropout(x, p, 3).get()
+            got = K.dropout(x, p, 3)[0].get()
             kept = F.dropout_mask(every.shape, p, 3, np, "float32") > 0
             wanted = np.where(kept, every.astype("float32") * np.float32(1 / (1 - p)), np.float32(0)).astype(KINDS[kind])
             np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))
@@ -233,7 +238,7 @@ IDS, OFFSETS = np.random.default_rng(0).integers(0, 60, 21), np.array([0, 9, 14,
 
 def narrowed(name, kind):
     model = MODELS[name]()
-    narrow_model(model, kind)
+    to_half_precision(model, kind)
     return model
 
 
@@ -242,7 +247,7 @@ def adapted(name, kind, backend, narrow=True, **options):
     model = MODELS[name]()
     for _, p in model.parameters():
         p.data = p.data * 3 if p.data.ndim == 2 else p.data  # activations of a size that tells right from wrong
-    narrow_model(model, kind)
+    to_half_precision(model, kind)
     if not narrow:
         model.to(dtype="float32")
     model.to(backend)
@@ -492,14 +497,14 @@ def test_what_cannot_be_is_told_in_a_sentence(kind, monkeypatch):
     with pytest.raises(ValueError, match=f"merge needs weights of float32, these are of {kind}"):
         ml.merge(model)
     with pytest.raises(ValueError, match="is quantized"):
-        narrow_model(ml.load_model("pydoc", "numpy", quantize="nf4"), kind)
+        to_half_precision(ml.load_model("pydoc", "numpy", quantize="nf4"), kind)
 
 
 def test_numbers_beyond_float16_and_a_missing_extra(monkeypatch):
     model = ml.GPT2(ml.GPT2Config(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=1), rng=0)
     model.transformer.wpe.weight.data[0, 0] = -1e5
     with pytest.raises(ValueError, match=r"wpe.weight has numbers beyond float16's 65504; choose bfloat16"):
-        narrow_model(model, "float16")
+        to_half_precision(model, "float16")
     assert model.transformer.wte.weight.data.dtype == np.float32  # nothing was changed
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(ImportError, match=r"minilora\[bf16\]"):

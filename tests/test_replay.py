@@ -7,11 +7,12 @@ import pytest
 import standin
 
 import minilora as ml
-from minilora.backend import POOL_OWNERS, forget_constants, peak_memory
+from minilora.backend import forget_constants
 from minilora.data.batches import Batch, random_windows
 from minilora.kernels import cuda
 from minilora.kernels.cuda import blas
 from minilora.kernels.cuda.replay import AFTER, Replay
+from minilora.kernels.memory import POOL_OWNERS, peak_memory
 from minilora.training.loop import train
 
 pytestmark = pytest.mark.skipif(not cuda.ENABLED, reason="records launches of the CUDA sources, which need g++ here")
@@ -112,7 +113,7 @@ def test_without_the_bindings_steps_run_as_they_are(standin_cupy, monkeypatch):
     replay, x = Replay(), standin_cupy.asarray(np.eye(3))
     for i in range(AFTER + 1):
         if i == AFTER - 1:
-            with pytest.warns(UserWarning, match="could not be recorded: calling cuBLAS API during stream capture"):
+            with pytest.warns(UserWarning, match="could not be captured: calling cuBLAS API during stream capture"):
                 (y,) = replay("key", lambda x: (x @ x,), [x])
         else:
             (y,) = replay("key", lambda x: (x @ x,), [x])
@@ -138,23 +139,23 @@ def test_work_that_must_not_be_recorded_is_found_out(wrong, standin_cupy):
             (y,) = replay(0, work, [np.ones(3) + i])
             factor = len(calls) if wrong == "counts" else 2
             np.testing.assert_array_equal(y.get(), (1 + i) * factor * (np.arange(3) if wrong == "reads the host" else 1))
-    assert ["could not be recorded" in str(warning.message) for warning in told] == [True]
-    assert replay.recorded is None
+    assert ["could not be captured" in str(warning.message) for warning in told] == [True]
+    assert replay.captured is None
 
 
 def test_memory_of_a_recording_is_counted_and_freed(standin_cupy, monkeypatch):
-    monkeypatch.setattr("minilora.backend._most_held", 0)
+    monkeypatch.setattr("minilora.kernels.memory._most_held", 0)
     replay = Replay()
     before = peak_memory("cupy")
     for _ in range(AFTER):
         replay(0, lambda x: (x + 1,), [np.ones(3)])
     assert peak_memory("cupy") - before == standin.POOL_BYTES
-    pool = replay.recorded[1].pool
+    pool = replay.captured[1].pool
     for _ in range(AFTER):  # another recording takes its place
         replay(1, lambda x: (x + 2,), [np.ones(4)])
     assert pool.freed
     assert peak_memory("cupy") - before == standin.POOL_BYTES
-    pool = replay.recorded[1].pool
+    pool = replay.captured[1].pool
     replay.close()
     assert pool.freed
     assert not POOL_OWNERS

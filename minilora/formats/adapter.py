@@ -26,7 +26,7 @@ from minilora.formats.atomic import write_json
 from minilora.formats.fitting import FAMILIES, check_fit, drawn_parameters, warn_of_pooling
 from minilora.formats.mark import check_base, mark_of
 from minilora.formats.tensors import holds_bfloat16, read_tensors, rounded, write_tensors
-from minilora.kernels.half import wide
+from minilora.kernels.half import upcast
 from minilora.layers import Layer, Linear
 from minilora.lora import LoraConfig, inject, lora_layers
 from minilora.lora.adapted import adapter_parameters
@@ -216,7 +216,7 @@ class _Layout:
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
     """Is one the other, element by element, rounded to the dtype of either? bfloat16 is read as float32."""
     dtypes = {a.dtype.name, b.dtype.name}
-    a, b = wide(a), wide(b)
+    a, b = upcast(a), upcast(b)
     if holds_bfloat16(a) or holds_bfloat16(b):
         dtypes.add("bfloat16")
     return any(np.array_equal(rounded(a, dtype), rounded(b, dtype)) for dtype in dtypes)

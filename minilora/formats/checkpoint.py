@@ -26,9 +26,9 @@ from minilora.formats.tokenizer import load_tokenizer
 from minilora.layers import Embedding
 from minilora.lora import lora_layers
 from minilora.lora.adapted import adapter_parameters
-from minilora.quantization.half import KINDS
+from minilora.quantization.half import KINDS, to_half_precision
 from minilora.quantization.nf4 import is_nf4
-from minilora.quantization.quantize import PACK, narrow_model, quantize_model
+from minilora.quantization.quantize import check_kind, quantize_model
 
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
 _TOKENIZER_FILES += "vocab.txt vocab.json merges.txt tokenizer.model generation_config.json".split()
@@ -57,8 +57,8 @@ def load_model(
     and a line on standard error says so; `model.drawn` names them.
     dtype: "float16" and "bfloat16" are of matrices, embeddings included, and so of activations (kernels/half.py): norms, biases, and what
     `inject` makes trainable, are then of float32.
-    quantize: "nf4" keeps the weights of linear layers, but for the head, in four bits (quantization/nf4.py), "float16" and "bfloat16" in
-    sixteen (quantization/half.py), with activations in `dtype`. A folder that holds them in NF4, as bitsandbytes does, is read as it is.
+    quantize: "nf4" keeps the weights of linear layers, but for the head, in four bits (quantization/nf4.py). A folder that holds them in
+    NF4, as bitsandbytes does, is read as it is.
     download: False looks for an id of the hub in its local cache only.
 
     Raises FileNotFoundError; ValueError when the configuration, a file or a tensor does not fit; ImportError for a missing extra.
@@ -66,8 +66,8 @@ def load_model(
     kind = _dtype_name("load_model", dtype)
     if quantize and kind in KINDS:
         raise ValueError(f"load_model: dtype {kind} and quantize {quantize!r} exclude each other; choose one.")
-    if quantize not in ("", *PACK):
-        raise ValueError(f"load_model: quantize is {quantize!r}; choose {', '.join(map(repr, PACK))}, or '' for none.")
+    if quantize:
+        check_kind(quantize)
     backend = choose_backend(backend, quiet=True)
     if str(path_or_id).endswith(".gguf"):
         source = Path(path_or_id)
@@ -100,7 +100,7 @@ def load_model(
     if quantize:
         quantize_model(model, quantize)
     if kind in KINDS:
-        narrow_model(model, kind)
+        to_half_precision(model, kind)
     return model.freeze().to(backend, None if kind in KINDS else dtype)
 
 

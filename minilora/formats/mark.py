@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from minilora.backend import as_like, to_numpy
+from minilora.backend import Matrix, as_like, to_numpy
 from minilora.formats.tensors import holds_bfloat16, rounded
 from minilora.kernels.half import is_half
 from minilora.layers import Layer, Linear
-from minilora.quantization.packed import is_packed
 from minilora.quantization.residual import dense
 
 KEY = "minilora.base"
@@ -100,4 +99,4 @@ def _sampled(model: Layer, without: Collection[str]) -> Iterator[tuple[str, tupl
 
 def _quantized(model: Any) -> bool:
     weights = [layer.weight.data for _, layer in model.modules() if isinstance(layer, Linear)]
-    return str(model.source).endswith(".gguf") or any(is_packed(W) or is_half(W) for W in weights)
+    return str(model.source).endswith(".gguf") or any(isinstance(W, Matrix) or is_half(W) for W in weights)

@@ -6,6 +6,7 @@ Only tanh saves its output (f' = 1 - y^2 needs nothing else); the others save th
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from minilora.backend import Array, get_xp
 from minilora.functional.erf import erf
@@ -47,6 +48,19 @@ def silu_backward(dy: Array, x: Array) -> Array:
     """dx = dy (g + x g (1 - g)), g = sigmoid(x)."""
     g = _sigmoid(x)
     return dy * (g + x * g * (1 - g))
+
+
+def swiglu(g: Array, u: Array) -> tuple[Array, tuple[Array, Array]]:
+    """y = silu(g) * u (arXiv 2002.05202, section 2), saved g and u. All arrays have one shape."""
+    if g.shape != u.shape:
+        raise ValueError(f"swiglu: g has shape {g.shape} but u {u.shape}; they must be equal.")
+    return silu(g) * u, (g, u)
+
+
+def swiglu_backward(dy: Array, saved: tuple[Array, Array], need: Collection[str] = ("dg", "du")) -> tuple[Array | None, Array | None]:
+    """dg = dy u silu'(g),   du = dy silu(g); each formed only if `need` names it."""
+    g, u = saved
+    return silu_backward(dy * u, g) if "dg" in need else None, dy * silu(g) if "du" in need else None
 
 
 def gelu(x: Array) -> Array:

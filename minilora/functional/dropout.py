@@ -25,12 +25,17 @@ def dropout_backward(dy: Array, p: float, key: int) -> Array:
 
 
 def dropout_mask(shape: tuple[int, ...], p: float, key: int, xp: Any, dtype: Any) -> Array:
-    """An array of 0 (probability p) and 1 / (1 - p), a pure function of (shape, p, key). Raises ValueError unless 0 <= p < 1."""
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout: p is {p}; it must be at least 0 and below 1.")
+    """An array of 0 (probability p) and 1 / (1 - p), a pure function of (shape, p, key)."""
+    check_p(p)
     u = random_bits(math.prod(shape), key, xp) >> np.uint64(40)  # 24 uniform bits: 0 <= u < 2^24
     kept = (u >= round(p * 2**24)).reshape(shape)
     return kept.astype(dtype) * (1 / (1 - p))
+
+
+def check_p(p: float) -> None:
+    """Raise ValueError unless 0 <= p < 1."""
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout: p is {p}; it must be at least 0 and below 1.")
 
 
 def random_bits(n: int, key: int, xp: Any) -> Array:

@@ -14,13 +14,9 @@ def linear(x: Array, W: Array, b: Array | None = None) -> Array:
 
     Backward needs x (only for dW) and W; y is not saved. Raises ValueError when the shapes do not fit.
     """
-    get_xp(x, W, b)
-    if x.ndim != 2 or W.ndim != 2 or x.shape[1] != W.shape[0]:
-        raise ValueError(f"linear: x has shape {x.shape} but W {W.shape}; x must be (tokens, {W.shape[0]}).{_hint(x, W)}")
+    check_linear(x, W, b)
     y = x @ W
     if b is not None:
-        if b.shape != (W.shape[1],):
-            raise ValueError(f"linear: b has shape {b.shape}, W {W.shape} asks for ({W.shape[1]},).")
         y += b
     return y
 
@@ -40,10 +36,19 @@ def linear_backward(dy: Array, x: Array, W: Array, need: Collection[str] = ("dx"
     return dx, dW, db
 
 
+def check_linear(x: Array, W: Array, b: Array | None) -> None:
+    """Raise ValueError unless x (T, m), W (m, n) and b (n,) fit, TypeError where they live on different devices."""
+    get_xp(x, W, b)
+    if x.ndim != 2 or W.ndim != 2 or x.shape[1] != W.shape[0]:
+        raise ValueError(f"linear: x has shape {x.shape} but W {W.shape}; x must be (tokens, {W.shape[0]}).{_hint(x, W)}")
+    if b is not None and b.shape != (W.shape[1],):
+        raise ValueError(f"linear: b has shape {b.shape}; with W {W.shape} it must be ({W.shape[1]},).")
+
+
 def _hint(x: Array, W: Array) -> str:
     """The two mistakes people make: PyTorch's orientation, and a batch axis left in place."""
     if x.ndim == 2 and W.ndim == 2 and x.shape[1] == W.shape[1]:
         return " W looks transposed: here it is (in, out), PyTorch's Linear keeps (out, in)."
     if x.ndim > 2:
-        return f" Lay the batch end to end: x.reshape(-1, {x.shape[-1]})."
+        return f" Pack the batch into rows: x.reshape(-1, {x.shape[-1]})."
     return ""

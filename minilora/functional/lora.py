@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from minilora.backend import Array
+from minilora.backend import Array, get_xp
 from minilora.functional.linear import linear, linear_backward
 
 
@@ -58,6 +58,7 @@ def lora_linear_backward(
 
 
 def check_lora(W: Array, A: Array, B: Array) -> None:
-    """Raise ValueError unless A B has the shape of W."""
+    """Raise ValueError unless A B has the shape of W, TypeError where they live on different devices."""
+    get_xp(W, A, B)
     if A.ndim != 2 or B.ndim != 2 or A.shape != (W.shape[0], B.shape[0]) or B.shape[1] != W.shape[1]:
         raise ValueError(f"lora_linear: W {W.shape} asks for A ({W.shape[0]}, r) and B (r, {W.shape[1]}), got {A.shape} and {B.shape}.")

@@ -43,10 +43,10 @@ def labelled(labels: Array | Labelled, ignore_index: int = IGNORE) -> Labelled:
     return Labelled(None if rows.size == labels.size else rows, labels[rows], labels.size)
 
 
-def cross_entropy(logits: Array, labels: Array | Labelled, ignore_index: int = IGNORE) -> tuple[Array, Array]:
+def cross_entropy(logits: Array, labels: Array | Labelled, ignore_index: int = IGNORE, times: float = 1.0) -> tuple[Array, Array]:
     """loss = mean over labelled rows of (logsumexp(z_t) - z_t[label_t]),   dz_t = (softmax(z_t) - onehot(label_t)) / N.
 
-    Shapes: logits (T, V), labels (T,) on the host -> loss (), dlogits (T, V), zero in rows labelled `ignore_index`.
+    Shapes: logits (T, V), labels (T,) on the host -> loss (), dlogits (T, V), zero in rows labelled `ignore_index`; both `times` a factor.
     For a large vocabulary use `linear_cross_entropy`, which never holds the logits.
     """
     rows, label, T = labelled(labels, ignore_index)
@@ -62,7 +62,8 @@ def cross_entropy(logits: Array, labels: Array | Labelled, ignore_index: int = I
     total = e.sum(axis=1, keepdims=True)
     onehot = label[:, None] == xp.arange(z.shape[1])
     loss = (xp.log(total[:, 0]) - (z * onehot).sum(axis=1)).mean()
-    return loss, take_rows_backward((e / total - onehot) / len(z), rows, T)
+    dlogits = take_rows_backward((e / total - onehot) / len(z), rows, T)
+    return (loss, dlogits) if times == 1 else (loss * times, dlogits * times)
 
 
 def linear_cross_entropy(

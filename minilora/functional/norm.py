@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from minilora.backend import Array, get_xp
 
@@ -13,8 +14,7 @@ def layer_norm(x: Array, gamma: Array, beta: Array, eps: float = 1e-5) -> tuple[
     Shapes: x (T, n), gamma (n,), beta (n,) -> y (T, n). Saved: xhat (T, n) and rstd (T, 1); recomputing both
     from x would cost two reductions over x.
     """
-    _check(x, gamma)
-    xp = get_xp(x, gamma, beta)
+    xp = check_norm(x, gamma, beta)
     centred = x - x.mean(axis=1, keepdims=True)
     rstd = 1 / xp.sqrt((centred * centred).mean(axis=1, keepdims=True) + eps)
     xhat = centred * rstd
@@ -45,8 +45,7 @@ def layer_norm_backward(
 
 def rms_norm(x: Array, gamma: Array, eps: float = 1e-6) -> tuple[Array, tuple[Array, Array]]:
     """y = gamma xhat,   xhat = x / sqrt(mean(x^2) + eps). Shapes and saved as in `layer_norm`; no mean is taken off."""
-    _check(x, gamma)
-    rstd = 1 / get_xp(x, gamma).sqrt((x * x).mean(axis=1, keepdims=True) + eps)
+    rstd = 1 / check_norm(x, gamma).sqrt((x * x).mean(axis=1, keepdims=True) + eps)
     xhat = x * rstd
     return gamma * xhat, (xhat, rstd)
 
@@ -64,6 +63,9 @@ def rms_norm_backward(
     return dx, dgamma
 
 
-def _check(x: Array, gamma: Array) -> None:
-    if x.ndim != 2 or gamma.shape != (x.shape[1],):
-        raise ValueError(f"norm: x has shape {x.shape}, gamma {gamma.shape}; x must be (tokens, n) and gamma (n,).")
+def check_norm(x: Array, gamma: Array, beta: Array | None = None) -> Any:
+    """The module of the arrays. Raises ValueError unless x (T, n), gamma (n,) and beta (n,) fit."""
+    for name, p in (("gamma", gamma), ("beta", beta)):
+        if p is not None and (x.ndim != 2 or p.shape != (x.shape[1],)):
+            raise ValueError(f"norm: x has shape {x.shape}, {name} {p.shape}; x must be (tokens, n) and {name} (n,).")
+    return get_xp(x, gamma, beta)

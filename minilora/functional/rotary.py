@@ -5,6 +5,8 @@ Then q_s . k_t depends on the positions s and t through s - t alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from minilora.backend import Array, constant, get_xp
@@ -30,9 +32,7 @@ def rotary(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array
 
     Nothing but the tables is needed backward.
     """
-    if x.ndim != 2 or cos.shape != sin.shape or cos.shape[0] != x.shape[0] or x.shape[1] % (2 * cos.shape[1]):
-        raise ValueError(f"rotary: x has shape {x.shape}, cos {cos.shape} and sin {sin.shape}; wanted (T, H d) and twice (T, d / 2).")
-    y = get_xp(x, cos, sin).empty_like(x)
+    y = check_rotary(x, cos, sin).empty_like(x)
     a, b = _pairs(x, cos.shape[1], interleaved)
     y_a, y_b = _pairs(y, cos.shape[1], interleaved)  # views into y
     cos, sin = cos[:, None, :], sin[:, None, :]  # one angle for all heads
@@ -44,6 +44,13 @@ def rotary(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array
 def rotary_backward(dy: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array:
     """dx: dy turned back by the same angle. A rotation is orthogonal: its transpose is its inverse."""
     return rotary(dy, cos, -sin, interleaved)
+
+
+def check_rotary(x: Array, cos: Array, sin: Array) -> Any:
+    """The module of the arrays. Raises ValueError unless x (T, H d) and cos and sin (T, d / 2) fit."""
+    if x.ndim != 2 or cos.shape != sin.shape or cos.shape[0] != x.shape[0] or x.shape[1] % (2 * cos.shape[1]):
+        raise ValueError(f"rotary: x has shape {x.shape}, cos {cos.shape} and sin {sin.shape}; they must be (T, H d) and (T, d / 2) each.")
+    return get_xp(x, cos, sin)
 
 
 def _pairs(x: Array, half: int, interleaved: bool) -> tuple[Array, Array]:

@@ -1,20 +1,144 @@
-"""Fast twins of pairs in `functional/`, under the same names: what the layers call. To understand a gradient, read the pair there.
+"""The operations that layers call, each with its implementations: one table. The mathematics is in functional/, under the same names.
 
-On NumPy an elementwise formula written plainly passes over memory once for every operation, and makes an array for each. Here the
-arrays are walked through in blocks that stay in the cache, with `out=`, and forward keeps what backward would compute again.
-On CuPy a pass is a launch, and CUDA sources do in one what a formula takes many for: cuda/. A twin agrees with its pair to rounding:
-tests/test_kernels.py. Activations may be of 16 bits: half.py.
+dispatch.py chooses the first implementation of a row that takes the arrays; the reference is the last. Kernels agree with the reference to
+rounding (tests/test_kernels.py). MINILORA_KERNELS=plain runs references only; `minilora info --kernels` prints what a model uses, and why.
 """
 
+from __future__ import annotations
+
+import operator
+from functools import partial
+from typing import Any
+
+from minilora import functional as F
+from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
-from minilora.kernels.activations import gelu, gelu_backward, gelu_tanh, gelu_tanh_backward, silu, silu_backward
-from minilora.kernels.adamw import adamw
-from minilora.kernels.attention import attention, attention_backward
-from minilora.kernels.dropout import dropout, dropout_backward, dropout_mask
-from minilora.kernels.gate import swiglu, swiglu_backward
-from minilora.kernels.half import wide
-from minilora.kernels.linear import linear, linear_backward, product
-from minilora.kernels.lora import lora_linear, lora_linear_backward
-from minilora.kernels.losses import cross_entropy, linear_cross_entropy
-from minilora.kernels.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
-from minilora.kernels.rotary import rotary, rotary_backward
+from minilora.kernels.cuda import attention as cu_attention
+from minilora.kernels.cuda import flash
+from minilora.kernels.cuda import linear as cu_linear
+from minilora.kernels.cuda import lora as cu_lora
+from minilora.kernels.cuda import losses as cu_losses
+from minilora.kernels.cuda import norm as cu_norm
+from minilora.kernels.cuda import pointwise as cu_pointwise
+from minilora.kernels.dispatch import ANY, Kernel, function, operation
+from minilora.kernels.dispatch import TABLE as TABLE
+from minilora.kernels.half import upcast as upcast
+from minilora.kernels.numpy import activations as np_activations
+from minilora.kernels.numpy import adamw as np_adamw
+from minilora.kernels.numpy import attention as np_attention
+from minilora.kernels.numpy import lora as np_lora
+from minilora.kernels.numpy import losses as np_losses
+from minilora.kernels.numpy import norm as np_norm
+
+
+def _adamw_in_place(w: Array, g: Array, m: Array, v: Array, *rest: Any) -> None:
+    w[...], m[...], v[...] = F.adamw(w, g, m, v, *rest)
+
+
+def _cross_entropy(logits: Array, labels: Any, times: float = 1.0) -> tuple[Array, Array]:
+    return F.cross_entropy(logits, labels, times=times)
+
+
+def _dropout_mask(like: Array, shape: tuple[int, ...], p: float, key: int) -> Array:
+    return F.dropout_mask(shape, p, key, get_xp(like), like.dtype)
+
+
+# Conditions of CUDA kernels, which read memory as of one dtype. Parameters have the dtype in which sums over x are taken.
+
+
+def _weight(x: Array, W: Array, *parameters: Any) -> bool:
+    return cuda.alike(x, W) and cuda.real(x, *parameters)
+
+
+def _head(x: Array, W: Array, *_: Any) -> bool:
+    return cuda.alike(x, W)
+
+
+def _gate(g: Array, u: Array) -> bool:
+    return cuda.alike(g, u) and g.shape == u.shape
+
+
+def _heads(q: Array, k: Array, v: Array, *_: Any) -> bool:
+    return cuda.alike(q, k, v)
+
+
+def _flash(q: Array, k: Array, v: Array, n_head: int, *_: Any) -> bool:
+    return flash.fits(q, k, v, n_head)
+
+
+NUMPY, CUDA = partial(Kernel, "numpy"), partial(Kernel, "cuda", dtypes=ANY)
+SLOPE = "f(x) and f'(x) in one pass; backward is one product"
+DTYPES = "the dtypes of the arguments agree"
+
+# fmt: off
+# operation, reference | the NumPy kernel, the CUDA kernel: forward, backward, what it gains, when it runs
+relu, relu_backward = operation("relu", F.relu, F.relu_backward, saves="x", dtypes=ANY)
+tanh, tanh_backward = operation("tanh", F.tanh, F.tanh_backward, saves="y", dtypes=ANY)
+gelu, gelu_backward = operation("gelu", F.gelu, F.gelu_backward,
+    NUMPY(np_activations.gelu, np_activations.activation_backward, SLOPE, ("float32",), when="x is of float32"),
+    CUDA(cu_pointwise.gelu, cu_pointwise.activation_backward, SLOPE), saves="x", keep=True)
+gelu_tanh, gelu_tanh_backward = operation("gelu_tanh", F.gelu_tanh, F.gelu_tanh_backward,
+    NUMPY(np_activations.gelu_tanh, np_activations.activation_backward, SLOPE),
+    CUDA(cu_pointwise.gelu_tanh, cu_pointwise.activation_backward, SLOPE), saves="x", keep=True)
+silu, silu_backward = operation("silu", F.silu, F.silu_backward,
+    NUMPY(np_activations.silu, np_activations.activation_backward, SLOPE),
+    CUDA(cu_pointwise.silu, cu_pointwise.activation_backward, SLOPE), saves="x", keep=True)
+swiglu, swiglu_backward = operation("swiglu", F.swiglu, F.swiglu_backward,
+    NUMPY(np_activations.swiglu, np_activations.swiglu_backward, SLOPE),
+    CUDA(cu_pointwise.swiglu, cu_pointwise.swiglu_backward, SLOPE, fits=_gate, when=DTYPES),
+    saves="saved", keep=True, activations=(0, 1))
+linear, linear_backward = operation("linear", F.linear, F.linear_backward,
+    CUDA(cu_linear.linear, cu_linear.linear_backward, "cuBLAS reads transposed factors in place", fits=_weight, when=DTYPES))
+lora_linear, lora_linear_backward = operation("lora_linear", F.lora_linear, F.lora_linear_backward,
+    NUMPY(np_lora.lora_linear, np_lora.lora_linear_backward, "the update is added block by block, with the bias",
+          fits=np_lora.fits, when="x and y hold at least 2^17 numbers"),
+    CUDA(cu_lora.lora_linear, cu_lora.lora_linear_backward, "scale and sum are part of products", fits=_weight, when=DTYPES), saves="u")
+layer_norm, layer_norm_backward = operation("layer_norm", F.layer_norm, F.layer_norm_backward,
+    NUMPY(np_norm.layer_norm, np_norm.layer_norm_backward, "blocks of rows that stay in the cache"),
+    CUDA(cu_norm.layer_norm, cu_norm.layer_norm_backward, "one launch", fits=cuda.real, when=DTYPES), saves="saved")
+rms_norm, rms_norm_backward = operation("rms_norm", F.rms_norm, F.rms_norm_backward,
+    NUMPY(np_norm.rms_norm, np_norm.rms_norm_backward, "blocks of rows that stay in the cache"),
+    CUDA(cu_norm.rms_norm, cu_norm.rms_norm_backward, "one launch", fits=cuda.real, when=DTYPES), saves="saved")
+rotary, rotary_backward = operation("rotary", F.rotary, F.rotary_backward,
+    CUDA(cu_pointwise.rotary, cu_pointwise.rotary_backward, "one launch", fits=cuda.real, when=DTYPES))
+dropout, dropout_backward = operation("dropout", F.dropout, F.dropout_backward,
+    CUDA(cu_pointwise.dropout, cu_pointwise.dropout_backward, "the mask is drawn and applied in one launch"))
+attention, attention_backward = operation("attention", F.attention, F.attention_backward,
+    NUMPY(np_attention.attention, np_attention.attention_backward, "many short sequences at once, half of a causal square"),
+    CUDA(flash.attention, flash.attention_backward, "tensor cores, without scores in memory",
+         fits=_flash, when="half precision, or float32 with CUPY_TF32=1; heads of 32, 64 or 128"),
+    CUDA(cu_attention.attention, cu_attention.attention_backward, "many short sequences at once", fits=_heads, when=DTYPES),
+    saves="saved", keep=True, activations=(0, 1, 2))
+# without a backward
+add = function("add", operator.add, CUDA(cu_pointwise.add, None, "16 bytes a thread", fits=cu_pointwise.of_two, when=DTYPES), dtypes=ANY)
+cross_entropy = function("cross_entropy", _cross_entropy)
+linear_cross_entropy = function("linear_cross_entropy", F.linear_cross_entropy,
+    NUMPY(np_losses.linear_cross_entropy, None, "one buffer, every step in place", fits=np_losses.fits, when="the head is frozen"),
+    CUDA(cu_losses.linear_cross_entropy, None, "one launch for each block of the vocabulary", fits=_head, when=DTYPES))
+dropout_mask = function("dropout_mask", _dropout_mask, CUDA(cu_pointwise.dropout_mask, None, "one launch"))
+adamw = function("adamw", _adamw_in_place,
+    NUMPY(np_adamw.adamw, None, "in place, in blocks that stay in the cache"),
+    CUDA(cu_pointwise.adamw, None, "one launch", fits=cuda.alike, when=DTYPES))
+# fmt: on
+take_rows, take_rows_backward = F.take_rows, F.take_rows_backward  # these two copy rows: the reference is all there is
+embedding, embedding_backward = F.embedding, F.embedding_backward
+
+
+def product(x: Array, W: Array) -> Array:
+    """x @ W, for x (T, m) and W (m, n)."""
+    return linear(x, W)[0]
+
+
+def attention_backward_joined(do: Array, q: Array, k: Array, v: Array, saved: Any, n_head: int, offsets: Any, rows: Any) -> Array:
+    """[dq dk dv] (T, 3 d), as the backward pass of a fused projection reads them; dq is 0 outside of `rows`.
+
+    The flash kernels write their columns of it; other implementations return three arrays, which are concatenated.
+    """
+    xp, (T, d) = get_xp(do), k.shape
+    if saved.by.backward is flash.attention_backward and rows is None:
+        joined = xp.empty((T, 3 * d), dtype=k.dtype)
+        into = joined[:, :d], joined[:, d : 2 * d], joined[:, 2 * d :]
+        attention_backward(do, q, k, v, saved, n_head, offsets, into=into)
+        return joined
+    dq, dk, dv = attention_backward(do, q, k, v, saved, n_head, offsets, rows=rows)
+    return xp.concatenate([take_rows_backward(dq, rows, T), dk, dv], axis=1)

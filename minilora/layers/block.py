@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora import functional as F
+from minilora import kernels as K
 from minilora.backend import Array, Rng
 from minilora.layers.activations import GELU
 from minilora.layers.attention import Attention
@@ -48,12 +48,12 @@ class PreNormBlock(Layer):
         a, s_norm_1 = norm_1.forward(x, keep=keep and at_a, need_dx=need_dx)
         a, s_attn = attn.forward(a, keep=keep and at_h, need_dx=at_a, offsets=offsets, rows=rows, **inputs)
         a, s_drop_1 = self.drop_1.forward(a, keep=keep and at_h, need_dx=at_h)
-        h = F.take_rows(x, rows) + a
+        h = K.add(K.take_rows(x, rows), a)
 
         m, s_norm_2 = norm_2.forward(h, keep=keep and at_m, need_dx=at_h)
         m, s_mlp = mlp.forward(m, keep=keep and at_y, need_dx=at_m)
         m, s_drop_2 = self.drop_2.forward(m, keep=keep and at_y, need_dx=at_y)
-        y = h + m
+        y = K.add(h, m)
 
         if not keep:
             return y, None
@@ -67,21 +67,21 @@ class PreNormBlock(Layer):
 
         if not at_y:
             return None
-        dm: Any = self.drop_2.backward(dy, s_drop_2)  #                y = h + m
+        dm: Any = self.drop_2.backward(dy, s_drop_2)  #                y = K.add(h, m)
         dm = mlp.backward(dm, s_mlp, need_dx=at_m)
         if not at_m:
             return None
         dh: Any = norm_2.backward(dm, s_norm_2, need_dx=at_h)
         if not at_h:
             return None
-        dh = dy + dh  #                                                h feeds y twice: directly, and through norm_2 and mlp
+        dh = K.add(dy, dh)  #                                          h feeds y twice: directly, and through norm_2 and mlp
 
         da: Any = self.drop_1.backward(dh, s_drop_1)  #                h = x[rows] + a
         da = attn.backward(da, s_attn, need_dx=at_a)
         if not at_a:
             return None
         dx = norm_1.backward(da, s_norm_1, need_dx=need_dx)
-        return F.take_rows_backward(dh, rows, T) + dx if need_dx else None  # x feeds h twice
+        return K.add(K.take_rows_backward(dh, rows, T), dx) if need_dx else None  # x feeds h twice
 
     def decode(self, x: Array, extend: Callable[[Array, Array], tuple[Array, Array]], **inputs: Any) -> Array:
         """Inference for the next tokens of one sequence. extend(k, v) appends theirs to the earlier ones, and returns all."""

@@ -1,4 +1,4 @@
-"""Dropout: on where something is kept for a backward, off in inference (keep=False)."""
+"""Dropout: on in training (keep=True), off in inference (keep=False)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Dropout(Layer):
         self.p = p
         self.seed: tuple[int, ...] = (seed,)
         self.calls = 0
-        self.placed: Array | None = None  # the keys of the next calls, where they lie on a device (training/recorded.py)
+        self.placed: Array | None = None  # the keys of the next calls in device memory, for a captured step (kernels/cuda/replay.py)
 
     def next_key(self) -> Any:
         """The key of the next mask."""
@@ -41,17 +41,19 @@ class Dropout(Layer):
         if self.p == 0:
             return x, self.save(need_dx, None)
         key = self.next_key()
-        return K.dropout(x, self.p, key), self.save(need_dx, key)
+        y, inner = K.dropout(x, self.p, key)
+        return y, self.save(need_dx, (inner, key))
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        (key,) = self.load(saved, need_dx)
-        if not need_dx:
-            return None
-        return dy if key is None else K.dropout_backward(dy, self.p, key)
+        (drawn,) = self.load(saved, need_dx)
+        if drawn is None or not need_dx:
+            return dy if need_dx else None
+        inner, key = drawn
+        return K.dropout_backward(dy, inner, self.p, key)
 
 
 def reseed(layer: Layer, *numbers: int) -> None:
-    """Restart every Dropout below `layer` at a seed made of `numbers` (the run's seed, the step, the replica) and its place."""
+    """Restart every Dropout below `layer` with a seed made of `numbers` (the run's seed, the step, the replica) and its place."""
     dropouts = (m for _, m in layer.modules() if isinstance(m, Dropout))
     for place, dropout in enumerate(dropouts):
         dropout.seed, dropout.calls = (*numbers, place), 0

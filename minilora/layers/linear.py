@@ -49,19 +49,17 @@ class Linear(Layer):
         return int(self.weight.data.shape[1])
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
-        y = K.linear(x, self.weight.data, None if self.bias is None else self.bias.data)
-        if not keep:
-            return y, None
-        return y, self.save(need_dx, x if self.weight.trainable else None)
+        y, inner = K.linear(x, self.weight.data, None if self.bias is None else self.bias.data)
+        return y, self.save(need_dx, inner, x if self.weight.trainable else None) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        (x,) = self.load(saved, need_dx)
+        inner, x = self.load(saved, need_dx)
         need = {"dx"} if need_dx else set()
         if self.weight.trainable:
             need.add("dW")
         if self.bias is not None and self.bias.trainable:
             need.add("db")
-        dx, dW, db = K.linear_backward(dy, x, self.weight.data, need)
+        dx, dW, db = K.linear_backward(dy, inner, x, self.weight.data, need)
         if dW is not None:
             self.weight.add_grad(dW)
         if db is not None and self.bias is not None:

@@ -23,24 +23,18 @@ class LayerNorm(Layer):
         self.bias = Parameter(np.zeros(n, dtype=dtype))
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
-        y, normed = K.layer_norm(x, self.weight.data, self.bias.data, self.eps)
-        if not keep:
-            return y, None
-        return y, self.save(need_dx, normed if need_dx or self.weight.trainable else None)
+        y, inner = K.layer_norm(x, self.weight.data, self.bias.data, self.eps)
+        return y, self.save(need_dx, inner if need_dx or self.weight.trainable else None) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        (normed,) = self.load(saved, need_dx)
-        need = {"dx"} if need_dx else set()
-        if self.weight.trainable:
-            need.add("dgamma")
-        if self.bias.trainable:
-            need.add("dbeta")
-        if not need:
+        (inner,) = self.load(saved, need_dx)
+        if inner is None:  # the bias alone is trained, if anything
+            if self.bias.trainable:
+                self.bias.add_grad(K.upcast(dy).sum(axis=0))
             return None
-        if normed is None:  # only the bias is trained
-            self.bias.add_grad(K.wide(dy).sum(axis=0))
-            return None
-        dx, dgamma, dbeta = K.layer_norm_backward(dy, normed, self.weight.data, need)
+        trains = {"dx": need_dx, "dgamma": self.weight.trainable, "dbeta": self.bias.trainable}
+        need = {name for name, yes in trains.items() if yes}
+        dx, dgamma, dbeta = K.layer_norm_backward(dy, inner, self.weight.data, need)
         if dgamma is not None:
             self.weight.add_grad(dgamma)
         if dbeta is not None:
@@ -56,19 +50,15 @@ class RMSNorm(Layer):
         self.weight = Parameter(np.ones(n, dtype=dtype))
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
-        y, normed = K.rms_norm(x, self.weight.data, self.eps)
-        if not keep:
-            return y, None
-        return y, self.save(need_dx, normed if need_dx or self.weight.trainable else None)
+        y, inner = K.rms_norm(x, self.weight.data, self.eps)
+        return y, self.save(need_dx, inner if need_dx or self.weight.trainable else None) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        (normed,) = self.load(saved, need_dx)
-        need = {"dx"} if need_dx else set()
-        if self.weight.trainable:
-            need.add("dgamma")
-        if not need:
+        (inner,) = self.load(saved, need_dx)
+        if inner is None:
             return None
-        dx, dgamma = K.rms_norm_backward(dy, normed, self.weight.data, need)
+        need = {name for name, yes in (("dx", need_dx), ("dgamma", self.weight.trainable)) if yes}
+        dx, dgamma = K.rms_norm_backward(dy, inner, self.weight.data, need)
         if dgamma is not None:
             self.weight.add_grad(dgamma)
         return dx

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, as_like
-from minilora.kernels.half import is_half, wide
+from minilora.kernels.half import is_half, upcast
 from minilora.layers.base import Layer, Parameter
 from minilora.layers.embedding import Embedding
 
-INSTEAD = "load the model with dtype='float32', or use quantize for weights of 16 bits."
+INSTEAD = "load the model with dtype='float32', or with quantize='nf4'."
 
 
 class Adapted(Layer):
@@ -79,11 +79,11 @@ def trained_dtype(W: Array) -> Any:
 
 
 def train_only(model: Layer, trained: set[str]) -> None:
-    """Freeze all parameters but those of these paths, which are widened to float32 where they have 16 bits."""
+    """Freeze all parameters but those of these paths, which are upcast to float32 from half precision."""
     for path, p in model.parameters():
         p.trainable = path in trained
         if p.trainable:
-            p.data = wide(p.data)
+            p.data = upcast(p.data)
 
 
 def check_whole(path: str, layer: Layer) -> None:

@@ -75,20 +75,22 @@ class LoRALinear(Adapted, Linear):
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
         b = None if self.bias is None else self.bias.data
         if (W := self.alone(keep)) is not None:
-            return K.linear(x, W, b), self.save(need_dx, W, None, None, None) if keep else None
+            y, inner = K.linear(x, W, b)
+            return y, self.save(need_dx, W, None, inner, None) if keep else None
 
         key = self.dropout.next_key() if keep and self.dropout.p > 0 else None
         y, u = K.lora_linear(x, self.W, b, self.lora_A.data, self.lora_B.data, self.scaling, self._mask(x, key))
         if not keep:
             return y, None
-        return y, self.save(need_dx, None, x if self.lora_A.trainable else None, u if self.lora_B.trainable else None, key)
+        u = u if self.lora_B.trainable else u._replace(value=None)
+        return y, self.save(need_dx, None, x if self.lora_A.trainable else None, u, key)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         W, x, u, key = self.load(saved, need_dx)
         if self.bias is not None and self.bias.trainable:  # LoraConfig(bias="all" or "lora_only")
-            self.bias.add_grad(K.wide(dy).sum(axis=0))
+            self.bias.add_grad(K.upcast(dy).sum(axis=0))
         if W is not None:
-            return K.product(dy, W.T) if need_dx else None
+            return K.linear_backward(dy, u, None, W, {"dx"})[0] if need_dx else None
         A, B = self.lora_A, self.lora_B
         need = {name for name, wanted in (("dx", need_dx), ("dA", A.trainable), ("dB", B.trainable)) if wanted}
         dx, dA, dB = K.lora_linear_backward(dy, x, u, self.W, A.data, B.data, self.scaling, self._mask(dy, key), need)
@@ -102,4 +104,4 @@ class LoRALinear(Adapted, Linear):
         """The dropout mask (tokens of `like`, in), or None without dropout."""
         if key is None:
             return None
-        return K.dropout_mask((like.shape[0], self.in_features), self.dropout.p, key, self.lora_A.data)
+        return K.dropout_mask(self.lora_A.data, (like.shape[0], self.in_features), self.dropout.p, key)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from minilora import functional as F
+from minilora import kernels as K
 from minilora.backend import Array, constant
 from minilora.layers import GELU, Dropout, Embedding, Layer, LayerNorm, Linear, ReLU, Saved, Tanh
 from minilora.layers.block import Offsets, Output, Rows
@@ -198,13 +198,13 @@ class BertLayer(Layer):
         a, s_attn = attn.forward(x, keep=keep and at_a, need_dx=need_dx, offsets=offsets, rows=rows)
         a, s_dense_1 = out_1.dense.forward(a, keep=keep and at_z_1, need_dx=at_a)
         a, s_drop_1 = out_1.dropout.forward(a, keep=keep and at_z_1, need_dx=at_z_1)
-        h, s_ln_1 = out_1.LayerNorm.forward(F.take_rows(x, rows) + a, keep=keep and at_h, need_dx=at_z_1)
+        h, s_ln_1 = out_1.LayerNorm.forward(K.add(K.take_rows(x, rows), a), keep=keep and at_h, need_dx=at_z_1)
 
         m, s_dense_i = inter.dense.forward(h, keep=keep and at_i, need_dx=at_h)
         m, s_act = inter.act.forward(m, keep=keep and at_i, need_dx=at_i)
         m, s_dense_2 = out_2.dense.forward(m, keep=keep and at_z_2, need_dx=at_i)
         m, s_drop_2 = out_2.dropout.forward(m, keep=keep and at_z_2, need_dx=at_z_2)
-        y, s_ln_2 = out_2.LayerNorm.forward(h + m, keep=keep, need_dx=at_z_2)
+        y, s_ln_2 = out_2.LayerNorm.forward(K.add(h, m), keep=keep, need_dx=at_z_2)
 
         if not keep:
             return y, None
@@ -228,7 +228,7 @@ class BertLayer(Layer):
         dh: Any = inter.dense.backward(dm, s_dense_i, need_dx=at_h)
         if not at_h:
             return None
-        dh = dz_2 + dh  #                                               h feeds z_2 twice: directly, and through m
+        dh = K.add(dz_2, dh)  #                                         h feeds z_2 twice: directly, and through m
 
         dz_1: Any = out_1.LayerNorm.backward(dh, s_ln_1, need_dx=at_z_1)  # h = LN_1(z_1)
         if not at_z_1:
@@ -238,7 +238,7 @@ class BertLayer(Layer):
         if not at_a:
             return None
         dx = attn.backward(da, s_attn, need_dx=need_dx)
-        return F.take_rows_backward(dz_1, rows, T) + dx if need_dx else None  # x feeds z_1 twice
+        return K.add(K.take_rows_backward(dz_1, rows, T), dx) if need_dx else None  # x feeds z_1 twice
 
 
 class BertPooler(Layer):

@@ -110,7 +110,7 @@ class BertClassifier(Layer):
         if rows.size == 0:
             loss, dlogits = logits.sum() * 0, logits * 0
         elif self.config.regression:
-            loss, dlogits = _squares(K.wide(logits), labels, rows, N)
+            loss, dlogits = _squares(K.upcast(logits), labels, rows, N)
             dlogits = dlogits.astype(logits.dtype, copy=False)
         else:
             loss, dlogits = K.cross_entropy(logits, labels, rows.size / N)

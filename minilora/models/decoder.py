@@ -51,7 +51,7 @@ class Decoder(Layer):
     def forward(self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Offsets = None) -> Output:
         h, s_h = self.body.forward(x, keep=keep, offsets=offsets)
         if self.lm_head is None:
-            logits, s_head = K.linear(h, self.head), h if self.embedding.weight.trainable else None
+            logits, s_head = K.product(h, self.head), h if self.embedding.weight.trainable else None
         else:
             logits, s_head = self.lm_head.forward(h, keep=keep, need_dx=self.body.trainable)
         return logits, self.save(need_dx, s_head, s_h) if keep else None
@@ -132,4 +132,4 @@ class Decoder(Layer):
         cache.length = total
         h = h[-1:] if norm is None else norm.forward(h[-1:], keep=False)[0]
         W = self.head
-        return (K.linear(h, W) if W is not None else self.lm_head.forward(h, keep=False)[0])[0]
+        return (K.product(h, W) if W is not None else self.lm_head.forward(h, keep=False)[0])[0]

@@ -169,12 +169,13 @@ class LlamaMLP(Layer):
             return None
         dx_g: Any = None
         dx_u: Any = None
-        dg, du = K.swiglu_backward(da, gate, (at_g, at_u))  #                  a = silu(g) * u
+        need = {name for name, at in (("dg", at_g), ("du", at_u)) if at}
+        dg, du = K.swiglu_backward(da, gate, need)  #                          a = silu(g) * u
         if at_u:
             dx_u = self.up_proj.backward(du, s_up, need_dx=need_dx)  #         u = up_proj(x)
         if at_g:
             dx_g = self.gate_proj.backward(dg, s_gate, need_dx=need_dx)  #     g = gate_proj(x)
-        return dx_g + dx_u if need_dx else None  #                             x feeds both
+        return K.add(dx_g, dx_u) if need_dx else None  #                       x feeds both
 
 
 class LlamaBlock(PreNormBlock):
@@ -210,7 +211,7 @@ class LlamaBody(Body):
 
     def block_inputs(self, places: np.ndarray, like: Array) -> dict[str, Any]:
         """The rotary tables of these positions; float32 where the activations are in half precision."""
-        return {"rope": F.rotary_tables(places, self.config.head_dim, self.config.rope_theta, K.wide(like[:1]))}
+        return {"rope": F.rotary_tables(places, self.config.head_dim, self.config.rope_theta, K.upcast(like[:1]))}
 
 
 class Llama(Decoder):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora import functional as F
+from minilora import kernels as K
 from minilora.backend import Array
 from minilora.layers import Dropout, Layer, Saved
 from minilora.layers.block import Offsets, Output, Rows
@@ -140,14 +141,14 @@ def run_blocks(
         x, saved = block.forward(x, keep=keep and needs[-1], **options)
         saves.append(again or saved)
     if taken is not None:
-        x = F.take_rows(x, taken[0])
+        x = K.take_rows(x, taken[0])
     return x, Ran(needs, saves, taken)
 
 
 def run_blocks_backward(blocks: Sequence[Layer], dy: Array, ran: Ran) -> Array | None:
     """dx of the input of the lowest block, or None where it is not needed."""
     if ran.taken is not None and ran.needs[-1]:
-        dy = F.take_rows_backward(dy, *ran.taken)
+        dy = K.take_rows_backward(dy, *ran.taken)
     for i in reversed(range(len(blocks))):
         if not ran.needs[i + 1]:
             return None

@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from minilora import kernels as K
 from minilora.backend import Array, get_xp
-from minilora.kernels.blocks import blocks
+from minilora.functional import AdamStep
 from minilora.optim.flat import FlatBuffer, Parameters
 
 
@@ -104,34 +102,10 @@ class AdamW(Optimizer):
     def step(self) -> None:
         w, g = self.flat.data, self.gradient()
         self.t += 1
-        arrays = w, g, self.m, self.v, self.rates, self.decays
-        if get_xp(w) is np:
-            for part in blocks(*arrays):  # each is read from memory once, and all that is between stays in the cache
-                self._update(*part)
-        elif K.cuda.usable(w):
-            K.adamw(*arrays, self.lr, self.weight_decay, self.betas, self._corrections(), self.eps, self.decoupled)
-        else:
-            self._update(*arrays)
-
-    def _corrections(self) -> tuple[float, float]:
-        """1 - b1^t and 1 - b2^t, or 1 where they are left out."""
         b1, b2 = self.betas
-        return (1 - b1**self.t, 1 - b2**self.t) if self.bias_correction else (1.0, 1.0)
-
-    def _update(self, w: Array, g: Array, m: Array, v: Array, rates: Any, decays: Any) -> None:
-        xp, (b1, b2) = get_xp(w), self.betas
-        lr = self.lr * rates
-        if self.weight_decay:
-            if self.decoupled:
-                w *= 1 - lr * self.weight_decay * decays
-            else:
-                g = g + self.weight_decay * decays * w
-        m *= b1
-        m += (1 - b1) * g
-        v *= b2
-        v += (1 - b2) * (g * g)
-        c1, c2 = self._corrections()
-        w -= (lr / c1) * m / (xp.sqrt(v) / math.sqrt(c2) + self.eps)
+        c1, c2 = (1 - b1**self.t, 1 - b2**self.t) if self.bias_correction else (1.0, 1.0)
+        step = AdamStep(self.lr, self.weight_decay, b1, b2, c1, c2, self.eps, self.decoupled)
+        K.adamw(w, g, self.m, self.v, self.rates, self.decays, step)
 
 
 class Adam(AdamW):

@@ -1,1 +1,1 @@
-"""Matrices that stand in for a weight in products."""
+"""Weights of fewer bits: NF4, half precision, and a weight less a low-rank product. Each stands in for a weight as backend.Matrix does."""

@@ -5,7 +5,7 @@ which are quantiles of a normal distribution. The magnitudes are themselves kept
 mean, in blocks of 256, as the nearest of 256 fractions of each block's largest. In all 4.127 bits a number instead of 32.
 
 The layout is that of bitsandbytes: numbers in the order of PyTorch's (out, in), two to a byte, the first in the upper half.
-A product reads a block of rows at a time: neither the whole weight nor its gradient is ever formed.
+A product reads a block of rows at a time: neither the dense weight nor its gradient is ever formed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.backend import Array, backend_name, get_xp, to_backend, to_numpy
-from minilora.kernels.linear import product
-from minilora.quantization.packed import Packed
+from minilora.backend import Array, Matrix, backend_name, get_xp, to_backend, to_numpy
+from minilora.kernels import product
 
 BLOCK, NESTED = 64, 256
 CHUNK = 2**19  # numbers that are dequantized at a time
@@ -62,7 +61,7 @@ def quantize_blocks(values: np.ndarray, block: int, code: np.ndarray) -> tuple[n
     return nearest(padded, code).ravel()[: values.size], largest
 
 
-class NF4(Packed):
+class NF4(Matrix):
     """A frozen matrix (m, n) in NF4.
 
     codes (m n / 2,) two numbers a byte, absmax (blocks,) bytes, nested_absmax (blocks / 256,) and offset: see the module.
@@ -79,11 +78,12 @@ class NF4(Packed):
         dtype: Any = "float32",
         nested_code: np.ndarray = DYNAMIC,
     ) -> None:
-        self.shape, self.codes, self.absmax, self.nested_absmax, self.offset = shape, codes, absmax, nested_absmax, offset
+        self.shape: tuple[int, int] = shape
+        self.codes, self.absmax, self.nested_absmax, self.offset = codes, absmax, nested_absmax, offset
         self.dtype, self.like, self.transposed = np.dtype(dtype), codes, False
         home = backend_name(codes)
         high, low = np.divmod(np.arange(256), 16)
-        pairs = CODE[np.stack([high, low], axis=1)].astype(self.dtype)  # the two numbers of each byte, read as one that is twice as wide
+        pairs = CODE[np.stack([high, low], axis=1)].astype(self.dtype)  # the two numbers of each byte, read as one number of twice the size
         self.pairs = to_backend(pairs.view({2: "f4", 4: "f8", 8: "c16"}[self.dtype.itemsize]).ravel(), home)
         self.nested_code = to_backend(nested_code, home)
 
@@ -106,9 +106,9 @@ class NF4(Packed):
 
     @property
     def T(self) -> NF4:
-        turned = NF4.__new__(NF4)
-        turned.__dict__ |= self.__dict__ | {"shape": self.shape[::-1], "transposed": not self.transposed}
-        return turned
+        transposed = NF4.__new__(NF4)
+        transposed.__dict__ |= self.__dict__ | {"shape": self.shape[::-1], "transposed": not self.transposed}
+        return transposed
 
     def rows(self) -> Iterator[tuple[int, int, Array]]:
         """(a, b, columns a to b of W, as rows (b - a, m)), dequantized, a chunk at a time."""
@@ -123,8 +123,8 @@ class NF4(Packed):
             scale += np.float32(self.offset)
             values = self.pairs[self.codes[a * m // 2 : -(-b * m // 2)]].view(self.dtype)[: (b - a) * m]
             if values.size < scale.size * BLOCK:  # the last block is not full
-                values, whole = xp.zeros(scale.size * BLOCK, dtype=self.dtype), values
-                values[: whole.size] = whole
+                values, read = xp.zeros(scale.size * BLOCK, dtype=self.dtype), values
+                values[: read.size] = read
             values = values.reshape(-1, BLOCK)
             values *= scale[:, None].astype(self.dtype)
             yield a, b, values.ravel()[: (b - a) * m].reshape(b - a, m)
@@ -140,7 +140,7 @@ class NF4(Packed):
         return y
 
     def dense(self) -> Array:
-        """The whole matrix, dequantized."""
+        """The matrix, dequantized."""
         W = get_xp(self.codes).concatenate([rows for _, _, rows in self.rows()])
         return W if self.transposed else W.T
 

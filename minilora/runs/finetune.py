@@ -18,11 +18,12 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from minilora.adapters import METHODS, inject, method_name
-from minilora.backend import choose_backend, peak_memory
+from minilora.backend import choose_backend
 from minilora.data.records import listed, note
 from minilora.formats.adapter import save_adapter
 from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.tokenizer import Tokenizer
+from minilora.kernels.memory import peak_memory
 from minilora.lora import LoraConfig, disabled, lora_layers
 from minilora.lora.registry import config_classes
 from minilora.models.generate import context_length, generate

@@ -25,7 +25,7 @@ from minilora.data.text import read_text, split_text, stdlib_source
 from minilora.formats.fitting import named
 from minilora.formats.tokenizer import ByteTokenizer, Tokenizer
 from minilora.functional import cross_entropy, mse
-from minilora.kernels import wide
+from minilora.kernels import upcast
 from minilora.runs.recipe import Recipe
 from minilora.training.evaluate import evaluate, share_out
 from minilora.training.few_sample import few
@@ -268,7 +268,7 @@ def measure(model: Any, task: Task, threads: int = 1) -> dict[str, float]:
 
 
 def _logits(model: Any, batch: Batch) -> np.ndarray:
-    return to_numpy(wide(model.forward(batch.ids, keep=False, offsets=batch.offsets)[0]))
+    return to_numpy(upcast(model.forward(batch.ids, keep=False, offsets=batch.offsets)[0]))
 
 
 def tokens_of(text: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from minilora.backend import Array, get_xp, keep_freed_memory
+from minilora.backend import Array, get_xp
 from minilora.data.batches import Batch
+from minilora.kernels.memory import keep_freed_memory
 from minilora.layers import Parameter, reseed
 from minilora.optim.flat import FlatBuffer, adopt, fill_missing
 from minilora.training.prefix import PrefixCache

@@ -27,13 +27,13 @@ from standin.recording import perform, refuse_product
 COMPILER = shutil.which("g++")
 THREADS = 1
 _SHARED = 48 * 1024  # bytes
-_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\((\d+)\) )?(\w+)\(([^)]*)\)')
+_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\((\d+)[^)]*\) )?(\w+)\(([^)]*)\)')
 _SCALARS = {"int": (np.int32, ctypes.c_int32), "long long": (np.int64, ctypes.c_int64), "unsigned long long": (np.uint64, ctypes.c_uint64)}
 _REALS = {"float": (np.float32, ctypes.c_float), "double": (np.float64, ctypes.c_double)}
 _HALVES = {"float16": (np.float16, None), "bfloat16": (ml_dtypes.bfloat16, None)}  # of arrays alone
 
 _BEFORE = (Path(__file__).parent / "emulator.hpp").read_text()
-_SHARED_ARRAY = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
+_SHARED_ARRAY = re.compile(r"extern __shared__ (?:__align__\(16\) )?(\w+) (\w+)\[\];")
 
 
 class RawModule:

@@ -2,7 +2,9 @@
 // wait for its warp or its block, and one warp gets ahead of the others as far as it may. So what is read before it was waited for is not
 // there, and what is overwritten too early is gone, every time.
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -11,14 +13,14 @@
 
 #include <ucontext.h>
 
-using std::erfc, std::exp, std::exp2, std::sqrt, std::tanh;
+using std::erfc, std::exp, std::exp2, std::min, std::sqrt, std::tanh;
 struct Dim { int x = 1, y = 1, z = 1; };
 struct uint4 { unsigned x, y, z, w; };
 static Dim gridDim, blockDim, threadIdx, blockIdx;
 #define __global__
 #define __device__ inline
 #define __shared__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 alignas(16) static char shared_memory[65536];
 
 enum Waits { nobody, block, warp, over };
@@ -116,6 +118,37 @@ template <class T> static T of_lane(T value, int lane) {
     return result;
 }
 template <class T> static T __shfl_xor_sync(unsigned, T value, int mask) { return of_lane(value, threadIdx.x % 32 ^ mask); }
+
+// ldmatrix.x4 of 8 x 8 matrices of 16-bit numbers: lane 8 i + r gives row r of matrix i, of 16 bytes at a multiple of 16.
+static void emulated_ldmatrix(unsigned* result, const void* row, bool transpose) {
+    static const unsigned short* rows[1024];
+    const int first = threadIdx.x / 32 * 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    if ((size_t)row % 16) std::abort();
+    rows[threadIdx.x] = (const unsigned short*)row;
+    wait_for(warp);
+    for (int i = 0; i < 4; i++) {
+        const unsigned short** matrix = rows + first + 8 * i;
+        result[i] = transpose ? matrix[2 * t][g] | (unsigned)matrix[2 * t + 1][g] << 16 : matrix[g][2 * t] | (unsigned)matrix[g][2 * t + 1] << 16;
+    }
+    wait_for(warp);
+}
+
+// cp.async: in every other block it is done at once, in the others when it is waited for, so that what comes too early or too late goes wrong.
+struct Copy { void* to; const void* from; int bytes; bool there; };
+static std::vector<Copy> copies[1024];
+static void complete(const Copy& c) {
+    if (c.there) std::memcpy(c.to, c.from, c.bytes);
+    else std::memset(c.to, 0, c.bytes);
+}
+static void emulated_copy(void* to, const void* from, int bytes, bool there) {
+    if ((size_t)to % bytes || (there && (size_t)from % bytes)) std::abort();
+    if (blockIdx.x % 2) complete({to, from, bytes, there});
+    else copies[threadIdx.x].push_back({to, from, bytes, there});
+}
+static void emulated_wait_for_copies() {
+    for (auto& c : copies[threadIdx.x]) complete(c);
+    copies[threadIdx.x].clear();
+}
 
 // mma.sync.m16n8k16 (two numbers of T to a word) or m16n8k8 (one), as PTX lays their operands over the lanes of a warp. No rounding to TF32.
 template <class T> static void emulated_mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {

@@ -1,13 +1,12 @@
-"""The CUDA sources of this folder, compiled by CuPy when first used (NVRTC: no compiler has to be installed), and their launch.
+"""Optimised kernels on the GPU: the CUDA sources of this folder, their launch, and one family of operations a file.
 
-Without them every kernel falls back to its pair in `functional/`, which runs on CuPy as it is: so do dtypes that the sources are not
-written for, and all of them with MINILORA_KERNELS=plain in the environment. tests/standin runs the same sources on a CPU, through g++.
+CuPy compiles the sources when they are first used (NVRTC: no compiler has to be installed). tests/standin runs them on a CPU, through g++.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,40 +16,42 @@ import numpy as np
 from minilora.backend import Array, get_xp
 from minilora.kernels.cuda.blas import gemm as gemm
 
-ENABLED = os.environ.get("MINILORA_KERNELS") != "plain"
+ENABLED = os.environ.get("MINILORA_KERNELS") != "plain"  # whether the sources can be run
 NULL = np.intp(0)  # for a pointer that may be null; CuPy turns None into another address (cupy/cupy#9046)
 THREADS = 256
 REAL = {"float32": "float", "float64": "double", "float16": "float", "bfloat16": "float"}  # what arrays of a dtype are computed in
 _HERE = Path(__file__).parent
 
 
-def usable(first: Array, *alike: Array | None, real: Sequence[Array | None] = ()) -> bool:
-    """Are these on the device, in a dtype that the sources are written for: `alike` in the first's, `real` in what it is computed in?"""
-    if not ENABLED or isinstance(first, np.ndarray):
-        return False
-    dtype = first.dtype
-    if get_xp(first, *alike, *real) is np or not _known(dtype):
-        return False
-    return all(x is None or x.dtype == dtype for x in alike) and all(x is None or x.dtype == real_of(first) for x in real)
+def alike(x: Array, *args: Any) -> bool:
+    """Whether the arrays among the arguments have x's dtype, as a kernel reads them. Raises TypeError where one lives elsewhere."""
+    return _of(x.dtype, x, args)
 
 
-@cache  # a dtype's name takes NumPy longer than a launch should
-def _known(dtype: Any) -> bool:
-    return dtype.name in REAL
+def real(x: Array, *args: Any) -> bool:
+    """Whether they have the dtype in which sums over arrays like x are taken. Raises TypeError where one lives elsewhere."""
+    return _of(real_of(x), x, args)
+
+
+def _of(dtype: Any, x: Array, args: tuple[Any, ...]) -> bool:
+    arrays = [a for a in args if getattr(a, "ndim", 0)]
+    get_xp(x, *arrays)
+    return all(a.dtype == dtype for a in arrays)
 
 
 def real_of(x: Array) -> Any:
-    """The type of the numbers that arrays like x are computed in: float32 for those of 16 bits."""
+    """The type of the numbers that arrays like x are computed in: float32 for half precision."""
     return np.float64 if x.dtype == np.float64 else np.float32
 
 
 def source_of(file: str) -> str:
-    """The text of FILE.cu, with what all of them share before it."""
-    return (_HERE / "common.cuh").read_text() + (_HERE / f"{file}.cu").read_text()
+    """The text of FILE.cu after what all sources share, with what it includes: NVRTC knows no folder to look in."""
+    text = (_HERE / "common.cuh").read_text() + (_HERE / f"{file}.cu").read_text()
+    return re.sub(r'#include "(\w+\.cuh)"\n', lambda found: (_HERE / found[1]).read_text(), text)
 
 
 def options_of(dtype: str) -> tuple[str, ...]:
-    """What a source is compiled with for activations of a dtype: REAL is what is computed in, ACT the activations' own type if another."""
+    """Compiler options for activations of a dtype: REAL is what is computed in, ACT the activations' own type if another."""
     return (f"-DREAL={REAL[dtype]}", *([f"-DACT={dtype}"] if dtype in ("float16", "bfloat16") else []))
 
 
@@ -69,9 +70,10 @@ def _module(xp: Any, file: str, dtype: Any, options: tuple[str, ...]) -> Any:
     return xp.RawModule(code=source_of(file), options=(*options_of(dtype.name), *options))
 
 
-def elementwise(file: str, name: str, n: int, *args: Any, like: Array | None = None) -> None:
-    """Launch a kernel over n elements, its last argument. like: an array of activations, if the first argument is none."""
-    blocks = min(-(-n // THREADS), 8192)
+def elementwise(file: str, name: str, n: int, *args: Any, like: Array | None = None, each: int = 1) -> None:
+    """Launch a kernel over n elements, its last argument. like: an array of activations, if the first argument is none.
+    A thread takes `each` elements at once."""
+    blocks = min(-(-n // (THREADS * each)), 8192)
     if n:
         function(args[0] if like is None else like, file, name)((blocks,), (THREADS,), (*args, np.int64(n)))
 

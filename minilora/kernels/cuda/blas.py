@@ -1,9 +1,9 @@
 """Products by cuBLAS itself, through NVIDIA's bindings (nvmath-python), where they are installed; else by CuPy's own calls.
 
-CuPy copies a factor whose rows or columns do not follow each other, gives a product the dtype of its factors, has no product of 16-bit
-numbers with a float32 result, and refuses all of them while a step is recorded (replay.py). Here none of that holds.
+CuPy copies a factor whose rows or columns are not contiguous, gives a product the dtype of its factors, has no half-precision product with
+a float32 result, and refuses all products while a step is captured (replay.py). Here none of that holds.
 
-cuBLAS counts column by column. What lies row by row as C = A B is to it C^T = B^T A^T: the factors change places, and nothing is turned.
+cuBLAS counts column by column. C = A B in row order is to it C^T = B^T A^T: the factors change places, and nothing is transposed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import warnings
 from functools import cache, lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,25 +21,26 @@ from minilora.backend import Array, get_xp
 _TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cudaDataType_t
 _FLOAT32, _TF32, _FLOAT64 = 68, 77, 70  # cublasComputeType_t: what sums are taken in
 _DEFAULT_ALGORITHM = -1
-_WORKSPACE = 2**25  # bytes: what NVIDIA advises for Hopper; our own, as a recorded step must not allocate any
+_WORKSPACE = 2**25  # bytes: what NVIDIA advises for Hopper; our own, as a captured step must not allocate any
 
 
 def gemm(a: Array, b: Array, out: Array | None = None, alpha: float = 1.0, beta: float = 0.0, dtype: Any = None) -> Array:
     """out = alpha a b + beta out, in one launch: scaling a product, and adding it to what is there, cost nothing.
 
-    a (m, k), b (k, n) -> (m, n), or stacks of matrices (..., m, k), (..., k, n) -> (..., m, n), of one dtype. Without `out` the result
-    is new, of `dtype` (default: the factors'); 16-bit factors may give float32. Sums are taken in float32, or in float64 of float64.
+    a (m, k), b (k, n) -> (m, n), or stacks of matrices (..., m, k), (..., k, n) -> (..., m, n), of one dtype. Without `out` the result is
+    new, of `dtype` (default: the factors'); half-precision factors may give float32. Sums are taken in float32, or in float64 of float64.
+    Raises ValueError when the shapes do not fit.
     """
-    xp = get_xp(a, b, out)
+    xp, of_a, of_b = get_xp(a, b, out), a.shape, b.shape
+    shape = (*of_a[:-1], of_b[-1])
     if out is None:
-        shape = (*a.shape[:-1], b.shape[-1])
         out = xp.empty(shape, dtype=dtype or a.dtype)
         beta = 0.0
-    if a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2] or out.shape != (*a.shape[:-1], b.shape[-1]) or a.dtype != b.dtype:
-        raise ValueError(f"gemm: {a.shape} {a.dtype} and {b.shape} {b.dtype} do not make {out.shape}.")
+    if of_a[-1] != of_b[-2] or of_a[:-2] != of_b[:-2] or out.shape != shape or a.dtype != b.dtype:
+        raise ValueError(f"gemm: {of_a} {a.dtype} and {of_b} {b.dtype} do not make {out.shape}.")
     if not out.size:
         return out
-    if not a.shape[-1]:  # an empty sum
+    if not of_a[-1]:  # an empty sum
         out[...] = beta * out if beta else 0
         return out
     by = _by_cupy if bindings() is None else _by_cublas
@@ -49,50 +50,69 @@ def gemm(a: Array, b: Array, out: Array | None = None, alpha: float = 1.0, beta:
 
 @cache
 def bindings() -> Any:
-    """nvmath.bindings.cublas; None where it is not installed, or cannot be used (a warning says so), and with MINILORA_BLAS=cupy."""
+    """nvmath.bindings.cublas; None with MINILORA_BLAS=cupy, and where it is not installed or cannot be used, of which a warning tells."""
     if os.environ.get("MINILORA_BLAS") == "cupy":
         return None
     try:
         from nvmath.bindings import cublas
 
         cublas.destroy(cublas.create())
-    except ImportError:
-        return None
+        return cublas
+    except ImportError as error:
+        why = f"nvmath-python is not installed ({error}): pip install 'minilora[nvmath]'"
     except Exception as error:  # a library that is not found, or of another CUDA; its errors have no common class
-        warnings.warn(f"products go by CuPy's own calls, as NVIDIA's bindings cannot be used: {' '.join(str(error).split())}", stacklevel=2)
-        return None
-    return cublas
+        why = f"NVIDIA's bindings cannot be used: {' '.join(str(error).split())}"
+    warnings.warn(f"products go by CuPy's own calls, which are slower and cannot be captured, as {why}", stacklevel=2)
+    return None
 
 
 def _by_cublas(xp: Any, a: Array, b: Array, out: Array, alpha: float, beta: float) -> None:
-    target = out if _plain(out) else out.copy()
-    (a, turn_a), (b, turn_b) = _factor(xp, a), _factor(xp, b)
-    blas, float64, (m, n) = bindings(), a.dtype == np.float64, target.shape[-2:]
-    compute = _FLOAT64 if float64 else _TF32 if tf32() and a.dtype == np.float32 else _FLOAT32
-    scale, add = (_number(float(value), float64)[1] for value in (alpha, beta))
-    shapes = (_handle(xp), turn_b, turn_a, n, m, a.shape[-1], scale)
+    (a, in_a), (b, in_b), (target, in_c) = _factor(a), _factor(b), _factor(out, (False,))
+    blas, (*_, m, n), k = bindings(), out.shape, a.shape[-1]
+    kind, c_kind = _type_of(a.dtype), _type_of(out.dtype)
+    compute = _FLOAT64 if kind == _TYPES["float64"] else _TF32 if kind == _TYPES["float32"] and tf32() else _FLOAT32
+    scale, add = _number(alpha, compute == _FLOAT64)[1], _number(beta, compute == _FLOAT64)[1]
+    shapes = (_handle(xp), in_b.transposed, in_a.transposed, n, m, k, scale)
+    of_b, of_a, of_c = (b.data.ptr, kind, in_b.lead), (a.data.ptr, kind, in_a.lead), (target.data.ptr, c_kind, in_c.lead)
     if out.ndim == 2:
-        blas.gemm_ex(*shapes, *_place(b, turn_b), *_place(a, turn_a), add, *_place(target), compute, _DEFAULT_ALGORITHM)
+        blas.gemm_ex(*shapes, *of_b, *of_a, add, *of_c, compute, _DEFAULT_ALGORITHM)
     else:
-        places = [(*_place(x, turn), _step(x)) for x, turn in ((b, turn_b), (a, turn_a), (target, 0))]
-        count = target.size // (m * n)
-        blas.gemm_strided_batched_ex(*shapes, *places[0], *places[1], add, *places[2], count, compute, _DEFAULT_ALGORITHM)
+        count = out.size // (m * n)
+        blas.gemm_strided_batched_ex(*shapes, *of_b, in_b.step, *of_a, in_a.step, add, *of_c, in_c.step, count, compute, _DEFAULT_ALGORITHM)
     if target is not out:
         out[...] = target
 
 
-def _factor(xp: Any, x: Array) -> tuple[Array, int]:
-    """(x, is it turned): a matrix whose rows, or whose columns, do not follow each other is copied."""
-    if _plain(x):
-        return x, 0
-    return (x, 1) if _plain(x.swapaxes(-1, -2)) else (xp.ascontiguousarray(x), 0)
+class _Layout(NamedTuple):
+    """How a matrix, or a stack of them, lies in memory."""
+
+    transposed: int  # 0: the numbers of a row follow each other; 1: those of a column
+    lead: int  # the distance between its rows, or its columns
+    step: int  # the distance between the matrices of a stack
 
 
-def _place(x: Array, turned: int = 0) -> tuple[int, int, int]:
-    """(where it lies, its type, the distance between its rows, or between its columns)."""
-    axis = -1 if turned else -2
-    apart = x.strides[axis] // x.itemsize if x.shape[axis] > 1 else 0
-    return x.data.ptr, _type_of(x.dtype), max(apart, x.shape[-2 if turned else -1])
+def _factor(x: Array, ways: tuple[bool, ...] = (False, True)) -> tuple[Array, _Layout]:
+    """x and its layout. What lies in none of these ways is copied."""
+    layout = _layout(x.shape, x.strides, x.itemsize, ways)
+    if layout is None:
+        x = x.copy()
+        layout = _layout(x.shape, x.strides, x.itemsize, ways)
+        assert layout is not None
+    return x, layout
+
+
+@lru_cache(maxsize=4096)  # a step asks for the same ones, hundreds of times
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, ways: tuple[bool, ...]) -> _Layout | None:
+    *counts, rows, columns = shape
+    *steps, across, along = (s // itemsize for s in strides)
+    apart = [(count, step) for count, step in zip(counts, steps, strict=True) if count > 1]
+    if not all(step == next_step * next_count for (_, step), (next_count, next_step) in pairwise(apart)):
+        return None  # the matrices of a stack do not lie at one distance
+    for transposed in ways:
+        m, n, lead, next_to = (columns, rows, along, across) if transposed else (rows, columns, across, along)
+        if (next_to == 1 or n == 1) and (lead >= n or m == 1):
+            return _Layout(int(transposed), max(lead if m > 1 else 0, n), apart[-1][1] if apart else 0)
+    return None
 
 
 @cache
@@ -100,29 +120,14 @@ def _type_of(dtype: Any) -> int:
     return _TYPES[dtype.name]
 
 
-def _plain(x: Array) -> bool:
-    """Do the numbers of a row follow each other, and the matrices of a stack at one distance?"""
-    *steps, across, along = (s // x.itemsize for s in x.strides)
-    *counts, rows, columns = x.shape
-    if (along != 1 and columns > 1) or (across < columns and rows > 1):
-        return False
-    apart = [(count, step) for count, step in zip(counts, steps, strict=True) if count > 1]
-    return all(step == next_step * next_count for (_, step), (next_count, next_step) in pairwise(apart))
-
-
-def _step(x: Array) -> int:
-    """The distance between the matrices of a stack."""
-    return next((s // x.itemsize for s, count in zip(x.strides[-3::-1], x.shape[-3::-1], strict=True) if count > 1), 0)
-
-
 def tf32() -> bool:
-    """Are float32 products to be taken in TF32, as CuPy itself asks the environment?"""
+    """Whether float32 products are to be taken in TF32, by the environment variable that CuPy reads."""
     return os.environ.get("CUPY_TF32") == "1"
 
 
 @lru_cache(maxsize=64)
 def _number(value: float, float64: bool) -> tuple[np.ndarray, int]:
-    """A number on the host, and where it lies: cuBLAS reads it before the call returns."""
+    """A number on the host, and its address: cuBLAS reads it before the call returns."""
     array = np.array([value], "float64" if float64 else "float32")
     return array, array.ctypes.data
 

@@ -48,11 +48,36 @@ struct float16 {
     }
 };
 
+// N numbers that are moved at once, where they lie at a multiple of their size, or of 16 bytes.
+template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
+    T at[N];
+};
+
+// 16 bytes of activations, as many as a thread moves at once: pack i of an array begins at number i PACK, and the array at a multiple of 16 bytes.
+#define PACK (16 / (int)sizeof(ACT))
+union Pack {
+    uint4 whole;
+    ACT at[PACK];
+};
+__device__ bool aligned(const void* x) { return (unsigned long long)x % 16 == 0; }
+__device__ Pack load_pack(const ACT* x, long long i) { return {((const uint4*)x)[i]}; }
+__device__ void store_pack(ACT* x, long long i, const Pack& pack) { ((uint4*)x)[i] = pack.whole; }
+
 #define GRID_STRIDE(i, n) \
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (long long)gridDim.x * blockDim.x)
 
-// The sum (or the largest) over the block, in every thread. The number of threads is a power of two.
+// The sum (or the largest) over the block, in every thread: first over each warp, in registers. The number of threads is a power of two.
 __device__ REAL block_sum(REAL value, REAL* shared) {
+    if (blockDim.x >= 32) {
+        for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
+        if (blockDim.x == 32) return value;
+        if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+        __syncthreads();
+        REAL total = 0;
+        for (int warp = 0; warp < blockDim.x / 32; warp++) total += shared[warp];
+        __syncthreads();  // before anybody writes there again
+        return total;
+    }
     shared[threadIdx.x] = value;
     __syncthreads();
     for (int half = blockDim.x / 2; half > 0; half /= 2) {
@@ -65,6 +90,18 @@ __device__ REAL block_sum(REAL value, REAL* shared) {
 }
 
 __device__ REAL block_max(REAL value, REAL* shared) {
+    if (blockDim.x >= 32) {
+        for (int mask = 16; mask > 0; mask /= 2) {
+            const REAL other = __shfl_xor_sync(0xffffffffu, value, mask);
+            value = other > value ? other : value;
+        }
+        if (blockDim.x == 32) return value;
+        if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+        __syncthreads();
+        for (int warp = 0; warp < blockDim.x / 32; warp++) value = shared[warp] > value ? shared[warp] : value;
+        __syncthreads();
+        return value;
+    }
     shared[threadIdx.x] = value;
     __syncthreads();
     for (int half = blockDim.x / 2; half > 0; half /= 2) {

@@ -41,19 +41,49 @@ extern "C" __global__ void softmax_backward(REAL* dS, const ACT* E, const REAL* 
 
 // A block of `n` columns of the logits z, in place: e = exp(z - m) with m the largest so far, this block included; what was summed
 // before is to be shrunk by exp(m_before - m), and `total` is. (The online softmax, arXiv 1805.02867.) With `out`, of 16 bits, e goes there instead.
-extern "C" __global__ void online_exp(REAL* z, int n, REAL* m, REAL* total, REAL* shrink, ACT* out) {
+// Rows begin at multiples of 16 bytes, z_step and out_step numbers behind each other; what lies between their ends is written too. A thread keeps
+// what it has read: a row of up to KEPT blockDim vectors is read once.
+#define KEPT 8
+#define REALS (16 / (int)sizeof(REAL))
+extern "C" __global__ void online_exp(REAL* z, long long z_step, int n, REAL* m, REAL* total, REAL* shrink, ACT* out, long long out_step) {
     extern __shared__ REAL shared[];
-    const long long row = (long long)blockIdx.x * n;
+    z += blockIdx.x * z_step;
+    out += out ? blockIdx.x * out_step : 0;
     const REAL before = m[blockIdx.x];
+    const int beyond = KEPT * REALS * blockDim.x + threadIdx.x;
     REAL largest = before;
-    for (int j = threadIdx.x; j < n; j += blockDim.x) largest = z[row + j] > largest ? z[row + j] : largest;
+    Vector<REAL, REALS> kept[KEPT];
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        const int j = (i * blockDim.x + threadIdx.x) * REALS;
+        if (j < n) kept[i] = *(const Vector<REAL, REALS>*)(z + j);
+#pragma unroll
+        for (int l = 0; l < REALS; l++)
+            if (j + l < n && kept[i].at[l] > largest) largest = kept[i].at[l];
+    }
+    for (int j = beyond; j < n; j += blockDim.x) largest = z[j] > largest ? z[j] : largest;
     largest = block_max(largest, shared);
     REAL sum = 0;
-    for (int j = threadIdx.x; j < n; j += blockDim.x) {
-        const REAL e = exp(z[row + j] - largest);
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        const int j = (i * blockDim.x + threadIdx.x) * REALS;
+        if (j >= n) continue;
+        Vector<ACT, REALS> narrow;
+#pragma unroll
+        for (int l = 0; l < REALS; l++) {
+            const REAL e = j + l < n ? exp(kept[i].at[l] - largest) : REAL(0);
+            sum += e;
+            kept[i].at[l] = e;
+            narrow.at[l] = e;
+        }
+        if (out) *(Vector<ACT, REALS>*)(out + j) = narrow;
+        else *(Vector<REAL, REALS>*)(z + j) = kept[i];
+    }
+    for (int j = beyond; j < n; j += blockDim.x) {
+        const REAL e = exp(z[j] - largest);
         sum += e;
-        if (out) out[row + j] = e;
-        else z[row + j] = e;
+        if (out) out[j] = e;
+        else z[j] = e;
     }
     sum = block_sum(sum, shared);
     if (threadIdx.x == 0) {

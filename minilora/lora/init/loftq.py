@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from minilora.backend import Array
+from minilora.backend import Array, Matrix
 from minilora.lora.factorization import factorize
 from minilora.quantization.nf4 import NF4
-from minilora.quantization.packed import is_packed
 
 
 def loftq(layer: Any, rng: np.random.Generator, *, loftq_bits: int = 4, loftq_iter: int = 1) -> tuple[Array, Array]:
@@ -25,7 +24,7 @@ def loftq(layer: Any, rng: np.random.Generator, *, loftq_bits: int = 4, loftq_it
     W, s = layer.weight.data, layer.scaling
     if loftq_bits != 4 or loftq_iter < 1:
         raise ValueError(f"loftq: loftq_bits={loftq_bits}, loftq_iter={loftq_iter}; supported: 4 bits, at least one iteration.")
-    if is_packed(W):
+    if isinstance(W, Matrix):
         raise ValueError("loftq: the weight is quantized already; load the model without.")
     rest = W
     for _ in range(loftq_iter):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from minilora import kernels as K
 from minilora.backend import Array, Rng, get_xp
 from minilora.layers import Linear, Parameter, Saved
 from minilora.lora import LoraConfig, LoRALinear
@@ -19,25 +20,25 @@ from minilora.quantization.residual import column_squares, dense
 
 
 def column_norms(W: Array, A: Array, B: Array, s: float, squares: Array) -> tuple[Array, Array]:
-    """c_j = ||column j of V||,   saved K = A^T V,   with V = W + s A B.
+    """c_j = ||column j of V||,   saved A^T V,   with V = W + s A B.
 
-        c_j^2 = sum_i W_ij^2 + s sum_k B_kj (A^T W + K)_kj,      K = A^T W + s (A^T A) B
+        c_j^2 = sum_i W_ij^2 + s sum_k B_kj (A^T W + A^T V)_kj,      A^T V = A^T W + s (A^T A) B
 
-    Shapes: W (m, n), A (m, r), B (r, n) -> c (n,), K (r, n). `squares` (n,) are those of W's columns, which do not change.
+    Shapes: W (m, n), A (m, r), B (r, n) -> c (n,), A^T V (r, n). `squares` (n,) are those of W's columns, which do not change.
     """
     AtW = A.T @ W
-    K = AtW + s * (A.T @ A) @ B
-    return get_xp(A).sqrt(squares + s * (B * (AtW + K)).sum(axis=0)), K
+    AtV = AtW + s * (A.T @ A) @ B
+    return get_xp(A).sqrt(squares + s * (B * (AtW + AtV)).sum(axis=0)), AtV
 
 
-def column_norms_backward(dc: Array, c: Array, K: Array, W: Array, A: Array, B: Array, s: float) -> tuple[Array, Array]:
+def column_norms_backward(dc: Array, c: Array, AtV: Array, W: Array, A: Array, B: Array, s: float) -> tuple[Array, Array]:
     """Gradients of c = ||V||, column by column: dV = V diag(dc / c), and V = W + s A B.
 
     dA = s V (B diag(dc / c))^T      (m, r)
-    dB = s K diag(dc / c)            (r, n)    K = A^T V
+    dB = s A^T V diag(dc / c)        (r, n)
     """
     H = B * (dc / c)
-    return s * (W @ H.T + s * A @ (B @ H.T)), s * K * (dc / c)
+    return s * (W @ H.T + s * A @ (B @ H.T)), s * AtV * (dc / c)
 
 
 def dora_linear(
@@ -50,12 +51,10 @@ def dora_linear(
     Saved: x for dA, z for dB, u for dm (T n numbers; recomputing it costs the product with W again).
     """
     dropped = x if mask is None else x * mask
-    z = dropped @ A
-    u = dropped @ W
-    u += (s * z) @ B
+    u, z = K.lora_linear(dropped, W, None, A, B, s)
     y = u * (m / c)
     if mask is not None:
-        y += (x - dropped) @ W
+        y += K.product(x - dropped, W)
     if b is not None:
         y += b
     return y, z, u
@@ -82,30 +81,24 @@ def dora_linear_backward(
         dB = s z^T du,   dA = s x^T (du B^T)                     (r, n), (m, r)
         dx = du W^T + s (du B^T) A^T                             (T, m)
 
-    x may be None without "dA", z without "dB", u without "dm" and "dc".
+    x may be None without "dA", u without "dm" and "dc".
     """
-    dm = dc = dx = dA = None
+    dm = dc = None
     if {"dm", "dc"} & set(need):
         dm = (dy * u).sum(axis=0) / c  # y = u * (m / c)
         dc = -dm * m / c if "dc" in need else None
     du = dy * (m / c)
-    dB = (s * z).T @ du if "dB" in need else None  # u += (s * z) @ B
-    if {"dx", "dA"} & set(need):
-        dz = s * (du @ B.T)
-        if "dA" in need:
-            dA = (x if mask is None else x * mask).T @ dz  # z = (x * mask) @ A
-        if "dx" in need:
-            dx = du @ W.T  # u = (x * mask) @ W
-            dx += dz @ A.T
-            if mask is not None:
-                dx = dx * mask + (dy @ W.T) * (1 - mask)  # y += (x - x * mask) @ W
+    dropped = x if x is None or mask is None else x * mask
+    dx, dA, dB = K.lora_linear_backward(du, dropped, z, W, A, B, s, None, {"dx", "dA", "dB"} & set(need))  # u = lora_linear(x * mask)
+    if dx is not None and mask is not None:
+        dx = dx * mask + K.product(dy, W.T) * (1 - mask)  # y += (x - x * mask) @ W
     return dx, dA, dB, dm if "dm" in need else None, dc
 
 
 class DoRALinear(LoRALinear):
     """LoRALinear with the columns of W + scaling A B scaled to the lengths `lora_magnitude_vector` (n,); see above.
 
-    exact: with the gradient of the column norms, too. Saved: x, z and u as far as needed, c, and if exact K.
+    exact: with the gradient of the column norms, too. Saved: x, z and u as far as needed, c, and if exact A^T V.
     Raises ValueError when a column of the weight is zero: it has no direction.
     """
 
@@ -125,7 +118,7 @@ class DoRALinear(LoRALinear):
         return super().of(base, config, path, init, exact=config.use_dora == "exact", **options)
 
     def norms(self) -> tuple[Array, Array]:
-        """c and K of `column_norms`. The squares of W's columns are computed once for each array that W is kept in."""
+        """c and A^T V of `column_norms`. The squares of W's columns are computed once for each array that W is kept in."""
         W = self.W
         if self.squares is None or self.squares[0] is not self.weight.data:
             self.squares = self.weight.data, column_squares(W)
@@ -142,28 +135,28 @@ class DoRALinear(LoRALinear):
         b = None if self.bias is None else self.bias.data
         A, B, m = self.lora_A, self.lora_B, self.lora_magnitude_vector
         key = self.dropout.next_key() if keep and self.dropout.p > 0 else None
-        c, K = self.norms()
+        c, AtV = self.norms()
         y, z, u = dora_linear(x, self.W, b, A.data, B.data, m.data, c, self.scaling, self._mask(x, key))
         if not keep:
             return y, None
         moves = self.exact and (A.trainable or B.trainable)
-        x, z = x if A.trainable else None, z if B.trainable else None
-        u, K = u if m.trainable or moves else None, K if moves else None
-        return y, self.save(need_dx, None, x, z, u, c, K, key)
+        x, z = x if A.trainable else None, z if B.trainable else z._replace(value=None)
+        u, AtV = u if m.trainable or moves else None, AtV if moves else None
+        return y, self.save(need_dx, None, x, z, u, c, AtV, key)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         merged, *values = self.load(saved, need_dx)
         if merged is not None:
             return super().backward(dy, saved, need_dx)
         if self.bias is not None and self.bias.trainable:
-            self.bias.add_grad(dy.sum(axis=0))
-        x, z, u, c, K, key = values
+            self.bias.add_grad(K.upcast(dy).sum(axis=0))
+        x, z, u, c, AtV, key = values
         A, B, m, s = self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling
-        wanted = {"dx": need_dx, "dA": A.trainable, "dB": B.trainable, "dm": m.trainable, "dc": K is not None}
+        wanted = {"dx": need_dx, "dA": A.trainable, "dB": B.trainable, "dm": m.trainable, "dc": AtV is not None}
         need, mask = {name for name, yes in wanted.items() if yes}, self._mask(dy, key)
         dx, dA, dB, dm, dc = dora_linear_backward(dy, x, z, u, self.W, A.data, B.data, m.data, c, s, mask, need)  # y = u m / c + b
         if dc is not None:
-            more = column_norms_backward(dc, c, K, self.W, A.data, B.data, s)  # c = ||W + s A B||
+            more = column_norms_backward(dc, c, AtV, self.W, A.data, B.data, s)  # c = ||W + s A B||
             dA, dB = (g if g is None else g + h for g, h in zip((dA, dB), more, strict=True))
         for p, g in ((A, dA), (B, dB), (m, dm)):
             if g is not None:

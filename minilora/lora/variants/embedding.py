@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from minilora import functional as F
+from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, backend_name, generator, to_backend
 from minilora.layers import Embedding, Parameter, Saved
 from minilora.lora.adapted import Adapted
@@ -24,7 +24,7 @@ def lora_embedding(ids: Array, E: Array, A: Array, B: Array, s: float) -> tuple[
 
     Shapes: ids (T,) integers, E (V, d), A (V, r), B (r, d) -> y (T, d), u (T, r). Saved: ids for dA, u for dB.
     """
-    y = F.embedding(ids, E)
+    y = K.embedding(ids, E)
     u = A[as_like(ids, A)]
     y += (s * u) @ B
     return y, u
@@ -46,7 +46,7 @@ def lora_embedding_backward(
     dA[v] = sum of s dy_t B^T over t with ids_t = v      (V, r)    only rows that were read, and not padding_idx
     """
     dB = (s * u).T @ dy if "dB" in need else None  # y += (s * u) @ B
-    dA = F.embedding_backward(s * (dy @ B.T), ids, A, padding_idx) if "dA" in need else None  # u = A[ids]
+    dA = K.embedding_backward(s * (dy @ B.T), ids, A, padding_idx) if "dA" in need else None  # u = A[ids]
     return dA, dB
 
 
@@ -90,7 +90,7 @@ class LoRAEmbedding(Adapted, Embedding):
     def forward(self, x: Array, keep: bool = True, need_dx: bool = False) -> tuple[Array, Saved | None]:
         A, B = self.lora_embedding_A, self.lora_embedding_B
         if (E := self.alone(keep)) is not None:
-            return F.embedding(x, E), self.save(need_dx, None, None) if keep else None
+            return K.embedding(x, E), self.save(need_dx, None, None) if keep else None
         y, u = lora_embedding(x, self.weight.data, A.data, B.data, self.scaling)
         return y, self.save(need_dx, x if A.trainable else None, u if B.trainable else None) if keep else None
 

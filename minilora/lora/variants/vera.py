@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from minilora import functional as F
-from minilora.backend import Array, Rng, backend_name, generator, get_xp, to_backend, to_numpy
+from minilora import kernels as K
+from minilora.backend import Array, Rng, backend_name, generator, to_backend, to_numpy
 from minilora.layers import Dropout, Linear, Parameter, Saved
 from minilora.lora.adapted import Adapted
 from minilora.lora.config import LoraConfig
@@ -28,15 +28,12 @@ _OF_LORA += "rank_pattern alpha_pattern exclude_modules".split()
 def vera_linear(
     x: Array, W: Array, b: Array | None, A: Array, B: Array, d: Array, e: Array, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """y = x W + b + ((u * d) B) * e,   saved u = x A.
+    """y = x W + b + ((u * d) B) * e,   saved u = x A: LoRA with B' = diag(d) B diag(e) in place of B.
 
     Shapes: x (T, m), W (m, n), b and e (n,), A (m, r), B (r, n), d (r,) -> y (T, n), u (T, r). d is lambda_d, e is lambda_b.
     `mask` (T, m) is the dropout on what A reads. Saved: u, for both vectors.
     """
-    y = F.linear(x, W, b)
-    u = (x if mask is None else x * mask) @ A
-    y += ((u * d) @ B) * e
-    return y, u
+    return K.lora_linear(x, W, b, A, d[:, None] * B * e, 1.0, mask)
 
 
 def vera_linear_backward(
@@ -50,25 +47,19 @@ def vera_linear_backward(
     mask: Array | None = None,
     need: Collection[str] = ("dx", "dd", "de"),
 ) -> tuple[Array, Array, Array]:
-    """Gradients of y = x W + b + ((u * d) B) * e with u = x A; W, A and B are frozen and get none.
+    """Gradients of y = x W + b + u B' with u = x A and B'_kj = d_k B_kj e_j; W, A and B are frozen and get none.
 
-        M = u^T dy                                (r, n)    both vectors read it:
-        dd_k = sum_j M_kj B_kj e_j                (r,)
-        de_j = sum_k M_kj B_kj d_k                (n,)      zero as long as d is
-        dx = dy W^T + (((dy * e) B^T) * d) A^T    (T, m)
-
-    u may be None without "dd" and "de".
+    dB' = u^T dy                      (r, n)    both vectors read it:
+    dd_k = sum_j dB'_kj B_kj e_j      (r,)
+    de_j = sum_k dB'_kj B_kj d_k      (n,)      zero as long as d is
+    dx = dy W^T + (dy B'^T) A^T       (T, m)
     """
-    dx = dd = de = None
-    if {"dd", "de"} & set(need):
-        M = (u.T @ dy) * B  # y += ((u * d) @ B) * e
-        dd = M @ e if "dd" in need else None
-        de = d @ M if "de" in need else None
-    if "dx" in need:
-        dx = dy @ W.T  # y = x @ W
-        through = (((dy * e) @ B.T) * d) @ A.T  # u = (x * mask) @ A
-        dx += through if mask is None else through * mask
-    return dx, dd, de
+    lora_need = {"dx"} & set(need) | ({"dB"} if {"dd", "de"} & set(need) else set())
+    dx, _, dB = K.lora_linear_backward(dy, None, u, W, A, d[:, None] * B * e, 1.0, mask, lora_need)
+    if dB is None:
+        return dx, None, None
+    M = dB * B  # B' = d[:, None] * B * e
+    return dx, M @ e if "dd" in need else None, d @ M if "de" in need else None
 
 
 @dataclass
@@ -197,18 +188,19 @@ class VeRALinear(Adapted, Linear):
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
         b = None if self.bias is None else self.bias.data
         if (W := self.alone(keep)) is not None:
-            return F.linear(x, W, b), self.save(need_dx, W, None, None) if keep else None
+            y, u = K.linear(x, W, b)
+            return y, self.save(need_dx, W, u, None) if keep else None
         key = self.dropout.next_key() if keep and self.dropout.p > 0 else None
         y, u = vera_linear(x, self.weight.data, b, *self.matrices(), self._mask(x, key))
         trained = self.vera_lambda_d.trainable or self.vera_lambda_b.trainable
-        return y, self.save(need_dx, None, u if trained else None, key) if keep else None
+        return y, self.save(need_dx, None, u if trained else u._replace(value=None), key) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         W, u, key = self.load(saved, need_dx)
         if self.bias is not None and self.bias.trainable:
-            self.bias.add_grad(dy.sum(axis=0))
+            self.bias.add_grad(K.upcast(dy).sum(axis=0))
         if W is not None:
-            return dy @ W.T if need_dx else None
+            return K.linear_backward(dy, u, None, W, {"dx"})[0] if need_dx else None
         vectors = {"dd": self.vera_lambda_d, "de": self.vera_lambda_b}
         need = {name for name, p in vectors.items() if p.trainable} | ({"dx"} if need_dx else set())
         dx, *grads = vera_linear_backward(dy, u, self.weight.data, *self.matrices(), self._mask(dy, key), need)
@@ -221,4 +213,4 @@ class VeRALinear(Adapted, Linear):
         """The dropout mask (tokens of `like`, in), or None without dropout."""
         if key is None:
             return None
-        return F.dropout_mask((like.shape[0], self.in_features), self.dropout.p, key, get_xp(like), like.dtype)
+        return K.dropout_mask(self.vera_lambda_d.data, (like.shape[0], self.in_features), self.dropout.p, key)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# Elements. NumPy gives up Python's lock inside an operation, so threads wait for each other between operations: with blocks of 2^14,
+# Elements. NumPy releases the GIL inside an operation, so threads wait for each other between operations: with blocks of 2^14,
 # the best for one thread, two threads take three times as long as with 2^17 (docs/speed.md).
 BLOCK = 2**17
 

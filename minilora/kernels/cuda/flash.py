@@ -1,7 +1,7 @@
-"""Attention on a card's tensor cores, whose scores are never in memory: cuda/flash.cu, and which block of it takes which rows.
+"""Attention on tensor cores without the scores in memory (flash.cu), and which block of threads takes which rows.
 
-For 16-bit arrays, and for float32 where products may be taken in TF32 (backend CuPy, CUPY_TF32=1); heads of 32, 64 or 128 features.
-Saved: o, and of each row and head the logarithm of the sum that the softmax divides by. Memory is linear in the length of a sequence.
+For half precision, and for float32 where products may be taken in TF32 (CUPY_TF32=1); heads of 32, 64 or 128 features. Saved: o, and for
+each row and head the logarithm of the sum that the softmax divides by. Memory is linear in the length of a sequence.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minilora import functional as F
 from minilora.backend import Array, get_xp, kept_on_device
 from minilora.kernels import cuda
 from minilora.kernels.cuda.blas import tf32
@@ -39,9 +40,9 @@ class Tiles(NamedTuple):
 
 
 def fits(q: Array, k: Array, v: Array, n_head: int) -> bool:
-    """Is there a kernel for these?"""
+    """Whether there is a kernel for these arrays."""
     kind = q.dtype.itemsize == 2 or (q.dtype == np.float32 and tf32())
-    if not kind or not cuda.usable(q, k, v) or not _has_the_instructions(get_xp(q)):
+    if not kind or not cuda.alike(q, k, v) or not _has_the_instructions(get_xp(q)):
         return False
     return q.shape[1] // n_head in HEADS and all(_aligned(x) for x in (q, k, v))
 
@@ -53,19 +54,28 @@ def _has_the_instructions(xp: Any) -> bool:
 
 
 def _aligned(x: Array) -> bool:
-    """Can rows be read 16 bytes at a time?"""
+    """Whether rows can be read 16 bytes at a time."""
     return x.strides[1] == x.itemsize and x.strides[0] % 16 == 0 and x.data.ptr % 16 == 0
 
 
 def attention(
-    q: Array, k: Array, v: Array, n_head: int, n_kv_head: int, offsets: Sequence[int] | None, causal: bool, rows: np.ndarray | None
+    q: Array,
+    k: Array,
+    v: Array,
+    n_head: int,
+    offsets: Sequence[int] | None = None,
+    causal: bool = True,
+    keep: bool = True,
+    n_kv_head: int | None = None,
+    rows: np.ndarray | None = None,
 ) -> tuple[Array, Saved]:
-    """o (R, H d), and what backward needs; the arguments are checked already."""
-    xp = get_xp(q)
+    """As functional.attention."""
+    xp, G = get_xp(q), n_kv_head or n_head
+    F.check_attention(q, k, v, n_head, G, offsets, rows)
     tiles, sizes = _tiles_of(offsets, len(k), rows, causal, xp), _sizes(q, n_head)
     o, log_sum = xp.empty(q.shape, dtype=q.dtype), xp.empty((len(q), n_head), dtype=xp.float32)
-    given = (q, k, v, tiles.of_queries, tiles.limit, *_numbers(q, k, v, n_head, n_kv_head))
-    _launch("flash_forward", len(tiles.of_queries) * n_head, sizes, 1, 1, q, (*given, o, log_sum))
+    args = (q, k, v, tiles.of_queries, tiles.limit, *_numbers(q, k, v, n_head, G))
+    _launch("flash_forward", len(tiles.of_queries) * n_head, sizes, 1, 1, q, (*args, o, log_sum))
     return o, Saved(o, log_sum, causal)
 
 
@@ -76,24 +86,27 @@ def attention_backward(
     v: Array,
     saved: Saved,
     n_head: int,
-    n_kv_head: int,
-    offsets: Sequence[int] | None,
-    need: Collection[str],
-    rows: np.ndarray | None,
+    offsets: Sequence[int] | None = None,
+    n_kv_head: int | None = None,
+    need: Collection[str] = ("dq", "dk", "dv"),
+    rows: np.ndarray | None = None,
+    into: Sequence[Array | None] = (None, None, None),
 ) -> tuple[Array | None, Array | None, Array | None]:
-    """dq, dk and dv, each formed only if needed."""
-    xp = get_xp(q)
+    """As functional.attention_backward. The gradients are new, or written `into` arrays, whose rows may lie apart."""
+    xp, G = get_xp(q), n_kv_head or n_head
     do = xp.ascontiguousarray(do)
     tiles, sizes = _tiles_of(offsets, len(k), rows, saved.causal, xp), _sizes(q, n_head)
-    numbers = _numbers(q, k, v, n_head, n_kv_head)
-    delta, dq = xp.empty(saved.log_sum.shape, dtype=xp.float32), xp.empty(q.shape, dtype=q.dtype)
-    given = (q, k, v, saved.o, do, saved.log_sum, tiles.of_queries, tiles.limit, *numbers)
-    _launch("flash_dq", len(tiles.of_queries) * n_head, sizes, 2, 1, q, (*given, delta, dq))  # delta, which the other needs, comes along
-    if not {"dk", "dv"} & set(need):
-        return dq, None, None
-    dk, dv = (xp.empty(k.shape, dtype=k.dtype) for _ in range(2))
-    given = (q, k, v, do, saved.log_sum, delta, tiles.of_keys, tiles.limit, *numbers)
-    _launch("flash_dkv", len(tiles.of_keys) * n_kv_head, sizes, 2, 2, q, (*given, dk, dv))
+    numbers = _numbers(q, k, v, n_head, G)
+    delta = xp.empty(saved.log_sum.shape, dtype=xp.float32)
+    dq, dk, dv = into
+    dq = xp.empty(q.shape, dtype=q.dtype) if dq is None else dq
+    # flash_dq also computes delta, which flash_dkv reads.
+    args = (q, k, v, saved.o, do, saved.log_sum, tiles.of_queries, tiles.limit, *numbers)
+    _launch("flash_dq", len(tiles.of_queries) * n_head, sizes, 2, 1, q, (*args, delta, dq, _step(dq)))
+    if {"dk", "dv"} & set(need):
+        dk, dv = (xp.empty(k.shape, dtype=k.dtype) if x is None else x for x in (dk, dv))
+        args = (q, k, v, do, saved.log_sum, delta, tiles.of_keys, tiles.limit, *numbers)
+        _launch("flash_dkv", len(tiles.of_keys) * G, sizes, 2, 2, q, (*args, dk, _step(dk), dv, _step(dv)))
     return dq if "dq" in need else None, dk if "dk" in need else None, dv if "dv" in need else None
 
 
@@ -104,14 +117,20 @@ def _sizes(q: Array, n_head: int) -> tuple[int, int]:
 
 def _numbers(q: Array, k: Array, v: Array, n_head: int, n_kv_head: int) -> tuple[Any, ...]:
     scale = np.float32(1 / math.sqrt(q.shape[1] // n_head))
-    return scale, np.int32(n_head), np.int32(n_head // n_kv_head), *(np.int64(x.strides[0] // x.itemsize) for x in (q, k, v))
+    return scale, np.int32(n_head), np.int32(n_head // n_kv_head), *map(_step, (q, k, v))
 
 
-def _launch(name: str, blocks: int, sizes: tuple[int, int], straight: int, turned: int, like: Array, args: tuple[Any, ...]) -> None:
-    """With room in shared memory for so many tiles that lie row by row, and column by column; see flash.cu for their sizes."""
+def _step(x: Array) -> np.int64:
+    """From a row to the next, in numbers."""
+    return np.int64(x.strides[0] // x.itemsize)
+
+
+def _launch(name: str, blocks: int, sizes: tuple[int, int], straight: int, transposed: int, like: Array, args: tuple[Any, ...]) -> None:
+    """With room in shared memory for so many tiles in row order, and transposed; in half precision two, twice: tiles.cuh."""
     d, itemsize = sizes
+    stages, (straight, transposed) = (2, (2, 0)) if itemsize == 2 else (1, (straight, transposed))
     loop = min(64, 8192 // (d * itemsize))
-    words = straight * loop * (d * itemsize // 4 + 4) + turned * d * (loop * itemsize // 4 + 4) + 3 * loop
+    words = stages * (straight * loop * (d * itemsize // 4 + 4) + transposed * d * (loop * itemsize // 4 + 4) + 3 * loop)
     if blocks:
         cuda.function(like, "flash", name, f"-DD={d}")((blocks,), (_THREADS,), args, shared_mem=4 * words)
 

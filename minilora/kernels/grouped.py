@@ -1,42 +1,52 @@
-"""Twin of functional/attention.py that takes many short sequences at once, and long ones in blocks of queries.
+"""Attention that takes many short sequences at once, and long ones in blocks of queries; numpy/ and cuda/attention.py call it.
 
-Sequences of about one length make a group: their matrices lie behind each other in one (n, G, t, s) array, the shorter ones filled
-up. A block of queries sees the keys up to the last that one of them may see, so that of a causal square half is never computed.
+Sequences of about one length make a group: their matrices are stacked in one (n, G, t, s) array, the shorter ones padded. A block of
+queries sees the keys up to the last that one of them may see, so that half of a causal square is never computed.
 
 E = exp(S - max) is kept rather than P = E / sum: with the queries scaled once, O = (E V) / sum, and backward, with dO' = dO / sum,
 
     dV = E^T dO'      dS = E (dO' V^T - D'),  D' = (row sum of E * (dO' V^T)) / sum
 
-divide by `sum` rows of d features in place of rows of s. Beyond _KEPT keys E is not kept, but computed again: memory is then
-linear in the length of a sequence. In 16 bits, on the device, E is P itself, and nothing is divided later: dO / sum could be too small for
-float16. S and dP are of float32 there, and narrowed once they have been through the softmax.
+divide by `sum` rows of d features in place of rows of s. Beyond KEPT keys E is not kept, but computed again: memory is then linear in the
+length of a sequence. In half precision, on a GPU, E is P itself, and nothing is divided later: dO / sum could be too small for float16.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minilora import functional as F
 from minilora.backend import Array, get_xp, kept_on_device
-from minilora.kernels import cuda, flash
-from minilora.kernels.half import NARROW, WIDE, in_float32, is_half
-from minilora.kernels.linear import product
 
-_QUERIES = 128  # in a block, at most
-_SCORES = 2**21  # in a block, or a group: at most about so many
-_ON_DEVICE = 8, 2**6  # there both are larger by these: what counts is how few launches there are
-_KEPT = 192
+QUERIES = 128  # in a block, at most
+SCORES = 2**21  # in a block, or a group: at most about so many
+ON_DEVICE = 8, 2**6  # there both are larger by these: what counts is how few launches there are
+KEPT = 192
+
+
+class Steps(NamedTuple):
+    """The steps that NumPy and CUDA take in different ways.
+
+    product, scores    a @ b of stacked matrices; scores gives float32 of half precision
+    weights            (S, group, block of queries) -> E (n, G, H / G t, e) and 1 / sum (..., 1), or P and None
+    through_softmax    (dS, E, 1 / sum) -> E (dS - D')
+    """
+
+    product: Callable[[Array, Array], Array]
+    scores: Callable[[Array, Array], Array]
+    weights: Callable[..., tuple[Array, Array | None]]
+    through_softmax: Callable[..., Array]
 
 
 class Places(NamedTuple):
-    """Which rows of an array (T, heads d) a group takes: (n, t) of them, sequence by sequence."""
+    """The rows of an array (T, heads d) that a group takes: (n, t) of them, sequence by sequence."""
 
-    rows: Any  # a slice, where they follow each other without a gap; else (n, t), filled up with the first
-    own: Any  # where among the n t those are that are not filled up, in order; None: everywhere
+    rows: Any  # a slice, where they follow each other without a gap; else (n, t), padded with the first
+    own: Any  # where among the n t those are not padding, in order; None: everywhere
     there: Any  # (n, t, 1) 1 or 0: the same as a factor; None: 1 everywhere
 
 
@@ -49,8 +59,8 @@ class Group(NamedTuple):
     seen: Any
 
 
-@in_float32(NARROW, [(WIDE, [(NARROW, WIDE)])])
 def attention(
+    steps: Steps,
     q: Array,
     k: Array,
     v: Array,
@@ -60,15 +70,10 @@ def attention(
     keep: bool = True,
     n_kv_head: int | None = None,
     rows: np.ndarray | None = None,
-) -> tuple[Array, list | flash.Saved]:
+) -> tuple[Array, list]:
     """As functional.attention. Saved: for each group and block of queries E and 1 / sum, or None where they are computed again."""
-    xp = get_xp(q, k, v)
-    if xp is not np and not cuda.usable(q, k, v):
-        return F.attention(q, k, v, n_head, offsets, causal, keep, n_kv_head, rows)
-    G = n_kv_head or n_head
+    xp, G = get_xp(q, k, v), n_kv_head or n_head
     F.check_attention(q, k, v, n_head, G, offsets, rows)
-    if flash.fits(q, k, v, n_head):
-        return flash.attention(q, k, v, n_head, G, offsets, causal, rows)
     o, saved = xp.empty(q.shape, dtype=q.dtype), []
     for group in _groups(offsets, k.shape[0], rows, causal, n_head, xp):
         sizes = len(group.limit), G, k.shape[1] // G
@@ -76,23 +81,23 @@ def attention(
         O = _room(o, group.queries, *sizes)
         parts = []
         for at, e in _blocks(group, n_head, xp):
-            E, inverse = _weights(_scaled(Q[..., at, :]), K, group, at, e)
-            part = product(E, V[:, :, 0, :e])
+            E, inverse = _weights(steps, _scaled(Q[..., at, :]), K, group, at, e)
+            part = steps.product(E, V[:, :, 0, :e])
             into = O[..., at, :]
             part = part.reshape(into.shape)
             if inverse is None:
                 into[...] = part
             else:
                 xp.multiply(part, inverse.reshape(*into.shape[:-1], 1), out=into)
-            parts.append((E, inverse) if keep and K.shape[3] <= _KEPT else None)
+            parts.append((E, inverse) if keep and K.shape[3] <= KEPT else None)
         _put(O, o, group.queries)
         if keep:
             saved.append((causal, parts))
     return o, saved
 
 
-@in_float32(NARROW, NARROW, NARROW)
 def attention_backward(
+    steps: Steps,
     do: Array,
     q: Array,
     k: Array,
@@ -105,12 +110,7 @@ def attention_backward(
     rows: np.ndarray | None = None,
 ) -> tuple[Array, Array, Array]:
     """As functional.attention_backward."""
-    xp = get_xp(do, q)
-    if xp is not np and not cuda.usable(do, q, k, v):
-        return F.attention_backward(do, q, k, v, saved, n_head, offsets, n_kv_head, need, rows)
-    G = n_kv_head or n_head
-    if isinstance(saved, flash.Saved):
-        return flash.attention_backward(do, q, k, v, saved, n_head, G, offsets, need, rows)
+    xp, G = get_xp(do, q), n_kv_head or n_head
     unread = xp.empty if rows is None else xp.zeros  # a sequence without a query gets no gradient
     dq = xp.empty(q.shape, dtype=q.dtype) if "dq" in need else None
     dk, dv = (unread(k.shape, dtype=k.dtype) if name in need else None for name in ("dk", "dv"))
@@ -120,26 +120,26 @@ def attention_backward(
         Q, K, V = _take(q, group.queries, *sizes), _take(k, group.keys, *sizes), _take(v, group.keys, *sizes)
         dO = _take(do, group.queries, *sizes)
         if group.queries.there is not None:
-            dO = (dO * group.queries.there[:, None, None]).astype(do.dtype, copy=False)  # what filled up has no gradient
+            dO = (dO * group.queries.there[:, None, None]).astype(do.dtype, copy=False)  # padding has no gradient
         dQ = None if dq is None else _room(dq, group.queries, *sizes)
         dK, dV = (None if x is None else _room(x, group.keys, *sizes) for x in (dk, dv))
         blocks = list(zip(_blocks(group, n_head, xp), parts, strict=True))
         for i, ((at, e), kept) in enumerate(reversed(blocks)):  # the last sees the most keys
             Q_at = _scaled(Q[..., at, :])
-            E, inverse = kept or _weights(Q_at, K, group, at, e)
+            E, inverse = kept or _weights(steps, Q_at, K, group, at, e)
             dO_at = dO[..., at, :].reshape(Q_at.shape)
             if inverse is not None:
                 dO_at = dO_at * inverse
             if dV is not None:
-                _collect(dV, product(E.swapaxes(2, 3), dO_at), i == 0)  #     O = E @ V / sum
+                _collect(dV, steps.product(E.swapaxes(2, 3), dO_at), i == 0)  #     O = E @ V / sum
             if dQ is None and dK is None:
                 continue
-            dS = _wide_product(dO_at, V[:, :, 0, :e].swapaxes(2, 3))
-            dS = _through_softmax(dS, E, inverse)  #                      E = exp(S - max)
+            dS = steps.scores(dO_at, V[:, :, 0, :e].swapaxes(2, 3))
+            dS = steps.through_softmax(dS, E, inverse)  #                       E = exp(S - max)
             if dK is not None:
-                _collect(dK, product(dS.swapaxes(2, 3), Q_at), i == 0)  #     S = Q_at @ K^T
+                _collect(dK, steps.product(dS.swapaxes(2, 3), Q_at), i == 0)  #     S = Q_at @ K^T
             if dQ is not None:
-                part = product(dS, K[:, :, 0, :e])
+                part = steps.product(dS, K[:, :, 0, :e])
                 xp.multiply(part.reshape(dQ[..., at, :].shape), _scale(Q), out=dQ[..., at, :])
         if dQ is not None:
             _put(dQ, dq, group.queries)
@@ -150,9 +150,9 @@ def attention_backward(
     return dq, dk, dv
 
 
-def _collect(whole: Array, part: Array, first: bool) -> None:
+def _collect(total: Array, part: Array, first: bool) -> None:
     """Add the gradient of the keys that a block sees to that of all, (n, G, 1, s, d); the first assigns."""
-    seen, unseen = whole[:, :, 0, : part.shape[2]], whole[:, :, 0, part.shape[2] :]
+    seen, unseen = total[:, :, 0, : part.shape[2]], total[:, :, 0, part.shape[2] :]
     if not first:
         seen += part
         return
@@ -161,45 +161,9 @@ def _collect(whole: Array, part: Array, first: bool) -> None:
         unseen[...] = 0
 
 
-def _weights(Q: Array, K: Array, group: Group, at: slice, e: int) -> tuple[Array, Array | None]:
+def _weights(steps: Steps, Q: Array, K: Array, group: Group, at: slice, e: int) -> tuple[Array, Array | None]:
     """E = exp(S - max) (n, G, H / G t, e) and 1 / sum (..., 1), or P and None; S = Q K^T where a query may look; Q is scaled."""
-    S = _wide_product(Q, K[:, :, 0, :e].swapaxes(2, 3))
-    xp, limit, (n, G, rows, _) = get_xp(S), group.limit[:, at], S.shape
-    t = limit.shape[1]
-    if xp is not np:
-        given = S, xp.ascontiguousarray(group.seen[:, at]), np.int32(G * rows), np.int32(t), np.int32(e)
-        if is_half(Q):
-            P = xp.empty(S.shape, dtype=Q.dtype)
-            cuda.rowwise("softmax", "masked_exp", n * G * rows, e, *given, cuda.NULL, P, like=P)
-            return P, None
-        inverse = xp.empty((n, G, rows, 1), dtype=S.dtype)
-        cuda.rowwise("softmax", "masked_exp", n * G * rows, e, *given, inverse, cuda.NULL)
-        return S, inverse
-    first = int(limit.min()) + 1  # keys before this one are seen by every query
-    if first < e:
-        hidden = np.where(np.arange(first, e) > limit[:, :, None], -math.inf, 0).astype(S.dtype)
-        S.reshape(n, -1, t, e)[..., first:] += hidden[:, None]
-    S -= S.max(axis=-1, keepdims=True)
-    E = np.exp(S, out=S)
-    return E, 1 / (E @ np.ones((e, 1), E.dtype))
-
-
-def _through_softmax(dS: Array, E: Array, inverse: Array | None) -> Array:
-    """dS = E (dS - D'), D' = (row sum of E * dS) / sum, in place, or new where E has 16 bits."""
-    xp, n = get_xp(dS), dS.shape[-1]
-    if xp is np:
-        dS -= np.einsum("ngts,ngts->ngt", dS, E)[..., None] * inverse
-        dS *= E
-        return dS
-    narrow = xp.empty(dS.shape, dtype=E.dtype) if inverse is None else None
-    given = dS, E, cuda.NULL if inverse is None else inverse, np.int32(n), cuda.NULL if narrow is None else narrow
-    cuda.rowwise("softmax", "softmax_backward", dS.size // n, n, *given, like=E)
-    return dS if narrow is None else narrow
-
-
-def _wide_product(a: Array, b: Array) -> Array:
-    """a b, in float32 of factors of 16 bits."""
-    return cuda.gemm(a, b, dtype=np.float32) if is_half(a) else product(a, b)
+    return steps.weights(steps.scores(Q, K[:, :, 0, :e].swapaxes(2, 3)), group, at, Q.dtype)
 
 
 def _blocks(group: Group, n_head: int, xp: Any) -> Iterator[tuple[slice, int]]:
@@ -214,7 +178,7 @@ def _blocks(group: Group, n_head: int, xp: Any) -> Iterator[tuple[slice, int]]:
 
 def _sizes(xp: Any) -> tuple[int, int]:
     """(queries in a block, scores in a block or a group), at most."""
-    return (_QUERIES, _SCORES) if xp is np else (_QUERIES * _ON_DEVICE[0], _SCORES * _ON_DEVICE[1])
+    return (QUERIES, SCORES) if xp is np else (QUERIES * ON_DEVICE[0], SCORES * ON_DEVICE[1])
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------------
@@ -231,8 +195,8 @@ def _grouped(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, n_head
     bounds = np.frombuffer(bounds_bytes, dtype=np.int64)
     rows = np.arange(bounds[-1]) if rows_bytes is None else np.frombuffer(rows_bytes, dtype=np.int64)
     cuts = np.searchsorted(rows, bounds)
-    lengths, asked = np.diff(bounds), np.diff(cuts)
-    order = [int(i) for i in np.argsort(-lengths, kind="stable") if asked[i]]
+    lengths, queried = np.diff(bounds), np.diff(cuts)
+    order = [int(i) for i in np.argsort(-lengths, kind="stable") if queried[i]]
     groups: list[Group] = []
     queries_most, scores_most = _sizes(xp)
     while order:
@@ -250,7 +214,7 @@ def _grouped(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, n_head
 
 
 def _rows_of(bounds: np.ndarray, members: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
-    """(n, longest) the rows of each member, filled up with its first, and where they are its own (None: everywhere)."""
+    """(n, longest) the rows of each member, padded with its first, and where they are its own (None: everywhere)."""
     first, count = bounds[members][:, None], np.diff(bounds)[members][:, None]
     step = np.arange(count.max())[None, :]
     there = step < count
@@ -280,7 +244,7 @@ def _room(x: Array, places: Places, n: int, G: int, d: int) -> Array:
 
 
 def _put(part: Array, x: Array, places: Places) -> None:
-    """The reverse of `_take`: x[rows] = part, without what was filled up."""
+    """The reverse of `_take`: x[rows] = part, without padding."""
     if isinstance(places.rows, slice):
         return
     rows = part.transpose(0, 3, 1, 2, 4).reshape(places.rows.size, -1)
@@ -296,6 +260,6 @@ def _scale(Q: Array) -> float:
 
 
 def _scaled(Q: Array) -> Array:
-    """Q / sqrt d, (n, G, H / G t, d): the heads of a group of heads below each other."""
+    """Q / sqrt d, (n, G, H / G t, d): the heads of a group stacked."""
     n, G, _, _, d = Q.shape
     return (Q * _scale(Q)).astype(Q.dtype, copy=False).reshape(n, G, -1, d)

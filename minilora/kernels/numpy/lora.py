@@ -1,0 +1,68 @@
+"""LoRA on large arrays: the low-rank product is added to the dense one block by block, and the bias along with it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from minilora import functional as F
+from minilora.backend import Array
+from minilora.kernels.numpy.blocks import BLOCK, row_blocks
+
+
+def fits(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: float, mask: Array | None = None) -> bool:
+    """Whether x and y together are larger than a block: below that the reference is as fast."""
+    return x.ndim == 2 and x.dtype == A.dtype and len(x) * sum(W.shape) >= BLOCK
+
+
+def lora_linear(
+    x: np.ndarray, W: Array, b: np.ndarray | None, A: np.ndarray, B: np.ndarray, s: float, mask: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """As functional.lora_linear."""
+    F.check_lora(W, A, B)
+    y = F.linear(x, W, None)
+    u = (x if mask is None else x * mask) @ A
+    if b is None:
+        _add_product(y, s * u, B)
+    else:  # y += [s u, 1] @ [B; b]: one pass for both
+        r = u.shape[1]
+        su_1 = np.ones((len(u), r + 1), u.dtype)
+        np.multiply(u, s, out=su_1[:, :r])
+        _add_product(y, su_1, np.concatenate([B, b[None]]))
+    return y, u
+
+
+def lora_linear_backward(
+    dy: np.ndarray,
+    x: np.ndarray,
+    u: np.ndarray,
+    W: Array,
+    A: np.ndarray,
+    B: np.ndarray,
+    s: float,
+    mask: np.ndarray | None = None,
+    need: Collection[str] = ("dx", "dA", "dB"),
+) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """As functional.lora_linear_backward, which takes what has a mask."""
+    if mask is not None:
+        return F.lora_linear_backward(dy, x, u, W, A, B, s, mask, need)
+    dB = (s * u).T @ dy if "dB" in need else None
+    if not {"dx", "dA"} & set(need):
+        return None, None, dB
+    du = s * (dy @ B.T)
+    dA = x.T @ du if "dA" in need else None
+    dx = dy @ W.T if "dx" in need else None
+    if dx is not None:
+        _add_product(dx, du, A.T)
+    return dx, dA, dB
+
+
+def _add_product(y: np.ndarray, u: np.ndarray, B: np.ndarray) -> None:
+    """y += u @ B, without an array of the size of y."""
+    product: np.ndarray | None = None
+    for at in row_blocks(*y.shape):
+        if product is None:
+            product = np.empty((at.stop - at.start, y.shape[1]), y.dtype)
+        part = np.matmul(u[at], B, out=product[: at.stop - at.start])
+        y[at] += part
