@@ -1,7 +1,7 @@
 """minilora: a minimal, autograd-free engine that fine-tunes neural networks with low-rank adaptation.
 
 Every gradient is written by hand, checked by finite differences, and runs unchanged on NumPy and CuPy.
-Importing this loads NumPy and nothing heavier: what needs more is loaded when it is first used.
+Importing it loads nothing heavier than NumPy: everything else is loaded at its first use.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from minilora import moved as moved
+
 if TYPE_CHECKING:
-    from minilora.adapters import BottleneckConfig, BottleneckLinear, PartialConfig, combine, extract, inject, input_roots, mixed
+    from minilora.adapters import BottleneckConfig, BottleneckLinear, PartialConfig, combine, extract, input_roots, mixed
     from minilora.backend import choose_backend, seed, to_backend, to_numpy
     from minilora.checking.gradcheck import gradcheck
     from minilora.formats.adapter import load_adapter, save_adapter
@@ -32,20 +34,19 @@ if TYPE_CHECKING:
         SiLU,
         Tanh,
     )
-    from minilora.lora import LoraConfig, LoRALinear, disabled, factorize, merge, unmerge
+    from minilora.lora import LoraConfig, LoRALinear, disabled, factorize, inject, merge, unmerge
     from minilora.lora.variants.vera import VeraConfig
     from minilora.models import GPT2, MLP, BertClassifier, BertConfig, GPT2Config, KVCache, Llama, LlamaConfig
     from minilora.optim.flat import clip_grad_norm
     from minilora.optim.loraplus import create_loraplus_optimizer
     from minilora.optim.optimizers import SGD, Adam, AdamW
-    from minilora.optim.preconditioned import create_lora_pro_optimizer, create_lorafa_optimizer, create_riemannian_optimizer
     from minilora.optim.schedules import schedule
     from minilora.quantization.quantize import quantize_model
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "adapters": "BottleneckConfig BottleneckLinear PartialConfig combine extract inject input_roots mixed",
+    "adapters": "BottleneckConfig BottleneckLinear PartialConfig combine extract input_roots mixed",
     "backend": "choose_backend seed to_backend to_numpy",
     "quantization.quantize": "quantize_model",
     "lora.variants.vera": "VeraConfig",
@@ -54,12 +55,11 @@ _HOME = {
     "functional.losses": "cross_entropy mse",
     "checking.gradcheck": "gradcheck",
     "layers": "GELU Attention Block Dropout Embedding Layer LayerNorm Linear Parameter RMSNorm ReLU Sequential SiLU Tanh",
-    "lora": "LoRALinear LoraConfig disabled factorize merge unmerge",
+    "lora": "LoRALinear LoraConfig disabled factorize inject merge unmerge",
     "models": "BertClassifier BertConfig GPT2 MLP GPT2Config KVCache Llama LlamaConfig",
     "optim.flat": "clip_grad_norm",
     "optim.loraplus": "create_loraplus_optimizer",
     "optim.optimizers": "SGD Adam AdamW",
-    "optim.preconditioned": "create_lora_pro_optimizer create_lorafa_optimizer create_riemannian_optimizer",
     "optim.schedules": "schedule",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
@@ -68,7 +68,7 @@ __all__ = sorted(_MODULE_OF)  # noqa: PLE0605  (a list of str, made from the tab
 
 
 def __getattr__(name: str) -> Any:
-    """Load what is asked for, once."""
+    """Load a public name at its first use."""
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'minilora' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"minilora.{_MODULE_OF[name]}"), name)

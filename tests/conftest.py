@@ -1,12 +1,13 @@
-"""One suite for two backends. A test that takes `backend` runs on each that is asked for:
+"""One suite for two backends. A test that takes `backend` runs on each of those requested:
 
-`pytest` is NumPy and the stand-in for CuPy, on any machine; `pytest --backend cupy` is the GPU.
+`pytest` runs on NumPy and on the fake CuPy (tests/standin), on any machine; `pytest --backend cupy` is the GPU.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +23,7 @@ CHOICES = {"numpy": ["numpy"], "standin": ["standin"], "cupy": ["cupy"], "both":
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", choices=CHOICES, default="both", help="what tests run on; both: numpy and the stand-in for cupy")
+    parser.addoption("--backend", choices=CHOICES, default="both", help="what tests run on; both: numpy and the fake CuPy")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,7 +41,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     chosen = config.getoption("backend")
     if chosen != "cupy":
         sources = "CUDA sources run through g++" if cuda.ENABLED else "CUDA sources not run: there is no g++, or MINILORA_KERNELS=plain"
-        names = {"numpy": f"numpy {np.__version__}", "standin": f"stand-in for cupy ({sources})"}
+        names = {"numpy": f"numpy {np.__version__}", "standin": f"fake CuPy ({sources})"}
         return "backends: " + ", ".join(names[b] for b in CHOICES[chosen])
     cupy = import_cupy()
     version = cupy.cuda.runtime.driverGetVersion()
@@ -49,25 +50,25 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "card" in metafunc.fixturenames:
+    if "gpu" in metafunc.fixturenames:
         names = [name for name in CHOICES[metafunc.config.getoption("backend")] if name != "numpy"]
-        skip = pytest.mark.skip(reason="of CuPy alone: --backend numpy leaves it out")
-        metafunc.parametrize("card", names or [pytest.param("", marks=skip)], indirect=True)
+        skip = pytest.mark.skip(reason="for CuPy only; --backend numpy skips it")
+        metafunc.parametrize("gpu", names or [pytest.param("", marks=skip)], indirect=True)
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", CHOICES[metafunc.config.getoption("backend")], indirect=True)
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
-    """The name for `layer.to(...)` and `to_backend(...)`: "numpy" or "cupy". The stand-in is in place for this test alone."""
+    """The name for `layer.to(...)` and `to_backend(...)`: "numpy" or "cupy". The fake CuPy is installed for this test only."""
     if request.param == "standin":
-        request.getfixturevalue("standin_cupy")
+        request.getfixturevalue("fake_cupy")
     return "numpy" if request.param == "numpy" else "cupy"
 
 
 @pytest.fixture
-def standin_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The stand-in, as what `import cupy` gives during this test; for tests that count. Products go to its cuBLAS."""
+def fake_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The fake CuPy, which `import cupy` returns during this test; for tests that count. Products use its cuBLAS."""
     for name, module in standin.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     bindings = blas.bindings
@@ -77,14 +78,14 @@ def standin_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 @pytest.fixture
-def card(request: pytest.FixtureRequest) -> ModuleType:
-    """cupy, or its stand-in: for tests of what only a card does."""
-    return request.getfixturevalue("standin_cupy") if request.param == "standin" else import_cupy()
+def gpu(request: pytest.FixtureRequest) -> ModuleType:
+    """CuPy or the fake CuPy, for tests of what only a GPU does."""
+    return request.getfixturevalue("fake_cupy") if request.param == "standin" else import_cupy()
 
 
 @pytest.fixture
 def xp(backend: str) -> ModuleType:
-    """The module of the backend under test: numpy, cupy, or the stand-in."""
+    """The module of the backend under test: numpy, cupy, or the fake CuPy."""
     return np if backend == "numpy" else import_cupy()
 
 
@@ -98,3 +99,17 @@ def on(backend: str) -> Callable[..., Any]:
 def rng() -> np.random.Generator:
     """Random numbers, the same in every run."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def peft() -> ModuleType:
+    for name in ("torch", "transformers"):
+        pytest.importorskip(name, reason=f"the live comparison needs {name}: pip install 'minilora[oracle]'")
+    return pytest.importorskip("peft", reason="the live comparison needs peft: pip install 'minilora[oracle]'")

@@ -84,13 +84,13 @@ def gradients(model):
     return as_peft(model, {path: ml.to_numpy(p.grad) for path, p in model.parameters() if p.trainable})
 
 
-def deviation(found, wanted):
-    """The largest difference, relative to the largest value wanted; over all keys, which must be the same."""
-    if not isinstance(wanted, dict):
-        found, wanted = {"": ml.to_numpy(found)}, {"": wanted}
-    assert found.keys() == wanted.keys()
-    assert all(found[key].shape == wanted[key].shape for key in wanted)
-    return max(float(np.abs(found[key] - wanted[key]).max() / np.abs(wanted[key]).max()) for key in wanted)
+def deviation(found, expected):
+    """The largest difference, relative to the largest expected value, over all keys, which must be the same."""
+    if not isinstance(expected, dict):
+        found, expected = {"": ml.to_numpy(found)}, {"": expected}
+    assert found.keys() == expected.keys()
+    assert all(found[key].shape == expected[key].shape for key in expected)
+    return max(float(np.abs(found[key] - expected[key]).max() / np.abs(expected[key]).max()) for key in expected)
 
 
 def train(model, name):

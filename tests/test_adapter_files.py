@@ -1,4 +1,4 @@
-"""Adapters' files: every tensor is loaded or refused, drawn heads go along, bases are told apart, and older versions of PEFT read them."""
+"""Adapter files: every tensor is loaded or refused, new heads are saved, bases are distinguished, older versions of PEFT read them."""
 
 import warnings
 
@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 import minilora as ml
 from minilora.formats.atomic import read_json, write_json
 from minilora.formats.tensors import read_tensors, stored_dtypes, write_tensors
+from minilora.lora import adaptation
 from minilora.models.bert import BertConfig
 from minilora.models.llama import LlamaConfig
 
@@ -20,7 +21,7 @@ PEFT_0_6 = """peft_type auto_mapping base_model_name_or_path revision task_type 
 
 
 def llama(folder, dtype=None, **changes):
-    """A small random Llama with large weights, so that what is wrong shows."""
+    """A small random Llama with large weights, so that errors show."""
     model = ml.Llama(LlamaConfig(**SIZES, **changes), rng=0)
     for _, p in model.parameters():
         if p.data.ndim == 2:
@@ -30,7 +31,7 @@ def llama(folder, dtype=None, **changes):
 
 
 def bert(folder, pooler=True, **changes):
-    """A small random BERT without a head, and perhaps without a pooler."""
+    """A small random BERT without a head, and optionally without a pooler."""
     ml.save_model(ml.BertClassifier(BertConfig(**SIZES, **changes), rng=0), folder)
     tensors = load_file(folder / "model.safetensors")
     kept = {name.removeprefix("bert."): 10 * value for name, value in tensors.items() if "classifier" not in name}
@@ -61,15 +62,8 @@ def far(a, b):
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-@pytest.fixture(scope="session")
-def peft():
-    for name in ("torch", "transformers"):
-        pytest.importorskip(name, reason=f"the live comparison needs {name}: pip install 'minilora[oracle]'")
-    return pytest.importorskip("peft", reason="the live comparison needs peft: pip install 'minilora[oracle]'")
-
-
 def in_peft(peft, base, adapter, name="AutoModelForCausalLM", seed=0, **options):
-    """What transformers and PEFT make of the two folders; torch draws what is missing with this seed."""
+    """The output of transformers and PEFT for the two folders; torch initialises missing modules with this seed."""
     import torch
     import transformers
 
@@ -135,7 +129,7 @@ def test_a_tied_head_may_lie_in_the_file_if_it_is_the_embedding(tmp_path):
     with pytest.raises(ValueError, match=r"has 'base_model.model.lm_head.weight' .* no place for"):
         ml.load_adapter(ml.load_model(base, "numpy"), adapter)
     base, adapter = with_embedding(tmp_path, lambda E: {EMBEDDING: E + 1}, tie_word_embeddings=True)
-    with pytest.raises(ValueError, match=r"model.embed_tokens cannot be trained whole, since embedding and head share"):
+    with pytest.raises(ValueError, match=r"model.embed_tokens cannot be fully trained, since embedding and head share"):
         ml.load_adapter(ml.load_model(base, "numpy"), adapter)
 
 
@@ -173,7 +167,7 @@ def test_the_base_weight_below_an_adapter_has_to_be_the_models(tmp_path):
     ],
 )
 def test_a_drawn_head_and_pooler_go_along(config, tmp_path, peft, capsys):
-    """PEFT, which draws its own with any seed, and a model here that drew others, answer as the model that was saved."""
+    """PEFT, whose own head depends on the seed, and a model here with another head, give the outputs of the saved model."""
     base = bert(tmp_path / "b", pooler=False)
     model = ml.load_model(base, "numpy", labels=3)
     ml.inject(model, ml.LoraConfig(r=2, **config), rng=0)
@@ -205,7 +199,7 @@ def test_what_stays_drawn_is_said(tmp_path, capsys):
     write_json(tmp_path / "a" / "adapter_config.json", {**raw, "modules_to_save": ["classifier", "score"]})
     capsys.readouterr()
     ml.load_adapter(ml.load_model(base, "numpy", labels=3), tmp_path / "a")
-    assert "a has no bert.pooler.dense either: what was drawn here at random stays." in capsys.readouterr().err
+    assert "a has no bert.pooler.dense either: the random initial values here are unchanged." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", [ml.BottleneckConfig(), ml.PartialConfig(train=["norm"])])
@@ -223,10 +217,10 @@ def test_a_drawn_pooler_goes_along_with_other_methods(config, tmp_path):
 def test_mean_pooling_is_said_where_it_is_written(tmp_path, capsys):
     model = ml.BertClassifier(BertConfig(**SIZES, pooling="mean"), rng=0)
     ml.save_model(model, tmp_path / "m")
-    assert "mean of the tokens (pooling), which transformers and PEFT have not" in capsys.readouterr().err
+    assert "mean of the tokens; transformers and PEFT read BERT's pooler" in capsys.readouterr().err
     ml.inject(model, ml.LoraConfig(r=2, target_modules=["query"]), rng=0)
     ml.save_adapter(model, tmp_path / "a")
-    assert "mean of the tokens (pooling), which transformers and PEFT have not" in capsys.readouterr().err
+    assert "mean of the tokens; transformers and PEFT read BERT's pooler" in capsys.readouterr().err
 
 
 # -- adapters of models without their head ------------------------------------------------------------------------------------------
@@ -280,8 +274,8 @@ def test_an_adapter_that_names_no_base_is_not_put_on_the_bundled_model(tmp_path)
     from minilora.runs.run_file import open_model
 
     ml.save_adapter(adapted(llama(tmp_path / "base")), tmp_path / "a")
-    told = read_json(tmp_path / "a" / "adapter_config.json")
-    write_json(tmp_path / "a" / "adapter_config.json", {**told, "base_model_name_or_path": None})
+    result = read_json(tmp_path / "a" / "adapter_config.json")
+    write_json(tmp_path / "a" / "adapter_config.json", {**result, "base_model_name_or_path": None})
     with pytest.raises(ValueError, match=r"a names no base model \(base_model_name_or_path\); give one as the model, and --adapter"):
         open_model(str(tmp_path / "a"), "numpy")
     assert far(logits(open_model(str(tmp_path / "base"), "numpy", str(tmp_path / "a"))), logits(adapted(tmp_path / "base"))) == 0
@@ -335,7 +329,7 @@ def test_older_versions_of_peft_know_every_field(tmp_path):
 
 
 def test_bfloat16_is_the_nearest_and_ties_go_to_the_even(tmp_path):
-    """By hand: one unit in the last place of 1 is 2^-7; a half of it is a tie."""
+    """By hand: one unit in the last place of 1 is 2^-7, and half of it is a tie."""
     x = np.float32([1, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 3 * 2**-8, 2.0**-130, 0, 3.3895314e38])
     expected = np.float32([1, 1, 1 + 2**-6, 1 + 2**-7, -1 - 2**-6, 2.0**-130, 0, 3.3895314e38])
     write_tensors(tmp_path / "x", {"x": x, "y": x[:2]}, dtypes={"x": "bfloat16"})
@@ -348,7 +342,7 @@ def test_bfloat16_is_the_nearest_and_ties_go_to_the_even(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_merging_keeps_the_bases_dtype_and_size(dtype, tmp_path):
-    from minilora.runs.run_file import merge_run
+    from minilora.runs.merge import merge_run
 
     base = llama(tmp_path / "base", dtype)
     ml.save_adapter(adapted(base), tmp_path / "a")
@@ -380,7 +374,7 @@ def test_a_link_out_of_the_folder_is_not_published(tmp_path, capsys):
     assert not (tmp_path / "out" / "vocab.txt").exists()
     assert (tmp_path / "out" / "vocab.json").read_text() == "a b"
     assert not (tmp_path / "out" / "vocab.json").is_symlink()
-    assert "vocab.txt is a link out of its folder: it is not copied" in capsys.readouterr().err
+    assert "vocab.txt links to a file outside its folder, and is not copied" in capsys.readouterr().err
 
 
 def test_links_of_the_hubs_cache_are_its_own(tmp_path, capsys):
@@ -401,11 +395,11 @@ def test_only_what_is_meant_for_the_hub_is_asked_of_it(tmp_path, monkeypatch):
 
     from minilora.runs.run_file import open_model, tokenizer_of
 
-    asked = []
+    requested = []
     hub = types.ModuleType("huggingface_hub")
 
     def fetch(name, **options):
-        asked.append((name, options["local_files_only"]))
+        requested.append((name, options["local_files_only"]))
         raise OSError("no network")
 
     hub.snapshot_download = fetch
@@ -415,21 +409,21 @@ def test_only_what_is_meant_for_the_hub_is_asked_of_it(tmp_path, monkeypatch):
     for name in ("runs/lora-9", "studies/x", "models/mine", "./org/name", "../org/name", "~/name"):
         with pytest.raises(FileNotFoundError, match="there is no model at"):
             open_model(name, "numpy")
-    assert asked == []
+    assert requested == []
     base = llama(tmp_path / "base")
     model = adapted(base)
-    model.lora_config.base_model_name_or_path = "org/name"
+    adaptation(model).config.base_model_name_or_path = "org/name"
     ml.save_adapter(model, tmp_path / "a")
     for opened in (open_model, tokenizer_of):
-        with pytest.raises(FileNotFoundError, match=r"org/name, nor is it in the hub's local cache"):
+        with pytest.raises(FileNotFoundError, match=r"org/name, and it is not in the hub's local cache"):
             opened("a")
     with pytest.raises(FileNotFoundError, match="Give it as the model, and --adapter a"):
         open_model("a", "numpy")
-    assert {local for _, local in asked} == {True}
-    asked.clear()
-    with pytest.raises(FileNotFoundError, match="the hub did not give it: no network"):
+    assert {local for _, local in requested} == {True}
+    requested.clear()
+    with pytest.raises(FileNotFoundError, match="it cannot be fetched from the hub: no network"):
         open_model("org/name", "numpy", adapter="a")
-    assert asked == [("org/name", False)]
+    assert requested == [("org/name", False)]
 
 
 # -- comparing ----------------------------------------------------------------------------------------------------------------------
@@ -484,7 +478,7 @@ def test_compare_of_classifiers(tmp_path):
     ],
 )
 def test_the_row_of_the_pad_token_gets_no_gradient_from_what_is_read(fields, tied, tmp_path):
-    """All other rows do as without it."""
+    """All other rows behave as without it."""
     grads = {}
     for pad in (None, 4, -27):
         model = ml.load_model(llama(tmp_path / str(pad), pad_token_id=pad, tie_word_embeddings=tied), "numpy")

@@ -30,8 +30,8 @@ def test_get_xp_names_the_module(xp, on, backend):
     assert door.get_xp() is np
 
 
-def test_get_xp_refuses_a_mixture_and_strangers(standin_cupy):
-    x = standin_cupy.ones(2)
+def test_get_xp_refuses_a_mixture_and_strangers(fake_cupy):
+    x = fake_cupy.ones(2)
     with pytest.raises(TypeError, match=r"NumPy and CuPy are mixed; move the layer with layer\.to"):
         door.get_xp(np.ones(2), None, x)
     with pytest.raises(TypeError, match=r"mixed"):
@@ -75,7 +75,7 @@ def test_memory_and_synchronisation(backend):
     assert memory.peak_memory(backend) >= 0
 
 
-def test_synchronize_waits_for_the_device(standin_cupy, monkeypatch):
+def test_synchronize_waits_for_the_device(fake_cupy, monkeypatch):
     monkeypatch.setattr(memory, "_most_held", 0)
     with standin.count() as c:
         door.synchronize("numpy")
@@ -138,7 +138,7 @@ def test_cupy_that_cannot_be_used(broken, error, message, monkeypatch, capsys):
     assert err.count("\n") == 1
 
 
-def test_auto_takes_cupy_where_it_works(standin_cupy, capsys):
+def test_auto_takes_cupy_where_it_works(fake_cupy, capsys):
     assert door.choose_backend() == "cupy"
     assert door.choose_backend("cupy") == "cupy"
     assert capsys.readouterr() == ("", "")
@@ -214,7 +214,7 @@ def counted(model):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_lora_step_neither_waits_nor_forms_dw(standin_cupy, dropout):
+def test_a_lora_step_neither_waits_nor_forms_dw(fake_cupy, dropout):
     model = adapted_model("cupy", dropout)
     optimizer = ml.AdamW(model.parameters(), lr=1e-3)
     b = batch()
@@ -228,10 +228,10 @@ def test_a_lora_step_neither_waits_nor_forms_dw(standin_cupy, dropout):
     assert len(c.products) > 50
     assert c.launches > len(c.products)
     assert c.bytes < 1000  # token ids, positions and labels go to the device, nothing else
-    assert isinstance(loss, standin_cupy.ndarray)
+    assert isinstance(loss, fake_cupy.ndarray)
 
 
-def test_the_count_above_would_see_a_full_step(standin_cupy):
+def test_the_count_above_would_see_a_full_step(fake_cupy):
     """With everything trainable each dense weight, and the tied embedding, has its dW formed; reading the loss waits."""
     model = adapted_model("cupy").unfreeze()
     b = batch()
@@ -243,9 +243,9 @@ def test_the_count_above_would_see_a_full_step(standin_cupy):
     assert (c.syncs, c.to_host) == (1, 1)
 
 
-def test_a_frozen_linear_forms_one_product_each_way(standin_cupy, rng):
+def test_a_frozen_linear_forms_one_product_each_way(fake_cupy, rng):
     layer = ml.Linear(6, 4).to("cupy").freeze()
-    x, dy = (standin_cupy.asarray(rng.standard_normal(shape)) for shape in ((5, 6), (5, 4)))
+    x, dy = (fake_cupy.asarray(rng.standard_normal(shape)) for shape in ((5, 6), (5, 4)))
     with standin.count() as c:
         _, saved = layer.forward(x)
         layer.backward(dy, saved)
@@ -298,7 +298,7 @@ LAUNCHES = {"GPT-2": 76, "Llama": 112}  # of a block with LoRA on all linear lay
 
 @pytest.mark.skipif(not cuda.ENABLED, reason="counts launches of the CUDA sources, which need g++ here")
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_launches_a_block(name, standin_cupy):
+def test_launches_a_block(name, fake_cupy):
     """Counted as what one more block costs; no synchronisation, and nothing goes to the device after the first step."""
 
     def step(blocks):

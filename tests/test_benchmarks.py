@@ -41,15 +41,15 @@ def sides(*losses):
 @pytest.mark.parametrize("wrong", [[2.0, 1.001], [2.0, math.nan], [2.0]])
 def test_a_rival_whose_losses_differ_fails_the_benchmark(wrong):
     right = [2.0, 1.0]
-    told = summary(sides(right, right, [2.0, 1.0000001]), 10, 1e-4)
-    assert told["ok"]
-    assert told["best"] == "side1"
-    assert told["ratio_to_best"] == {"median": pytest.approx(7 / 12), "min": 0.5, "max": pytest.approx(2 / 3)}
-    assert told["sides"]["side2"]["memory_ratio"] == pytest.approx(1 / 3)
-    assert told["sides"]["side1"]["seconds_per_step"] == [0.2, 0.3]
-    told = summary(sides(right, right, wrong), 10, 1e-4)
-    assert not told["ok"]
-    json.dumps(told, allow_nan=False)
+    result = summary(sides(right, right, [2.0, 1.0000001]), 10, 1e-4)
+    assert result["ok"]
+    assert result["best"] == "side1"
+    assert result["ratio_to_best"] == {"median": pytest.approx(7 / 12), "min": 0.5, "max": pytest.approx(2 / 3)}
+    assert result["sides"]["side2"]["memory_ratio"] == pytest.approx(1 / 3)
+    assert result["sides"]["side1"]["seconds_per_step"] == [0.2, 0.3]
+    result = summary(sides(right, right, wrong), 10, 1e-4)
+    assert not result["ok"]
+    json.dumps(result, allow_nan=False)
     assert summary(sides(right, wrong), 10, None)["ok"]  # where losses are not to be compared
 
 
@@ -66,12 +66,12 @@ def run(*arguments):
 def test_a_small_run():
     done = run("--steps", "2", "--no-compile")
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["command"] == "python -m benchmarks.toy --rounds 1 --threads 1 --steps 2 --no-compile"
-    assert list(told["sides"]) == ["ours", "eager", "malloc", "plain"]
-    assert told["losses"]["apart"] < 1e-5
-    assert told["losses"]["last"] < told["losses"]["first"]
-    assert all(side["seconds_per_step"][0] > 0 and side["peak_memory_bytes"] > 1e7 for side in told["sides"].values())
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["command"] == "python -m benchmarks.toy --rounds 1 --threads 1 --steps 2 --no-compile"
+    assert list(result["sides"]) == ["ours", "eager", "malloc", "plain"]
+    assert result["losses"]["apart"] < 1e-5
+    assert result["losses"]["last"] < result["losses"]["first"]
+    assert all(side["seconds_per_step"][0] > 0 and side["peak_memory_bytes"] > 1e7 for side in result["sides"].values())
 
 
 def test_bad_input_is_one_sentence():

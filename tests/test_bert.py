@@ -81,13 +81,13 @@ def test_the_other_options_live(task, tmp_path):
         dy = np.random.default_rng(0).standard_normal(logits.shape)
         ours.backward(dy, saved)
         (theirs_logits * torch.tensor(dy)).sum().backward()
-    wanted = {path: p.grad.numpy() for path, p in theirs.named_parameters()}
+    expected = {path: p.grad.numpy() for path, p in theirs.named_parameters()}
     found = oracle.gradients(ours)
-    for grads in (wanted, found):  # torch gives the row of the padding token, 0, no gradient; here there is no padding
+    for grads in (expected, found):  # torch gives the row of the padding token, 0, no gradient; here there is no padding
         grads["bert.embeddings.word_embeddings.weight"] = grads["bert.embeddings.word_embeddings.weight"][1:]
-    zero = {path for path in wanted if path.endswith("key.bias")}
+    zero = {path for path in expected if path.endswith("key.bias")}
     assert max(np.abs(found.pop(path)).max() for path in zero) < 1e-14
-    assert oracle.deviation(found, {path: g for path, g in wanted.items() if path not in zero}) < 1e-10
+    assert oracle.deviation(found, {path: g for path, g in expected.items() if path not in zero}) < 1e-10
 
 
 # -- frozen means not computed and not saved ------------------------------------------------------------------------------------

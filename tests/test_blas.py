@@ -33,7 +33,7 @@ def laid_out(x, layout):
 
 
 @pytest.fixture(params=["cuBLAS", "CuPy"])
-def way(request, card, monkeypatch):
+def way(request, gpu, monkeypatch):
     if request.param == "CuPy":
         monkeypatch.setattr(blas, "bindings", lambda: None)
     return request.param
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused(way):
             blas.gemm(a, b)
 
 
-def test_views_are_not_copied(standin_cupy):
+def test_views_are_not_copied(fake_cupy):
     """Queries, keys and values are columns of one matrix; CuPy's products would copy each."""
     qkv = standin.module.asarray(np.random.default_rng(0).standard_normal((6, 12)))
     for a, b in ((qkv[:, :4], qkv[:, 4:8].T), (qkv[:, :4].T, qkv[:, 8:])):
@@ -118,7 +118,7 @@ def test_the_bindings_are_those_that_the_stand_in_plays():
     assert cublas.GemmAlgo.DEFAULT == blas._DEFAULT_ALGORITHM
 
 
-def test_bindings_that_cannot_be_used_are_left_alone(standin_cupy, monkeypatch):
+def test_bindings_that_cannot_be_used_are_left_alone(fake_cupy, monkeypatch):
     """As where the driver, or cuBLAS itself, is not found."""
 
     def create():

@@ -1,4 +1,4 @@
-"""Published checkpoints: mapped and not copied, in shards, bare, of the hub; written so that transformers reads them; bad files."""
+"""Published checkpoints: mapped without a copy, sharded, bare, from the hub; written for transformers; bad files."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def edit(folder, change):
 
 
 def shards(folder, **changes):
-    """Split a folder's tensors over two files; `changes` are made to the index."""
+    """Split a folder's tensors over two files, with `changes` to the index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
@@ -61,7 +61,7 @@ def test_weights_are_mapped_and_a_mapped_model_does_all_that_others_do(name, tmp
     model = ml.load_model(folder, "numpy")
     assert all(is_mapped(p.data) and not p.data.flags.writeable for _, p in model.parameters())
     assert not any(is_mapped(p.data) for _, p in ml.load_model(folder, "numpy", "float64").parameters())
-    assert model.source == str(folder)
+    assert model.origin.source == str(folder)
     assert not model.trainable
     before = logits(model, name)
     assert oracle.deviation(before, oracle.GOLDEN[f"{name}.logits"]) > 1e-3  # the golden logits are with the adapter
@@ -85,7 +85,7 @@ def test_weights_are_mapped_and_a_mapped_model_does_all_that_others_do(name, tmp
 
 
 def test_no_memory_is_taken_for_weights_that_are_mapped(tmp_path):
-    """A subprocess, so that the measure is of this alone: 40 MB of weights, and Python's arrays stay below 4 MB."""
+    """In a subprocess, to measure nothing else: 40 MB of weights, and Python allocates less than 4 MB."""
     model = ml.BertClassifier(ml.BertConfig(vocab_size=30000, hidden_size=320, num_hidden_layers=1, num_attention_heads=4), rng=0)
     ml.save_model(model, tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors").stat().st_size > 40e6
@@ -107,7 +107,7 @@ def test_shards_are_one_model(name, tmp_path):
 
 
 def bare(folder, pooler=True):
-    """The folder as a BertModel is saved: no prefix, no classifier, perhaps no pooler, and a buffer."""
+    """The folder as a saved BertModel: no prefix, no classifier, a buffer, and optionally no pooler."""
 
     def change(tensors):
         for key in list(tensors):
@@ -122,13 +122,13 @@ def bare(folder, pooler=True):
 
 
 def test_a_bare_bert_gets_a_classifier_and_says_so(tmp_path, capsys):
-    wanted = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "w"), "numpy", "float64")
+    expected = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "w"), "numpy", "float64")
     assert capsys.readouterr().err == ""
     folder = bare(oracle.write_checkpoint("bert", tmp_path / "m"))
     model = ml.load_model(folder, "numpy", "float64", labels=5)
-    assert capsys.readouterr().err == f"{folder} has no classifier: drawn at random, until it is trained or loaded.\n"
+    assert capsys.readouterr().err == f"{folder} has no classifier: initialised at random, to be trained or loaded.\n"
     ids, _, offsets = oracle.batch("bert")
-    np.testing.assert_array_equal(model.embed(ids, offsets), wanted.embed(ids, offsets))
+    np.testing.assert_array_equal(model.embed(ids, offsets), expected.embed(ids, offsets))
     assert logits(model, "bert").shape == (4, 5)
     W = model.classifier.weight.data
     assert 0.01 < W.std() < 0.03
@@ -142,7 +142,7 @@ def test_a_bare_bert_gets_a_classifier_and_says_so(tmp_path, capsys):
 
 def test_names_of_the_first_berts_and_heads_for_other_tasks(tmp_path, capsys):
     folder = oracle.write_checkpoint("bert", tmp_path / "m", architectures=["BertForMaskedLM"])
-    wanted = logits(ml.load_model(folder, "numpy"), "bert")
+    expected = logits(ml.load_model(folder, "numpy"), "bert")
 
     def change(tensors):
         for key in list(tensors):
@@ -150,15 +150,15 @@ def test_names_of_the_first_berts_and_heads_for_other_tasks(tmp_path, capsys):
             tensors[old] = tensors.pop(key)
         tensors["cls.predictions.bias"] = np.zeros(61)
 
-    np.testing.assert_array_equal(logits(ml.load_model(edit(folder, change), "numpy"), "bert"), wanted)
-    assert "the head for another task (cls.predictions.bias, ...) is left out" in capsys.readouterr().err
+    np.testing.assert_array_equal(logits(ml.load_model(edit(folder, change), "numpy"), "bert"), expected)
+    assert "the head for another task (cls.predictions.bias, ...) is ignored" in capsys.readouterr().err
 
 
 def test_gpt2s_buffers_are_ignored_and_its_head_may_be_there_if_it_is_the_embedding(tmp_path):
     folder = oracle.write_checkpoint("gpt2", tmp_path / "m")
-    wanted = logits(ml.load_model(folder, "numpy"), "gpt2")
+    expected = logits(ml.load_model(folder, "numpy"), "gpt2")
     edit(folder, lambda t: t.update({"transformer.h.0.attn.bias": np.ones((1, 1, 13, 13)), "lm_head.weight": t["transformer.wte.weight"]}))
-    np.testing.assert_array_equal(logits(ml.load_model(folder, "numpy"), "gpt2"), wanted)
+    np.testing.assert_array_equal(logits(ml.load_model(folder, "numpy"), "gpt2"), expected)
     edit(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
     with pytest.raises(ValueError, match=r"lm_head.weight differs from transformer.wte.weight"):
         ml.load_model(folder, "numpy")
@@ -186,11 +186,11 @@ def test_a_gguf_file_is_read_by_its_own_module(tmp_path, monkeypatch):
     raw = {"model_type": "bert", **make_models.CONFIGS["bert"], "num_labels": 3}
     with pytest.raises(FileNotFoundError, match="there is no file"):
         ml.load_model(tmp_path / "x.gguf", "numpy")
-    monkeypatch.setattr("minilora.formats.checkpoint.read_gguf", lambda path: (raw, weights, None))
+    monkeypatch.setattr("minilora.formats.checkpoint.read_gguf", lambda path: (raw, weights))
     model = ml.load_model(tmp_path / "x.gguf", "numpy", "float64")
-    wanted = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "m"), "numpy", "float64")
-    np.testing.assert_array_equal(logits(model, "bert"), logits(wanted, "bert"))
-    assert model.source == str(tmp_path / "x.gguf")
+    expected = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "m"), "numpy", "float64")
+    np.testing.assert_array_equal(logits(model, "bert"), logits(expected, "bert"))
+    assert model.origin.source == str(tmp_path / "x.gguf")
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_the_cache_and_the_offline_switch_of_the_hub_are_respected(tmp_path):
     code = """
 import minilora as ml
 model = ml.load_model("org/name", "numpy")
-print(model.hub_id, model.source)
+print(model.origin.hub_id, model.origin.source)
 try:
     ml.load_model("org/other", "numpy")
 except FileNotFoundError as error:
@@ -215,26 +215,26 @@ except FileNotFoundError as error:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.splitlines()
     assert out[0] == f"org/name {home / 'snapshots' / 'abc'}"
-    assert out[1].startswith("there is no folder org/other, and the hub did not give it: ")
+    assert out[1].startswith("there is no folder org/other, and it cannot be fetched from the hub: ")
     assert len(out) == 2
 
 
 def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatch):
-    asked = {}
+    requested = {}
     hub = types.ModuleType("huggingface_hub")
 
     def fetch(name, **options):
-        asked.update(options, name=name)
+        requested.update(options, name=name)
         raise OSError("no\nnetwork")
 
     hub.snapshot_download = fetch
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="the hub did not give it: no network"):
+    with pytest.raises(FileNotFoundError, match="it cannot be fetched from the hub: no network"):
         ml.load_model("org/name", "numpy")
-    assert asked["name"] == "org/name"
-    assert "*.safetensors" in asked["allow_patterns"]
-    assert not any(pattern.endswith((".bin", "*")) for pattern in asked["allow_patterns"])
+    assert requested["name"] == "org/name"
+    assert "*.safetensors" in requested["allow_patterns"]
+    assert not any(pattern.endswith((".bin", "*")) for pattern in requested["allow_patterns"])
     hub.snapshot_download = lambda name, **options: str(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"org/name on the hub has no config.json"):
         ml.load_model("org/name", "numpy")
@@ -254,7 +254,7 @@ def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatc
     oracle.write_checkpoint("gpt2", tmp_path / "name").rename(tmp_path / "org")
     (tmp_path / "org").rename(tmp_path / "name")
     monkeypatch.chdir(tmp_path.parent)
-    assert ml.load_model(f"{tmp_path.name}/name", "numpy").hub_id is None  # a folder that looks like an id
+    assert ml.load_model(f"{tmp_path.name}/name", "numpy").origin.hub_id is None  # a folder that looks like an id
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------
@@ -306,10 +306,10 @@ def test_what_transformers_writes_is_read_and_what_is_written_transformers_reads
     merged = ours.forward(ids, keep=False)[0]
     assert np.abs(merged - judge(theirs)).max() > 0.1
     assert oracle.deviation(merged, judge(again.eval())) < 1e-5
-    written, told = load_file(tmp_path / "ours" / "model.safetensors"), read_json(tmp_path / "ours" / "config.json")
+    written, result = load_file(tmp_path / "ours" / "model.safetensors"), read_json(tmp_path / "ours" / "config.json")
     assert ("lm_head.weight" in written) == (family == "llama, free head")
-    assert told["architectures"] == [name]
-    assert told["eos_token_id"] == 2
+    assert result["architectures"] == [name]
+    assert result["eos_token_id"] == 2
     assert oracle.deviation(ml.load_model(tmp_path / "ours", "numpy").forward(ids, keep=False)[0], merged) < 1e-6
     if model_type == "bert":
         assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").config.num_labels == 3
@@ -340,15 +340,15 @@ def only(name):
 
 
 BAD = {
-    "missing": (lambda f: edit(f, lambda t: t.pop(W)), rf"misses '{W}' \(1 tensors"),
-    "half a classifier": (lambda f: edit(f, lambda t: t.pop("classifier.bias")), "misses 'classifier.bias'"),
+    "missing": (lambda f: edit(f, lambda t: t.pop(W)), rf"lacks '{W}' \(1 tensors"),
+    "half a classifier": (lambda f: edit(f, lambda t: t.pop("classifier.bias")), "lacks 'classifier.bias'"),
     "no classifier where one is promised": (
         lambda f: edit(f, lambda t: [t.pop("classifier.bias"), t.pop("classifier.weight")]),
-        "misses 'classifier.bias'",
+        "lacks 'classifier.bias'",
     ),
     "extra": (lambda f: edit(f, lambda t: t.update({"bert.stray": np.ones(1)})), "has 'bert.stray' .* no place for"),
     "twice": (lambda f: edit(f, lambda t: t.update({W[5:]: t[W]})), f"has '{W}' twice"),
-    "misshapen": (lambda f: edit(f, lambda t: t.update({W: t[W].T.copy()})), r"has shape \(12, 20\), the model wants \(20, 12\)"),
+    "misshapen": (lambda f: edit(f, lambda t: t.update({W: t[W].T.copy()})), r"has shape \(12, 20\), the model expects \(20, 12\)"),
     "NaN": (lambda f: edit(f, lambda t: t[W].__setitem__((1, 2), np.nan)), "not finite"),
     "infinite": (lambda f: edit(f, lambda t: t[W].__setitem__((1, 2), -np.inf)), "not finite"),
     "integers": (lambda f: edit(f, lambda t: t.update({W: t[W].astype(np.int32)})), r"\(int32\) holds values that are not finite"),
@@ -359,12 +359,12 @@ BAD = {
         config(architectures=["BertForTokenClassification"]),
         "'BertForTokenClassification'; supported: BertForSequenceClassification",
     ),
-    "a size that is not the tensors'": (config(intermediate_size=24), "has shape .*, the model wants"),
+    "a size that is not the tensors'": (config(intermediate_size=24), "has shape .*, the model expects"),
     "pickled": (only("pytorch_model.bin"), r"only a pickled checkpoint \(pytorch_model.bin\), .* convert it to safetensors"),
     "no weights": (only("weights.dat"), "there is no file .*model.safetensors, nor"),
-    "index outside": (lambda f: shards(f, **{W: "../model-00001-of-00002.safetensors"}), "not a plain name of a file in its folder"),
-    "index absolute": (lambda f: shards(f, **{W: "/etc/passwd"}), "'/etc/passwd', which is not a plain name"),
-    "index on another system": (lambda f: shards(f, **{W: "..\\x.safetensors"}), "not a plain name"),
+    "index outside": (lambda f: shards(f, **{W: "../model-00001-of-00002.safetensors"}), "not the plain name of a file in its folder"),
+    "index absolute": (lambda f: shards(f, **{W: "/etc/passwd"}), "'/etc/passwd', which is not the plain name"),
+    "index on another system": (lambda f: shards(f, **{W: "..\\x.safetensors"}), "not the plain name"),
     "index of a list": (lambda f: shards(f, **{W: [1]}), r"names the file \[1\], which is not"),
     "index of a number": (lambda f: shards(f, **{W: 3}), "names the file 3, which is not"),
     "index without files": (lambda f: shards(f, **{W: "model-00003.safetensors"}), "there is no file"),
@@ -391,9 +391,9 @@ def test_a_bad_checkpoint(case, tmp_path):
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match="this model is no classifier"):
+    with pytest.raises(ValueError, match="this model is not a classifier"):
         ml.load_model("pydoc", "numpy", labels=3)
-    with pytest.raises(ValueError, match=r"classifier.weight has shape \(12, 3\), the model wants \(12, 4\)"):
+    with pytest.raises(ValueError, match=r"classifier.weight has shape \(12, 3\), the model expects \(12, 4\)"):
         ml.load_model(oracle.write_checkpoint("bert", tmp_path / "m"), "numpy", labels=4)
     for dtype in ("int8", "float3", "float8"):
         with pytest.raises(ValueError, match=f"dtype is '{dtype}'; choose float32"):
@@ -402,42 +402,42 @@ def test_bad_arguments(tmp_path):
 
 F4 = {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}
 BAD_FILES = {
-    "empty": (None, b"", None, "it has 0 bytes"),
-    "length beyond the file": ({"x": F4}, bytes(8), 10**6, "its header would be 1000000 bytes long"),
-    "length beyond all files": ({"x": F4}, bytes(8), 2**64 - 1, "its header would be"),
-    "no JSON": (b"{'x': 3}", b"", None, "its header is no JSON"),
-    "no text": (b"\xff\xfe{}", b"", None, "its header is no JSON"),
-    "a list": ([F4], bytes(8), None, "its header is a list"),
-    "nested without end": (b"[" * 100_000, b"", None, "its header is no JSON"),
-    "a name twice": (b'{"x": 1, "x": 2}', b"", None, "a name occurs twice"),
-    "truncated": ({"x": F4}, bytes(7), None, "speaks of 8 bytes of data, but 7 are there"),
-    "bytes left over": ({"x": F4}, bytes(9), None, "speaks of 8 bytes of data, but 9 are there"),
-    "shape and extent": ({"x": {**F4, "shape": [3, 1]}}, bytes(8), None, "which is 12 bytes, but has bytes 0 to 8"),
-    "backwards": ({"x": {**F4, "data_offsets": [8, 0]}}, bytes(8), None, "has bytes 8 to 0"),
-    "negative": ({"x": {**F4, "data_offsets": [-8, 0]}}, bytes(8), None, "not a dtype, a shape and two offsets"),
-    "huge": ({"x": {**F4, "shape": [2**40, 2**40]}}, bytes(8), None, "bytes, but has bytes 0 to 8"),
-    "huge and empty": ({"x": {**F4, "shape": [2**63, 0], "data_offsets": [0, 0]}}, b"", None, "not a dtype, a shape"),
+    "empty": (None, b"", None, "header too small"),
+    "length beyond the file": ({"x": F4}, bytes(8), 10**6, "invalid header length"),
+    "length beyond all files": ({"x": F4}, bytes(8), 2**64 - 1, "header too large"),
+    "no JSON": (b"{'x': 3}", b"", None, "invalid JSON in header"),
+    "no text": (b"\xff\xfe{}", b"", None, "invalid UTF-8 in header"),
+    "a list": ([F4], bytes(8), None, "invalid JSON in header: invalid type: sequence"),
+    "nested without end": (b"[" * 100_000, b"", None, "invalid JSON in header"),
+    "a name twice": (b'{"x": 1, "x": 2}', b"", None, "invalid JSON in header: invalid type: integer"),
+    "truncated": ({"x": F4}, bytes(7), None, "file not fully covered"),
+    "bytes left over": ({"x": F4}, bytes(9), None, "file not fully covered"),
+    "shape and extent": ({"x": {**F4, "shape": [3, 1]}}, bytes(8), None, "invalid shape, data type, or offset"),
+    "backwards": ({"x": {**F4, "data_offsets": [8, 0]}}, bytes(8), None, "invalid offset for tensor `x`"),
+    "negative": ({"x": {**F4, "data_offsets": [-8, 0]}}, bytes(8), None, "invalid value: integer `-8`"),
+    "huge": ({"x": {**F4, "shape": [2**40, 2**40]}}, bytes(8), None, "overflow computing buffer size"),
+    "huge and empty": ({"x": {**F4, "shape": [2**63, 0], "data_offsets": [0, 0]}}, b"", None, "has shape [9223372036854775808"),
     "beyond all strides, and empty": (
         {"x": {**F4, "shape": [2**61, 0], "data_offsets": [0, 0]}},
         b"",
         None,
-        "has shape (2305843009213693952",
+        "has shape [2305843009213693952",
     ),
     "overlapping": (
         {"x": F4, "y": {**F4, "data_offsets": [4, 12]}},
         bytes(12),
         None,
-        "of 'y' begins at byte 4, where that before it ends at 8",
+        "invalid offset for tensor `y`",
     ),
-    "a hole": ({"x": {**F4, "data_offsets": [8, 16]}}, bytes(16), None, "begins at byte 8, where that before it ends at 0"),
-    "a fraction": ({"x": {**F4, "shape": [2.0, 1]}}, bytes(8), None, "not a dtype, a shape"),
-    "a true shape": ({"x": {**F4, "shape": [2, True]}}, bytes(8), None, "not a dtype, a shape"),
-    "a hundred axes": ({"x": {**F4, "shape": [1] * 99 + [2]}}, bytes(8), None, "not a dtype, a shape"),
-    "no dtype": ({"x": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8), None, "of dtype None; supported: F64, F32, F16, BF16"),
-    "unknown dtype": ({"x": {**F4, "dtype": "F8_E4M3"}}, bytes(8), None, "of dtype 'F8_E4M3'; supported"),
-    "a list for a dtype": ({"x": {**F4, "dtype": ["F32"]}}, bytes(8), None, "supported: F64"),
-    "a text for a tensor": ({"x": "F32"}, bytes(8), None, "not a dtype, a shape"),
-    "metadata": ({"__metadata__": {"a": 1}, "x": F4}, bytes(8), None, "its metadata is not"),
+    "a hole": ({"x": {**F4, "data_offsets": [8, 16]}}, bytes(16), None, "invalid offset for tensor `x`"),
+    "a fraction": ({"x": {**F4, "shape": [2.0, 1]}}, bytes(8), None, "invalid type: floating point `2.0`"),
+    "a true shape": ({"x": {**F4, "shape": [2, True]}}, bytes(8), None, "invalid type: boolean `true`"),
+    "a hundred axes": ({"x": {**F4, "shape": [1] * 99 + [2]}}, bytes(8), None, "has shape [1, 1"),
+    "no dtype": ({"x": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8), None, "missing field `dtype`"),
+    "unknown dtype": ({"x": {**F4, "dtype": "F8_E4M3", "data_offsets": [0, 2]}}, bytes(2), None, "has dtype 'F8_E4M3'; supported: F64"),
+    "a list for a dtype": ({"x": {**F4, "dtype": ["F32"]}}, bytes(8), None, "invalid type: sequence"),
+    "a text for a tensor": ({"x": "F32"}, bytes(8), None, "invalid type: string"),
+    "metadata": ({"__metadata__": {"a": 1}, "x": F4}, bytes(8), None, "invalid type: integer `1`, expected a string"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: the main job in small, and bad input told in one sentence."""
+"""The command line: the main job in small, and bad input reported in one sentence."""
 
 import json
 import os
@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import minilora as ml
-from minilora.cli import _parser, main
+from minilora.cli import main
+from minilora.cli.flags import make_parser
 from minilora.data.text import HELD_OUT, TRAIN, stdlib_source
+from minilora.formats.origin import Origin
 from minilora.formats.tokenizer import ByteTokenizer
 
 QUICK = [
@@ -41,12 +43,6 @@ def text(tmp_path):
     return path
 
 
-@pytest.fixture
-def cwd(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def run(capsys, *argv):
     """(exit status, stdout, stderr) of a verb."""
     status = main([str(a) for a in argv])
@@ -66,9 +62,9 @@ def test_finetune_leaves_a_whole_run_folder(method, cwd, text, capsys):
     folder = cwd / "runs" / f"{method}-1"
     made = "model" if method == "full" else "adapter"
     assert {p.name for p in folder.iterdir()} == {"run.json", "metrics.jsonl", "samples.txt", "curves.png", made}
-    told = json.loads((folder / "run.json").read_text())
-    assert told["configuration"]["method"] == method
-    results = told["results"]
+    result = json.loads((folder / "run.json").read_text())
+    assert result["configuration"]["method"] == method
+    results = result["results"]
     assert results["headline"] == "bits_per_byte"
     assert results["after"]["bits_per_byte"] < results["before"]["bits_per_byte"]
     assert results["steps"] == 4
@@ -111,25 +107,24 @@ def test_generate_merge_and_info_work_on_what_finetune_wrote(cwd, text, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "method"),
     [
         (["--use-dora", "--init", "pissa"], "DoRA (pissa) r=8"),
         (["--init-lora-weights", "eva", "--loraplus-lr-ratio", "4"], "LoRA (eva, LoRA+ of 4) r=8"),
-        (["--init", "lora_ga", "--optimizer", "lora_pro", "--backend", "numpy"], "LoRA (lora_ga, lora_pro) r=8"),
+        (["--init", "lora_ga", "--backend", "numpy"], "LoRA (lora_ga) r=8"),
         (["--quantize", "nf4"], "LoRA (nf4) r=8"),
         (["--peft-type", "VERA", "--r", "300", "--lora-dropout", "0.1"], "VeRA r=300 on 16 layers"),
         (["--init", "loftq"], "LoRA (loftq) r=8"),
-        (["--optimizer", "lora_fa", "--threads", "2", "--r", "4"], "LoRA (lora_fa) r=4"),
     ],
 )
-def test_methods_of_the_family(flags, told, cwd, text, capsys):
+def test_methods_of_the_family(flags, method, cwd, text, capsys):
     out = finetune(capsys, "--data", text, "--out", "run", "--lr", "0.003", *flags)
-    assert told in out
+    assert method in out
     results = json.loads((cwd / "run" / "run.json").read_text())["results"]
     assert results["after"]["bits_per_byte"] < results["before"]["bits_per_byte"]
     status, out, err = run(capsys, "evaluate", "run", "--data", text, "--window", "32", "--json")
     assert status == 0, err
-    assert f"adapter     {told.split()[0]} on " in run(capsys, "info", "run")[1]
+    assert f"adapter     {method.split()[0]} on " in run(capsys, "info", "run")[1]
     assert run(capsys, "merge", "run", "--out", "merged", "--dtype", "float32")[0] == 0
     assert json.loads(out)["loss"] == pytest.approx(results["after"]["loss"], rel=1e-5)  # of the same held-out part
     held_out = ["--data", text, "--window", "32", "--split", "valid", "--eval-bytes", "256", "--json"]
@@ -238,7 +233,7 @@ def broken_adapter(d):
 def adapter_of_another_model(d):
     model = ml.GPT2(ml.GPT2Config(vocab_size=256, n_positions=8, n_embd=6, n_layer=1, n_head=1), rng=0)
     ml.inject(model, ml.LoraConfig(r=2))
-    model.source = "pydoc"  # which it is not
+    model.origin = Origin("pydoc")  # which it is not
     ml.save_adapter(model, d / "adapter")
     return ["merge", "adapter", "--out", "merged"]
 
@@ -252,8 +247,8 @@ BAD = {
     "no such start": (bad(["--init", "magic"]), "init_lora_weights is 'magic'; choose one of True, False, 'gaussian'"),
     "a start beyond the SVD": (bad(["--init", "lora_ga", "--r", "100"]), "rank 100 needs 200 singular vectors"),
     "two methods": (bad(["--peft-type", "VERA", "--use-dora"]), "use_dora and VeRA exclude each other"),
-    "two optimizers": (bad(["--optimizer", "riemannian", "--loraplus-lr-ratio", "4"]), "exclude each other; choose one"),
-    "adapters' optimizer without adapters": (bad(["--method", "full", "--optimizer", "lora_fa"]), "optimizer is for LoRA; method full"),
+    "a removed flag": (bad(["--optimizer", "riemannian"]), "--optimizer was removed: AdamW is the optimizer"),
+    "LoRA+ without LoRA": (bad(["--method", "full", "--loraplus-lr-ratio", "4"]), "loraplus_lr_ratio is for LoRA; method full"),
     "rank 0": (bad(["--r", "0"]), "rank r must be an integer of at least 1, got 0"),
     "rank too large": (bad(["--r", "500"]), "rank 500 is beyond transformer.h.0.attn.c_attn"),
     "unknown module": (bad(["--target-modules", "q_proj,c_attn"]), "no linear layer is called 'q_proj'"),
@@ -278,7 +273,7 @@ BAD = {
     "tokens below 0": (lambda d: ["generate", "--tokens", "-1", "--backend", "numpy"], "-1 tokens are to be written"),
     "prompt of a broken shell": (
         lambda d: ["generate", "--prompt", "a\udcff", "--backend", "numpy"],
-        "half of a surrogate pair at character 1",
+        "unpaired surrogate at character 1",
     ),
     "system without a chat": (lambda d: ["generate", "--system", "You help."], "give --chat too"),
     "temperature": (lambda d: ["generate", "--temperature", "-1", "--backend", "numpy"], "temperature is -1.0"),
@@ -293,9 +288,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(case, cwd, capsys):
     before = {p: p.read_bytes() for p in cwd.rglob("*") if p.is_file()}
     status, _, err = run(capsys, *argv)
     assert status == 1
-    told = [line for line in err.splitlines() if line.startswith("minilora: error:")]
-    assert len(told) == 1
-    assert message in told[0]
+    result = [line for line in err.splitlines() if line.startswith("minilora: error:")]
+    assert len(result) == 1
+    assert message in result[0]
     assert "Traceback" not in err
     assert {p: p.read_bytes() for p in cwd.rglob("*") if p.is_file()} == before
     assert not (cwd / "new").exists()
@@ -337,10 +332,18 @@ def test_bytes_and_text():
 def test_every_verb_has_its_help_and_a_wrong_flag_its_line(capsys):
     """Each flag once, none of them turned into a word without dashes, and no traceback."""
     words = {"compare": ["first", "second"], **{key: ["model"] for key in ("evaluate", "generate", "merge", "extract", "info")}}
-    for name, p in _parser()[1].items():
+    for name, p in make_parser()[1].items():
         assert [action.dest for action in p._actions if not action.option_strings] == words.get(name, [])
         assert f"minilora {name}" in p.format_help()
         with pytest.raises(SystemExit) as stopped:
             main([name, "--no-such-flag"])
         assert stopped.value.code == 2
         assert "usage: minilora" in capsys.readouterr().err
+
+
+def test_info_names_the_kernels_of_a_model(capsys):
+    pytest.importorskip("minilora.kernels.report")
+    rows = [line.split() for line in run(capsys, "info", "--kernels")[1].splitlines() if line.startswith("kernel ")]
+    assert {"numpy", "reference"} >= {where for _, _, where, *_ in rows}
+    result = json.loads(run(capsys, "info", "--kernels", "--json")[1])
+    assert [row["operation"] for row in result["kernels"]] == [name for _, name, *_ in rows]

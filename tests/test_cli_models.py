@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from small_tokenizers import CHATML, library_wordpiece
+from tiny import write_jsonl
 
 import minilora as ml
 from minilora.cli import main
@@ -55,15 +56,9 @@ def llama(cwd):
     return cwd / "llama"
 
 
-def write(path, records):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
 def write_films(folder):
     for split in ("train", "valid", "test"):
-        write(folder / f"{split}.jsonl", FILMS * 3)
+        write_jsonl(folder / f"{split}.jsonl", FILMS * 3)
     return folder
 
 
@@ -72,19 +67,19 @@ def write_films(folder):
 
 def test_a_classifier_from_its_data_to_a_folder_of_its_own(bert, cwd, run):
     films = write_films(cwd / "films")
-    told = run("finetune", *QUICK, "--model", "bert", "--data", "films", "--task", "classify", "--out", "run", json=True)
-    assert told["headline"] == "accuracy"
-    told = {"run": run("evaluate", "run", "--data", films, json=True)}
-    assert {"loss", "tokens", "accuracy", "f1", "f1_macro", "matthews"} < told["run"].keys()
-    assert told["run"]["sequences"] == 12
+    result = run("finetune", *QUICK, "--model", "bert", "--data", "films", "--task", "classify", "--out", "run", json=True)
+    assert result["headline"] == "accuracy"
+    result = {"run": run("evaluate", "run", "--data", films, json=True)}
+    assert {"loss", "tokens", "accuracy", "f1", "f1_macro", "matthews"} < result["run"].keys()
+    assert result["run"]["sequences"] == 12
     run("merge", "run", "--out", "merged", json=True)
     assert read_json(cwd / "merged" / "config.json")["id2label"] == {"0": "dish", "1": "none", "2": "tale"}
-    told["merged"] = run("evaluate", "merged", "--data", films / "test.jsonl", json=True)  # the names of the classes went along
+    result["merged"] = run("evaluate", "merged", "--data", films / "test.jsonl", json=True)  # the names of the classes went along
     shutil.copytree(cwd / "run" / "adapter", cwd / "sent")  # as PEFT's are: no list of names, a head of three rows
-    write(cwd / "numbered.jsonl", [{"text": r["text"], "label": ["dish", "none", "tale"].index(r["label"])} for r in FILMS * 3])
-    told["sent"] = run("evaluate", "sent", "--data", "numbered.jsonl", json=True)
+    write_jsonl(cwd / "numbered.jsonl", [{"text": r["text"], "label": ["dish", "none", "tale"].index(r["label"])} for r in FILMS * 3])
+    result["sent"] = run("evaluate", "sent", "--data", "numbered.jsonl", json=True)
     for name in ("merged", "sent"):
-        assert told[name] == pytest.approx(told["run"], abs=1e-5), name
+        assert result[name] == pytest.approx(result["run"], abs=1e-5), name
 
 
 def test_full_fine_tuning_keeps_the_names_of_the_classes(bert, cwd, run):
@@ -102,10 +97,10 @@ def test_a_merged_classifier_loads_in_transformers_under_its_names(bert, cwd, ru
     assert theirs.config.id2label == {0: "dish", 1: "none", 2: "tale"}
     ids = library_wordpiece().encode("a man eating").ids
     with torch.no_grad():
-        wanted = theirs(torch.tensor([ids])).logits.numpy()
+        expected = theirs(torch.tensor([ids])).logits.numpy()
     from minilora.runs.run_file import open_model
 
-    np.testing.assert_allclose(open_model("run", "numpy").forward(np.array(ids), keep=False)[0], wanted, atol=1e-5)
+    np.testing.assert_allclose(open_model("run", "numpy").forward(np.array(ids), keep=False)[0], expected, atol=1e-5)
 
 
 def test_a_run_works_from_anywhere_and_says_when_its_base_is_gone(bert, cwd, run, capsys, monkeypatch):
@@ -126,18 +121,18 @@ CHATS = [{"messages": [{"role": "user", "content": "the cat"}, {"role": "assista
 
 
 def test_chats_from_a_csv_or_a_folder_to_an_answer(llama, cwd, run):
-    write(cwd / "chats.jsonl", CHATS * 4)
+    write_jsonl(cwd / "chats.jsonl", CHATS * 4)
     (cwd / "pairs.csv").write_text('completion,prompt\n" mat",the cat sat on the\n"Paris",the capital is\n')
     learn = [*QUICK, "--window", 64, "--model", "llama", "--lr", 0.05, "--r", 2]
     (llama / "chat_template.jinja").write_text(CHATML)
     run("finetune", *learn, "--data", "chats.jsonl", "--steps", 20, "--out", "chat")
     prompt = ["--prompt", "the cat", "--temperature", 0, "--tokens", 3]
-    told = run("generate", "chat", "--chat", *prompt, json=True)
-    assert told["prompt"] == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
-    assert told["tokens"] == 3
-    assert run("generate", "chat", "--chat", *prompt) == told["text"] + "\n"
+    result = run("generate", "chat", "--chat", *prompt, json=True)
+    assert result["prompt"] == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    assert result["tokens"] == 3
+    assert run("generate", "chat", "--chat", *prompt) == result["text"] + "\n"
     run("merge", "chat", "--out", "merged")
-    assert run("generate", "merged", "--chat", *prompt, json=True) == told
+    assert run("generate", "merged", "--chat", *prompt, json=True) == result
     losses = [run("evaluate", "llama", "--data", "pairs.csv", *more, json=True) for more in ([], ["--no-mask-prompt"])]
     assert losses[0]["labelled_tokens"] < losses[1]["labelled_tokens"]
     assert {"loss", "tokens", "perplexity"} < losses[0].keys()
@@ -145,10 +140,10 @@ def test_chats_from_a_csv_or_a_folder_to_an_answer(llama, cwd, run):
 
 def test_a_template_that_tries_to_leave_its_sandbox_trains_and_writes_nothing(llama, cwd, capsys):
     (llama / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
-    write(cwd / "chats.jsonl", CHATS)
+    write_jsonl(cwd / "chats.jsonl", CHATS)
     for argv in (["finetune", "--model", "llama", "--data", "chats.jsonl", "--out", "new"], ["generate", "llama", "--chat"]):
         assert main([*argv, "--backend", "numpy"]) == 1
-        assert "the chat template tries to leave its sandbox" in capsys.readouterr().err
+        assert "the chat template tries to leave the sandbox" in capsys.readouterr().err
     assert not (cwd / "new").exists()
 
 
@@ -156,9 +151,7 @@ def test_plain_text_moves_a_published_model_at_the_rate_for_published_models():
     """The rates of the bundled model, 0.8 M parameters, are far too high for others."""
     rates = {}
     for model, task in (("pydoc", "lm"), ("llama", "lm")):
-        recipe = Recipe(model=model, task=task)
-        recipe.settle(lambda *_: None)
-        rates[model] = recipe.lr
+        rates[model] = Recipe(model=model, task=task).resolve(lambda *_: None).lr
     assert rates == {"pydoc": 8e-3, "llama": 5e-4}
 
 
@@ -173,9 +166,9 @@ def test_flags_win_over_the_settings_file_which_may_use_any_name_of_a_flag(bert,
         'backend = "numpy"\ntarget-modules = ["query", "value"]\nlayers_to_transform = [1]\njson = true\nout = "run"\n'
     )
     assert json.loads(run("finetune", "--config", "a.toml", "--lr", 0.001))["steps"] == 2
-    told = read_json(cwd / "run" / "run.json")["configuration"]
-    wanted = {"r": 2, "lora_alpha": 3, "lr": 0.001, "window": 11, "target_modules": ["query", "value"], "layers_to_transform": [1]}
-    assert {name: told[name] for name in wanted} == wanted
+    result = read_json(cwd / "run" / "run.json")["configuration"]
+    expected = {"r": 2, "lora_alpha": 3, "lr": 0.001, "window": 11, "target_modules": ["query", "value"], "layers_to_transform": [1]}
+    assert {name: result[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -226,7 +219,7 @@ def larger_vocabulary(cwd):
 
 
 def no_template(cwd):
-    write(cwd / "chats.jsonl", CHATS)
+    write_jsonl(cwd / "chats.jsonl", CHATS)
     return ["finetune", "--model", "llama", "--data", "chats.jsonl"]
 
 
@@ -235,7 +228,7 @@ BAD = {
     "a task that the model is not for": (["evaluate", "llama", "--data", "films", "--task", "classify"], "task classify needs a BERT"),
     "text for a classifier": (["evaluate", "bert", "--data", "films", "--task", "lm"], "task lm needs a decoder"),
     "training a classifier on text": (["finetune", "--model", "bert", "--data", "films"], "Is --task classify meant?"),
-    "classes for a decoder": (["finetune", "--model", "llama", "--data", "films", "--task", "classify"], "this model is no classifier"),
+    "classes for a decoder": (["finetune", "--model", "llama", "--data", "films", "--task", "classify"], "this model is not a classifier"),
     "writing with a classifier": (["generate", "bert"], "does not generate text"),
     "classes that nobody named": (
         ["evaluate", "bert", "--data", "films/test.jsonl"],
@@ -262,6 +255,6 @@ def test_what_does_not_go_together_is_one_sentence_and_leaves_nothing_behind(cas
     assert main(argv) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    (told,) = [line for line in err.splitlines() if line.startswith("minilora: error:")]
-    assert message in told
+    (result,) = [line for line in err.splitlines() if line.startswith("minilora: error:")]
+    assert message in result
     assert set(cwd.rglob("*")) == before

@@ -21,7 +21,7 @@ from minilora.kernels.cuda import losses as losses_module
 FILES = {"activations": 4, "adamw": 1, "dropout": 1, "elementwise": 4, "flash": 3, "norm": 2, "rotary": 1, "softmax": 3}
 VARIANTS = [(file, dtype, ()) for file in FILES for dtype in cuda.REAL if file != "flash"]
 VARIANTS += [("flash", dtype, (f"-DD={d}",)) for dtype in cuda.REAL if dtype != "float64" for d in flash.HEADS]
-needs_gpp = pytest.mark.skipif(emulator.COMPILER is None, reason="the stand-in runs CUDA sources through g++, which is not installed")
+needs_gpp = pytest.mark.skipif(emulator.COMPILER is None, reason="the fake CuPy runs CUDA sources through g++, which is not installed")
 
 
 def test_every_source_is_here_and_its_kernels_are_used():
@@ -61,7 +61,7 @@ def test_the_sources_compile_for_a_gpu(file, dtype, options, tmp_path):
 
 
 @pytest.fixture(params=[1, 4, 32, 64])
-def threads(request, monkeypatch, standin_cupy):
+def threads(request, monkeypatch, fake_cupy):
     """So many real threads a block."""
     monkeypatch.setattr(emulator, "THREADS", request.param)
     return request.param
@@ -96,8 +96,8 @@ def test_attention(threads, causal, offsets, monkeypatch):
     for rows in (None, np.array([2, 6, 9, 20])):
         q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
         o, saved = K.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
-        wanted, P = F.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
-        close(o, wanted)
+        expected, P = F.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
+        close(o, expected)
         got = K.attention_backward(do_, q_, k, v, saved, 6, offsets, 3, rows=rows)
         pair = F.attention_backward(do_, q_, k, v, P, 6, offsets, 3, rows=rows)
         if rows is None:  # the pair leaves dk and dv of a sequence without a query unset
@@ -148,8 +148,8 @@ def test_adamw_in_one_launch(threads, kind, vectors):
 
 
 @needs_gpp
-def test_a_wrong_argument_is_refused_by_the_stand_in(standin_cupy):
-    module = standin_cupy.RawModule(code=cuda.source_of("dropout"), options=("-DREAL=float",))
+def test_a_wrong_argument_is_refused_by_the_stand_in(fake_cupy):
+    module = fake_cupy.RawModule(code=cuda.source_of("dropout"), options=("-DREAL=float",))
     launch = module.get_function("dropout")
     x = device(4, dtype="float32")
     good = [x, np.uint64(1), cuda.NULL, np.uint64(2), np.float32(1), x, np.int64(4)]
@@ -163,7 +163,7 @@ def test_a_wrong_argument_is_refused_by_the_stand_in(standin_cupy):
 
 
 @needs_gpp
-def test_without_the_sources_the_pairs_run_on_the_device(monkeypatch, standin_cupy):
+def test_without_the_sources_the_pairs_run_on_the_device(monkeypatch, fake_cupy):
     x, gamma = device(4, 6), device(6, seed=1)
     run = lambda: (K.gelu(x), K.rms_norm(x, gamma), K.dropout(x, 0.5, 3))  # noqa: E731
     with_them = run()
@@ -174,7 +174,7 @@ def test_without_the_sources_the_pairs_run_on_the_device(monkeypatch, standin_cu
 
 
 @needs_gpp
-def test_what_does_not_fit_goes_to_the_pair(standin_cupy):
+def test_what_does_not_fit_goes_to_the_pair(fake_cupy):
     x, short, none = device(4, 8), device(4), device(0, 8)
     for call in (lambda: K.layer_norm(x, short, short), lambda: K.rms_norm(x, short), lambda: K.rotary(x, device(3, 2), device(3, 2))):
         with pytest.raises(ValueError, match="shape"):

@@ -1,6 +1,5 @@
-"""Records to examples to batches: what is learnt, what is cut, what is refused, and every example once an epoch."""
+"""From records to examples to batches: what is trained on, truncated, refused, and every example once an epoch."""
 
-import json
 from itertools import islice
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import BPE, BYTES, CHATML, TALK, library_bpe, library_wordpiece
+from tiny import write_jsonl
 
 from minilora.data.batches import Batch
 from minilora.data.datasets import (
@@ -26,15 +26,9 @@ from minilora.data.records import is_dataset
 from minilora.formats.tokenizer import HFTokenizer
 
 
-def jsonl(path, *records):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
 def one(tmp_path, record, tokenizer=BPE, max_length=400, **options):
-    """The example made of one record."""
-    (example,) = load_examples(jsonl(tmp_path / "one.jsonl", record), "lm", tokenizer, max_length, **options)
+    """The example from one record."""
+    (example,) = load_examples(write_jsonl(tmp_path / "one.jsonl", [record]), "lm", tokenizer, max_length, **options)
     return example
 
 
@@ -86,13 +80,13 @@ def test_a_prompt_is_read_as_generation_will_read_it(tokenizer, tmp_path_factory
     def check(prompt, completion):
         if not completion.strip() or (not prompt and len(tokenizer.encode(completion)) < 2):
             return
-        (example,) = load_examples(jsonl(path, {"prompt": prompt, "completion": completion}), "lm", tokenizer, 100)
-        asked = tokenizer.encode(prompt)
-        assert np.array_equal(example.ids[: len(asked)], asked)
+        (example,) = load_examples(write_jsonl(path, [{"prompt": prompt, "completion": completion}]), "lm", tokenizer, 100)
+        requested = tokenizer.encode(prompt)
+        assert np.array_equal(example.ids[: len(requested)], requested)
         whole = np.append(example.ids, example.labels[-1])
         assert tokenizer.decode(whole) == tokenizer.decode(tokenizer.prefix) + prompt + completion + end
-        wanted = np.where(np.arange(len(example.ids)) + 1 < len(asked), -100, whole[1:])
-        assert example.labels.tolist() == wanted.tolist()
+        expected = np.where(np.arange(len(example.ids)) + 1 < len(requested), -100, whole[1:])
+        assert example.labels.tolist() == expected.tolist()
 
     check()
 
@@ -122,7 +116,7 @@ def test_whatever_is_said_only_the_assistants_words_are_learnt(tokenizer, tmp_pa
         if not any(role == "assistant" and content.strip() for role, content in turns):
             return
         messages = [{"role": role, "content": content} for role, content in turns]
-        (example,) = load_examples(jsonl(path, {"messages": messages}), "lm", tokenizer, 2000, chat_template=CHATML)
+        (example,) = load_examples(write_jsonl(path, [{"messages": messages}]), "lm", tokenizer, 2000, chat_template=CHATML)
         end = "<|im_end|>\n"  # here no end token of the tokenizer's
         assert learnt(example, tokenizer) == "".join(content + end for role, content in turns if role == "assistant")
 
@@ -178,7 +172,7 @@ def test_messages_of_which_no_answer_is_left_are_refused(tmp_path):
 
 def test_for_classification_a_cut_text_keeps_the_special_tokens_around_it(tmp_path):
     tokenizer = HFTokenizer(library_wordpiece())
-    file = jsonl(tmp_path / "one.jsonl", {"text": "A man eating food.", "label": "b"}, {"text": "food", "label": "a"})
+    file = write_jsonl(tmp_path / "one.jsonl", [{"text": "A man eating food.", "label": "b"}, {"text": "food", "label": "a"}])
     long, short = load_examples(file, "classify", tokenizer, 5, labels=["a", "b"])
     assert (long.ids.tolist(), long.labels.tolist(), long.cut) == ([2, 4, 5, 6, 3], [1], True)
     assert (short.ids.tolist(), short.labels.tolist(), short.cut) == ([2, 8, 3], [0], False)
@@ -194,8 +188,8 @@ def test_for_classification_a_cut_text_keeps_the_special_tokens_around_it(tmp_pa
 )
 def test_classes_are_the_sorted_labels_of_the_training_data(labels, names, tmp_path):
     records = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
-    jsonl(tmp_path / "train.jsonl", *records)
-    jsonl(tmp_path / "valid.jsonl", *records[:1])
+    write_jsonl(tmp_path / "train.jsonl", records)
+    write_jsonl(tmp_path / "valid.jsonl", records[:1])
     data = load_dataset(tmp_path, "classify", BPE, 20)
     assert data.labels == names
     assert [names[int(e.labels[0])] for e in data.train] == [str(label) for label in labels]
@@ -207,7 +201,7 @@ def test_classes_are_the_sorted_labels_of_the_training_data(labels, names, tmp_p
 
 
 def test_a_saved_model_brings_its_own_classes(tmp_path):
-    jsonl(tmp_path / "test.jsonl", {"text": "a b", "label": "y"})
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "a b", "label": "y"}])
     data = load_dataset(tmp_path, "classify", BPE, 20, labels=["z", "y", "x"])
     assert (data.test[0].labels.tolist(), data.labels, data.train, data.valid) == ([1], ["z", "y", "x"], [], [])
     with pytest.raises(FileNotFoundError, match="without it the classes are not known"):
@@ -228,8 +222,8 @@ def test_csv_by_its_header_with_quotes_commas_and_lines(tmp_path):
 
 
 def test_a_folder_gives_its_files_as_splits(tmp_path):
-    jsonl(tmp_path / "train.jsonl", *texts("aaa", "bbb"))
-    jsonl(tmp_path / "valid.jsonl", *texts("ccc"))
+    write_jsonl(tmp_path / "train.jsonl", texts("aaa", "bbb"))
+    write_jsonl(tmp_path / "valid.jsonl", texts("ccc"))
     (tmp_path / "test.csv").write_text("text\nddd\neee\n")
     data = load_dataset(tmp_path, "lm", BYTES, 2)
     assert [[chr(e.ids[0]) for e in split] for split in (data.train, data.valid, data.test)] == [["a", "b"], ["c"], ["d", "e"]]
@@ -242,7 +236,7 @@ def test_a_folder_gives_its_files_as_splits(tmp_path):
 
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_what_has_no_validation_data_is_split_the_same_way_each_time(as_folder, tmp_path):
-    file = jsonl(tmp_path / "train.jsonl", *texts(*(f"number {i % 50}" for i in range(100))))
+    file = write_jsonl(tmp_path / "train.jsonl", texts(*(f"number {i % 50}" for i in range(100))))
     path = tmp_path if as_folder else file
     data = load_dataset(path, "lm", BYTES, 20)
     kept, held = whole(data.train), whole(data.valid)
@@ -253,13 +247,13 @@ def test_what_has_no_validation_data_is_split_the_same_way_each_time(as_folder, 
 
 
 def whole(examples):
-    """The texts that examples were made of: an example's last token is a label only."""
+    """The texts of examples; the last token of each is only a label."""
     return [BYTES.decode([*e.ids, e.labels[-1]]) for e in examples]
 
 
 def test_a_class_may_fall_wholly_on_one_side_of_a_split(tmp_path):
     records = [{"text": f"number {i}", "label": "rare" if i == 0 else i % 2} for i in range(12)]
-    file = jsonl(tmp_path / "all.jsonl", *records)
+    file = write_jsonl(tmp_path / "all.jsonl", records)
     for seed in range(12):
         assert load_dataset(file, "classify", BYTES, 20, seed=seed).labels == ["0", "1", "rare"]
 
@@ -276,12 +270,12 @@ BAD = {
     "no field": ("x.jsonl", '{"txt": "a b"}', "lm", "line 1: expected the field \"text\", or .*; it has 'txt'"),
     "half a pair": ("x.jsonl", '{"prompt": "a b"}', "lm", "line 1: expected .*; it has 'prompt'"),
     "number": ("x.jsonl", A + '{"text": 3}', "lm", "line 2: 'text' must be text, got 3"),
-    "surrogate": ("x.jsonl", '{"text": "a\\ud800b"}', "lm", "line 1: the text holds half of a surrogate pair"),
+    "surrogate": ("x.jsonl", '{"text": "a\\ud800b"}', "lm", "line 1: the text has an unpaired surrogate"),
     "surrogate in chat": (
         "x.jsonl",
         '{"messages": [{"role": "assistant", "content": "\\ud800b"}]}',
         "lm",
-        "line 1: the text holds half of a surrogate pair",
+        "line 1: the text has an unpaired surrogate",
     ),
     "empty text": ("x.jsonl", '{"text": " "}', "lm", "line 1: the text is empty"),
     "short text": ("x.jsonl", '{"text": "a"}', "lm", "line 1: there is nothing to learn from so short a text"),
@@ -340,8 +334,8 @@ def test_folders_that_are_no_datasets(tmp_path):
 
 
 def test_sequences_that_are_measured_and_learnt_are_counted(tmp_path, capsys):
-    jsonl(tmp_path / "train.jsonl", *({"text": f"text {i}"} for i in range(9)))
-    jsonl(tmp_path / "dev.jsonl", {"text": "text 3"}, {"text": "text 8"}, {"text": "other"})
+    write_jsonl(tmp_path / "train.jsonl", [{"text": f"text {i}"} for i in range(9)])
+    write_jsonl(tmp_path / "dev.jsonl", [{"text": "text 3"}, {"text": "text 8"}, {"text": "other"}])
     load_dataset(tmp_path, "lm", BYTES, 20)
     assert "2 of the 3 sequences of valid are in train too." in capsys.readouterr().err
     load_dataset(tmp_path / "train.jsonl", "lm", BYTES, 20)
@@ -352,7 +346,7 @@ def test_sequences_that_are_measured_and_learnt_are_counted(tmp_path, capsys):
 
 
 def examples_of(lengths):
-    """Examples of these lengths, whose ids all are their number."""
+    """Examples of these lengths; every id of one is its index."""
     return [Example(np.full(n, i), np.full(n, i)) for i, n in enumerate(lengths)]
 
 

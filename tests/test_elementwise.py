@@ -21,13 +21,13 @@ def dtype(request):
 
 
 @pytest.fixture(params=[1, 32])
-def threads(request, monkeypatch, card):
+def threads(request, monkeypatch, gpu):
     monkeypatch.setattr(emulator, "THREADS", request.param)
 
 
-def drawn(n, dtype, card, seed=0, first=0):
+def drawn(n, dtype, gpu, seed=0, first=0):
     """n numbers, `first` numbers behind the beginning of an array."""
-    return card.asarray(np.random.default_rng(seed).standard_normal(n + first).astype(dtype))[first:]
+    return gpu.asarray(np.random.default_rng(seed).standard_normal(n + first).astype(dtype))[first:]
 
 
 def equal(result, expected):
@@ -37,17 +37,17 @@ def equal(result, expected):
 
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 500])
 @pytest.mark.parametrize("first", [0, 1])
-def test_sums_and_products(n, first, dtype, card, threads):
-    x, y = drawn(n, dtype, card, 0, first), drawn(n, dtype, card, 1)
+def test_sums_and_products(n, first, dtype, gpu, threads):
+    x, y = drawn(n, dtype, gpu, 0, first), drawn(n, dtype, gpu, 1)
     with standin.count() as c:
         z, p = K.add(x, y), multiply(x, y)
-    assert card is not standin.module or c.launches == (2 if n else 0)
+    assert gpu is not standin.module or c.launches == (2 if n else 0)
     equal(z, x + y)
     equal(p, x * y)
 
 
-def test_what_is_not_contiguous_or_not_alike_goes_to_the_operator(card):
-    x, y = drawn(12, "float32", card).reshape(3, 4), drawn(12, "float32", card, 1).reshape(4, 3)
+def test_what_is_not_contiguous_or_not_alike_goes_to_the_operator(gpu):
+    x, y = drawn(12, "float32", gpu).reshape(3, 4), drawn(12, "float32", gpu, 1).reshape(4, 3)
     equal(K.add(x, y.T), x + y.T)
     equal(multiply(x, y.T), x * y.T)
     equal(K.add(x, x[:1]), x + x[:1])
@@ -56,18 +56,18 @@ def test_what_is_not_contiguous_or_not_alike_goes_to_the_operator(card):
 
 
 @pytest.mark.parametrize(("rows", "n"), [(0, 8), (1, 8), (5, 16), (9, 3), (4, 257), (6, 4096)])
-def test_rows_of_a_bias(rows, n, dtype, card, threads):
-    b = drawn(n, np.float64 if dtype == np.float64 else np.float32, card)
-    y = rows_of(b, rows, drawn(1, dtype, card))
-    equal(y, card.asarray(np.tile(b.get().astype(dtype), (rows, 1))))
+def test_rows_of_a_bias(rows, n, dtype, gpu, threads):
+    b = drawn(n, np.float64 if dtype == np.float64 else np.float32, gpu)
+    y = rows_of(b, rows, drawn(1, dtype, gpu))
+    equal(y, gpu.asarray(np.tile(b.get().astype(dtype), (rows, 1))))
 
 
-def test_two_matrices_are_cast_in_one_launch(dtype, card, threads):
-    like = drawn(1, dtype, card)
-    A, B = (drawn(n, cuda.real_of(like), card, n).reshape(-1, 3) for n in (9, 33))
+def test_two_matrices_are_cast_in_one_launch(dtype, gpu, threads):
+    like = drawn(1, dtype, gpu)
+    A, B = (drawn(n, cuda.real_of(like), gpu, n).reshape(-1, 3) for n in (9, 33))
     with standin.count() as c:
         a, b = cast_two(A, B, like)
-    assert card is not standin.module or c.launches == (dtype.itemsize == 2)
+    assert gpu is not standin.module or c.launches == (dtype.itemsize == 2)
     for result, matrix in ((a, A), (b, B)):
         equal(result, matrix.astype(dtype))
     for result, matrix in zip(cast_two(A.T, B, like), (A.T, B), strict=True):

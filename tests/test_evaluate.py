@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from small_tokenizers import BPE, library_wordpiece
+from tiny import write_jsonl
 
 import minilora as ml
 from minilora.cli import main
@@ -47,12 +48,6 @@ def llama(cwd):
     return oracle.small_llama(cwd / "llama")
 
 
-def write(path, records):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
 def texts(n, seed=0):
     rng = np.random.default_rng(seed)
     return [{"text": " ".join(rng.choice(WORDS, rng.integers(2, 5))) + f" {i}", "label": ["so", "no", "yes"][i % 3]} for i in range(n)]
@@ -77,35 +72,35 @@ RUNS = {
 
 @pytest.fixture
 def data(cwd):
-    write(cwd / "films.jsonl", texts(60))
-    write(cwd / "films" / "train.jsonl", texts(40))
-    write(cwd / "films" / "dev.jsonl", texts(10, seed=1))
-    write(cwd / "pairs.jsonl", pairs(40))
+    write_jsonl(cwd / "films.jsonl", texts(60))
+    write_jsonl(cwd / "films" / "train.jsonl", texts(40))
+    write_jsonl(cwd / "films" / "dev.jsonl", texts(10, seed=1))
+    write_jsonl(cwd / "pairs.jsonl", pairs(40))
     (cwd / "poem.txt").write_text("the cat sat on the mat; the capital of France is Paris. " * 20)
     (cwd / "latin.txt").write_bytes("the naïve cat sat on the mat ".encode("latin-1") * 30)
 
 
 @pytest.mark.parametrize(("what", "method", "seed"), [(what, m, seed) for what in RUNS for m in RUNS[what][1] for seed in (0, 3)])
 def test_evaluate_equals_finetune_to_the_last_digit(what, method, seed, bert, llama, data, run):
-    told = run("finetune", *RUNS[what][0], *FAST, "--method", method, "--seed", seed, "--out", "run")
-    assert run("evaluate", "run", "--backend", "numpy") == told["after"]
+    result = run("finetune", *RUNS[what][0], *FAST, "--method", method, "--seed", seed, "--out", "run")
+    assert run("evaluate", "run", "--backend", "numpy") == result["after"]
     assert "differs from the run" not in run.err
     if "--data" in RUNS[what][0]:  # and so it does on a copy of the data, under another name
         data = RUNS[what][0][RUNS[what][0].index("--data") + 1]
         if "." in data:
             copy = "copy." + data.split(".")[1]
             (llama.parent / copy).write_bytes((llama.parent / data).read_bytes())
-            assert run("evaluate", "run", "--data", copy, "--backend", "numpy", "--threads", 1) == told["after"]
+            assert run("evaluate", "run", "--data", copy, "--backend", "numpy", "--threads", 1) == result["after"]
 
 
 def test_what_is_learnt_is_not_measured_unless_asked_for(bert, data, run):
-    told = run("finetune", *RUNS["classes"][0], *FAST, "--seed", 3, "--out", "run")["after"]
-    assert 3 <= told["sequences"] <= 20  # a tenth of the different texts, with their copies
+    result = run("finetune", *RUNS["classes"][0], *FAST, "--seed", 3, "--out", "run")["after"]
+    assert 3 <= result["sequences"] <= 20  # a tenth of the different texts, with their copies
     everything = run("evaluate", "run", "--data", "films.jsonl", "--all")
     assert everything["sequences"] == 60
     assert "all of films.jsonl, of which the run may have learnt all but what it held out" in run.err
-    assert run("evaluate", "run", "--split", "train")["sequences"] == 60 - told["sequences"]
-    write(bert.parent / "others.jsonl", texts(9, seed=5))
+    assert run("evaluate", "run", "--split", "train")["sequences"] == 60 - result["sequences"]
+    write_jsonl(bert.parent / "others.jsonl", texts(9, seed=5))
     assert run("evaluate", "run", "--data", "others.jsonl")["sequences"] == 9  # data that it has never seen: all of them
     run("finetune", *RUNS["classes, a folder"][0], *FAST, "--out", "run2")
     assert "the run was trained on all of films/train.jsonl" in run("evaluate", "run2", "--data", "films/train.jsonl", status=1)
@@ -114,10 +109,10 @@ def test_what_is_learnt_is_not_measured_unless_asked_for(bert, data, run):
 
 
 def test_a_run_finds_its_data_from_anywhere(bert, data, run, monkeypatch):
-    told = run("finetune", *RUNS["classes"][0], *FAST, "--out", "run")
+    result = run("finetune", *RUNS["classes"][0], *FAST, "--out", "run")
     (bert.parent / "elsewhere").mkdir()
     monkeypatch.chdir(bert.parent / "elsewhere")
-    assert run("evaluate", "../run", "--backend", "numpy") == told["after"]
+    assert run("evaluate", "../run", "--backend", "numpy") == result["after"]
 
 
 def test_what_is_overridden_and_what_is_cut_is_said(bert, data, run, capsys):
@@ -174,7 +169,7 @@ def test_data_that_have_changed_since_the_run_are_not_measured_as_held_out(bert,
 
 def test_sizes_that_are_given_hold_for_any_data(bert, llama, data, run):
     run("finetune", *RUNS["classes, few"][0], *FAST, "--out", "run")
-    write(bert.parent / "others.jsonl", texts(30, seed=5))
+    write_jsonl(bert.parent / "others.jsonl", texts(30, seed=5))
     assert run("evaluate", "run", "--data", "others.jsonl")["sequences"] == 30
     assert run("evaluate", "run", "--data", "others.jsonl", "--eval-size", 7)["sequences"] == 7
     assert run("evaluate", "run", "--split", "train", "--eval-size", 7)["sequences"] == 7
@@ -184,34 +179,34 @@ def test_sizes_that_are_given_hold_for_any_data(bert, llama, data, run):
 
 @pytest.mark.parametrize("folder", ["model", "."])
 def test_the_settings_of_a_run_are_those_of_the_folder_that_a_model_lies_in(folder, bert, data, run, monkeypatch):
-    told = run("finetune", *RUNS["classes"][0], *FAST, "--method", "full", "--out", "run")["after"]
+    result = run("finetune", *RUNS["classes"][0], *FAST, "--method", "full", "--out", "run")["after"]
     monkeypatch.chdir(bert.parent / "run" / ("model" if folder == "." else ""))
-    assert run("evaluate", folder, "--backend", "numpy") == told
+    assert run("evaluate", folder, "--backend", "numpy") == result
     monkeypatch.chdir(bert.parent / "run")  # the bundled model is not of this run
     assert "bits_per_byte" in run("evaluate", "--data", "../poem.txt", "--window", 16)
 
 
 @pytest.mark.parametrize("record", [{}, {"configuration": []}, {"configuration": {"model": 3}}, {"labels": ["a", "b", "c", "d"]}])
 def test_a_damaged_run_json_ends_in_a_sentence_or_does_not_matter(record, bert, data, run):
-    told = run("finetune", *RUNS["classes"][0], *FAST, "--method", "full", "--out", "run")["after"]
+    result = run("finetune", *RUNS["classes"][0], *FAST, "--method", "full", "--out", "run")["after"]
     write_json("run/run.json", read_json("run/run.json") | record if "labels" in record else record)
     if "labels" in record:  # the model has its own names: its head is not replaced
-        assert run("evaluate", "run", "--backend", "numpy") == told
+        assert run("evaluate", "run", "--backend", "numpy") == result
     else:
         assert run("extract", "run", "--out", "x", status=1)
         assert not (bert.parent / "x").exists()
 
 
 def test_a_quantized_base_with_a_head_is_evaluated(bert, data, run):
-    told = run("finetune", *RUNS["classes"][0], *FAST, "--init", "loftq", "--out", "run")["after"]
-    assert run("evaluate", "run", "--backend", "numpy") == told
+    result = run("finetune", *RUNS["classes"][0], *FAST, "--init", "loftq", "--out", "run")["after"]
+    assert run("evaluate", "run", "--backend", "numpy") == result
 
 
 def test_run_json_holds_null_for_what_json_has_not(cwd, run):
     model = ml.BertClassifier(ml.BertConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1), rng=0)
     ml.save_model(model, cwd / "scorer")
     library_wordpiece().save(str(cwd / "scorer" / "tokenizer.json"))
-    write(cwd / "x.jsonl", [{"text": row["text"], "label": 0.5} for row in texts(9)])  # no correlation with what is constant
+    write_jsonl(cwd / "x.jsonl", [{"text": row["text"], "label": 0.5} for row in texts(9)])  # no correlation with what is constant
     how = ["--model", "scorer", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST]
     assert run("finetune", *how, "--out", "run")["after"]["pearson"] is None
     assert "NaN" not in (cwd / "run" / "run.json").read_text()
@@ -225,23 +220,23 @@ def test_the_perplexity_of_a_text_counts_every_token_once(llama, run):
     (llama.parent / "t.txt").write_text(text)
     ids = BPE.encode(text)
     for window in (5, 7, len(ids) - 1, 50):
-        told = run("evaluate", "llama", "--data", "t.txt", "--window", window)
+        result = run("evaluate", "llama", "--data", "t.txt", "--window", window)
         model, loss = ml.load_model("llama", "numpy"), 0.0
         for a in range(0, len(ids) - 1, window):
             piece = ids[a : a + window + 1]
             z = model.forward(piece[:-1], keep=False)[0].astype(np.float64)
             loss += (np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(piece) - 1), piece[1:]]).sum()
-        assert told["labelled_tokens"] == told["total_tokens"] == len(ids) - 1
-        assert told["loss"] == pytest.approx(loss / (len(ids) - 1), rel=1e-6)
-        assert told["perplexity"] == pytest.approx(math.exp(loss / (len(ids) - 1)), rel=1e-5)
+        assert result["labelled_tokens"] == result["total_tokens"] == len(ids) - 1
+        assert result["loss"] == pytest.approx(loss / (len(ids) - 1), rel=1e-6)
+        assert result["perplexity"] == pytest.approx(math.exp(loss / (len(ids) - 1)), rel=1e-5)
         assert f"{len(ids) - 1} of {len(ids) - 1} tokens" in run.err
 
 
 @pytest.mark.parametrize(("n", "size", "accumulate"), [(40, 8, 1), (40, 8, 3), (44, 8, 4), (9, 8, 8), (41, 8, 2)])
 @pytest.mark.parametrize("epochs", [1, 2, 1.5, 2.1])
 def test_epochs_read_every_text_and_take_the_steps_of_transformers(n, size, accumulate, epochs, bert, run):
-    write(bert.parent / "x" / "train.jsonl", [{"text": "a man eating", "label": i % 2} for i in range(n)])
-    write(bert.parent / "x" / "valid.jsonl", [{"text": "food", "label": 0}, {"text": "a", "label": 1}])
+    write_jsonl(bert.parent / "x" / "train.jsonl", [{"text": "a man eating", "label": i % 2} for i in range(n)])
+    write_jsonl(bert.parent / "x" / "valid.jsonl", [{"text": "food", "label": 0}, {"text": "a", "label": 1}])
     how = ["--batch-size", size, "--accumulate", accumulate, "--epochs", epochs, "--warmup", 0, "--backend", "numpy", "--no-cache"]
     run("finetune", "--model", "bert", "--data", "x", "--task", "classify", "--window", 9, *how, "--out", "run")
     steps = [json.loads(line) for line in (bert.parent / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -278,10 +273,10 @@ def test_a_published_head_keeps_the_order_of_its_classes(cwd, data, run):
     for row in rows:
         logits = model.forward(np.array(library_wordpiece().encode(row["text"]).ids), keep=False)[0]
         row["label"] = ["yes", "so", "no"][int(logits.argmax())]
-    write(cwd / "own.jsonl", rows)
+    write_jsonl(cwd / "own.jsonl", rows)
     tiny = ["--task", "classify", "--window", 11, "--steps", 1, "--r", 2, "--lr", 1e-12, "--backend", "numpy"]
-    told = run("finetune", "--model", "named", "--data", "own.jsonl", *tiny, "--out", "run")
-    assert told["before"]["accuracy"] == told["after"]["accuracy"] == 1.0
+    result = run("finetune", "--model", "named", "--data", "own.jsonl", *tiny, "--out", "run")
+    assert result["before"]["accuracy"] == result["after"]["accuracy"] == 1.0
     assert read_json(cwd / "run" / "run.json")["labels"] == ["yes", "so", "no"]
     for more in (["run"], ["named", "--adapter", "run"], ["named", "--task", "classify"]):
         assert run("evaluate", *more, "--data", "own.jsonl", "--all")["accuracy"] == 1.0, more
@@ -292,26 +287,26 @@ def test_a_published_head_keeps_the_order_of_its_classes(cwd, data, run):
 
 def test_a_head_for_other_classes_is_replaced_on_request_only(cwd, run):
     classifier(cwd / "named", ["good", "bad", "ugly"])
-    write(cwd / "x.jsonl", texts(30))
+    write_jsonl(cwd / "x.jsonl", texts(30))
     tiny = ["--task", "classify", "--window", 11, *FAST]
     err = run("finetune", "--model", "named", "--data", "x.jsonl", *tiny, "--out", "run", status=1)
     assert "none of the classes: good, bad, ugly. The data have no, so, yes" in err
     assert not (cwd / "run").exists()
-    told = run("finetune", "--model", "named", "--data", "x.jsonl", *tiny, "--out", "run", "--new-head")
+    result = run("finetune", "--model", "named", "--data", "x.jsonl", *tiny, "--out", "run", "--new-head")
     assert "the head for good, bad, ugly is replaced by one for no, so, yes" in run.err
     assert read_json(cwd / "run" / "run.json")["labels"] == ["no", "so", "yes"]
-    assert run("evaluate", "run", "--backend", "numpy") == told["after"]
-    write(cwd / "two.jsonl", [row | {"label": i % 2} for i, row in enumerate(texts(30))])  # and for another number of them
-    told = run("finetune", "--model", "named", "--data", "two.jsonl", *tiny, "--out", "run2", "--new-head")
-    assert run("evaluate", "run2", "--backend", "numpy") == told["after"]
+    assert run("evaluate", "run", "--backend", "numpy") == result["after"]
+    write_jsonl(cwd / "two.jsonl", [row | {"label": i % 2} for i, row in enumerate(texts(30))])  # and for another number of them
+    result = run("finetune", "--model", "named", "--data", "two.jsonl", *tiny, "--out", "run2", "--new-head")
+    assert run("evaluate", "run2", "--backend", "numpy") == result["after"]
 
 
 def test_a_head_that_names_no_classes_takes_those_of_the_data_and_says_so(cwd, run):
     classifier(cwd / "plain", num_labels=3)
-    write(cwd / "x.jsonl", texts(30))
-    told = run("finetune", "--model", "plain", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST, "--out", "run")
-    assert "plain does not name its 3 classes; they are taken to be no, so, yes, in this order" in run.err
-    assert run("evaluate", "run", "--backend", "numpy") == told["after"]
+    write_jsonl(cwd / "x.jsonl", texts(30))
+    result = run("finetune", "--model", "plain", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST, "--out", "run")
+    assert "plain does not name its 3 classes; they are assumed to be no, so, yes, in this order" in run.err
+    assert run("evaluate", "run", "--backend", "numpy") == result["after"]
     assert "none of the classes: LABEL_0, LABEL_1, LABEL_2" in run("evaluate", "plain", "--data", "x.jsonl", status=1)
 
 
@@ -319,10 +314,10 @@ def test_scores_are_learnt_by_a_model_of_one_output(cwd, run):
     model = ml.BertClassifier(ml.BertConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1), rng=0)
     ml.save_model(model, cwd / "scorer")
     library_wordpiece().save(str(cwd / "scorer" / "tokenizer.json"))
-    write(cwd / "x.jsonl", [{"text": row["text"], "label": len(row["text"]) / 7} for row in texts(30)])
-    told = run("finetune", "--model", "scorer", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST, "--out", "run")
-    assert told["headline"] == "pearson"
-    assert run("evaluate", "run", "--backend", "numpy") == told["after"]
+    write_jsonl(cwd / "x.jsonl", [{"text": row["text"], "label": len(row["text"]) / 7} for row in texts(30)])
+    result = run("finetune", "--model", "scorer", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST, "--out", "run")
+    assert result["headline"] == "pearson"
+    assert run("evaluate", "run", "--backend", "numpy") == result["after"]
     values = np.array([len(row["text"]) / 7 for row in texts(30)])
     model = ml.load_model("scorer", "numpy")
     ours = np.array([float(model.forward(np.array(library_wordpiece().encode(row["text"]).ids), keep=False)[0][0, 0]) for row in texts(30)])
@@ -334,9 +329,9 @@ def test_scores_are_learnt_by_a_model_of_one_output(cwd, run):
 def test_the_seed_reaches_the_head(bert, data, cwd, run):
     heads = []
     for seed in (0, 1):
-        told = run("finetune", *RUNS["classes"][0], *FAST, "--lr", 1e-12, "--method", "full", "--seed", seed, "--out", f"run{seed}")
+        result = run("finetune", *RUNS["classes"][0], *FAST, "--lr", 1e-12, "--method", "full", "--seed", seed, "--out", f"run{seed}")
         heads.append(ml.load_model(cwd / f"run{seed}" / "model", "numpy").classifier.weight.data)
-        assert told["before"]["loss"] > 0
+        assert result["before"]["loss"] > 0
     assert np.abs(heads[0] - heads[1]).max() > 1e-3
 
 

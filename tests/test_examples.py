@@ -1,7 +1,7 @@
 """Every example runs as a user would start it, warnings being errors, and the figures it prints are what its text claims.
 
-On NumPy each draws its picture. On the stand-in for CuPy (or on a GPU, with `--backend cupy`) the same files run unchanged; there
-the stand-in's run does without matplotlib, so that the line which then takes the picture's place is tested too.
+On NumPy each draws its picture. On the fake CuPy (or on a GPU, with `--backend cupy`) the same files run unchanged; the run on the
+fake CuPy has no matplotlib, so the line that replaces the picture is tested too.
 """
 
 from __future__ import annotations

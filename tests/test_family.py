@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 from golden import make_adapters
 from safetensors.numpy import load_file
+from tiny import IDS, gpt2, logits
 
 import minilora as ml
-from minilora.lora import lora_layers
-from minilora.lora.adapted import adapter_parameters
-from minilora.lora.variants.vera import Projections, VeraConfig
-from minilora.optim.loraplus import create_loraplus_optimizer
-from minilora.optim.preconditioned import (
+from examples.preconditioned import (
     create_lora_pro_optimizer,
     create_lorafa_optimizer,
     create_riemannian_optimizer,
@@ -20,14 +17,12 @@ from minilora.optim.preconditioned import (
     lora_pro,
     riemannian,
 )
+from minilora.lora import adaptation, lora_layers
+from minilora.lora.adapted import adapter_parameters
+from minilora.lora.variants.vera import Projections, VeraConfig
+from minilora.optim.loraplus import create_loraplus_optimizer
 
-CONFIG = ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)
-IDS = np.array([1, 5, 2, 10, 0, 7, 7])
 LABELS = np.append(IDS[1:], -100)
-
-
-def gpt2(**options):
-    return ml.GPT2(CONFIG, rng=0, **options)
 
 
 def config_of(vera=False, **config):
@@ -46,10 +41,6 @@ def shake(model, scale=0.3):
     for p in adapter_parameters(model).values():
         p.data = (p.data + scale * rng.standard_normal(p.data.shape)).astype(p.data.dtype)
     return model
-
-
-def logits(model):
-    return model.forward(IDS, keep=False)[0]
 
 
 def gradients(model):
@@ -74,7 +65,7 @@ METHODS = {
     "OLoRA": {"init_lora_weights": "olora", "lora_dropout": 0.2},
     "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
     "EVA": {"init_lora_weights": "eva"},
-    "EVA, ranks as asked": {"init_lora_weights": "eva", "eva_config": {"rho": 1.0, "whiten": True}},
+    "EVA, ranks as requested": {"init_lora_weights": "eva", "eva_config": {"rho": 1.0, "whiten": True}},
     "LoRA-GA": {"init_lora_weights": "lora_ga"},
     "LoRA-GA, A2rBr, weight_svd": {"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "A2rBr", "scale": "weight_svd"}},
     "LoRA-GA, random, gd_scale": {"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "random", "scale": "gd_scale"}},
@@ -122,11 +113,11 @@ def test_saved_and_loaded(method, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_replica_has_the_same_gradient_and_shares_the_weights(method, backend):
     model = shake(injected(**{**METHODS[method], "vera_dropout" if "vera" in METHODS[method] else "lora_dropout": 0})).to(backend)
-    twin = model.replica()
+    replica = model.replica()
     for path, g in gradients(model).items():
-        assert float(abs(gradients(twin)[path] - g).max()) == 0
+        assert float(abs(gradients(replica)[path] - g).max()) == 0
     own = {id(p.data) for _, p in model.parameters()}
-    assert all(id(p.data) in own for _, p in twin.parameters())
+    assert all(id(p.data) in own for _, p in replica.parameters())
 
 
 # -- PEFT's golden adapters (golden/make_family.py) --------------------------------------------------------------------------
@@ -148,10 +139,10 @@ def test_golden_adapters_give_pefts_logits_and_gradients(what, backend):
     labels = np.full(ids.shape, -100)
     labels[:, :-1] = ids[:, 1:]
     model.loss_backward(model.loss(ids.ravel(), labels.ravel(), offsets)[1])
-    wanted = {key.removeprefix(f"{what}.gradient."): g for key, g in EXPECTED.items() if key.startswith(f"{what}.gradient.")}
+    expected = {key.removeprefix(f"{what}.gradient."): g for key, g in EXPECTED.items() if key.startswith(f"{what}.gradient.")}
     found = {path: ml.to_numpy(p.grad).T for path, p in adapter_parameters(model).items()}
-    assert found.keys() == wanted.keys()
-    for path, g in wanted.items():
+    assert found.keys() == expected.keys()
+    for path, g in expected.items():
         assert distance(found[path], g) < 1e-5, path
 
 
@@ -252,7 +243,7 @@ def test_eva_finds_what_varies_and_gives_it_the_rank():
     assert ml.inject(model, config, rng=0, train_step=lambda: model.forward(x)) == ["layers.0", "layers.1"]
     many, one = model.layers
     assert (many.r, many.alpha, one.r, one.alpha) == (3, 6, 1, 3)
-    assert model.lora_config.rank_pattern == {"layers.0": 3, "layers.1": 1}
+    assert adaptation(model).config.rank_pattern == {"layers.0": 3, "layers.1": 1}
     assert np.abs(np.diag(many.lora_A.data.T @ directions)).min() > 0.99
     assert not many.lora_B.data.any()
 
@@ -270,7 +261,7 @@ def test_eva_leaves_out_a_layer_that_explains_too_little(tmp_path):
     config = ml.LoraConfig(r=1, init_lora_weights="eva", target_modules=["0", "1"])
     assert ml.inject(model, config, rng=0, train_step=lambda: model.forward(x)) == ["layers.1"]
     assert (type(model.layers[0]), model.layers[1].r, model.layers[1].scaling) == (ml.Linear, 2, config.lora_alpha)
-    assert (model.lora_config.target_modules, config.target_modules) == (["layers.1"], ["0", "1"])
+    assert (adaptation(model).config.target_modules, config.target_modules) == (["layers.1"], ["0", "1"])
 
 
 def test_lora_ga_begins_where_full_fine_tuning_would_go():
@@ -334,8 +325,8 @@ def test_vera_trains_two_vectors_a_layer_and_shares_the_rest(backend):
     assert {(A.shape, B.shape) for A, B in there} == {((24, 5), (5, 24))}  # as the widest layers ask for
     layer = model.transformer.h[0].mlp.c_fc
     A, B = layer.projections.like(layer.weight.data, 6, 24)
-    wanted = (A * layer.vera_lambda_d.data) @ B * layer.vera_lambda_b.data
-    assert distance(layer.delta(), wanted) < 1e-6
+    expected = (A * layer.vera_lambda_d.data) @ B * layer.vera_lambda_b.data
+    assert distance(layer.delta(), expected) < 1e-6
 
 
 def test_veras_matrices_come_from_the_key():
@@ -360,7 +351,7 @@ def test_vera_takes_the_matrices_of_the_file(tmp_path):
     found, was = (m.transformer.h[0].mlp.c_fc.matrices()[0] for m in (again, model))
     assert distance(found, 2 * was) == 0
     for change, message in (
-        ({"base_model.vera_A": None}, "misses 'base_model.vera_A'"),
+        ({"base_model.vera_A": None}, "lacks 'base_model.vera_A'"),
         ({"base_model.vera_B": tensors["base_model.vera_B"][:5]}, r"base_model.vera_B has shape \(5, 5\)"),
     ):
         save_file({key: value for key, value in (tensors | change).items() if value is not None}, path)
@@ -450,7 +441,7 @@ REFUSED = {
     "DoRA on an embedding": ({"target_modules": ["wte"], "use_dora": True}, "use_dora has no way to adapt a layer of type Embedding"),
     "PiSSA on an embedding": ({"target_modules": ["wte"], "init_lora_weights": "pissa"}, "is for linear layers; transformer.wte is of"),
     "neither linear nor an embedding": ({"target_modules": ["ln_f"]}, "is not linear, but LayerNorm; only a Linear or an Embedding"),
-    "EVA without data": ({"init_lora_weights": "eva", "train_step": None}, "'eva' looks at data: give inject a train_step"),
+    "EVA without data": ({"init_lora_weights": "eva", "train_step": None}, "'eva' reads data: pass a train_step to inject"),
     "EVA on too little": (
         {"init_lora_weights": "eva", "r": 6, "train_step": "one token"},
         "shown .*c_attn 1 tokens; rank 6 needs at least 7",

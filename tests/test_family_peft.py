@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from golden.make_adapters import IDS, LABELS, adapted, base, logits, losses, options, quietly
 from safetensors.numpy import load_file
-from test_peft import bases, deviation, our_logits, our_losses, ours, peft  # noqa: F401  (fixtures)
+from test_peft import bases, deviation, our_logits, our_losses, ours  # noqa: F401  (fixtures)
 
 import minilora as ml
+from examples.preconditioned import create_lorafa_optimizer, create_riemannian_optimizer
 from minilora.lora import lora_layers
 from minilora.lora.adapted import adapter_parameters
 from minilora.lora.variants.vera import VeraConfig
 from minilora.models import BertClassifier
 from minilora.optim.loraplus import create_loraplus_optimizer
-from minilora.optim.preconditioned import create_lorafa_optimizer, create_riemannian_optimizer
 
 KINDS = ("bert", "gpt2", "llama")
 
@@ -71,9 +71,9 @@ def test_gradients_are_pefts(kind, method, peft, bases, tmp_path):  # noqa: F811
     quietly(theirs.save_pretrained, tmp_path)
     model = ours(bases / kind)
     ml.load_adapter(model, tmp_path)
-    found, wanted = our_gradients(model), their_gradients(theirs)
-    assert found.keys() == wanted.keys()
-    for path, g in wanted.items():
+    found, expected = our_gradients(model), their_gradients(theirs)
+    assert found.keys() == expected.keys()
+    for path, g in expected.items():
         if kind == "bert" and path.endswith("embedding_A"):
             found[path][:, 0] = 0  # to transformers, 0 is padding, which learns nothing; here nothing is padded
         assert deviation(found[path], g, f"gradient, {kind}, {method}, {path}") < 1e-5
@@ -89,10 +89,10 @@ def test_exact_dora_is_pefts_forward_and_another_gradient(peft, bases, tmp_path)
     ml.save_adapter(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"] is True
     theirs = quietly(peft.PeftModel.from_pretrained, base("llama"), tmp_path, is_trainable=True).eval()
-    found, wanted = our_gradients(model), their_gradients(theirs)
+    found, expected = our_gradients(model), their_gradients(theirs)
     last = "model.layers.1.mlp.up_proj"
-    assert deviation(found[f"{last}.lora_magnitude_vector"], wanted[f"{last}.lora_magnitude_vector"], "exact DoRA, dm") < 1e-5
-    assert deviation(found[f"{last}.lora_B"], wanted[f"{last}.lora_B"], "exact DoRA, dB") > 1e-2
+    assert deviation(found[f"{last}.lora_magnitude_vector"], expected[f"{last}.lora_magnitude_vector"], "exact DoRA, dm") < 1e-5
+    assert deviation(found[f"{last}.lora_B"], expected[f"{last}.lora_B"], "exact DoRA, dB") > 1e-2
 
 
 # -- initial values ----------------------------------------------------------------------------------------------------------
@@ -120,18 +120,18 @@ def test_starts_that_are_taken_off_the_weight(kind, init, peft, bases, tmp_path)
     model = ours(bases / kind)
     untouched = our_logits(model)
     ml.inject(model, ml.LoraConfig(**fields), rng=0)
-    found, wanted = products(model), products(theirs)
-    assert found.keys() == wanted.keys()
-    for path, change in wanted.items():
+    found, expected = products(model), products(theirs)
+    assert found.keys() == expected.keys()
+    for path, change in expected.items():
         assert deviation(found[path], change, f"{init}, {kind}, {path}") < (1e-4 if "niter" not in init else 1e-3)
     assert deviation(our_logits(model), logits(theirs), f"{init}, {kind}, at the start") < 1e-5
     if "niter" not in init:  # a random subspace is another one there
-        wanted = losses(theirs)
-        assert deviation(our_losses(model), wanted, f"{init}, {kind}, 30 losses") < 1e-4
+        expected = losses(theirs)
+        assert deviation(our_losses(model), expected, f"{init}, {kind}, 30 losses") < 1e-4
 
     ml.save_adapter(model, tmp_path)
-    told = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (told["r"], told["init_lora_weights"]) == (6, True)
+    result = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (result["r"], result["init_lora_weights"]) == (6, True)
     again = quietly(peft.PeftModel.from_pretrained, base(kind), tmp_path).eval()
     assert deviation(our_logits(model), logits(again), f"{init}, {kind}, as a LoRA of rank 2 r") < 1e-5
     with ml.disabled(model):
@@ -154,9 +154,9 @@ def test_lora_ga(kind, ga, peft, bases):  # noqa: F811
     model = ours(bases / kind)
     ml.inject(model, ml.LoraConfig(**fields), rng=0, train_step=lambda: our_backward(model))
     assert deviation(our_logits(model), logits(theirs), f"LoRA-GA, {kind}, at the start") < 1e-5
-    wanted = {name: p.detach().numpy() for name, p in theirs.named_parameters() if ".lora_" in name}
+    expected = {name: p.detach().numpy() for name, p in theirs.named_parameters() if ".lora_" in name}
     for path, p in adapter_parameters(model).items():
-        value = wanted[f"base_model.model.{path}.default.weight"].T
+        value = expected[f"base_model.model.{path}.default.weight"].T
         rough = 1e-2 if ga.get("scale") == "weight_svd" else 1e-3  # PEFT's singular value of W is of a random subspace
         assert deviation(np.abs(p.data), np.abs(value), f"LoRA-GA, {kind}, {path}") < rough
 
@@ -173,12 +173,12 @@ def test_eva(kind, eva, peft, bases, tmp_path):  # noqa: F811
     quietly(peft.initialize_lora_eva_weights, theirs, data, show_progress_bar=False)
     model = ours(bases / kind)
     found = ml.inject(model, ml.LoraConfig(**fields), rng=0, train_step=lambda: our_logits(model))
-    wanted = {name.removeprefix("base_model.model."): m for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
-    assert set(found) == set(wanted)
+    expected = {name.removeprefix("base_model.model."): m for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert set(found) == set(expected)
     for path, layer in lora_layers(model):
-        A = wanted[path].lora_A["default"].weight.detach().numpy()
+        A = expected[path].lora_A["default"].weight.detach().numpy()
         assert A.shape == (layer.r, layer.in_features), path
-        assert layer.scaling == pytest.approx(wanted[path].scaling["default"])
+        assert layer.scaling == pytest.approx(expected[path].scaling["default"])
         cosines = np.linalg.svd(A @ layer.lora_A.data, compute_uv=False)
         assert cosines.min() > 0.999, path
         assert np.abs(np.diag(A @ layer.lora_A.data)).min() > 0.99, path
@@ -221,9 +221,9 @@ def test_thirty_steps_are_pefts(kind, method, peft, bases, tmp_path, monkeypatch
     model = ours(bases / kind)
     ml.load_adapter(model, tmp_path)
     ours_of, theirs_of = OPTIMIZERS[method]
-    wanted = losses(theirs, quietly(theirs_of, peft.optimizers, theirs, torch.optim.AdamW))
-    assert deviation(our_losses(model, ours_of(model)), wanted, f"30 losses, {kind}, {method}") < 1e-4
-    assert np.ptp(wanted) > 0.1 * wanted[0]
+    expected = losses(theirs, quietly(theirs_of, peft.optimizers, theirs, torch.optim.AdamW))
+    assert deviation(our_losses(model, ours_of(model)), expected, f"30 losses, {kind}, {method}") < 1e-4
+    assert np.ptp(expected) > 0.1 * expected[0]
 
 
 # -- VeRA --------------------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def vera_options(kind):
     }
 
 
-def vera_of_peft(kind, what, peft):  # noqa: F811
+def vera_of_peft(kind, what, peft):
     import torch
 
     torch.manual_seed(1)
@@ -260,9 +260,9 @@ def test_vera_both_ways(kind, what, peft, bases, tmp_path):  # noqa: F811
     model = ours(bases / kind)
     ml.load_adapter(model, tmp_path / "theirs")
     assert deviation(our_logits(model), logits(theirs), f"VeRA, PEFT -> here, {kind}, {what}") < 1e-5
-    found, wanted = our_gradients(model), their_gradients(theirs)
+    found, expected = our_gradients(model), their_gradients(theirs)
     for path, g in found.items():
-        assert deviation(g, wanted[path], f"VeRA, gradient, {kind}, {what}, {path}") < 1e-5
+        assert deviation(g, expected[path], f"VeRA, gradient, {kind}, {what}, {path}") < 1e-5
 
     rng = np.random.default_rng(2)
     for _, p in model.parameters():
@@ -273,8 +273,8 @@ def test_vera_both_ways(kind, what, peft, bases, tmp_path):  # noqa: F811
     assert deviation(our_logits(model), logits(again), f"VeRA, here -> PEFT, {kind}, {what}") < 1e-5
     before, after = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours"))
     assert after.keys() == {key for key in before if "original_module" not in key and "modules_to_save" not in key}
-    told = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("theirs", "ours")]
-    assert told[1].keys() <= told[0].keys()
+    result = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("theirs", "ours")]
+    assert result[1].keys() <= result[0].keys()
 
 
 def test_veras_matrices_are_pefts_to_the_bit(peft, bases):  # noqa: F811
@@ -286,7 +286,7 @@ def test_veras_matrices_are_pefts_to_the_bit(peft, bases):  # noqa: F811
     np.testing.assert_array_equal(shared.B.T, theirs.base_model.vera_B["default"].numpy())
 
 
-def test_every_field_of_veras_configuration(peft):  # noqa: F811
+def test_every_field_of_veras_configuration(peft):
     import dataclasses
 
     of_both = {field.name for field in dataclasses.fields(peft.PeftConfig)}

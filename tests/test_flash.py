@@ -21,17 +21,17 @@ from minilora.training.loop import train
 pytestmark = pytest.mark.skipif(not cuda.ENABLED, reason="CUDA sources run through g++ here")
 
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}
-TF32 = 4e-3  # what a card cuts float32 to; the emulator does not
+TF32 = 4e-3  # what a GPU cuts float32 to; the emulator does not
 
 
 @pytest.fixture(params=TOLERANCE)
-def dtype(request, card, monkeypatch):
+def dtype(request, gpu, monkeypatch):
     monkeypatch.setenv("CUPY_TF32", "1")
     return np.dtype(ml_dtypes.bfloat16 if request.param == "bfloat16" else request.param)
 
 
-def tolerance(dtype, card):
-    return TF32 if dtype == np.float32 and card is not standin.module else TOLERANCE[dtype.name]
+def tolerance(dtype, gpu):
+    return TF32 if dtype == np.float32 and gpu is not standin.module else TOLERANCE[dtype.name]
 
 
 def column_blocks(T, widths, dtype, seed):
@@ -56,7 +56,7 @@ CASES = {  # offsets, rows, causal, heads, groups
 
 
 @pytest.mark.parametrize(("d", "case"), [(d, case) for case in CASES for d in (32, 64, 128) if d == 64 or case in ("several", "short")])
-def test_against_the_pair(dtype, d, case, card):
+def test_against_the_pair(dtype, d, case, gpu):
     offsets, rows, causal, heads, groups = CASES[case]
     T = offsets[-1]
     q, k, v = column_blocks(T, (heads * d, groups * d, groups * d), dtype, seed=0)
@@ -68,22 +68,22 @@ def test_against_the_pair(dtype, d, case, card):
     with standin.count() as c:
         o, saved = flash.attention(q, k, v, heads, offsets, causal, n_kv_head=groups, rows=rows)
         got = flash.attention_backward(do, q, k, v, saved, heads, offsets, groups, {"dq", "dk", "dv"}, rows)
-    assert card is not standin.module or (c.launches, c.syncs) == (3, 0)
+    assert gpu is not standin.module or (c.launches, c.syncs) == (3, 0)
     here = [wide(x) for x in (q, k, v)]
-    wanted, P = F.attention(*here, heads, offsets, causal, n_kv_head=groups, rows=rows)
+    expected, P = F.attention(*here, heads, offsets, causal, n_kv_head=groups, rows=rows)
     pair = F.attention_backward(wide(do), *here, P, heads, offsets, groups, rows=rows)
     if rows is not None:  # the pair leaves dk and dv of a sequence without a query unset
-        asked = np.unique(np.searchsorted(offsets, rows, side="right") - 1)
-        unread = np.setdiff1d(np.arange(len(offsets) - 1), asked)
+        requested = np.unique(np.searchsorted(offsets, rows, side="right") - 1)
+        unread = np.setdiff1d(np.arange(len(offsets) - 1), requested)
         for x in pair[1:]:
             for i in unread:
                 x[offsets[i] : offsets[i + 1]] = 0
-    for name, a, b in zip(("o", "dq", "dk", "dv"), (o, *got), (wanted, *pair), strict=True):
+    for name, a, b in zip(("o", "dq", "dk", "dv"), (o, *got), (expected, *pair), strict=True):
         assert a.dtype == dtype
-        np.testing.assert_allclose(wide(a), b, rtol=0, atol=tolerance(dtype, card) * max(1, np.abs(b).max()), err_msg=name)
+        np.testing.assert_allclose(wide(a), b, rtol=0, atol=tolerance(dtype, gpu) * max(1, np.abs(b).max()), err_msg=name)
 
 
-def test_gradients_side_by_side_in_one_array(dtype, card):
+def test_gradients_side_by_side_in_one_array(dtype, gpu):
     q, k, v = column_blocks(70, (128, 128, 128), dtype, seed=0)
     do = column_blocks(70, (128,), dtype, seed=1)[0]
     for rows in (None, np.array([2, 40, 69])):
@@ -91,20 +91,20 @@ def test_gradients_side_by_side_in_one_array(dtype, card):
         _, saved = K.attention(q_, k, v, 2, [0, 3, 70], rows=rows)
         with standin.count() as c:
             joined = K.attention_backward_joined(do_, q_, k, v, saved, 2, [0, 3, 70], rows)
-        assert card is not standin.module or rows is not None or c.launches == 2
+        assert gpu is not standin.module or rows is not None or c.launches == 2
         dq, dk, dv = K.attention_backward(do_, q_, k, v, saved, 2, [0, 3, 70], rows=rows)
         apart = [wide(x) for x in (F.take_rows_backward(dq, rows, 70), dk, dv)]
         np.testing.assert_array_equal(wide(joined), np.concatenate(apart, axis=1))
 
 
-def test_large_scores_do_not_overflow(dtype, card):
+def test_large_scores_do_not_overflow(dtype, gpu):
     q, k, v = (20 * x for x in column_blocks(40, (64, 64, 64), dtype, seed=2))
     o, _ = flash.attention(q, k, v, 1)
-    wanted, _ = F.attention(wide(q), wide(k), wide(v), 1)
-    np.testing.assert_allclose(wide(o), wanted, atol=40 * tolerance(dtype, card))
+    expected, _ = F.attention(wide(q), wide(k), wide(v), 1)
+    np.testing.assert_allclose(wide(o), expected, atol=40 * tolerance(dtype, gpu))
 
 
-def test_what_there_is_no_kernel_for(standin_cupy, monkeypatch):
+def test_what_there_is_no_kernel_for(fake_cupy, monkeypatch):
     q, k, v = column_blocks(8, (64, 64, 64), np.dtype("float32"), seed=0)
     monkeypatch.delenv("CUPY_TF32", raising=False)
     assert not flash.fits(q, k, v, 1)  # float32 means float32
@@ -113,14 +113,14 @@ def test_what_there_is_no_kernel_for(standin_cupy, monkeypatch):
     assert not flash.fits(q, k, v, 4)  # heads of 16
     assert not flash.fits(q[:, ::1][:, 1:33], k[:, :32], v[:, :32], 1)  # not aligned to 16 bytes
     assert not flash.fits(*(x.astype("float64") for x in (q, k, v)), 1)
-    monkeypatch.setattr(standin_cupy.cuda, "Device", lambda: SimpleNamespace(compute_capability="75"))
+    monkeypatch.setattr(fake_cupy.cuda, "Device", lambda: SimpleNamespace(compute_capability="75"))
     flash._has_the_instructions.cache_clear()
-    assert not flash.fits(q, k, v, 1)  # a card before Ampere
+    assert not flash.fits(q, k, v, 1)  # a GPU before Ampere
     flash._has_the_instructions.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "tf32"])
-def test_a_model_takes_the_same_steps(name, card, monkeypatch):
+def test_a_model_takes_the_same_steps(name, gpu, monkeypatch):
     """Three steps of a decoder with heads of 32, against the same on NumPy: by these kernels on one side, by the pairs on the other."""
     monkeypatch.setenv("CUPY_TF32", "1")
     launched = []
@@ -134,9 +134,9 @@ def test_a_model_takes_the_same_steps(name, card, monkeypatch):
             to_half_precision(model, "bfloat16")
         ml.inject(model.to(backend), ml.LoraConfig(r=4), rng=1)
         batches = random_windows(np.random.default_rng(0).integers(0, 30, 400), 40, 2, np.random.default_rng(1))
-        run = train(model, ml.AdamW(model.parameters(), 1e-2), batches, 3, lambda step: 1.0, record=False)
+        run = train(model, ml.AdamW(model.parameters(), 1e-2), batches, 3, lambda step: 1.0, cuda_graph=False)
         return [step.loss for step in run]
 
-    np.testing.assert_allclose(losses("cupy"), losses("numpy"), rtol=5e-3 if name == "bfloat16" or card is not standin.module else 1e-5)
+    np.testing.assert_allclose(losses("cupy"), losses("numpy"), rtol=5e-3 if name == "bfloat16" or gpu is not standin.module else 1e-5)
     # Of two blocks and three steps; and forward once more, as the last update is looked at.
     assert {x: launched.count(x) for x in launched} == {"flash_forward": 8, "flash_dq": 6, "flash_dkv": 6}

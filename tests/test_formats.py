@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny import CONFIG, logits
 
 import minilora as ml
 from minilora.formats.adapter_config import read_adapter_config
@@ -13,13 +14,6 @@ from minilora.formats.atomic import write_file, write_json
 from minilora.formats.fetch import model_folder
 from minilora.formats.mark import fingerprint
 from minilora.lora import lora_layers
-
-CONFIG = ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)
-IDS = np.array([1, 5, 2, 10, 0, 7, 7])
-
-
-def logits(model):
-    return model.forward(IDS, keep=False)[0]
 
 
 def adapted(seed=0, **config):
@@ -139,11 +133,11 @@ BAD_MODELS = {
     "architecture": (lambda f: edit_config(f, model_type="t5"), "model_type 't5'; supported: gpt2"),
     "activation": (lambda f: edit_config(f, activation_function="relu"), "'relu'; supported: gelu_new"),
     "sizes": (lambda f: edit_config(f, n_head=5), "not a multiple"),
-    "missing": (lambda f: edit_tensors(f, lambda t: t.pop(WTE)), "misses 'transformer.wte.weight'"),
+    "missing": (lambda f: edit_tensors(f, lambda t: t.pop(WTE)), "lacks 'transformer.wte.weight'"),
     "extra": (lambda f: edit_tensors(f, lambda t: t.update(stray=np.ones(1))), "has 'transformer.stray' .* no place for"),
     "misshapen": (
         lambda f: edit_tensors(f, lambda t: t.update({WTE: np.ones((3, 6), np.float32)})),
-        r"has shape \(3, 6\), the model wants \(11, 6\)",
+        r"has shape \(3, 6\), the model expects \(11, 6\)",
     ),
     "integers": (lambda f: edit_tensors(f, lambda t: t.update({WTE: np.ones((11, 6), np.int64)})), "not finite floating-point"),
     "NaN": (lambda f: edit_tensors(f, lambda t: t[WTE].__setitem__((2, 2), np.nan)), "not finite floating-point"),
@@ -165,13 +159,13 @@ BAD_ADAPTERS = {
     "foreign": (foreign, "not a readable safetensors file"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "there is no adapter in"),
     "not LoRA": (lambda f: edit_config(f, peft_type="IA3"), "peft_type is 'IA3'; supported: LORA"),
-    "DoRA": (lambda f: edit_config(f, use_dora=True), "misses .*lora_magnitude_vector"),
+    "DoRA": (lambda f: edit_config(f, use_dora=True), "lacks .*lora_magnitude_vector"),
     "unknown": (lambda f: edit_config(f, use_magic="much"), "use_magic='much' is not supported"),
     "rank": (lambda f: edit_config(f, r=0), "at least 1"),
-    "rank and tensors differ": (lambda f: edit_config(f, r=3), r"has shape \(2, 6\), the model wants \(3, 6\)"),
+    "rank and tensors differ": (lambda f: edit_config(f, r=3), r"has shape \(2, 6\), the model expects \(3, 6\)"),
     "other modules": (lambda f: edit_config(f, target_modules=["q_proj"]), "does not fit this model: .* 'q_proj'"),
     "no modules": (lambda f: edit_config(f, target_modules=None), "target_modules is missing"),
-    "missing": (lambda f: edit_tensors(f, lambda t: t.pop(A)), "misses .*made for another model"),
+    "missing": (lambda f: edit_tensors(f, lambda t: t.pop(A)), "lacks .*made for another model"),
     "extra": (lambda f: edit_tensors(f, lambda t: t.update(stray=np.ones(1))), "has no place for"),
     "NaN": (lambda f: edit_tensors(f, lambda t: t[A].__setitem__((0, 0), np.inf)), "not finite"),
 }

@@ -1,4 +1,4 @@
-"""Text that a model writes: where it ends, and what of it is shown."""
+"""Generated text: where it ends, and which part is shown."""
 
 import json
 from types import SimpleNamespace
@@ -11,7 +11,6 @@ from small_tokenizers import BYTES, CHATML, TALK, byte_level_bpe, sentencepiece_
 
 from minilora.data.examples import example_maker
 from minilora.formats.chat import assistant_spans, find_chat_template, render_chat, turn_end
-from minilora.formats.gguf import GGUFTokenizer
 from minilora.formats.tokenizer import ByteTokenizer, HFTokenizer, gguf_tokenizer, load_tokenizer
 from minilora.models.decoder import Decoder
 from minilora.models.generate import generate_text
@@ -20,7 +19,7 @@ BPE = HFTokenizer(byte_level_bpe(), bos_id=3, eos_id=0, chat_template=CHATML)
 
 
 class Parrot(Decoder):
-    """A model that writes the tokens it is given, whatever it reads, and space after them."""
+    """A model that generates given tokens, whatever its input, and spaces after them."""
 
     config = SimpleNamespace(max_position_embeddings=100)
 
@@ -32,26 +31,26 @@ class Parrot(Decoder):
 
 
 def written(text, stop=(), tokenizer=BYTES, n=50):
-    """(what was shown, piece by piece; what is returned) of a model that writes `text`."""
+    """(the pieces shown, the result) of a model that generates `text`."""
     pieces = []
     model = Parrot(tokenizer.encode(text, add_special=False), tokenizer.vocab_size)
-    told = generate_text(model, tokenizer, tokenizer.encode("x"), n, temperature=0, stop=stop, show=pieces.append)
-    assert "".join(pieces) == told["text"]
-    return pieces, told
+    result = generate_text(model, tokenizer, tokenizer.encode("x"), n, temperature=0, stop=stop, show=pieces.append)
+    assert "".join(pieces) == result["text"]
+    return pieces, result
 
 
 @given(st.text("ab\u2603\n", max_size=12), st.lists(st.text("ab\u2603\n", min_size=1, max_size=4), max_size=3))
 def test_a_text_to_stop_at_is_never_shown_in_part(text, stop):
     n = len(text.encode())
     first = min((at for at in (text.find(mark) for mark in stop) if at >= 0), default=len(text))
-    told = written(text, stop, n=n)[1]
+    result = written(text, stop, n=n)[1]
     # of two that overlap, the one that is complete first counts, as a person who reads along would see it
     complete = min(((text.find(mark) + len(mark), text.find(mark)) for mark in stop if mark in text), default=(0, first))[0]
-    assert told["ended"] == ("stop" if complete else "length")
-    assert text.startswith(told["text"])
-    assert not any(mark in told["text"] for mark in stop)
+    assert result["ended"] == ("stop" if complete else "length")
+    assert text.startswith(result["text"])
+    assert not any(mark in result["text"] for mark in stop)
     if not complete:
-        assert told == {"text": text, "tokens": n, "ended": "length"}
+        assert result == {"text": text, "tokens": n, "ended": "length"}
 
 
 def test_what_may_become_a_text_to_stop_at_waits():
@@ -62,9 +61,9 @@ def test_what_may_become_a_text_to_stop_at_waits():
 
 def test_the_space_before_the_first_word_is_shown():
     tokenizer = HFTokenizer(sentencepiece_bpe(), 1, 2)
-    asked, new = tokenizer.encode("the cat"), tokenizer.encode("the cat sat on")[len(tokenizer.encode("the cat")) :]
-    told = generate_text(Parrot(new, tokenizer.vocab_size), tokenizer, asked, len(new), temperature=0)
-    assert told["text"] == " sat on"
+    requested, new = tokenizer.encode("the cat"), tokenizer.encode("the cat sat on")[len(tokenizer.encode("the cat")) :]
+    result = generate_text(Parrot(new, tokenizer.vocab_size), tokenizer, requested, len(new), temperature=0)
+    assert result["text"] == " sat on"
 
 
 def test_special_tokens_are_texts_to_stop_at_and_empty_ones_are_none():
@@ -117,12 +116,12 @@ def test_a_text_ends_at_each_token_that_the_files_name(tmp_path):
 
 def test_a_prompt_to_go_on_from_is_encoded_as_in_training():
     tokenizer = HFTokenizer(sentencepiece_bpe("<s> $A </s>"), 1, 2)
-    asked = tokenizer.encode_prompt("the cat")
-    assert tokenizer.encode("the cat").tolist() == [*asked, 2]
+    requested = tokenizer.encode_prompt("the cat")
+    assert tokenizer.encode("the cat").tolist() == [*requested, 2]
     assert tokenizer.encode_prompt("<s>the").tolist().count(1) == 1
     example = example_maker("lm", tokenizer, 99, True, None, None)("f", 1, {"prompt": "the cat", "completion": " sat"})
-    assert example.ids[: len(asked)].tolist() == asked.tolist()
-    assert (example.labels[len(asked) - 1], example.labels[-1]) == (example.ids[len(asked)], 2)
+    assert example.ids[: len(requested)].tolist() == requested.tolist()
+    assert (example.labels[len(requested) - 1], example.labels[-1]) == (example.ids[len(requested)], 2)
     cut = example_maker("lm", tokenizer, 8, True, None, None)("f", 1, {"prompt": "<s>" + "the cat " * 9, "completion": " sat"})
     assert (cut.cut, cut.ids[0], len(cut.ids)) == (True, 1, 8)  # what is cut off is not the begin token
 
@@ -203,10 +202,10 @@ def test_of_a_long_conversation_only_what_fits_is_looked_at():
         ({"tokenizer_class": "T5Tokenizer"}, "'T5Tokenizer' is not supported"),
         ({"tokenizer_class": "BertJapaneseTokenizer"}, "'BertJapaneseTokenizer' is not supported"),
         ({"tokenizer_class": "BertTokenizer"}, "its model is BPE, but BertTokenizer needs WordPiece"),
-        ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": "yes"}, "a GPT2Tokenizer cannot be made of it"),
+        ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": "yes"}, "no GPT2Tokenizer can be built from it"),
         ({"eos_token": 7}, "eos_token must be a token, got 7"),
-        ({"eos_token": "\ud800"}, "half of a surrogate pair"),
-        ({"added_tokens_decoder": {"x": {"content": "y"}}}, "'x' is no token id"),
+        ({"eos_token": "\ud800"}, "unpaired surrogate"),
+        ({"added_tokens_decoder": {"x": {"content": "y"}}}, "'x' is not a token id"),
         ({"additional_special_tokens": "x"}, "must be a list"),
         ({"extra_special_tokens": {"messages": "<x>"}}, "cannot have the name 'messages'"),
     ],
@@ -224,13 +223,13 @@ def test_a_broken_table_does_not_reach_the_library(charsmap, tmp_path):
     normalizer = {"type": "Precompiled", "precompiled_charsmap": charsmap}
     for nested in (normalizer, {"type": "Sequence", "normalizers": [normalizer]}):
         (folder / "tokenizer.json").write_text(json.dumps({**raw, "normalizer": nested}))
-        with pytest.raises(ValueError, match="precompiled_charsmap of its normalizer is broken"):
+        with pytest.raises(ValueError, match="precompiled_charsmap of its normalizer is invalid"):
             load_tokenizer(folder, 1000)
 
 
 def test_text_that_is_no_unicode_is_an_error_of_one_sentence():
     for tokenizer in (BPE, ByteTokenizer()):
-        with pytest.raises(ValueError, match="half of a surrogate pair at character 1"):
+        with pytest.raises(ValueError, match="unpaired surrogate at character 1"):
             tokenizer.encode_prompt("a\ud800")
 
 
@@ -239,17 +238,16 @@ def test_an_unknown_word_without_a_token_for_it_is_an_error_of_one_sentence(tmp_
 
     words = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0}, unk_token="[UNK]"))
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, words), 1000)
-    with pytest.raises(ValueError, match=r"tokenizer\.json: the tokenizers library fails with it \(.*UNK"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the tokenizers library failed \(.*UNK"):
         tokenizer.encode("b")
 
 
 def test_gguf_tokens_that_end_a_turn_and_metadata_of_other_types():
     tokens = ["a", "b", "<|im_end|>", "<|eom|>"]
-    metadata = {"tokens": tokens, "merges": [], "token_types": [1, 1, 3, 3], "bos": None, "eos": 1, "chat_template": None, "add_bos": False}
-    metadata |= {"unk": None, "pre": "gpt-2"}
-    assert gguf_tokenizer(GGUFTokenizer(**metadata, ends=(2, 3)), 4).stop_ids == {1, 2, 3}
-    for wrong in ({"merges": [1]}, {"merges": 5}, {"token_types": ["x"]}, {"tokens": [1]}, {"token_types": [1]}, {"chat_template": 3}):
+    metadata = {"tokens": tokens, "merges": [], "token_type": [1, 1, 3, 3], "eos_token_id": 1, "pre": "gpt-2"}
+    assert gguf_tokenizer({**metadata, "eot_token_id": 2, "eom_token_id": 3}, 4).stop_ids == {1, 2, 3}
+    for wrong in ({"merges": [1]}, {"merges": 5}, {"token_type": ["x"]}, {"tokens": [1]}, {"token_type": [1]}, {"chat_template": 3}):
         with pytest.raises(ValueError, match=r"m\.gguf: .* tokenizer"):
-            gguf_tokenizer(GGUFTokenizer(**{**metadata, **wrong}), 4, "m.gguf")
+            gguf_tokenizer({**metadata, **wrong}, 4, "m.gguf")
     with pytest.raises(ValueError, match=r"m\.gguf: eot is token 9"):
-        gguf_tokenizer(GGUFTokenizer(**metadata, ends=(9,)), 4, "m.gguf")
+        gguf_tokenizer({**metadata, "eot_token_id": 9}, 4, "m.gguf")

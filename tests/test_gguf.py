@@ -9,7 +9,7 @@ import pytest
 from small_tokenizers import BPE, CHATML, SPECIAL
 
 import minilora as ml
-from minilora.formats.gguf import in_halves, read_gguf
+from minilora.formats.gguf import in_halves, read_gguf, read_gguf_tokenizer
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.models import Llama, LlamaConfig
 
@@ -40,7 +40,7 @@ VARIANTS = {
 
 
 def small(**options):
-    """Sizes that are no multiples of much; only rows that are quantized have to be multiples of 32."""
+    """Sizes with few divisors; only quantized rows must be multiples of 32."""
     sizes = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 35, "num_hidden_layers": 2, "max_position_embeddings": 9}
     return LlamaConfig(**{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, **options})
 
@@ -54,7 +54,7 @@ def random_model(config):
 
 
 def interleaved(W, n_head):
-    """The order that llama.cpp's converter gives to the rows of q and k (its `permute`)."""
+    """The rows of q and k in the order of llama.cpp's converter (its `permute`)."""
     return W.reshape(n_head, 2, -1, *W.shape[1:]).swapaxes(1, 2).reshape(W.shape)
 
 
@@ -62,7 +62,7 @@ def write(path, model, kinds=(), meta=(), leave_out=(), more=()):
     """The model as llama.cpp's converter writes it. kinds: {part of a published name: Type}; meta: metadata that wins."""
     c = model.config
     writer, a = gguf.GGUFWriter(path, c.model_type), c.model_type
-    told = {
+    values = {
         f"{a}.block_count": c.num_hidden_layers,
         f"{a}.context_length": c.max_position_embeddings,
         f"{a}.embedding_length": c.hidden_size,
@@ -87,7 +87,7 @@ def write(path, model, kinds=(), meta=(), leave_out=(), more=()):
         **dict(meta),
     }
     add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
-    for name, value in told.items():
+    for name, value in values.items():
         if value is not None:
             add[type(value)](name, value)
     for name, value in [*state_dict(model).items(), *dict(more).items()]:
@@ -118,8 +118,8 @@ def state_dict(model):
 
 
 def model_of(path):
-    """The model that a file holds, put together by hand."""
-    raw, tensors, _ = read_gguf(path)
+    """The model in a file, assembled by hand."""
+    raw, tensors = read_gguf(path)
     model = Llama(LlamaConfig.from_json(raw, str(path)), rng=9)
     assert {p for p, _ in model.parameters()} == tensors.keys()
     for name, p in model.parameters():
@@ -166,7 +166,7 @@ def test_quantized_weights_are_near_their_source(tmp_path):
     """Each value is within half a step of what was written: the steps are range / 15 (Q4_1) and largest / 127 (Q8_0) of 32 values."""
     model = random_model(small())
     kinds = {"q_proj.weight": Type.Q4_1, "gate_proj.weight": Type.Q4_1, "k_proj.weight": Type.Q8_0, "embed": Type.Q8_0, "down": Type.F16}
-    _, tensors, _ = read_gguf(write(tmp_path / "a.gguf", model, kinds))
+    _, tensors = read_gguf(write(tmp_path / "a.gguf", model, kinds))
     for name, source in state_dict(model).items():
         assert tensors[name].dtype == np.float32
         kind = next((t for part, t in kinds.items() if part in name), Type.F32)
@@ -183,23 +183,24 @@ def test_quantized_weights_are_near_their_source(tmp_path):
 
 def test_other_dtypes_and_mapped_arrays(tmp_path):
     path = write(tmp_path / "a.gguf", random_model(small()))
-    _, tensors, _ = read_gguf(path, "float64")
+    _, tensors = read_gguf(path, "float64")
     assert {t.dtype for t in tensors.values()} == {np.dtype("float64")}
-    _, tensors, _ = read_gguf(path)
+    _, tensors = read_gguf(path)
     assert not tensors["model.norm.weight"].flags.writeable  # a view of the file
 
 
 def test_tokenizer_metadata(tmp_path):
     path = write(tmp_path / "a.gguf", random_model(small()))
-    tokenizer = read_gguf(path)[2]
-    assert tokenizer.tokens[:2] == ["t0", "t1"]
-    assert tokenizer.tokens[66] == "é"
-    assert tokenizer.merges == ["t 0", "t 1"]
-    assert tokenizer.token_types == [3] + [1] * 66
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.unk) == (1, 2, None)
-    assert tokenizer.chat_template == "{{ messages }}"
-    assert tokenizer.add_bos is True
-    assert (tokenizer.kind, tokenizer.pre) == ("gpt2", "smollm")
+    rows, vocabulary = read_gguf_tokenizer(path)
+    assert rows == 67
+    assert vocabulary["tokens"][:2] == ["t0", "t1"]
+    assert vocabulary["tokens"][66] == "é"
+    assert vocabulary["merges"] == ["t 0", "t 1"]
+    assert vocabulary["token_type"] == [3] + [1] * 66
+    assert (vocabulary["bos_token_id"], vocabulary["eos_token_id"]) == (1, 2)
+    assert vocabulary["chat_template"] == "{{ messages }}"
+    assert vocabulary["add_bos_token"] is True
+    assert (vocabulary["model"], vocabulary["pre"]) == ("gpt2", "smollm")
 
 
 # -- broken and unsupported files -----------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def test_a_file_that_is_cut_off(part, tmp_path):
 
 
 def test_every_single_wrong_byte_of_the_header_is_read_or_refused(tmp_path):
-    """Never another exception, and never a hang. Lengths that lie are among them."""
+    """Never another exception, and never a hang. Wrong lengths are among them."""
     path = write(tmp_path / "a.gguf", random_model(small(num_hidden_layers=1)), meta={"tokenizer.ggml.tokens": ["a"] * 67})
     whole = path.read_bytes()
     end = whole.index(b"output_norm.weight") + 60
@@ -231,7 +232,7 @@ def test_every_single_wrong_byte_of_the_header_is_read_or_refused(tmp_path):
 
 
 def test_a_length_that_lies_is_not_followed(tmp_path):
-    """An array of 2^61 numbers, in a file of some kilobytes."""
+    """An array of 2^61 numbers in a file of a few kilobytes."""
     path = write(tmp_path / "a.gguf", random_model(small(num_hidden_layers=1)))
     whole = path.read_bytes()
     at = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8
@@ -260,34 +261,35 @@ def test_without_the_library(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"meta": {"llama.block_count": 3}}, r"misses the tensor 'blk\.2\.attn_norm\.weight'"),
-        ({"meta": {"llama.block_count": 2**31}}, r"misses the tensor 'blk\.2\.attn_norm\.weight'"),
+        ({"meta": {"llama.block_count": 3}}, r"'model\.layers\.2\.\w+\.weight' \(9 tensors in all\)"),
+        ({"meta": {"llama.block_count": 2**31}}, "num_hidden_layers must be a positive integer, got 2147483648"),
+        ({"meta": {"llama.block_count": 10**6}}, "num_hidden_layers is 1000000, but"),
         ({"meta": {"llama.block_count": 1}}, r"has a tensor 'blk\.1\.\w+\.weight', which is not part"),
         ({"meta": {"llama.block_count": None}}, r"has no llama\.block_count"),
         ({"meta": {"llama.block_count": "two"}}, r"llama\.block_count is two"),
         ({"meta": {"llama.attention.head_count": 0}}, "0 heads"),
         ({"meta": {"llama.attention.head_count": [4, 4]}}, r"head_count is \[4, 4\]"),
-        ({"meta": {"llama.rope.scaling.type": "yarn"}}, "rotary positions are scaled"),
-        ({"meta": {"llama.rope.scale_linear": 2.0}}, "rotary positions are scaled"),
-        ({"meta": {"llama.rope.scaling.factor": 2.0}}, "rotary positions are scaled"),  # of no type: llama.cpp takes it to be linear
+        ({"meta": {"llama.rope.scaling.type": "yarn"}}, "scaled rotary embeddings"),
+        ({"meta": {"llama.rope.scale_linear": 2.0}}, "scaled rotary embeddings"),
+        ({"meta": {"llama.rope.scaling.factor": 2.0}}, "scaled rotary embeddings"),  # without a type, llama.cpp assumes linear
         ({"meta": {"llama.attention.causal": False}}, r"attention\.causal is False"),
-        ({"meta": {"llama.rope.dimension_count": 4}}, "only a part of each head is turned"),
+        ({"meta": {"llama.rope.dimension_count": 4}}, "rotary embeddings of part of a head"),
         ({"meta": {"llama.expert_count": 8}}, "expert_count is 8"),
         ({"meta": {"general.architecture": ["llama"]}}, "is of architecture"),
-        ({"leave_out": ["model.embed_tokens.weight"], "more": {"token_embd.weight": np.ones(4, np.float32)}}, "or it is no matrix"),
-        ({"meta": {"llama.attention.head_count": 3, "llama.attention.head_count_kv": 3}}, r"rows, which 3 heads of pairs do not divide"),
+        ({"leave_out": ["model.embed_tokens.weight"], "more": {"token_embd.weight": np.ones(4, np.float32)}}, "or it is not a matrix"),
+        ({"meta": {"llama.attention.head_count": 3, "llama.attention.head_count_kv": 3}}, "rows, not a multiple of 2 x 3 heads"),
         ({"meta": {"tokenizer.ggml.tokens": None}}, "has no tokenizer"),
-        ({"leave_out": ["model.norm.weight"]}, r"misses the tensor 'output_norm\.weight'"),
-        ({"leave_out": ["model.layers.1.mlp.up_proj.weight"]}, r"misses the tensor 'blk\.1\.ffn_up\.weight'"),
-        ({"leave_out": ["model.embed_tokens.weight"]}, r"misses the tensor 'token_embd\.weight'"),
-        ({"more": {"rope_freqs.weight": np.ones(4, np.float32)}}, "rotary positions are scaled"),
+        ({"leave_out": ["model.norm.weight"]}, r"'model\.norm\.weight' \(1 tensors in all\)"),
+        ({"leave_out": ["model.layers.1.mlp.up_proj.weight"]}, r"'model\.layers\.1\.mlp\.up_proj\.weight' \(1 tensors in all\)"),
+        ({"leave_out": ["model.embed_tokens.weight"]}, r"lacks the tensor 'token_embd\.weight'"),
+        ({"more": {"rope_freqs.weight": np.ones(4, np.float32)}}, "scaled rotary embeddings"),
         ({"more": {"extra.weight": np.ones(4, np.float32)}}, r"has a tensor 'extra\.weight', which is not part"),
     ],
 )
 def test_what_is_not_supported_is_refused(changes, message, tmp_path):
     path = write(tmp_path / "a.gguf", random_model(small()), **changes)
     with pytest.raises(ValueError, match=rf"a\.gguf.*{message}"):
-        read_gguf(path)
+        ml.load_model(path, "numpy")
 
 
 def test_another_architecture_is_refused(tmp_path):
@@ -298,7 +300,7 @@ def test_another_architecture_is_refused(tmp_path):
 
 
 def test_a_quantization_that_is_not_supported_is_refused(tmp_path):
-    """Q8_1 is a type of intermediate results, which the library knows by name alone."""
+    """Q8_1 is for intermediate results; the library only knows its name."""
     path = write(tmp_path / "a.gguf", random_model(small()), kinds={"embed": Type.Q8_0})
     whole = path.read_bytes()
     at = whole.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 16
@@ -309,7 +311,7 @@ def test_a_quantization_that_is_not_supported_is_refused(tmp_path):
 
 
 def test_the_model_trains_with_adapters(tmp_path):
-    """Arrays that are views of a read-only file will do for frozen weights."""
+    """Read-only views of a file suffice for frozen weights."""
     model = model_of(write(tmp_path / "a.gguf", random_model(small())))
     ml.inject(model, ml.LoraConfig(r=2), rng=0)
     labels = np.append(IDS[1:], -100)
@@ -366,5 +368,5 @@ def test_a_merged_model_brings_its_tokenizer(tmp_path):
 def test_a_tokenizer_that_cannot_be_read_is_said_to_be_missing(tmp_path, capsys):
     model = ml.load_model(write(tmp_path / "m.gguf", random_model(small()), meta={"tokenizer.ggml.model": "llama"}), "numpy")
     ml.save_model(model, tmp_path / "out")
-    assert "out is without a tokenizer that can be read: " in capsys.readouterr().err
+    assert "out has no readable tokenizer: " in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}

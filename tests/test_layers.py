@@ -155,14 +155,14 @@ def test_dtypes_are_held(dtype, backend, on):
 
 def test_a_replica_shares_weights_and_owns_gradients():
     model = model_with_lora()
-    twin = model.replica()
-    for (path, p), (twin_path, q) in zip(model.parameters(), twin.parameters(), strict=True):
+    replica = model.replica()
+    for (path, p), (twin_path, q) in zip(model.parameters(), replica.parameters(), strict=True):
         assert path == twin_path
         assert p is not q
         assert p.data is q.data
-    twin.loss_backward(twin.loss(IDS, LABELS, OFFSETS)[1])
+    replica.loss_backward(replica.loss(IDS, LABELS, OFFSETS)[1])
     assert all(p.grad is None for _, p in model.parameters())
-    assert twin.transformer.h[0].attn is not model.transformer.h[0].attn
+    assert replica.transformer.h[0].attn is not model.transformer.h[0].attn
 
 
 def test_dropout_is_a_function_of_seed_and_call_and_off_in_inference():

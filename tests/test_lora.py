@@ -6,16 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import IDS, gpt2
 
 import minilora as ml
-from minilora.lora import find_targets, lora_layers
-
-CONFIG = ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)
-IDS = np.array([1, 5, 2, 10, 0, 7, 7])
-
-
-def gpt2(**options):
-    return ml.GPT2(CONFIG, rng=0, **options)
+from minilora.lora import lora_layers
 
 
 def injected(model=None, rng=0, **config):
@@ -41,7 +35,7 @@ def test_known_answer_1_the_seeds_init_drowns_the_weight():
     x = rng.standard_normal((256, 384))
     base = ml.Linear(384, 384, bias=False, rng=rng, dtype="float64")
     base.weight.data = rng.normal(0, 384**-0.5, (384, 384))
-    layer = ml.LoRALinear(base, r=8, alpha=8, init="seed", rng=rng)
+    layer = ml.LoRALinear(base, r=8, alpha=8, init="normal", rng=rng)
     low = np.linalg.norm(x @ layer.lora_A.data @ layer.lora_B.data)
     assert 50 < low / np.linalg.norm(x @ base.weight.data) < 66
     usual = ml.LoRALinear(base, r=8, rng=rng)
@@ -337,7 +331,7 @@ def test_the_initial_values():
     gaussian = ml.LoRALinear(base, r=20, init="gaussian", rng=0)
     assert gaussian.lora_A.data.std() == pytest.approx(1 / 20, rel=0.02)
     assert not gaussian.lora_B.data.any()
-    seed = ml.LoRALinear(base, r=20, init="seed", rng=0)
+    seed = ml.LoRALinear(base, r=20, init="normal", rng=0)
     assert seed.lora_A.data.std() == pytest.approx(1, rel=0.02)
     assert seed.lora_B.data.std() == pytest.approx(1, rel=0.1)
     assert ml.LoRALinear(base, r=20, init=False, rng=0).lora_B.data.any()
@@ -348,5 +342,5 @@ def test_find_targets_leaves_the_output_head_out_of_all_linear():
         output_head = "layers.1"
 
     model = WithHead(ml.Linear(3, 4, rng=0), ml.Linear(4, 2, rng=0))
-    assert list(find_targets(model, ml.LoraConfig(r=1))) == ["layers.0"]
-    assert list(find_targets(model, ml.LoraConfig(r=1, target_modules=["layers.1"]))) == ["layers.1"]
+    assert list(ml.LoraConfig(r=1).targets(model)) == ["layers.0"]
+    assert list(ml.LoraConfig(r=1, target_modules=["layers.1"]).targets(model)) == ["layers.1"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as judge
 
-from minilora.training.metrics import accuracy, classification_metrics, f1, matthews, pearson, perplexity, spearman
+from minilora.training.metrics import accuracy, classification_metrics, f1, matthews, pearson, perplexity
 
 pairs = st.integers(2, 5).flatmap(lambda k: st.lists(st.tuples(st.integers(0, k - 1), st.integers(0, k - 1)), min_size=1, max_size=30))
 
@@ -29,9 +29,9 @@ def test_classification_as_in_scikit_learn(drawn):
 
 def test_known_values():
     labels, predicted = np.array([1, 1, 1, 1, 0, 0]), np.array([1, 1, 1, 0, 1, 0])  # 3 true, 1 false positive, 1 missed, 1 right no
-    told = classification_metrics(predicted, labels, 2)
-    assert told == {"accuracy": pytest.approx(4 / 6), "f1": 0.75, "f1_macro": pytest.approx((0.75 + 0.5) / 2), "matthews": 0.25}
-    assert classification_metrics(predicted, labels, 3)["f1"] == told["f1_macro"]
+    result = classification_metrics(predicted, labels, 2)
+    assert result == {"accuracy": pytest.approx(4 / 6), "f1": 0.75, "f1_macro": pytest.approx((0.75 + 0.5) / 2), "matthews": 0.25}
+    assert classification_metrics(predicted, labels, 3)["f1"] == result["f1_macro"]
 
 
 @given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=3, max_size=20))
@@ -40,7 +40,6 @@ def test_correlations_as_in_scipy(drawn):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of constants
         assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-9, nan_ok=True)
-        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-9, nan_ok=True)
 
 
 def test_perplexity_is_the_exponential_of_the_loss_and_never_raises():
@@ -50,7 +49,7 @@ def test_perplexity_is_the_exponential_of_the_loss_and_never_raises():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="nothing to measure"):
+    with pytest.raises(ValueError, match="no predictions to measure"):
         accuracy(np.array([], int), np.array([], int))
     with pytest.raises(ValueError, match=r"predictions have shape \(2,\), labels \(3,\)"):
         matthews(np.zeros(2, int), np.zeros(3, int))

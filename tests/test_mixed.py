@@ -21,11 +21,13 @@ from minilora.models.generate import generate
 from minilora.optim.flat import clip_grad_norm
 from minilora.quantization.half import to_half_precision
 from minilora.runs.finetune import finetune
+from minilora.runs.merge import merge_run
 from minilora.runs.recipe import Recipe
-from minilora.runs.run_file import merge_run, open_model
-from minilora.training.loop import Diverged, train
+from minilora.runs.run_file import open_model
+from minilora.training.loop import train
 from minilora.training.loss_scale import LossScale
 from minilora.training.prefix import PrefixCache
+from minilora.training.watch import Diverged
 
 grouped, *losses_modules = (import_module(f"minilora.kernels.{name}") for name in ("grouped", "numpy.losses", "cuda.losses"))
 KINDS = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -55,9 +57,9 @@ def value_on_host(value):
     return ml.to_numpy(value) if hasattr(value, "dtype") else value
 
 
-def check(kind, got, wanted, dtypes, ulps=4.0):
-    """Each of `got` in its dtype ("half" or "float32"), and within so many roundings of `wanted`, measured on the largest number."""
-    for g, w, dtype in zip(got, wanted, dtypes, strict=True):
+def check(kind, got, expected, dtypes, ulps=4.0):
+    """Each of `got` in its dtype ("half" or "float32"), and within so many roundings of `expected`, measured on the largest number."""
+    for g, w, dtype in zip(got, expected, dtypes, strict=True):
         if dtype is None:
             assert g is None
             continue
@@ -92,8 +94,8 @@ def test_lora(kind, masked, need, draw, on):
     mask = on((np.arange(72).reshape(6, 12) % 3 > 0).astype("float32") * 1.5) if masked else None
     y, saved = K.lora_linear(x, W, b, A, B, 0.7, mask)
     u = saved.value
-    wanted, wanted_u = F.lora_linear(*wide([x, W, b, A, B]), 0.7, wide(mask))
-    check(kind, [y, u], [wanted, wanted_u], ["half", "half"])
+    expected, expected_u = F.lora_linear(*wide([x, W, b, A, B]), 0.7, wide(mask))
+    check(kind, [y, u], [expected, expected_u], ["half", "half"])
     got = K.lora_linear_backward(dy, x, saved, W, A, B, 0.7, mask, need)
     pair = F.lora_linear_backward(*wide([dy, x, u, W, A, B]), 0.7, wide(mask), need)
     check(kind, got, pair, ["half" if "dx" in need else None, *("float32" if name in need else None for name in ("dA", "dB"))])
@@ -104,8 +106,8 @@ def test_norms(kind, draw):
     for f, given in (("layer_norm", (gamma, beta)), ("rms_norm", (gamma,))):
         y, inner = getattr(K, f)(x, *given)
         xhat, rstd = inner.value
-        wanted, saved = getattr(F, f)(*wide([x, *given]))
-        check(kind, [y, xhat, rstd], [wanted, *saved], ["half", "half", "float32"])
+        expected, saved = getattr(F, f)(*wide([x, *given]))
+        check(kind, [y, xhat, rstd], [expected, *saved], ["half", "half", "float32"])
         got = getattr(K, f"{f}_backward")(dy, inner, gamma)
         pair = getattr(F, f"{f}_backward")(wide(dy), wide((xhat, rstd)), wide(gamma))
         check(kind, got, pair, ["half", *["float32"] * len(given)])
@@ -125,16 +127,16 @@ def test_plain_activations(kind, draw):
     x, dy = draw(5, 9), draw(5, 9)
     for layer in (ml.ReLU(), ml.Tanh()):
         y, saved = layer.forward(x)
-        wanted, pair = layer.forward(wide(x))
-        check(kind, [y, layer.backward(dy, saved)], [wanted, layer.backward(wide(dy), pair)], ["half"] * 2)
+        expected, pair = layer.forward(wide(x))
+        check(kind, [y, layer.backward(dy, saved)], [expected, layer.backward(wide(dy), pair)], ["half"] * 2)
 
 
 def test_the_gate(kind, draw):
     g, u, dy = draw(5, 9), draw(5, 9), draw(5, 9)
     y, saved = K.swiglu(g, u)
-    wanted, pair = K.swiglu(wide(g), wide(u))
+    expected, pair = K.swiglu(wide(g), wide(u))
     got = [y, *saved.value, *K.swiglu_backward(dy, saved)]
-    check(kind, got, [wanted, *pair.value, *K.swiglu_backward(wide(dy), pair)], ["half"] * 5)
+    check(kind, got, [expected, *pair.value, *K.swiglu_backward(wide(dy), pair)], ["half"] * 5)
     assert K.swiglu(g, u, keep=False)[1] is None
 
 
@@ -163,8 +165,8 @@ def test_attention(kind, causal, offsets, draw, monkeypatch):
     for rows in (None, np.array([2, 6, 9, 20])):
         q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
         o, saved = K.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
-        wanted, pair = K.attention(*wide([q_, k, v]), 6, offsets, causal, n_kv_head=3, rows=rows)
-        check(kind, [o], [wanted], ["half"])
+        expected, pair = K.attention(*wide([q_, k, v]), 6, offsets, causal, n_kv_head=3, rows=rows)
+        check(kind, [o], [expected], ["half"])
         kept = [part[0] for _, parts in saved.value for part in parts if part is not None]
         assert kept
         assert all(E.dtype == KINDS[kind] for E in kept)
@@ -176,15 +178,15 @@ def test_scores_are_of_float32(kind, draw):
     """Large ones, which the softmax would make errors of a quarter of."""
     q, k, v, do = draw(21, 8, scale=6.0), draw(21, 8, scale=6.0), draw(21, 8), draw(21, 8)
     o, saved = K.attention(q, k, v, 2)
-    wanted, pair = K.attention(*wide([q, k, v]), 2)
-    check(kind, [o], [wanted], ["half"])
+    expected, pair = K.attention(*wide([q, k, v]), 2)
+    check(kind, [o], [expected], ["half"])
     check(kind, K.attention_backward(do, q, k, v, saved, 2), K.attention_backward(*wide([do, q, k, v]), pair, 2), ["half"] * 3, ulps=8)
 
 
 def test_masks_and_angles_are_of_float32(kind, backend):
     """1 / (1 - p) is no number of 16 bits, nor is the cosine of an angle."""
     layer = adapted("gpt2", kind, backend, lora_dropout=0.1).transformer.h[0].attn.c_attn
-    mask = layer._mask(layer.weight.data, 3)
+    mask = layer.mask(layer.weight.data, 3)
     assert float(mask.max()) == np.float32(1 / 0.9)
     assert all(
         table.dtype == np.float32 for table in adapted("llama", kind, backend).model.block_inputs(np.arange(3), layer.weight.data)["rope"]
@@ -207,7 +209,7 @@ def test_the_loss_over_the_vocabulary(kind, head, draw, monkeypatch):
     check(kind, K.cross_entropy(z, labels % 7), F.cross_entropy(wide(z), labels % 7), ["float32", "half"])
 
 
-def test_rounding_is_to_the_nearest_even_and_keeps_what_is_no_number(kind, standin_cupy):
+def test_rounding_is_to_the_nearest_even_and_keeps_what_is_no_number(kind, fake_cupy):
     """The sources convert by themselves. Every number of the type is read, multiplied and written (by dropout)."""
     if not cuda.ENABLED:
         pytest.skip("the stand-in runs CUDA sources through g++")
@@ -217,9 +219,9 @@ def test_rounding_is_to_the_nearest_even_and_keeps_what_is_no_number(kind, stand
         for p in (0.0, 0.75, 1 - 1 / 1.1):  # times 1, 4 (some beyond the largest) and 1.1, in float32, where it is kept
             got = K.dropout(x, p, 3)[0].get()
             kept = F.dropout_mask(every.shape, p, 3, np, "float32") > 0
-            wanted = np.where(kept, every.astype("float32") * np.float32(1 / (1 - p)), np.float32(0)).astype(KINDS[kind])
-            np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))
-            np.testing.assert_array_equal(got[~np.isnan(got)].view(np.uint16), wanted[~np.isnan(wanted)].view(np.uint16))
+            expected = np.where(kept, every.astype("float32") * np.float32(1 / (1 - p)), np.float32(0)).astype(KINDS[kind])
+            np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+            np.testing.assert_array_equal(got[~np.isnan(got)].view(np.uint16), expected[~np.isnan(expected)].view(np.uint16))
 
 
 # -- whole models -------------------------------------------------------------------------------------------------------------
@@ -272,14 +274,14 @@ def test_gradients_of_a_model_are_those_of_float32(name, kind, options, backend)
     if "modules_to_save" in options:
         options = {"modules_to_save": {"gpt2": ["ln_1"], "llama": ["norm"], "bert": ["pooler.dense", "LayerNorm"]}[name]}
     loss, grads = gradients(adapted(name, kind, backend, **options), name)
-    wanted_loss, wanted = gradients(adapted(name, kind, backend, narrow=False, **options), name)
+    wanted_loss, expected = gradients(adapted(name, kind, backend, narrow=False, **options), name)
     assert loss.dtype == np.float32
     assert float(loss) == pytest.approx(float(wanted_loss), rel=EPS[kind])
-    assert grads.keys() == wanted.keys()
+    assert grads.keys() == expected.keys()
     assert all(g.dtype == np.float32 for g in grads.values())
     norm = np.linalg.norm
-    lengths = {path: norm(ml.to_numpy(w)) for path, w in wanted.items()}
-    apart = {path: norm(ml.to_numpy(g) - ml.to_numpy(wanted[path])) for path, g in grads.items()}
+    lengths = {path: norm(ml.to_numpy(w)) for path, w in expected.items()}
+    apart = {path: norm(ml.to_numpy(g) - ml.to_numpy(expected[path])) for path, g in grads.items()}
     assert norm(list(apart.values())) <= 5 * EPS[kind] * norm(list(lengths.values()))
     least = 0.01 * max(lengths.values())  # of BERT's key.bias the gradient is zero
     for path, length in lengths.items():
@@ -308,8 +310,8 @@ def test_other_adapters(config, kind, backend):
         ml.inject(model, config, rng=0)
         grads.append(gradients(model, "bert")[1])
     assert all(g.dtype == np.float32 for g in grads[0].values())
-    got, wanted = (np.concatenate([ml.to_numpy(g).ravel() for g in each.values()]) for each in grads)
-    assert np.linalg.norm(got - wanted) <= 6 * EPS[kind] * np.linalg.norm(wanted)
+    got, expected = (np.concatenate([ml.to_numpy(g).ravel() for g in each.values()]) for each in grads)
+    assert np.linalg.norm(got - expected) <= 6 * EPS[kind] * np.linalg.norm(expected)
 
 
 def test_what_is_saved_takes_half(kind, backend):
@@ -322,7 +324,7 @@ def test_what_is_saved_takes_half(kind, backend):
     assert 0.5 <= saved[0] / saved[1] < 0.55
 
 
-def test_a_step_neither_waits_nor_has_more_products(kind, standin_cupy):
+def test_a_step_neither_waits_nor_has_more_products(kind, fake_cupy):
     counts = []
     for narrow in (True, False):
         model = adapted("gpt2", kind, "cupy", narrow)
@@ -376,13 +378,13 @@ def test_the_flag(tmp_path):
 def test_frozen_blocks_are_kept_in_16_bits(kind, tmp_path):
     model = adapted("gpt2", kind, "numpy", target_modules=["c_attn"], layers_to_transform=[1])
     batch = Batch(IDS, IDS, OFFSETS)
-    wanted = model.prefix(IDS, OFFSETS)
+    expected = model.prefix(IDS, OFFSETS)
     for limit in (2**20, 0):  # in memory, in a file
         cache = PrefixCache(limit, tmp_path)
         for _ in range(2):
             found = cache(model, batch)
             assert found.x.dtype == KINDS[kind]
-            np.testing.assert_array_equal(wide(found.x), wide(wanted.x))
+            np.testing.assert_array_equal(wide(found.x), wide(expected.x))
 
 
 def flat_of(model):
@@ -415,14 +417,14 @@ def test_an_overflow_halves_the_scale_and_changes_nothing_else(backend):
 
 def test_the_scale_does_not_change_the_gradient(backend):
     """Nor the loss, nor the norm: in float32 by not a bit, as it is a power of two."""
-    told = []
+    result = []
     for value in (1.0, 2.0**15):
         model = adapted("gpt2", "float16", backend, narrow=False)
         optimizer, (data, *_) = flat_of(model)
         step = next(train(model, optimizer, batches(), 1, lambda step: 1.0, loss_scale=LossScale(value)))
-        told.append((step.loss, step.grad_norm, ml.to_numpy(data)))
-    assert told[0][:2] == told[1][:2]
-    np.testing.assert_array_equal(told[0][2], told[1][2])
+        result.append((step.loss, step.grad_norm, ml.to_numpy(data)))
+    assert result[0][:2] == result[1][:2]
+    np.testing.assert_array_equal(result[0][2], result[1][2])
 
 
 def test_small_gradients_do_not_vanish(backend):
@@ -443,7 +445,7 @@ def test_the_scale_grows_gives_up_and_goes_on_from_its_state():
     scale = LossScale()
     for _ in range(LossScale.PATIENCE - 1):
         scale.update(True)
-    again = LossScale.from_state(json.loads(json.dumps(scale.state())))
+    again = LossScale(**json.loads(json.dumps(scale.state())))
     for each in (scale, again):
         assert each.value == 2.0**15
         each.update(True)
@@ -485,7 +487,7 @@ def test_what_cannot_be_is_told_in_a_sentence(kind, monkeypatch):
     with pytest.raises(ValueError, match="method full"):
         Recipe(dtype=kind, method="full")
     model = ml.load_model("pydoc", "numpy", kind)
-    with pytest.raises(ValueError, match=f"wte.weight is of {kind}, in which small steps are lost"):
+    with pytest.raises(ValueError, match=f"wte.weight is {kind}, in which small steps are lost"):
         ml.AdamW(model.unfreeze().parameters(), 1e-3)
     bert = narrowed("bert", kind)
     with pytest.raises(ValueError, match=r"to train bert\.embeddings\.word_embeddings needs weights of float32; load the model"):

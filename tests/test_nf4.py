@@ -36,17 +36,17 @@ def test_dequantized_to_the_bit_as_bitsandbytes_does(name, backend):
 @pytest.mark.parametrize("name", make_nf4.SHAPES)
 def test_quantized_as_bitsandbytes_does(name):
     """The four bits are the same; of the magnitudes' eight, its CPU code now and then takes the second nearest."""
-    found, wanted = NF4.of(make_nf4.weight(name).T), theirs(name)
-    np.testing.assert_array_equal(found.codes, wanted.codes)
+    found, expected = NF4.of(make_nf4.weight(name).T), theirs(name)
+    np.testing.assert_array_equal(found.codes, expected.codes)
     np.testing.assert_array_equal(GOLDEN["code"], nf4.CODE)
     np.testing.assert_allclose(GOLDEN["nested_code"], nf4.DYNAMIC, rtol=3e-7)
-    steps = np.abs(found.absmax.astype(int) - wanted.absmax)
+    steps = np.abs(found.absmax.astype(int) - expected.absmax)
     if name != "one block":  # less its mean, that is 0, and all the 256 fractions of 0 are the same
         assert steps.max() <= 1
         assert (steps > 0).mean() < 0.05
-    np.testing.assert_allclose(found.nested_absmax, wanted.nested_absmax, rtol=1e-6)
-    assert found.offset == pytest.approx(wanted.offset, rel=1e-6)
-    np.testing.assert_allclose(found.dense(), wanted.dense(), atol=2e-3)
+    np.testing.assert_allclose(found.nested_absmax, expected.nested_absmax, rtol=1e-6)
+    assert found.offset == pytest.approx(expected.offset, rel=1e-6)
+    np.testing.assert_allclose(found.dense(), expected.dense(), atol=2e-3)
 
 
 def test_the_codebook_on_normal_numbers():
@@ -71,9 +71,9 @@ def test_products_are_those_of_the_dense_matrix(m, n, chunk, backend, on, monkey
     dense = W.dense()
     assert (dense.shape, W.shape, W.T.shape) == ((m, n), (m, n), (n, m))
     x, dy = on(random(5, m, 1)), on(random(5, n, 2))
-    for found, wanted in ((x @ W, x @ dense), (dy @ W.T, dy @ dense.T), (W @ dy.T, dense @ dy.T), (W.T @ x.T, dense.T @ x.T)):
-        assert found.dtype == wanted.dtype == np.float32
-        assert float(abs(found - wanted).max()) <= 1e-5 * float(abs(wanted).max())
+    for found, expected in ((x @ W, x @ dense), (dy @ W.T, dy @ dense.T), (W @ dy.T, dense @ dy.T), (W.T @ x.T, dense.T @ x.T)):
+        assert found.dtype == expected.dtype == np.float32
+        assert float(abs(found - expected).max()) <= 1e-5 * float(abs(expected).max())
     for M, A in ((W, dense), (W.T, dense.T)):
         assert float(abs(M.column_squares() - (A * A).sum(axis=0)).max()) <= 1e-5 * float((A * A).sum())
         assert float(abs(M.dense() - A).max()) == 0
@@ -255,8 +255,8 @@ def edited_state(**changes):
 
 
 DAMAGED = {
-    "no JSON": (lambda t: t | {STATE: np.zeros(4, np.uint8)}, "is not whole"),
-    "a part missing": (lambda t: {k: v for k, v in t.items() if k != f"{PATH}.absmax"}, r"is not whole \(KeyError"),
+    "no JSON": (lambda t: t | {STATE: np.zeros(4, np.uint8)}, "is incomplete"),
+    "a part missing": (lambda t: {k: v for k, v in t.items() if k != f"{PATH}.absmax"}, r"is incomplete \(KeyError"),
     "codes cut": (lambda t: t | {PATH: t[PATH][:-1]}, "does not fit its numbers"),
     "magnitudes cut": (lambda t: t | {f"{PATH}.absmax": t[f"{PATH}.absmax"][:-1]}, "does not fit its magnitudes"),
     "not finite": (lambda t: t | {f"{PATH}.nested_absmax": t[f"{PATH}.nested_absmax"] * np.nan}, "does not fit its nested magnitudes"),
@@ -277,7 +277,7 @@ DAMAGED = {
     "another code": (lambda t: t | {f"{PATH}.quant_map": t[f"{PATH}.quant_map"] / 2}, "does not fit its code"),
     "another block size": (edited_state(blocksize=128), "does not fit its block sizes"),
     "an offset that is none": (edited_state(nested_offset="x"), "does not fit its offset"),
-    "another shape": (edited_state(shape=[32, 128]), r"q_proj.weight has shape \(128, 32\), the model wants \(64, 64\)"),
+    "another shape": (edited_state(shape=[32, 128]), r"q_proj.weight has shape \(128, 32\), the model expects \(64, 64\)"),
 }
 
 

@@ -12,8 +12,7 @@ from golden.make_adapters import ADAMW, FOLDER, IDS, LABELS, SIZES, adapted, bas
 from safetensors.numpy import load_file, save_file
 
 import minilora as ml
-from minilora.lora import find_targets, lora_layers
-from minilora.lora.injection import find_modules
+from minilora.lora import lora_layers
 from minilora.models import BertClassifier
 
 KINDS = ("bert", "gpt2", "llama")
@@ -30,7 +29,7 @@ def our_logits(model, ids=IDS[0], offsets=(0, 7, 14)):
 
 def our_losses(model, optimizer=None):
     optimizer = optimizer or ml.AdamW(model.parameters(), **ADAMW)
-    told = []
+    result = []
     for ids, labels in zip(IDS, LABELS, strict=True):
         if not isinstance(model, BertClassifier):
             labels = np.full(ids.shape, -100)
@@ -39,8 +38,8 @@ def our_losses(model, optimizer=None):
         model.loss_backward(saved)
         optimizer.step()
         optimizer.zero_grad()
-        told.append(float(loss))
-    return np.array(told)
+        result.append(float(loss))
+    return np.array(result)
 
 
 def deviation(a, b, what):
@@ -95,13 +94,6 @@ def test_what_was_read_is_written_as_it_was(kind, what, tmp_path):
 
 
 # -- live ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def peft():
-    for name in ("torch", "transformers"):
-        pytest.importorskip(name, reason=f"the live comparison needs {name}: pip install 'minilora[oracle]'")
-    return pytest.importorskip("peft", reason="the live comparison needs peft: pip install 'minilora[oracle]'")
 
 
 @pytest.fixture(scope="session")
@@ -279,7 +271,7 @@ def test_the_same_modules_are_adapted(kind, fields, peft, bases):
         expected = None
     model = ours(bases / kind)
     if expected is None:
-        with pytest.raises(ValueError, match=r"target_modules|modules_to_save|layers_to_transform|trained whole"):
+        with pytest.raises(ValueError, match=r"target_modules|modules_to_save|layers_to_transform|fully trained"):
             ml.inject(model, ml.LoraConfig(r=2, **fields), strict=False)
     else:
         assert set(ml.inject(model, ml.LoraConfig(r=2, **fields), strict=False)) == expected
@@ -292,12 +284,12 @@ def test_the_same_modules_are_adapted(kind, fields, peft, bases):
 def test_tied_weights_are_not_trained_apart(kind, name, peft, bases, tmp_path):
     """PEFT trains a copy of the one and leaves the other: a model that is not there here."""
     quietly(adapted(kind, options(kind)["names"] | {"modules_to_save": [name]}).save_pretrained, tmp_path)
-    with pytest.raises(ValueError, match=f"modules_to_save: .*{name} cannot be trained whole"):
+    with pytest.raises(ValueError, match=f"modules_to_save: .*{name} cannot be fully trained"):
         ml.load_adapter(ours(bases / kind), tmp_path)
     with pytest.raises(ValueError, match="share"):
-        find_modules(ours(bases / kind), ml.LoraConfig(modules_to_save=["transformer" if kind == "gpt2" else "model"]))
+        ml.LoraConfig(modules_to_save=["transformer" if kind == "gpt2" else "model"]).full_modules(ours(bases / kind))
     with pytest.raises(ValueError, match="share"):
-        find_targets(ours(bases / kind), ml.LoraConfig(r=2, target_modules=[options(kind)["names"]["target_modules"][0], "lm_head"]))
+        ml.LoraConfig(r=2, target_modules=[options(kind)["names"]["target_modules"][0], "lm_head"]).targets(ours(bases / kind))
 
 
 def test_embeddings_that_peft_writes_along(peft, bases, tmp_path):
@@ -413,7 +405,7 @@ REFUSED = {f"{name}={value!r}": {name: value} for name, value in UNSUPPORTED.ite
     "layers_to_transform must be .* got ..first": {"layers_to_transform": ["first"]},
     "layers_pattern says": {"layers_pattern": "h"},
     "target_modules must be .* got": {"target_modules": ["c_attn", 3]},
-    "task_type='SEQ_CLS' trains the head whole": {"task_type": "SEQ_CLS"},
+    "task_type='SEQ_CLS' fully trains the head": {"task_type": "SEQ_CLS"},
 }
 
 
@@ -481,7 +473,7 @@ def test_a_head_trained_whole_does_not_change_the_fingerprint(tmp_path):
 
 
 def test_a_rank_beyond_a_classifier_says_what_to_do():
-    with pytest.raises(ValueError, match="rank 8 is beyond classifier, which is 12 x 3; task_type='SEQ_CLS' trains"):
+    with pytest.raises(ValueError, match="rank 8 is beyond classifier, which is 12 x 3; task_type='SEQ_CLS' fully trains"):
         ml.inject(ours(FOLDER / "bert" / "base"), ml.LoraConfig(r=8))
 
 

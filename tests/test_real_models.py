@@ -74,8 +74,8 @@ def test_hidden_states_of_minilm_are_those_of_transformers(minilm):
     ids, offsets = end_to_end([tokenizer.encode(sentence) for sentence in SENTENCES])
     oracle = transformers.BertModel.from_pretrained(minilm).eval()
     with torch.no_grad():
-        wanted = [oracle(torch.tensor(ids[None, a:b])).last_hidden_state[0].numpy() for a, b in pairwise(offsets)]
-    np.testing.assert_allclose(model.bert.forward(ids, keep=False, offsets=offsets)[0], np.concatenate(wanted), atol=1e-5)
+        expected = [oracle(torch.tensor(ids[None, a:b])).last_hidden_state[0].numpy() for a, b in pairwise(offsets)]
+    np.testing.assert_allclose(model.bert.forward(ids, keep=False, offsets=offsets)[0], np.concatenate(expected), atol=1e-5)
 
 
 FOOD = "bread soup cheese rice beans pasta fruit fish cake salad".split()
@@ -92,8 +92,8 @@ def test_minilm_learns_two_topics_on_the_command_line(minilm, tmp_path, capsys):
     for split, rows in records.items():
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     learn = ["--task", "classify", "--epochs", 4, "--target-modules", "query,value", "--backend", "numpy", "--out", tmp_path / "run"]
-    told = verb(capsys, "finetune", "--model", minilm, "--data", tmp_path, *learn)
-    assert told["saved_bytes"] < 2e6
+    result = verb(capsys, "finetune", "--model", minilm, "--data", tmp_path, *learn)
+    assert result["saved_bytes"] < 2e6
     assert verb(capsys, "evaluate", tmp_path / "run", "--data", tmp_path, "--backend", "numpy")["accuracy"] == 1
 
 
@@ -101,8 +101,11 @@ def test_minilm_learns_two_topics_on_the_command_line(minilm, tmp_path, capsys):
 
 
 def test_smollm2_knows_the_capital_of_france_and_ends_its_turn(smollm2, capsys):
-    told = verb(capsys, "generate", smollm2, "--chat", "--prompt", QUESTION, "--temperature", 0, "--tokens", 20, "--backend", "numpy")
-    assert (told["text"], told["ended"]) == ("The capital of France is Paris.", "stop")  # the token that stops it is <|im_end|>, see below
+    result = verb(capsys, "generate", smollm2, "--chat", "--prompt", QUESTION, "--temperature", 0, "--tokens", 20, "--backend", "numpy")
+    assert (result["text"], result["ended"]) == (
+        "The capital of France is Paris.",
+        "stop",
+    )  # the token that stops it is <|im_end|>, see below
 
 
 def test_the_tokenizer_of_smollm2_splits_digits_and_ends_turns(smollm2):

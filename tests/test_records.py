@@ -1,4 +1,4 @@
-"""A file is what it contains: formats, encodings, splits of a folder; and what cannot be read is refused by name, never learnt as text."""
+"""Record files: formats, encodings, splits of a folder; a file that cannot be read is refused by name, never trained on as text."""
 
 import gzip
 import json
@@ -88,7 +88,7 @@ def test_an_encoding_is_named_not_guessed(tmp_path):
         ("a.json", b'[{"a": 1}]\n[]', "there is more behind the list"),
         ("a.json", b"[1]", "line 1: expected a JSON object, got int"),
         ("a.json", b"[]", "is empty"),
-        ("a.jsonl", b'{"a": 1, "a": 2}', "line 1: .*the key 'a' is there twice"),
+        ("a.jsonl", b'{"a": 1, "a": 2}', "line 1: .*the key 'a' appears twice"),
         ("a.jsonl", b'{"a": "\x00"}', "line 1: this is binary data"),
         ("a.csv", b"text;label\na;b\n", "line 1: the columns are separated by ';'"),
         ("a.csv", b"text,label\n,\n", None),

@@ -36,13 +36,13 @@ def losses(config, record, steps=9, dropout=0.0, batches=None, recompute=False, 
         model.transformer.recompute = True
     optimizer = ml.AdamW(model.parameters(), 1e-2)
     batches = batches or random_windows(TEXT, 8, 3, np.random.default_rng(2))
-    run = train(model, optimizer, batches, steps, lambda step: 1 - step / steps, record=record, check_every=1, clip=0.1, **options)
+    run = train(model, optimizer, batches, steps, lambda step: 1 - step / steps, cuda_graph=record, check_every=1, clip=0.1, **options)
     return [(step.loss, step.grad_norm) for step in run], ml.to_numpy(optimizer.flat.data)
 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["GPT-2", "Llama"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_recorded_run_is_the_same_run(config, accumulate, card):
+def test_a_recorded_run_is_the_same_run(config, accumulate, gpu):
     """Other data, another rate and another bias correction in every step; of some rows no label."""
 
     def batches():
@@ -52,12 +52,12 @@ def test_a_recorded_run_is_the_same_run(config, accumulate, card):
             yield batch
 
     plain, recorded = (losses(config, record, batches=batches(), accumulate=accumulate) for record in (False, True))
-    rtol = 0 if card is standin.module else 1e-4  # to the bit, but that a card's products may take another way while recorded
+    rtol = 0 if gpu is standin.module else 1e-4  # to the bit, but that a GPU's products may take another way while recorded
     np.testing.assert_allclose(plain[0], recorded[0], rtol=rtol)
     np.testing.assert_allclose(plain[1], recorded[1], rtol=rtol, atol=rtol)
 
 
-def test_what_a_recorded_step_asks_of_the_device(standin_cupy):
+def test_what_a_recorded_step_asks_of_the_device(fake_cupy):
     """Counted as what ten more steps cost, read at the end alone."""
 
     def counted(steps):
@@ -75,7 +75,7 @@ def test_what_a_recorded_step_asks_of_the_device(standin_cupy):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_masks_are_new_in_every_step_and_those_of_an_unrecorded_run(recompute, standin_cupy, monkeypatch):
+def test_masks_are_new_in_every_step_and_those_of_an_unrecorded_run(recompute, fake_cupy, monkeypatch):
     monkeypatch.setattr("minilora.training.replicas.SHARD_ON_DEVICE", 12)  # shards of one sequence: a layer draws several masks a step
     plain, recorded = (losses(GPT2, record, dropout=0.3, recompute=recompute) for record in (False, True))
     assert plain[0] == recorded[0]
@@ -83,7 +83,7 @@ def test_masks_are_new_in_every_step_and_those_of_an_unrecorded_run(recompute, s
     assert losses(GPT2, False)[0] != plain[0]
 
 
-def test_shapes_that_do_not_repeat_are_not_recorded(standin_cupy):
+def test_shapes_that_do_not_repeat_are_not_recorded(fake_cupy):
     def batches():
         for length in (5, 6, 7, 8, 5, 6, 7, 8, 5):
             ids = TEXT[: 2 * length]
@@ -92,7 +92,7 @@ def test_shapes_that_do_not_repeat_are_not_recorded(standin_cupy):
     assert losses(GPT2, True, batches=batches())[0] == losses(GPT2, False, batches=batches())[0]
 
 
-def test_a_bad_id_is_found_before_a_launch(standin_cupy):
+def test_a_bad_id_is_found_before_a_launch(fake_cupy):
     """CuPy would wrap it silently, and a recording looks at nothing."""
 
     def batches():
@@ -105,12 +105,12 @@ def test_a_bad_id_is_found_before_a_launch(standin_cupy):
 
 
 @pytest.mark.filterwarnings("default")
-def test_without_the_bindings_steps_run_as_they_are(standin_cupy, monkeypatch):
-    wanted = losses(GPT2, False)
+def test_without_the_bindings_steps_run_as_they_are(fake_cupy, monkeypatch):
+    expected = losses(GPT2, False)
     monkeypatch.setattr(blas, "bindings", lambda: None)
     plain = losses(GPT2, True)
-    np.testing.assert_allclose(plain[0], wanted[0], rtol=1e-4)
-    replay, x = Replay(), standin_cupy.asarray(np.eye(3))
+    np.testing.assert_allclose(plain[0], expected[0], rtol=1e-4)
+    replay, x = Replay(), fake_cupy.asarray(np.eye(3))
     for i in range(AFTER + 1):
         if i == AFTER - 1:
             with pytest.warns(UserWarning, match="could not be captured: calling cuBLAS API during stream capture"):
@@ -121,7 +121,7 @@ def test_without_the_bindings_steps_run_as_they_are(standin_cupy, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["counts", "waits", "reads the host"])
-def test_work_that_must_not_be_recorded_is_found_out(wrong, standin_cupy):
+def test_work_that_must_not_be_recorded_is_found_out(wrong, fake_cupy):
     """A number that changes, a value that is read, an array of the host: the recording is dropped, the results stay right."""
     replay, calls = Replay(), []
 
@@ -130,20 +130,20 @@ def test_work_that_must_not_be_recorded_is_found_out(wrong, standin_cupy):
         if wrong == "waits":
             assert float(x.sum()) > 0
         if wrong == "reads the host":
-            x = x * standin_cupy.asarray(np.arange(3.0))
+            x = x * fake_cupy.asarray(np.arange(3.0))
         return (x * len(calls) if wrong == "counts" else x * 2,)
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as result:
         warnings.simplefilter("always")
         for i in range(AFTER + 2):
             (y,) = replay(0, work, [np.ones(3) + i])
             factor = len(calls) if wrong == "counts" else 2
             np.testing.assert_array_equal(y.get(), (1 + i) * factor * (np.arange(3) if wrong == "reads the host" else 1))
-    assert ["could not be captured" in str(warning.message) for warning in told] == [True]
+    assert ["could not be captured" in str(warning.message) for warning in result] == [True]
     assert replay.captured is None
 
 
-def test_memory_of_a_recording_is_counted_and_freed(standin_cupy, monkeypatch):
+def test_memory_of_a_recording_is_counted_and_freed(fake_cupy, monkeypatch):
     monkeypatch.setattr("minilora.kernels.memory._most_held", 0)
     replay = Replay()
     before = peak_memory("cupy")
@@ -162,10 +162,10 @@ def test_memory_of_a_recording_is_counted_and_freed(standin_cupy, monkeypatch):
     assert peak_memory("cupy") - before == standin.POOL_BYTES  # a peak
 
 
-def test_a_run_frees_its_recording(standin_cupy, monkeypatch):
+def test_a_run_frees_its_recording(fake_cupy, monkeypatch):
     """However it ends."""
     made = []
-    monkeypatch.setattr(standin_cupy.cuda, "MemoryPool", lambda pool=standin_cupy.cuda.MemoryPool: made.append(pool()) or made[-1])
+    monkeypatch.setattr(fake_cupy.cuda, "MemoryPool", lambda pool=fake_cupy.cuda.MemoryPool: made.append(pool()) or made[-1])
     losses(GPT2, True)
     model = model_of(GPT2)
     run = train(
@@ -177,7 +177,7 @@ def test_a_run_frees_its_recording(standin_cupy, monkeypatch):
     assert [pool.freed for pool in made] == [True, True]
 
 
-def test_where_memory_runs_out_the_recording_makes_room(standin_cupy):
+def test_where_memory_runs_out_the_recording_makes_room(fake_cupy):
     replay = Replay()
     for _ in range(AFTER):
         replay(0, lambda x: (x + 1,), [np.ones(3)])
@@ -193,7 +193,7 @@ def test_where_memory_runs_out_the_recording_makes_room(standin_cupy):
         replay("a third", lambda x: (_ for _ in ()).throw(MemoryError()), [np.ones(5)])
 
 
-def test_the_toy_benchmark_takes_the_same_steps(standin_cupy, tmp_path):
+def test_the_toy_benchmark_takes_the_same_steps(fake_cupy, tmp_path):
     from argparse import Namespace
     from itertools import islice
 

@@ -17,9 +17,9 @@ def read(tmp_path):
 
 
 def test_settings_are_read_with_their_types(read):
-    told = read('lr = 1\nsteps = 20\nmodel = "bert"\ntarget-modules = ["query", "value"]\nmask_prompt = false\nwarmup = 3\n')
-    assert told == {"lr": 1.0, "steps": 20, "model": "bert", "target_modules": ["query", "value"], "mask_prompt": False, "warmup": 3}
-    assert type(told["lr"]) is float
+    result = read('lr = 1\nsteps = 20\nmodel = "bert"\ntarget-modules = ["query", "value"]\nmask_prompt = false\nwarmup = 3\n')
+    assert result == {"lr": 1.0, "steps": 20, "model": "bert", "target_modules": ["query", "value"], "mask_prompt": False, "warmup": 3}
+    assert type(result["lr"]) is float
     assert read('target_modules = "all-linear"') == {"target_modules": "all-linear"}
     assert read("") == {}
 

@@ -5,33 +5,29 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from tiny import tiny_model
 
 import minilora as ml
 from minilora.adapters import largest_changes
 from minilora.cli import main
 from minilora.data.batches import Batch
-from minilora.lora import lora_layers
+from minilora.lora import adaptation, lora_layers
 
 IDS, OFFSETS = np.array([1, 5, 2, 10, 0, 7, 7, 3, 4, 9]), [0, 3, 4, 7, 10]
-SIZES = {"vocab_size": 11, "max_position_embeddings": 8, "hidden_size": 6, "num_attention_heads": 3, "num_hidden_layers": 2}
 
 
 def base(kind, dtype="float64"):
-    if kind == "gpt2":
-        return ml.GPT2(ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3), rng=0, dtype=dtype).freeze()
-    if kind == "bert":
-        return ml.BertClassifier(ml.BertConfig(**SIZES, intermediate_size=9, num_labels=3), rng=0, dtype=dtype).freeze()
-    return ml.Llama(ml.LlamaConfig(**SIZES, intermediate_size=9), rng=0, dtype=dtype).freeze()
+    return tiny_model(kind, dtype).freeze()
 
 
 def adapted(base, config, seed):
     """A replica with an adapter away from its start."""
-    twin, rng = base.replica(), np.random.default_rng(seed)
-    ml.inject(twin, config, rng=seed)
-    for _, p in twin.parameters():
+    replica, rng = base.replica(), np.random.default_rng(seed)
+    ml.inject(replica, config, rng=seed)
+    for _, p in replica.parameters():
         if p.trainable:
             p.data = p.data + ml.to_backend(0.3 * rng.standard_normal(p.data.shape), ml.backend.backend_name(p.data), p.data.dtype)
-    return twin
+    return replica
 
 
 def logits(model):
@@ -97,11 +93,24 @@ def test_gradients_of_a_mixed_batch(kind):
                 np.testing.assert_allclose(p.grad, together[k][path], rtol=1e-8, atol=1e-12, err_msg=path)
 
 
+def test_the_loss_of_a_mixture_is_that_of_its_logits_or_refused():
+    """A decoder's loss sees the labelled rows alone: a shared head may, but a head of each model could not tell whose they are."""
+    labels = np.where(np.arange(10) % 3, IDS, -100)
+    for kind in ("gpt2", "llama"):
+        model = base(kind)
+        mixed = ml.mixed([model, adapted(model, CONFIGS[kind][0], 0)], [0, 1, 1, 0], OFFSETS)
+        expected, _ = ml.cross_entropy(mixed.forward(IDS, keep=False, offsets=OFFSETS)[0], labels)
+        assert float(mixed.loss(IDS, labels, OFFSETS, keep=False)[0]) == pytest.approx(float(expected), rel=1e-12)
+    headed = ml.mixed([model, adapted(model, ml.LoraConfig(r=2, modules_to_save=["lm_head"]), 0)], [0, 1, 1, 0], OFFSETS)
+    with pytest.raises(ValueError, match="mixed: a layer got 6 rows; the batch it was made for has 10"):
+        headed.loss(IDS, labels, OFFSETS, keep=False)
+
+
 def test_bad_mixtures():
     model = base("bert")
     other = adapted(model, ml.PartialConfig(modules_to_save=["word_embeddings"]), 0)
     for models, which, message in (
-        ([model, model], [0, 1, 2, 0], "wanted one of 0 to 1 for each of 4 sequences"),
+        ([model, model], [0, 1, 2, 0], "expected one of 0 to 1 for each of 4 sequences"),
         ([model, model], [0, 1], r"which is \[0, 1\]"),
         ([model, base("gpt2")], [0, 1, 0, 0], "have different layers"),
         ([model, other], [0, 1, 0, 0], "differ in bert.embeddings.word_embeddings, an embedding"),
@@ -109,7 +118,7 @@ def test_bad_mixtures():
         with pytest.raises(ValueError, match=message):
             ml.mixed(models, which, OFFSETS)
     mixed = ml.mixed([model, adapted(model, CONFIGS["bert"][0], 0)], [0, 1, 0, 0], OFFSETS)
-    with pytest.raises(ValueError, match="given 3 rows; the batch it was made for has 10 or 4"):
+    with pytest.raises(ValueError, match="got 3 rows; the batch it was made for has 10 or 4"):
         mixed.forward(IDS[:3], keep=False)
 
 
@@ -124,20 +133,20 @@ def test_cat_is_the_sum_and_svd_is_the_best_of_its_rank(backend):
     model = base("gpt2").to(backend)
     one = adapted(model, ml.LoraConfig(r=2, lora_alpha=5), 0)
     two = adapted(model, ml.LoraConfig(r=1, target_modules=["c_attn", "c_fc"], use_rslora=True), 1)
-    wanted = {path: 0.7 * d for path, d in deltas(one).items()}
+    expected = {path: 0.7 * d for path, d in deltas(one).items()}
     for path, d in deltas(two).items():
-        wanted[path] = wanted[path] - 1.3 * d
+        expected[path] = expected[path] - 1.3 * d
     exact = ml.combine(model, [one, two], [0.7, -1.3], "cat")
     for path, d in deltas(exact).items():
-        np.testing.assert_allclose(d, wanted[path], atol=1e-12)
+        np.testing.assert_allclose(d, expected[path], atol=1e-12)
     assert {layer.r for _, layer in lora_layers(exact)} == {2, 3}
     best = ml.combine(model, [one, two], [0.7, -1.3])  # svd of rank 2, the largest of theirs
     for path, d in deltas(best).items():
-        left = np.linalg.svd(wanted[path], compute_uv=False)[2:]
-        assert np.linalg.norm(d - wanted[path]) == pytest.approx(np.linalg.norm(left), abs=1e-10)
+        left = np.linalg.svd(expected[path], compute_uv=False)[2:]
+        assert np.linalg.norm(d - expected[path]) == pytest.approx(np.linalg.norm(left), abs=1e-10)
     same = ml.combine(model, [one], [1.0], "linear")
     np.testing.assert_allclose(logits(same), logits(one), atol=1e-12)
-    assert model.lora_config is None
+    assert adaptation(model).config is None
 
 
 @pytest.mark.filterwarnings("ignore")  # theirs are not ours
@@ -167,15 +176,15 @@ def test_sums_are_pefts(kind, how, r, tmp_path):
 
     model = ml.load_model(tmp_path / "m", "numpy", "float64")
     models = [model.replica() for _ in weights]
-    for twin, name in zip(models, "ab", strict=True):
-        ml.load_adapter(twin, tmp_path / name)
+    for replica, name in zip(models, "ab", strict=True):
+        ml.load_adapter(replica, tmp_path / name)
     ours = ml.combine(model, models, weights, how, r)
     with torch.no_grad():
-        wanted = theirs.eval()(torch.tensor(IDS[None, :7])).logits[0].numpy()
+        expected = theirs.eval()(torch.tensor(IDS[None, :7])).logits[0].numpy()
         plain_logits = model.forward(IDS[:7], keep=False)[0]
     found = ours.forward(IDS[:7], keep=False)[0]
     assert np.abs(found - plain_logits).max() > 3e-3  # the sum does something
-    np.testing.assert_allclose(found, wanted, atol=1e-5 if kind == "llama" else 1e-6)
+    np.testing.assert_allclose(found, expected, atol=1e-5 if kind == "llama" else 1e-6)
     ml.save_adapter(ours, tmp_path / "sum")  # and PEFT reads what came of it
     again = peft.PeftModel.from_pretrained(theirs.unload(), tmp_path / "sum").double().eval()
     with torch.no_grad():
@@ -184,7 +193,7 @@ def test_sums_are_pefts(kind, how, r, tmp_path):
 
 REFUSED = {
     "counts": ([1.0], "cat", None, "the weights \\[1.0\\] do not match 2 adapters"),
-    "not a number": ([1.0, float("nan")], "cat", None, "do not match 2 adapters; give one finite number"),
+    "not a number": ([1.0, float("nan")], "cat", None, "do not match 2 adapters; pass one finite number"),
     "way": ([1.0, 1.0], "ties", None, "unknown way 'ties'; choose cat, svd, linear"),
     "ranks": ([1.0, 1.0], "linear", None, "the ranks must be the same"),
     "rank": ([1.0, 1.0], "svd", 7, "rank 7 does not fit a matrix"),
@@ -204,10 +213,10 @@ def test_what_has_no_sum():
     other.bert.pooler.dense.weight.data = other.bert.pooler.dense.weight.data + 1
     lora = adapted(model, ml.LoraConfig(r=1), 0)
     for second, message in (
-        (adapted(model, ml.LoraConfig(r=1, task_type="SEQ_CLS"), 0), "trained classifier.bias whole; only LoRA adapters have a sum"),
+        (adapted(model, ml.LoraConfig(r=1, task_type="SEQ_CLS"), 0), "fully trained classifier.bias; only LoRA adapters have a sum"),
         (adapted(model, ml.PartialConfig(train=["norm"]), 0), "only LoRA adapters have a sum"),
         (model, "has no LoRA adapter; only LoRA adapters have a sum"),
-        (adapted(other, ml.LoraConfig(r=1), 0), "bert.pooler.dense is no plain LoRA, or was put on other weights"),
+        (adapted(other, ml.LoraConfig(r=1), 0), "bert.pooler.dense is no plain LoRA, or was made for other weights"),
     ):
         with pytest.raises(ValueError, match=message):
             ml.combine(model, [lora, second], [1, 1])
@@ -220,16 +229,16 @@ def test_what_has_no_sum():
 
 def tuned_from(model, rank=None, seed=0, everything=False):
     """All dense weights changed, by products of a rank or fully; with `everything`, biases, norms and embeddings too."""
-    rng, twin = np.random.default_rng(seed), model.replica()
-    for path, layer in twin.modules():
+    rng, replica = np.random.default_rng(seed), model.replica()
+    for path, layer in replica.modules():
         if isinstance(layer, ml.Linear) and path != model.output_head:
             m, n = layer.weight.data.shape
             dW = rng.standard_normal((m, n)) if rank is None else rng.standard_normal((m, rank)) @ rng.standard_normal((rank, n))
             layer.weight.data = layer.weight.data + 0.2 * ml.to_backend(dW, ml.backend.backend_name(layer.weight.data))
-    for _, p in twin.parameters():
+    for _, p in replica.parameters():
         if everything and p.data.ndim == 1:
             p.data = p.data + 0.1 * rng.standard_normal(p.data.shape)
-    return twin
+    return replica
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -284,12 +293,12 @@ def test_with_inputs_it_is_closest_in_what_layers_put_out(kind, backend):
 
 def collected(model, path, batches):
     """All inputs of one layer, by another way than the code under test: a forward that writes them down."""
-    twin, seen = model.replica(), []
-    layer = dict(twin.modules())[path]
+    replica, seen = model.replica(), []
+    layer = dict(replica.modules())[path]
     plain = layer.forward
     layer.forward = lambda x, *args, **options: (seen.append(ml.to_numpy(x)), plain(x, *args, **options))[1]
     for batch in batches:
-        twin.forward(batch.ids, keep=False, offsets=batch.offsets)
+        replica.forward(batch.ids, keep=False, offsets=batch.offsets)
     return np.concatenate(seen)
 
 
@@ -304,13 +313,13 @@ def test_biases_norms_and_a_classifiers_head_go_along_and_embeddings_do_not(tmp_
     ml.load_adapter(again, tmp_path)
     np.testing.assert_allclose(logits(again), logits(tuned), atol=1e-9)
     bare, _ = ml.extract(model, tuned, 2, whole=False)
-    assert bare.base_values == {}
+    assert adaptation(bare).base_values == {}
     assert np.abs(logits(bare) - logits(tuned)).max() > 1e-2
     tuned.bert.embeddings.word_embeddings.weight.data = tuned.bert.embeddings.word_embeddings.weight.data + 0.5
     changes = largest_changes(model, tuned)
     assert changes["bert.embeddings.word_embeddings.weight"] == 0.5
     assert changes["classifier.weight"] == 1
-    assert ml.extract(model, tuned, 2)[0].lora_config.modules_to_save.count("classifier") == 1
+    assert adaptation(ml.extract(model, tuned, 2)[0]).config.modules_to_save.count("classifier") == 1
 
 
 def test_an_adapter_gets_another_rank():
@@ -362,11 +371,11 @@ def test_extract_and_compare(tmp_path, monkeypatch, capsys):
     data = ["--data", "poem.txt", "--window", "32", "--threads", "1"]
     status, out, err = run(capsys, "extract", "run", "--out", "adapter", "--r", "16", *data, "--json")
     assert status == 0, err
-    told = json.loads(out)
-    assert told["base"] == "pydoc"
-    before, extracted, tuned = (told["held_out"][name]["bits_per_byte"] for name in ("base", "extracted", "tuned"))
+    result = json.loads(out)
+    assert result["base"] == "pydoc"
+    before, extracted, tuned = (result["held_out"][name]["bits_per_byte"] for name in ("base", "extracted", "tuned"))
     assert tuned < extracted < before
-    assert set(told["left_out"]) == {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert set(result["left_out"]) == {"transformer.wte.weight", "transformer.wpe.weight"}
 
     status, out, _ = run(capsys, "compare", "pydoc", "run")
     assert status == 0
@@ -381,7 +390,7 @@ def test_extract_and_compare(tmp_path, monkeypatch, capsys):
     for argv, message in (
         (["extract", "run", "--out", "adapter"], "adapter is in use; name another folder with --out"),
         (["extract", "run/model", "--r", "500", "--out", "x"], "rank 500 is beyond transformer.h.0.attn.c_attn, which is 128 x 384"),
-        (["extract", "pydoc", "--out", "x"], "does not say which model it was tuned from; name that with --base"),
+        (["extract", "pydoc", "--out", "x"], "does not name the model it was tuned from; name it with --base"),
         (["extract", "pydoc", "--base", "pydoc", "--out", "x"], "no linear layer differs"),
     ):
         status, _, err = run(capsys, *argv)

@@ -1,4 +1,4 @@
-"""The stand-in keeps CuPy's rules. What it let pass, the rest of the suite would not notice."""
+"""The fake CuPy enforces CuPy's rules. The rest of the suite would not notice what it lets pass."""
 
 import copy
 import math

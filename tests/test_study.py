@@ -9,12 +9,15 @@ from small_tokenizers import library_wordpiece
 
 import minilora as ml
 from minilora.cli import main
+from minilora.data.datasets import few
 from minilora.data.examples import Example
+from minilora.formats.origin import Origin
 from minilora.layers import Parameter
+from minilora.optim.l2_sp import AdamWL2SP
 from minilora.runs import study as study_module
 from minilora.runs.recipe import Recipe
 from minilora.runs.study import ROWS, rows_named, study, summarise
-from minilora.training.few_sample import PulledAdamW, few, reinitialise
+from minilora.training.reinitialise import reinitialise
 
 BERT = {"vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 12}
 
@@ -81,14 +84,14 @@ def test_the_pooler_and_the_top_blocks_begin_anew_and_nothing_else_does(blocks, 
 
 
 def test_more_blocks_than_there_are_cannot_begin_anew():
-    with pytest.raises(ValueError, match="has 3 blocks; 4 of them cannot begin anew"):
+    with pytest.raises(ValueError, match="has 3 blocks, not 4"):
         reinitialise(ml.BertClassifier(ml.BertConfig(**BERT), rng=0), 4)
 
 
 def test_pulled_weights_go_back_to_where_they_began(on):
     start, away = np.array([1.0, -2.0, 0.5]), np.array([3.0, 3.0, -4.0])
     p = Parameter(on(start))
-    optimizer = PulledAdamW([p], lr=0.1, pull=2.0)
+    optimizer = AdamWL2SP([p], lr=0.1, l2_sp=2.0)
     p.data[...] = on(away)
     for _ in range(3):
         p.add_grad(on(np.zeros(3)))
@@ -109,16 +112,14 @@ def test_few_examples_are_among_the_many_and_every_class_must_be_there():
 
 def test_a_share_of_the_run_may_be_warm_up():
     for warmup, steps in ((0.1, 4), (7, 7), (0, 0), (None, 10)):
-        recipe = Recipe(steps=40, warmup=warmup)
-        recipe.settle(lambda *_: None)
-        assert recipe.warmup == steps
+        assert Recipe(steps=40, warmup=warmup).resolve(lambda *_: None).warmup == steps
 
 
 BAD_RECIPES = {
-    "reinit": ({"reinit": 1}, "reinit changes the weights that method lora leaves frozen"),
+    "reinit": ({"reinit": 1}, "reinit changes weights that method lora leaves frozen"),
     "train size": ({"train_size": 5}, "train_size counts texts with a class; it needs task classify"),
     "no train size": ({"train_size": 0}, "train_size must be at least 1"),
-    "pull": ({"pull": -1}, "pull must be at least 0"),
+    "L2-SP": ({"l2_sp": -1}, "l2_sp must be at least 0"),
     "warm-up": ({"warmup": -0.5}, "warmup must be at least 0"),
     "endless warm-up": ({"warmup": math.inf}, "warmup must be at least 0 and finite"),
     "endless epochs": ({"epochs": 1e300}, "epochs must be above 0 and at most 100,000"),
@@ -179,7 +180,7 @@ def test_the_shared_model_is_left_as_it_is(recipe, tmp_path, monkeypatch):
     opened = study_module.open_recipe(recipe)
     before = {path: p.data.copy() for path, p in opened[0].parameters()}
     monkeypatch.setattr(study_module, "open_recipe", lambda recipe: opened)
-    study(recipe, rows_named(["full", "both", "bottleneck", "pulled"]), 1, tmp_path / "s", quiet)
+    study(recipe, rows_named(["full", "both", "bottleneck", "l2-sp"]), 1, tmp_path / "s", quiet)
     for path, p in opened[0].parameters():
         np.testing.assert_array_equal(p.data, before[path])
         assert not p.trainable
@@ -212,11 +213,11 @@ def test_the_command_prints_a_table(recipe, tmp_path, capsys, monkeypatch):
     common += ["--window", "16", "--quick", "--new-head", "--rows", "few-sample", "--epochs", "0.5"]
     assert main(["study", *common, "--json"]) == 0
     out = capsys.readouterr()
-    told = json.loads(out.out)
-    assert [line["row"] for line in told["rows"]] == ["standard", "re-init", "longer", "both", "uncorrected"]
-    steps = {line["row"]: line["steps"] for line in told["rows"]}
+    result = json.loads(out.out)
+    assert [line["row"] for line in result["rows"]] == ["standard", "re-init", "longer", "both", "uncorrected"]
+    steps = {line["row"]: line["steps"] for line in result["rows"]}
     assert steps["longer"] == steps["both"] == 60 * steps["standard"]
-    assert told["folder"] == "studies/few-sample-quick"
+    assert result["folder"] == "studies/few-sample-quick"
     assert "standard, seed 1" in out.err
     assert main(["study", *common]) == 0
     out = capsys.readouterr()
@@ -233,7 +234,7 @@ BAD_STUDIES = {
     "another version": (lambda d: (d / "study.json").write_text('{"version": 2}'), {}, "is of version 2, this minilora writes 1"),
     "no recipe": (lambda d: (d / "study.json").write_text('{"version": 1}'), {}, "is damaged: it has no recipe"),
     "no JSON": (lambda d: spoil(d, RECORD + '{"row": "head", "se'), {}, "runs.jsonl, line 2: this record is damaged"),
-    "a field missing": (lambda d: spoil(d, '{"row": "head", "seed": 0}\n'), {}, "line 1: this record is damaged, its value is no good"),
+    "a field missing": (lambda d: spoil(d, '{"row": "head", "seed": 0}\n'), {}, "line 1: this record is damaged, its value is not valid"),
     "no record": (lambda d: spoil(d, "[1]\n"), {}, "line 1: this record is damaged"),
     "twice": (lambda d: spoil(d, RECORD * 2), {}, "line 2: 'head' with seed 0 is there twice"),
     "another recipe": (lambda d: None, {"lr": 0.5}, "holds a study with lr 0.02, not 0.5"),
@@ -269,13 +270,13 @@ def test_changed_data_are_not_mixed_into_one_table_and_a_study_that_cannot_begin
 def test_each_seed_draws_all_that_no_file_held(recipe, tmp_path, monkeypatch):
     """A bare encoder without a pooler: pooler and classifier are drawn, and they differ from seed to seed."""
     opened, pooled = study_module.open_recipe(recipe), []
-    opened[0].drawn = ("bert.pooler.dense", "classifier")
+    opened[0].origin = Origin(drawn=("bert.pooler.dense", "classifier"))
     monkeypatch.setattr(study_module, "open_recipe", lambda recipe: opened)
     prepare = study_module.prepare
 
     def spy(model, *args):
         layers = dict(model.modules())
-        pooled.append([layers[path].weight.data.copy() for path in model.drawn])
+        pooled.append([layers[path].weight.data.copy() for path in model.origin.drawn])
         return prepare(model, *args)
 
     monkeypatch.setattr(study_module, "prepare", spy)

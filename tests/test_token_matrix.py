@@ -1,4 +1,4 @@
-"""A matrix of tokenizers, settings beside them, templates and records against transformers, whose AutoTokenizer is the judge."""
+"""Tokenizers, their settings, templates and records, compared with transformers' AutoTokenizer."""
 
 import json
 
@@ -23,7 +23,7 @@ def added(content, **options):
 
 
 def decoder_of(library, *more):
-    """added_tokens_decoder: the library's own added tokens, and more behind its vocabulary."""
+    """added_tokens_decoder: the library's own added tokens, and more after its vocabulary."""
     own = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in json.loads(library.to_str())["added_tokens"]}
     size = library.get_vocab_size()
     return {"added_tokens_decoder": own | {str(size + i): token for i, token in enumerate(more)}}
@@ -73,7 +73,7 @@ FOLDERS = {
     "llama": (sentencepiece_bpe, LLAMA, {}),
     "llama, legacy": (sentencepiece_bpe, {**LLAMA, "legacy": True}, {}),
     "llama, no prefix space": (sentencepiece_bpe, {**LLAMA, "add_prefix_space": False}, {}),
-    "llama, no begin token asked": (sentencepiece_bpe, {**LLAMA, "add_bos_token": False}, {}),
+    "llama, no begin token requested": (sentencepiece_bpe, {**LLAMA, "add_bos_token": False}, {}),
     "llama, an end token in the file": (lambda: sentencepiece_bpe("<s> $A </s>"), LLAMA, {}),
     "llama, taken as it is": (sentencepiece_bpe, {**LLAMA, "tokenizer_class": "PreTrainedTokenizerFast"}, {}),
     "llama, an unknown class": (sentencepiece_bpe, {**LLAMA, "tokenizer_class": "OurTokenizer"}, {}),
@@ -185,7 +185,7 @@ def messages_of(talk):
 
 @pytest.fixture(scope="module")
 def chatters(tmp_path_factory):
-    """{name: folder} of the tokenizers that decoders have, each with a pad token and a begin and an end token."""
+    """{name: folder} of the tokenizers of decoders, each with a pad, a begin and an end token."""
     made = {}
     for name, (library, config, files) in CHATTERS.items():
         config = {"bos_token": "<s>", "pad_token": "<|endoftext|>", **config}
@@ -194,7 +194,7 @@ def chatters(tmp_path_factory):
 
 
 def example_of(tokenizer, record, template=None, **options):
-    """(ids with the last label, which are learnt) of a record."""
+    """(ids with the last label, which of them are trained on) of a record."""
     make = example_maker("lm", tokenizer, options.pop("window", 5000), options.pop("mask", True), None, template)
     example = make("f.jsonl", 1, record)
     last = example.labels[-1]
@@ -208,14 +208,14 @@ def test_conversations_are_those_of_apply_chat_template(name, template, chatters
     for key, talk in TALKS.items():
         messages = messages_of(talk)
         beside = {"tools": [{"name": "f"}], "documents": [{"title": "a", "text": "b"}]}
-        asked = dict(chat_template=TEMPLATES[template], **beside)
+        requested = dict(chat_template=TEMPLATES[template], **beside)
         for prompt in (False, True):
             ours.chat_template = TEMPLATES[template]
             assert ours.render(messages, prompt, **beside) == theirs.apply_chat_template(
-                messages, add_generation_prompt=prompt, tokenize=False, **asked
+                messages, add_generation_prompt=prompt, tokenize=False, **requested
             )
         want = theirs.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask="{% generation %}" in TEMPLATES[template], **asked
+            messages, return_dict=True, return_assistant_tokens_mask="{% generation %}" in TEMPLATES[template], **requested
         )
         if not any(want.get("assistant_masks", [1, 1])[1:]):
             continue
@@ -254,7 +254,7 @@ TEXT = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(ANY,
 
 @pytest.mark.parametrize("name", ["bytes", *CHATTERS])
 def test_the_ids_spell_the_record(name, chatters):
-    """Whatever is said, and wherever a merge, a prefix space or a normalizer reaches across a boundary."""
+    """For any text, also where a merge, a prefix space or a normalizer reaches across a boundary."""
     tokenizer = ByteTokenizer() if name == "bytes" else load_tokenizer(chatters[name], 1000)
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     usual = [key for key in TEMPLATES if name != "bytes" or "s_token" not in TEMPLATES[key]]  # bytes have no begin or end token to write
@@ -278,9 +278,9 @@ def test_the_ids_spell_the_record(name, chatters):
             ids, learnt = usable(record)
             if ids is not None:
                 assert tokenizer.decode(ids) == spelled(text, behind)
-                asked, first = tokenizer.encode_prompt(a), np.flatnonzero(learnt)[0]
-                if "prompt" in record and first >= len(asked):  # else a normalizer composed a character across the boundary
-                    assert np.array_equal(ids[: len(asked)], asked)
+                requested, first = tokenizer.encode_prompt(a), np.flatnonzero(learnt)[0]
+                if "prompt" in record and first >= len(requested):  # else a normalizer composed a character across the boundary
+                    assert np.array_equal(ids[: len(requested)], requested)
         messages = messages_of([("user", a), ("assistant", b), ("user", c), ("assistant", d), ("user", "the end")])
         tokenizer.chat_template = TEMPLATES[template]
         text = tokenizer.render(messages)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from small_tokenizers import BPE, BYTES, CHATML, SPECIAL, TALK, library_bpe, library_wordpiece
 
 from minilora.formats.chat import assistant_spans, find_chat_template, render_chat
-from minilora.formats.gguf import GGUFTokenizer
 from minilora.formats.tokenizer import ByteTokenizer, HFTokenizer, gguf_tokenizer, load_tokenizer
 
 
@@ -24,13 +23,13 @@ def folder_of(path, library, **files):
 
 
 def metadata(**changed):
-    """What the GGUF reader delivers, for the same vocabulary as BPE."""
+    """The metadata of a GGUF file with BPE's vocabulary, as `read_gguf_tokenizer` returns it."""
     model = json.loads(BPE.library.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     types = [3 if token in SPECIAL else 1 for token in tokens]
-    told = {"tokens": tokens, "merges": merges, "token_types": types, "bos": 1, "eos": 0, "unk": None, "pre": "smollm"}
-    return GGUFTokenizer(**{**told, "chat_template": CHATML, "add_bos": False, **changed})
+    result = {"tokens": tokens, "merges": merges, "token_type": types, "bos_token_id": 1, "eos_token_id": 0, "pre": "smollm"}
+    return {**result, "chat_template": CHATML, "add_bos_token": False, **changed}
 
 
 # ---- encode, decode, stream ----------------------------------------------------------------------------------------------------------
@@ -67,13 +66,13 @@ def test_a_stream_gives_whole_characters_as_soon_as_they_are_whole():
 
     def ids():
         for id in BYTES.encode("é!"):
-            seen.append("".join(told))
+            seen.append("".join(result))
             yield id
 
-    told = []
+    result = []
     for piece in BYTES.stream(ids()):
-        told.append(piece)
-    assert seen == ["", "", "é"]  # what had been told when the next byte was asked for
+        result.append(piece)
+    assert seen == ["", "", "é"]  # what had been yielded when the next byte was read
 
 
 def test_a_stream_keeps_the_spaces_between_words():
@@ -184,25 +183,26 @@ def test_gguf_metadata_give_special_tokens_digits_and_the_begin_token():
     tokenizer = gguf_tokenizer(metadata(), 400)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids, tokenizer.chat_template) == (1, 0, {0}, CHATML)
     assert tokenizer.decode(tokenizer.encode("the<|end|>"), skip_special=True) == "the"
-    digits = {"merges": ["2 0", "2 4", "20 24"], "tokens": [*metadata().tokens[:-3], "20", "24", "2024"]}
-    for pre, wanted in (("gpt-2", ["2024"]), ("smollm", ["2", "0", "2", "4"])):
+    digits = {"merges": ["2 0", "2 4", "20 24"], "tokens": [*metadata()["tokens"][:-3], "20", "24", "2024"]}
+    for pre, expected in (("gpt-2", ["2024"]), ("smollm", ["2", "0", "2", "4"])):
         other = gguf_tokenizer(metadata(pre=pre, **digits), 400)
-        assert [other.decode([i]) for i in other.encode("2024")] == wanted
+        assert [other.decode([i]) for i in other.encode("2024")] == expected
     assert not tokenizer.prefix
-    begun = gguf_tokenizer(metadata(add_bos=True), 400)
+    begun = gguf_tokenizer(metadata(add_bos_token=True), 400)
     assert begun.prefix == (1,)
     assert begun.encode("the").tolist() == [1, *tokenizer.encode("the")]
     assert begun.encode("the", add_special=False).tolist() == tokenizer.encode("the").tolist()
 
 
 def test_qwen2s_way_of_splitting_is_transformers():
-    told = metadata(pre="qwen2")
-    ours = gguf_tokenizer(told, 400)
+    vocabulary = metadata(pre="qwen2")
+    ours = gguf_tokenizer(vocabulary, 400)
     qwen2 = pytest.importorskip(
         "transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'"
     ).Qwen2Tokenizer
-    merges = [tuple(merge.split(" ")) for merge in told.merges]
-    theirs = qwen2({token: i for i, token in enumerate(told.tokens)}, merges, unk_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>")
+    merges = [tuple(merge.split(" ")) for merge in vocabulary["merges"]]
+    ids = {token: i for i, token in enumerate(vocabulary["tokens"])}
+    theirs = qwen2(ids, merges, unk_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>")
 
     @given(st.text() | st.sampled_from(["IT'S 1234\r\n\n  x", "the\u0301 cat, the mat;  Paris"]))
     def check(text):
@@ -211,11 +211,11 @@ def test_qwen2s_way_of_splitting_is_transformers():
     check()
 
 
-@pytest.mark.parametrize("made", [BPE, gguf_tokenizer(metadata(add_bos=True), 400)], ids=["bpe", "gguf"])
+@pytest.mark.parametrize("made", [BPE, gguf_tokenizer(metadata(add_bos_token=True), 400)], ids=["bpe", "gguf"])
 def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(made, tmp_path):
     made.save(tmp_path)
     again = load_tokenizer(tmp_path, 400)
-    apart = {"library": None, "where": None}
+    apart = {"library": None, "failed": None}
     assert vars(again) | apart == vars(made) | apart
     text = "the capital of France <|user|> 2024 ☃"
     assert again.encode(text).tolist() == made.encode(text).tolist()
@@ -231,11 +231,11 @@ def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(made, tmp_path):
     ("changed", "message"),
     [
         ({"pre": "llama-bpe"}, "of model 'gpt2' and splits text as 'llama-bpe'; supported: .*'smollm', 'gpt-2', 'qwen2'"),
-        ({"kind": "llama"}, "of model 'llama'"),
-        ({"tokens": ["a", "b", "a"]}, "the token 'a' is in the vocabulary more than once"),
-        ({"merges": ["t h e"]}, "the merge 't h e' is not of two tokens"),
-        ({"merges": ["q q"]}, "the merge 'q q' is not of two tokens that give a third"),
-        ({"eos": 7000}, "eos is token 7000"),
+        ({"model": "llama"}, "of model 'llama'"),
+        ({"tokens": ["a", "b", "a"]}, "the token 'a' occurs twice in the vocabulary"),
+        ({"merges": ["t h e"]}, "the merge 't h e' does not join two tokens"),
+        ({"merges": ["q q"]}, "the merge 'q q' does not join two tokens into a third"),
+        ({"eos_token_id": 7000}, "eos is token 7000"),
     ],
 )
 def test_gguf_metadata_that_do_not_fit_are_refused(changed, message):
@@ -263,9 +263,9 @@ def test_a_template_is_found_where_it_is_kept(tmp_path):
 
 
 def test_chatml():
-    wanted = "<|im_start|>user\nHi<|im_end|>\n"
-    assert render_chat(CHATML, TALK[:1]) == wanted
-    assert render_chat(CHATML, TALK[:1], add_generation_prompt=True) == wanted + "<|im_start|>assistant\n"
+    expected = "<|im_start|>user\nHi<|im_end|>\n"
+    assert render_chat(CHATML, TALK[:1]) == expected
+    assert render_chat(CHATML, TALK[:1], add_generation_prompt=True) == expected + "<|im_start|>assistant\n"
 
 
 TEMPLATES = {
@@ -299,10 +299,10 @@ def test_templates_render_as_in_transformers(name):
     utils = pytest.importorskip(
         "transformers.utils.chat_template_utils", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'"
     )
-    told, _ = utils.render_jinja_template(
+    result, _ = utils.render_jinja_template(
         [TALK], chat_template=TEMPLATES[name], add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
     )
-    assert text == told[0]
+    assert text == result[0]
 
 
 @pytest.mark.parametrize(
@@ -324,14 +324,14 @@ def test_templates_render_as_in_transformers(name):
     ],
 )
 def test_a_template_cannot_leave_its_sandbox(template):
-    with pytest.raises(ValueError, match=r"^the chat template tries to leave its sandbox \(.*\)\.$"):
+    with pytest.raises(ValueError, match=r"^the chat template tries to leave the sandbox \(.*\)\.$"):
         render_chat(template, TALK)
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}\n{{ m.role }", "is broken at line 2"),
+        ("{% for m in messages %}\n{{ m.role }", "is invalid at line 2"),
         ("{% import 'os' as os %}", "fails with"),
         ("{{ raise_exception('roles must alternate') }}", r"refuses these messages \(roles must alternate\)"),
         ("{{ 1 / 0 }}", "fails with ZeroDivisionError"),
@@ -353,7 +353,7 @@ def test_messages_are_objects_with_role_and_content(wrong):
 
 
 def test_objects_with_methods_do_not_reach_a_template():
-    with pytest.raises(ValueError, match="nothing but strings"):
+    with pytest.raises(ValueError, match="must consist of strings"):
         render_chat(CHATML, [{**TALK[0], "image": np.zeros(2)}])
 
 
@@ -380,5 +380,5 @@ def test_templates_without_a_generation_prompt_or_with_a_longer_one():
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     rewrites = "{% for m in messages %}{{ m.role }}{{ m.content if loop.last else '...' }}{% endfor %}"
-    with pytest.raises(ValueError, match="does not write message 2 as it is"):
+    with pytest.raises(ValueError, match="changes message 2"):
         spans_of(rewrites)

@@ -14,8 +14,9 @@ from minilora.data.datasets import endless
 from minilora.layers import Parameter
 from minilora.optim.flat import FlatBuffer, clip_grad_norm
 from minilora.training.evaluate import evaluate
-from minilora.training.loop import Diverged, train
+from minilora.training.loop import train
 from minilora.training.replicas import Replicas
+from minilora.training.watch import Diverged
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "optimizers.json").read_text())
 CONFIG = ml.GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3, dropout=0.0)
@@ -347,9 +348,9 @@ def test_when_memory_runs_out_the_run_says_what_fits_and_keeps_what_it_has(most,
 
     monkeypatch.setattr(GPT2, "loss", hungry)
     recipe = Recipe(steps=9, window=256, eval_bytes=512, sample_bytes=0, threads=1, backend=backend)
-    with pytest.raises(MemoryError, match=advice) as told:
+    with pytest.raises(MemoryError, match=advice) as result:
         finetune(recipe, tmp_path / "run", say=lambda line: None)
-    assert f"is in {tmp_path / 'run'}" in str(told.value)
+    assert f"is in {tmp_path / 'run'}" in str(result.value)
     again = ml.load_model("pydoc", "numpy")
     ml.load_adapter(again, tmp_path / "run" / "adapter")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["results"]["stopped_after_step"] >= 1

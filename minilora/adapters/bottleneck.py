@@ -1,14 +1,85 @@
-"""BottleneckLinear: a frozen projection with a small trainable network after it (Houlsby et al., arXiv 1902.00751, section 2.1)."""
+"""Bottleneck adapters: a small trainable network after a frozen projection (Houlsby et al., arXiv 1902.00751, section 2.1)."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 
+from minilora.adapters.partial import PartialConfig
 from minilora.backend import Array, Rng, backend_name, generator
-from minilora.layers import GELU, Activation, Linear, Saved
+from minilora.layers import GELU, Activation, Layer, Linear, ReLU, Saved, SiLU, Tanh
 from minilora.lora.adapted import trained_dtype
+from minilora.lora.targets import CLASSIFIERS, find_targets
+
+PROJECTIONS = ("output.dense", "c_proj", "o_proj", "down_proj")  # into the residual stream, two a block: BERT, GPT-2, and both of Llama
+NON_LINEARITIES: dict[str, Callable[[], Activation]] = {
+    "relu": ReLU,
+    "gelu": GELU,
+    "gelu_new": partial(GELU, "tanh"),
+    "silu": SiLU,
+    "tanh": Tanh,
+}
+
+
+@dataclass
+class BottleneckConfig(PartialConfig):
+    """Bottleneck adapters after the projections into the residual stream (arXiv 1902.00751), and the layer norms and the head.
+
+    reduction_factor  the bottleneck of a layer with n outputs has n / reduction_factor features, at least 1
+    non_linearity     "relu", "gelu", "gelu_new" (GELU by tanh), "silu" or "tanh"
+    init_std          standard deviation of the initial weights, normal and truncated at two of them; small, so that the adapted layer
+                      computes nearly what the projection does. 1e-2 in the paper (section 3.6), 1e-3 in its code
+    target_modules    names or an expression, as in LoraConfig; None is those of PROJECTIONS that the model has
+    train             as in PartialConfig; the paper trains the layer norms
+    """
+
+    peft_type: ClassVar[str] = "BOTTLENECK"
+
+    train: Sequence[str] = ("norm",)
+    reduction_factor: float = 16
+    non_linearity: str = "gelu"
+    init_std: float = 1e-2
+    target_modules: str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("reduction_factor", 1), ("init_std", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < math.inf:
+                raise ValueError(f"BottleneckConfig: {name} must be a number of at least {least}, got {value!r}.")
+        if self.non_linearity not in NON_LINEARITIES:
+            raise ValueError(f"BottleneckConfig: non_linearity is {self.non_linearity!r}; choose {', '.join(NON_LINEARITIES)}.")
+        if self.target_modules is not None and not isinstance(self.target_modules, str):
+            self.target_modules = list(self.target_modules)
+
+    def targets(self, model: Layer, strict: bool = True) -> dict[str, Any]:
+        """{path: Linear} to put a bottleneck after. Raises ValueError when a name matches no Linear."""
+        names, saved = self.target_modules, list(self.modules_to_save or ())
+        if names is None:
+            names = [name for name in PROJECTIONS if any(f".{path}".endswith(f".{name}") for path, _ in model.modules())]
+            if not names:
+                raise ValueError(f"target_modules: nothing here is called {' or '.join(PROJECTIONS)}; name the layers to adapt.")
+        if getattr(model, "output_head", "").endswith(CLASSIFIERS):
+            saved += CLASSIFIERS
+        found = find_targets(model, names, saved=saved, strict=strict)
+        if odd := sorted(path for path, layer in found.items() if not isinstance(layer, Linear)):
+            raise ValueError(f"target_modules: {odd[0]} is not linear, but {type(found[odd[0]]).__name__}; a bottleneck follows a Linear.")
+        return found
+
+    def adapters(self, model: Layer, targets: dict[str, Any], rng: Any, train_step: Callable[[], Any] | None) -> tuple[Any, dict[str, Any]]:
+        act = NON_LINEARITIES[self.non_linearity]
+        sizes = {path: max(1, round(layer.out_features / self.reduction_factor)) for path, layer in targets.items()}
+        return self, {path: BottleneckLinear(targets[path], sizes[path], act(), self.init_std, rng=rng) for path in targets}
+
+    @property
+    def method(self) -> str:
+        full = self._full()
+        return f"bottleneck adapters, reduction {self.reduction_factor:g}" + (f", with {', '.join(full)}" if full else "")
 
 
 class BottleneckLinear(Linear):
@@ -22,7 +93,7 @@ class BottleneckLinear(Linear):
         dh  = dy + dz D^T    h feeds y twice: directly, and through the bottleneck
         dx  = dh W^T
 
-    Saved: h (T, n), z (or a) and a (T, d). D and U start near zero, so y starts near h: not on it, or else neither could move.
+    Saved: h (T, n), z (or a) and a (T, d). D and U are initially near zero, so that y is near h; were both zero, neither had a gradient.
     Unlike LoRA's update this one is not linear in x: it cannot be folded into W, and it costs time at inference.
     """
 
@@ -63,8 +134,18 @@ class BottleneckLinear(Linear):
 
 
 def truncated_normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> np.ndarray:
-    """N(0, std^2) without what is further than 2 std from 0: that is drawn again. float64, on the host."""
+    """N(0, std^2) truncated at 2 std: values beyond are drawn again. float64, on the host."""
     x = rng.standard_normal(shape)
     while (far := np.abs(x) > 2).any():
         x[far] = rng.standard_normal(int(far.sum()))
     return std * x
+
+
+def bottlenecks(model: Layer) -> list[tuple[str, BottleneckLinear]]:
+    """(path, layer) of every BottleneckLinear in the model."""
+    return [(path, layer) for path, layer in model.modules() if isinstance(layer, BottleneckLinear)]
+
+
+def bottleneck_parameters(model: Layer) -> set[str]:
+    """The paths of the parameters of all bottlenecks."""
+    return {f"{path}.{part}.{name}" for path, _ in bottlenecks(model) for part in ("down", "up") for name in ("weight", "bias")}

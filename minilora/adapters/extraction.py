@@ -1,7 +1,7 @@
 """A fine-tuned model as a LoRA of its base:   dW = W_tuned - W_base ~ A B,   and how far two models are apart.
 
-Which rank? With the singular values S of dW, the energy that rank r keeps is sum_{i <= r} S_i^2 / sum_i S_i^2 (Eckart, Young 1936).
-With the inputs of each layer it is that of L dW, L^T L = x^T x / T: what counts is the change of what the layer puts out.
+The rank: with the singular values S of dW, the energy that rank r keeps is sum_{i <= r} S_i^2 / sum_i S_i^2 (Eckart, Young 1936).
+With the inputs of each layer it is that of L dW, L^T L = x^T x / T: what counts is the change of the outputs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any
 from minilora.adapters.sums import with_lora
 from minilora.backend import Array, get_xp
 from minilora.layers import Embedding, Layer, LayerNorm, Linear, RMSNorm, Saved
-from minilora.lora import LoraConfig, factorize
-from minilora.lora.adapted import Adapted, adapter_parameters, lora_layers
-from minilora.lora.config import CLASSIFIERS
-from minilora.lora.injection import replace_module
+from minilora.lora import LoraConfig, adaptation, factorize, lora_layers
+from minilora.lora.adapted import Adapted, adapter_parameters
+from minilora.lora.targets import CLASSIFIERS
 from minilora.quantization.residual import dense
 
-_RIDGE = 1e-6  # of the mean square of the inputs: a direction that no input had is then cheap to get wrong, and not impossible
+_RIDGE = 1e-6  # of the mean square of the inputs, so that errors in directions without inputs cost little, and the root exists
 
 
 @dataclass
@@ -40,13 +39,13 @@ def extract(
 ) -> tuple[Layer, list[Extracted]]:
     """A replica of `base` with the LoRA adapter that comes closest to `tuned`, and a line for each adapted layer.
 
-    r        the rank of every layer; or, with `energy` (0 to 1), each layer has the lowest rank that keeps so much of it
-    inputs   {path: root} of `input_roots`; without, or for a layer that is not in it, the closest in the weights themselves
-    whole    biases, norms and a classifier's head that have changed go along as they are (`bias` and `modules_to_save` of the adapter);
-             what else has changed, embeddings that is, has no place in an adapter, see `largest_changes`
+    r        the rank of every layer; with `energy` (0 to 1), each layer has the lowest rank that keeps this share instead
+    inputs   {path: root} of `input_roots`; the closest in the weights for a layer that is not in it
+    whole    biases, norms and a classifier's head that have changed are part of the adapter, fully (its `bias` and `modules_to_save`);
+             embeddings that have changed cannot be, see `embeddings_changed`
 
     `tuned` may be a full fine-tune or an adapted model, whose adapter then gets another rank.
-    Raises ValueError when the models are not of one kind, nothing has changed, or a rank is beyond what a layer's SVD has.
+    Raises ValueError when the models are not of one kind, nothing has changed, or a rank is beyond min(in, out) of a layer.
     """
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"extract: the energy to keep is {energy}; it must be above 0 and at most 1.")
@@ -56,7 +55,7 @@ def extract(
     head = getattr(base, "output_head", "") or ""
     head = head if head.endswith(CLASSIFIERS) else ""
     ours, theirs = dict(base.modules()), dict(tuned.modules())
-    products, told = {}, []
+    products, result = {}, []
     for path, layer in ours.items():
         if not isinstance(layer, Linear) or not changed[f"{path}.weight"] or path == head:
             continue
@@ -69,7 +68,7 @@ def extract(
         rank = r if energy is None else min(int((kept < energy * (1 - 1e-12)).sum()) + 1, len(kept))
         products[path] = A[:, :rank], B[:rank]
         error = float(abs(dW - products[path][0] @ products[path][1]).max())
-        told.append(Extracted(path, rank, float(kept[rank - 1]), changed[f"{path}.weight"], error))
+        result.append(Extracted(path, rank, float(kept[rank - 1]), changed[f"{path}.weight"], error))
     if not products:
         raise ValueError("extract: no linear layer differs between the two models; there is nothing to extract.")
 
@@ -79,18 +78,17 @@ def extract(
         heads = [head] if head and any(changed[f"{head}.{name}"] for name, _ in ours[head].parameters()) else []
         biased = any(value for path, value in changed.items() if path.endswith(".bias"))
         config = LoraConfig(bias="all" if biased else "none", modules_to_save=[*norms, *heads] or None)
-    twin = with_lora(base, products, config)
-    sources = dict(tuned.parameters())
-    for path, p in twin.parameters():
-        if path in twin.base_values:
-            p.data = sources[path].data.astype(p.data.dtype)
-    return twin, told
+    adapted = with_lora(base, products, config)
+    parameters, sources = dict(adapted.parameters()), dict(tuned.parameters())
+    for path in adaptation(adapted).base_values:
+        parameters[path].data = sources[path].data.astype(parameters[path].data.dtype)
+    return adapted, result
 
 
 def largest_changes(base: Layer, tuned: Layer) -> dict[str, float]:
-    """{path: the largest |difference| of an element} for every weight; adapters, of either, count with the weight they are put on.
+    """{path: the largest |difference| of an element} for every weight; an adapter of either counts with its weight.
 
-    Raises ValueError when the models have not the same weights, or hold something that no weight can.
+    Raises ValueError when the models do not have the same weights, or have bottlenecks.
     """
     first, second = _weights(base), _weights(tuned)
     for here, there, which in ((first, second, "second"), (second, first, "first")):
@@ -106,21 +104,21 @@ def largest_changes(base: Layer, tuned: Layer) -> dict[str, float]:
 
 
 def _weights(model: Layer) -> dict[str, Callable[[], Array]]:
-    """{path: what gives the weight, with what its adapter adds}: one at a time is formed."""
+    """{path: function that returns the weight, its adapter included}, so that one at a time is formed."""
     layers, own = dict(lora_layers(model)), adapter_parameters(model)
     found: dict[str, Callable[[], Array]] = {path: partial(dense, p.data) for path, p in model.parameters() if path not in own}
     return found | {f"{path}.weight": partial(_weight, layer) for path, layer in layers.items()}
 
 
 def _weight(layer: Any) -> Array:
-    """What the layer multiplies with, its adapter included."""
+    """The weight of the layer, its adapter included."""
     if not isinstance(layer, Adapted):
         return dense(layer.weight.data)
     return layer.weight.data + layer.delta() if layer.merged is None else layer.merged
 
 
-class _Watched(Linear):
-    """A Linear that adds up x^T x of all it is given, in float64."""
+class _Watched(Layer):
+    """Runs a Linear, and sums x^T x over its inputs, in float64."""
 
     def __init__(self, layer: Linear) -> None:
         self.watched = layer
@@ -137,15 +135,15 @@ class _Watched(Linear):
 def input_roots(model: Layer, batches: Iterable[Any]) -> dict[str, Array]:
     """{path: R (m, m)} of every Linear that saw the batches (each with ids and offsets), R^T R = x^T x / T + a small ridge.
 
-    R stands for all the inputs x wherever only x^T x counts, as in `factorize`. The ridge, 1e-6 of the mean square, stands for what the
-    data have not shown: few texts are enough to run, more are better.
+    R replaces all the inputs x wherever only x^T x counts, as in `factorize`. With the ridge, 1e-6 of the mean square, a few texts are
+    enough; more are better.
     """
-    twin = model.replica()
-    watched = {path: _Watched(layer) for path, layer in twin.modules() if isinstance(layer, Linear)}
-    for path, layer in reversed(watched.items()):  # what lies inside another first
-        replace_module(twin, path, layer)
+    replica = model.replica()
+    watched = {path: _Watched(layer) for path, layer in replica.modules() if isinstance(layer, Linear)}
+    for path, layer in reversed(watched.items()):  # inner layers first
+        replica.replace(path, layer)
     for batch in batches:
-        twin.forward(batch.ids, keep=False, offsets=batch.offsets)  # type: ignore[call-arg]  # models take offsets
+        replica.forward(batch.ids, keep=False, offsets=batch.offsets)  # type: ignore[call-arg]  # models take offsets
     roots = {}
     for path, layer in watched.items():
         if layer.count:
@@ -158,6 +156,6 @@ def input_roots(model: Layer, batches: Iterable[Any]) -> dict[str, Array]:
 
 
 def embeddings_changed(base: Layer, changes: dict[str, float]) -> list[str]:
-    """The tables of embeddings that differ: they are not in what `extract` makes."""
+    """The paths of the embedding tables that differ, which `extract` leaves out."""
     tables = [f"{path}.weight" for path, layer in base.modules() if isinstance(layer, Embedding)]
     return [path for path in tables if changes[path]]

@@ -8,25 +8,25 @@ from typing import Any
 
 from minilora.backend import Array, get_xp
 from minilora.layers import Layer, Linear
-from minilora.lora import LoraConfig, LoRALinear, factorize, inject, lora_layers
+from minilora.lora import LoraConfig, LoRALinear, adaptation, factorize, inject, lora_layers
 from minilora.quantization.residual import dense
 
 Part = tuple[float, Array, Array]  # w s, A (m, r), B (r, n)
 
 
 def _cat(parts: Sequence[Part], r: int) -> tuple[Array, Array]:
-    """[w_1 s_1 A_1 | w_2 s_2 A_2 | ...] and the B_i below each other: the sum exactly, its rank the sum of the ranks."""
+    """[w_1 s_1 A_1 | w_2 s_2 A_2 | ...] and the B_i stacked: the sum exactly, its rank the sum of the ranks."""
     xp = get_xp(parts[0][1])
     return xp.concatenate([c * A for c, A, _ in parts], axis=1), xp.concatenate([B for _, _, B in parts])
 
 
 def _svd(parts: Sequence[Part], r: int) -> tuple[Array, Array]:
-    """The best product of rank r there is for the sum."""
+    """The best rank-r approximation of the sum."""
     return factorize(sum(c * (A @ B) for c, A, B in parts), r)
 
 
 def _linear(parts: Sequence[Part], r: int) -> tuple[Array, Array]:
-    """sum sign(w) sqrt(|w s|) A_i  and  sum sqrt(|w s|) B_i: cheap, and with products A_i B_j that nobody asked for."""
+    """sum sign(w) sqrt(|w s|) A_i  and  sum sqrt(|w s|) B_i: cheap, but with cross terms A_i B_j."""
     if len({A.shape[1] for _, A, _ in parts}) > 1:
         raise ValueError("combine: 'linear' adds A to A and B to B, so the ranks must be the same; use 'cat' or 'svd'.")
     roots = [math.sqrt(abs(c)) for c, _, _ in parts]
@@ -41,23 +41,23 @@ def combine(base: Layer, models: Sequence[Layer], weights: Sequence[float], how:
     """A replica of `base` with one LoRA adapter: the weighted sum of those of `models`, which are adapted replicas of it.
 
     how   "cat": exactly the sum, of rank r_1 + r_2 + ...; "svd": the best approximation of rank r, by default the largest of theirs;
-          "linear": A and B are added by themselves, which needs equal ranks and is not the sum (PEFT calls it a rough approximation)
+          "linear": A and B are added separately, which needs equal ranks and is not the sum (PEFT calls it a rough approximation)
 
-    Weights may be negative. A layer that only some of the models adapt has the sum of those. The result has scale 1 (lora_alpha = r).
+    Weights may be negative. A layer that only some of the models adapt gets the sum of those. The result has scale 1 (lora_alpha = r).
     Raises ValueError when weights and models do not match, when a rank does not fit, and for what has no such sum: other methods than
-    plain LoRA, biases and modules that were trained whole, other base weights.
+    plain LoRA, fully trained biases and modules, other base weights.
     """
     if how not in WAYS:
         raise ValueError(f"combine: unknown way {how!r}; choose {', '.join(WAYS)}.")
     if len(models) != len(weights) or not models or not all(math.isfinite(w) for w in weights):
-        raise ValueError(f"combine: the weights {list(weights)} do not match {len(models)} adapters; give one finite number for each.")
+        raise ValueError(f"combine: the weights {list(weights)} do not match {len(models)} adapters; pass one finite number for each.")
     plain = dict(base.modules())
-    if base.lora_config is not None:
-        raise ValueError("combine: the base model has an adapter itself; give it without.")
+    if adaptation(base).config is not None:
+        raise ValueError("combine: the base model has an adapter itself; pass the model without.")
     parts: dict[str, list[Part]] = {}
     for w, model in zip(weights, models, strict=True):
-        if not isinstance(model.lora_config, LoraConfig) or model.base_values:
-            what = f"trained {min(model.base_values)} whole" if model.base_values else "has no LoRA adapter"
+        if (values := adaptation(model).base_values) or not isinstance(adaptation(model).config, LoraConfig):
+            what = f"fully trained {min(values)}" if values else "has no LoRA adapter"
             raise ValueError(f"combine: a model {what}; only LoRA adapters have a sum.")
         for path, layer in lora_layers(model):
             W = layer.weight.data
@@ -68,36 +68,36 @@ def combine(base: Layer, models: Sequence[Layer], weights: Sequence[float], how:
                 and (own.weight.data is W or bool((dense(own.weight.data) == dense(W)).all()))
             )
             if type(layer) is not LoRALinear or not same:
-                raise ValueError(f"combine: {path} is no plain LoRA, or was put on other weights than the base model has.")
-            A, B = (layer.lora_A.data, layer.lora_B.data) if layer.start is None else layer.start.joined(layer).values()
+                raise ValueError(f"combine: {path} is no plain LoRA, or was made for other weights than those of the base model.")
+            A, B = (layer.lora_A.data, layer.lora_B.data) if layer.offset is None else layer.offset.joined(layer).values()
             parts.setdefault(path, []).append((w * layer.scaling, A, B))
 
     r = r or max(A.shape[1] for each in parts.values() for _, A, _ in each)
     sums = {path: WAYS[how](each, r) for path, each in parts.items()}
-    return with_lora(base, sums, models[0].lora_config)
+    return with_lora(base, sums, adaptation(models[0]).config)
 
 
 def with_lora(base: Layer, products: dict[str, tuple[Array, Array]], like: LoraConfig | None = None) -> Layer:
-    """A replica of the base with LoRA layers of scale 1 that add these products {path: (A, B)}; its other fields as in `like`."""
+    """A replica of the base with LoRA layers of scale 1 that add these products {path: (A, B)}; `like` has its other fields."""
     ranks = {path: int(A.shape[1]) for path, (A, _) in products.items()}
     r = max(ranks.values())
     other = {path: rank for path, rank in ranks.items() if rank != r}
-    config = (like or LoraConfig()).only(
-        products,
+    like = like or LoraConfig()
+    config = LoraConfig(
         r=r,
         lora_alpha=r,
+        target_modules=list(products),
         rank_pattern=other,
         alpha_pattern=dict(other),
-        use_rslora=False,
-        init_lora_weights=True,
-        eva_config=None,
-        lora_ga_config=None,
-        loftq_config={},
-        use_dora=False,
+        lora_dropout=like.lora_dropout,
+        bias=like.bias,
+        modules_to_save=like.modules_to_save,
+        task_type=like.task_type,
+        base_model_name_or_path=like.base_model_name_or_path,
     )
-    twin = base.replica()
-    inject(twin, config, rng=0, strict=False)
-    for path, layer in lora_layers(twin):
+    adapted = base.replica()
+    inject(adapted, config, rng=0, strict=False)
+    for path, layer in lora_layers(adapted):
         for p, value in zip((layer.lora_A, layer.lora_B), products[path], strict=True):
             p.data = value.astype(p.data.dtype)
-    return twin
+    return adapted

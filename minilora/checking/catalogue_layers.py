@@ -79,7 +79,7 @@ def adapters(rng: np.random.Generator) -> Iterator[Subject]:
         "Linear, watched": Watched(base()),
         "LoRALinear": LoRALinear(base(), r=2, **d),
         "LoRALinear, rsLoRA, dropout": LoRALinear(base(), 3, 8, 0.3, True, **d),
-        "LoRALinear, the seed's init": LoRALinear(base(), r=2, init="seed", **d),
+        "LoRALinear, normal init": LoRALinear(base(), r=2, init="normal", **d),
         "LoRALinear, pissa": shaken_lora(LoRALinear(base(), 2, 3, 0.2, init="pissa", **d)),
         "LoRALinear, olora": shaken_lora(LoRALinear(base(), 2, 3, 0.2, init="olora", **d)),
         "DoRALinear, norms held": shaken_lora(HeldNorms(base(), r=2, **d)),

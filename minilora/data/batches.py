@@ -1,4 +1,4 @@
-"""Text as batches of sequences laid end to end, without padding."""
+"""Text as batches of packed sequences, without padding."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from minilora.functional import IGNORE
 class Batch:
     """ids (T,), sequences bounded by offsets (n + 1,), and labels; all on the host.
 
-    labels is (T,), where labels[t] is what row t must predict, or -100; or, with per_sequence, (n,): one class for each sequence.
-    ends_epoch: nothing of this pass over the data comes after it.
+    labels is (T,), where labels[t] is the token that row t must predict, or -100; with per_sequence it is (n,), a class for each sequence.
+    ends_epoch: the last batch of a pass over the data. Raises ValueError for shapes that do not fit.
     """
 
     ids: np.ndarray
@@ -26,14 +26,14 @@ class Batch:
     ends_epoch: bool = False
 
     def __post_init__(self) -> None:
-        wanted = len(self.offsets) - 1 if self.per_sequence else len(self.ids)
-        if self.labels.shape != (wanted,) or self.offsets[0] != 0 or self.offsets[-1] != len(self.ids):
+        expected = len(self.offsets) - 1 if self.per_sequence else len(self.ids)
+        if self.labels.shape != (expected,) or self.offsets[0] != 0 or self.offsets[-1] != len(self.ids):
             what = f"{len(self.ids)} ids, offsets {self.offsets[0]} to {self.offsets[-1]}, labels of shape {self.labels.shape}"
-            raise ValueError(f"Batch: {what} do not fit; wanted offsets from 0 to the number of ids, and {wanted} labels.")
+            raise ValueError(f"Batch: {what} do not fit; expected offsets from 0 to the number of ids, and {expected} labels.")
 
     @property
     def labelled(self) -> int:
-        """How many rows, or with per_sequence how many sequences, have a label."""
+        """The number of rows, or with per_sequence of sequences, that have a label."""
         return int((self.labels != IGNORE).sum())
 
     def split(self, n: int) -> list[Batch]:
@@ -46,7 +46,7 @@ class Batch:
         return [self._sequences(a, b) for a, b in pairwise(bounds)]
 
     def first(self, n: int) -> Batch:
-        """Its first n sequences."""
+        """The first n sequences."""
         return self._sequences(0, n)
 
     def _sequences(self, a: int, b: int) -> Batch:
@@ -56,7 +56,7 @@ class Batch:
 
 
 def windows(text: np.ndarray, starts: np.ndarray, length: int) -> Batch:
-    """Windows of `length` tokens from the given starts; the label of a token is the one that follows it in the text."""
+    """Windows of `length` tokens from `starts`; the label of a token is the next token of the text."""
     at = (starts[:, None] + np.arange(length)).ravel()
     return Batch(text[at].astype(np.int64), text[at + 1].astype(np.int64), np.arange(len(starts) + 1) * length)
 
@@ -69,9 +69,9 @@ def random_windows(text: np.ndarray, length: int, batch_size: int, rng: np.rando
 
 
 def held_out_windows(text: np.ndarray, length: int, batch_size: int, most: int | None = None) -> Iterator[Batch]:
-    """The text once, in consecutive windows, the last one shorter: every token but the first is predicted once.
+    """The text in consecutive windows, the last one shorter: every token but the first is predicted once.
 
-    most: at most so many whole windows, evenly spread.
+    most: the number of full windows at most, evenly spread.
     """
     starts = np.arange(0, len(text) - length, length)
     if most is not None and most < len(starts):

@@ -1,9 +1,9 @@
-"""Records as examples to learn from and to measure on: the splits of a folder or a file, and batches of them.
+"""Records as examples to train and to measure on: the splits of a folder or a file, and batches of them.
 
     a folder     {train,valid,test} as record files; without valid, a tenth of train is held out
     a file       a tenth of it is held out
 
-data/records.py has the formats, data/examples.py what a record may be, docs/data.md all of it.
+data/records.py reads the formats, data/examples.py defines the kinds of records, docs/data.md documents both.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
+from minilora.data import TASKS
 from minilora.data.batches import Batch
 from minilora.data.examples import Example, Maker, example_maker
 from minilora.data.labels import NoClass, class_names, label_of
 from minilora.data.records import SPLITS, Record, listed, note, read_records, split_files
 from minilora.formats.tokenizer import Tokenizer
-from minilora.runs.recipe import TASKS
 
 _USED = {"lm": ("text", "prompt", "completion", "messages", "tools", "documents"), "classify": ("text", "label")}
-_REFUSED = ("text_pair", "weight", "weights", "sample_weight")  # what would change the result if it were read
+_REFUSED = ("text_pair", "weight", "weights", "sample_weight")  # ignoring these would change the result
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Dataset:
     labels: list[str] | None = None
 
     def describe(self) -> str:
-        """One line: sequences, tokens, how many sequences were cut, the classes, and which of them a split lacks."""
+        """One line: sequences, tokens and cut sequences of each split, the classes, and those that a split lacks."""
         parts = []
         for name in SPLITS:
             if examples := getattr(self, name):
@@ -66,37 +66,38 @@ def load_dataset(
 ) -> Dataset:
     """Read a folder or a file of records for `task`: "lm" or "classify".
 
-    No example has more than max_length tokens. Longer texts and conversations lose their end; of a prompt and completion, the prompt
-    loses its beginning, down to half of max_length, then the completion its end. `Example.cut` tells which.
-    mask_prompt=False learns from prompts and users' turns too. labels: the classes of a head that exists, in its order (one: the labels
-    are values); by default the classes are those of the training data (of a single file: of all of it), see data/labels.py.
-    Where there is no validation data, a tenth is held out, see `hold_out`. drawn_at: (max_length, mask_prompt) of the run whose held-out
-    records are meant, where they are to be read by others.
+    max_length   tokens of an example at most. Longer texts and conversations lose their end; a prompt loses its beginning, down to half
+                 of max_length, then the completion its end. `Example.cut` marks them
+    mask_prompt  False: train on prompts and users' turns too
+    labels       the classes of an existing head, in its order (one class: labels are values); default: those of the training data, or of
+                 a single file, see data/labels.py
+    seed         draws the tenth that is held out where there is no validation data, see `hold_out`
+    drawn_at     (max_length, mask_prompt) of the run that held them out, if it read the records otherwise
+
     Raises FileNotFoundError, or ValueError naming file and line.
     """
     _check(task, max_length)
     files = split_files(path, quiet=False)
     records = {split: list(read_records(file, encoding)) for split, file in files.items()}
-    published = labels is not None
+    published, template = labels, chat_template or tokenizer.chat_template
     if task == "classify" and labels is None:
         if "train" not in files:
             raise FileNotFoundError(f"{path} has no training split: without it the classes are not known.")
         labels = class_names(files["train"], records["train"])
-    make = example_maker(task, tokenizer, max_length, mask_prompt, labels, chat_template or tokenizer.chat_template)
+    make = example_maker(task, tokenizer, max_length, mask_prompt, labels, template)
     dataset = Dataset(labels=list(labels) if task == "classify" and labels is not None and len(labels) > 1 else None)
     for split, file in files.items():
-        setattr(dataset, split, _examples(file, records[split], task, make, labels if published else None))
+        setattr(dataset, split, _examples(file, records[split], task, make, published))
     if "train" in files and "valid" not in files:
         alike = None
-        if drawn_at not in (None, (max_length, mask_prompt)):
-            assert drawn_at is not None
-            make = example_maker(task, tokenizer, *drawn_at, labels, chat_template or tokenizer.chat_template)
+        if drawn_at is not None and drawn_at != (max_length, mask_prompt):
+            make = example_maker(task, tokenizer, *drawn_at, labels, template)
             alike = [make(files["train"], line, record) for line, record in records["train"]]
         dataset.train, dataset.valid = hold_out(dataset.train, files["train"], seed, alike=alike)
-    learnt = {_key(example) for example in dataset.train}
+    trained = {_key(example) for example in dataset.train}
     for split in ("valid", "test"):
         measured = getattr(dataset, split)
-        if both := sum(_key(example) in learnt for example in measured):
+        if both := sum(_key(example) in trained for example in measured):
             note(f"{path}: {both:,} of the {len(measured):,} sequences of {split} are in train too.")
     return dataset
 
@@ -112,29 +113,27 @@ def load_examples(
     chat_template: str | None = None,
     encoding: str = "utf-8",
 ) -> list[Example]:
-    """All records of one file, in order: `load_dataset` without a split. Task "classify" needs the names of the classes."""
+    """All records of one file, in order: `load_dataset` without splits. Task "classify" needs `labels`."""
     _check(task, max_length)
     if task == "classify" and labels is None:
         raise ValueError(f"{file}: the classes are not known; give a folder that has a training split too.")
-    file = Path(file)
     make = example_maker(task, tokenizer, max_length, mask_prompt, labels, chat_template or tokenizer.chat_template)
-    return _examples(file, list(read_records(file, encoding)), task, make, labels)
+    return _examples(Path(file), list(read_records(file, encoding)), task, make, labels)
 
 
 def hold_out(
     examples: list[Example], path: str | Path, seed: int = 0, fraction: float = 0.1, alike: list[Example] | None = None
 ) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out): a `fraction` of the different sequences, at least one, drawn by `seed`. Equal sequences stay on one side.
+    """(to train on, held out): a `fraction` of the distinct sequences, at least one, drawn by `seed`. Equal sequences stay on one side.
 
-    Where there are classes, each gives its share, as near to `fraction` as whole sequences allow, and keeps at least one for training.
-    alike: the same records as they were cut when they were first drawn, if not as now; these are drawn from.
-    Raises ValueError when there is nothing to hold out.
+    Each class gives its share, as near to `fraction` as whole sequences allow, and keeps at least one for training. alike: the same
+    records as they were read when the held-out ones were drawn. Raises ValueError when there is nothing to hold out.
     """
     alike = alike or examples
     keys = [_key(e) for e in alike]
     first = dict(zip(reversed(keys), reversed(alike), strict=True))  # of equal ones the first
-    different = list(dict.fromkeys(keys))
-    held = {different[i] for i in sample([first[key] for key in different], max(1, round(fraction * len(different))), seed, spare=1)}
+    distinct = list(dict.fromkeys(keys))
+    held = {distinct[i] for i in sample([first[key] for key in distinct], max(1, round(fraction * len(distinct))), seed, spare=1)}
     if not held:
         raise ValueError(f"{path} has too few records to hold one out; give a folder with a training and a validation split.")
     both = list(zip(keys, examples, strict=True))
@@ -142,14 +141,14 @@ def hold_out(
 
 
 def _key(example: Example) -> bytes:
-    """What equal sequences have in common; a token that is last stands in the labels alone."""
+    """Equal for equal sequences; the last token of a text is in its labels only."""
     return example.ids.tobytes() + (b"" if example.per_sequence else example.labels.tobytes())
 
 
 def sample(examples: Sequence[Example], size: int, seed: int, spare: int = 0) -> list[int]:
-    """Indices, in order, of `size` examples drawn without replacement, of each class its share. `spare` of each class are left out.
+    """Indices, in order, of `size` examples drawn without replacement, of each class its share. `spare` of each class are never drawn.
 
-    Shares are rounded down, and what is missing goes to the largest remainders, in random order among equal ones.
+    Shares are rounded down; the remaining draws go to the largest remainders, in random order among equal ones.
     """
     rng = np.random.default_rng(seed)
     classes: dict[float, list[int]] = {}
@@ -166,23 +165,34 @@ def sample(examples: Sequence[Example], size: int, seed: int, spare: int = 0) ->
     return sorted(i for group, n in zip(groups, share, strict=True) for i in group[:n])
 
 
+def few(examples: Sequence[Example], size: int, labels: Sequence[str], seed: int = 0) -> list[Example]:
+    """At most `size` of the examples, drawn without replacement; a smaller draw is part of a larger one.
+
+    Raises ValueError when a class has no example left.
+    """
+    chosen = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))[:size]]
+    if absent := _absent(chosen, labels):
+        raise ValueError(f"among the {size} examples drawn there is none of class {absent[0]!r}; use a larger train_size or another seed.")
+    return chosen
+
+
 # ---- batches -------------------------------------------------------------------------------------------------------------------------
 
 
-Epoch = list[list[int]]  # which examples go into each batch
+Epoch = list[list[int]]  # the indices of the examples of each batch
 
 
 def pack(lengths: np.ndarray, tokens_per_batch: int, rng: np.random.Generator | None = None) -> Epoch:
     """Every example once, in batches of about equal token counts, at most tokens_per_batch unless one sequence is longer.
 
-    Each example goes into the batch that has fewest tokens so far, long ones first: short ones then level the batches out. With `rng`,
-    which examples meet in a batch, and the order of the batches, are drawn; without, they are always the same.
+    Each example goes into the batch with the fewest tokens so far, long ones first. `rng` draws which examples meet in a batch, and the
+    order of the batches; without it they are always the same.
     """
     if tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}.")
-    size = lengths if rng is None else lengths * rng.uniform(0.5, 1, len(lengths))  # roughly by length, and new in every epoch
+    size = lengths if rng is None else lengths * rng.uniform(0.5, 1, len(lengths))  # roughly by length, different in every epoch
     bins: Epoch = [[] for _ in range(-(-int(lengths.sum()) // tokens_per_batch))]
-    loads = [(0, k) for k in range(len(bins))]  # a heap: the batch with fewest tokens comes first
+    loads = [(0, k) for k in range(len(bins))]  # a heap: the batch with the fewest tokens first
     for i in np.argsort(-size, kind="stable"):
         n, (load, k) = int(lengths[i]), loads[0]
         if load and load + n > tokens_per_batch:  # it fits nowhere
@@ -213,7 +223,7 @@ def batches_of(examples: Sequence[Example], batch_size: int, rng: np.random.Gene
 def endless(epoch: Callable[[np.random.Generator], Iterator[Batch]], seed: int = 0) -> Iterator[Batch]:
     """Epoch after epoch, the k-th drawn by a generator of (seed, k): endless(lambda rng: packed_batches(train, 2048, rng), seed).
 
-    The last batch of an epoch says so: a step never takes batches of two epochs (training/loop.py).
+    The last batch of an epoch is marked: a step never takes batches of two epochs (training/loop.py).
     """
     for k in count():
         held = None
@@ -227,7 +237,7 @@ def endless(epoch: Callable[[np.random.Generator], Iterator[Batch]], seed: int =
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Examples end to end as one batch; per_sequence when their labels are classes."""
+    """Examples concatenated to one batch; per_sequence when their labels are classes."""
     offsets = np.concatenate([[0], np.cumsum([len(example.ids) for example in examples])])
     labels = np.concatenate([example.labels for example in examples])
     return Batch(np.concatenate([example.ids for example in examples]), labels, offsets, examples[0].per_sequence)
@@ -236,12 +246,10 @@ def collate(examples: Sequence[Example]) -> Batch:
 # ---- records to examples -------------------------------------------------------------------------------------------------------------
 
 
-def _examples(
-    file: Path, records: Sequence[tuple[int, Record]], task: str, make: Maker, published: Sequence[str] | None = None
-) -> list[Example]:
-    """Every record as an example. Refuses fields that mean more than is read, and classes that are not the published head's.
+def _examples(file: Path, records: Sequence[tuple[int, Record]], task: str, make: Maker, published: Sequence[str] | None) -> list[Example]:
+    """Every record as an example; unused fields are named on standard error.
 
-    Other fields that are not used are named on standard error.
+    Raises ValueError for fields that must not be ignored, and for classes that a published head does not have.
     """
     unused: dict[str, None] = {}
     for line, record in records:

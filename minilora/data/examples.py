@@ -1,11 +1,11 @@
-"""One record as an example to learn from: token ids, and which of them are learnt.
+"""One record as a training example: token ids, and which of them are learnt.
 
     {"text": ...}                             every token is learnt; write the end token into the text if it is to be learnt too
     {"prompt": ..., "completion": ...}        the completion and the end token after it are learnt, the prompt is read
-    {"messages": [{"role", "content"}, ...]}  what the assistant wrote is learnt, the rest is read; beside it "tools" and "documents"
+    {"messages": [{"role", "content"}, ...]}  the assistant's turns are learnt, the rest is read; also "tools" and "documents"
     {"text": ..., "label": ...}               one class for each text (task "classify")
 
-The ids spell the record: no space is added, no token is doubled. What cannot be used is a ValueError that names the file and the line.
+The ids spell the record exactly: no space is added, no token doubled. A record that cannot be used raises ValueError with file and line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from minilora.formats.chat import assistant_spans, marks_answers
 from minilora.formats.tokenizer import Tokenizer
 from minilora.functional import IGNORE
 
-WANTED = {
+EXPECTED = {
     "lm": 'the field "text", or "prompt" and "completion", or "messages"',
     "classify": 'the fields "text" and "label"',
 }
@@ -31,7 +31,7 @@ WANTED = {
 
 @dataclass
 class Example:
-    """ids (T,) of one sequence; labels (T,), shifted already, or with per_sequence (1,), its class. `cut`: it was longer than allowed."""
+    """ids (T,) of one sequence; labels (T,), already shifted, or with per_sequence (1,), its class. cut: it was shortened."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -45,7 +45,7 @@ Maker = Callable[[Path, int, dict[str, Any]], Example]
 def example_maker(
     task: str, tokenizer: Tokenizer, max_length: int, mask_prompt: bool, labels: Sequence[str] | None, template: str | None
 ) -> Maker:
-    """A function (file, line, record) -> Example, that raises ValueError naming file and line."""
+    """A function (file, line, record) -> Example, which raises ValueError naming file and line."""
     label = reader(labels or ())
 
     def made(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -53,8 +53,8 @@ def example_maker(
             ids, cut = _classified(tokenizer, _text(record, "text", task), max_length)
             return ids, np.zeros(0, dtype=bool), cut
         if "messages" in record:
-            beside = {name: record[name] for name in ("tools", "documents") if record.get(name) is not None}
-            return _conversation(tokenizer, record["messages"], template, max_length, mask_prompt, beside)
+            extra = {name: record[name] for name in ("tools", "documents") if record.get(name) is not None}
+            return _conversation(tokenizer, record["messages"], template, max_length, mask_prompt, extra)
         if "prompt" in record and "completion" in record:
             return _completion(tokenizer, _text(record, "prompt", task), _text(record, "completion", task), max_length, mask_prompt)
         ids = tokenizer.encode_prompt(_text(record, "text", task))
@@ -76,7 +76,7 @@ def example_maker(
 
 
 def _completion(tokenizer: Tokenizer, prompt: str, completion: str, max_length: int, mask: bool) -> tuple[np.ndarray, np.ndarray, bool]:
-    """(ids, which of them are to be learnt, was it cut) of a prompt and what follows it."""
+    """(ids, mask of those to learn, whether it was cut) of a prompt and its completion."""
     ids, n = encode_pair(tokenizer, prompt, completion)
     begun, bos = tokenizer.begin(ids), len(tokenizer.prefix)
     n += len(begun) - len(ids)
@@ -92,18 +92,18 @@ def _completion(tokenizer: Tokenizer, prompt: str, completion: str, max_length: 
 
 
 def _conversation(
-    tokenizer: Tokenizer, messages: Any, template: str | None, max_length: int, mask: bool, beside: dict[str, Any]
+    tokenizer: Tokenizer, messages: Any, template: str | None, max_length: int, mask: bool, extra: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """(ids, which of them are to be learnt, was it cut) of messages: what the assistant wrote, each turn with its end token.
+    """(ids, mask of those to learn, whether it was cut) of messages: the assistant's turns are learnt, each with its end token.
 
-    `beside`: tools and documents. The ids are those of the whole text, as apply_chat_template gives them in transformers; a token that
-    begins before an answer and reaches into it is learnt, one that reaches out of it into what is said next is not, unless the
-    template itself marks the answer. Turns that begin after the first max_length tokens are not looked for.
+    extra: tools and documents. The ids are those of the whole text, as from apply_chat_template in transformers. A token that starts
+    before an answer and reaches into it is learnt; one that reaches out of it into the next turn is not, unless the template itself
+    marks the answer. Turns that start after the first max_length tokens are ignored.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError('"messages" must be a list of {"role", "content"} objects that is not empty.')
     room = max_length + 1
-    text, spans = assistant_spans(template, messages, ends=list(tokenizer.added), **tokenizer.special_tokens, **beside)
+    text, spans = assistant_spans(template, messages, ends=list(tokenizer.added), **tokenizer.special_tokens, **extra)
     answers = [message for message in messages if message["role"] == "assistant"]
     if not any((message.get("content") or "").strip() or message.get("tool_calls") for message in answers):
         raise ValueError("no message of the assistant has any content: there is nothing to learn.")
@@ -121,7 +121,7 @@ def _conversation(
 
 
 def _classified(tokenizer: Tokenizer, text: str, max_length: int) -> tuple[np.ndarray, bool]:
-    """(ids, was it cut): cut in the text, so that the special tokens around it stay."""
+    """(ids, whether they were cut): the text is cut, the special tokens around it stay."""
     ids = tokenizer.encode(text)
     if len(ids) <= max_length:
         return ids, False
@@ -133,13 +133,13 @@ def _classified(tokenizer: Tokenizer, text: str, max_length: int) -> tuple[np.nd
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[np.ndarray, int]:
-    """(ids of both joined, how many are the prompt's); no special tokens are added.
+    """(ids of prompt and completion, the number of the prompt's); no special tokens are added.
 
-    The prompt is what a model is given when it has to write the completion, so its ids must be the beginning of the whole's: mostly
-    the whole is simply encoded. Where a merge would reach across the boundary ("is " + "Paris", where " Paris" is one token), the
-    prompt's ids stay, and the completion is encoded so that both together spell the whole text: by itself or, where the tokenizer
-    puts a space before a text, behind a character that is taken away again. Where neither spells it (a normalizer composes
-    characters across the boundary), the ids are the whole's, and the token on the boundary belongs to the completion.
+    In inference the model reads the prompt alone, so the ids must start with the prompt's: usually those of the whole text do. Where
+    a merge crosses the boundary ("is " + "Paris", where " Paris" is one token), the prompt's ids stay, and the completion is encoded
+    so that both together spell the whole text: alone or, if the tokenizer puts a space before a text, after a character that is then
+    removed. If neither spells it (a normalizer composes characters across the boundary), the ids are those of the whole text, and the
+    token on the boundary belongs to the completion.
     """
     ids, whole = (tokenizer.encode(text, add_special=False) for text in (prompt, prompt + completion))
     alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, ids, strict=False)))
@@ -151,7 +151,7 @@ def encode_pair(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[np.
 
 
 def _continued(tokenizer: Tokenizer, piece: str) -> Iterator[np.ndarray]:
-    """Ways to encode a text that stands behind another: by itself, and without what a tokenizer puts before the first word."""
+    """Encodings of a text that follows another: alone, and without what a tokenizer puts before the first word."""
     yield tokenizer.encode(piece, add_special=False)
     for guard in "\n|0a":
         alone, both = (tokenizer.encode(text, add_special=False) for text in (guard, guard + piece))
@@ -162,7 +162,7 @@ def _continued(tokenizer: Tokenizer, piece: str) -> Iterator[np.ndarray]:
 def _text(record: dict[str, Any], name: str, task: str) -> str:
     """A field that must be text. Raises ValueError."""
     if name not in record:
-        raise ValueError(f"expected {WANTED[task]}; it has {', '.join(map(repr, record)) or 'none'}.")
+        raise ValueError(f"expected {EXPECTED[task]}; it has {', '.join(map(repr, record)) or 'none'}.")
     value = record[name]
     if not isinstance(value, str):
         raise ValueError(f"{name!r} must be text, got {value!r:.60}.")

@@ -1,7 +1,7 @@
-"""What the label of a record means: one of a list of classes, or a value for a model with one output.
+"""The label of a record: one of a list of classes, or a value for a model with one output.
 
-A published head keeps its own classes in their own order. Without one, the classes are those of the training data: whole numbers by
-value, then everything else as text. Neither the order of the records nor the machine changes the result.
+A published head keeps its own classes in their own order. Otherwise the classes are those of the training data: integers by value, then
+everything else as text. The result depends neither on the order of the records nor on the machine.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from minilora.functional import IGNORE
 
 
 class NoClass(ValueError):
-    """A label that is none of the classes of a head."""
+    """A label that is not a class of the head."""
 
 
-_DIGITS = 4000  # Python converts no longer ones; they are sorted as text
+_DIGITS = 4000  # Python does not convert longer ones; they are sorted as text
 
 
 def class_names(file: Path, records: Sequence[tuple[int, Record]]) -> list[str]:
-    """The different labels of records: whole numbers first, by value, equal ones ("1", "01") as text; then names as text."""
+    """The distinct labels of records: integers first, by value, equal ones ("1", "01") as text; then names as text."""
     names = {label_of(file, line, record) for line, record in records}
     if len(names) < 2:
         raise ValueError(f"{file}: all {len(records)} records have the label {next(iter(names))!r}; classification needs two classes.")
@@ -32,8 +32,8 @@ def class_names(file: Path, records: Sequence[tuple[int, Record]]) -> list[str]:
 
 
 def label_of(file: Path, line: int, record: Record) -> str:
-    """The class of a record, as text without white space around it. Raises ValueError for what is not a whole number or a name."""
-    value = _given(file, line, record)
+    """The class of a record, as text without white space around it. Raises ValueError unless it is an integer or a name."""
+    value = _label(file, line, record)
     name = value.strip() if isinstance(value, str) else str(value)
     if isinstance(value, bool) or not isinstance(value, (int, str)) or not name or name.lower() == "nan":
         advice = ' write "true" or "false" as text' if isinstance(value, bool) else ""
@@ -46,22 +46,22 @@ def label_of(file: Path, line: int, record: Record) -> str:
 
 
 def reader(names: Sequence[str]) -> Callable[[Path, int, Record], float]:
-    """A function (file, line, record) -> the index of the class in `names`, or for one name, that of a model with one output, the value.
+    """A function (file, line, record) -> the index of the class in `names`; for one name (a model with one output), the value.
 
-    A label is looked up by its name. Where no name is a number, a whole number is the index itself, as in transformers.
-    The function raises ValueError for a label that is neither.
+    A label is looked up by its name. If no name is a number, an integer is the index itself, as in transformers.
+    The function raises ValueError for any other label.
     """
     if len(names) == 1:
         return _value
     index = {name.strip(): i for i, name in enumerate(names)}
     if len(index) < len(names):
-        raise ValueError(f"the model names a class twice: {', '.join(names)}; a label does not say which is meant.")
+        raise ValueError(f"the model names a class twice: {', '.join(names)}; a label does not say which one it means.")
     if not any(_number(name) is not None for name in names):
         index |= {str(i): i for i in range(len(names))}
 
     def read(file: Path, line: int, record: Record) -> float:
-        given = record.get("label")
-        name = given.strip() if isinstance(given, str) and given.strip() in index else label_of(file, line, record)
+        label = record.get("label")
+        name = label.strip() if isinstance(label, str) and label.strip() in index else label_of(file, line, record)
         if name not in index:
             raise NoClass(f"{file}, line {line}: the label {name!r:.60} is none of the classes: {listed(names, 40)}.")
         return index[name]
@@ -70,15 +70,15 @@ def reader(names: Sequence[str]) -> Callable[[Path, int, Record], float]:
 
 
 def _value(file: Path, line: int, record: Record) -> float:
-    """The label of a record as a value. Raises ValueError for what is not a finite number, and for -100, which means "no label"."""
-    given = _given(file, line, record)
-    value = _number(given.strip()) if isinstance(given, str) else given
+    """The label of a record as a value. Raises ValueError unless it is a finite number other than -100, which means "no label"."""
+    label = _label(file, line, record)
+    value = _number(label.strip()) if isinstance(label, str) else label
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value == IGNORE:
-        raise ValueError(f"{file}, line {line}: this model has one output, so the label must be a number (not -100), got {given!r:.60}.")
+        raise ValueError(f"{file}, line {line}: this model has one output, so the label must be a number (not -100), got {label!r:.60}.")
     return float(value)
 
 
-def _given(file: Path, line: int, record: Record) -> Any:
+def _label(file: Path, line: int, record: Record) -> Any:
     if "label" not in record:
         has = ", ".join(map(repr, record)) or "none"
         raise ValueError(f'{file}, line {line}: expected the fields "text" and "label"; it has {has}.')
@@ -90,7 +90,7 @@ def _whole(name: str) -> bool:
 
 
 def _number(text: str) -> float | None:
-    """The number that a text spells in decimal notation, None for a name."""
+    """The number of a text in decimal notation, None for a name."""
     try:
         return float(text) if text.isascii() and any(c.isdigit() for c in text) and "_" not in text else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""Files as text, and as records: which formats are read, in which encoding, and from which place in a folder.
+"""Files as text and as records: formats, encodings, and the splits of a folder.
 
     .jsonl .ndjson .json      one JSON object a line, or one list of objects
     .csv .tsv                 the header names the fields; quotes as in RFC 4180
@@ -26,7 +26,7 @@ SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "dev"
 
 
 def note(text: str) -> None:
-    """A line on standard error, for what a reader must know and no figure shows."""
+    """Print a line on standard error."""
     print(text, file=sys.stderr)
 
 
@@ -143,13 +143,13 @@ def _once(pairs: list[tuple[str, Any]]) -> Record:
     table = dict(pairs)
     if len(table) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} appears twice")
     return table
 
 
 def _csv(file: Path, encoding: str) -> Iterator[tuple[int, Record]]:
     text = decode_bytes(read_bytes(file), file, encoding)
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a field may be as long as the file; the library stops at 131,072
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a field may be as long as the file; the default limit is 131,072
     rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if kind_of(file) == ".tsv" else ",", strict=True)
     header: list[str] | None = None
     line = 1
@@ -183,7 +183,7 @@ def _parquet(file: Path, encoding: str) -> Iterator[tuple[int, Record]]:
     except (ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a readable Parquet file ({str(error).splitlines()[0].rstrip('.')}).") from None
     for n, row in enumerate(rows, start=1):
-        yield n, {name: value for name, value in row.items() if value is not None}  # a column that a row leaves empty
+        yield n, {name: value for name, value in row.items() if value is not None}  # empty columns of a row
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, Record]]]] = {
@@ -197,9 +197,9 @@ READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, Record]]]] = {
 
 
 def is_dataset(path: str | Path) -> bool:
-    """Does this path hold records: a record file, or a folder with a file for a split? Everything else is plain text.
+    """Whether this path holds records: a record file, or a folder with a file for a split. Everything else is plain text.
 
-    Raises ValueError for a folder of record files of which none names a split: to read its other files as text would be a guess.
+    Raises ValueError for a folder of record files of which none is named after a split.
     """
     path = Path(path)
     if not path.is_dir():
@@ -213,9 +213,9 @@ def is_dataset(path: str | Path) -> bool:
 
 
 def split_files(path: str | Path, quiet: bool = True) -> dict[str, Path]:
-    """{"train", "valid", "test": file} of a folder, or {"train": file}. quiet=False names files that are not used on standard error.
+    """{"train", "valid", "test": file} of a folder, or {"train": file}. quiet=False: name unused files on standard error.
 
-    Raises FileNotFoundError when there is nothing, ValueError when two files claim the same split.
+    Raises FileNotFoundError when there are no records, ValueError when two files claim the same split.
     """
     path = Path(path)
     if not path.is_dir():
@@ -249,5 +249,5 @@ def _folder(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list, and the number of the others."""
     return ", ".join(f"{name:.60}" for name in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""Text to train on: Python source of the standard library, which needs no download, or files of one's own. A token is a byte."""
+"""Text to train on: Python source of the standard library, which needs no download, or the user's files. A token is a byte."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from minilora.data.records import SPLITS, decode_bytes, listed, note, read_bytes
 
-# Modules that Python 3.10 to 3.13 all have as plain source files. Those held out are never trained on.
+# Modules that exist as source files in Python 3.10 to 3.13. The held-out ones are never trained on.
 TRAIN = """argparse ast bdb calendar cmd code codeop colorsys compileall configparser contextlib copy csv dataclasses decimal dis
 doctest filecmp fileinput fnmatch fractions ftplib functools getopt getpass gettext glob graphlib gzip hashlib heapq hmac imaplib
 inspect ipaddress keyword linecache locale lzma mailbox mimetypes netrc numbers operator optparse pdb pickle pickletools pkgutil platform
@@ -30,9 +30,9 @@ def stdlib_source(held_out: bool) -> np.ndarray:
 def read_text(path: str | Path, encoding: str = "utf-8") -> np.ndarray:
     """The UTF-8 bytes (n,) of a text file, or of all .py, .txt and .md files below a folder, in the order of their names.
 
-    Between two files stand two empty lines. Files of a folder that are not read are named on standard error. Raises FileNotFoundError
-    when there is nothing; ValueError for an empty text, binary data, another encoding, records that are not in a record file,
-    and a folder whose files are the splits of one text.
+    Files are separated by an empty line; those of a folder that are not read are named on standard error. Raises FileNotFoundError when
+    there is no text file; ValueError for an empty text, binary data, another encoding, records that are not in a record file, and a
+    folder whose files are the splits of one text.
     """
     path = Path(path)
     if path.is_dir():
@@ -53,12 +53,12 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> np.ndarray:
     text = "\n\n".join(decode_bytes(read_bytes(p), p, encoding) for p in paths)
     if not text.strip():
         raise ValueError(f"{path} is empty: there is nothing to train on.")
-    if len(paths) == 1 and _begins_with_record(text):
+    if len(paths) == 1 and _starts_with_record(text):
         raise ValueError(f"{path} holds records, but its name is not that of a record file; rename it to end in .jsonl.")
     return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
 
 
-def _begins_with_record(text: str) -> bool:
+def _starts_with_record(text: str) -> bool:
     text = text.lstrip()
     text = text[text.startswith("[") :].lstrip()
     try:
@@ -69,7 +69,7 @@ def _begins_with_record(text: str) -> bool:
 
 
 def split_text(text: np.ndarray, fraction: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """(train, held out): the last `fraction` of the bytes is held out; no UTF-8 character is cut in two."""
+    """(train, held out): the last `fraction` of the bytes, without cutting a UTF-8 character, is held out."""
     cut = int(len(text) * (1 - fraction))
     while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:  # inside a character
         cut -= 1

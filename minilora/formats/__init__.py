@@ -1,1 +1,1 @@
-"""Files: checkpoints, adapters, tokenizers, run folders. Nothing here knows training."""
+"""Files: checkpoints, adapters, GGUF, tokenizers, chat templates. Knows no training."""

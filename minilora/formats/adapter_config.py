@@ -1,4 +1,4 @@
-"""adapter_config.json, in PEFT's layout: read as a configuration, and written so that older versions of PEFT read it too."""
+"""adapter_config.json: in PEFT's layout for its methods, so that older versions read it too; else the fields of the configuration."""
 
 from __future__ import annotations
 
@@ -6,38 +6,34 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from minilora.adapters import PartialConfig
-from minilora.formats import partial
 from minilora.formats.atomic import read_json
 from minilora.formats.fitting import FAMILIES
+from minilora.formats.origin import origin
 from minilora.layers import Layer
 from minilora.lora import LoraConfig, lora_layers
-from minilora.lora.injection import find_modules
 from minilora.lora.registry import config_classes
 from minilora.models.config_file import check_types, made
 
 BARE = "FEATURE_EXTRACTION"  # the task_type of a model without its head, whose modules have no prefix in PEFT
-_NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")  # values by which a field asks for nothing
+_NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")  # values with which a field has no effect
 _SAYS_NOTHING = {"peft_type", "peft_version", "auto_mapping", "revision", "inference_mode", "runtime_config"}
-_OF_THE_START = {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}  # read with the init_lora_weights of that name only
+_INITIALISERS = {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}  # read with the init_lora_weights of that name only
 _OF_OTHERS = {"megatron_core", "qalora_group_size"}  # read with megatron_config and use_qalora only, which are refused
-_KEPT_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")  # init_lora_weights that leave W alone: trained, a plain LoRA
+_KEPT_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica", "normal", "seed")  # initialisers that do not change W
 _ALWAYS = {"bias", "fan_in_fan_out", "modules_to_save", "task_type", "base_model_name_or_path", "target_modules", "save_projection"}
 
 
-def read_adapter_config(folder: str | Path) -> LoraConfig | PartialConfig:
+def read_adapter_config(folder: str | Path) -> Any:
     """adapter_config.json as a configuration. Raises ValueError, naming the field, for what would change the result and is not supported.
 
-    How training began does not matter: the tensors follow. But where it began by changing the base weights (PiSSA, OLoRA, CorDA,
-    LoftQ, LoRA-GA), the tensors are the difference from weights that are not there.
+    The initialiser does not matter, since the tensors replace its values: it is read as True. But if it changed the base weights (PiSSA,
+    OLoRA, CorDA, LoftQ, LoRA-GA), the tensors are the difference from weights that the model does not have.
     """
     path = Path(folder) / "adapter_config.json"
     raw = read_json(path)
     kinds, peft_type = config_classes(), raw.get("peft_type", "LORA")
-    if not isinstance(peft_type, str) or peft_type not in {**kinds, **partial.KINDS}:
-        raise ValueError(f"{path}: peft_type is {peft_type!r:.80}; supported: {', '.join([*kinds, *partial.KINDS])}.")
-    if peft_type in partial.KINDS:
-        return partial.read_config(raw, path)
+    if not isinstance(peft_type, str) or peft_type not in kinds:
+        raise ValueError(f"{path}: peft_type is {peft_type!r:.80}; supported: {', '.join(kinds)}.")
     kind = kinds[peft_type]
     init = raw.get("init_lora_weights", True)
     if init not in _KEPT_THE_BASE:
@@ -47,25 +43,28 @@ def read_adapter_config(folder: str | Path) -> LoraConfig | PartialConfig:
         )
     known = {field.name for field in fields(kind)}
     for key, value in raw.items():
-        if key not in known | _SAYS_NOTHING | _OF_THE_START | _OF_OTHERS and value not in _NEUTRAL:
+        if key not in known | _SAYS_NOTHING | _INITIALISERS | _OF_OTHERS and value not in _NEUTRAL:
             raise ValueError(f"{path}: {key}={value!r:.80} is not supported.")
-    if raw.get("target_modules") is None:
+    if issubclass(kind, LoraConfig) and raw.get("target_modules") is None:
         raise ValueError(f"{path}: target_modules is missing.")
     usual = kind()
-    given = {key: value for key, value in raw.items() if key in known - _OF_THE_START}
-    given = {key: value for key, value in given.items() if value is not None or getattr(usual, key) not in _NEUTRAL}
-    check_types(kind, given, str(path))
-    return made(kind, {**given, "init_lora_weights": True}, str(path))
+    values = {key: value for key, value in raw.items() if key in known - _INITIALISERS}
+    values = {key: value for key, value in values.items() if value is not None or getattr(usual, key) not in _NEUTRAL}
+    check_types(kind, values, str(path))
+    return made(kind, values | ({"init_lora_weights": True} if "init_lora_weights" in known else {}), str(path))
 
 
-def to_peft(model: Layer, config: LoraConfig, drawn: list[str], joined: bool, bare: str) -> dict[str, Any]:
-    """The configuration as PEFT writes it: "all-linear" is spelled out, and the task named, which decides PEFT's class of model.
+def to_json(model: Layer, config: Any, drawn: list[str], joined: bool, bare: str) -> dict[str, Any]:
+    """The configuration as PEFT writes it: with "all-linear" spelled out, and a task, which decides PEFT's class of model.
 
-    drawn: modules that are saved along, since no file of the base has them. joined: the tensors have twice the rank (PiSSA).
-    bare: a prefix that names lack in the file. Fields that ask for nothing are left out, as a version of PEFT that does not know them
-    yet would refuse the file.
+    drawn: modules that are saved too, since no file of the base has them. joined: the tensors have twice the rank (PiSSA).
+    bare: a prefix that names lack in the file. Fields without effect are left out, since a version of PEFT that does not know them
+    would refuse the file.
     """
     result = asdict(config)
+    result["base_model_name_or_path"] = config.base_model_name_or_path or origin(model).hub_id or origin(model).source
+    if not isinstance(config, LoraConfig):
+        return {"peft_type": config.peft_type, **result}
     named = isinstance(config.target_modules, list) and not (bare and config.layers_to_transform)
     if config.target_modules == "all-linear" or (bare and not named):
         adapted = [path for path, _ in lora_layers(model)]
@@ -79,13 +78,12 @@ def to_peft(model: Layer, config: LoraConfig, drawn: list[str], joined: bool, ba
         result["lora_alpha"] = factor * config.lora_alpha
         result["alpha_pattern"] = {key: factor * alpha for key, alpha in config.alpha_pattern.items()}
     head = getattr(model, "output_head", None)
-    whole = [*find_modules(model, config, strict=False), *drawn]
-    task = "CAUSAL_LM" if head == "lm_head" else "SEQ_CLS" if head in whole else None
+    full = [*config.full_modules(model, strict=False), *drawn]
+    task = "CAUSAL_LM" if head == "lm_head" else "SEQ_CLS" if head in full else None
     result["task_type"] = config.task_type or task
     result["modules_to_save"] = [*config.saved_modules, *drawn] or None
     result |= {"init_lora_weights": True, "use_dora": bool(config.use_dora), "eva_config": None, "lora_ga_config": None, "loftq_config": {}}
     result["fan_in_fan_out"] = bool(getattr(model, "weights_are_in_out", True))
-    result["base_model_name_or_path"] = config.base_model_name_or_path or model.hub_id or model.source
     for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
         if isinstance(result[key], list):
             result[key] = [name.removeprefix(bare) for name in result[key]]
@@ -97,5 +95,5 @@ def to_peft(model: Layer, config: LoraConfig, drawn: list[str], joined: bool, ba
 
 
 def prefix_of(model: Any) -> str:
-    """What stands before the names of the modules of the bare model: "bert.", "model." or "transformer."; "" for another model."""
+    """The prefix of the names of the modules of the bare model: "bert.", "model." or "transformer."; "" for another model."""
     return FAMILIES[model.model_type].prefix if getattr(model, "model_type", None) in FAMILIES else ""

@@ -1,50 +1,45 @@
-"""Files that are either whole or not there."""
+"""Files that exist completely or not at all, and JSON."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def write_file(path: str | Path, write: Callable[[str], None]) -> None:
-    """Call write(temporary path) and rename the result to `path`: a reader never sees half a file.
+def write_file(path: str | Path, write: Callable[[str], object]) -> None:
+    """Call write(temporary path), then rename the result to `path`: a reader never sees a partial file.
 
-    On any error the temporary file is removed and what was at `path` stays. Raises OSError when the folder cannot be written.
+    On any error the temporary file is removed and `path` keeps its old content. Raises OSError when the folder cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    temporary.touch(exist_ok=False)
     try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
+        write(str(temporary))
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def write_text(path: str | Path, text: str) -> None:
     """`write_file` for UTF-8 text."""
-
-    def write(temporary: str) -> None:
-        Path(temporary).write_text(text, encoding="utf-8")
-
-    write_file(path, write)
+    write_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """`write_file` for JSON, indented, keys in the order given; see `to_json`."""
+    """`write_file` for JSON, indented, with the keys in the order of `value`; see `to_json`."""
     write_text(path, to_json(value, indent=2) + "\n")
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON, in which null stands for the numbers that it has not: nan and inf."""
+    """JSON, with null for NaN and infinity, which JSON lacks."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -62,7 +57,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def json_object(text: bytes, where: str | Path) -> dict[str, Any]:
-    """The JSON object in UTF-8. Raises ValueError, naming `where`, for anything else: no JSON, nested too deep, numbers too long."""
+    """The JSON object in UTF-8 text. Raises ValueError, naming `where`, for invalid JSON, other JSON values, and excessive nesting."""
     try:
         value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -70,9 +65,3 @@ def json_object(text: bytes, where: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold a JSON object, not {type(value).__name__}.")
     return value
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,4 +1,4 @@
-"""A generator that draws nothing: initial values that a checkpoint will replace cost no time, and one number of memory for each array."""
+"""A generator whose arrays take no time and no memory, for initial values that a checkpoint replaces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Blank(np.random.Generator):
-    """Every array it draws is one zero, repeated by strides of zero."""
+    """Every array is one zero, repeated by strides of zero."""
 
     def __init__(self) -> None:
         super().__init__(np.random.PCG64(0))
@@ -22,7 +22,7 @@ class Blank(np.random.Generator):
 
 
 class _Unset(np.ndarray):
-    """An array of one number, repeated by strides of zero; a change of dtype leaves it so."""
+    """An array of one number, repeated by strides of zero; a change of dtype keeps it so."""
 
     def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
         return np.lib.stride_tricks.as_strided(np.zeros((), dtype), self.shape, (0,) * self.ndim)

@@ -1,6 +1,6 @@
-"""Chat templates: conversations as text, as the model was trained to read them. Rendered by jinja2 in its sandbox.
+"""Chat templates: conversations as text, in the format a model was trained on. Rendered by jinja2 in its sandbox.
 
-A template comes with the model, from whoever published it: it sees plain data only, and reaches nothing outside.
+A template comes from whoever published the model: it receives plain data only and cannot leave the sandbox.
 """
 
 from __future__ import annotations
@@ -18,23 +18,35 @@ from typing import Any
 from minilora.formats.atomic import read_json
 
 Messages = Sequence[dict[str, Any]]  # {"role": "user", "content": "..."} each
-Span = tuple[int, int]  # first character, past the last one
+Span = tuple[int, int]  # (first character, last + 1)
 
-_NONE = (
-    "this model has no chat template; put one into chat_template.jinja in its folder (as transformers writes it), "
-    'or use records of "prompt" and "completion" instead of "messages".'
-)
-_MARKS = "\ufdd0", "\ufdd1"  # noncharacters: where a {% generation %} block begins and ends
+_MARKS = "\ufdd0", "\ufdd1"  # noncharacters around the output of a {% generation %} block
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def find_chat_template(folder: str | Path) -> str | None:
     """The template in a model folder: chat_template.jinja and additional_chat_templates/*.jinja, or those in tokenizer_config.json.
 
-    Of several, "default", and "tool_use" where there are tools, as in transformers. Raises ValueError when one is not text.
+    Of several, "default", and "tool_use" where there are tools, as in transformers. Raises ValueError for one that is not text.
     """
     folder = Path(folder)
-    config = folder / "tokenizer_config.json"
+    files = [file for file in (folder / "chat_template.jinja",) if file.is_file()]
+    files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    named = {} if files else _templates_in_config(folder / "tokenizer_config.json")
+    for file in files:
+        try:
+            named["default" if file.parent == folder else file.stem] = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
+    if "tool_use" in named:
+        default = named.get("default", "{{ raise_exception('none of the templates is the default') }}")
+        parts = "{% if tools is not none %}", named["tool_use"], "{% else %}", default, "{% endif %}"
+        return "{{ '' }}".join(part.removesuffix("\n") for part in parts)  # '' keeps jinja2 from trimming space beside a block
+    return named.get("default")
+
+
+def _templates_in_config(config: Path) -> dict[str, str]:
+    """{name: template} in tokenizer_config.json: one string, or a list of {"name", "template"}."""
     named = (read_json(config) if config.is_file() else {}).get("chat_template") or {}
     try:
         named = {entry["name"]: entry["template"] for entry in named} if isinstance(named, list) else named
@@ -43,112 +55,98 @@ def find_chat_template(folder: str | Path) -> str | None:
     named = named if isinstance(named, dict) else {"default": named}
     if wrong := [text for text in named.values() if not isinstance(text, str)]:
         raise ValueError(f"{config}: chat_template must be a string, got {type(wrong[0]).__name__}.")
-    files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
-    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    named = {} if files else named
-    for name, file in files.items():
-        try:
-            named[name] = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
-    if "tool_use" in named:
-        default = named.get("default", "{{ raise_exception('of the several templates none is the default') }}")
-        parts = "{% if tools is not none %}", named["tool_use"], "{% else %}", default, "{% endif %}"
-        return "{{ '' }}".join(part.removesuffix("\n") for part in parts)  # '' keeps jinja2 from trimming space beside a block
-    return named.get("default")
+    return named
 
 
-def render_chat(
-    template: str | None, messages: Messages, add_generation_prompt: bool = False, bos_token: str = "", eos_token: str = "", **more: Any
-) -> str:
-    """The conversation as text; with `add_generation_prompt` also what stands before an answer of the assistant.
+def render_chat(template: str | None, messages: Messages, add_generation_prompt: bool = False, **more: Any) -> str:
+    """The conversation as text; with `add_generation_prompt`, also the text that introduces an answer of the assistant.
 
-    `more`: tools and documents (lists of objects), and the other special tokens that a template may write (pad_token, ...), as
-    `Tokenizer.special_tokens` gives them. Encode the text with add_special=False: the template writes the special tokens itself; those
-    that a message spells are read as such too, as in transformers. Raises ValueError when there is no template, when it is broken,
-    refuses the messages or tries to leave its sandbox; ImportError when jinja2 is missing.
+    `more`: tools and documents (lists of objects), and the special tokens available to a template (bos_token, eos_token, ...), as in
+    `Tokenizer.special_tokens`. Encode the text with add_special=False: the template writes the special tokens itself. Special tokens
+    in a message are recognised too, as in transformers. Raises ValueError when there is no template, or it is invalid, refuses the
+    messages or tries to leave the sandbox; ImportError without jinja2.
     """
-    return _render(template, messages, add_generation_prompt, {"bos_token": bos_token, "eos_token": eos_token, **more})[0]
+    return _render(template, messages, add_generation_prompt, more)[0]
 
 
 def _render(template: str | None, messages: Messages, prompt: bool, more: dict[str, Any]) -> tuple[str, list[Span]]:
     """(the text, the spans of its {% generation %} blocks)."""
     if template is None:
-        raise ValueError(_NONE)
+        raise ValueError(
+            "this model has no chat template; put one into chat_template.jinja in its folder (as transformers writes it), "
+            'or use records of "prompt" and "completion" instead of "messages".'
+        )
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not _has_content(message):
+        if not _is_message(message):
             raise ValueError(f'message {i + 1} must be an object with the strings "role" and "content".')
     for name in ("tools", "documents"):
         if not isinstance(value := more.get(name) or [], list) or not all(isinstance(item, dict) for item in value):
             raise ValueError(f'"{name}" must be a list of objects.')
-    context = {"tools": None, "documents": None}  # templates ask whether there are any
+    context = {"tools": None, "documents": None}  # templates test these
     context |= {name: value for name, value in more.items() if value not in (None, "")}
     try:
         plain = json.dumps({**context, "messages": [_plain(message) for message in messages]}, ensure_ascii=False)
     except (TypeError, ValueError):
-        raise ValueError("messages must hold nothing but strings, numbers, lists and objects.") from None
+        raise ValueError("messages must consist of strings, numbers, lists and objects only.") from None
     compiled, marks = _compile(template), f"[{''.join(_MARKS)}]"
     if (marked := marks_answers(template)) and re.search(marks, plain):
-        raise ValueError(f"messages must not hold the noncharacters {' and '.join(map(ascii, _MARKS))}.")
+        raise ValueError(f"messages must not contain the noncharacters {' and '.join(map(ascii, _MARKS))}.")
     with _in_one_sentence():
-        text = compiled.render(**json.loads(plain), add_generation_prompt=prompt)  # plain data: no object with methods gets in
+        text = compiled.render(**json.loads(plain), add_generation_prompt=prompt)  # plain data: no Python objects
     pieces = re.split(marks, text) if marked else [text]
     bounds = list(accumulate(map(len, pieces)))
     return "".join(pieces), list(zip(bounds[:-1:2], bounds[1:-1:2], strict=True))
 
 
-def _has_content(message: dict[str, Any]) -> bool:
-    """Is there text, or nothing beside calls of tools?"""
-    content = message.get("content")
-    return isinstance(content, str) or (content is None and message.get("tool_calls") is not None)
+def _is_message(message: Any) -> bool:
+    """Whether this is an object with a role, and either text or calls of tools."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str) or (message.get("content") is None and message.get("tool_calls") is not None)
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as transformers gives it to a template: without what is None, and reasoning under each of its names."""
+    """A message as transformers passes it to a template: without None values, and with reasoning under both of its names."""
     message = {key: value for key, value in message.items() if value is not None}
     reasoning = next((message[key] for key in _REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def marks_answers(template: str | None) -> bool:
-    """Does the template say itself, by {% generation %}, what the assistant writes?"""
+    """Whether the template marks what the assistant writes with {% generation %}."""
     return template is not None and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
-def assistant_spans(
-    template: str | None, messages: Messages, bos_token: str = "", eos_token: str = "", *, ends: Sequence[str] = (), **more: Any
-) -> tuple[str, Iterator[Span]]:
-    """(the whole text, the spans of what the assistant wrote), one after the other as they are asked for; `more` as in `render_chat`.
+def assistant_spans(template: str | None, messages: Messages, ends: Sequence[str] = (), **more: Any) -> tuple[str, Iterator[Span]]:
+    """(the text, an iterator over the spans of what the assistant wrote); `more` as in `render_chat`.
 
-    Where the template has {% generation %} blocks, these are the spans, as in transformers. Else a turn begins after what the template
-    writes before an answer, and ends with the last special token (eos_token, or one of `ends`) if only white space follows it, or
-    before the next message. They are found by rendering the conversation up to each turn, so a caller who needs no more stops early.
-    Where the template writes a turn differently once others follow it (Qwen3 without its thinking, Phi-3 without its end of text), or
-    where the assistant begins, a turn is what changes in the whole text with another content, and the end token behind it.
-    A message with "weight": 0 or "train": false has no span. Raises ValueError as `render_chat`, and when a content is not found.
+    {% generation %} blocks of the template are the spans, as in transformers. Otherwise a turn starts after the text that introduces an
+    answer, and ends with its last special token (eos_token, or one of `ends`) if only white space follows, or before the next message.
+    Turns are located by rendering the conversation up to each, so callers should stop early where they can.
+    Where the assistant begins, or the template rewrites a turn once others follow it (Qwen3 drops its thinking, Phi-3 its end token), a
+    turn is the part of the text that changes with its content, and the end token after it.
+    A message with "weight": 0 or "train": false has no span. Raises ValueError as `render_chat`, and when a turn is not found.
     """
-
-    more |= {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(messages: Messages, prompt: bool = False) -> str:
         return _render(template, messages, prompt, more)[0]
 
     text, marked = _render(template, messages, False, more)
-    learnt = [_is_learnt(i, message) for i, message in enumerate(messages)]
+    trained = [_is_trained(i, message) for i, message in enumerate(messages)]
     if marks_answers(template):
-        answers = [learnt[i] for i, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = [trained[i] for i, message in enumerate(messages) if message["role"] == "assistant"]
         if all(answers):
             return text, iter(marked)
         if len(answers) != len(marked):
-            raise ValueError('the chat template does not mark every answer, so that "weight" and "train" cannot be honoured.')
-        return text, (span for span, learns in zip(marked, answers, strict=True) if learns)
+            raise ValueError('the chat template does not mark every answer, so "weight" and "train" cannot be applied.')
+        return text, (span for span, train in zip(marked, answers, strict=True) if train)
 
     def past_mark(rest: str) -> int:
-        """The character after the last special token; 0 where there is none."""
+        """The index after the last special token; 0 where there is none."""
         return max((rest.rfind(mark) + len(mark) for mark in (more.get("eos_token"), *ends) if mark and mark in rest), default=0)
 
-    def behind_prompt(i: int, through: str) -> int | None:
-        """Where answer i begins after what the template writes before an answer; None where it stands behind nothing of the kind."""
+    def after_prompt(i: int, through: str) -> int | None:
+        """Where answer i starts, after the text that introduces an answer; None where the template has no such text."""
         try:
             opened = render(messages[:i], prompt=True)
             before = opened if through.startswith(opened) else render(messages[:i])
@@ -156,30 +154,30 @@ def assistant_spans(
             return None
         if not (through.startswith(before) and text.startswith(through)):
             return None
-        return max(len(before), len(_common(opened, through)))  # templates may open an answer in another way than this
+        return max(len(before), len(_common(opened, through)))  # the turn may open differently from the prompt
 
     def within(i: int, through: str) -> tuple[Span, str]:
-        """(where the content of answer i stands in the text, what ends it, whatever follows): what stays when another takes its place."""
-        for letter in "axz":  # one that the content neither begins nor ends with
+        """(the span of answer i, the text that ends it), found by comparison with another answer in its place."""
+        for letter in "axz":  # one of these is neither the first nor the last of the content
             short = [*messages[:i], {"role": "assistant", "content": letter}]
             other = render([*short, *messages[i + 1 :]])
             start = len(_common(text, other))
-            behind = len(_common(text[start:][::-1], other[start:][::-1]))
-            if other[start : len(other) - behind].strip() == letter:
-                end, rest = len(text) - behind, _common(through[::-1], render(short)[::-1])[::-1]
+            after = len(_common(text[start:][::-1], other[start:][::-1]))
+            if other[start : len(other) - after].strip() == letter:
+                end, rest = len(text) - after, _common(through[::-1], render(short)[::-1])[::-1]
                 shared = _common(rest, text[end:])
                 return (start, end), shared if shared == rest else shared[: past_mark(shared)]
         raise ValueError(
-            f"the chat template does not write message {i + 1} as it is, so its tokens are not found; "
-            "let every conversation end with its first answer, or learn from all of it (--no-mask-prompt)."
+            f"the chat template changes message {i + 1}, so its tokens cannot be located; "
+            "end every conversation after its first answer, or train on all of it (--no-mask-prompt)."
         )
 
     def turns() -> Iterator[Span]:
         for i, message in enumerate(messages):
-            if message["role"] != "assistant" or not learnt[i]:
+            if message["role"] != "assistant" or not trained[i]:
                 continue
             through = render(messages[: i + 1]) if i + 1 < len(messages) else text
-            start = behind_prompt(i, through) if i else None  # before a first message, templates write a system prompt, and before none not
+            start = after_prompt(i, through) if i else None  # an empty conversation lacks the system prompt that precedes a first message
             if start is not None:
                 end, rest = start, through[start:]
             else:
@@ -191,27 +189,25 @@ def assistant_spans(
 
 
 def _common(one: str, other: str) -> str:
-    """What both begin with."""
+    """The common prefix of two strings, by bisection: comparing slices is much faster than comparing characters."""
     low, high = 0, min(len(one), len(other))
-    while low < high:  # halves of what is left are compared at once
+    while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
     return one[:low]
 
 
-def _is_learnt(i: int, message: dict[str, Any]) -> bool:
-    """What "weight" (1 or 0) and "train" (true or false) say of a message. Raises ValueError for other values, and for a user's message."""
-    given = {name: message[name] for name in ("weight", "train") if message.get(name) is not None}
-    for name, value in given.items():
+def _is_trained(i: int, message: dict[str, Any]) -> bool:
+    """Whether "weight" (1 or 0) and "train" (true or false) include a message. Raises ValueError for other values, or a user's message."""
+    flags = {name: message[name] for name in ("weight", "train") if message.get(name) is not None}
+    for name, value in flags.items():
         if value not in (0, 1) or (value and message["role"] != "assistant"):
-            raise ValueError(
-                f'message {i + 1}: "{name}" is {value!r}; an answer is learnt (1) or not (0), and nothing but answers is learnt.'
-            )
-    return all(given.values())
+            raise ValueError(f'message {i + 1}: "{name}" is {value!r}; it must be 1 or 0, and 1 for answers of the assistant only.')
+    return all(flags.values())
 
 
 def turn_end(template: str | None, ends: Sequence[str], **more: Any) -> str | None:
-    """The token of `ends` with which the template ends an answer; None where it writes none. `more` as in `render_chat`."""
+    """The token of `ends` with which the template ends an answer, or None. `more` as in `render_chat`."""
     answer = "an answer"
     try:
         text = render_chat(template, [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}], **more)
@@ -223,20 +219,26 @@ def turn_end(template: str | None, ends: Sequence[str], **more: Any) -> str | No
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> Any:
-    """The template in the environment that transformers gives it, in a sandbox that refuses at the first step out."""
-    _check_version()
-    from jinja2 import nodes
-    from jinja2.exceptions import SecurityError, TemplateError
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
+    """The template, compiled in the environment of transformers, in a sandbox that raises at the first violation."""
+    from importlib.metadata import version  # takes a while to import
+
+    try:
+        from jinja2 import nodes
+        from jinja2.exceptions import SecurityError, TemplateError
+        from jinja2.ext import Extension
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.utils import Namespace
+    except ImportError:
+        raise ImportError("chat templates need jinja2: pip install 'minilora[hf]'") from None
+    if tuple(int(part) for part in version("jinja2").split(".")[:3] if part.isdigit()) < (3, 1, 6):
+        raise ImportError(f"jinja2 {version('jinja2')} has known ways out of its sandbox; pip install 'jinja2>=3.1.6'")
 
     class Sandbox(ImmutableSandboxedEnvironment):
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-            raise SecurityError(f"access to attribute {attribute!r}")  # jinja2 would go on with an undefined value
+            raise SecurityError(f"access to attribute {attribute!r}")  # jinja2 returns an undefined value
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %}, which some templates put around answers: what is inside, between two marks."""
+        """{% generation %} ... {% endgeneration %}, which some templates put around answers: the content between _MARKS."""
 
         tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
@@ -246,7 +248,7 @@ def _compile(template: str) -> Any:
             return [first, *parser.parse_statements(("name:endgeneration",), drop_needle=True), last]
 
     class PlainNamespace(Namespace):
-        """jinja2's namespace without names by which Python would find methods."""
+        """jinja2's namespace, without names that start with an underscore: Python would take those for methods."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:  # no `self`, so that namespace(self=...) works as in jinja2's own
             Namespace.__init__(args[0])
@@ -258,50 +260,37 @@ def _compile(template: str) -> Any:
                 raise SecurityError(f"a namespace with the name {name!r}")
             super().__setitem__(name, value)
 
-    def plain_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:  # a function: the type itself has methods to reach for
-        return dict(*args, **kwargs)
-
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(
-        x: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:  # jinja2's own escapes HTML
+    def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+        """jinja2's own tojson escapes HTML."""
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def strftime_now(format: str) -> str:
-        return datetime.now().strftime(format)
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, namespace=PlainNamespace, dict=plain_dict)
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda format: datetime.now().strftime(format),
+        "namespace": PlainNamespace,
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),  # a function: the type has methods
+    }
     with _in_one_sentence():
         return environment.from_string(template)
 
 
-def _check_version() -> None:
-    try:
-        import jinja2  # noqa: F401
-    except ImportError:
-        raise ImportError("chat templates need jinja2: pip install 'minilora[hf]'") from None
-    from importlib.metadata import version
-
-    if tuple(int(part) for part in version("jinja2").split(".")[:3] if part.isdigit()) < (3, 1, 6):
-        raise ImportError(f"jinja2 {version('jinja2')} has known ways out of its sandbox; pip install 'jinja2>=3.1.6'")
-
-
 @contextmanager
 def _in_one_sentence() -> Iterator[None]:
-    """Turns whatever a template raises into a ValueError of one sentence."""
+    """Turn any exception of a template into a ValueError of one sentence."""
     from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 
     try:
         yield
     except Exception as error:
         if isinstance(error, SecurityError):
-            what = "tries to leave its sandbox"
+            what = "tries to leave the sandbox"
         elif isinstance(error, TemplateSyntaxError):
-            what = f"is broken at line {error.lineno}"
+            what = f"is invalid at line {error.lineno}"
         elif type(error) is TemplateError:
             what = "refuses these messages"
         else:

@@ -1,4 +1,4 @@
-"""Models as published: a folder with config.json and model.safetensors (in one file or in shards), a .gguf file, or an id of the hub."""
+"""Published models: a folder with config.json and model.safetensors (one file or shards), a .gguf file, or an id on the hub."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from minilora.backend import choose_backend, to_numpy
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.blank import Blank
 from minilora.formats.fetch import BUNDLED, is_hub_id, model_folder, read_weights, weight_files
-from minilora.formats.fitting import FAMILIES, assign, check_sizes, classes_of, family_of, fresh, named, oriented, renamed, warn_of_pooling
+from minilora.formats.fitting import FAMILIES, check_sizes, classes_of, family_of, fill, named, oriented, warn_of_pooling
 from minilora.formats.gguf import read_gguf
 from minilora.formats.nf4 import CONFIG, is_nf4_config, packed, unpacked
+from minilora.formats.origin import Origin, origin
 from minilora.formats.tensors import stored_dtypes, write_tensors
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.layers import Embedding
@@ -32,7 +33,7 @@ from minilora.quantization.quantize import check_kind, quantize_model
 
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
 _TOKENIZER_FILES += "vocab.txt vocab.json merges.txt tokenizer.model generation_config.json".split()
-_KEPT = "bos_token_id eos_token_id pad_token_id hidden_dropout_prob attention_probs_dropout_prob attention_dropout".split()  # as read
+_COPIED = "bos_token_id eos_token_id pad_token_id hidden_dropout_prob attention_probs_dropout_prob attention_dropout".split()
 STORED = "stored"  # a dtype for save_model
 
 
@@ -50,16 +51,16 @@ def load_model(
     """A published model on a backend, frozen. Architectures: gpt2, bert, llama, qwen2.
 
     path_or_id: a folder with config.json and model.safetensors (or shards and model.safetensors.index.json), a .gguf file, an id
-    "org/name" of the hub (fetched by huggingface_hub, whose cache and HF_HUB_OFFLINE hold), or "pydoc", the model in this package.
-    On NumPy, parameters that the file holds in `dtype` are read-only views of the mapped file.
-    labels: the names of a classifier's classes, or how many there are; by default what config.json says. A head of the checkpoint keeps
-    its own; new_head=True leaves that out. A classifier or pooler that is not there, or left out, is drawn from N(0, 0.02^2) by `seed`,
-    and a line on standard error says so; `model.drawn` names them.
-    dtype: "float16" and "bfloat16" are of matrices, embeddings included, and so of activations (kernels/half.py): norms, biases, and what
-    `inject` makes trainable, are then of float32.
-    quantize: "nf4" keeps the weights of linear layers, but for the head, in four bits (quantization/nf4.py). A folder that holds them in
-    NF4, as bitsandbytes does, is read as it is.
-    download: False looks for an id of the hub in its local cache only.
+    "org/name" on the hub (fetched by huggingface_hub, with its cache and HF_HUB_OFFLINE), or "pydoc", the model in this package.
+    On NumPy, parameters stored in `dtype` are read-only views of the mapped file.
+    dtype: "float16" and "bfloat16" apply to matrices, embeddings included, and so to activations (kernels/half.py); norms, biases, and
+    what `inject` makes trainable stay in float32.
+    labels: the class names of a classifier, or their number; by default those of config.json. A classifier in the checkpoint is kept,
+    unless new_head=True. A classifier or pooler that is missing or replaced is initialised from N(0, 0.02^2) with `seed`, and reported
+    on standard error; `model.origin.drawn` lists them.
+    quantize: "nf4" keeps the weights of linear layers, except the head, in four bits (quantization/nf4.py). A folder in
+    NF4, as written by bitsandbytes, is read without `quantize`.
+    download: False looks up an id only in the local cache of the hub.
 
     Raises FileNotFoundError; ValueError when the configuration, a file or a tensor does not fit; ImportError for a missing extra.
     """
@@ -71,7 +72,7 @@ def load_model(
     backend = choose_backend(backend, quiet=True)
     if str(path_or_id).endswith(".gguf"):
         source = Path(path_or_id)
-        raw, tensors, _ = read_gguf(source)
+        raw, tensors = read_gguf(source)
         where = str(source)
     else:
         source, tensors = model_folder(path_or_id, download), {}
@@ -87,16 +88,15 @@ def load_model(
     check_sizes(config, tensors, where)
     if labels is not None:
         config = _with_labels(config, labels, where)
-    model = model_class(config, rng=Blank(), dtype="float32")
-    tensors = renamed(model, family, tensors, source)
     if new_head:
         tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
     elif isinstance(labels, Sequence) and "classifier.weight" in tensors and list(labels) != published and named(published):
         raise ValueError(f"{where}: the head is for {', '.join(published)}, not {', '.join(labels)}; new_head=True replaces it.")
-    tensors |= fresh(model, family, tensors, raw, source, new_head, seed)
-    assign(model, oriented(model, tensors), source)
-    model.source = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # an adapter will name it, from anywhere
-    model.hub_id = str(path_or_id) if is_hub_id(path_or_id) else None
+    model = model_class(config, rng=Blank(), dtype="float32")
+    complete = family.architectures[0] in (raw.get("architectures") or ()) and not new_head
+    drawn = fill(model, family, tensors, source, None if complete else seed)
+    name = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # adapters name their base by it
+    model.origin = Origin(name, str(path_or_id) if is_hub_id(path_or_id) else None, drawn)
     if quantize:
         quantize_model(model, quantize)
     if kind in KINDS:
@@ -105,9 +105,9 @@ def load_model(
 
 
 def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
-    """The configuration with other classes: names, or a number of them, with which the names in it stay if they still fit."""
+    """The configuration with other classes: their names, or their number, which keeps the present names if it is theirs."""
     if not hasattr(config, "num_labels"):
-        raise ValueError(f"{where}: this model is no classifier, which takes a BERT.")
+        raise ValueError(f"{where}: this model is not a classifier; labels need a BERT.")
     n, names = (labels, None) if isinstance(labels, int) else (len(labels), dict(enumerate(labels)))
     if n == config.num_labels:
         return replace(config, id2label=names or config.id2label)
@@ -115,9 +115,9 @@ def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
 
 
 def _dtype_name(who: str, dtype: Any, *more: str) -> str | None:
-    """The name of a dtype, or of one of `more`; None stays None. Raises ValueError, in the name of the function `who`, for another."""
+    """The name of a dtype, or of one of `more`; None stays None. Raises ValueError, naming the function `who`, for any other."""
     known = ("float32", "float64", *KINDS, *more)
-    with suppress(TypeError):  # "bfloat16" is no dtype of NumPy's in a fresh process
+    with suppress(TypeError):  # NumPy lacks "bfloat16" until ml_dtypes is imported
         dtype = dtype if dtype is None else np.dtype(dtype).name
     if dtype is not None and dtype not in known:
         raise ValueError(f"{who}: dtype is {dtype!r}; choose {', '.join(known[:-1])} or {known[-1]}.")
@@ -125,24 +125,24 @@ def _dtype_name(who: str, dtype: Any, *more: str) -> str | None:
 
 
 def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
-    """Write a folder that transformers loads: config.json, model.safetensors, and the tokenizer's files where the model came with one.
+    """Write a folder that transformers loads: config.json, model.safetensors, and the tokenizer's files where the model has them.
 
-    dtype: "float32", "float64", "float16" or "bfloat16", of the tensors; by default the model's; or "stored": each as in the files that the
-    model was loaded from. Weights in NF4 are written so. Merged adapters are part of the weights; unmerged ones raise ValueError, but
-    `with minilora.disabled(model)` the base is written without them. Bottlenecks raise it in any case.
-    The tokenizer of a GGUF file is written if it can be read; else a line on standard error says why it is not. Another such line names
-    a file that is a link out of the model's folder, which is not copied, and what transformers has not ("pooling": "mean").
+    dtype: "float32", "float64", "float16" or "bfloat16", by default the model's; or "stored", for each tensor its dtype in the files that
+    the model was loaded from. NF4 weights are written in NF4. Merged adapters are part of the weights. Unmerged ones raise ValueError,
+    except within `with minilora.disabled(model)`, which writes the base model; bottleneck adapters always do.
+    Reported on standard error: a GGUF tokenizer that cannot be read and so is not written, a linked file outside the model's folder, which
+    is not copied, and an option that transformers lacks ("pooling": "mean").
     """
     kind = _dtype_name("save_model", dtype, STORED)
     if bottled := bottlenecks(model):
-        raise ValueError(f"save_model: {bottled[0][0]} has a bottleneck adapter, which no weight can hold; use save_adapter.")
+        raise ValueError(f"save_model: {bottled[0][0]} has a bottleneck adapter, which cannot be merged into a weight; use save_adapter.")
     folder, own, modules = Path(folder), adapter_parameters(model), dict(model.modules())
     merged: dict[str, Any] = {}
     for path, layer in lora_layers(model):
         if layer.enabled and layer.merged is None:
             raise ValueError(f"save_model: {path} has an unmerged adapter; call minilora.merge first, or save_adapter.")
         if layer.enabled and isinstance(layer, Embedding) and getattr(model, "output_head", path) not in modules:
-            raise ValueError(f"save_model: the head is tied to {path}, so that its adapter would change the head too; use save_adapter.")
+            raise ValueError(f"save_model: the head is tied to {path}, so its adapter would change the head too; use save_adapter.")
         merged[f"{path}.weight"] = layer.merged if layer.enabled else layer.weight.data
     values = {path: merged.get(path, p.data) for path, p in model.parameters() if path not in own}
     quantized = {path: value for path, value in values.items() if is_nf4(value)}
@@ -151,9 +151,10 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     result = {"model_type": model.model_type, **model.config.to_json()}
     result["architectures"] = [FAMILIES[result["model_type"]].architectures[0]]
     result["torch_dtype"] = max((dtypes.get(path, value.dtype.name) for path, value in tensors.items()), key=lambda name: name[-2:])
-    source = Path(model.source) if model.source and model.source != BUNDLED else None
+    name = origin(model).source
+    source = Path(name) if name and name != BUNDLED else None
     if source is not None and (source / "config.json").is_file():
-        result = {**{key: value for key, value in read_json(source / "config.json").items() if key in _KEPT}, **result}
+        result = {**{key: value for key, value in read_json(source / "config.json").items() if key in _COPIED}, **result}
     tensors = oriented(model, tensors)
     for path, value in quantized.items():
         tensors, result["quantization_config"] = tensors | packed(path, value), CONFIG
@@ -165,11 +166,11 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
 
 
 def _save_tokenizer(model: Any, source: Path, folder: Path) -> None:
-    """The tokenizer's files, and for a decoder the tokens that end an answer; a line on standard error where they cannot be read."""
+    """The tokenizer's files, with all tokens that end an answer for a decoder; a warning on standard error if they cannot be read."""
     if source.is_dir():
         _copy(source, folder, _TOKENIZER_FILES)
-    if source.is_dir() and (not hasattr(model, "decode") or not (folder / "tokenizer.json").is_file()):
-        return
+        if not hasattr(model, "decode") or not (folder / "tokenizer.json").is_file():
+            return
     try:
         tokenizer = load_tokenizer(source, model.config.vocab_size)
         if source.is_dir():
@@ -177,12 +178,13 @@ def _save_tokenizer(model: Any, source: Path, folder: Path) -> None:
         else:
             tokenizer.save(folder)
     except (ValueError, ImportError, FileNotFoundError) as error:
-        print(f"{folder} is without a tokenizer that can be read: {error}", file=sys.stderr)
+        print(f"{folder} has no readable tokenizer: {error}", file=sys.stderr)
 
 
 def _stored(model: Any, tensors: dict[str, np.ndarray]) -> dict[str, str]:
-    """{path: dtype in the files that the model was loaded from}; what is in none of them has the dtype that is most there."""
-    source = model_folder() if model.source == BUNDLED else Path(model.source or "")
+    """{path: dtype in the files that the model was loaded from}, by default the most frequent one there."""
+    name = origin(model).source
+    source = model_folder() if name == BUNDLED else Path(name or "")
     if not (source / "config.json").is_file():
         return {}
     prefix = FAMILIES[model.model_type].prefix
@@ -192,7 +194,7 @@ def _stored(model: Any, tensors: dict[str, np.ndarray]) -> dict[str, str]:
 
 
 def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
-    """Copy the files of these names; not what a link brings in from elsewhere. The hub's cache is links into its own folder."""
+    """Copy the files of these names, except links to files elsewhere. The hub's cache consists of links within its own folder."""
     home = source.resolve()
     home = home.parent.parent if home.parent.name == "snapshots" else home
     for name in names:
@@ -202,4 +204,4 @@ def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
         if home in real.parents:
             write_file(folder / name, partial(shutil.copyfile, real))
         else:
-            print(f"{source / name} is a link out of its folder: it is not copied into {folder}.", file=sys.stderr)
+            print(f"{source / name} links to a file outside its folder, and is not copied into {folder}.", file=sys.stderr)

@@ -1,7 +1,7 @@
 """The architectures, and how the tensors of a file become the parameters of a model.
 
-PyTorch keeps the weight of a Linear as (out, in); here it is (in, out). It is transposed here, as a view: nothing is copied that the
-file holds in the dtype asked for.
+PyTorch stores the weight of a Linear as (out, in); here it is (in, out). It is transposed as a view, so tensors stored in the requested
+dtype are not copied.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.formats.origin import origin
 from minilora.layers import Layer, Linear
 from minilora.lora.adapted import adapter_parameters
 from minilora.models.registry import ARCHITECTURES as FAMILIES
@@ -41,25 +42,44 @@ def classes_of(family: Family) -> tuple[Any, Any]:
 
 
 def named(classes: Sequence[str]) -> bool:
-    """Does a head name its classes? Where config.json gives none, transformers calls them LABEL_0, LABEL_1, ..."""
+    """Whether these names were chosen: without names in config.json, transformers uses LABEL_0, LABEL_1, ..."""
     return list(classes) != [f"LABEL_{i}" for i in range(len(classes))]
 
 
 def check_sizes(config: Any, tensors: dict[str, Any], where: str) -> None:
-    """Raise ValueError for sizes beyond those of the tensors in the file: they decide how much is built, before a tensor is fitted."""
+    """Raise ValueError for sizes larger than those of the tensors, before a model of these sizes is built."""
     largest = max((n for value in tensors.values() for n in value.shape), default=0)
     sizes = {field.name: getattr(config, field.name) for field in fields(config) if not field.name.endswith("_id")}
-    sizes.pop("max_position_embeddings", None)  # nothing is built of it
+    sizes.pop("max_position_embeddings", None)  # allocates nothing
     if "head_dim" in sizes:
         sizes["num_attention_heads * head_dim"] = sizes["num_attention_heads"] * sizes["head_dim"]
     for name, size in sizes.items():
         most = len(tensors) if name in ("n_layer", "num_hidden_layers") else largest
         if type(size) is int and size > most:
-            raise ValueError(f"{where}: {name} is {size}, but of what the file holds there are at most {most}.")
+            raise ValueError(f"{where}: {name} is {size}, but the tensors in the file allow at most {most}.")
 
 
-def renamed(model: Layer, family: Family, tensors: dict[str, np.ndarray], source: Path) -> dict[str, np.ndarray]:
-    """The tensors under the paths of the model: with the prefix that bare models lack, without buffers and a tied head."""
+def fill(model: Any, family: Family, tensors: dict[str, np.ndarray], source: Path, seed: int | None) -> tuple[str, ...]:
+    """Set every parameter to the tensor of its path, without a copy. With a seed, modules that the file lacks are initialised by it.
+
+    Returns the paths of those modules.
+
+    Raises ValueError as `check_fit`, and for a name that occurs twice or a tied head that differs from the embedding.
+    """
+    tensors = _renamed(model, family, tensors, source)
+    drawn: tuple[str, ...] = ()
+    if seed is not None:
+        values, drawn = _initialised(model, family, tensors, source, seed)
+        tensors |= values
+    tensors, parameters = oriented(model, tensors), dict(model.parameters())
+    check_fit(source, tensors, {path: p.data.shape for path, p in parameters.items()})
+    for path, p in parameters.items():
+        p.data = tensors[path]
+    return drawn
+
+
+def _renamed(model: Layer, family: Family, tensors: dict[str, np.ndarray], source: Path) -> dict[str, np.ndarray]:
+    """The tensors by their paths in the model: with the prefix that bare models lack, without buffers and a tied head."""
     paths = {path for path, _ in model.parameters()}
     head = f"{getattr(model, 'output_head', '')}.weight"
     renamed: dict[str, np.ndarray] = {}
@@ -73,89 +93,69 @@ def renamed(model: Layer, family: Family, tensors: dict[str, np.ndarray], source
         if path in renamed:
             raise ValueError(f"{source} does not fit the model: it has {path!r} twice.")
         renamed[path] = value
-    if head in renamed and head not in paths and family.embedding:  # the head is the embedding: it may be there, if it is the same
+    if head in renamed and head not in paths and family.embedding:  # tied: a copy of the embedding
         tied = renamed.pop(head)
         if not np.array_equal(tied, renamed.get(family.embedding, tied)):
-            raise ValueError(f"{source}: {head} differs from {family.embedding}, but the configuration says that they are tied.")
+            raise ValueError(f"{source}: {head} differs from {family.embedding}, but the configuration ties them.")
     if dropped:
-        print(f"{source}: the head for another task ({dropped}, ...) is left out.", file=sys.stderr)
+        print(f"{source}: the head for another task ({dropped}, ...) is ignored.", file=sys.stderr)
     return renamed
 
 
-def fresh(
-    model: Any, family: Family, tensors: dict[str, np.ndarray], raw: dict[str, Any], source: Path, new_head: bool, seed: int
-) -> dict[str, np.ndarray]:
-    """Initial values, in the file's orientation, of modules that a bare checkpoint or new_head leaves out. Said on standard error."""
-    if family.architectures[0] in (raw.get("architectures") or ()) and not new_head:
-        return {}
-    parameters = dict(model.parameters())
-    absent = [name for name in family.fresh if not any(path.startswith(f"{name}.") for path in tensors)]
-    rng, values = np.random.default_rng(seed), {}
-    for name in absent:
+def _initialised(
+    model: Any, family: Family, tensors: dict[str, np.ndarray], source: Path, seed: int
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Random values, weights (out, in) from N(0, 0.02^2), of the modules that the tensors lack, and their paths, which are reported."""
+    parameters, rng, values = dict(model.parameters()), np.random.default_rng(seed), {}
+    drawn = tuple(name for name in family.fresh if not any(path.startswith(f"{name}.") for path in tensors))
+    for name in drawn:
         W, b = parameters[f"{name}.weight"].data, parameters[f"{name}.bias"].data
         values[f"{name}.weight"] = rng.normal(0, 0.02, W.shape).astype(W.dtype).T
         values[f"{name}.bias"] = np.zeros(b.shape, b.dtype)
-    model.drawn = tuple(absent)
-    if absent:
-        print(f"{source} has no {' and no '.join(absent)}: drawn at random, until it is trained or loaded.", file=sys.stderr)
-    return values
+    if drawn:
+        print(f"{source} has no {' and no '.join(drawn)}: initialised at random, to be trained or loaded.", file=sys.stderr)
+    return values, drawn
 
 
 def drawn_parameters(model: Layer) -> list[str]:
-    """The paths of the parameters, but for adapters', of the modules that no file held (`Layer.drawn`)."""
+    """The paths of the parameters, except adapters', of modules that were initialised at random (`Origin.drawn`)."""
     own = adapter_parameters(model)
-    return [path for path, _ in model.parameters() if path not in own and path.rpartition(".")[0] in model.drawn]
+    return [path for path, _ in model.parameters() if path not in own and path.rpartition(".")[0] in origin(model).drawn]
 
 
 def oriented(model: Layer, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Weights of Linear from the file's orientation to (in, out), or back, as views."""
+    """The tensors with weights of Linear transposed, from the file's orientation to (in, out) or back, as views."""
     if getattr(model, "weights_are_in_out", True):
         return tensors
     linear = {f"{path}.weight" for path, layer in model.modules() if isinstance(layer, Linear)}
     return {path: value.T if path in linear and not is_nf4(value) else value for path, value in tensors.items()}
 
 
-def assign(model: Layer, tensors: dict[str, np.ndarray], source: str | Path) -> None:
-    """Set every parameter of the model to the tensor of the same path. Nothing is copied; the dtypes are the tensors'.
-
-    Raises ValueError, before anything is set, as `check_fit`.
-    """
-    parameters = dict(model.parameters())
-    check_fit(source, tensors, {path: p.data.shape for path, p in parameters.items()})
-    for path, p in parameters.items():
-        p.data = tensors[path]
-
-
 def check_fit(source: str | Path, tensors: dict[str, np.ndarray], expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError, naming the file or folder, for missing, unexpected and misshapen tensors, and values that are not finite."""
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing:
-        text = f"it misses {missing[0]!r} ({len(missing)} tensors in all); was it made for another model?"
-        raise ValueError(f"{source} does not fit the model: {text}")
-    if extra:
-        text = f"it has {extra[0]!r} ({len(extra)} tensors in all), which the model has no place for."
-        raise ValueError(f"{source} does not fit the model: {text}")
+    """Raise ValueError, naming the file or folder, for missing and unexpected tensors, wrong shapes, and values that are not finite."""
+    if missing := sorted(expected.keys() - tensors.keys()):
+        why = f"it lacks {missing[0]!r} ({len(missing)} tensors in all); was it made for another model?"
+        raise ValueError(f"{source} does not fit the model: {why}")
+    if extra := sorted(tensors.keys() - expected.keys()):
+        why = f"it has {extra[0]!r} ({len(extra)} tensors in all), which the model has no place for."
+        raise ValueError(f"{source} does not fit the model: {why}")
     for key, shape in expected.items():
         value = tensors[key]
         if value.shape != tuple(shape):
-            raise ValueError(f"{source} does not fit the model: {key} has shape {value.shape}, the model wants {tuple(shape)}.")
+            raise ValueError(f"{source} does not fit the model: {key} has shape {value.shape}, the model expects {tuple(shape)}.")
         if value.dtype.kind != "f" or not _finite(value):
             raise ValueError(f"{source}: {key} ({value.dtype}) holds values that are not finite floating-point numbers.")
 
 
 def _finite(x: np.ndarray) -> bool:
-    """By the extremes, which takes no memory, unlike isfinite: both are NaN if one element is. NF4 was looked at when it was read."""
-    if is_nf4(x):
+    """Whether all values are finite in float32. min and max take no memory, unlike isfinite, and are NaN if one element is."""
+    if is_nf4(x):  # checked when it was read
         return True
     with np.errstate(invalid="ignore"):
-        return x.size == 0 or bool(max(-x.min(), x.max()) <= np.finfo(np.float32).max)  # what float64 may hold beyond would become infinite
+        return x.size == 0 or bool(max(-x.min(), x.max()) <= np.finfo(np.float32).max)
 
 
 def warn_of_pooling(model: Any, folder: Path) -> None:
-    """Say on standard error that transformers and PEFT cannot reproduce what is written, where "pooling" is "mean"."""
+    """Report on standard error that transformers and PEFT cannot reproduce a model with "pooling": "mean"."""
     if getattr(model.config, "pooling", "first") == "mean":
-        print(
-            f"{folder}: its classifier reads the mean of the tokens (pooling), which transformers and PEFT have not: "
-            "there it reads BERT's pooler, and answers otherwise.",
-            file=sys.stderr,
-        )
+        print(f"{folder}: its classifier reads the mean of the tokens; transformers and PEFT read BERT's pooler instead.", file=sys.stderr)

@@ -2,8 +2,8 @@
 
 <path>                                       (out in / 2, 1) bytes, two numbers each
 <path>.absmax                                (blocks,) bytes      the magnitudes of the blocks
-<path>.nested_absmax, .nested_quant_map      float32              theirs, and what a byte of <path>.absmax means
-<path>.quant_map                             (16,) float32        what four bits mean
+<path>.nested_absmax, .nested_quant_map      float32              theirs, and the meaning of a byte of <path>.absmax
+<path>.quant_map                             (16,) float32        the meaning of four bits
 <path>.quant_state.bitsandbytes__nf4         JSON, as bytes       shape, block sizes, offset
 """
 
@@ -32,7 +32,7 @@ CONFIG = {  # what config.json says of it; the first four decide
 
 
 def is_nf4_config(config: Any) -> bool:
-    """Does a quantization_config of config.json say that the weights are in this layout?"""
+    """Whether a quantization_config of config.json names this layout."""
     return isinstance(config, dict) and all(config.get(key) == value for key, value in list(CONFIG.items())[:4])
 
 
@@ -67,7 +67,7 @@ def unpacked(tensors: dict[str, Any], source: str | Path) -> dict[str, Any]:
                 "offset": type(offset) in (int, float) and abs(offset) < _LARGEST,
             }
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{source}: the NF4 weight {path} is not whole ({type(error).__name__}: {error}).") from None
+            raise ValueError(f"{source}: the NF4 weight {path} is incomplete ({type(error).__name__}: {error}).") from None
         if wrong := [name for name, fits in fit.items() if not fits]:
             raise ValueError(f"{source}: the NF4 weight {path} of shape {(n, m)} does not fit its {wrong[0]}.")
         found[path] = NF4((m, n), np.array(codes.ravel()), np.array(parts["absmax"]), np.array(nested), float(offset), nested_code=code)

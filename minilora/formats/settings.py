@@ -16,8 +16,8 @@ else:
 def read_settings(path: str | Path, allowed: dict[str, Any]) -> dict[str, Any]:
     """{name: value} of a flat TOML file. `allowed` gives the type of each name: bool, int, float, str, list, or a union of them.
 
-    A name may be spelled as its flag, with dashes. A float may be written as an integer. Raises FileNotFoundError; ValueError when
-    the file is not TOML, a name is unknown (the nearest ones are told) or given twice, or a value is of another type.
+    Names may be written with dashes, as flags are; an integer is accepted for a float. Raises FileNotFoundError; ValueError for
+    invalid TOML, an unknown name (with suggestions), a duplicate, or a value of another type.
     """
     path = Path(path)
     if not path.is_file():
@@ -36,10 +36,10 @@ def read_settings(path: str | Path, allowed: dict[str, Any]) -> dict[str, Any]:
         if name in settings:
             raise ValueError(f"{path}: {key!r} is given twice, with a dash and with an underscore.")
         kinds = get_args(allowed[name]) or (allowed[name],)
-        if float in kinds and type(value) is int:
-            value = float(value) if int not in kinds and abs(value) < 2**1023 else value
+        if float in kinds and int not in kinds and type(value) is int and abs(value) < 2**1023:
+            value = float(value)
         if type(value) not in kinds:
-            wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-            raise ValueError(f"{path}: {key} must be of type {wanted}, got {value!r}.")
+            expected = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+            raise ValueError(f"{path}: {key} must be of type {expected}, got {value!r}.")
         settings[name] = value
     return settings

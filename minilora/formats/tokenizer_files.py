@@ -1,17 +1,17 @@
-"""tokenizer.json with all that the files beside it change, as transformers' AutoTokenizer (5.23) applies it.
+"""tokenizer.json with the changes that the files beside it make, as transformers' AutoTokenizer (5.23) applies them.
 
-The class that tokenizer_config.json names, or else that of the model's type, decides. BertTokenizer, GPT2Tokenizer, LlamaTokenizer,
-Qwen2Tokenizer and XLMRobertaTokenizer take the vocabulary and the post-processor of tokenizer.json only, and build the rest from the
-options of tokenizer_config.json (do_lower_case, add_prefix_space, legacy, ...); the base class, PreTrainedTokenizerFast, takes it as it is.
-Other classes of transformers that build their own are refused by name. add_bos_token and add_eos_token change nothing where
-there is a tokenizer.json. One thing differs: a special token that is only a class's default, and that the vocabulary lacks, is not
-added, as no model has been trained on it.
+The class named in tokenizer_config.json, or that of the model type, decides. BertTokenizer, GPT2Tokenizer, LlamaTokenizer, Qwen2Tokenizer
+and XLMRobertaTokenizer take only the vocabulary and the post-processor from tokenizer.json, and build the rest from the options of
+tokenizer_config.json (do_lower_case, add_prefix_space, legacy, ...); the base class, PreTrainedTokenizerFast, uses the file unchanged.
+Other classes of transformers that build their own are refused by name. add_bos_token and add_eos_token have no effect beside a
+tokenizer.json. One difference: a special token that is only the default of a class, and not in the vocabulary, is not added, since no
+model was trained on it.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ _DEFAULTS = {
 }
 _OF_MODEL = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}
 _ALIASES = dict.fromkeys(("ElectraTokenizer", "DistilBertTokenizer", "SqueezeBertTokenizer"), "BertTokenizer")
+_MODELS = {"BertTokenizer": "WordPiece", "XLMRobertaTokenizer": "Unigram"}  # the others: BPE
+_AROUND = {"BertTokenizer": ("cls_token", "sep_token"), "XLMRobertaTokenizer": ("bos_token", "eos_token")}  # added around a text
+_OPTIONS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _OTHERS = """Albert Bart Barthez Bartpho BertGeneration BertJapanese Bertweet BigBird BioGpt Blenderbot BlenderbotSmall ByT5 CLIP CTRL
 Camembert Canine Clvp CodeGen CodeLlama Cohere Cpm CpmAnt DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia Esm Esmc
 FNet FSMT FastSpeech2Conformer Flaubert Funnel GPTNeoX GPTNeoXJapanese GPTSw3 Gemma Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM
@@ -42,59 +45,57 @@ T5 Tapas Tipsv2 Udop VideoPrism Vits Wav2Vec2CTC Wav2Vec2PhonemeCTC Whisper XGLM
 def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """(the tokenizers library's object, {"bos_token": ..., ...}, tokenizer_config.json) of a tokenizer.json and the files beside it.
 
-    Raises ValueError naming the file for what is broken or not supported, ImportError without the extra `hf`.
+    Raises ValueError, naming the file, for invalid or unsupported content; ImportError without the extra `hf`.
     """
     library, raw = _load(file)
-    config, model = _beside(file, "tokenizer_config"), _beside(file, "config")
-    where = file.parent / "tokenizer_config.json"
-    kind = _kind(config, model, raw, where)
-    tokenizers = import_tokenizers()
-    named, extra, listed = _tokens_beside(config, raw, file)
+    config, where = _beside(file, "tokenizer_config"), file.parent / "tokenizer_config.json"
+    kind = _kind(config, _beside(file, "config"), raw, where)
+    found, extra, listed = _tokens_beside(config, raw, file)
     known = {added.content: added for added in listed.values()}
-    every = library.get_vocab(with_added_tokens=True).keys() | known.keys() | {_content(value) for value in named.values()}
-    named = {name: c for name, c in _DEFAULTS.get(kind, {}).items() if name not in named and c in every} | named
-    named = {name: named[name] for name in dict.fromkeys((*_NAMES, *named)) if named.get(name) is not None}  # in this order they get ids
-    as_listed = {name: known.get(_content(value)) for name, value in named.items() if name in _NAMES}
-    named = {name: as_listed.get(name) or _token(value, name, where) for name, value in named.items()}
-    names = {name: _content(value) for name, value in named.items()}
+    vocabulary = library.get_vocab(with_added_tokens=True).keys() | known.keys() | {_content(value) for value in found.values()}
+    found = {name: token for name, token in _DEFAULTS.get(kind, {}).items() if name not in found and token in vocabulary} | found
+    tokens = {}
+    for name in dict.fromkeys((*_NAMES, *found)):  # new tokens get their ids in this order
+        if (value := found.get(name)) is not None:
+            tokens[name] = (name in _NAMES and known.get(_content(value))) or _token(value, name, where)
+    names = {name: _content(value) for name, value in tokens.items()}
     if kind:
         library = _built(kind, library, raw, config, names, file)
-
-    there = {repr(added): added.content for added in library.get_added_tokens_decoder().values()}
-    add = [added for _, added in sorted(listed.items()) if repr(added) not in there]
-    have = {*there.values(), *map(_content, add)}
-    for value in (*named.values(), *extra):
-        if _content(value) not in have and value not in add:  # the same token with other options is added again, and they count
-            add.append(value)
-    add = [tokenizers.AddedToken(added, special=True) if isinstance(added, str) else added for added in add]
-    for added in add:
-        added.special = added.special or added.content in names.values()
-    library.add_tokens(add)
+    _add_tokens(library, listed, [*tokens.values(), *extra], names.values())
     if kind == "Qwen2Tokenizer":
-        library.add_tokens([tokenizers.AddedToken(content, special=True) for content in (*names.values(), *map(_content, extra))])
-    if kind in _AROUND:  # whatever the post-processor of tokenizer.json is
-        around = [(mark, library.token_to_id(mark)) for name in _AROUND[kind] if (mark := names.get(name))]
+        t = import_tokenizers()
+        library.add_tokens([t.AddedToken(content, special=True) for content in (*names.values(), *map(_content, extra))])
+    if kind in _AROUND:  # replaces the post-processor of tokenizer.json
+        around = [(token, library.token_to_id(token)) for name in _AROUND[kind] if (token := names.get(name))]
         if len(around) < 2:
             raise ValueError(f"{file}: {kind} needs {' and '.join(_AROUND[kind])}, which are not in the vocabulary.")
         single = f"{around[0][0]}:0 $A:0 {around[1][0]}:0"
-        library.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=around)
+        library.post_processor = import_tokenizers().processors.TemplateProcessing(single=single, special_tokens=around)
     library.encode_special_tokens = bool(config.get("split_special_tokens"))
     return library, names, config
 
 
-_MODELS = {"BertTokenizer": "WordPiece", "XLMRobertaTokenizer": "Unigram"}
-_AROUND = {"BertTokenizer": ("cls_token", "sep_token"), "XLMRobertaTokenizer": ("bos_token", "eos_token")}
+def _add_tokens(library: Any, listed: dict[int, Any], more: list[Any], special: Collection[str]) -> None:
+    """Add the tokens that the library lacks: those listed, by id, then `more`, also twice if their options differ."""
+    present = {repr(added): added.content for added in library.get_added_tokens_decoder().values()}
+    add = [added for _, added in sorted(listed.items()) if repr(added) not in present]
+    contents = {*present.values(), *map(_content, add)}
+    add += [value for value in dict.fromkeys(more) if _content(value) not in contents]
+    add = [import_tokenizers().AddedToken(added, special=True) if isinstance(added, str) else added for added in add]
+    for added in add:
+        added.special = added.special or added.content in special
+    library.add_tokens(add)
 
 
 def _tokens_beside(config: dict[str, Any], raw: dict[str, Any], file: Path) -> tuple[dict[str, Any], list[Any], dict[int, Any]]:
-    """(special tokens by name, special tokens without one, added tokens by id) that the files beside a tokenizer.json give.
+    """(special tokens by name, special tokens without a name, added tokens by id) in the files beside a tokenizer.json.
 
-    special_tokens_map.json, added_tokens.json and the added tokens of tokenizer.json count where there is no added_tokens_decoder.
+    special_tokens_map.json, added_tokens.json and the added tokens of tokenizer.json count only without an added_tokens_decoder.
     """
-    given, listed, where = dict(config), {}, file.parent / "tokenizer_config.json"
-    if "additional_special_tokens" in given and not given.get("extra_special_tokens"):
-        given["extra_special_tokens"] = given.pop("additional_special_tokens")
-    of_model = dict(given.get("model_specific_special_tokens") or {}) | _pop_named(given)
+    fields, listed, where = dict(config), {}, file.parent / "tokenizer_config.json"
+    if "additional_special_tokens" in fields and not fields.get("extra_special_tokens"):
+        fields["extra_special_tokens"] = fields.pop("additional_special_tokens")
+    of_model = dict(fields.get("model_specific_special_tokens") or {}) | _pop_named(fields)
     if isinstance(decoder := config.get("added_tokens_decoder"), dict):
         for key, value in decoder.items():
             listed[_id(key, where)] = _token({} if isinstance(value, str) else value, "added_tokens_decoder", where)
@@ -102,39 +103,45 @@ def _tokens_beside(config: dict[str, Any], raw: dict[str, Any], file: Path) -> t
         special = set()
         for name, value in _beside(file, "special_tokens_map").items():
             special.add(_content(value))
-            if name != "extra_special_tokens":
-                given[name] = {**value, "special": True} if isinstance(value, dict) else value
+            if name == "extra_special_tokens":
+                fields[name] = [*(fields.get(name) or ()), *value] if isinstance(value, list) else value
             else:
-                given[name] = [*(given.get(name) or ()), *value] if isinstance(value, list) else value
-        of_model |= _pop_named(given)
-        special |= {text for text in (*given.values(), *_tokens(given.get("extra_special_tokens"), where)) if isinstance(text, str)}
+                fields[name] = {**value, "special": True} if isinstance(value, dict) else value
+        of_model |= _pop_named(fields)
+        special |= {text for text in (*fields.values(), *_tokens(fields.get("extra_special_tokens"), where)) if isinstance(text, str)}
+        added = file.parent / "added_tokens.json"
         for content, id in _beside(file, "added_tokens").items():
-            kept = {"content": content, "special": content in special, "normalized": content not in special}
-            listed[_id(id, file.parent / "added_tokens.json")] = _token(kept, "a key", file.parent / "added_tokens.json")
+            value = {"content": content, "special": content in special, "normalized": content not in special}
+            listed[_id(id, added)] = _token(value, "a key", added)
         listed |= {value["id"]: _token(value, "added_tokens", file) for value in raw.get("added_tokens", ())}
-    extra = _tokens(given.get("extra_special_tokens", given.get("additional_special_tokens")), where)
-    named = {name: value for name, value in given.items() if name in _NAMES or (name.endswith("_token") and isinstance(value, str | dict))}
+    extra = _tokens(fields.get("extra_special_tokens", fields.get("additional_special_tokens")), where)
+    named = {name: value for name, value in fields.items() if name in _NAMES or (name.endswith("_token") and isinstance(value, str | dict))}
     if clash := of_model.keys() & {"template", "messages", "add_generation_prompt", "tools", "documents", "ends"}:
-        raise ValueError(f"{where}: a special token cannot have the name {min(clash)!r}, which means something else in a chat template.")
+        raise ValueError(f"{where}: a special token cannot have the name {min(clash)!r}, which chat templates use for something else.")
     return named | of_model, [_token(value, "extra_special_tokens", where) for value in extra], listed
 
 
+def _pop_named(fields: dict[str, Any]) -> dict[str, Any]:
+    """The extra special tokens that have names, removed from `fields`."""
+    return fields.pop("extra_special_tokens") if isinstance(fields.get("extra_special_tokens"), dict) else {}
+
+
 def _beside(file: Path, name: str) -> dict[str, Any]:
-    """The JSON file of this name in the folder of a tokenizer.json; {} where there is none."""
+    """The JSON file of this name in the folder of a tokenizer.json, or {}."""
     beside = file.parent / f"{name}.json"
     return read_json(beside) if beside.is_file() else {}
 
 
 def _kind(config: dict[str, Any], model: dict[str, Any], raw: dict[str, Any], where: Path) -> str:
-    """The class of transformers that reads these files; "" for the base class."""
+    """The class of transformers that would read these files; "" for the base class."""
     name, of_model = config.get("tokenizer_class") or model.get("tokenizer_class"), model.get("model_type")
     if of_model == "qwen2":
-        return "Qwen2Tokenizer"  # whatever the file says: transformers trusts none of these models
+        return "Qwen2Tokenizer"  # transformers ignores the class that the files of these models name
     kind = str(name or _OF_MODEL.get(str(of_model), "")).removesuffix("Fast")
     kind = _ALIASES.get(kind, kind)
     if kind.removesuffix("Tokenizer") in _OTHERS:
         raise ValueError(
-            f"{where}: tokenizer_class {name!r} is not supported, as transformers does not take tokenizer.json as it is for it; "
+            f"{where}: tokenizer_class {name!r} is not supported, as its tokenizer is not the one in tokenizer.json; "
             'save the tokenizer with the class "PreTrainedTokenizerFast" to use tokenizer.json.'
         )
     in_bytes = "ByteLevel" in str([raw.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")])
@@ -142,16 +149,16 @@ def _kind(config: dict[str, Any], model: dict[str, Any], raw: dict[str, Any], wh
 
 
 def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any], names: dict[str, str], file: Path) -> Any:
-    """What a class of transformers makes of the vocabulary and the post-processor of tokenizer.json."""
+    """The tokenizer that a class of transformers builds from the vocabulary and the post-processor of tokenizer.json."""
     expected, model = _MODELS.get(kind, "BPE"), type(library.model).__name__
     if model != expected:
         raise ValueError(
             f"{file}: its model is {model}, but {kind} needs {expected}; "
-            'write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json to use it as it is.'
+            'write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json to use it unchanged.'
         )
     t, vocab, space = import_tokenizers(), raw["model"]["vocab"], config.get("add_prefix_space")
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in raw["model"].get("merges", ())]
-    try:
+    with library_errors(f"{file}: no {kind} can be built from it and the tokenizer_config.json beside it"):
         if kind == "BertTokenizer":
             built = t.Tokenizer(t.models.WordPiece(vocab, unk_token=names.get("unk_token", "[UNK]")))
             chinese, lowercase = config.get("tokenize_chinese_chars", True), config.get("do_lower_case", True)
@@ -174,13 +181,11 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
             built = t.Tokenizer(t.models.BPE(vocab, merges))
             split_in_bytes(built, "qwen2" if kind == "Qwen2Tokenizer" else "gpt-2", space or False)
         built.post_processor = library.post_processor or t.processors.TemplateProcessing(single="$A:0")
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"{file}: a {kind} cannot be made of it and the tokenizer_config.json beside it ({error}).") from None
     return built
 
 
 def split_in_bytes(library: Any, pre: str, add_prefix_space: bool = False) -> None:
-    """Makes a byte-level BPE split text as "gpt-2" does, as "smollm" (every digit apart), or by the expression of "qwen2"."""
+    """Let a byte-level BPE split text as "gpt-2", as "smollm" (digits one by one), or by the regular expression of "qwen2"."""
     t = import_tokenizers()
     steps = [t.pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=pre != "qwen2")]
     if pre == "smollm":
@@ -192,7 +197,7 @@ def split_in_bytes(library: Any, pre: str, add_prefix_space: bool = False) -> No
 
 
 def _token(value: Any, name: str, where: Path) -> Any:
-    """A token as a file gives it, for the library: text, or an object with what it strips. Raises ValueError naming the file."""
+    """A token in a file, for the library: a string, or an AddedToken with its options. Raises ValueError, naming the file."""
     try:
         if not _content(value):
             raise TypeError
@@ -201,18 +206,9 @@ def _token(value: Any, name: str, where: Path) -> Any:
             return value
         return import_tokenizers().AddedToken(**{key: value[key] for key in _OPTIONS if key in value})
     except UnicodeEncodeError:
-        raise ValueError(f"{where}: {name} {_content(value)!r} holds half of a surrogate pair, which is no text.") from None
+        raise ValueError(f"{where}: {name} {_content(value)!r} has an unpaired surrogate; remove it.") from None
     except TypeError:
         raise ValueError(f"{where}: {name} must be a token, got {value!r:.60}.") from None
-
-
-_OPTIONS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-def _pop_named(given: dict[str, Any]) -> dict[str, Any]:
-    """The extra special tokens that have names; they are taken out of `given`."""
-    extra = given.get("extra_special_tokens")
-    return given.pop("extra_special_tokens") if isinstance(extra, dict) else {}
 
 
 def _tokens(value: Any, where: Path) -> list[Any]:
@@ -231,25 +227,22 @@ def _id(value: Any, where: Path) -> int:
     try:
         return int(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{where}: {value!r:.60} is no token id.") from None
+        raise ValueError(f"{where}: {value!r:.60} is not a token id.") from None
 
 
 def _load(file: Path) -> tuple[Any, dict[str, Any]]:
-    """(the library's object, the JSON) of a tokenizer.json."""
+    """(the tokenizers library's object, the JSON) of a tokenizer.json."""
     tokenizers, raw = import_tokenizers(), read_json(file)
     for table in _charsmaps(raw):
-        size = int.from_bytes(table[:4], "little")  # how many bytes follow: the library believes any number
+        size = int.from_bytes(table[:4], "little")  # the library does not check this size
         if len(table) < 4 or size % 4 or size > len(table) - 4:
-            raise ValueError(f"{file}: the precompiled_charsmap of its normalizer is broken.")
-    with library_errors(file):
-        try:
-            return tokenizers.Tokenizer.from_file(str(file)), raw
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{file} is not a tokenizer that the tokenizers library can read ({error}).") from None
+            raise ValueError(f"{file}: the precompiled_charsmap of its normalizer is invalid.")
+    with library_errors(f"{file} is not a tokenizer that the tokenizers library can read"):
+        return tokenizers.Tokenizer.from_file(str(file)), raw
 
 
 def _charsmaps(raw: dict[str, Any]) -> Iterator[bytes]:
-    """The tables of characters that the normalizer of a tokenizer.json exchanges, as SentencePiece compiles them."""
+    """The character maps of the normalizer of a tokenizer.json, as compiled by SentencePiece."""
     normalizer = raw.get("normalizer") or {}
     for step in (normalizer, *(normalizer.get("normalizers") or ())) if isinstance(normalizer, dict) else ():
         if isinstance(step, dict) and isinstance(charsmap := step.get("precompiled_charsmap"), str):
@@ -260,14 +253,14 @@ def _charsmaps(raw: dict[str, Any]) -> Iterator[bytes]:
 
 
 @contextmanager
-def library_errors(where: str | Path) -> Iterator[None]:
-    """Turns what the tokenizers library raises, a bare Exception or a panic, which is none, into a ValueError."""
+def library_errors(what: str) -> Iterator[None]:
+    """Turn whatever the tokenizers library raises, a panic included (a BaseException), into a ValueError that starts with `what`."""
     try:
         yield
     except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{where}: the tokenizers library fails with it ({error}).") from None
+        raise ValueError(f"{what} ({error}).") from None
 
 
 def import_tokenizers() -> Any:

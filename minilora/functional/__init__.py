@@ -1,4 +1,4 @@
-"""The mathematics: pure pairs f / f_backward. No state, no classes; one family a file."""
+"""The reference: pure functions f and f_backward, with the equations and shapes of each; one family a file."""
 
 from minilora.functional.activations import (
     gelu,

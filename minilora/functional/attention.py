@@ -1,4 +1,4 @@
-"""Scaled dot-product attention over sequences laid end to end (arXiv 1706.03762, section 3.2.1)."""
+"""Scaled dot-product attention over packed sequences (arXiv 1706.03762, section 3.2.1)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def attention(
 ) -> tuple[Array, list[Array]]:
     """o = softmax(q k^T / sqrt d) v, for each sequence and each head on its own.
 
-    Shapes: q (R, H d) holds H heads of d features side by side, k and v (T, G d) hold G = n_kv_head (default H) -> o (R, H d).
+    Shapes: q (R, H d) holds H heads of d features in its columns, k and v (T, G d) hold G = n_kv_head (default H) -> o (R, H d).
     Grouped heads (arXiv 2305.13245): with n = H / G, the query heads g n to g n + n - 1 share the key and value head g.
     Sequence i is the rows offsets[i] to offsets[i + 1] of k and v; None means that all rows are one sequence. `causal`
-    lets a token see itself and what came before it in its sequence.
-    `rows` (R,), rising and on the host, tells which rows of k the queries belong to, where not all are asked for: the last
-    layer of a model needs those alone that its head will read. None: all, R = T.
+    lets a token see itself and what precedes it in its sequence.
+    `rows` (R,), rising and on the host, are the rows of k that the queries belong to: the last layer of a model needs only those that
+    its head will read. None: all, R = T.
 
     Saved: the probabilities P of every sequence (G, n t, s), which is s / d times the size of q. Recomputing them would
     cost one of the four products below. With keep=False nothing is kept.
@@ -40,9 +40,9 @@ def attention(
     o = get_xp(q, k, v).empty_like(q)
     saved = []
     for at, seq, places in sequences(offsets, k.shape[0], rows):
-        Q, K, V = _below(q[at], n_head, G), _split(k[seq], G), _split(v[seq], G)
+        Q, K, V = _stacked(q[at], n_head, G), _split(k[seq], G), _split(v[seq], G)
         P = _probabilities(Q, K, n_head, causal, places)  # (G, n t, s)
-        o[at] = _beside(P @ V, n_head)
+        o[at] = _concatenated(P @ V, n_head)
         if keep:
             saved.append(P)
     return o, saved
@@ -66,13 +66,13 @@ def attention_backward(
     dS = softmax'(dP)   zero where the mask put -inf, as P is zero there
     dQ = dS K / sqrt d  dK = dS^T Q / sqrt d
 
-    Query heads that share a key head lie below each other in the rows of Q, so the products with P^T and dS^T sum over them.
+    Query heads that share a key head are stacked in the rows of Q, so the products with P^T and dS^T sum over them.
     """
     G = n_kv_head or n_head
     xp = get_xp(do, q)
     dq, dk, dv = (xp.empty_like(z) if name in need else None for name, z in (("dq", q), ("dk", k), ("dv", v)))
     for (at, seq, _), P in zip(sequences(offsets, k.shape[0], rows), saved, strict=True):
-        Q, K, V, dO = _below(q[at], n_head, G), _split(k[seq], G), _split(v[seq], G), _below(do[at], n_head, G)
+        Q, K, V, dO = _stacked(q[at], n_head, G), _split(k[seq], G), _split(v[seq], G), _stacked(do[at], n_head, G)
         if dv is not None:
             dv[seq] = _join(P.transpose(0, 2, 1) @ dO)  #           O = P @ V
         if dq is None and dk is None:
@@ -80,7 +80,7 @@ def attention_backward(
         dS = softmax_backward(dO @ V.transpose(0, 2, 1), P)  #      P = softmax(S)
         dS *= _scale(Q)  #                                          S = Q @ K^T * scale
         if dq is not None:
-            dq[at] = _beside(dS @ K, n_head)
+            dq[at] = _concatenated(dS @ K, n_head)
         if dk is not None:
             dk[seq] = _join(dS.transpose(0, 2, 1) @ Q)
     return dq, dk, dv
@@ -116,20 +116,20 @@ def sequences(
 
 
 def check_attention(q: Array, k: Array, v: Array, H: int, G: int, offsets: Sequence[int] | None, rows: np.ndarray | None) -> None:
-    """Raise ValueError unless q (R, H d) and k, v (T, G d) fit each other, the numbers of heads, and R the rows asked for."""
+    """Raise ValueError unless q (R, H d) and k, v (T, G d) fit each other and the numbers of heads, and R is the number of `rows`."""
     fits = q.ndim == k.ndim == 2 and k.shape == v.shape and H % G == 0 and q.shape[1] % H == 0
     if not fits or q.shape[1] // H * G != k.shape[1]:
         heads = f"{H} heads" if H == G else f"{H} and {G} heads"
         raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} must have columns for {heads} of one size.")
     if q.shape[0] != (k.shape[0] if rows is None else len(rows)):
-        raise ValueError(f"attention: q {q.shape} and k {k.shape} must have as many rows{'' if rows is None else ' as are asked for'}.")
+        raise ValueError(f"attention: q {q.shape} and k {k.shape} must have as many rows{'' if rows is None else ' as `rows` names'}.")
     check_offsets(offsets, k.shape[0])
 
 
 def _probabilities(Q: Array, K: Array, n_head: int, causal: bool, places: np.ndarray | None) -> Array:
     """P = softmax(S), S = Q K^T / sqrt d: Q (G, n t, d), K (G, s, d) -> P (G, n t, s).
 
-    causal: a query sees the keys up to its own place; the places (t,) are 0, 1, 2, ... where none are given.
+    causal: a query sees the keys up to its own place; the places (t,) are 0, 1, 2, ... by default.
     """
     S = (Q @ K.transpose(0, 2, 1)) * _scale(Q)
     if causal:
@@ -151,13 +151,13 @@ def _join(x: Array) -> Array:
     return x.transpose(1, 0, 2).reshape(t, H * d)
 
 
-def _below(x: Array, n_head: int, n_kv_head: int) -> Array:
-    """(t, H d) -> (G, n t, d): the n = H / G heads of a group below each other. A view if n is 1."""
+def _stacked(x: Array, n_head: int, n_kv_head: int) -> Array:
+    """(t, H d) -> (G, n t, d): the n = H / G heads of a group stacked. A view if n is 1."""
     return _split(x, n_head).reshape(n_kv_head, n_head // n_kv_head * x.shape[0], x.shape[1] // n_head)
 
 
-def _beside(x: Array, n_head: int) -> Array:
-    """(G, n t, d) -> (t, H d), the inverse of `_below`."""
+def _concatenated(x: Array, n_head: int) -> Array:
+    """(G, n t, d) -> (t, H d), the inverse of `_stacked`."""
     G, rows, d = x.shape
     return _join(x.reshape(n_head, G * rows // n_head, d))
 

@@ -10,9 +10,8 @@ from minilora.backend import Array, as_like, get_xp
 def embedding(ids: Array, E: Array) -> Array:
     """y_t = E[ids_t].   Shapes: ids (T,) integers, E (V, d) -> y (T, d). Saved: ids.
 
-    ids may stay on the host: they are checked there, then moved (T integers, no synchronisation). Ids that are
-    on a device already are not looked at, as reading them back would synchronise; CuPy would wrap a bad one
-    silently, so check them while they are on the host.
+    ids may stay on the host: they are checked there, then moved (T integers, no synchronisation). Ids on a device are not checked, as
+    reading them back would synchronise; CuPy wraps a bad one silently, so check them while they are on the host.
     """
     check_ids(ids, E.shape[0], "embedding")
     return E[as_like(ids, E)]

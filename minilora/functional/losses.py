@@ -24,7 +24,7 @@ def mse(y: Array, target: Array) -> tuple[Array, Array]:
 
 
 class Labelled(NamedTuple):
-    """Which of `total` rows have a label, on the host (None: all), and their labels, on the host or where the model is."""
+    """The rows of `total` that have a label, on the host (None: all), and their labels, on the host or where the model is."""
 
     rows: np.ndarray | None
     targets: Array
@@ -32,7 +32,7 @@ class Labelled(NamedTuple):
 
 
 def labelled(labels: Array | Labelled, ignore_index: int = IGNORE) -> Labelled:
-    """Labels (T,) less those that do not count. They are wanted on the host: counting them on a device would synchronise."""
+    """Labels (T,) without those that do not count. They have to be on the host: counting them on a device would synchronise."""
     if isinstance(labels, Labelled):
         return labels
     if not isinstance(labels, np.ndarray):
@@ -51,7 +51,7 @@ def cross_entropy(logits: Array, labels: Array | Labelled, ignore_index: int = I
     """
     rows, label, T = labelled(labels, ignore_index)
     if logits.ndim != 2 or logits.shape[0] != T:
-        raise ValueError(f"cross_entropy: logits have shape {logits.shape}, labels ({T},); wanted (T, V) and (T,).")
+        raise ValueError(f"cross_entropy: logits have shape {logits.shape}, labels ({T},); they must be (T, V) and (T,).")
     if label.size == 0:
         raise ValueError(f"cross_entropy: no row is labelled (all {T} are {ignore_index}).")
     check_ids(label, logits.shape[1], "cross_entropy")
@@ -72,7 +72,7 @@ def linear_cross_entropy(
     """The head and its loss in one: z = x W, loss = (1 / N) sum_t (logsumexp(z_t) - z_t[label_t]).
 
     Shapes: x (T, d) the labelled rows only, W (d, V), labels (T,) -> loss (), dx (T, d), dW (d, V).
-    `count` is N, when these rows are part of a larger batch whose mean is wanted; by default N = T.
+    `count` is N, when these rows are part of a larger batch over which the mean is taken; by default N = T.
 
     The vocabulary is taken in blocks of columns, so of the logits only (T, block) ever exist. With m the running
     maximum, what was summed under the old one is shrunk by exp(m_old - m_new) (the "online softmax",

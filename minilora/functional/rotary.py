@@ -1,4 +1,4 @@
-"""Rotary positions (RoFormer, arXiv 2104.09864, section 3.2.2): queries and keys are turned by an angle that grows with the position.
+"""Rotary positions (RoFormer, arXiv 2104.09864, section 3.2.2): queries and keys are rotated by an angle that grows with the position.
 
 Then q_s . k_t depends on the positions s and t through s - t alone.
 """
@@ -18,7 +18,7 @@ def rotary_tables(positions: np.ndarray, d: int, theta: float, like: Array) -> t
     Computed in float64 on the host, then moved to where `like` lives, in its dtype: every layer of a model shares them.
     """
     if d < 2 or d % 2:
-        raise ValueError(f"rotary: a head has {d} features; they are turned in pairs, so their number must be even.")
+        raise ValueError(f"rotary: a head has {d} features; they are rotated in pairs, so their number must be even.")
     angles = positions[:, None] * theta ** (-np.arange(0, d, 2) / d)
     return constant(np.cos(angles).astype(like.dtype), like), constant(np.sin(angles).astype(like.dtype), like)
 
@@ -26,7 +26,7 @@ def rotary_tables(positions: np.ndarray, d: int, theta: float, like: Array) -> t
 def rotary(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array:
     """Each pair (a, b) of features of each head becomes (a cos - b sin, b cos + a sin).
 
-    Shapes: x (T, H d) holds H heads side by side, cos and sin (T, d / 2) -> y (T, H d).
+    Shapes: x (T, H d) holds H heads in its columns, cos and sin (T, d / 2) -> y (T, H d).
     Pair i of a head is its features i and i + d / 2, as in transformers' Llama, or, `interleaved`, 2 i and 2 i + 1, as in the
     original Llama and in GGUF files: the same model with the rows of its projections of q and k in another order.
 
@@ -42,7 +42,7 @@ def rotary(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array
 
 
 def rotary_backward(dy: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array:
-    """dx: dy turned back by the same angle. A rotation is orthogonal: its transpose is its inverse."""
+    """dx: dy rotated back by the same angle. A rotation is orthogonal: its transpose is its inverse."""
     return rotary(dy, cos, -sin, interleaved)
 
 

@@ -1,4 +1,4 @@
-"""Some rows of a matrix: what a head reads, or the tokens that have a label."""
+"""Some rows of a matrix: those that a head reads, or that have a label."""
 
 from __future__ import annotations
 

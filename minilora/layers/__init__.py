@@ -1,4 +1,4 @@
-"""Thin objects that own parameters and call `functional`; one short file each. The contract is in `base.py`."""
+"""Thin objects that own parameters and call `kernels`; one short file each. The contract is in `base.py`."""
 
 from minilora.layers.activations import GELU, Activation, ReLU, SiLU, Tanh
 from minilora.layers.attention import Attention

@@ -3,10 +3,10 @@
     y, saved = layer.forward(x, keep=True, need_dx=True)
     dx = layer.backward(dy, saved, need_dx=True)
 
-- `saved` belongs to the call, not to the layer. A layer may be applied twice, or evaluated in the middle of training.
+- `saved` belongs to the call, not to the layer. A layer may be applied twice, or evaluated during training.
 - keep=False is inference: nothing is saved, and dropout is off.
-- need_dx says whether the gradient of x will be asked for. Where it is not, and nothing below is trainable,
-  nothing is computed and nothing is saved.
+- need_dx says whether backward will compute the gradient of x. Without it, and with nothing trainable below, nothing is computed
+  and nothing is saved.
 - Gradients of activations are returned, gradients of parameters are added to `p.grad` (the first write assigns).
 """
 
@@ -24,11 +24,15 @@ Self = TypeVar("Self", bound="Layer")
 class Parameter:
     """An array that may be trained: `data`, `grad` (None until a backward has written it) and `trainable`.
 
-    `home` is where the gradient lives once an optimizer has laid all gradients out in one buffer (docs/flat-buffer.md).
+    `home` is the view of the flat gradient buffer that belongs to this parameter, once an optimizer has made one (docs/flat-buffer.md).
+
+    `changes` counts, over the whole process, how often a parameter was created, frozen or unfrozen, and a layer replaced. While it does not
+    change, what a layer has found out about `trainable` below it holds: a lookup in every forward and backward would add a third to the
+    Python time of a step.
     """
 
     __slots__ = ("_trainable", "data", "grad", "home")
-    changes = 0  # how often any parameter was made, frozen or unfrozen: what layers know of `trainable` holds until then
+    changes = 0
 
     def __init__(self, data: Array, trainable: bool = True) -> None:
         self.data = data
@@ -65,7 +69,7 @@ class Parameter:
             self.grad = g
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
-        """A copy starts without a gradient."""
+        """A copy has no gradient."""
         return Parameter(copy.deepcopy(self.data, memo), self._trainable)
 
     def __repr__(self) -> str:
@@ -73,7 +77,7 @@ class Parameter:
 
 
 class Saved(NamedTuple):
-    """What one forward call leaves for its backward, with the conditions it was chosen under."""
+    """What one forward call leaves for its backward, and the conditions under which it was chosen."""
 
     flags: tuple[bool, ...]
     need_dx: bool
@@ -83,13 +87,8 @@ class Saved(NamedTuple):
 class Layer:
     """Base of everything that owns parameters. Parameters and sub-layers are found by walking the attributes."""
 
-    lora_config: Any = None  # set on a model by `inject`: how it was adapted, by LoRA or otherwise
-    base_values: dict[str, Array] = {}  # noqa: RUF012  (set by `inject`: what is trained whole, as it was before)
-    source: str | None = None  # set on a model by `load_model`: the folder or file it came from
-    hub_id: str | None = None  # ditto, if it was named by an id of the hub
-    drawn: tuple[str, ...] = ()  # ditto: paths of the modules that no file held, drawn at random; an adapter takes them along
-    every_row = False  # does it have to see all rows, where a model asks its last block for some? (models/stack.py)
-    _known_flags: tuple[int, tuple[bool, ...]] | None = None
+    every_row = False  # True for a layer that cannot run on a selection of the rows of its input
+    _known_flags: tuple[int, tuple[bool, ...]] | None = None  # Parameter.changes, and what `_flags` returned then
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
         raise NotImplementedError(f"{type(self).__name__} has no forward.")
@@ -101,7 +100,7 @@ class Layer:
 
     def children(self) -> Iterator[tuple[str, Any]]:
         """(name, Parameter or Layer) of the direct attributes; a list of layers gives "name.0", "name.1", ..."""
-        for name, value in list(vars(self).items()):  # a list at once: another thread may note its flags meanwhile
+        for name, value in list(vars(self).items()):  # a list: another thread may set _known_flags meanwhile
             if isinstance(value, (Parameter, Layer)):
                 yield name, value
             elif isinstance(value, list):
@@ -123,15 +122,27 @@ class Layer:
                     seen.add(id(child))
                     yield (f"{path}.{name}" if path else name), child
 
+    def replace(self, path: str, new: Layer) -> None:
+        """Set the layer at a dotted path ("h.0.attn.c_attn"; a number is an index into a list)."""
+        *parents, name = path.split(".")
+        owner: Any = self
+        for part in parents:
+            owner = owner[int(part)] if isinstance(owner, list) else getattr(owner, part)
+        if isinstance(owner, list):
+            owner[int(name)] = new
+        else:
+            setattr(owner, name, new)
+        Parameter.changes += 1
+
     @property
     def trainable(self) -> bool:
-        """Is anything here trainable?"""
+        """Whether any parameter here or below is trainable."""
         return True in self._flags()
 
     # -- changing all parameters --------------------------------------------------------------------------------
 
     def freeze(self: Self) -> Self:
-        """Make every parameter frozen: no gradient, nothing saved for one."""
+        """Freeze every parameter: no gradient is computed, and nothing is saved for one."""
         for _, p in self.parameters():
             p.trainable = False
         return self
@@ -143,14 +154,14 @@ class Layer:
         return self
 
     def zero_grad(self) -> None:
-        """Forget all gradients; the next backward assigns."""
+        """Clear all gradients; the next backward assigns."""
         for _, p in self.parameters():
             p.grad = None
 
     def to(self: Self, backend: str | None = None, dtype: Any = None) -> Self:
         """Move the parameters to a backend ("numpy", "cupy") and/or a floating dtype. Gradients are dropped.
 
-        Make the optimizer afterwards: it holds on to the arrays it was made from.
+        Make the optimizer afterwards: it keeps references to the arrays that it was made from.
         """
         for _, p in self.parameters():
             p.data = to_backend(p.data, backend or backend_name(p.data), dtype)
@@ -170,22 +181,22 @@ class Layer:
         return Saved(self._flags(), need_dx, values)
 
     def load(self, saved: Saved | None, need_dx: bool) -> tuple[Any, ...]:
-        """Unpack what `save` packed, once it is certain that it still fits.
+        """Unpack what `save` packed, after checking that it still fits.
 
-        Raises RuntimeError when nothing was saved, when dx is asked for but was declined in forward, or when a
-        parameter was frozen or unfrozen in between.
+        Raises RuntimeError when nothing was saved, when dx is requested that forward declined, or when a parameter was frozen or
+        unfrozen in between.
         """
         name = type(self).__name__
         if saved is None:
             raise RuntimeError(f"{name}.backward: nothing was saved; call forward with keep=True.")
         if need_dx and not saved.need_dx:
-            raise RuntimeError(f"{name}.backward: need_dx=True, but forward was told need_dx=False.")
+            raise RuntimeError(f"{name}.backward: need_dx=True, but forward was called with need_dx=False.")
         if saved.flags != self._flags():
             raise RuntimeError(f"{name}.backward: a parameter was frozen or unfrozen since forward; run forward again.")
         return saved.values
 
     def _flags(self) -> tuple[bool, ...]:
-        """What is trainable here; looked up again only after a change, since every forward and backward asks."""
+        """`trainable` of every parameter here and below."""
         known = self.__dict__.get("_known_flags")
         if known is None or known[0] != Parameter.changes:
             known = self._known_flags = (Parameter.changes, tuple(p.trainable for _, p in self.parameters()))

@@ -4,49 +4,46 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from minilora.lora.registry import check_start
+from minilora.layers.base import Layer
+from minilora.lora.initialise import check_initialiser, initialisers
+from minilora.lora.registry import VARIANTS, load
+from minilora.lora.targets import CLASSIFIERS, biases, check_names, find_modules, find_targets, fits, nearest
 
 TASKS = (None, "CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
-CLASSIFIERS = ("classifier", "score")  # what transformers calls the head of its sequence classifiers
 
 
 @dataclass
 class LoraConfig:
-    """What `inject` reads.
+    """LoRA, for `inject`.
 
     r                   rank of A B, at least 1 and at most min(in, out) of every adapted layer
     lora_alpha          the update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)
-    target_modules      module names (whole, or the last parts of a dotted path), one regular expression that must match
-                        the whole path, or "all-linear": every Linear except the output head. What is in modules_to_save is
-                        never adapted
+    target_modules      names, a regular expression, or "all-linear": see targets.py. A fully trained module is never adapted
     exclude_modules     names or a regular expression, as in target_modules; they win
-    layers_to_transform numbers of the blocks to adapt, an integer or a list; None is all. Only with a list of names, and
-                        a name that is a whole path is adapted in any case
-    layers_pattern      name of the list that layers_to_transform counts in ("h", "layers"); None is the first number in the path
+    layers_to_transform number of the block to adapt, or a list of them; None is all. Only with a list of names, and a name that is a whole
+                        path is adapted in any case
+    layers_pattern      name of the list in which layers_to_transform counts ("h", "layers"); None is the first number in the path
     rank_pattern        {name or expression: r} for exceptions from r; alpha_pattern likewise. The first that fits counts
-    lora_dropout        probability of dropping what the low-rank branch reads, in training
+    lora_dropout        probability of dropping an input of the low-rank branch, in training
     use_rslora          scale by lora_alpha / sqrt(r) (arXiv 2312.03732)
-    init_lora_weights   how A and B begin. True: A Kaiming-uniform(a = sqrt 5), B zero. Others are in family/ and docs/methods.md:
-                        "gaussian", False, "seed", "pissa", "pissa_niter_4", "olora", "eva", "lora_ga", "loftq"
+    init_lora_weights   the initialiser of A and B, see registry.py and docs/methods.md. True: A Kaiming-uniform(a = sqrt 5), B zero
     eva_config, lora_ga_config, loftq_config   options by name of "eva", "lora_ga" and "loftq"
-    use_dora            True: DoRA (arXiv 2402.09353), with the gradient that the paper and PEFT take. "exact": with the whole one
+    use_dora            True: DoRA (arXiv 2402.09353), with the gradient of the paper and PEFT. "exact": with the full gradient
     bias                "none", "all" or "lora_only": which biases are trained too
-    modules_to_save     names of modules that are trained whole and saved with the adapter: every module whose path ends with
-                        one, be it in the middle of a word ("norm" is "input_layernorm" too)
-    task_type           None, "CAUSAL_LM", "SEQ_CLS" or "FEATURE_EXTRACTION". With "SEQ_CLS" the head of a classifier
-                        ("classifier" or "score") is trained whole, as if named in modules_to_save. With None it is a Linear
-                        like any other: frozen, or adapted where target_modules names it or is "all-linear"
-    fan_in_fan_out      taken for PEFT's sake and without effect: each model knows how its file keeps its weights
+    modules_to_save     names of modules that are fully trained and saved with the adapter: see targets.py
+    task_type           None, "CAUSAL_LM", "SEQ_CLS" or "FEATURE_EXTRACTION". With "SEQ_CLS" the head of a classifier ("classifier" or
+                        "score") is fully trained, as if named in modules_to_save. With None it is a Linear like any other
+    fan_in_fan_out      accepted for compatibility with PEFT, without effect: each model knows the orientation of its file
 
-    Raises ValueError when a value has no meaning. Fields of PEFT that are not listed here do not exist: nothing is ignored.
+    Raises ValueError for an invalid value. Fields of PEFT that are not listed here do not exist: nothing is ignored.
     """
 
     peft_type: ClassVar[str] = "LORA"
-    not_in_file: ClassVar[tuple[str, ...]] = ()  # fields that PEFT's configuration of this type has not
+    not_in_file: ClassVar[tuple[str, ...]] = ()  # fields that PEFT's configuration of this type does not have
     r: int = 8
     lora_alpha: float = 8
     target_modules: str | Sequence[str] = "all-linear"
@@ -85,23 +82,18 @@ class LoraConfig:
             raise ValueError(f"LoraConfig: bias is {self.bias!r}; choose 'none', 'all' or 'lora_only'.")
         if self.task_type not in TASKS:
             raise ValueError(f"LoraConfig: task_type is {self.task_type!r}; choose one of {', '.join(map(repr, TASKS))}.")
-        check_start(self)
+        check_initialiser(self.init_lora_weights, {name: value for name, value in vars(self).items() if name.endswith("_config")})
         self._check_names()
         self._check_layers()
 
     def _check_names(self) -> None:
-        """Names become lists of names; expressions must be expressions."""
+        """Turn collections of names into lists, and check names and expressions."""
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             self.target_modules = "all-linear"
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"LoraConfig: modules_to_save is {self.modules_to_save!r}; it must be a list of names.")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                value = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
-                if not all(isinstance(item, str) and item for item in value):
-                    raise ValueError(f"LoraConfig: {name}={value!r} must hold names, and none of them empty.")
-                setattr(self, name, value)
+            if value is not None and (name == "modules_to_save" or not isinstance(value, str)):
+                setattr(self, name, check_names("LoraConfig", name, value))
         if not self.target_modules:
             raise ValueError("LoraConfig: target_modules is empty; name at least one module, or 'all-linear'.")
         for name in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_pattern"):
@@ -110,12 +102,12 @@ class LoraConfig:
                 _check_expressions(name, [value] if isinstance(value, str) else value or ())
 
     def _check_layers(self) -> None:
-        """layers_to_transform and layers_pattern have a meaning beside a list of names, and nowhere else."""
+        """Check that layers_to_transform and layers_pattern come with a list of names."""
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"LoraConfig: {name} needs a list of names in target_modules, which is {self.target_modules!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("LoraConfig: layers_pattern says where layers_to_transform counts, which is not given.")
+            raise ValueError("LoraConfig: layers_pattern says where layers_to_transform counts, which is missing.")
         layers = self.layers_to_transform
         if layers is not None:
             layers = [layers] if isinstance(layers, int) else list(layers)
@@ -123,13 +115,78 @@ class LoraConfig:
                 raise ValueError(f"LoraConfig: layers_to_transform is {layers!r}; it must hold numbers of blocks.")
             self.layers_to_transform = layers
 
+    # -- what `inject` asks for (see Config in injection.py) --------------------------------------------------------------------------
+
+    def targets(self, model: Layer, strict: bool = True) -> dict[str, Any]:
+        """{path: layer} to adapt. Raises ValueError as `find_targets`, for a rank that does not fit and a pattern that matches nothing."""
+        head = getattr(model, "output_head", None) or ""
+        found = find_targets(
+            model,
+            self.target_modules,
+            exclude=self.exclude_modules,
+            blocks=self.layers_to_transform or (),  # type: ignore[arg-type]  # a list since __post_init__
+            blocks_in=self.layers_pattern,
+            saved=self.saved_modules,
+            adapt_head=head.endswith(CLASSIFIERS) and self.task_type != "SEQ_CLS",  # to PEFT, it is a head only with this task
+            strict=strict,
+        )
+        if strict:
+            self._check_ranks_and_patterns(found)
+        return found
+
+    def full_modules(self, model: Layer, strict: bool = True) -> dict[str, Layer]:
+        """{path: layer} of the fully trained modules. Raises ValueError as `find_modules`, and for a SEQ_CLS without a head."""
+        classifier = self.task_type == "SEQ_CLS"
+        if classifier and not any(path.endswith(CLASSIFIERS) for path, _ in model.modules()):
+            raise ValueError("task_type='SEQ_CLS' fully trains the head, but no module is called 'classifier' or 'score'.")
+        return find_modules(model, self.saved_modules, strict, CLASSIFIERS if classifier else ())
+
+    def trained(self, model: Layer, adapted: Collection[str], strict: bool = True) -> set[str]:
+        """The paths of the model's own parameters that are trained, together with adapters at the paths `adapted`."""
+        paths = {f"{path}.{name}" for path, module in self.full_modules(model, strict).items() for name, _ in module.parameters()}
+        if self.bias == "none":
+            return paths
+        return paths | {path for path in biases(model) if self.bias == "all" or path.removesuffix(".bias") in adapted}
+
+    def adapters(self, model: Layer, targets: dict[str, Any], rng: Any, train_step: Callable[[], Any] | None) -> tuple[Any, dict[str, Any]]:
+        """This configuration, with ranks from data if the initialiser finds them, and {path: layer}."""
+        classes = {path: self.layer_class(layer) for path, layer in targets.items()}
+        config, inits = initialisers(model, targets, self, train_step)
+        return config, {path: classes[path].of(targets[path], config, path, init, rng=rng) for path, init in inits.items()}
+
+    def layer_class(self, layer: Layer) -> Any:
+        """The class that adapts `layer`. Raises ValueError when there is none for this type of layer."""
+        classes = self.classes()
+        for kind in type(layer).__mro__:
+            if kind.__name__ in classes:
+                return load(classes[kind.__name__])
+        raise ValueError(f"{self._variant() or self.peft_type} has no way to adapt a layer of type {type(layer).__name__}.")
+
+    def classes(self) -> dict[str, Any]:
+        """{type of layer: the class that adapts it, or "module:class"}."""
+        return VARIANTS[self._variant()]
+
+    def _variant(self) -> str:
+        """The field that selects a variant, or "". Raises ValueError when there are two."""
+        selected = [name for name in VARIANTS if name and getattr(self, name)]
+        if len(selected) > 1:
+            raise ValueError(f"{' and '.join(selected)} exclude each other; choose one.")
+        return "".join(selected)
+
+    # -- single layers ------------------------------------------------------------------------------------------------------------
+
     @property
     def saved_modules(self) -> list[str]:
         """modules_to_save, and the names of a classifier's head with task_type "SEQ_CLS"."""
         return list(dict.fromkeys([*(self.modules_to_save or ()), *(CLASSIFIERS if self.task_type == "SEQ_CLS" else ())]))
 
+    @property
+    def method(self) -> str:
+        """The name of the method, for people."""
+        return "DoRA" if self.use_dora else "LoRA"
+
     def only(self, paths: Iterable[str], **changes: Any) -> LoraConfig:
-        """The same for these layers alone, each named by its path."""
+        """The same configuration for these layers alone, each named by its path."""
         return replace(self, target_modules=list(paths), exclude_modules=None, layers_to_transform=None, layers_pattern=None, **changes)
 
     def rank_of(self, path: str) -> int:
@@ -140,10 +197,16 @@ class LoraConfig:
         """lora_alpha, or the exception that alpha_pattern makes for this path."""
         return next((alpha for key, alpha in self.alpha_pattern.items() if fits(key, path)), self.lora_alpha)
 
-
-def fits(key: str, path: str) -> bool:
-    """Does a key of rank_pattern or alpha_pattern match the path, or the end of it at a dot? (PEFT's rule.)"""
-    return re.match(rf"(.*\.)?({key})$", path) is not None
+    def _check_ranks_and_patterns(self, targets: dict[str, Any]) -> None:
+        for path, layer in targets.items():
+            r, (m, n) = self.rank_of(path), layer.weight.data.shape
+            if r > min(m, n):
+                advice = "; task_type='SEQ_CLS' fully trains a classifier's head" if path.endswith(CLASSIFIERS) else ""
+                raise ValueError(f"inject: rank {r} is beyond {path}, which is {m} x {n}{advice}.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
+                if not any(fits(key, path) for path in targets):
+                    raise ValueError(f"{name}: {key!r} matches none of the adapted layers; {nearest(key, targets)}.")
 
 
 def _check_expressions(name: str, expressions: Iterable[str]) -> None:

@@ -16,8 +16,8 @@ def factorize(dW: Array, r: int, x: Array | None = None) -> tuple[Array, Array]:
 
         A = U_r sqrt(S_r),   B = sqrt(S_r) V_r^T,   error^2 = the sum of the discarded S_i^2.
 
-    With inputs x (T, m), best in what the layer puts out, ||x dW - x A B||: whiten first. With x^T x / T = L^T L,
-    factorise L dW and take L off again: A = L^-1 U_r sqrt(S_r). x must have full column rank.
+    With inputs x (T, m), best in the outputs of the layer, ||x dW - x A B||: whiten first. With x^T x / T = L^T L,
+    factorise L dW and undo L: A = L^-1 U_r sqrt(S_r). x must have full column rank.
 
     Raises ValueError unless 1 <= r <= min(m, n).
     """
@@ -27,7 +27,7 @@ def factorize(dW: Array, r: int, x: Array | None = None) -> tuple[Array, Array]:
     L = None  # with L^T L = x^T x / T; upper triangular
     if x is not None:
         if x.ndim != 2 or x.shape[1] != dW.shape[0] or x.shape[0] < x.shape[1]:
-            raise ValueError(f"factorize: x has shape {x.shape}; wanted (tokens, {dW.shape[0]}) with at least {dW.shape[0]} tokens.")
+            raise ValueError(f"factorize: x has shape {x.shape}; expected (tokens, {dW.shape[0]}) with at least {dW.shape[0]} tokens.")
         L = _cholesky(x.T @ x / x.shape[0])
     U, S, Vt = xp.linalg.svd(dW if L is None else L @ dW, full_matrices=False)
     root = xp.sqrt(S[:r])
@@ -36,12 +36,12 @@ def factorize(dW: Array, r: int, x: Array | None = None) -> tuple[Array, Array]:
 
 
 def _cholesky(C: Array) -> Array:
-    """Upper triangular L with L^T L = C. Raises ValueError when C is singular: NumPy would raise LinAlgError, CuPy nothing."""
+    """Upper triangular L with L^T L = C. Raises ValueError when C is singular: NumPy raises LinAlgError, CuPy nothing."""
     xp = get_xp(C)
     try:
         L = xp.linalg.cholesky(C).T
     except np.linalg.LinAlgError:
         L = C * math.nan
     if not bool(xp.isfinite(L).all()):
-        raise ValueError("factorize: the columns of x are not linearly independent; give more, or more varied, inputs.")
+        raise ValueError("factorize: the columns of x are not linearly independent; pass more, or more varied, inputs.")
     return L

@@ -39,19 +39,19 @@ class SelfAttention(Layer):
         q, s_q = to_q.forward(K.take_rows(x, rows), keep=keep and "dq" in need, need_dx=need_dx)
         k, s_k = to_k.forward(x, keep=keep and "dk" in need, need_dx=need_dx)
         v, s_v = to_v.forward(x, keep=keep and "dv" in need, need_dx=need_dx)
-        s_rq = s_rk = None
+        r_q = r_k = None
         if rope is not None:
-            (q, s_rq), (k, s_rk) = K.rotary(q, *_take(rope, rows)), K.rotary(k, *rope)
+            (q, r_q), (k, r_k) = K.rotary(q, *_take(rope, rows)), K.rotary(k, *rope)
         o, P = K.attention(q, k, v, self.n_head, offsets, self.causal, keep=keep and bool(need), n_kv_head=self.n_kv_head, rows=rows)
         if not keep:
             return o, None
-        return o, self.save(need_dx, need, (q, k, v, P, offsets, rows, rope, s_rq, s_rk) if need else None, s_q, s_k, s_v)
+        return o, self.save(need_dx, need, (q, k, v, P, offsets, rows, rope, r_q, r_k) if need else None, s_q, s_k, s_v)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         need, through, s_q, s_k, s_v = self.load(saved, need_dx)
         if not need:
             return None
-        q, k, v, P, offsets, rows, rope, s_rq, s_rk = through
+        q, k, v, P, offsets, rows, rope, r_q, r_k = through
         to_q, to_k, to_v = self.projections()
         dx_q: Any = None
         dx_k: Any = None
@@ -60,10 +60,10 @@ class SelfAttention(Layer):
         if "dv" in need:
             dx_v = to_v.backward(dv, s_v, need_dx=need_dx)  #                           v = x W_v
         if "dk" in need:
-            dk = dk if rope is None else K.rotary_backward(dk, s_rk, *rope)  #                k = rotary(x W_k)
+            dk = dk if rope is None else K.rotary_backward(dk, r_k, *rope)  #                k = rotary(x W_k)
             dx_k = to_k.backward(dk, s_k, need_dx=need_dx)
         if "dq" in need:
-            dq = dq if rope is None else K.rotary_backward(dq, s_rq, *_take(rope, rows))  #   q = rotary(x[rows] W_q)
+            dq = dq if rope is None else K.rotary_backward(dq, r_q, *_take(rope, rows))  #   q = rotary(x[rows] W_q)
             dx_q = to_q.backward(dq, s_q, need_dx=need_dx)
         return K.add(K.add(K.take_rows_backward(dx_q, rows, len(k)), dx_k), dx_v) if need_dx else None  # x feeds all three
 

@@ -175,7 +175,7 @@ class LlamaMLP(Layer):
             dx_u = self.up_proj.backward(du, s_up, need_dx=need_dx)  #         u = up_proj(x)
         if at_g:
             dx_g = self.gate_proj.backward(dg, s_gate, need_dx=need_dx)  #     g = gate_proj(x)
-        return K.add(dx_g, dx_u) if need_dx else None  #                       x feeds both
+        return K.add(dx_g, dx_u) if need_dx else None  #                        x feeds both
 
 
 class LlamaBlock(PreNormBlock):

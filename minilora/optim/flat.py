@@ -14,12 +14,12 @@ Parameters = Iterable["Parameter | tuple[str, Parameter]"]
 
 
 class FlatBuffer:
-    """`data` and `grad` (n,) hold every trainable parameter end to end; each `p.data` and `p.grad` becomes a view into them.
+    """`data` and `grad` (n,) hold all trainable parameters, concatenated; each `p.data` and `p.grad` becomes a view into them.
 
-    So an optimizer step, a norm, a sum over replicas or a checkpoint is one operation on one vector, however many
-    parameters there are. Takes what `layer.parameters()` gives, or parameters alone; frozen ones are left as they are.
+    An optimizer step, a norm, a sum over replicas or a checkpoint is then one operation on one vector, however many parameters there
+    are. Takes the items of `layer.parameters()`, or parameters alone; frozen ones are left unchanged.
 
-    Raises ValueError when nothing is trainable, or something that is is quantized or of 16 bits, TypeError when the dtypes differ.
+    Raises ValueError when nothing is trainable, or a trainable parameter is quantized or half precision; TypeError when dtypes differ.
     """
 
     def __init__(self, parameters: Parameters) -> None:
@@ -31,7 +31,7 @@ class FlatBuffer:
             if hasattr(p.data, "dense"):
                 raise ValueError(f"{path} is quantized and cannot be trained; load the model without, or leave it frozen.")
             if is_half(p.data):
-                raise ValueError(f"{path} is of {p.data.dtype}, in which small steps are lost; train adapters, or load it in float32.")
+                raise ValueError(f"{path} is {p.data.dtype}, in which small steps are lost; train adapters, or load it in float32.")
         dtypes = {str(p.data.dtype) for _, p in named}
         if len(dtypes) > 1:
             raise TypeError(f"trainable parameters must share one dtype, got {', '.join(sorted(dtypes))}.")
@@ -48,9 +48,9 @@ class FlatBuffer:
         adopt(self.grad, self.parameters)
 
     def gather(self) -> Array:
-        """The gradient (n,), complete: where a parameter got none this time, zero.
+        """The gradient (n,), with zeros where a parameter received none.
 
-        Raises RuntimeError when a parameter was frozen, or its array exchanged, since the buffer was made.
+        Raises RuntimeError when a parameter was frozen, or its array replaced, since the buffer was made.
         """
         for path, p, view in zip(self.paths, self.parameters, self.views, strict=True):
             if p.data is not view or p.home is None:
@@ -59,7 +59,7 @@ class FlatBuffer:
         return self.grad
 
     def claim(self) -> None:
-        """Every parameter's gradient is what lies in its part of the buffer: it was written there by a recorded step."""
+        """After a replayed CUDA graph, which wrote the gradients into the buffer: let every p.grad be its view."""
         for p in self.parameters:
             p.grad = p.home
 
@@ -70,13 +70,13 @@ class FlatBuffer:
 
 
 def adopt(grad: Array, parameters: list[Parameter]) -> None:
-    """Let the parameters write their gradients into consecutive parts of `grad` from now on."""
+    """From now on the parameters write their gradients into consecutive parts of `grad`."""
     for p, home in zip(parameters, _views(grad, parameters), strict=True):
         p.grad, p.home = None, home
 
 
 def fill_missing(parameters: list[Parameter]) -> None:
-    """Where no backward has written a gradient, it is zero."""
+    """Set the gradient to zero where no backward pass has written one."""
     for p in parameters:
         if p.grad is None and p.home is not None:
             p.grad = p.home
@@ -86,14 +86,14 @@ def fill_missing(parameters: list[Parameter]) -> None:
 def clip_grad_norm(flat: FlatBuffer, max_norm: float, scale: float = 1.0) -> Array:
     """Scale the gradient so that its Euclidean norm is at most max_norm. Returns the norm before, as a 0-d array.
 
-    The factor min(1, max_norm / norm) is computed where the gradient lives: nothing is copied to the host. Gradients that are `scale`
-    times too large (loss_scale.py) are divided by it before.
+    The factor min(1, max_norm / norm) is computed where the gradient is: nothing is copied to the host. scale: factor of the gradient
+    (training/loss_scale.py), by which it is divided first.
     """
     grad = flat.gather()
     xp = get_xp(grad)
     if scale != 1:
         grad *= 1 / scale
-    norm = xp.sqrt(xp.vdot(grad, grad) if xp is np else (grad * grad).sum())  # CuPy's vdot cannot be recorded
+    norm = xp.sqrt(xp.vdot(grad, grad) if xp is np else (grad * grad).sum())  # CuPy's vdot cannot be captured in a CUDA graph
     grad *= xp.minimum(1, max_norm / (norm + 1e-6)).astype(grad.dtype)
     return norm
 

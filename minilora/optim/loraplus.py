@@ -2,7 +2,7 @@
 
     A <- A - lr dA,   B <- B - lambda lr dB
 
-In a wide layer, A and B take steps of like effect only with lambda well above 1; the paper found about 16 best.
+In a wide layer, steps of A and B have similar effects only with lambda well above 1; the paper found about 16 best.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def create_loraplus_optimizer(
     loraplus_lr_embedding: float = 1e-6,
     **options: Any,
 ) -> Any:
-    """An optimizer_cls of the model's trainable parameters, with learning rates as PEFT's function of this name sets them:
+    """An optimizer_cls of the model's trainable parameters, with the learning rates of PEFT's function of the same name:
 
-        lr loraplus_lr_ratio     lora_B, and whatever is a vector: biases, gains, DoRA's lengths
+        lr loraplus_lr_ratio     lora_B, and every vector: biases, gains, DoRA's magnitudes
         loraplus_lr_embedding    the adapter of an embedding
-        lr                       the rest: lora_A, matrices that are trained whole
+        lr                       the rest: lora_A, and fully trained matrices
 
-    Weight decay leaves out biases and the gains of layer norms. `options` go to optimizer_cls. All is kept as factors of lr and of
+    Biases and the gains of layer norms have no weight decay. `options` go to optimizer_cls. All are kept as factors of lr and of
     weight_decay, so that schedules, which set lr, act on all three. Raises ValueError for a ratio that is not a positive number.
     """
     if not 0 < loraplus_lr_ratio < math.inf:

@@ -1,13 +1,12 @@
-"""SGD, Adam and AdamW: a handful of vector operations on the flat buffer, whatever the number of parameters."""
+"""SGD, Adam and AdamW: a handful of vector operations on the flat buffer, however many parameters there are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from minilora import kernels as K
-from minilora.backend import Array, get_xp
+from minilora.backend import get_xp
 from minilora.functional import AdamStep
 from minilora.optim.flat import FlatBuffer, Parameters
 
@@ -15,13 +14,12 @@ from minilora.optim.flat import FlatBuffer, Parameters
 class Optimizer:
     """`step()` moves the parameters along their gradients, `zero_grad()` forgets the gradients. `lr` may be set between steps.
 
-    rates, decays    what lr and weight_decay are multiplied by: a number, or one for each element of the buffer (loraplus.py)
-    precondition     changes the gradients in place before each step (preconditioned.py)
+    rates, decays: factors of lr and weight_decay, each a number or an array with one element per parameter element (loraplus.py).
+    Raises ValueError for an lr that is negative or not finite.
     """
 
     rates: Any = 1.0
     decays: Any = 1.0
-    precondition: Callable[[], None] | None = None
 
     def __init__(self, params: Parameters, lr: float) -> None:
         if not (math.isfinite(lr) and lr >= 0):
@@ -32,13 +30,6 @@ class Optimizer:
 
     def step(self) -> None:
         raise NotImplementedError
-
-    def gradient(self) -> Array:
-        """The gradient (n,) that a step follows."""
-        g = self.flat.gather()
-        if self.precondition is not None:
-            self.precondition()
-        return g
 
     def zero_grad(self) -> None:
         self.flat.zero_grad()
@@ -58,7 +49,7 @@ class SGD(Optimizer):
         self.v = get_xp(self.flat.data).zeros_like(self.flat.data) if momentum else None
 
     def step(self) -> None:
-        w, g = self.flat.data, self.gradient()
+        w, g = self.flat.data, self.flat.gather()
         if self.weight_decay:
             g = g + self.weight_decay * self.decays * w
         if self.v is not None:
@@ -76,7 +67,7 @@ class AdamW(Optimizer):
         v <- b2 v + (1 - b2) g^2            v^ = v / (1 - b2^t)
         w <- w - lr weight_decay w - lr m^ / (sqrt(v^) + eps)
 
-    bias_correction=False leaves out the two divisions, as the first BERT code did: its early steps are larger by
+    bias_correction=False omits the two divisions, as the original BERT code did: early steps are then larger by
     (1 - b1^t) / sqrt(1 - b2^t), 3.16 at t = 1 and 6.57 at t = 12 (arXiv 2006.05987, section 4).
     """
 
@@ -100,7 +91,7 @@ class AdamW(Optimizer):
         self.v = xp.zeros_like(self.flat.data)
 
     def step(self) -> None:
-        w, g = self.flat.data, self.gradient()
+        w, g = self.flat.data, self.flat.gather()
         self.t += 1
         b1, b2 = self.betas
         c1, c2 = (1 - b1**self.t, 1 - b2**self.t) if self.bias_correction else (1.0, 1.0)
@@ -109,6 +100,6 @@ class AdamW(Optimizer):
 
 
 class Adam(AdamW):
-    """Adam with weight decay, if any, added to the gradient (L2 regularisation), as in the first paper."""
+    """Adam with weight decay, if any, added to the gradient (L2 regularisation), as in the original paper."""
 
     decoupled = False

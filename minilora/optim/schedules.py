@@ -1,6 +1,6 @@
-"""Learning-rate schedules: functions of the step, from 0, that give a factor of the peak rate.
+"""Learning-rate schedules: functions of the step, from 0, that return a factor of the peak rate.
 
-All start with a linear warm-up: step s < warmup has the factor (s + 1) / (warmup + 1), so that no step is lost at rate 0.
+All start with a linear warm-up: step s < warmup has the factor (s + 1) / (warmup + 1), so that no step has rate 0.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ def schedule(name: str, total: int, warmup: int = 0, final: float = 0.0) -> Sche
 
     Raises ValueError for an unknown name, or a warm-up that is not shorter than the run.
     """
-    if name not in _SHAPES:
-        raise ValueError(f"unknown schedule {name!r}; choose {', '.join(_SHAPES)}.")
+    if name not in SHAPES:
+        raise ValueError(f"unknown schedule {name!r}; choose {', '.join(SHAPES)}.")
     if not 0 <= warmup < max(total, 1):
         raise ValueError(f"warmup of {warmup} steps does not fit a run of {total}.")
-    shape = _SHAPES[name]
+    shape = SHAPES[name]
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -31,7 +31,7 @@ def schedule(name: str, total: int, warmup: int = 0, final: float = 0.0) -> Sche
     return factor
 
 
-_SHAPES: dict[str, Callable[[float], float]] = {
+SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),

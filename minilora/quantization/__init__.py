@@ -1,1 +1,1 @@
-"""Weights of fewer bits: NF4, half precision, and a weight less a low-rank product. Each stands in for a weight as backend.Matrix does."""
+"""Matrices in place of a weight (backend.Matrix): NF4, and a weight less a low-rank product; and half precision for a whole model."""

@@ -1,4 +1,4 @@
-"""`minilora evaluate`: measure a model on data; a run as it was measured when it was made."""
+"""`minilora evaluate`: measure a model on data; a run with the settings that it was made with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minilora.formats.fetch import BUNDLED
 from minilora.models.config_file import check_types
 from minilora.models.generate import context_length
 from minilora.runs.recipe import Recipe, threads_for
-from minilora.runs.run_file import open_model, record_of, tokenizer_of
+from minilora.runs.run_file import check_task, check_window, is_decoder, open_model, record_of, tokenizer_of
 from minilora.runs.tasks import Task, measure, measuring_task
 
 
@@ -22,20 +22,20 @@ def evaluate_run(
     adapter: str | Path | None = None,
     split: str | None = None,
     backend: str = "auto",
-    threads: int = 0,
+    threads: int | None = None,
     allow_other_weights: bool = False,
     say: Callable[[str], None] = print,
-    **given: Any,
+    **changed: Any,
 ) -> dict[str, Any]:
     """The figures of a model, a run or an adapter on data: loss and perplexity, or accuracy, F1 and Matthews correlation.
 
-    What is not given (data, task, window, mask_prompt, encoding, seed, eval_size, eval_bytes: fields of Recipe) is as it was for the run;
-    what differs from that is said. split: "train", "valid", "test" or "all", by default see `measuring_task`.
-    Raises ValueError for a task that the model is not for, data that cannot be used, or a run.json that is damaged.
+    changed: any of task, window, mask_prompt, encoding, seed, eval_size, eval_bytes (fields of Recipe); the others, and data, are those of
+    the run, and differences from it are printed. split: "train", "valid", "test" or "all", by default see `measuring_task`.
+    Raises ValueError for a task that the model is not for, data that cannot be used, or a damaged run.json.
     """
     threads = threads_for(threads)
     opened = open_model(model, backend, adapter, allow_other_weights=allow_other_weights)
-    task = task_of(opened, str(adapter or model), data, tokenizer_source=str(model), split=split, say=say, **given)
+    task = task_of(opened, str(adapter or model), data, tokenizer_source=str(model), split=split, say=say, **changed)
     say(f"{model} on {task.what}")
     figures = measure(opened, task, threads)
     for name, value in figures.items():
@@ -44,36 +44,36 @@ def evaluate_run(
 
 
 def task_of(
-    model: Any, run: str, data: str | None, *, tokenizer_source: str, split: str | None, say: Callable[[str], None], **given: Any
+    model: Any, run: str, data: str | None, *, tokenizer_source: str, split: str | None, say: Callable[[str], None], **changed: Any
 ) -> Task:
-    """What to measure an opened model on, by the settings of the run that it comes from, and those given. Raises as `evaluate_run`."""
-    record, decoder = record_of(run), hasattr(model, "decode")
-    recipe = made = recipe_of(record, run)
-    given = {name: value for name, value in {"data": data, **given}.items() if value is not None}
-    given.setdefault("task", recipe.task if record else "lm" if decoder else "classify")
-    if decoder != (given["task"] == "lm"):
-        expected = "a decoder" if given["task"] == "lm" else "a BERT"
-        raise ValueError(f"task {given['task']} needs {expected}; {tokenizer_source} is a {type(model).__name__}.")
-    if given.get("data", recipe.data) is None and not record.get("configuration") and tokenizer_source != BUNDLED:
+    """The data to measure an opened model on, by the settings of its run and those in `changed`. Raises as `evaluate_run`."""
+    record = record_of(run)
+    made = recipe_of(record, run)
+    changed = {name: value for name, value in {"data": data, **changed}.items() if value is not None}
+    changed.setdefault("task", made.task if record else "lm" if is_decoder(model) else "classify")
+    check_task(model, changed["task"], tokenizer_source)
+    if changed.get("data", made.data) is None and not record.get("configuration") and tokenizer_source != BUNDLED:
         raise ValueError(f"{tokenizer_source} is not a run, which would know its data; give --data.")
-    if "window" not in given and not record:
-        given["window"] = min(recipe.window, context_length(model))
-    changed = [f"{name} {value} (the run had {getattr(recipe, name)})" for name, value in given.items() if getattr(recipe, name) != value]
-    if record and (changed := [text for text in changed if not text.startswith("data ")]):
-        say(f"differs from the run: {', '.join(changed)}")
-    recipe = replace(recipe, **given)
-    if recipe.window > context_length(model):
-        raise ValueError(f"a window of {recipe.window} is longer than the model's {context_length(model)} positions.")
+    if "window" not in changed and not record:
+        changed["window"] = min(made.window, context_length(model))
+    differs = [name for name, value in changed.items() if name != "data" and getattr(made, name) != value]
+    if record and differs:
+        say("differs from the run: " + ", ".join(f"{name} {changed[name]} (the run had {getattr(made, name)})" for name in differs))
+    recipe = replace(made, **changed)
+    check_window(model, recipe.window)
     tokenizer = tokenizer_of(tokenizer_source, getattr(model.config, "vocab_size", None))
     labels = model.config.class_names if recipe.task == "classify" else None
-    if "eval_bytes" in given and recipe.kind != "text":
+    if "eval_bytes" in changed and recipe.kind != "text":
         raise ValueError(f"eval_bytes is an amount of plain text; {recipe.data} holds records.")
-    sampled = "eval_size" in given or "eval_bytes" in given
+    sampled = "eval_size" in changed or "eval_bytes" in changed
     return measuring_task(recipe, tokenizer, labels, split, made if record else None, record.get("trained_on"), sampled)
 
 
 def recipe_of(record: dict[str, Any], run: str) -> Recipe:
-    """What a run.json says of the data and how they are measured, as a recipe; without a run.json the defaults. Raises ValueError."""
+    """The fields of a run.json that describe the data and the measurement, as a recipe; without a run.json the defaults.
+
+    Raises ValueError, naming the file, for a field that is not valid.
+    """
     settings = record.get("configuration") or {}
     names = set("model data task window mask_prompt encoding seed train_size eval_size eval_bytes batch_size tokens_per_batch".split())
     known = {name: settings[name] for name in names & settings.keys()}

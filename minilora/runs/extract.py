@@ -1,4 +1,4 @@
-"""`minilora extract` and `minilora compare`: a fine-tuned model as a LoRA of its base, and how far two models are apart."""
+"""`minilora extract` and `minilora compare`: a fine-tuned model as a LoRA of its base, and the distance of two models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 from minilora.adapters.extraction import embeddings_changed, extract, input_roots, largest_changes
 from minilora.formats.adapter import save_adapter
 from minilora.formats.checkpoint import load_model
+from minilora.formats.origin import origin
+from minilora.lora import adaptation
 from minilora.runs.evaluate import recipe_of, task_of
+from minilora.runs.folder import check_free
 from minilora.runs.recipe import threads_for
 from minilora.runs.run_file import base_of, open_model, published_classes, record_of
 from minilora.runs.tasks import measure
@@ -23,41 +26,40 @@ def extract_run(
     r: int = 8,
     energy: float | None = None,
     data: str | None = None,
-    task_name: str | None = None,
+    task: str | None = None,
     window: int | None = None,
     whole: bool = True,
-    threads: int = 0,
+    threads: int | None = None,
     allow_other_weights: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Write the adapter that brings `base` nearest to `tuned` to a new folder `out`; see adapters/extraction.py.
 
-    tuned  what `open_model` takes: a run of full fine-tuning, a model, or an adapter, which gets another rank. base: by default what the
-           run or adapter names. data: held-out data; each layer is then whitened with its inputs, and all three models are measured.
-           Task and window are those of the run unless they are given.
+    tuned  as for `open_model`: a run of full fine-tuning, a model, or an adapter whose rank is to change
+    base   by default that of the run or adapter
+    data   held-out data; each layer is then whitened with its inputs, and all three models are measured. Task and window: by default
+           those of the run
     Raises ValueError when the base is not known or the models do not fit, FileExistsError when `out` is in use.
     """
-    out, threads = Path(out), threads_for(threads)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is in use; name another folder with --out, or remove it first.")
+    out, threads = check_free(out), threads_for(threads)
     typed, base = base is not None, base or _base_named_by(tuned)
     target = open_model(tuned, "numpy", allow_other_weights=allow_other_weights)
     classes, published = getattr(target.config, "num_labels", None), published_classes(base, download=typed)
     replaced = published is not None and len(published) != classes
     origin = load_model(base, "numpy", labels=classes, download=typed, new_head=replaced)
-    task = roots = None
+    measured = roots = None
     if data is not None:
-        task = task_of(target, tuned, data, tokenizer_source=tuned, split=None, say=say, task=task_name, window=window)
-        roots = input_roots(target, task.held_out)
+        measured = task_of(target, tuned, data, tokenizer_source=tuned, split=None, say=say, task=task, window=window)
+        roots = input_roots(target, measured.held_out)
     adapted, layers = extract(origin, target, r, energy, roots, whole)
-    adapted.lora_config.base_model_name_or_path = base
+    adaptation(adapted).config.base_model_name_or_path = base
     size = save_adapter(adapted, out)
 
     changes = largest_changes(origin, target)
     left_out = {path: changes[path] for path in embeddings_changed(origin, changes)}
     kept = [layer.energy for layer in layers]
     ranks = sorted({layer.rank for layer in layers})
-    result = {
+    result: dict[str, Any] = {
         "folder": str(out),
         "base": base,
         "layers": [asdict(layer) for layer in layers],
@@ -71,25 +73,32 @@ def extract_run(
     say(f"energy    {min(kept):.1%} to {max(kept):.1%} of each layer's change{' as its inputs see it' if roots else ''}")
     say(f"largest   change of a weight {result['largest_change']:.3g}; the adapter misses it by up to {result['largest_error']:.3g}")
     for path, change in left_out.items():
-        say(f"left out  {path}, an embedding, which has changed by up to {change:.3g}")
-    if task is not None:
-        result["held_out"] = {name: measure(m, task, threads) for name, m in (("base", origin), ("tuned", target), ("extracted", adapted))}
-        figures = ", ".join(f"{name} {value[task.headline]:.4f}" for name, value in result["held_out"].items())  # type: ignore[attr-defined]
-        say(f"held out  {task.headline.replace('_', ' ')}: {figures}")
+        say(f"left out  {path}, an embedding, changed by up to {change:.3g}")
+    if measured is not None:
+        models = {"base": origin, "tuned": target, "extracted": adapted}
+        result["held_out"] = {name: measure(model, measured, threads) for name, model in models.items()}
+        figures = ", ".join(f"{name} {value[measured.headline]:.4f}" for name, value in result["held_out"].items())
+        say(f"held out  {measured.headline.replace('_', ' ')}: {figures}")
     return result
 
 
-def compare(first: str, second: str, allow_other_weights: bool = False) -> dict[str, float]:
-    """{parameter: the largest change of an element} between two models, adapters counted in, in whatever order.
+def compare(first: str, second: str, allow_other_weights: bool = False, say: Callable[[str], None] = lambda text: None) -> dict[str, float]:
+    """{parameter: the largest change of an element} between two models with their adapters, in either order.
 
-    A base that has no head of its own gets one with as many classes as the other's. Raises ValueError when the models do not fit.
+    A base without a head gets one with as many classes as the other's. Raises ValueError when the models do not fit.
     """
     models = [open_model(name, "numpy", allow_other_weights=allow_other_weights) for name in (first, second)]
     classes = [getattr(model.config, "num_labels", None) for model in models]
     for i, name in enumerate((first, second)):
-        if None not in classes and classes[0] != classes[1] and models[i].output_head in models[i].drawn and models[i].lora_config is None:
+        random_head = models[i].output_head in origin(models[i]).drawn and adaptation(models[i]).config is None
+        if None not in classes and classes[0] != classes[1] and random_head:
             models[i] = load_model(name, "numpy", labels=classes[1 - i])
-    return largest_changes(*models)
+    changes = largest_changes(*models)
+    changed = sorted((path for path, change in changes.items() if change), key=lambda path: -changes[path])
+    for path in changed[:10]:
+        say(f"{changes[path]:10.3g}  {path}")
+    say(f"{len(changed)} of {len(changes)} parameters differ" + (f"; the largest change is {changes[changed[0]]:.3g}" if changed else ""))
+    return changes
 
 
 def _base_named_by(tuned: str) -> str:
@@ -99,4 +108,4 @@ def _base_named_by(tuned: str) -> str:
         return base
     if record := record_of(tuned):
         return recipe_of(record, tuned).model
-    raise ValueError(f"{tuned} does not say which model it was tuned from; name that with --base.")
+    raise ValueError(f"{tuned} does not name the model it was tuned from; name it with --base.")

@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind: what it was asked, what it measured, what it made."""
+"""The folder of a run: its configuration, measurements and results."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ from typing import Any
 from minilora.formats.atomic import to_json, write_json, write_text
 
 
-class RunFolder:
-    """Paths inside a run folder, and the writing of its records.
+def check_free(path: str | Path, note: str = "") -> Path:
+    """The path, if nothing or an empty folder is there. Raises FileExistsError otherwise."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} is in use{note}; name another folder with --out, or remove it first.")
+    return path
 
-    run.json        the configuration, the names of the classes, what tells the training data again, and results when there are any
-    metrics.jsonl   one line a step: step, loss, lr, grad_norm, tokens. No times: the same run gives the same file
-    samples.txt     what the model wrote before and after
+
+class RunFolder:
+    """The paths inside a run folder, and functions that write its files.
+
+    run.json        the configuration, the names of the classes, the SHA-256 of the training data, and the results
+    metrics.jsonl   one line a step: step, loss, lr, grad_norm, tokens. No times: the same run writes the same file
+    samples.txt     texts that the model generated before and after
     adapter/        adapter_config.json, adapter_model.safetensors       (all methods but full)
     model/          config.json, model.safetensors                       (method full)
-    base/           the quantized model that the adapter fits              (method lora that begins with LoftQ)
+    base/           the quantized model that the adapter fits            (method lora initialised with LoftQ)
     curves.png      the picture, if matplotlib is installed
     """
 
@@ -38,9 +46,7 @@ class RunFolder:
             folder = next(f for n in count(1) if not (f := Path("runs") / f"{method}-{n}").exists())
         else:
             folder = Path(path)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"{folder} is in use; name another run folder with --out, or remove it first.")
-        folder.mkdir(parents=True, exist_ok=True)
+        check_free(folder).mkdir(parents=True, exist_ok=True)
         return cls(folder)
 
     def write_run(
@@ -49,7 +55,7 @@ class RunFolder:
         write_json(self.run, {"configuration": configuration, "labels": labels, "trained_on": trained_on, "results": results})
 
     def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
-        """All records so far, whole: the file is replaced, never cut off in the middle of a line."""
+        """All records so far. The file is replaced as a whole, so it never ends in the middle of a line."""
         write_text(self.metrics, "".join(to_json(record) + "\n" for record in records))
 
     def write_samples(self, prompt: str, before: str, after: str) -> None:

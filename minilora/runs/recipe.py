@@ -1,186 +1,218 @@
-"""What a fine-tune is asked to do, and the defaults that depend on the model and the data."""
+# ruff: noqa: RUF009  (`option` returns a dataclasses.field)
+"""The recipe of a fine-tune. Its fields are the flags of the command line and the keys of a TOML file (cli/flags.py)."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
 
 from minilora import adapters
+from minilora.backend import BACKENDS
+from minilora.data import TASKS
 from minilora.data.records import is_dataset
 from minilora.formats.fetch import BUNDLED
-from minilora.optim.schedules import schedule
+from minilora.lora.registry import DATA_INITIALISERS, INITIALISERS
+from minilora.optim.schedules import SHAPES, schedule
+from minilora.quantization.quantize import PACK
 
-TASKS = ("lm", "classify")
 DTYPES = ("float32", "bfloat16", "float16")
 METHODS = ("lora", "full", *adapters.METHODS)
+_INITIALISERS = ", ".join(name for name in (*INITIALISERS, *DATA_INITIALISERS) if isinstance(name, str))
+GROUPS = ("data", "method", "adapter", "optimisation", "memory and speed", "output")
 WITHOUT_EFFECT = {  # {kind of data: (in words, settings that it does not read)}
     "text": ("plain text", "tokens_per_batch mask_prompt"),
     "lm": ("records to continue", "batch_size eval_bytes sample_bytes"),
     "classify": ("texts with a class", "tokens_per_batch mask_prompt eval_bytes sample_bytes"),
 }
-OPTIMIZERS = ("adamw", "riemannian", "lora_pro", "lora_fa")
 
 # Peak learning rates. Those of LoRA and of full fine-tuning of the bundled model are the best of one grid (benchmarks/lora_vs_full.py);
-# for published models LoRA takes about ten times the rate of full fine-tuning ("LoRA Without Regret", 2025), and what trains fewer
-# numbers still more.
+# for published models LoRA needs about ten times the rate of full fine-tuning ("LoRA Without Regret", 2025), and methods that train
+# fewer parameters need still more.
 _RATES: dict[str, dict[str, float]] = {
     BUNDLED: {"lora": 8e-3, "full": 2e-3, "bottleneck": 8e-3, "bitfit": 2e-2, "layer-norm": 2e-2, "head": 2e-2},
     "lm": {"lora": 5e-4, "full": 5e-5, "bottleneck": 1e-3, "bitfit": 5e-3, "layer-norm": 5e-3, "head": 5e-3},
     "classify": {"lora": 1e-3, "full": 5e-5, "bottleneck": 1e-3, "bitfit": 5e-3, "layer-norm": 5e-3, "head": 5e-3},
 }
+_ONLY_LORA = "use_dora init_lora_weights loraplus_lr_ratio quantize peft_type".split()
 
 
 def threads_for(requested: int | None) -> int:
-    """The number requested; by default the cores, at most 8. Raises ValueError for one below 0."""
+    """The number requested; by default the number of cores, at most 8. Raises ValueError for one below 0."""
     if (requested or 0) < 0:
         raise ValueError(f"threads must be at least 0, got {requested}.")
     return requested or min(os.cpu_count() or 1, 8)
 
 
-@dataclass
-class Recipe:
-    """What `finetune` is asked; the names are those of the flags. None takes a default that depends on the model or the data:
+def option(group: str, default: Any, help: str, **about: Any) -> Any:
+    """A field of Recipe and its flag. about: any of
 
-    data            the standard library's source
-    bias, modules_to_save   for the bundled model all biases and the layer norms, else none
-    lr              by model, task and method, see _RATES
-    steps           120 for text; else `epochs` (3) times the batches of an epoch
-    warmup          10 steps, or half the run if that is shorter; below 1 it is a share of the run
-    eval_bytes      how much held-out text to measure on, in bytes for the bundled model (65,536), else in tokens (8,192)
-    sample_bytes    240 for the bundled model, else 0: no samples, as they go on from Python source
-    recompute       blocks save their inputs alone, and run forward again in the backward pass: less memory, more time
-    cache           what frozen blocks give is kept over epochs (training/prefix.py)
-    reinit          None; else the pooler and so many top blocks begin anew (method full only), see training/few_sample.py
-    pull            of the weights towards where they began; bias_correction=False is Adam as the first BERT had it
-    train_size, eval_size   of texts with a class: all; else at most so many, drawn by the seed
-    dtype           of activations and frozen matrices; what is trained, norms and loss are of float32 (kernels/half.py)
-    encoding        of text and record files
-    new_head        a classifier that the model has is replaced by one for the classes of the data
-    tf32            on a GPU: products of float32 in 19 bits, several times as fast, with errors of 1e-3
-    threads         the cores, at most 8
-    Raises ValueError for values out of range.
+    unset     the default in words, if the value does not say it
+    aliases   other names of the flag        metavar   its value in --help
+    choices   the values allowed             least     the smallest value allowed
+    """
+    empty = {"unset": "", "aliases": (), "metavar": None, "choices": (), "least": None}
+    return field(default=default, metadata={"group": group, "help": help, **empty, **about})
+
+
+_data, _method, _adapter, _optimisation, _memory, _output = (partial(option, group) for group in GROUPS)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of `finetune`. None, where it is the default, stands for a value that depends on the model or the data: see `resolve`.
+
+    Raises ValueError for values out of range, and for combinations that exclude each other.
     """
 
-    model: str = BUNDLED
-    data: str | None = None
-    task: str = "lm"
-    method: str = "lora"
-    peft_type: str = "LORA"
-    r: int = 8
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
-    layers_to_transform: list[int] | None = None
-    use_rslora: bool = False
-    use_dora: bool | str = False
-    init_lora_weights: bool | str = True
-    quantize: str = ""
-    dtype: str = "float32"
-    optimizer: str = "adamw"
-    loraplus_lr_ratio: float | None = None
-    reduction_factor: float = 16
-    bias: str | None = None
-    modules_to_save: list[str] | None = None
-    lr: float | None = None
-    schedule: str = "linear"
-    warmup: float | None = None
-    weight_decay: float = 0.0
-    pull: float = 0.0
-    bias_correction: bool = True
-    reinit: int | None = None
-    clip: float = 1.0
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 8
-    tokens_per_batch: int = 2048
-    accumulate: int = 1
-    recompute: bool = False
-    cache: bool = True
-    window: int = 256
-    mask_prompt: bool = True
-    encoding: str = "utf-8"
-    new_head: bool = False
-    eval_bytes: int | None = None
-    train_size: int | None = None
-    eval_size: int | None = None
-    seed: int = 0
-    threads: int = 0
-    backend: str = "auto"
-    tf32: bool = False
-    sample_bytes: int | None = None
+    model: str = _data(BUNDLED, "a model folder, a .gguf file, or an id of the hub", unset="pydoc, the bundled model")
+    data: str | None = _data(None, "text or records, a file or a folder", unset="the standard library's source", metavar="PATH")
+    task: str = _data("lm", "continue a text, or classify it", choices=TASKS)
+    window: int = _data(256, "longest sequence, in tokens", aliases=["--max-length"], metavar="N", least=1)
+    mask_prompt: bool = _data(True, "learn completions only, or prompts too", unset="completions only")
+    encoding: str = _data("utf-8", "encoding of text and record files", metavar="NAME")
+    new_head: bool = _data(False, "replace a classifier that the model has by one for the data")
+    train_size: int | None = _data(None, "number of texts with a class to train on", unset="all", metavar="N", least=1)
+    eval_size: int | None = _data(None, "number of them to measure on", unset="all that are held out", metavar="N", least=1)
+    eval_bytes: int | None = _data(
+        None, "held-out text to measure on", unset="65536 bytes for pydoc, else 8192 tokens", metavar="N", least=1
+    )
+
+    method: str = _method("lora", "what to train", choices=METHODS)
+    reinit: int | None = _method(None, "method full: reinitialise the pooler and the top L blocks", unset="no", metavar="L", least=0)
+
+    peft_type: str = _adapter("LORA", "the kind of adapter; VERA needs a rank of about 256", choices=("LORA", "VERA"))
+    r: int = _adapter(8, "rank", aliases=["--rank"], metavar="R")
+    lora_alpha: float = _adapter(32, "the update is scaled by alpha / r", aliases=["--alpha"], metavar="ALPHA")
+    lora_dropout: float = _adapter(0.0, "dropout on the adapters' input", metavar="P")
+    target_modules: str | list[str] = _adapter("all-linear", "names separated by commas, or all-linear", metavar="NAMES")
+    layers_to_transform: list[int] | None = _adapter(None, "numbers of the blocks to adapt", unset="all", metavar="N,N")
+    use_rslora: bool = _adapter(False, "scale by alpha / sqrt(r) instead")
+    use_dora: bool | str = _adapter(False, "DoRA: magnitudes of W's columns trained apart from directions", metavar="exact")
+    init_lora_weights: bool | str = _adapter(
+        True, f"initialiser of A and B: {_INITIALISERS}", unset="Kaiming for A, zero for B", aliases=["--init"], metavar="HOW"
+    )
+    reduction_factor: float = _adapter(16, "width of a layer over that of its bottleneck", metavar="X")
+    bias: str | None = _adapter(
+        None, "biases to train too", unset="all for pydoc, else none", choices=("none", "all", "lora_only", "vera_only")
+    )
+    modules_to_save: list[str] | None = _adapter(None, "modules to train fully", unset="layer norms for pydoc, else none", metavar="NAMES")
+
+    lr: float | None = _optimisation(None, "peak learning rate", unset="by model, task and method")
+    schedule: str = _optimisation("linear", "shape of the learning rate", choices=tuple(SHAPES))
+    warmup: float | None = _optimisation(None, "steps of linear warm-up; below 1, a share of the run", unset="10", metavar="STEPS", least=0)
+    weight_decay: float = _optimisation(0.0, "decoupled weight decay", metavar="X", least=0)
+    l2_sp: float = _optimisation(0.0, "L2-SP: decoupled decay towards the initial weights", metavar="X", least=0)
+    bias_correction: bool = _optimisation(True, "bias correction of Adam", unset="on")
+    loraplus_lr_ratio: float | None = _optimisation(None, "LoRA+: learning rate of B over that of A", unset="1", metavar="X")
+    clip: float = _optimisation(1.0, "largest gradient norm", metavar="NORM")
+    steps: int | None = _optimisation(None, "optimizer steps", unset="120 for text, else by --epochs", least=1)
+    epochs: float | None = _optimisation(None, "passes over the records", unset="3")
+    batch_size: int = _optimisation(8, "windows or texts a batch", metavar="N", least=1)
+    tokens_per_batch: int = _optimisation(2048, "tokens a batch of records", metavar="N", least=1)
+    accumulate: int = _optimisation(1, "batches a step", metavar="N", least=1)
+    seed: int = _optimisation(0, "seed of initial weights, batches and samples", least=0)
+
+    quantize: str = _memory("", "quantize the frozen weights of linear layers", choices=tuple(PACK))
+    dtype: str = _memory("float32", "dtype of activations and frozen matrices", choices=DTYPES)
+    recompute: bool = _memory(False, "save less for the backward pass and compute more")
+    cache: bool = _memory(True, "cache the outputs of frozen blocks over epochs", unset="on")
+    threads: int = _memory(0, "replicas, one thread each", unset="the cores, at most 8", metavar="N", least=0)
+    backend: str = _memory("auto", "where to compute", choices=("auto", *BACKENDS))
+    tf32: bool = _memory(False, "on a GPU: products in TF32, several times as fast, with errors of 1e-3")
+
+    sample_bytes: int | None = _output(None, "length of the samples", unset="240 for pydoc, else none", metavar="N", least=0)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}; choose {', '.join(METHODS)}.")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}; choose {' or '.join(OPTIMIZERS)}.")
-        if self.optimizer != "adamw" and self.loraplus_lr_ratio is not None:
-            raise ValueError(f"loraplus_lr_ratio and optimizer {self.optimizer!r} exclude each other; choose one.")
-        if self.optimizer == "lora_fa" and (self.pull or not self.bias_correction):
-            raise ValueError("optimizer lora_fa has neither a pull nor a choice of bias_correction; leave them out.")
-        usual = {"use_dora": False, "init_lora_weights": True, "optimizer": "adamw", "loraplus_lr_ratio": None, "quantize": ""}
-        usual["peft_type"] = "LORA"
-        if self.method != "lora" and (named := next((name for name, value in usual.items() if getattr(self, name) != value), None)):
-            raise ValueError(f"{named} is for LoRA; method {self.method} has none.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {self.dtype!r}; choose {', '.join(DTYPES)}.")
-        if self.dtype != "float32" and (self.quantize or self.method == "full"):
-            other = "quantize" if self.quantize else "method full, which trains in float32,"
-            raise ValueError(f"dtype {self.dtype} and {other} exclude each other; choose one.")
-        if self.quantize and self.init_lora_weights == "loftq":
-            raise ValueError("init_lora_weights 'loftq' quantizes by itself; leave quantize out.")
-        if self.task not in TASKS:
-            raise ValueError(f"unknown task {self.task!r}; choose {' or '.join(TASKS)}.")
-        if self.task == "classify" and self.data is None:
-            raise ValueError("task classify needs --data: a record file with text and label, or a folder with train and valid.")
-        bundled = self.model == BUNDLED
-        self.eval_bytes = (65536 if bundled else 8192) if self.eval_bytes is None else self.eval_bytes
-        self.sample_bytes = (240 if bundled else 0) if self.sample_bytes is None else self.sample_bytes
-        counts = "batch_size tokens_per_batch accumulate window eval_bytes steps train_size eval_size".split()
-        for name in (*counts, "sample_bytes", "seed"):
-            least, value = int(name in counts), getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
-        for name in ("train_size", "eval_size"):
-            if getattr(self, name) is not None and self.task != "classify":
-                raise ValueError(f"{name} counts texts with a class; it needs task classify.")
-        if self.reinit is not None and self.method != "full":
-            raise ValueError(f"reinit changes the weights that method {self.method} leaves frozen and does not save; it needs method full.")
-        for name in ("pull", "weight_decay", "warmup"):
-            if not 0 <= (getattr(self, name) or 0) < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}.")
+        for f in fields(Recipe):
+            value, choices, least = getattr(self, f.name), f.metadata["choices"], f.metadata["least"]
+            if choices and value not in (*choices, f.default):
+                raise ValueError(f"unknown {f.name} {value!r}; choose {', '.join(choices)}.")
+            if least is not None and value is not None and not least <= value < math.inf:
+                finite = "" if isinstance(value, int) else " and finite"
+                raise ValueError(f"{f.name} must be at least {least}{finite}, got {value}.")
         if not self.clip > 0:
             raise ValueError(f"clip must be above 0, got {self.clip}.")
         if self.epochs is not None and not 0 < self.epochs <= 100_000:
             raise ValueError(f"epochs must be above 0 and at most 100,000, got {self.epochs}.")
-        if self.data == "":
-            raise ValueError("data is empty: name a file or a folder.")
-        if self.new_head and self.task != "classify":
-            raise ValueError("new_head replaces a classifier; it needs task classify.")
-        self.threads = threads_for(self.threads)
+        defaults = {f.name: f.default for f in fields(Recipe)}
+        lora_only = next((name for name in _ONLY_LORA if getattr(self, name) != defaults[name]), None)
+        only_classify = next((name for name in ("train_size", "eval_size") if getattr(self, name) is not None), None)
+        full, lm = "method full, which trains in float32,", self.task != "classify"
+        for wrong, message in (
+            (self.method != "lora" and lora_only, f"{lora_only} is for LoRA; method {self.method} has none."),
+            (self.dtype != "float32" and self.quantize, f"dtype {self.dtype} and quantize exclude each other; choose one."),
+            (self.dtype != "float32" and self.method == "full", f"dtype {self.dtype} and {full} exclude each other; choose one."),
+            (self.quantize and self.init_lora_weights == "loftq", "init_lora_weights 'loftq' quantizes by itself; leave quantize out."),
+            (self.data == "", "data is empty: name a file or a folder."),
+            (
+                not lm and self.data is None,
+                "task classify needs --data: a record file with text and label, or a folder with train and valid.",
+            ),
+            (lm and only_classify, f"{only_classify} counts texts with a class; it needs task classify."),
+            (lm and self.new_head, "new_head replaces a classifier; it needs task classify."),
+            (
+                self.reinit is not None and self.method != "full",
+                f"reinit changes weights that method {self.method} leaves frozen and does not save; it needs method full.",
+            ),
+        ):
+            if wrong:
+                raise ValueError(message)
 
     @property
     def kind(self) -> str:
         """ "text" in windows, records to continue ("lm"), or records with a class ("classify")."""
         return "text" if self.task == "lm" and (self.data is None or not is_dataset(self.data)) else self.task
 
-    def settle(self, steps: Callable[[float, int, int], int | None]) -> None:
-        """Fill in what was left open. steps(epochs, accumulate, seed) is how many those are, None where there are no epochs.
+    @property
+    def product(self) -> str:
+        """The result of the run in one word."""
+        return "model" if self.method == "full" else "adapter"
 
-        Raises ValueError for epochs of plain text, and a schedule or warm-up that does not fit.
+    @property
+    def text_to_measure(self) -> int:
+        """eval_bytes, or its default."""
+        return self.eval_bytes or (65536 if self.model == BUNDLED else 8192)
+
+    def resolve(self, count_steps: Callable[[float, int, int], int | None]) -> ResolvedRecipe:
+        """A complete copy. count_steps(epochs, accumulate, seed): the number of steps, None if the data have no epochs (Task.steps).
+
+        Raises ValueError for epochs of plain text, and for a schedule or warm-up that does not fit.
         """
-        bundled = self.model == BUNDLED and self.method == "lora"
-        self.bias = self.bias or ("all" if bundled else "none")
-        if self.modules_to_save is None and bundled:
-            self.modules_to_save = ["ln_1", "ln_2", "ln_f"]
-        self.lr = _RATES[BUNDLED if self.model == BUNDLED else self.task][self.method] if self.lr is None else self.lr
-        if self.steps is None:
-            counted = steps(3 if self.epochs is None else self.epochs, self.accumulate, self.seed)
+        bundled = self.model == BUNDLED
+        steps = self.steps
+        if steps is None:
+            counted = count_steps(self.epochs or 3, self.accumulate, self.seed)
             if counted is None and self.epochs is not None:
                 raise ValueError("plain text is read in windows that start anywhere, which have no epochs; give steps.")
-            self.steps = counted or 120
-        self.warmup = min(10, self.steps // 2) if self.warmup is None else self.warmup
-        self.warmup = round(self.warmup if self.warmup >= 1 else self.warmup * self.steps)
-        schedule(self.schedule, self.steps, int(self.warmup))  # which refuses what does not fit
+            steps = counted or 120
+        warmup = min(10, steps // 2) if self.warmup is None else self.warmup
+        warmup = round(warmup if warmup >= 1 else warmup * steps)
+        schedule(self.schedule, steps, warmup)  # raises if it does not fit
+        also = bundled and self.method == "lora"
+        values: dict[str, Any] = {
+            "bias": self.bias or ("all" if also else "none"),
+            "modules_to_save": ["ln_1", "ln_2", "ln_f"] if also and self.modules_to_save is None else self.modules_to_save,
+            "lr": _RATES[BUNDLED if bundled else self.task][self.method] if self.lr is None else self.lr,
+            "steps": steps,
+            "warmup": warmup,
+            "eval_bytes": self.text_to_measure,
+            "sample_bytes": (240 if bundled else 0) if self.sample_bytes is None else self.sample_bytes,
+            "threads": threads_for(self.threads),
+        }
+        return ResolvedRecipe(**vars(self) | values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRecipe(Recipe):
+    """A recipe in which every default that depends on model and data has its value: the result of `Recipe.resolve`."""
+
+    bias: str
+    lr: float
+    steps: int
+    warmup: int
+    eval_bytes: int
+    sample_bytes: int

@@ -1,4 +1,4 @@
-"""Opening what a path names: a run folder, an adapter folder, a model folder or file, an id of the hub, or the bundled model."""
+"""Opening the model of a path: a run folder, an adapter folder, a model folder or file, an id of the hub, or the bundled model."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minilora.adapters import PartialConfig, bottlenecks, method_name
 from minilora.backend import get_xp
 from minilora.formats.adapter import load_adapter
 from minilora.formats.adapter_config import read_adapter_config
 from minilora.formats.atomic import read_json
-from minilora.formats.checkpoint import STORED, load_model, save_model
+from minilora.formats.checkpoint import load_model
 from minilora.formats.fetch import model_folder, read_weights
 from minilora.formats.fitting import Family, classes_of, family_of, named
+from minilora.formats.gguf import read_gguf_tokenizer
 from minilora.formats.tensors import map_tensors
 from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
-from minilora.layers import Linear
-from minilora.lora import lora_layers, merge
+from minilora.models import BertClassifier
+from minilora.models.decoder import Decoder
+from minilora.models.generate import context_length
 from minilora.quantization.half import KINDS
 from minilora.quantization.quantize import PACK
 
@@ -30,22 +31,22 @@ def open_model(
     dtype: str | None = None,
     allow_other_weights: bool = False,
 ) -> Any:
-    """The model that a path names, with the adapter that it or `adapter` names; dtype: by default its run's. Raises as the loaders do."""
-    model, found = _base(path, backend, adapter, dtype)
+    """The model of a path, with the adapter of that path or of `adapter`; dtype: by default its run's. Raises as the loaders do."""
+    model, found = open_base(path, backend, adapter, dtype)
     if found is not None:
         load_adapter(model, found, allow_other_weights)
     return model
 
 
-def _base(path: str | Path, backend: str, adapter: str | Path | None = None, dtype: str | None = None) -> tuple[Any, Path | None]:
-    """The base model that a path names, as it is, and the folder of the adapter that is to be put on it, if any."""
+def open_base(path: str | Path, backend: str, adapter: str | Path | None = None, dtype: str | None = None) -> tuple[Any, Path | None]:
+    """The base model of a path without an adapter, and the folder of its adapter, if any."""
     base, found = base_of(path)
     if adapter is not None:
         found = _adapter_folder(Path(adapter)) or Path(adapter)
     record = record_of(adapter or path)
-    labels = (record.get("labels") or _classes(found)) if found else None  # a model says in its own config.json
+    labels = (record.get("labels") or _classes(found)) if found else None  # a model has them in its own config.json
     settings = record.get("configuration", {})
-    typed = base == str(path)  # or named by a file, which is not to send anybody to the hub
+    typed = base == str(path)  # a name in a file must not lead to a download
     try:
         published = None if labels is None else published_classes(base, download=typed)
         count = labels if isinstance(labels, int) else len(labels or ())
@@ -57,14 +58,17 @@ def _base(path: str | Path, backend: str, adapter: str | Path | None = None, dty
             raise
         why = f"the base model of {path} is not where it was: {error} Give it as the model, and --adapter {path}."
         raise FileNotFoundError(why) from None
-    if base == str(Path(path) / "model"):  # in the memory layout that it was trained in: the same figures to the last digit
+    if base == str(Path(path) / "model"):  # the memory layout of training: the same figures to the last digit
         for _, p in model.parameters():
             p.data = get_xp(p.data).ascontiguousarray(p.data)
     return model, found
 
 
 def base_of(path: str | Path) -> tuple[str, Path | None]:
-    """(the model, its adapter folder or None) that a path names: a run knows its base, an adapter too, a model is its own."""
+    """(base model, adapter folder or None) of a path. Runs and adapters name their base; a model is its own base.
+
+    Raises ValueError for an adapter without a base, FileNotFoundError for a run that has saved nothing.
+    """
     folder = Path(path)
     if (folder / "model" / "config.json").is_file():  # a run of full fine-tuning
         return str(folder / "model"), None
@@ -80,9 +84,9 @@ def base_of(path: str | Path) -> tuple[str, Path | None]:
 
 
 def record_of(path: str | Path) -> dict[str, Any]:
-    """The run.json of a run, or of the run that an adapter or a model lies in; empty where there is none.
+    """The run.json of a run, or of the run folder that contains an adapter or a model; empty if there is none.
 
-    Raises ValueError, naming the file, where it is not as a run writes it.
+    Raises ValueError, naming the file and the field, for a value that no run writes.
     """
     folder = Path(path).absolute()
     for place in (folder, folder.parent) if folder.name in ("adapter", "model", "base") else (folder,):
@@ -94,8 +98,6 @@ def record_of(path: str | Path) -> dict[str, Any]:
 
 
 def _check_record(record: dict[str, Any], file: Path) -> None:
-    """Raise ValueError, naming the file and the field, for a run.json that is not as a run writes it."""
-
     def check(fits: bool, name: str, expected: str, value: Any) -> None:
         if not fits:
             raise ValueError(f"{file}: {name} must be {expected}, got {value!r:.60}.")
@@ -117,7 +119,7 @@ def _check_record(record: dict[str, Any], file: Path) -> None:
 
 
 def published_classes(name: str | Path, download: bool = True) -> list[str] | None:
-    """The classes of the head that a published model has, in its order; None where it has none."""
+    """The classes of a published model's head, in its order; None if it has no head."""
     if str(name).endswith(".gguf"):
         return None
     folder = model_folder(name, download)
@@ -128,18 +130,16 @@ def published_classes(name: str | Path, download: bool = True) -> list[str] | No
 
 
 def _config(folder: Path) -> tuple[dict[str, Any], Family]:
-    """config.json, but for how weights are quantized, and the architecture that it names."""
+    """config.json without the quantization of weights, and the architecture that it names."""
     raw = read_json(folder / "config.json")
     raw.pop("quantization_config", None)
     return raw, family_of(raw, f"{folder}/config.json")
 
 
 def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer of the model that a path names; vocab_size is read from its config.json if it is not given."""
+    """The tokenizer of the model of a path; vocab_size: by default from its config.json."""
     base, _ = base_of(path)
     if base.endswith(".gguf"):
-        from minilora.formats.gguf import read_gguf_tokenizer
-
         rows, vocabulary = read_gguf_tokenizer(base)
         return gguf_tokenizer(vocabulary, vocab_size or rows, base)
     folder = model_folder(base, download=base == str(path))
@@ -150,64 +150,33 @@ def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     return load_tokenizer(folder, size)
 
 
-def merge_run(
-    path: str | Path, out: str | Path, adapter: str | Path | None = None, dtype: str = STORED, allow_other_weights: bool = False
-) -> dict[str, float]:
-    """Write the merged model of a run or adapter folder to a new folder `out`. Returns {path: largest change of a weight}.
-
-    dtype: what the sums are rounded to; by default what the base's files hold. What was trained as it is, with no adapter at all, is
-    compared with the base model.
-    Raises ValueError when there is no adapter, FileExistsError when `out` is in use.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is in use; name another folder with --out, or remove it first.")
-    if adapter is None and base_of(path)[1] is None:
-        raise ValueError(f"{path} has no adapter to merge.")
-    model = open_model(path, "numpy", adapter, "float32", allow_other_weights)  # a sum is not rounded to what the run was computed in
-    if isinstance(model.lora_config, PartialConfig):
-        changes = {name: float(abs(p.data - model.base_values[name]).max()) for name, p in model.parameters() if name in model.base_values}
-    else:
-        changes = merge(model)
-    save_model(model, out, dtype)
-    return changes
+def is_decoder(model: Any) -> bool:
+    """Whether the model continues texts."""
+    return isinstance(model, Decoder)
 
 
-def describe(path: str | Path, allow_other_weights: bool = False) -> dict[str, Any]:
-    """What is in a model or a run: parameters, memory, adapters, results, and the names that can be adapted."""
-    model, adapter = _base(path, "numpy")
-    count = sum(p.data.size for _, p in model.parameters())
-    names: dict[str, list[str]] = {}
-    for name, layer in model.modules():
-        if isinstance(layer, Linear) and name:
-            names.setdefault(name.rpartition(".")[2], []).append(f"{layer.in_features} x {layer.out_features}")
-    result = {
-        "model": str(path),
-        "model_type": model.model_type,
-        "config": {key: value for key, value in model.config.to_json().items() if isinstance(value, (int, float, str))},
-        "parameters": count,
-        "bytes_float32": 4 * count,
-        "adaptable": {name: {"layers": len(sizes), "sizes": sorted(set(sizes))} for name, sizes in names.items()},
-    }
-    if adapter is not None:
-        config = load_adapter(model, adapter, allow_other_weights)
-        result["adapter"] = {"method": method_name(config), "layers": len(lora_layers(model)) + len(bottlenecks(model))}
-        if adapters := lora_layers(model):
-            result["adapter"]["r"] = sorted({layer.r for _, layer in adapters})
-        added = sum(p.data.size for _, p in model.parameters()) - count
-        result["adapter"]["parameters"] = added + sum(value.size for value in model.base_values.values())
-    if (Path(path) / "run.json").is_file():
-        result["results"] = record_of(path).get("results", {})
-    return result
+def check_task(model: Any, task: str, source: str | Path) -> None:
+    """Raise ValueError when the model, which comes from `source`, is not for the task."""
+    what = f"{source} ({type(model).__name__})"
+    if task == "lm" and not is_decoder(model):
+        raise ValueError(f"{what} is not a decoder, and task lm needs a decoder. Is --task classify meant?")
+    if task == "classify" and not isinstance(model, BertClassifier):
+        raise ValueError(f"{what} has no classifier, and task classify needs a BERT.")
+
+
+def check_window(model: Any, window: int) -> None:
+    """Raise ValueError when the window is longer than the model's positions."""
+    if window > context_length(model):
+        raise ValueError(f"a window of {window} is longer than the model's {context_length(model)} positions.")
 
 
 def _classes(adapter: Path) -> int | None:
-    """How many classes the head in an adapter's file tells apart: PEFT keeps them nowhere else."""
+    """The number of classes of the head in an adapter's file, None without a head: PEFT keeps it nowhere else."""
     file = adapter / "adapter_model.safetensors"
     tensors = map_tensors(file)[0] if file.is_file() else {}
     return next((len(value) for name, value in tensors.items() if re.search(r"\.classifier\.(lora_B\.)?weight$", name)), None)
 
 
 def _adapter_folder(folder: Path) -> Path | None:
-    """The adapter in a run folder, or the folder itself if it is an adapter."""
+    """The adapter in a run folder, or the folder itself if it is an adapter, else None."""
     return next((f for f in (folder / "adapter", folder) if (f / "adapter_config.json").is_file()), None)

@@ -1,8 +1,8 @@
 """A study: several ways to fine-tune, each with several seeds, on the same data; mean, standard deviation, worst and failed runs.
 
-A row of the table is a name and what it changes of a common recipe, {"longer": {"steps": None, "epochs": 30}}. The seed draws the head
-of a classifier, the adapters, the batches and the dropout masks; which examples there are to learn and to measure does not change.
-The model is read once: each run has a replica of it, which shares the weights that it does not train.
+A row of the table is a name and its changes of a common recipe, {"longer": {"steps": None, "epochs": 30}}. The seed draws the head of a
+classifier, the adapters, the batches and the dropout masks; the examples to train and to measure on do not depend on it. The model is
+read once: each run has a replica, which shares the weights that it does not train.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import numpy as np
 from tqdm import tqdm
 
 from minilora.backend import choose_backend
-from minilora.lora.registry import STARTS_FROM_DATA
-from minilora.runs.finetune import open_recipe, prefix_for, prepare, steps_of
+from minilora.formats.origin import origin
+from minilora.lora.registry import DATA_INITIALISERS
 from minilora.runs.plot import have_matplotlib, plot_study
-from minilora.runs.recipe import METHODS, Recipe
+from minilora.runs.prepare import open_recipe, prefix_for, prepare, steps_of
+from minilora.runs.recipe import METHODS, Recipe, ResolvedRecipe, threads_for
 from minilora.runs.study_folder import StudyFolder
 from minilora.runs.tasks import Task, fingerprint, measure
-from minilora.training.few_sample import draw
-from minilora.training.loop import Diverged
 from minilora.training.prefix import PrefixCache
+from minilora.training.reinitialise import draw
+from minilora.training.watch import Diverged
 
 Rows = dict[str, dict[str, Any]]
 
@@ -38,19 +39,19 @@ ROWS: Rows = {
     "longer": {"method": "full", **_LONGER},
     "both": {"method": "full", "reinit": 1, **_LONGER},
     "uncorrected": {"method": "full", "bias_correction": False},
-    "pulled": {"method": "full", "pull": 1.0},
+    "l2-sp": {"method": "full", "l2_sp": 1.0},
 }
 GRIDS = {"methods": METHODS, "few-sample": ("standard", "re-init", "longer", "both", "uncorrected")}
 
-# What a row may not change: with other data, or another measure of it, there is nothing to compare.
-_SHARED = "model data task window batch_size tokens_per_batch mask_prompt train_size eval_size eval_bytes quantize".split()
-_SHARED += ["dtype", "seed", "backend", "encoding", "new_head"]
-_HIGHER = ("accuracy", "pearson")  # of other figures less is better
+# A row may not change these: figures on other data, or measured otherwise, cannot be compared.
+_SHARED = """model data task window batch_size tokens_per_batch mask_prompt train_size eval_size eval_bytes quantize dtype seed backend
+    encoding new_head""".split()
+_HIGHER = ("accuracy", "pearson")  # of other figures, lower is better
 
 
 @dataclass
 class Summary:
-    """One row of the table. Figures are of the task's headline, over the runs that did not diverge; nan where there is none."""
+    """One row of the table. Figures are the task's headline, over the runs that did not diverge; nan if there are none."""
 
     row: str
     runs: int
@@ -65,7 +66,7 @@ class Summary:
 
 
 def rows_named(names: Sequence[str]) -> Rows:
-    """The rows that names of grids ("methods", "few-sample") and of single rows mean. Raises ValueError for an unknown one."""
+    """The rows of names of grids ("methods", "few-sample") and of single rows. Raises ValueError for an unknown one."""
     for name in names:
         if name not in GRIDS and name not in ROWS:
             raise ValueError(f"there is no row {name!r}; choose from {', '.join((*GRIDS, *ROWS))}.")
@@ -73,49 +74,50 @@ def rows_named(names: Sequence[str]) -> Rows:
 
 
 def quick(recipe: Recipe) -> Recipe:
-    """The recipe in small: a few minutes for the whole table on two cores, enough to see that all is in place."""
-    records = {"train_size": min(recipe.train_size or 64, 64), "eval_size": min(recipe.eval_size or 200, 200)}
-    text = {"steps": min(recipe.steps or 20, 20), "eval_bytes": 8192}
-    return replace(recipe, **(records if recipe.task == "classify" else text), window=min(recipe.window, 64))  # type: ignore[arg-type]
+    """A small version of the recipe: a few minutes for the whole table on two cores, enough to see that everything works."""
+    records: dict[str, Any] = {"train_size": min(recipe.train_size or 64, 64), "eval_size": min(recipe.eval_size or 200, 200)}
+    text: dict[str, Any] = {"steps": min(recipe.steps or 20, 20), "eval_bytes": 8192}
+    return replace(recipe, **(records if recipe.task == "classify" else text), window=min(recipe.window, 64))
 
 
 def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Callable[[str], None] = print) -> list[Summary]:
-    """Run what is not done yet of len(rows) x seeds runs, and leave table.txt and study.png in the folder. Returns the table.
+    """Run those of len(rows) x seeds runs that are not yet done, and write table.txt and study.png to the folder. Returns the table.
 
-    A run has failed when it diverged, or when it is no better than the most frequent class or, for text, than the model it began with.
-    An interrupted study goes on where it was when it is started again with the same recipe and folder; rows and seeds may be added.
-    Raises ValueError for a row that asks for other data, or a folder that holds another study or a damaged record.
+    A run has failed when it diverged, or when it is no better than predicting the most frequent class or, for text, than the base model.
+    An interrupted study continues when it is started again with the same recipe and folder; rows and seeds may be added.
+    Raises ValueError for a row that changes the data, or a folder that holds another study or a damaged record.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}.")
     for name, change in rows.items():
         if shared := sorted(change.keys() & set(_SHARED)):
             raise ValueError(f"row {name!r} changes {shared[0]}, which all rows of a study share; make it a study of its own.")
-    recipe.backend = choose_backend(recipe.backend)
+    recipe = replace(recipe, backend=choose_backend(recipe.backend), eval_bytes=recipe.text_to_measure)
     store = StudyFolder(folder, recipe, rows, fingerprint(recipe.data, recipe.encoding) if recipe.data else None)
     done = {(record["row"], record["seed"]) for record in store.records}
-    todo = [(name, seed) for seed in range(seeds) for name in rows if (name, seed) not in done]
 
     model, _, task = open_recipe(recipe)
     say(f"data      {task.what}")
     say(f"study     {len(rows)} rows x {seeds} seeds in {store.path}" + (f"; {len(done)} runs were there already" if done else ""))
-    recipes = {(name, seed): replace(recipe, **rows[name], seed=seed) for name, seed in todo}
-    for each in recipes.values():
-        each.settle(task.steps)
+    todo = {
+        (name, seed): replace(recipe, **rows[name], seed=seed).resolve(task.steps)
+        for seed in range(seeds)
+        for name in rows
+        if (name, seed) not in done
+    }
     store.begin()
-    floor = _floor(model, task, recipe.threads) if todo else 0.0
+    floor = _floor(model, task, recipe) if todo else 0.0
     prefixes: dict[str, PrefixCache | None] = {}
     try:
-        with tqdm(total=sum(each.steps or 0 for each in recipes.values()), unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
-            for name, seed in todo:
+        with tqdm(total=sum(each.steps for each in todo.values()), unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
+            for (name, seed), each in todo.items():
                 bar.set_description(f"{name}, seed {seed}")
-                each = recipes[name, seed]
-                if name not in prefixes or each.init_lora_weights in STARTS_FROM_DATA:  # these may leave out other layers for another seed
-                    prefixes[name] = prefix_for(task, each)  # kept for all seeds of a row, whose frozen blocks are the same
+                if name not in prefixes or each.init_lora_weights in DATA_INITIALISERS:  # whose layers may depend on the seed
+                    prefixes[name] = prefix_for(task, each)  # shared by the seeds of a row, whose frozen blocks are the same
                 record = _run(model, task, each, floor, bar, prefixes[name])
                 store.add({"row": name, "seed": seed, **record})
     except KeyboardInterrupt:
-        say(f"stopped; {len(store.records)} runs are in {store.path}, and the same command goes on from there.")
+        say(f"stopped; {len(store.records)} runs are in {store.path}, and the same command continues from there.")
         raise
     records = [record for record in store.records if record["row"] in rows and record["seed"] < seeds]
     table = [summarise(name, [r for r in records if r["row"] == name], task.headline) for name in rows]
@@ -129,36 +131,36 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Calla
     return table
 
 
-def _run(model: Any, task: Task, recipe: Recipe, floor: float, bar: tqdm, prefix: PrefixCache | None) -> dict[str, Any]:
-    """Train and measure once. The model itself is left as it is."""
-    twin = model.replica()
+def _run(model: Any, task: Task, recipe: ResolvedRecipe, floor: float, bar: tqdm, prefix: PrefixCache | None) -> dict[str, Any]:
+    """Train and measure a replica of the model, which is left unchanged."""
+    replica = model.replica()
     rng = np.random.default_rng((recipe.seed, 1))
-    for path, layer in twin.modules():
-        if path in model.drawn:
+    for path, layer in replica.modules():
+        if path in origin(model).drawn:
             draw(layer, rng)
-    optimizer = prepare(twin, recipe, task)
+    optimizer = prepare(replica, recipe, task)
     trained = int(optimizer.flat.data.size)
     record: dict[str, Any] = {"trained": trained, "steps": recipe.steps, "failed": True, "value": None, "seconds": 0.0}
     done = 0
     try:
-        for step in steps_of(twin, optimizer, task, recipe, prefix):
+        for step in steps_of(replica, optimizer, task, recipe, prefix):
             record["seconds"] += step.seconds
             bar.update()
             done += 1
     except Diverged as error:
-        bar.update((recipe.steps or 0) - done)
+        bar.update(recipe.steps - done)
         return {**record, "why": str(error)}
-    measured = measure(twin, task, recipe.threads)
+    measured = measure(replica, task, recipe.threads)
     value = measured[task.headline]
     if math.isfinite(value):
         record |= {"value": value, "failed": not (value > floor if task.headline in _HIGHER else value < floor)}
     return {**record, "measured": measured}
 
 
-def _floor(model: Any, task: Task, threads: int) -> float:
-    """What a run has to beat: the share of the most frequent class, or the figure of the model as it is."""
+def _floor(model: Any, task: Task, recipe: Recipe) -> float:
+    """The figure that a run has to beat: the share of the most frequent class, or the figure of the base model."""
     if task.headline != "accuracy":
-        return measure(model, task, threads)[task.headline]
+        return measure(model, task, threads_for(recipe.threads))[task.headline]
     labels = np.concatenate([batch.labels for batch in task.held_out])
     return float(np.bincount(labels).max() / len(labels))
 
@@ -190,6 +192,20 @@ def format_table(table: Sequence[Summary], headline: str) -> str:
     return "\n".join(lines)
 
 
-def as_json(table: Sequence[Summary], folder: str | Path) -> dict[str, Any]:
-    """What `minilora study --json` prints."""
+def study_run(
+    recipe: Recipe,
+    rows: Sequence[str] | None = None,
+    seeds: int | None = None,
+    folder: str | Path | None = None,
+    small: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """`study` with the defaults of `minilora study`: rows by task, 5 seeds (2 if small), a folder named after the rows.
+
+    Returns {"folder": path, "rows": the table}. small: see `quick`.
+    """
+    recipe = quick(recipe) if small else recipe
+    names = rows or (["methods"] if recipe.task == "classify" else ["lora", "full", "bottleneck", "bitfit", "layer-norm"])
+    folder = folder or f"studies/{'-'.join(rows or [recipe.kind])}{'-quick' * small}"
+    table = study(recipe, rows_named(names), (2 if small else 5) if seeds is None else seeds, folder, say)
     return {"folder": str(folder), "rows": [asdict(line) for line in table]}

@@ -1,6 +1,6 @@
-"""What a recipe trains on and measures on: text in windows, records of text, texts with a class.
+"""The data of a recipe, to train and to measure on: text in windows, records of text, texts with a class.
 
-`finetune` and `evaluate` read data here, by the same settings: on the same data they measure the same batches.
+`finetune` and `evaluate` both read data here, with the same settings: on the same data they measure the same batches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from minilora.backend import to_numpy
 from minilora.data.batches import Batch, check_length, held_out_windows, random_windows
-from minilora.data.datasets import Dataset, batches_of, endless, load_dataset, load_examples, pack, packed_batches, sample
+from minilora.data.datasets import Dataset, batches_of, endless, few, load_dataset, load_examples, pack, packed_batches, sample
 from minilora.data.examples import Example
 from minilora.data.labels import class_names
 from minilora.data.records import SPLITS, is_dataset, listed, note, read_bytes, read_records, split_files
@@ -27,18 +27,17 @@ from minilora.formats.tokenizer import ByteTokenizer, Tokenizer
 from minilora.functional import cross_entropy, mse
 from minilora.kernels import upcast
 from minilora.runs.recipe import Recipe
-from minilora.training.evaluate import evaluate, share_out
-from minilora.training.few_sample import few
+from minilora.training.evaluate import evaluate, map_batches
 from minilora.training.metrics import classification_metrics, pearson, perplexity
 
 
 @dataclass
 class Task:
-    """Training batches without end, batches to measure on, and the name of the figure that is reported first.
+    """Endless training batches, held-out batches to measure on, and the name of the figure that is reported first.
 
-    what: the data in words. train: a function of the seed by which batches are drawn. epoch: how many batches one pass over the
-    training data has, when a generator draws it; None for text, of which there are no epochs. labels: the names of the classes.
-    counts: figures of the data that go into the results. trained_on: what run.json keeps of the training data.
+    what: the data in words. train: endless batches drawn by a seed. epoch: the number of batches of one pass over the training data, drawn
+    by a generator; None for text, which has no epochs. labels: the names of the classes. counts: figures of the data, for the results.
+    trained_on: for run.json, to recognise the training data later.
     """
 
     what: str
@@ -51,39 +50,42 @@ class Task:
     trained_on: dict[str, Any] = field(default_factory=dict)
 
     def batches(self, seed: int) -> Iterator[Batch]:
-        """Those to train on. Raises ValueError for a task that is only measured."""
+        """Training batches. Raises ValueError for a task that is only measured."""
         if self.train is None:
             raise ValueError(f"there is nothing to train on: {self.what}")
         return self.train(seed)
 
+    @property
+    def unit(self) -> tuple[str, float]:
+        """(the unit of a printed training loss, in nats)."""
+        return ("bits/byte", math.log(2)) if self.headline == "bits_per_byte" else ("loss", 1.0)
+
     def steps(self, epochs: float, accumulate: int, seed: int) -> int | None:
-        """How many steps read every record `epochs` times. The last step of an epoch may have fewer than `accumulate` batches."""
+        """Steps that read every record `epochs` times; None without epochs. The last step of an epoch may have fewer batches."""
         if self.epoch is None:
             return None
         each = (-(-self.epoch(np.random.default_rng((seed, k))) // accumulate) for k in range(math.ceil(epochs)))
         return max(1, sum(math.ceil(round(min(1.0, epochs - k) * n, 6)) for k, n in enumerate(each)))  # 2.1 - 2 is above 0.1
 
 
-# ---- to learn ------------------------------------------------------------------------------------------------------------------------
+# ---- to train on ------------------------------------------------------------------------------------------------------------------------
 
 
 def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | None = None) -> Task:
-    """What a recipe trains on and measures on. labels: the classes of a published head, None where the data say what they are."""
+    """The data of a recipe, to train and to measure on. labels: the classes of a published head; by default those of the data."""
     if recipe.kind == "text":
         return _text_task(recipe, tokenizer)
-    assert recipe.data is not None
-    if labels is not None:
-        labels = _names_for(labels, recipe)
-    dataset = _dataset(recipe, tokenizer, labels)
+    data = str(recipe.data)
+    dataset = _dataset(recipe, tokenizer, labels and _names_for(labels, recipe))
     for split in ("train", "valid"):
         if not getattr(dataset, split):
-            raise ValueError(f"{recipe.data} has no examples to {'train on' if split == 'train' else 'hold out'} (split {split}).")
+            raise ValueError(f"{data} has no examples to {'train on' if split == 'train' else 'hold out'} (split {split}).")
     if recipe.train_size is not None:
         dataset.train = few(dataset.train, recipe.train_size, dataset.labels or (), recipe.seed)
     dataset.valid = _at_most(dataset.valid, recipe)
 
     task = _measured(dataset.describe(), dataset.valid, recipe, tokenizer, dataset.labels)
-    task.trained_on = _trained_on(recipe, drawn="valid" not in split_files(recipe.data))
+    task.trained_on = _trained_on(recipe, held_out="valid" not in split_files(data))
     if recipe.kind == "classify":
         task.train = lambda seed: endless(lambda rng: batches_of(dataset.train, recipe.batch_size, rng), seed)
         task.epoch = lambda rng: -(-len(dataset.train) // recipe.batch_size)
@@ -94,13 +96,13 @@ def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | 
     return task
 
 
-def _trained_on(recipe: Recipe, drawn: bool) -> dict[str, Any]:
-    """What run.json keeps, to tell the training data again. drawn: what it was measured on was held out of them, by the seed."""
-    return {"sha256": fingerprint(str(recipe.data), recipe.encoding), "held_out": drawn, "seed": recipe.seed}
+def _trained_on(recipe: Recipe, held_out: bool) -> dict[str, Any]:
+    """held_out: the data to measure on were held out of the training data, by the seed."""
+    return {"sha256": fingerprint(str(recipe.data), recipe.encoding), "held_out": held_out, "seed": recipe.seed}
 
 
 def _names_for(labels: Sequence[str], recipe: Recipe) -> Sequence[str]:
-    """The classes of a published head, or, if it names none and the data do, those of the data in their order. That is said."""
+    """The classes of a published head; if it names none and the data name as many, those of the data, with a note."""
     if len(labels) < 2 or named(labels):
         return labels
     file = split_files(str(recipe.data)).get("train")
@@ -108,12 +110,12 @@ def _names_for(labels: Sequence[str], recipe: Recipe) -> Sequence[str]:
     names = class_names(file, records) if file else []
     if len(names) != len(labels) or all(name in labels or name.isdecimal() for name in names):
         return labels
-    note(f"{recipe.model} does not name its {len(labels)} classes; they are taken to be {listed(names, 40)}, in this order.")
+    note(f"{recipe.model} does not name its {len(labels)} classes; they are assumed to be {listed(names, 40)}, in this order.")
     return names
 
 
 def _text_task(recipe: Recipe, tokenizer: Tokenizer) -> Task:
-    """Plain text in windows that start anywhere: a file, a folder of them, or, without `data`, the standard library's source."""
+    """Plain text in windows that start anywhere: a file, a folder of files, or by default the standard library's source."""
     if recipe.data is None:
         texts = stdlib_source(held_out=False), stdlib_source(held_out=True)
         what = f"Python source of the standard library {sys.version_info.major}.{sys.version_info.minor}"
@@ -127,11 +129,11 @@ def _text_task(recipe: Recipe, tokenizer: Tokenizer) -> Task:
     scored = sum(b.labelled for b in task.held_out)
     task.what = f"{what}: {len(train):,} {unit} to train on, {scored:,} of {len(held_out) - 1:,} held out to measure on"
     task.train = lambda seed: random_windows(train, recipe.window, recipe.batch_size, np.random.default_rng(seed))
-    task.trained_on = {} if recipe.data is None else _trained_on(recipe, drawn=True)
+    task.trained_on = {} if recipe.data is None else _trained_on(recipe, held_out=True)
     return task
 
 
-# ---- to measure ----------------------------------------------------------------------------------------------------------------------
+# ---- to measure on ----------------------------------------------------------------------------------------------------------------------
 
 
 def measuring_task(
@@ -143,20 +145,21 @@ def measuring_task(
     trained_on: dict[str, Any] | None = None,
     sampled: bool = False,
 ) -> Task:
-    """What to measure a model on: `split` ("train", "valid", "test" or "all") of the recipe's data.
+    """The data to measure a model on: `split` ("train", "valid", "test" or "all") of the recipe's data.
 
-    By default: of a folder the test split, or else valid, or else what `finetune` would hold out of train; of a file all of it. The file
-    that the run was trained on, as its run.json says in `trained_on`, is the exception: only what was held out of it is measured.
-    made: the recipe of the run, by whose window and mask that was drawn. sampled: eval_size and eval_bytes hold for any data.
+    Default: of a folder the test split, or else valid, or else what `finetune` would hold out of train; all of a file. Of the file that
+    the run was trained on (`trained_on` of its run.json), only the held-out part is measured by default.
+    made: the recipe of the run, with the window and mask by which that part was drawn. sampled: eval_size and eval_bytes apply to any data.
     Raises ValueError when the split is empty, nothing of the data was held out, or the run's file has changed since.
     """
     if split not in (None, *SPLITS, "all"):
         raise ValueError(f"there is no split {split!r}; choose {', '.join(SPLITS)} or all.")
     trained_on = trained_on or {}
     known = recipe.data is not None and bool(trained_on) and trained_on.get("sha256") == fingerprint(recipe.data, recipe.encoding)
-    own = known or (made is not None and None not in (recipe.data, made.data) and _same_file(str(recipe.data), str(made.data)))
+    paths = [Path(r.data).resolve() for r in (recipe, made) if r is not None and r.data is not None]
+    own = known or (len(paths) == 2 and paths[0] == paths[1])
     changed = (
-        f"{recipe.data} is not as the run read it (its SHA-256 is another), so that what was held out is not known; "
+        f"{recipe.data} is not as the run read it (its SHA-256 is another), so the held-out part is not known; "
         "give other data, or --all to measure on all of it."
     )
     if recipe.kind == "text":
@@ -192,12 +195,8 @@ def measuring_task(
     return _measured(what, examples, recipe, tokenizer, list(labels) if labels and len(labels) > 1 else None)
 
 
-def _same_file(a: str, b: str) -> bool:
-    return Path(a).resolve() == Path(b).resolve()
-
-
 def _text_to_measure(recipe: Recipe, tokenizer: Tokenizer, split: str | None, part: bool, own: bool, sampled: bool) -> Task:
-    """part: only what is held out. own: it is the text that the run was trained on."""
+    """part: measure the held-out part only. own: the text is the one that the run was trained on."""
     if recipe.data is None:
         parts = {"all": (False, True), "train": (False,)}.get(split or "", (True,))
         text, what = np.concatenate([stdlib_source(held_out) for held_out in parts]), "Python source of the standard library"
@@ -226,13 +225,12 @@ def _measured(what: str, examples: Sequence[Example], recipe: Recipe, tokenizer:
 def _measured_text(what: str, tokens: np.ndarray, recipe: Recipe, tokenizer: Tokenizer) -> Task:
     if len(tokens) < 2:
         raise ValueError(f"{recipe.data} has {len(tokens)} token: there is nothing to predict.")
-    assert recipe.eval_bytes is not None
-    batches = list(held_out_windows(tokens, recipe.window, 4, max(1, recipe.eval_bytes // recipe.window)))
+    batches = list(held_out_windows(tokens, recipe.window, 4, max(1, recipe.text_to_measure // recipe.window)))
     return Task(what, _headline(tokenizer), batches, counts={"total_tokens": len(tokens) - 1})
 
 
 def fingerprint(data: str | Path, encoding: str = "utf-8") -> str:
-    """The SHA-256 of what is learnt from: the training split of records, or the text. A copy of a file has the same."""
+    """The SHA-256 of the training data: the training split of records, or the text."""
     raw = read_bytes(split_files(data)["train"]) if is_dataset(data) else read_text(data, encoding).tobytes()
     return hashlib.sha256(raw).hexdigest()
 
@@ -244,20 +242,20 @@ def _dataset(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | None,
 
 
 def _at_most(examples: list[Example], recipe: Recipe) -> list[Example]:
-    """recipe.eval_size of the examples, drawn by the seed, of each class its share."""
+    """recipe.eval_size of the examples, drawn by the seed in proportion to the classes."""
     if recipe.eval_size is None or recipe.eval_size >= len(examples):
         return examples
     return [examples[i] for i in sample(examples, recipe.eval_size, recipe.seed)]
 
 
 def measure(model: Any, task: Task, threads: int = 1) -> dict[str, float]:
-    """{"loss": nats a label, "tokens": how many were read, and the task's own figures} on the held-out batches."""
+    """{"loss": nats a label, "tokens": the number read, and the task's own figures} on the held-out batches."""
     tokens = sum(len(b.ids) for b in task.held_out)
     if not task.held_out[0].per_sequence:
         loss, labelled = evaluate(model, task.held_out, threads)
         result = {"loss": loss, "tokens": tokens, "labelled_tokens": labelled, **task.counts, "perplexity": perplexity(loss)}
         return result | ({"bits_per_byte": loss / math.log(2)} if task.headline == "bits_per_byte" else {})
-    logits = np.concatenate(share_out(model, task.held_out, _logits, threads))
+    logits = np.concatenate(map_batches(model, task.held_out, _logits, threads))
     labels = np.concatenate([b.labels for b in task.held_out])
     read = {"tokens": tokens, "sequences": len(labels), **task.counts}
     if logits.shape[1] == 1:
@@ -272,7 +270,7 @@ def _logits(model: Any, batch: Batch) -> np.ndarray:
 
 
 def tokens_of(text: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """UTF-8 bytes as token ids, with one begin token where the tokenizer puts one; a model of bytes takes them as they are."""
+    """UTF-8 bytes (n,) as token ids, with a begin token if the tokenizer has one. For a model of bytes, the bytes themselves."""
     return text if isinstance(tokenizer, ByteTokenizer) else tokenizer.encode_prompt(text.tobytes().decode("utf-8"))
 
 

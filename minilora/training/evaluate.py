@@ -11,27 +11,27 @@ from threadpoolctl import threadpool_limits
 
 from minilora.backend import get_xp
 from minilora.data.batches import Batch
-from minilora.training.replicas import LanguageModel
 
-Told = TypeVar("Told")
+Result = TypeVar("Result")
 
 
-def evaluate(model: LanguageModel, batches: Iterable[Batch], threads: int = 1) -> tuple[float, int]:
+def evaluate(model: Any, batches: Iterable[Batch], threads: int = 1) -> tuple[float, int]:
     """(mean loss per labelled token in nats, number of labelled tokens). Nothing is saved, dropout is off.
 
-    The batches are shared out over threads; their losses are added in order, so the result does not depend on the threads.
+    Batches are computed in parallel; their losses are added in order, so the result does not depend on the number of threads.
+    Raises ValueError when no token is labelled.
     """
     batches = list(batches)
-    sums = share_out(model, batches, lambda model, b: float(model.loss(b.ids, b.labels, b.offsets, 1, keep=False)[0]), threads)
+    sums = map_batches(model, batches, lambda model, b: float(model.loss(b.ids, b.labels, b.offsets, 1, keep=False)[0]), threads)
     tokens = sum(b.labelled for b in batches)
     if tokens == 0:
         raise ValueError("there is nothing to evaluate: no token is labelled.")
     return sum(sums) / tokens, tokens
 
 
-def share_out(model: LanguageModel, batches: Sequence[Batch], f: Callable[[Any, Batch], Told], threads: int = 1) -> list[Told]:
+def map_batches(model: Any, batches: Sequence[Batch], f: Callable[[Any, Batch], Result], threads: int = 1) -> list[Result]:
     """[f(model, batch) for every batch], in order, with one BLAS thread in each of `threads` threads."""
     if any(get_xp(p.data) is not np for _, p in model.parameters()):
-        threads = 1  # one device: it is parallel enough by itself
+        threads = 1  # one device runs in parallel by itself
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda batch: f(model, batch), batches))

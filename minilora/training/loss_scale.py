@@ -1,7 +1,8 @@
-"""Loss scaling for activations in float16 (arXiv 1710.03740, section 3.2), whose smallest number, 6e-8, is larger than many a gradient.
+"""Loss scaling for float16 activations (arXiv 1710.03740, section 3.2): float16's smallest number, 6e-8, is larger than many gradients.
 
-The loss is multiplied by a power of two before the backward pass and the gradients divided by it after, in float32. It is halved where a
-gradient has overflown, and that step's update left out; after a long run of good steps it is doubled. bfloat16 has float32's range.
+The loss is multiplied by a power of two before the backward pass, and the gradients are divided by it afterwards, in float32. When a
+gradient overflows, that step's update is skipped and the scale halved; after a long run of good steps the scale is doubled. bfloat16
+has the range of float32 and needs no scale.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from minilora.layers import Layer
 
 
 class LossScale:
-    """`value`, which `update` moves after each step; `good` and `left_out` count the steps in a row that were so."""
+    """`value`, which `update` changes after each step. good, left_out: the number of good, or of skipped, steps in a row.
 
-    START, PATIENCE, LIMIT = 2.0**15, 2000, 20  # steps before it is doubled; steps left out in a row that are too many
+    Raises ValueError for a value that is not above 0.
+    """
+
+    START, PATIENCE, LIMIT = 2.0**15, 2000, 20  # initial value; good steps before it is doubled; skipped steps that are too many
 
     def __init__(self, value: float = START, good: int = 0, left_out: int = 0) -> None:
         if not value > 0:
@@ -25,11 +29,11 @@ class LossScale:
 
     @classmethod
     def of(cls, model: Layer) -> LossScale | None:
-        """A new one where the model has activations in float16, else None."""
+        """A new one if the model has float16 activations, else None."""
         return cls() if any(p.data.dtype == np.float16 for _, p in model.parameters()) else None
 
     def update(self, finite: bool) -> None:
-        """After a step whose gradients were finite, or else was left out."""
+        """finite: whether the gradients of the last step were."""
         if not finite:
             self.value, self.good, self.left_out = self.value / 2, 0, self.left_out + 1
             return
@@ -39,13 +43,9 @@ class LossScale:
 
     @property
     def lost(self) -> bool:
-        """Have so many steps been left out that it is not the scale?"""
+        """Whether so many steps were skipped that the scale cannot be the cause."""
         return self.left_out >= self.LIMIT
 
     def state(self) -> dict[str, Any]:
-        """What `from_state` takes: a run that goes on from there takes the same steps."""
+        """The arguments of a LossScale that continues from here."""
         return {"value": self.value, "good": self.good, "left_out": self.left_out}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> LossScale:
-        return cls(**state)

@@ -1,4 +1,4 @@
-"""Memory has run out: how large a batch would have fit?"""
+"""Out of memory: the size of batch that would have fitted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from minilora.backend import backend_name, import_cupy
 from minilora.data.batches import Batch
 
 
+def advice(model: Any, batch: Batch, tokens_flag: str, recompute: bool) -> str:
+    """The flags with which a batch fits, as part of an error message. tokens_flag: that for tokens a batch, "" if sequences are counted."""
+    n, fit = len(batch.offsets) - 1, sequences_that_fit(model, batch)
+    size = f"{tokens_flag} {int(batch.offsets[fit])}" if tokens_flag else f"--batch-size {fit}"
+    text = f"{fit} of a batch's {n} sequences fit: {size}" if fit else f"not one of {n} sequences fits: use a shorter --window"
+    return text + ("" if recompute else ", or --recompute")
+
+
 def sequences_that_fit(model: Any, batch: Batch) -> int:
-    """The most sequences of the batch, halved again and again, that a forward and backward pass has room for; 0: not even one."""
+    """The most sequences of the batch, found by halving, whose forward and backward pass fits into memory; 0 if not even one does."""
     n, backend = len(batch.offsets) - 1, backend_name(next(p for _, p in model.parameters() if p.trainable).data)
     while n := n // 2:
         if backend == "cupy":
-            import_cupy().get_default_memory_pool().free_all_blocks()  # what the pool holds, but nobody uses
+            import_cupy().get_default_memory_pool().free_all_blocks()  # held by the pool, but unused
         part = batch.first(n)
         try:
             if part.labelled:

@@ -1,6 +1,6 @@
-"""How good predictions are. Class ids are integers from 0; all arrays (n,) on the host. Values and edge cases as in scikit-learn.
+"""Metrics of predictions. Class ids are integers from 0; all arrays (n,) on the host. Values and edge cases as in scikit-learn.
 
-From the confusion matrix C, C[i, j] = how many of class i were called j:   t_i = sum_j C_ij (true)   p_j = sum_i C_ij (called)
+With the confusion matrix C, C[i, j] = the number of class i predicted as j:   t_i = sum_j C_ij (true)   p_j = sum_i C_ij (predicted)
 """
 
 from __future__ import annotations
@@ -61,12 +61,6 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
     return float(x @ y / math.sqrt((x @ x) * (y @ y)))
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's correlation of the ranks; equal values share the mean of their ranks."""
-    _check(x, y)
-    return pearson(_ranks(x), _ranks(y))
-
-
 def perplexity(loss: float) -> float:
     """exp(loss), the loss being the mean over tokens in nats; inf where that overflows."""
     return math.exp(loss) if loss < 709 else math.inf if loss == loss else math.nan
@@ -83,14 +77,8 @@ def classification_metrics(predicted: np.ndarray, labels: np.ndarray, n_classes:
     }
 
 
-def _ranks(x: np.ndarray) -> np.ndarray:
-    _, which, count = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return ((last - count + last - 1) / 2)[which]
-
-
 def _check(predicted: np.ndarray, labels: np.ndarray) -> None:
     if predicted.shape != labels.shape or predicted.ndim != 1:
-        raise ValueError(f"metrics: predictions have shape {predicted.shape}, labels {labels.shape}; wanted the same (n,).")
+        raise ValueError(f"metrics: predictions have shape {predicted.shape}, labels {labels.shape}; expected the same (n,).")
     if len(labels) == 0:
-        raise ValueError("metrics: there is nothing to measure, no prediction was given.")
+        raise ValueError("metrics: there are no predictions to measure.")

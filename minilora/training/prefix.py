@@ -1,7 +1,7 @@
-"""What frozen blocks give is the same in every epoch: it is computed once for each sequence, and kept.
+"""A cache for the outputs of frozen blocks: they are the same in every epoch, so each sequence is computed once.
 
-With adapters in the top 2 of 6 blocks, an epoch from the second on costs a third of the first. Dropout is off in frozen blocks, so
-nothing is lost; a sequence whose blocks ran in another batch differs by rounding alone.
+With adapters in the top 2 of 6 blocks, every epoch after the first costs a third of it. Dropout is off in frozen blocks, so the
+result is the same; outputs computed in another batch differ by rounding only.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ IN_MEMORY = 2**30  # bytes; beyond it, what is kept goes into a file
 
 
 class PrefixCache:
-    """`cache(model, batch)` is model.prefix(batch.ids, batch.offsets), where each sequence is computed once.
+    """`cache(model, batch)` is model.prefix(batch.ids, batch.offsets), with each sequence computed once.
 
-    Up to `limit` bytes stay in memory, or on the device. What comes after goes, on NumPy, into a file in `folder` (default: the
-    system's temporary one) that is mapped, and removed with the cache; on CuPy it is computed again. Raises OSError, naming the
-    sizes, when the file does not fit on the disk.
+    Up to `limit` bytes stay in memory, or on the device. Beyond that, NumPy writes to a memory-mapped file in `folder` (default: the
+    system's temporary folder), removed with the cache; CuPy computes again. Raises OSError when the file does not fit on the disk,
+    and ValueError for a model with another number of frozen blocks.
     """
 
     def __init__(self, limit: int = IN_MEMORY, folder: str | Path | None = None) -> None:
@@ -40,7 +40,7 @@ class PrefixCache:
         self._lock = threading.Lock()
 
     def __call__(self, model: Any, batch: Batch) -> Prefix | None:
-        """Threads may ask at once; a sequence that two of them have is computed twice, and kept once."""
+        """Thread-safe: a sequence that two threads have at the same time is computed twice, and kept once."""
         bounds = [(int(a), int(b)) for a, b in pairwise(batch.offsets)]
         keys = [batch.ids[a:b].tobytes() for a, b in bounds]
         new = [i for i, key in enumerate(keys) if key not in self.kept]
@@ -53,7 +53,9 @@ class PrefixCache:
             if prefix is None:
                 return None
             if self.kept and prefix.blocks != self.blocks:
-                raise ValueError(f"this cache is of {self.blocks} frozen blocks, the model has {prefix.blocks}; take a cache of its own.")
+                raise ValueError(
+                    f"this cache holds outputs of {self.blocks} frozen blocks, the model has {prefix.blocks}; use another cache."
+                )
             self.blocks, x = prefix
             for i, a, b in zip(new, offsets[:-1], offsets[1:], strict=True):
                 found[keys[i]] = x[a:b]
@@ -62,7 +64,7 @@ class PrefixCache:
         return Prefix(self.blocks, get_xp(rows[0]).concatenate(rows))
 
     def _keep(self, key: bytes, x: Array) -> None:
-        with self._lock:  # one place in the file, and one count of bytes, for each sequence
+        with self._lock:  # each sequence is stored and counted once
             if key in self.kept:
                 return
             if self.bytes + x.nbytes <= self.limit:
@@ -78,8 +80,8 @@ class PrefixCache:
         free = shutil.disk_usage(self.folder).free
         if x.nbytes > free:
             raise OSError(
-                f"what the frozen blocks give has filled {self.bytes / 1e9:.1f} GB, and {self.folder} has no room for more; "
-                "go on without it (--no-cache), or set TMPDIR to a larger disk."
+                f"the outputs of frozen blocks fill {self.bytes / 1e9:.1f} GB, and {self.folder} has no room for more; "
+                "run with --no-cache, or set TMPDIR to a larger disk."
             )
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self.folder, prefix="minilora-")  # noqa: SIM115  (lives as long as the cache)
@@ -87,6 +89,6 @@ class PrefixCache:
         start = self._file.seek(0, 2)
         start += -start % 64  # aligned for every dtype
         self._file.seek(start)
-        self._file.write(np.ascontiguousarray(x).view(np.uint8).data)  # as bytes: of bfloat16 NumPy gives no others
+        self._file.write(np.ascontiguousarray(x).view(np.uint8).data)  # as bytes: NumPy has no other buffer for bfloat16
         self._file.flush()
         return np.memmap(self._file, x.dtype, "r", start, x.shape)

@@ -44,7 +44,7 @@ def options(kind: str) -> dict[str, dict]:
     """{what is tried: fields of LoraConfig, for PEFT's and ours alike} for a kind of model."""
     blocks, q, up, norm, part, whole = NAMES[kind]
     usual = {"r": 2, "lora_alpha": 8, "task_type": TASK[kind], "target_modules": [q, up], "fan_in_fan_out": kind == "gpt2"}
-    told = {
+    result = {
         "names": {},
         "all linear layers": {"target_modules": "all-linear", "r": 3},
         "expression, rsLoRA": {"target_modules": rf".*\.{blocks}\.1\..*({q}|{up})", "use_rslora": True, "lora_alpha": 3},
@@ -74,25 +74,25 @@ def options(kind: str) -> dict[str, dict]:
         "DoRA, rsLoRA, patterns, bias": {"use_dora": True, "use_rslora": True, "rank_pattern": {q: 4}, "bias": "lora_only"},
         "no task": {"task_type": None},
     }
-    told["embedding adapted"] = {"target_modules": [EMBEDDING[kind], q], "r": 3}
+    result["embedding adapted"] = {"target_modules": [EMBEDDING[kind], q], "r": 3}
     if kind == "bert":
-        told["no task, all linear layers"] = {"task_type": None, "target_modules": "all-linear"}
-        told["the head by name"] = {"task_type": None, "modules_to_save": ["classifier"], "target_modules": "all-linear"}
-        told["pooler whole, bias all"] = {"modules_to_save": ["pooler"], "bias": "all"}
-        told["pooler adapted, embeddings whole"] = {"target_modules": ["pooler.dense"], "modules_to_save": ["word_embeddings"]}
-        told["a query whole, by half its name"] = {"modules_to_save": ["elf.query"], "target_modules": ["key"]}
+        result["no task, all linear layers"] = {"task_type": None, "target_modules": "all-linear"}
+        result["the head by name"] = {"task_type": None, "modules_to_save": ["classifier"], "target_modules": "all-linear"}
+        result["pooler whole, bias all"] = {"modules_to_save": ["pooler"], "bias": "all"}
+        result["pooler adapted, embeddings whole"] = {"target_modules": ["pooler.dense"], "modules_to_save": ["word_embeddings"]}
+        result["a query whole, by half its name"] = {"modules_to_save": ["elf.query"], "target_modules": ["key"]}
     if kind == "llama":
-        told["embeddings and head whole"] = {"modules_to_save": ["embed_tokens", "lm_head"]}
-        told["head adapted"] = {"target_modules": [q, "lm_head"]}
-        told["norms by half their name"] = {"modules_to_save": ["layernorm"]}
+        result["embeddings and head whole"] = {"modules_to_save": ["embed_tokens", "lm_head"]}
+        result["head adapted"] = {"target_modules": [q, "lm_head"]}
+        result["norms by half their name"] = {"modules_to_save": ["layernorm"]}
     if kind == "gpt2":
-        told["positions whole"] = {"modules_to_save": ["wpe"]}
+        result["positions whole"] = {"modules_to_save": ["wpe"]}
     if kind == "tied llama":
-        told = {
-            what: told[what]
+        result = {
+            what: result[what]
             for what in ("names", "all linear layers", "bias all, a norm whole", "modules with linear layers whole", "embedding adapted")
         }
-    return {what: usual | fields for what, fields in told.items()}
+    return {what: usual | fields for what, fields in result.items()}
 
 
 def slug(what: str) -> str:
@@ -153,7 +153,7 @@ def losses(model, optimizer=None) -> np.ndarray:
     import torch
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, told = optimizer or torch.optim.AdamW(trained, **ADAMW), []
+    optimizer, result = optimizer or torch.optim.AdamW(trained, **ADAMW), []
     for ids, labels in zip(torch.from_numpy(IDS), torch.from_numpy(LABELS), strict=True):
         out = quietly(model, input_ids=ids).logits
         if out.ndim == 3:  # the next token
@@ -162,8 +162,8 @@ def losses(model, optimizer=None) -> np.ndarray:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        told.append(loss.item())
-    return np.array(told)
+        result.append(loss.item())
+    return np.array(result)
 
 
 def main() -> None:

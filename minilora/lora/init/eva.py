@@ -1,10 +1,10 @@
-"""EVA: A begins as the directions in which a layer's inputs vary most, and ranks go where they explain most (arXiv 2410.07170).
+"""EVA: A is initialised with the directions in which a layer's inputs vary most, and ranks go where they explain most (arXiv 2410.07170).
 
     C = sum_t (x_t - mean)(x_t - mean)^T = V diag(S^2) V^T,   A = V_r,   B = 0        explained by direction i: S_i^2 / sum_j S_j^2
 
-All directions of all layers are ranked by what they explain; the best as many as the ranks add up to are taken, at most rho r in
-one layer, and a layer that gets none is not adapted. PEFT finds V by an incremental SVD that stops when it has converged; here C is summed
-over everything that train_step feeds, and V is exact.
+All directions of all layers are ranked by what they explain. As many of the best are taken as the ranks add up to, at most rho r in one
+layer; a layer without any is not adapted. PEFT finds V by an incremental SVD that stops when it has converged; here C is summed over
+everything that train_step runs on, and V is exact.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import numpy as np
 
 from minilora.backend import Array, get_xp, to_numpy
 from minilora.layers import Layer
-from minilora.lora.config import LoraConfig
 from minilora.lora.init.watch import Watched, watching
 from minilora.quantization.residual import dense
 
 
 class Inputs(Watched):
-    """Sums x^T x and x over the inputs that a Linear gets."""
+    """A Linear that sums x^T x and x over its inputs."""
 
     every_row = True
     tokens = 0
@@ -38,7 +37,7 @@ class Inputs(Watched):
         return super().forward(x, keep, need_dx)
 
     def directions(self, path: str, r: int) -> tuple[Array, np.ndarray, np.ndarray]:
-        """V (in, all) with the most important columns first, S^2, and the share of each that it explains."""
+        """V (in, all) with the most important columns first, S^2, and the share that each explains."""
         if min(self.tokens - 1, self.in_features) < r:
             raise ValueError(f"eva: train_step has shown {path} {self.tokens} tokens; rank {r} needs at least {r + 1}.")
         C = self.squares - self.sums[:, None] * (self.sums / self.tokens)
@@ -50,43 +49,42 @@ class Inputs(Watched):
 def eva(
     model: Layer,
     targets: dict[str, Any],
-    config: LoraConfig,
+    config: Any,
     train_step: Callable[[], Any],
     *,
     rho: float = 2.0,
     whiten: bool = False,
     adjust_scaling_factors: bool = True,
-) -> tuple[LoraConfig, dict[str, Any]]:
-    """The configuration with the ranks that were found, and the initial values of the layers that have any.
+) -> tuple[Any, dict[str, Any]]:
+    """The configuration with the ranks that were found, and an initialiser for each layer that has any.
 
-    rho                      the largest rank of a layer, in parts of what the configuration says; 1 leaves the ranks alone
+    rho                      the largest rank of a layer, relative to the configured one; 1 leaves the ranks unchanged
     whiten                   divide each direction by the root of its singular value
-    adjust_scaling_factors   scale alpha with a layer's rank, so that alpha / r stays
+    adjust_scaling_factors   scale alpha with a layer's rank, so that alpha / r is unchanged
     Raises ValueError when rho is below 1, or when a layer saw too few tokens for its rank.
     """
     if not rho >= 1:
         raise ValueError(f"eva: rho is {rho}; it must be at least 1.")
     with watching(model, targets, Inputs) as watchers:
         train_step()
-    asked = {path: config.rank_of(path) for path in targets}
-    found = {path: watcher.directions(path, asked[path]) for path, watcher in watchers.items()}
-    best = sorted(
-        ((share, path) for path, (_, _, shares) in found.items() for share in shares[: round(rho * asked[path])]), key=lambda s: -s[0]
-    )
-    taken = [path for _, path in best[: sum(asked.values())]]
+    requested = {path: config.rank_of(path) for path in targets}
+    found = {path: watcher.directions(path, requested[path]) for path, watcher in watchers.items()}
+    shares = ((share, path) for path, (_, _, explained) in found.items() for share in explained[: round(rho * requested[path])])
+    best = sorted(shares, key=lambda item: -item[0])
+    taken = [path for _, path in best[: sum(requested.values())]]
     ranks = {path: taken.count(path) for path in targets if path in taken}
 
-    def start(layer: Any, rng: np.random.Generator, path: str) -> tuple[Array, Array]:
+    def initial(layer: Any, rng: np.random.Generator, path: str) -> tuple[Array, Array]:
         V, squares, _ = found[path]
         xp, r = get_xp(V), layer.r
         A = V[:, :r] / xp.asarray(squares[:r] ** 0.25, dtype=V.dtype) if whiten else V[:, :r]
         return A, xp.zeros((r, layer.out_features), dtype=V.dtype)
 
-    if ranks != asked:
-        alphas = {path: config.alpha_of(path) * (r / asked[path] if adjust_scaling_factors else 1) for path, r in ranks.items()}
+    if ranks != requested:
+        alphas = {path: config.alpha_of(path) * (r / requested[path] if adjust_scaling_factors else 1) for path, r in ranks.items()}
         config = config.only(
             ranks,
             rank_pattern={path: r for path, r in ranks.items() if r != config.r},
             alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
         )
-    return config, {path: partial(start, path=path) for path in ranks}
+    return config, {path: partial(initial, path=path) for path in ranks}

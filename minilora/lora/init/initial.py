@@ -1,4 +1,4 @@
-"""Initial values that look at nothing but shapes."""
+"""Initialisers that depend on shapes alone."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from minilora.layers.linear import uniform
 
 
 def kaiming(layer: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The usual start: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0. The adapted layer begins as the base layer; A gets its first
-    gradient at the second step."""
+    """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, the usual choice: the adapted layer first computes what the base layer does.
+
+    A gets its first gradient at the second step."""
     return uniform(rng, (layer.in_features, layer.r), 1 / math.sqrt(layer.in_features), "float64"), np.zeros((layer.r, layer.out_features))
 
 
 def both_uniform(layer: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A and B Kaiming-uniform: the adapted layer begins elsewhere than the base layer. PEFT has it for tests."""
+    """A and B Kaiming-uniform: the adapted layer differs from the base layer at once. PEFT has it for tests."""
     r, m, n = layer.r, layer.in_features, layer.out_features
     return uniform(rng, (m, r), 1 / math.sqrt(m), "float64"), uniform(rng, (r, n), 1 / math.sqrt(r), "float64")
 
@@ -27,7 +28,6 @@ def gaussian(layer: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
     return rng.normal(0, 1 / layer.r, (layer.in_features, layer.r)), np.zeros((layer.r, layer.out_features))
 
 
-def seed(layer: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A, B ~ N(0, 1), as in the sample this project began with. This adds s A B of about s sqrt(r) a weight: at once, and far more
-    than W itself."""
+def normal(layer: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A, B ~ N(0, 1), as in the sample this project grew from. s A B then adds about s sqrt(r) to each weight, far more than W itself."""
     return rng.normal(0, 1, (layer.in_features, layer.r)), rng.normal(0, 1, (layer.r, layer.out_features))

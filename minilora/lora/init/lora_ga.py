@@ -1,8 +1,8 @@
-"""LoRA-GA: begin so that the first step goes where full fine-tuning would go (arXiv 2407.05000).
+"""LoRA-GA: initialise so that the first step goes where full fine-tuning would go (arXiv 2407.05000).
 
-    G = dW of a first batch = U S V^T,   A from r columns of U,   B from r other rows of diag(S) V^T,   and s A B is taken off W
+    G = dW of a first batch = U S V^T,   A from r columns of U,   B from r other rows of diag(S) V^T,   and s A B is subtracted from W
 
-This is the one moment at which x^T dy is formed for every adapted layer: as much memory as their weights take.
+Only here is x^T dy formed for every adapted layer: it takes as much memory as their weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 
 from minilora.backend import Array, get_xp
 from minilora.layers import Layer
-from minilora.lora.config import LoraConfig
 from minilora.lora.init.watch import Watched, watching
 from minilora.quantization.residual import Offset, dense
 
@@ -26,20 +25,20 @@ SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 def lora_ga(
     model: Layer,
     targets: dict[str, Any],
-    config: LoraConfig,
+    config: Any,
     train_step: Callable[[], Any],
     *,
     direction: str = "ArB2r",
     scale: str = "stable",
     stable_gamma: float = 16,
-) -> tuple[LoraConfig, dict[str, Any]]:
-    """The configuration, and the initial values of every target, from the mean gradient of the backward passes of train_step.
+) -> tuple[Any, dict[str, Any]]:
+    """The configuration, and an initialiser for every target, from the mean gradient of the backward passes of train_step.
 
-    direction   which of the first 2 r singular vectors A and B get: "ArB2r" the first and the second r, "A2rBr" the other way round,
+    direction   which of the first 2 r singular vectors A and B get: "ArB2r" the first and the second r, "A2rBr" the reverse,
                 "ArBr" A the second, fourth, ..., B the first, third, ..., "random" the same r for both
     scale       "stable": B times out^(1/4) / sqrt(stable_gamma). "weight_svd": B so that its largest singular value is W's.
                 "gd_scale": both divided by the scaling. "unit": as they are
-    Raises ValueError for a value that is not there, when train_step runs no backward, or when 2 r is beyond min(in, out).
+    Raises ValueError for an unknown value, when train_step runs no backward, or when 2 r is beyond min(in, out).
     """
     for name, value, known in (("direction", direction, DIRECTIONS), ("scale", scale, SCALES)):
         if value not in known:
@@ -53,11 +52,11 @@ def lora_ga(
             raise ValueError(f"lora_ga: train_step has left no gradient for {idle}; it must run the model forward and backward.")
         gradients = {path: dense(watcher.weight.grad) / watcher.calls for path, watcher in watchers.items()}
     return config, {
-        path: partial(_start, G=G, path=path, direction=direction, scale=scale, gamma=stable_gamma) for path, G in gradients.items()
+        path: partial(_initial, G=G, path=path, direction=direction, scale=scale, gamma=stable_gamma) for path, G in gradients.items()
     }
 
 
-def _start(layer: Any, rng: np.random.Generator, G: Array, path: str, direction: str, scale: str, gamma: float) -> tuple[Array, Array]:
+def _initial(layer: Any, rng: np.random.Generator, G: Array, path: str, direction: str, scale: str, gamma: float) -> tuple[Array, Array]:
     r, s, xp = layer.r, layer.scaling, get_xp(G)
     if 2 * r > min(G.shape):
         raise ValueError(f"lora_ga: rank {r} needs {2 * r} singular vectors, {path} has a gradient of {G.shape[0]} x {G.shape[1]}.")
@@ -73,5 +72,5 @@ def _start(layer: Any, rng: np.random.Generator, G: Array, path: str, direction:
         B = B * (xp.linalg.svd(dense(layer.weight.data), compute_uv=False)[0] / S[of_B][0])
     elif scale == "gd_scale":
         A, B = A / s, B / s
-    layer.start = Offset(A, B, s)
+    layer.offset = Offset(A, B, s)
     return A, B

@@ -1,8 +1,8 @@
-"""Orthogonal start: A and B are both random and not zero, and yet A B is (datta0, "Rethink LoRA initialisation"; PEFT's "orthogonal").
+"""Orthogonal: A and B are both random and not zero, but A B is zero (datta0, "Rethink LoRA initialisation"; PEFT's "orthogonal").
 
     Q (r, r) orthonormal,   A = R_1 Q_even / 10,   B = Q_odd^T R_2 / 10,   R_1 (m, r / 2) and R_2 (r / 2, n) ~ N(0, 1)
 
-Q_even are the rows 0, 2, ..., Q_odd the rows between: Q_even Q_odd^T = 0. So both factors have a gradient from the first step on.
+Q_even are the rows 0, 2, ..., Q_odd the rows between: Q_even Q_odd^T = 0. So both factors have a gradient at the first step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""PiSSA: begin with the principal part of the weight (arXiv 2404.02948).
+"""PiSSA: initialise with the principal part of the weight (arXiv 2404.02948).
 
-    W = U S V^T,   A = U_r sqrt(S_r / s),   B = sqrt(S_r / s) V_r^T,   and s A B is taken off W
+    W = U S V^T,   A = U_r sqrt(S_r / s),   B = sqrt(S_r / s) V_r^T,   and s A B is subtracted from W
 
-What is trained are the directions in which W is largest; what is frozen is the rest.
+The directions in which W is largest are trained; the rest is frozen.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, get_xp, to_backend
+from minilora.lora.adapted import check_float32
 from minilora.lora.factorization import factorize
 from minilora.quantization.residual import Offset, dense
 
 
 def pissa(layer: Any, rng: np.random.Generator, *, niter: int | None = None) -> tuple[Array, Array]:
-    """A and B of `layer`, and layer.start. niter: so many subspace iterations in place of the whole decomposition.
+    """A and B of `layer`; sets layer.offset. niter: the number of subspace iterations, in place of a full decomposition.
 
-    "pissa_niter_4" is much cheaper for a large weight, and about as good. Raises ValueError where r is beyond min(in, out).
+    "pissa_niter_4" is much cheaper for a large weight, and about as good. Raises ValueError for r beyond min(in, out), or half-precision
+    weights.
     """
+    check_float32(layer.weight.data, "init_lora_weights='pissa'")
     W, s = dense(layer.weight.data), layer.scaling
     A, B = factorize(W / s, layer.r) if niter is None else approximate(W / s, layer.r, niter, rng)
-    layer.start = Offset(A, B, s)
+    layer.offset = Offset(A, B, s)
     return A, B
 
 

@@ -1,4 +1,4 @@
-"""Watching layers at work: what initial values from data (EVA, LoRA-GA) look at."""
+"""Layers that watch their inputs and gradients, for the initialisers that read data (EVA, LoRA-GA)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minilora.layers import Layer, Linear
 
 
 class Watched(Linear):
-    """Stands in for a Linear, with its parameters, and counts how often it was run backward."""
+    """A Linear with the parameters of another one, which counts its backward passes."""
 
     def __init__(self, base: Linear) -> None:
         self.weight, self.bias, self.calls = base.weight, base.bias, 0
@@ -22,17 +22,15 @@ class Watched(Linear):
 
 @contextmanager
 def watching(model: Layer, targets: dict[str, Any], kind: Callable[[Any], Any]) -> Iterator[dict[str, Any]]:
-    """{path: kind(layer)}, each in the place of the layer of `targets` that is at this path until the end. Gradients are then gone."""
-    from minilora.lora.injection import replace_module
-
+    """{path: kind(layer)} for the layers of `targets`, each in place of its layer inside the `with`. Clears all gradients."""
     watchers = {path: kind(layer) for path, layer in targets.items()}
     trained = [(p, p.trainable) for _, p in model.parameters()]
     try:
         for path, watcher in watchers.items():
-            replace_module(model, path, watcher)
+            model.replace(path, watcher)
         yield watchers
     finally:
         for path, layer in targets.items():
-            replace_module(model, path, layer)
+            model.replace(path, layer)
         for p, trainable in trained:
             p.grad, p.trainable = None, trainable

@@ -1,10 +1,10 @@
-"""DoRA: LoRA for the direction of each column of a weight, a number for its length (arXiv 2402.09353).
+"""DoRA: LoRA for the direction of each column of a weight, a number for its magnitude (arXiv 2402.09353).
 
-    V = W + s A B,   c_j = ||column j of V||,   y = (x V) m / c + b        m (n,) starts at ||column j of W||
+    V = W + s A B,   c_j = ||column j of V||,   y = (x V) m / c + b        initially m_j = ||column j of W||
 
-c follows A and B. The paper (section 4.3) and PEFT treat it as a constant in backward, which is cheaper and no longer the gradient of
-what is computed: finite differences disagree by design. Here it is one pair of functions more, left out with use_dora=True and
-called with use_dora="exact". Neither ever holds an array of W's size.
+c depends on A and B. The paper (section 4.3) and PEFT treat it as a constant in backward, which is cheaper but not the gradient of what is
+computed: finite differences disagree by design. Here use_dora=True does the same, and use_dora="exact" adds the gradient of c. Neither ever
+holds an array of W's size.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 from minilora import kernels as K
 from minilora.backend import Array, Rng, get_xp
-from minilora.layers import Linear, Parameter, Saved
-from minilora.lora import LoraConfig, LoRALinear
+from minilora.layers import Linear, Parameter
+from minilora.lora.adapted import check_float32
+from minilora.lora.layer import LoRALinear
 from minilora.quantization.residual import column_squares, dense
 
 
@@ -96,25 +97,26 @@ def dora_linear_backward(
 
 
 class DoRALinear(LoRALinear):
-    """LoRALinear with the columns of W + scaling A B scaled to the lengths `lora_magnitude_vector` (n,); see above.
+    """LoRALinear whose columns of W + scaling A B have the magnitudes `lora_magnitude_vector` (n,); see above.
 
     exact: with the gradient of the column norms, too. Saved: x, z and u as far as needed, c, and if exact A^T V.
-    Raises ValueError when a column of the weight is zero: it has no direction.
+    Raises ValueError for half-precision weights, and when a column of the weight is zero: it has no direction.
     """
 
     trains = ("lora_A", "lora_B", "lora_magnitude_vector")
 
     def __init__(self, base: Linear, *args: Any, exact: bool = False, rng: Rng = None, dtype: Any = None, **kwargs: Any) -> None:
+        check_float32(base.weight.data, "DoRA")
         super().__init__(base, *args, rng=rng, dtype=dtype, **kwargs)
         self.exact = exact
-        self.squares: tuple[Array, Array] | None = None
+        self.squares: tuple[Array, Array] | None = None  # the weight, and the squares of its columns' norms
         c, _ = self.norms()
         if not bool((c > 0).all()):
             raise ValueError("DoRA: a column of the weight is zero, so that it has no direction; leave this layer out.")
         self.lora_magnitude_vector = Parameter(c.astype(self.lora_A.data.dtype))
 
     @classmethod
-    def of(cls, base: Linear, config: LoraConfig, path: str, init: Any, **options: Any) -> LoRALinear:
+    def of(cls, base: Linear, config: Any, path: str, init: Any, **options: Any) -> LoRALinear:
         return super().of(base, config, path, init, exact=config.use_dora == "exact", **options)
 
     def norms(self) -> tuple[Array, Array]:
@@ -125,35 +127,23 @@ class DoRALinear(LoRALinear):
         return column_norms(W, self.lora_A.data, self.lora_B.data, self.scaling, self.squares[1])
 
     def delta(self) -> Array:
-        """What the weight is changed by: V m / c - W."""
+        """V m / c - W, in the shape of the weight."""
         W = dense(self.weight.data)
         return (W + super().delta()) * (self.lora_magnitude_vector.data / self.norms()[0]) - W
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
-        if self.alone(keep) is not None:
-            return super().forward(x, keep, need_dx)
-        b = None if self.bias is None else self.bias.data
-        A, B, m = self.lora_A, self.lora_B, self.lora_magnitude_vector
-        key = self.dropout.next_key() if keep and self.dropout.p > 0 else None
+    def adapted_forward(self, x: Array, b: Array | None, keep: bool) -> tuple[Array, tuple[Any, ...]]:
+        A, B, m, key = self.lora_A, self.lora_B, self.lora_magnitude_vector, self.next_key(keep)
         c, AtV = self.norms()
-        y, z, u = dora_linear(x, self.W, b, A.data, B.data, m.data, c, self.scaling, self._mask(x, key))
-        if not keep:
-            return y, None
+        y, z, u = dora_linear(x, self.W, b, A.data, B.data, m.data, c, self.scaling, self.mask(x, key))
         moves = self.exact and (A.trainable or B.trainable)
         x, z = x if A.trainable else None, z if B.trainable else z._replace(value=None)
-        u, AtV = u if m.trainable or moves else None, AtV if moves else None
-        return y, self.save(need_dx, None, x, z, u, c, AtV, key)
+        return y, (x, z, u if m.trainable or moves else None, c, AtV if moves else None, key)
 
-    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        merged, *values = self.load(saved, need_dx)
-        if merged is not None:
-            return super().backward(dy, saved, need_dx)
-        if self.bias is not None and self.bias.trainable:
-            self.bias.add_grad(K.upcast(dy).sum(axis=0))
-        x, z, u, c, AtV, key = values
+    def adapted_backward(self, dy: Array, saved: list[Any], need_dx: bool) -> Array | None:
+        x, z, u, c, AtV, key = saved
         A, B, m, s = self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling
-        wanted = {"dx": need_dx, "dA": A.trainable, "dB": B.trainable, "dm": m.trainable, "dc": AtV is not None}
-        need, mask = {name for name, yes in wanted.items() if yes}, self._mask(dy, key)
+        needed = {"dx": need_dx, "dA": A.trainable, "dB": B.trainable, "dm": m.trainable, "dc": AtV is not None}
+        need, mask = {name for name, yes in needed.items() if yes}, self.mask(dy, key)
         dx, dA, dB, dm, dc = dora_linear_backward(dy, x, z, u, self.W, A.data, B.data, m.data, c, s, mask, need)  # y = u m / c + b
         if dc is not None:
             more = column_norms_backward(dc, c, AtV, self.W, A.data, B.data, s)  # c = ||W + s A B||

@@ -1,22 +1,21 @@
-"""LoRA beside an embedding: a table of V x r and a small matrix (arXiv 2106.09685, section 4.1, for a product with one-hot rows).
+"""LoRA for an embedding: a table of V x r and a small matrix (arXiv 2106.09685, section 4.1, for a product with one-hot rows).
 
     y_t = E[ids_t] + s A[ids_t] B
 
-An embedding is a product with one-hot rows, so this is `lora_linear` with x A read instead of multiplied. A starts at zero and B at
-N(0, 1), as in PEFT: the other way round than beside a Linear, so that a token that is never read never changes.
+An embedding is a product with one-hot rows, so this is `lora_linear` with x A read instead of multiplied. Initially A is zero and
+B ~ N(0, 1), as in PEFT: the reverse of LoRA for a Linear, so that a token that is never read never changes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any
 
 from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, backend_name, generator, to_backend
 from minilora.layers import Embedding, Parameter, Saved
-from minilora.lora.adapted import Adapted
-from minilora.lora.config import LoraConfig
+from minilora.lora.adapted import Adapted, check_float32
+from minilora.lora.layer import scaling
 
 
 def lora_embedding(ids: Array, E: Array, A: Array, B: Array, s: float) -> tuple[Array, Array]:
@@ -53,9 +52,8 @@ def lora_embedding_backward(
 class LoRAEmbedding(Adapted, Embedding):
     """y_t = weight[ids_t] + scaling lora_embedding_A[ids_t] lora_embedding_B,   A (num_embeddings, r), B (r, embedding_dim).
 
-    Takes over the table of `base` and freezes it. Saved: ids if A is trained, u if B is. A head that is tied to the table keeps the
-    table: the adapter belongs to what is read. Raises ValueError for a rank below 1, or an init other than True, "gaussian" or False
-    (both N(0, 1)).
+    Takes over the table of `base` and freezes it. Saved: ids if A is trained, u if B is. A head that is tied to the table uses the table
+    alone. Raises ValueError for a rank below 1, half precision, or an init other than True, "gaussian" and False (both normal).
     """
 
     trains = ("lora_embedding_A", "lora_embedding_B")
@@ -67,6 +65,7 @@ class LoRAEmbedding(Adapted, Embedding):
             raise ValueError(f"LoRAEmbedding: rank {r} must be at least 1.")
         if init not in (True, False, "gaussian"):
             raise ValueError(f"LoRAEmbedding: init is {init!r}; choose True, 'gaussian' or False for an embedding.")
+        check_float32(base.weight.data, "LoRA on an embedding")
         self.weight, self.padding_idx, rng = base.weight, base.padding_idx, generator(rng)
         self.weight.trainable = False
         self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
@@ -75,13 +74,15 @@ class LoRAEmbedding(Adapted, Embedding):
         self.lora_embedding_A, self.lora_embedding_B = (Parameter(to_backend(value, home, dtype)) for value in (A, B))
 
     @classmethod
-    def of(cls, base: Embedding, config: LoraConfig, path: str, init: Any, rng: Rng = None) -> LoRAEmbedding:
-        """The layer that `config` asks for at `path`."""
+    def of(cls, base: Embedding, config: Any, path: str, init: Any, rng: Rng = None) -> LoRAEmbedding:
+        """The layer for `path` of a model, by a LoraConfig."""
+        if config.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(f"init_lora_weights={config.init_lora_weights!r} is for linear layers; {path} is of type Embedding.")
         return cls(base, config.rank_of(path), config.alpha_of(path), config.use_rslora, config.init_lora_weights, rng)
 
     @property
     def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return scaling(self.alpha, self.r, self.use_rslora)
 
     def delta(self) -> Array:
         """scaling A B, (num_embeddings, embedding_dim)."""

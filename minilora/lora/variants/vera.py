@@ -2,14 +2,14 @@
 
     y = x W + b + lambda_b * ((lambda_d * (x A)) B)        lambda_d (r,), lambda_b (out,); * is element by element
 
-All layers read the same two matrices, each as many rows of A and columns of B as it has features. They are drawn from a key, as PEFT draws
-them, so that a file may leave them out. What is trained starts at d_initial and at zero: the model begins as it was.
+All layers read the same two matrices, each as many rows of A and columns of B as it has features. They are drawn from a seed, as PEFT draws
+them, so that a file may leave them out. Initially lambda_d is d_initial and lambda_b zero: the model computes what it did before.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,8 +17,8 @@ import numpy as np
 
 from minilora import kernels as K
 from minilora.backend import Array, Rng, backend_name, generator, to_backend, to_numpy
-from minilora.layers import Dropout, Linear, Parameter, Saved
-from minilora.lora.adapted import Adapted
+from minilora.layers import Layer, Linear, Parameter
+from minilora.lora.adapted import AdaptedLinear, check_float32
 from minilora.lora.config import LoraConfig
 
 _OF_LORA = "lora_alpha lora_dropout use_rslora use_dora init_lora_weights eva_config lora_ga_config loftq_config".split()
@@ -64,13 +64,13 @@ def vera_linear_backward(
 
 @dataclass
 class VeraConfig(LoraConfig):
-    """What `inject` reads for VeRA. Names, defaults and meaning are those of PEFT's VeraConfig; the rest of LoraConfig has none here.
+    """VeRA, for `inject`. Names, defaults and meaning are those of PEFT's VeraConfig; LoRA's own fields of LoraConfig have no meaning here.
 
     r                     rank of the shared A and B; it may be beyond min(in, out), as it costs r numbers a layer
     projection_prng_key   the seed of A and B
-    save_projection       write A and B into the file, so that nobody has to draw them again
+    save_projection       write A and B into the file, so that a reader need not draw them
     vera_dropout          probability of dropping what A reads, in training
-    d_initial             where lambda_d starts
+    d_initial             the initial value of lambda_d
     init_weights          False: lambda_d ~ N(0, 1) and lambda_b one, for tests
     bias                  "none", "all" or "vera_only"
     """
@@ -100,15 +100,25 @@ class VeraConfig(LoraConfig):
         if not isinstance(self.d_initial, (int, float)) or not math.isfinite(self.d_initial):
             raise ValueError(f"VeraConfig: d_initial is {self.d_initial!r}; it must be a number.")
 
-    def starts(self, targets: dict[str, Any]) -> dict[str, Projections]:
-        """{path: A and B}: the same for all, as large as the largest of the layers asks for."""
+    def adapters(self, model: Layer, targets: dict[str, Any], rng: Any, train_step: Callable[[], Any] | None) -> tuple[Any, dict[str, Any]]:
+        classes = {path: self.layer_class(layer) for path, layer in targets.items()}
         shapes = [layer.weight.data.shape for layer in targets.values()]
         shared = Projections.drawn(max(m for m, _ in shapes), max(n for _, n in shapes), self.r, self.projection_prng_key)
-        return dict.fromkeys(targets, shared)
+        return self, {path: kind(targets[path], self, shared, rng) for path, kind in classes.items()}
+
+    def classes(self) -> dict[str, Any]:
+        return {"Linear": VeRALinear}
+
+    @property
+    def method(self) -> str:
+        return "VeRA"
+
+    def _check_ranks_and_patterns(self, targets: dict[str, Any]) -> None:
+        """The rank may be beyond min(in, out), and there are no patterns."""
 
 
 class Projections:
-    """The A (m, r) and B (r, n) that all layers of a model share; on every backend and in every dtype that is asked for, once."""
+    """The A (m, r) and B (r, n) that all layers of a model share; converted once for each backend and dtype."""
 
     def __init__(self, A: np.ndarray, B: np.ndarray) -> None:
         self.A, self.B = A, B
@@ -116,7 +126,7 @@ class Projections:
 
     @classmethod
     def drawn(cls, m: int, n: int, r: int, key: int) -> Projections:
-        """Kaiming-uniform numbers from a Mersenne twister, to the bit those of PEFT: A turned, (r, m), and then B turned, (n, r)."""
+        """Kaiming-uniform numbers from a Mersenne twister, to the bit those of PEFT: A^T (r, m), and then B^T (n, r)."""
         twister = np.random.RandomState(key)
 
         def uniform(rows: int, columns: int) -> np.ndarray:
@@ -129,7 +139,7 @@ class Projections:
         return cls(A.T, uniform(n, r).T)
 
     def like(self, x: Array, m: int, n: int) -> tuple[Array, Array]:
-        """The first m rows of A and n columns of B, where x lives and in its dtype."""
+        """The first m rows of A and n columns of B, on the device of x and in its dtype."""
         home = backend_name(x), str(x.dtype)
         if home not in self._there:
             self._there[home] = to_backend(self.A, *home), to_backend(self.B, *home)
@@ -137,38 +147,33 @@ class Projections:
         return A[:m], B[:, :n]
 
     def __deepcopy__(self, memo: Any) -> Projections:
-        return self  # nobody writes to it
+        return self  # it is never written to
 
 
-class VeRALinear(Adapted, Linear):
-    """y = x W + b + vera_lambda_b * ((vera_lambda_d * (x A)) B); see above. Saved: x A, if one of the vectors is trained."""
+class VeRALinear(AdaptedLinear):
+    """y = x W + b + vera_lambda_b * ((vera_lambda_d * (x A)) B); see above. Saved: x A, if one of the vectors is trained.
+
+    Raises ValueError for half-precision weights.
+    """
 
     trains = ("vera_lambda_b", "vera_lambda_d")
-    config_class = VeraConfig
 
     def __init__(self, base: Linear, config: VeraConfig, projections: Projections, rng: Rng = None) -> None:
-        self.weight, self.bias, self.projections = base.weight, base.bias, projections
-        for p in (self.weight, self.bias):
-            if p is not None:
-                p.trainable = False
-        self.dropout, self.saves_projections = Dropout(config.vera_dropout), config.save_projection
+        check_float32(base.weight.data, "VeRA")
+        super().__init__(base, config.vera_dropout)
+        self.projections, self.saves_projections = projections, config.save_projection
         home, dtype, r = backend_name(base.weight.data), base.weight.data.dtype, config.r
         e, d = np.zeros(base.out_features), np.full(r, config.d_initial)
         if not config.init_weights:
             e, d = e + 1, generator(rng).standard_normal(r)
         self.vera_lambda_b, self.vera_lambda_d = (Parameter(to_backend(value, home, dtype)) for value in (e, d))
 
-    @classmethod
-    def of(cls, base: Linear, config: VeraConfig, path: str, init: Projections, rng: Rng = None) -> VeRALinear:
-        """The layer that `config` asks for at `path`."""
-        return cls(base, config, init, rng)
-
     @property
     def r(self) -> int:
         return int(self.vera_lambda_d.data.size)
 
     def shared(self) -> dict[str, Array]:
-        """vera_A (r, m) and vera_B (n, r), turned as PEFT keeps them, unless the file leaves them out."""
+        """vera_A (r, m) and vera_B (n, r), transposed as in PEFT's files, unless the file leaves them out."""
         return {"vera_A": self.projections.A.T, "vera_B": self.projections.B.T} if self.saves_projections else {}
 
     def share(self, arrays: dict[str, Array]) -> None:
@@ -181,36 +186,22 @@ class VeRALinear(Adapted, Linear):
         return *self.projections.like(d, self.in_features, self.out_features), d, e
 
     def delta(self) -> Array:
-        """What the weight is changed by: (A * lambda_d) B * lambda_b."""
+        """(A * lambda_d) B * lambda_b, in the shape of the weight."""
         A, B, d, e = self.matrices()
         return ((A * d) @ B) * e
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
-        b = None if self.bias is None else self.bias.data
-        if (W := self.alone(keep)) is not None:
-            y, u = K.linear(x, W, b)
-            return y, self.save(need_dx, W, u, None) if keep else None
-        key = self.dropout.next_key() if keep and self.dropout.p > 0 else None
-        y, u = vera_linear(x, self.weight.data, b, *self.matrices(), self._mask(x, key))
+    def adapted_forward(self, x: Array, b: Array | None, keep: bool) -> tuple[Array, tuple[Any, ...]]:
+        key = self.next_key(keep)
+        y, u = vera_linear(x, self.weight.data, b, *self.matrices(), self.mask(x, key))
         trained = self.vera_lambda_d.trainable or self.vera_lambda_b.trainable
-        return y, self.save(need_dx, None, u if trained else u._replace(value=None), key) if keep else None
+        return y, (u if trained else u._replace(value=None), key)
 
-    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        W, u, key = self.load(saved, need_dx)
-        if self.bias is not None and self.bias.trainable:
-            self.bias.add_grad(K.upcast(dy).sum(axis=0))
-        if W is not None:
-            return K.linear_backward(dy, u, None, W, {"dx"})[0] if need_dx else None
+    def adapted_backward(self, dy: Array, saved: list[Any], need_dx: bool) -> Array | None:
+        u, key = saved
         vectors = {"dd": self.vera_lambda_d, "de": self.vera_lambda_b}
         need = {name for name, p in vectors.items() if p.trainable} | ({"dx"} if need_dx else set())
-        dx, *grads = vera_linear_backward(dy, u, self.weight.data, *self.matrices(), self._mask(dy, key), need)
+        dx, *grads = vera_linear_backward(dy, u, self.weight.data, *self.matrices(), self.mask(dy, key), need)
         for p, g in zip(vectors.values(), grads, strict=True):
             if g is not None:
                 p.add_grad(g)
         return dx
-
-    def _mask(self, like: Array, key: int | None) -> Array | None:
-        """The dropout mask (tokens of `like`, in), or None without dropout."""
-        if key is None:
-            return None
-        return K.dropout_mask(self.vera_lambda_d.data, (like.shape[0], self.in_features), self.dropout.p, key)

@@ -1,8 +1,11 @@
-"""Gradients of A and B that know of each other: Riemannian preconditioning, LoRA-Pro, LoRA-FA.
+"""Optimizers whose steps of A and B take account of each other: Riemannian preconditioning, LoRA-Pro and LoRA-FA.
 
-With G = x^T dy, which is never formed, a layer y = x W + s (x A) B has gA = s G B^T and gB = s A^T G: each is as long as the other factor
-makes it. Multiplied by small (r, r) matrices they move A B as a step along G would, whatever the two factors' lengths. This is done
-just before the optimizer reads the gradients, so that its moments are those of what is shown here.
+    from examples.preconditioned import create_lora_pro_optimizer
+    optimizer = create_lora_pro_optimizer(model, ml.AdamW, lr=1e-3)
+
+With G = x^T dy, which is never formed, a layer y = x W + s (x A) B has gA = s G B^T and gB = s A^T G: the length of each depends on the
+other factor. Multiplied by small (r, r) matrices, they move A B as a step along G would, whatever the lengths of the two factors.
+This is done just before the optimizer reads the gradients, so that its moments are those of the transformed gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from minilora.optim.optimizers import AdamW, Optimizer
 def riemannian(A: Array, B: Array, gA: Array, gB: Array, s: float, reg: float) -> tuple[Array, Array]:
     """gA (B B^T + reg I)^-1 and (A^T A + reg I)^-1 gB: the gradient in the metric of A B (arXiv 2402.02347, section 3).
 
-    Shapes: A, gA (m, r), B, gB (r, n). s plays no part.
+    Shapes: A, gA (m, r), B, gB (r, n). s is not used.
     """
     return gA @ _inverse(B @ B.T, reg), _inverse(A.T @ A, reg) @ gB
 
@@ -49,42 +52,47 @@ def lora_fa(A: Array, B: Array, gA: None, gB: Array, s: float, reg: float) -> tu
     return None, _inverse(A.T @ A, reg) @ gB / s**2
 
 
-def precondition(optimizer: Any, model: Layer, method: Callable[..., Any], reg: float) -> Any:
-    """Let `optimizer` follow the gradients that `method` makes, for every LoRALinear. Raises ValueError when there is none to train."""
+def preconditioned(optimizer_cls: type[Optimizer], model: Layer, method: Callable[..., Any], reg: float) -> Any:
+    """A subclass of optimizer_cls that applies `method` to the gradients of every LoRALinear before each step.
+
+    Raises ValueError when the model has no trainable LoRALinear.
+    """
     layers = [layer for _, layer in lora_layers(model) if isinstance(layer, LoRALinear) and layer.lora_B.trainable]
     if not layers:
         raise ValueError("preconditioning needs trainable lora_A and lora_B; this model has none.")
 
-    def apply() -> None:
-        for layer in layers:
-            A, B = layer.lora_A, layer.lora_B
-            for p, g in zip((A, B), method(A.data, B.data, A.grad, B.grad, layer.scaling, reg), strict=True):
-                if g is not None and p.grad is not None:
-                    p.grad[...] = g
+    class Preconditioned(optimizer_cls):  # type: ignore[valid-type, misc]
+        def step(self) -> None:
+            self.flat.gather()
+            for layer in layers:
+                A, B = layer.lora_A, layer.lora_B
+                for p, g in zip((A, B), method(A.data, B.data, A.grad, B.grad, layer.scaling, reg), strict=True):
+                    if g is not None and p.grad is not None:
+                        p.grad[...] = g
+            super().step()
 
-    optimizer.precondition = apply
-    return optimizer
+    return Preconditioned
 
 
 def create_riemannian_optimizer(model: Layer, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **options: Any) -> Any:
-    """An optimizer_cls whose gradients of lora_A and lora_B are preconditioned; other parameters are left alone. As PEFT's."""
-    return precondition(optimizer_cls(model.parameters(), lr, **options), model, riemannian, reg)
+    """An optimizer_cls whose gradients of lora_A and lora_B are preconditioned; other parameters are unchanged. As PEFT's."""
+    return preconditioned(optimizer_cls, model, riemannian, reg)(model.parameters(), lr, **options)
 
 
 def create_lora_pro_optimizer(model: Layer, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-8, **options: Any) -> Any:
-    """An optimizer_cls that follows LoRA-Pro's gradients of lora_A and lora_B; other parameters are left alone."""
-    return precondition(optimizer_cls(model.parameters(), lr, **options), model, lora_pro, reg)
+    """An optimizer_cls that follows LoRA-Pro's gradients of lora_A and lora_B; other parameters are unchanged."""
+    return preconditioned(optimizer_cls, model, lora_pro, reg)(model.parameters(), lr, **options)
 
 
 def create_lorafa_optimizer(model: Layer, lr: float, weight_decay: float = 0.0, eps: float = 1e-6, reg: float = 1e-8) -> Any:
     """LoRA-FA: freezes every lora_A, so that a layer keeps x A for backward and not x, and gives AdamW the gradient of B by `lora_fa`.
 
-    As PEFT's function of this name, but for the rank and alpha that it asks for: here each layer knows its scaling.
+    As PEFT's function of this name, without its arguments for rank and alpha: here each layer knows its scaling.
     """
     for _, layer in lora_layers(model):
         if isinstance(layer, LoRALinear):
             layer.lora_A.trainable = False
-    return precondition(AdamW(model.parameters(), lr, eps=eps, weight_decay=weight_decay), model, lora_fa, reg)
+    return preconditioned(AdamW, model, lora_fa, reg)(model.parameters(), lr, eps=eps, weight_decay=weight_decay)
 
 
 def _eigen(M: Array) -> tuple[Array, Array]:

@@ -1,0 +1,218 @@
+"""The flags of every verb. Those of a recipe, and their names in a TOML file, come from the fields of `Recipe`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from minilora import __version__
+from minilora.formats.settings import read_settings
+from minilora.runs.recipe import GROUPS, Recipe
+
+REMOVED = {"optimizer": "--optimizer was removed: AdamW is the optimizer; the others are in examples/preconditioned.py, for Python."}
+_RENAMED = {"--pull": "l2_sp"}  # flags that still work, but are not in --help
+_VERBS = {
+    "finetune": "adapt a model to data; without arguments, the bundled model to Python source",
+    "study": "several ways to fine-tune, several seeds: mean, deviation, worst and failed runs; continues if interrupted",
+    "evaluate": "measure a model on data: loss, perplexity, or accuracy, F1 and Matthews correlation",
+    "generate": "continue a text, token by token",
+    "merge": "fold an adapter into its model, as a folder that transformers loads",
+    "extract": "turn a full fine-tune into a LoRA of its base model, by singular value decomposition",
+    "compare": "the largest change of each weight between two models, with their adapters",
+    "info": "the contents of a model or a run folder: parameters, memory, adaptable modules",
+    "gradcheck": "check every gradient of this package by finite differences",
+}
+_FIELDS = {field.name: field for field in fields(Recipe)}
+_MODEL = "a run folder, an adapter or model folder, a .gguf file, an id of the hub, or pydoc, the bundled model"
+_THE_RUNS = "the run's"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The verb and its flags. Values of a --config file become defaults, so that flags on the command line win.
+
+    Raises ValueError for a file with an unknown name, a value of another type, or two names of one setting.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    verb = next((word for word in words if word in _VERBS), None)
+    parser, verbs = make_parser(flags=verb is not None)
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config", type=Path)
+    path = config.parse_known_args(words)[0].config
+    if path is not None and verb is not None:
+        _set_defaults(verbs[verb], path)
+    return parser.parse_args(words)
+
+
+def make_parser(flags: bool = True) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of the verbs by name. flags=False: the names of the verbs only, for `minilora --help`."""
+    parser = argparse.ArgumentParser(prog="minilora", description="Low-rank adaptation with every gradient written by hand.")
+    parser.add_argument("--version", action="version", version=f"minilora {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    choices = parser.add_subparsers(required=True, dest="verb", metavar="VERB")
+    verbs = {name: choices.add_parser(name, help=help, description=help) for name, help in _VERBS.items()}
+    if not flags:
+        return parser, verbs
+    for p in verbs.values():
+        p.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with any of these flags; the command line wins")
+        p.add_argument("--json", action="store_true", help="print one JSON object on standard output, everything else on standard error")
+
+    _add_recipe(verbs["finetune"])("--out", metavar="FOLDER", help="a new run folder (default: runs/METHOD-N)")
+
+    add = verbs["study"].add_argument
+    add("--rows", type=_names, metavar="NAMES", help="methods, few-sample, or names of single rows, see runs/study.py")
+    add("--seeds", type=int, metavar="N", help="runs of each row (default: 5)")
+    add("--quick", action="store_true", help="a small version, with 2 seeds: minutes")
+    _add_recipe(verbs["study"])("--out", metavar="FOLDER", help="of the study, new or to be continued (default: studies/NAMES)")
+
+    add = verbs["evaluate"].add_argument
+    _add_model(add)
+    add("--split", choices=("train", "valid", "test", "all"), help="default: test, valid, or what the run held out; of a file all")
+    add("--all", dest="split", action="store_const", const="all", help="--split all; of a run's data also those it was trained on")
+    _add_fields(add, "data task window mask_prompt encoding seed eval_size eval_bytes", _THE_RUNS)
+    _add_fields(add, "threads backend")
+
+    add = verbs["generate"].add_argument
+    _add_model(add)
+    add("--prompt", default="def ", help="the text to continue (default: 'def ')")
+    add("--chat", action="store_true", help="put the prompt into the model's chat template, as the user's turn")
+    add("--system", metavar="TEXT", help="the system's turn, with --chat")
+    add("--tokens", "--bytes", type=int, default=400, metavar="N", help="length at most (default: 400)")
+    add("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: 0, all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that sum to P (default: 1)")
+    add("--stop", action="append", metavar="TEXT", help="end before this text, or special token; may be given several times")
+    _add_fields(add, "seed backend")
+
+    add = verbs["merge"].add_argument
+    _add_model(add, required=True)
+    add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the merged model")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the merged model (default: that of the base's files)")
+
+    add = verbs["extract"].add_argument
+    add("model", help="a run of full fine-tuning, a model, or an adapter whose rank is to change")
+    add("--base", help="the model it was tuned from (default: that of the run or adapter)")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the adapter")
+    add("--energy", type=float, metavar="X", help="instead of --r: for each layer the lowest rank that keeps this share, 0 to 1")
+    add("--whole", action=argparse.BooleanOptionalAction, default=True, help="with changed biases, norms and head (default)")
+    add("--data", metavar="PATH", help="held-out data: approximate the layers' outputs, not their weights, and measure")
+    _add_fields(add, "r threads")
+    _add_fields(add, "task window", _THE_RUNS)
+    _add_weights(add)
+
+    add = verbs["compare"].add_argument
+    add("first", help=_MODEL)
+    add("second", help="another of the same kind")
+    _add_weights(add)
+
+    add = verbs["info"].add_argument
+    add("model", nargs="?", default="pydoc", help=f"{_MODEL} (default)")
+    add("--kernels", action="store_true", help="the implementation that runs for each operation of the model, and why")
+    _add_weights(add)
+    _add_fields(add, "backend", "numpy")
+
+    add = verbs["gradcheck"].add_argument
+    _add_fields(add, "backend")
+    return parser, verbs
+
+
+def _add_recipe(p: argparse.ArgumentParser) -> Callable[..., Any]:
+    """Every field of Recipe as a flag, in groups. Returns the add_argument of the group "output"."""
+    groups = {name: p.add_argument_group(name) for name in GROUPS}
+    for name, field in _FIELDS.items():
+        _add_fields(groups[field.metadata["group"]].add_argument, name)
+    for flag, name in _RENAMED.items():
+        p.add_argument(flag, dest=name, type=float, help=argparse.SUPPRESS)
+    for name in REMOVED:
+        p.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    return groups["output"].add_argument
+
+
+def _add_fields(add: Callable[..., Any], names: str, default: str = "") -> None:
+    """Fields of Recipe as flags; None where they are not given. default: in words, where it is not the recipe's."""
+    for field in map(_FIELDS.__getitem__, names.split()):
+        about, kinds = field.metadata, set(str(field.type).split(" | ")) - {"None"}
+        options: dict[str, Any] = {"metavar": about["metavar"], "choices": about["choices"] or None}
+        if kinds == {"bool", "str"}:
+            options |= {"nargs": "?", "const": True}
+        elif kinds == {"bool"} and not field.default:
+            options = {"action": "store_const", "const": True}
+        elif kinds == {"bool"}:
+            options = {"action": argparse.BooleanOptionalAction}
+        else:
+            options["type"] = next((parse for kind, parse in _PARSERS.items() if kind in kinds), str)
+        value = "" if field.default is None or isinstance(field.default, bool) else str(field.default).removesuffix(".0")
+        words = default or about["unset"] or value
+        add(
+            *(f"--{field.name.replace('_', '-')}", *about["aliases"]),
+            dest=field.name,
+            default=None,
+            help=about["help"] + (f" (default: {words})" if words else ""),
+            **options,
+        )
+
+
+def _add_model(add: Callable[..., Any], required: bool = False) -> None:
+    if required:
+        add("model", help="a run folder or an adapter folder, or a model with --adapter")
+    else:
+        add("model", nargs="?", default="pydoc", help=f"{_MODEL} (default)")
+    add("--adapter", metavar="FOLDER", help="an adapter to load into the model")
+    _add_weights(add)
+
+
+def _add_weights(add: Callable[..., Any]) -> None:
+    add("--allow-other-weights", action="store_true", help="accept an adapter that was trained on a base with other weights")
+
+
+def _names(text: str) -> str | list[str]:
+    return text if text == "all-linear" else [name for name in text.split(",") if name]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {"list[str]": _names, "list[int]": _numbers, "float": float, "int": int}  # by annotation
+
+
+# -- TOML --------------------------------------------------------------------------------------------------------------------
+
+
+def _set_defaults(p: argparse.ArgumentParser, path: Path) -> None:
+    """Make the values of a TOML file the defaults of a verb's flags."""
+    actions: dict[str, argparse.Action] = {}  # by each name of the flag: "r" and "rank" are one
+    for action in p._actions:
+        if action.dest not in ("help", "config"):
+            names = [flag for flag in action.option_strings or [action.dest] if not flag.startswith("--no-")]
+            actions |= {name.removeprefix("--").replace("-", "_"): action for name in names}
+    settings = read_settings(path, {name: _toml_type(action) for name, action in actions.items()})
+    seen: dict[str, str] = {}
+    for name, value in settings.items():
+        action = actions[name]
+        if (other := seen.setdefault(action.dest, name)) != name:
+            raise ValueError(f"{path}: {other} and {name} are the same setting; give one.")
+        if action.choices is not None and value not in action.choices:
+            raise ValueError(f"{path}: {name} is {value!r}; choose {', '.join(map(str, action.choices))}.")
+        if isinstance(value, str) and callable(action.type):
+            value = action.type(value)
+        p.set_defaults(**{action.dest: value})
+        action.required = False
+        if action.nargs != "?" and not action.option_strings:
+            action.nargs = "?"
+
+
+def _toml_type(action: argparse.Action) -> Any:
+    """The type of a flag's value in a TOML file."""
+    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        return bool
+    if isinstance(action, argparse._AppendAction):
+        return list
+    if action.type in (_names, _numbers):
+        return str | list
+    if action.const is True:
+        return bool | str
+    return action.type if action.type in (int, float) else str

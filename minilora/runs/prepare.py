@@ -1,0 +1,107 @@
+"""From a recipe to what the training loop needs: the model, its tokenizer, the data, the trainable parameters and their optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from minilora.adapters import METHODS, inject
+from minilora.data.records import listed, note
+from minilora.formats.checkpoint import load_model
+from minilora.formats.tokenizer import Tokenizer
+from minilora.lora.registry import config_classes
+from minilora.optim.l2_sp import AdamWL2SP
+from minilora.optim.loraplus import create_loraplus_optimizer
+from minilora.optim.optimizers import AdamW
+from minilora.optim.schedules import schedule
+from minilora.runs.recipe import Recipe, ResolvedRecipe
+from minilora.runs.run_file import check_task, check_window, published_classes, tokenizer_of
+from minilora.runs.tasks import Task, training_task
+from minilora.training.loop import train
+from minilora.training.loss_scale import LossScale
+from minilora.training.prefix import PrefixCache
+from minilora.training.reinitialise import reinitialise
+from minilora.training.watch import Step
+
+FIRST_BATCHES = 4  # seen by initialisers that read data
+
+
+def open_recipe(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
+    """The model, its tokenizer and the data, each checked against the others. Raises ValueError when they do not fit."""
+    options: dict[str, Any] = {"quantize": recipe.quantize}
+    if recipe.kind == "classify":  # the data come first: they have the number of classes of a new head
+        tokenizer = tokenizer_of(recipe.model)
+        published = published_classes(recipe.model)
+        task = training_task(recipe, tokenizer, None if recipe.new_head else published)
+        options |= {"labels": task.labels or published, "new_head": recipe.new_head, "seed": recipe.seed}
+        if recipe.new_head and published:
+            note(f"{recipe.model}: the head for {listed(published, 40)} is replaced by one for {listed(task.labels or (), 40)}.")
+    model = load_model(recipe.model, recipe.backend, recipe.dtype, **options)
+    check_task(model, recipe.task, recipe.model)
+    if recipe.kind != "classify":
+        tokenizer = tokenizer_of(recipe.model, model.config.vocab_size)
+        task = training_task(recipe, tokenizer)
+    check_window(model, recipe.window)
+    return model, tokenizer, task
+
+
+def prepare(model: Any, recipe: ResolvedRecipe, task: Task) -> AdamW:
+    """Make trainable what the method trains. Returns its optimizer."""
+    if recipe.reinit is not None:
+        reinitialise(model, recipe.reinit, rng=recipe.seed)
+    if recipe.method == "full":
+        model.unfreeze()
+    elif recipe.method == "lora":
+        inject(model, _lora_config(recipe), rng=recipe.seed, train_step=partial(_first_batches, model, task, recipe.seed))
+    else:
+        options = {"reduction_factor": recipe.reduction_factor} if recipe.method == "bottleneck" else {}
+        inject(model, METHODS[recipe.method](**options, modules_to_save=recipe.modules_to_save), rng=recipe.seed)
+    for _, layer in model.modules():
+        if hasattr(layer, "recompute"):
+            layer.recompute = recipe.recompute
+    return _optimizer(model, recipe)
+
+
+def steps_of(
+    model: Any, optimizer: AdamW, task: Task, recipe: ResolvedRecipe, prefix: PrefixCache | None, scale: LossScale | None = None
+) -> Iterator[Step]:
+    """The steps of a recipe."""
+    rate = schedule(recipe.schedule, recipe.steps, recipe.warmup)
+    options: dict[str, Any] = {"clip": recipe.clip, "accumulate": recipe.accumulate, "threads": recipe.threads, "seed": recipe.seed}
+    return train(model, optimizer, task.batches(recipe.seed), recipe.steps, rate, prefix=prefix, loss_scale=scale, **options)
+
+
+def prefix_for(task: Task, recipe: ResolvedRecipe) -> PrefixCache | None:
+    """A cache for the outputs of frozen blocks; None where no record is read twice."""
+    epoch = task.steps(1, recipe.accumulate, recipe.seed)
+    return PrefixCache() if recipe.cache and epoch is not None and recipe.steps > epoch else None
+
+
+def _lora_config(recipe: ResolvedRecipe) -> Any:
+    names = "r target_modules layers_to_transform bias modules_to_save use_dora init_lora_weights use_rslora".split()
+    values = {name: getattr(recipe, name) for name in names}
+    values["task_type"] = "SEQ_CLS" if recipe.task == "classify" else "CAUSAL_LM"
+    if recipe.peft_type == "LORA":
+        values |= {"lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout}
+    else:
+        values["vera_dropout"] = recipe.lora_dropout
+    return config_classes()[recipe.peft_type](**values)
+
+
+def _first_batches(model: Any, task: Task, seed: int) -> None:
+    """Forward and backward on the first training batches, for initialisers that read data."""
+    for batch in islice(task.batches(seed), FIRST_BATCHES):
+        model.loss_backward(model.loss(batch.ids, batch.labels, batch.offsets)[1])
+
+
+def _optimizer(model: Any, recipe: ResolvedRecipe) -> AdamW:
+    kind: type[AdamW] = AdamW
+    options: dict[str, Any] = {"bias_correction": recipe.bias_correction}
+    if recipe.l2_sp:
+        kind, options["l2_sp"] = AdamWL2SP, recipe.l2_sp
+    if recipe.loraplus_lr_ratio is not None:
+        options |= {"loraplus_lr_ratio": recipe.loraplus_lr_ratio, "loraplus_weight_decay": recipe.weight_decay}
+        return create_loraplus_optimizer(model, kind, lr=recipe.lr, **options)
+    return kind(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, **options)

@@ -1,0 +1,42 @@
+"""New initial values for the top of a model ("Revisiting Few-sample BERT Fine-tuning", arXiv 2006.05987, section 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import Rng, as_like, generator
+from minilora.layers import Embedding, Layer, LayerNorm, Linear, RMSNorm
+
+_STD = 0.02  # of BERT's initial weights
+
+
+def reinitialise(model: Layer, blocks: int, *, rng: Rng = None) -> int:
+    """Reinitialise the pooler (where there is one) and the top `blocks` blocks. Returns the number of elements set.
+
+    Dense weights N(0, 0.02^2), biases 0, norms 1 and 0. The arrays are new: models that share the old ones keep them.
+    The blocks are the longest list of layers in the model. Raises ValueError when it has fewer.
+    """
+    stacks = [value for _, layer in model.modules() for value in vars(layer).values() if isinstance(value, list)]
+    stack = max(stacks, key=len, default=[])
+    if not 0 <= blocks <= len(stack):
+        raise ValueError(f"reinitialise: the model has {len(stack)} blocks, not {blocks}.")
+    tops = stack[len(stack) - blocks :] + [layer for path, layer in model.modules() if path.endswith("pooler")]
+    rng = generator(rng)
+    return sum(draw(layer, rng) for top in tops for _, layer in top.modules())
+
+
+def draw(layer: Layer, rng: np.random.Generator) -> int:
+    """BERT's initial values for the parameters of one layer, without those of its sublayers. Returns the number of elements."""
+    values: dict[str, Any] = {}
+    if isinstance(layer, (Linear, Embedding)):
+        values["weight"] = rng.normal(0, _STD, layer.weight.data.shape)
+    elif isinstance(layer, (LayerNorm, RMSNorm)):
+        values["weight"] = np.ones(layer.weight.data.shape)
+    if getattr(layer, "bias", None) is not None:
+        values["bias"] = np.zeros(layer.bias.data.shape)  # type: ignore[attr-defined]
+    for name, value in values.items():
+        p = getattr(layer, name)
+        p.data = as_like(value.astype(p.data.dtype), p.data)
+    return sum(value.size for value in values.values())
