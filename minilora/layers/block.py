@@ -67,7 +67,7 @@ class PreNormBlock(Layer):
 
         if not at_y:
             return None
-        dm: Any = self.drop_2.backward(dy, s_drop_2)  #                y = K.add(h, m)
+        dm: Any = self.drop_2.backward(dy, s_drop_2)  #                y = h + m
         dm = mlp.backward(dm, s_mlp, need_dx=at_m)
         if not at_m:
             return None
