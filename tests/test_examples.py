@@ -78,16 +78,16 @@ def printed(backend, tmp_path):
 
 def test_01_dense_layer_by_hand(printed):
     out = printed("01_dense_layer_by_hand")
-    table = Printed(out.text.partition("three mistakes")[0])
+    table = Printed(out.text.partition("three common mistakes")[0])
     for name in ("dW", "db", "dx"):
         by_hand, by_difference, relative = table.row(name)
         assert by_hand != 0
         assert abs(by_hand - by_difference) < 1e-7 * abs(by_hand)
         assert relative < 1e-7
-    for mistake in ("dW without the 2 / N", "db from the first row only", "dx with T, the rows, in place of N = T n"):
+    for mistake in ("dW without the 2 / N", "db from the first row only", "dx divided by T instead of N = T n"):
         (relative,) = out.row(mistake)
         assert relative > 0.5, "the check does not see this mistake"
-    assert out.row("ml.Linear beside the lines above")[0] < 1e-14
+    assert out.row("ml.Linear against the lines above")[0] < 1e-14
     assert "Linear: ok" in out.text
 
 
@@ -102,25 +102,25 @@ def test_02_mlp_boundary(printed):
 
 def test_03_the_seeds_layer(printed):
     out = printed("03_the_seeds_layer", picture=True)
-    assert out.row("x @ (W + A @ B) beside x W + (x A) B")[0] < 1e-13
-    assert out.row("trained, of all parameters")[:2] == [20_000, 1_020_000]
+    assert out.row("x @ (W + A @ B) against x W + (x A) B       relative difference")[0] < 1e-13
+    assert out.row("trainable parameters")[:2] == [20_000, 1_020_000]
     lines = [line for line in out.text.splitlines() if line.startswith("  A")]
     (seed, zero_B, nothing), (seed_run, zero_run) = ([Printed(line) for line in part] for part in (lines[:3], lines[3:]))
     ratio, dA, dB = seed.row("A, B ~ N(0, 1)")
-    assert 50 < ratio < 66  # known answer 1: about 58
+    assert 50 < ratio < 66  # sqrt(r d) = 55.4
     assert dA > 1
     assert dB > 1
     ratio, dA, dB = zero_B.row("A Kaiming, B = 0")
     assert (ratio, dA) == (0, 0)
     assert dB > 0
     assert nothing.row("A = 0, B = 0") == [0, 0, 0]
-    (untouched,) = out.row("mean squared error on new data, the untouched W")
+    (frozen,) = out.row("mean squared error on new data, frozen W")
     _, first, last, _ = seed_run.row("A, B ~ N(0, 1)")
-    assert first > 1000 * untouched
-    assert last > 10 * untouched  # it never comes back to where it could have begun
+    assert first > 1000 * frozen
+    assert last > 10 * frozen  # training never undoes the initial perturbation
     _, first, last, training = zero_run.row("A Kaiming, B = 0")
-    assert first == untouched
-    assert last < 0.8 * untouched
+    assert first == frozen
+    assert last < 0.8 * frozen
     assert training < 1e-6
 
 
@@ -137,7 +137,7 @@ def test_04_planted_low_rank_shift(printed):
     assert min(first_four) >= 0.99
     assert all_eight < 0.7
     assert max(out.row("before training")) < 0.25
-    assert out.row("expected of random") == [0.12] * 4
+    assert out.row("expected at random") == [0.12] * 4
 
 
 def test_05_digits_pretrain_adapt(printed):
