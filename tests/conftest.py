@@ -1,6 +1,6 @@
-"""One suite for two backends. A test that takes `backend` runs on each that is asked for:
+"""One suite for two backends. A test that takes `backend` runs on each requested one:
 
-`pytest` is NumPy and the stand-in for CuPy, on any machine; `pytest --backend cupy` is the GPU.
+`pytest` uses NumPy and the fake CuPy, on any machine; `pytest --backend cupy` uses the GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHOICES = {"numpy": ["numpy"], "standin": ["standin"], "cupy": ["cupy"], "both":
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", choices=CHOICES, default="both", help="what tests run on; both: numpy and the stand-in for cupy")
+    parser.addoption("--backend", choices=CHOICES, default="both", help="backends under test; both: numpy and the fake cupy")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,8 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     chosen = config.getoption("backend")
     if chosen != "cupy":
-        sources = "CUDA sources run through g++" if cuda.ENABLED else "CUDA sources not run: there is no g++, or MINILORA_KERNELS=plain"
-        names = {"numpy": f"numpy {np.__version__}", "standin": f"stand-in for cupy ({sources})"}
+        sources = "CUDA sources compiled by g++" if cuda.ENABLED else "CUDA sources not run: no g++, or MINILORA_KERNELS=plain"
+        names = {"numpy": f"numpy {np.__version__}", "standin": f"fake cupy ({sources})"}
         return "backends: " + ", ".join(names[b] for b in CHOICES[chosen])
     cupy = import_cupy()
     version = cupy.cuda.runtime.driverGetVersion()
@@ -50,7 +50,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "card" in metafunc.fixturenames:
         names = [name for name in CHOICES[metafunc.config.getoption("backend")] if name != "numpy"]
-        skip = pytest.mark.skip(reason="of CuPy alone: --backend numpy leaves it out")
+        skip = pytest.mark.skip(reason="needs CuPy; --backend numpy leaves it out")
         metafunc.parametrize("card", names or [pytest.param("", marks=skip)], indirect=True)
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", CHOICES[metafunc.config.getoption("backend")], indirect=True)
@@ -58,7 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
-    """The name for `layer.to(...)` and `to_backend(...)`: "numpy" or "cupy". The stand-in is in place for this test alone."""
+    """The name for `layer.to(...)` and `to_backend(...)`: "numpy" or "cupy". The fake CuPy is installed for this test only."""
     if request.param == "standin":
         request.getfixturevalue("standin_cupy")
     return "numpy" if request.param == "numpy" else "cupy"
@@ -66,7 +66,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def standin_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The stand-in, as what `import cupy` gives during this test; for tests that count. Products go to its cuBLAS."""
+    """The fake CuPy as `import cupy` during this test; for tests that count. Products use its cuBLAS."""
     for name, module in standin.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     bindings = blas.bindings
@@ -77,23 +77,23 @@ def standin_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def card(request: pytest.FixtureRequest) -> ModuleType:
-    """cupy, or its stand-in: for tests of what only a card does."""
+    """cupy or the fake CuPy, for tests of GPU code."""
     return request.getfixturevalue("standin_cupy") if request.param == "standin" else import_cupy()
 
 
 @pytest.fixture
 def xp(backend: str) -> ModuleType:
-    """The module of the backend under test: numpy, cupy, or the stand-in."""
+    """The module of the backend under test: numpy, cupy or the fake cupy."""
     return np if backend == "numpy" else import_cupy()
 
 
 @pytest.fixture
 def on(backend: str) -> Callable[..., Any]:
-    """`on(array)`: the array (or list, or number) on the backend under test."""
+    """`on(x)`: an array, list or number as an array on the backend under test."""
     return lambda array, dtype=None: to_backend(np.asarray(array), backend, dtype)
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Random numbers, the same in every run."""
+    """A generator with a fixed seed."""
     return np.random.default_rng(0)
