@@ -1,4 +1,4 @@
-"""Adapters' files: every tensor is loaded or refused, drawn heads go along, bases are told apart, and older versions of PEFT read them."""
+"""Adapter files: every tensor is loaded or refused, random heads are saved, bases are told apart, and old versions of PEFT read them."""
 
 import warnings
 
@@ -20,7 +20,7 @@ PEFT_0_6 = """peft_type auto_mapping base_model_name_or_path revision task_type 
 
 
 def llama(folder, dtype=None, **changes):
-    """A small random Llama with large weights, so that what is wrong shows."""
+    """A small random Llama with large weights, so that errors are visible."""
     model = ml.Llama(LlamaConfig(**SIZES, **changes), rng=0)
     for _, p in model.parameters():
         if p.data.ndim == 2:
@@ -30,7 +30,7 @@ def llama(folder, dtype=None, **changes):
 
 
 def bert(folder, pooler=True, **changes):
-    """A small random BERT without a head, and perhaps without a pooler."""
+    """A small random BERT without a head, optionally without a pooler."""
     ml.save_model(ml.BertClassifier(BertConfig(**SIZES, **changes), rng=0), folder)
     tensors = load_file(folder / "model.safetensors")
     kept = {name.removeprefix("bert."): 10 * value for name, value in tensors.items() if "classifier" not in name}
@@ -69,7 +69,7 @@ def peft():
 
 
 def in_peft(peft, base, adapter, name="AutoModelForCausalLM", seed=0, **options):
-    """What transformers and PEFT make of the two folders; torch draws what is missing with this seed."""
+    """Logits of transformers and PEFT from the two folders; torch initialises missing tensors with this seed."""
     import torch
     import transformers
 
@@ -83,11 +83,11 @@ def in_peft(peft, base, adapter, name="AutoModelForCausalLM", seed=0, **options)
     return (out.last_hidden_state if name == "AutoModel" else out.logits)[0].numpy()
 
 
-# -- tensors of the base that lie in an adapter's file -------------------------------------------------------------------------------
+# -- tensors of the base model in an adapter file ------------------------------------------------------------------------------------
 
 
 def with_embedding(tmp_path, change, **options):
-    """(base folder, adapter folder whose file has the base's embedding too, changed)."""
+    """(base folder, adapter folder whose file also has the embedding of the base, changed by `change`)."""
     base, adapter = llama(tmp_path / "base", **options), tmp_path / "adapter"
     ml.save_adapter(adapted(base), adapter)
     tensors, metadata = read_tensors(adapter / "adapter_model.safetensors")
@@ -98,7 +98,7 @@ def with_embedding(tmp_path, change, **options):
 
 
 def bumped(E):
-    """One element, by one unit in the last place."""
+    """One element changed by one unit in the last place."""
     E = E.copy()
     E[4, 7] = np.nextafter(E[4, 7], np.float32(9))
     return E
@@ -161,7 +161,7 @@ def test_the_base_weight_below_an_adapter_has_to_be_the_models(tmp_path):
         ml.load_adapter(ml.load_model(base, "numpy"), adapter)
 
 
-# -- what was drawn at random -----------------------------------------------------------------------------------------------------
+# -- randomly initialised heads ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_the_base_weight_below_an_adapter_has_to_be_the_models(tmp_path):
     ],
 )
 def test_a_drawn_head_and_pooler_go_along(config, tmp_path, peft, capsys):
-    """PEFT, which draws its own with any seed, and a model here that drew others, answer as the model that was saved."""
+    """PEFT with any seed, and a model here with another head, give the logits of the saved model."""
     base = bert(tmp_path / "b", pooler=False)
     model = ml.load_model(base, "numpy", labels=3)
     ml.inject(model, ml.LoraConfig(r=2, **config), rng=0)
@@ -229,7 +229,7 @@ def test_mean_pooling_is_said_where_it_is_written(tmp_path, capsys):
     assert "mean of the tokens (pooling), which transformers and PEFT have not" in capsys.readouterr().err
 
 
-# -- adapters of models without their head ------------------------------------------------------------------------------------------
+# -- adapters of models without a head ----------------------------------------------------------------------------------------------
 
 BARE = {
     "bert": {"target_modules": ["query", "dense"]},
@@ -268,7 +268,7 @@ def test_an_adapter_of_a_bare_model_works_here_and_one_made_here_there(name, tmp
 
 
 def _zero(source, folder):
-    """A copy of an adapter that does nothing."""
+    """A copy of an adapter with all tensors zero."""
     folder.mkdir()
     (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
     tensors = load_file(source / "adapter_model.safetensors")
@@ -287,7 +287,7 @@ def test_an_adapter_that_names_no_base_is_not_put_on_the_bundled_model(tmp_path)
     assert far(logits(open_model(str(tmp_path / "base"), "numpy", str(tmp_path / "a"))), logits(adapted(tmp_path / "base"))) == 0
 
 
-# -- whose base is it? --------------------------------------------------------------------------------------------------------------
+# -- the base model of an adapter ---------------------------------------------------------------------------------------------------
 
 
 def test_a_rounded_or_quantized_copy_of_the_base_is_said_and_another_model_refused(tmp_path, capsys):
@@ -319,7 +319,7 @@ def test_a_rounded_or_quantized_copy_of_the_base_is_said_and_another_model_refus
     ml.save_adapter(model, tmp_path / "q")
     ml.load_adapter(ml.load_model(base, "numpy"), tmp_path / "q")
     assert "quantization (" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="other weights"):  # one that was quantized is not taken for just any
+    with pytest.raises(ValueError, match="other weights"):  # the fingerprint of a quantized base does not match every model
         ml.load_adapter(ml.Llama(LlamaConfig(**SIZES), rng=1), tmp_path / "q")
 
 
@@ -335,7 +335,7 @@ def test_older_versions_of_peft_know_every_field(tmp_path):
 
 
 def test_bfloat16_is_the_nearest_and_ties_go_to_the_even(tmp_path):
-    """By hand: one unit in the last place of 1 is 2^-7; a half of it is a tie."""
+    """By hand: one unit in the last place of 1 is 2^-7; half of it is a tie."""
     x = np.float32([1, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 3 * 2**-8, 2.0**-130, 0, 3.3895314e38])
     expected = np.float32([1, 1, 1 + 2**-6, 1 + 2**-7, -1 - 2**-6, 2.0**-130, 0, 3.3895314e38])
     write_tensors(tmp_path / "x", {"x": x, "y": x[:2]}, dtypes={"x": "bfloat16"})
@@ -432,7 +432,7 @@ def test_only_what_is_meant_for_the_hub_is_asked_of_it(tmp_path, monkeypatch):
     assert asked == [("org/name", False)]
 
 
-# -- comparing ----------------------------------------------------------------------------------------------------------------------
+# -- comparing adapters -------------------------------------------------------------------------------------------------------------
 
 
 def test_compare_knows_no_order(tmp_path):
@@ -480,11 +480,11 @@ def test_compare_of_classifiers(tmp_path):
     [
         ({"target_modules": ["embed_tokens"]}, False),
         ({"target_modules": ["embed_tokens"]}, True),
-        ({"modules_to_save": ["embed_tokens"]}, False),  # PEFT does not train a tied one whole
+        ({"modules_to_save": ["embed_tokens"]}, False),  # PEFT does not fully train a tied table
     ],
 )
 def test_the_row_of_the_pad_token_gets_no_gradient_from_what_is_read(fields, tied, tmp_path):
-    """All other rows do as without it."""
+    """All other rows equal those without padding_idx."""
     grads = {}
     for pad in (None, 4, -27):
         model = ml.load_model(llama(tmp_path / str(pad), pad_token_id=pad, tie_word_embeddings=tied), "numpy")
@@ -499,7 +499,7 @@ def test_the_row_of_the_pad_token_gets_no_gradient_from_what_is_read(fields, tie
 
 
 def test_a_tied_table_that_is_trained_whole_gets_the_heads_part_of_the_pad_row(tmp_path):
-    """Against finite differences of the head alone: the loss as a function of the row, where no token reads it."""
+    """Against finite differences of the head alone: the loss as a function of the row, with no token that reads it."""
     model = ml.load_model(llama(tmp_path / "m", pad_token_id=4, tie_word_embeddings=True), "numpy", "float64").unfreeze()
     ids = np.array([3, 1, 4, 5])
     _, saved = model.loss(ids[:-1], ids[1:])
