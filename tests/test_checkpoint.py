@@ -1,4 +1,4 @@
-"""Published checkpoints: mapped and not copied, in shards, bare, of the hub; written so that transformers reads them; bad files."""
+"""Published checkpoints: memory-mapped, in shards, without a head, from the hub; files that transformers can read; broken files."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def is_mapped(x):
 
 
 def edit(folder, change):
-    """Change the tensors of a folder."""
+    """Change the tensors of a folder with `change`."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -42,7 +42,7 @@ def edit(folder, change):
 
 
 def shards(folder, **changes):
-    """Split a folder's tensors over two files; `changes` are made to the index."""
+    """Split the tensors of a folder over two files; `changes` are made to the index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
@@ -64,7 +64,7 @@ def test_weights_are_mapped_and_a_mapped_model_does_all_that_others_do(name, tmp
     assert model.source == str(folder)
     assert not model.trainable
     before = logits(model, name)
-    assert oracle.deviation(before, oracle.GOLDEN[f"{name}.logits"]) > 1e-3  # the golden logits are with the adapter
+    assert oracle.deviation(before, oracle.GOLDEN[f"{name}.logits"]) > 1e-3  # the golden logits include the adapter
 
     ids, labels, offsets = oracle.batch(name)
     ml.inject(model, ml.LoraConfig(r=2, init_lora_weights=False), rng=0)
@@ -79,13 +79,13 @@ def test_weights_are_mapped_and_a_mapped_model_does_all_that_others_do(name, tmp
     full.loss_backward(saved)
     optimizer.step()
     assert np.abs(logits(full, name) - before).max() > 1e-3
-    ml.save_model(full, folder)  # onto the file that `model` is mapped from
+    ml.save_model(full, folder)  # overwrites the file that `model` maps
     np.testing.assert_array_equal(logits(model.to("numpy", "float32"), name), adapted)
     np.testing.assert_array_equal(logits(ml.load_model(folder, "numpy"), name), logits(full, name))
 
 
 def test_no_memory_is_taken_for_weights_that_are_mapped(tmp_path):
-    """A subprocess, so that the measure is of this alone: 40 MB of weights, and Python's arrays stay below 4 MB."""
+    """In a subprocess, to measure this alone: 40 MB of weights, while Python allocates less than 4 MB."""
     model = ml.BertClassifier(ml.BertConfig(vocab_size=30000, hidden_size=320, num_hidden_layers=1, num_attention_heads=4), rng=0)
     ml.save_model(model, tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors").stat().st_size > 40e6
@@ -107,7 +107,7 @@ def test_shards_are_one_model(name, tmp_path):
 
 
 def bare(folder, pooler=True):
-    """The folder as a BertModel is saved: no prefix, no classifier, perhaps no pooler, and a buffer."""
+    """The folder as a BertModel is saved: no prefix, no classifier, optionally no pooler, and a buffer."""
 
     def change(tensors):
         for key in list(tensors):
@@ -173,7 +173,7 @@ def raw_file(path, header, data=b"", length=None):
 def test_bfloat16_is_the_upper_half_of_float32_and_odd_places_are_read(tmp_path):
     x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
     half = (x.view(np.uint32) >> 16).astype(np.uint16)
-    entry = {"dtype": "BF16", "shape": [3, 4], "data_offsets": [1, 25]}  # one byte before it: not aligned
+    entry = {"dtype": "BF16", "shape": [3, 4], "data_offsets": [1, 25]}  # preceded by one byte: not aligned
     path = raw_file(tmp_path / "x", {"a": {"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}, "x": entry}, b"\1" + half.tobytes())
     tensors, _ = map_tensors(path)
     assert tensors["x"].dtype == np.float32
@@ -245,7 +245,7 @@ def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatc
         "nowhere",
         str(tmp_path / "nowhere"),
         tmp_path / "nowhere",
-    ):  # not ids
+    ):  # not hub ids
         with pytest.raises(FileNotFoundError, match="there is no model at"):
             ml.load_model(path, "numpy")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -254,7 +254,7 @@ def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatc
     oracle.write_checkpoint("gpt2", tmp_path / "name").rename(tmp_path / "org")
     (tmp_path / "org").rename(tmp_path / "name")
     monkeypatch.chdir(tmp_path.parent)
-    assert ml.load_model(f"{tmp_path.name}/name", "numpy").hub_id is None  # a folder that looks like an id
+    assert ml.load_model(f"{tmp_path.name}/name", "numpy").hub_id is None  # a folder whose name looks like a hub id
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ LLAMA = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs are not ours
+@pytest.mark.filterwarnings("ignore")  # warnings of transformers
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_transformers_writes_is_read_and_what_is_written_transformers_reads(family, tmp_path):
     torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
@@ -326,7 +326,7 @@ def test_the_tokenizer_goes_with_the_model(tmp_path):
     assert read_json(tmp_path / "out" / "config.json")["id2label"] == {"0": "L0", "1": "L1", "2": "L2"}
 
 
-# -- what can be wrong ------------------------------------------------------------------------------------------------------
+# -- broken checkpoints -----------------------------------------------------------------------------------------------------
 
 W = "bert.encoder.layer.1.output.dense.weight"
 
