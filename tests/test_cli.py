@@ -1,4 +1,4 @@
-"""The command line: the main job in small, and bad input told in one sentence."""
+"""The command line: the main job at small scale, and bad input reported in one sentence."""
 
 import json
 import os
@@ -29,7 +29,7 @@ QUICK = [
     "--warmup",
     "1",
 ]
-BIASES, NORMS = 4 * (384 + 128 + 512 + 128), 9 * 2 * 128  # of linear layers; gains and biases
+BIASES, NORMS = 4 * (384 + 128 + 512 + 128), 9 * 2 * 128  # parameters of linear layers, and of gains and biases
 TRAINED = {"lora": 65536 + BIASES + NORMS, "full": 858880, "bitfit": BIASES + NORMS // 2, "layer-norm": NORMS}
 TRAINED["bottleneck"] = 8 * (2 * 128 * 8 + 8 + 128) + NORMS
 
@@ -185,7 +185,7 @@ def poison(path):
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(path / "model.safetensors")
-    tensors["transformer.wpe.weight"][0] = 3e38  # finite, but its square is not
+    tensors["transformer.wpe.weight"][0] = 3e38  # finite, but its square overflows
     save_file({k: v.astype(np.float32) for k, v in tensors.items()}, path / "model.safetensors")
 
 
@@ -238,7 +238,7 @@ def broken_adapter(d):
 def adapter_of_another_model(d):
     model = ml.GPT2(ml.GPT2Config(vocab_size=256, n_positions=8, n_embd=6, n_layer=1, n_head=1), rng=0)
     ml.inject(model, ml.LoraConfig(r=2))
-    model.source = "pydoc"  # which it is not
+    model.source = "pydoc"  # a wrong base
     ml.save_adapter(model, d / "adapter")
     return ["merge", "adapter", "--out", "merged"]
 
@@ -335,7 +335,7 @@ def test_bytes_and_text():
 
 
 def test_every_verb_has_its_help_and_a_wrong_flag_its_line(capsys):
-    """Each flag once, none of them turned into a word without dashes, and no traceback."""
+    """Each flag once, each with its dashes, and no traceback."""
     words = {"compare": ["first", "second"], **{key: ["model"] for key in ("evaluate", "generate", "merge", "extract", "info")}}
     for name, p in _parser()[1].items():
         assert [action.dest for action in p._actions if not action.option_strings] == words.get(name, [])
