@@ -1,4 +1,4 @@
-"""The CUDA sources: compiled where there is a compiler, run on the CPU with real threads, equal to the pairs they stand for."""
+"""The CUDA sources: compiled if there is a compiler, run on the CPU with real threads, equal to the reference implementations."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ from minilora.backend import backend_name
 from minilora.kernels import cuda, flash
 
 attention_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in ("attention", "losses"))
-FILES = {"activations": 4, "adamw": 1, "dropout": 1, "flash": 3, "norm": 2, "rotary": 1, "softmax": 3}  # and how many kernels each has
+FILES = {"activations": 4, "adamw": 1, "dropout": 1, "flash": 3, "norm": 2, "rotary": 1, "softmax": 3}  # {file: number of kernels}
 VARIANTS = [(file, dtype, ()) for file in FILES for dtype in cuda.REAL if file != "flash"]
 VARIANTS += [("flash", dtype, (f"-DD={d}",)) for dtype in cuda.REAL if dtype != "float64" for d in flash.HEADS]
 needs_gpp = pytest.mark.skipif(emulator.COMPILER is None, reason="the stand-in runs CUDA sources through g++, which is not installed")
@@ -61,7 +61,7 @@ def test_the_sources_compile_for_a_gpu(file, dtype, options, tmp_path):
 
 @pytest.fixture(params=[1, 4, 32])
 def threads(request, monkeypatch, standin_cupy):
-    """So many real threads a block."""
+    """Run blocks with this number of real threads."""
     monkeypatch.setattr(emulator, "THREADS", request.param)
     return request.param
 
@@ -90,7 +90,7 @@ def test_rows_are_summed_by_many_threads(threads):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("offsets", [[0, 7, 14, 21], [0, 3, 12, 21]])
 def test_attention(threads, causal, offsets, monkeypatch):
-    monkeypatch.setattr(attention_module, "_KEPT", 8)  # of some sequences the probabilities are kept, of others computed again
+    monkeypatch.setattr(attention_module, "_KEPT", 8)  # probabilities of some sequences are kept, others are recomputed
     q, k, v, do = device(21, 24), device(21, 12, seed=1), device(21, 12, seed=2), device(21, 24, seed=3)
     for rows in (None, np.array([2, 6, 9, 20])):
         q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
@@ -99,7 +99,7 @@ def test_attention(threads, causal, offsets, monkeypatch):
         close(o, wanted)
         got = K.attention_backward(do_, q_, k, v, saved, 6, offsets, 3, rows=rows)
         pair = F.attention_backward(do_, q_, k, v, P, 6, offsets, 3, rows=rows)
-        if rows is None:  # the pair leaves dk and dv of a sequence without a query unset
+        if rows is None:  # the reference leaves dk and dv of a sequence without a query unset
             for a, b in zip(got, pair, strict=True):
                 close(a, b)
         else:
