@@ -1,4 +1,4 @@
-"""`evaluate` measures a run as the run was measured: the same data, split, window, mask and sample, and figures equal to the last digit."""
+"""`evaluate` measures a run as `finetune` did: the same data, split, window, mask and sample, and figures equal to the last digit."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def cwd(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(capsys):
-    """`run(*argv)` is the JSON object that a verb prints; `run.err` what it said on standard error."""
+    """`run(*argv)` is the JSON object that a verb prints; `run.err` its standard error."""
 
     def run(*argv, status=0):
         assert main([*map(str, argv), "--json"]) == status
@@ -90,7 +90,7 @@ def test_evaluate_equals_finetune_to_the_last_digit(what, method, seed, bert, ll
     told = run("finetune", *RUNS[what][0], *FAST, "--method", method, "--seed", seed, "--out", "run")
     assert run("evaluate", "run", "--backend", "numpy") == told["after"]
     assert "differs from the run" not in run.err
-    if "--data" in RUNS[what][0]:  # and so it does on a copy of the data, under another name
+    if "--data" in RUNS[what][0]:  # also on a copy of the data under another name
         data = RUNS[what][0][RUNS[what][0].index("--data") + 1]
         if "." in data:
             copy = "copy." + data.split(".")[1]
@@ -100,13 +100,13 @@ def test_evaluate_equals_finetune_to_the_last_digit(what, method, seed, bert, ll
 
 def test_what_is_learnt_is_not_measured_unless_asked_for(bert, data, run):
     told = run("finetune", *RUNS["classes"][0], *FAST, "--seed", 3, "--out", "run")["after"]
-    assert 3 <= told["sequences"] <= 20  # a tenth of the different texts, with their copies
+    assert 3 <= told["sequences"] <= 20  # a tenth of the distinct texts, with their copies
     everything = run("evaluate", "run", "--data", "films.jsonl", "--all")
     assert everything["sequences"] == 60
     assert "all of films.jsonl, of which the run may have learnt all but what it held out" in run.err
     assert run("evaluate", "run", "--split", "train")["sequences"] == 60 - told["sequences"]
     write(bert.parent / "others.jsonl", texts(9, seed=5))
-    assert run("evaluate", "run", "--data", "others.jsonl")["sequences"] == 9  # data that it has never seen: all of them
+    assert run("evaluate", "run", "--data", "others.jsonl")["sequences"] == 9  # new data: all records
     run("finetune", *RUNS["classes, a folder"][0], *FAST, "--out", "run2")
     assert "the run was trained on all of films/train.jsonl" in run("evaluate", "run2", "--data", "films/train.jsonl", status=1)
     assert run("evaluate", "run2", "--data", "films/train.jsonl", "--all")["sequences"] == 40
@@ -136,7 +136,7 @@ def test_what_is_overridden_and_what_is_cut_is_said(bert, data, run, capsys):
 
 
 def test_another_window_or_mask_measures_the_records_that_were_held_out(bert, llama, data, run, monkeypatch):
-    """Cut at 4 tokens, many texts are equal and stay on one side; at 11 all differ, and a tenth of those would be other ones."""
+    """Truncated at 4 tokens, many texts are equal and stay in one split; at 11 all differ, and the tenth held out would be another one."""
     made, measured = datasets.example_maker, []
 
     @dataclass
@@ -168,7 +168,7 @@ def test_data_that_have_changed_since_the_run_are_not_measured_as_held_out(bert,
         run("evaluate", f"run{n}", "--all")
         assert "all of " in run.err
         record = read_json(f"run{n}/run.json")
-        write_json(f"run{n}/run.json", {name: value for name, value in record.items() if name != "trained_on"})  # of an older version
+        write_json(f"run{n}/run.json", {name: value for name, value in record.items() if name != "trained_on"})  # an older version
         assert "is not as the run read it" in run("evaluate", f"run{n}", status=1)
 
 
@@ -187,7 +187,7 @@ def test_the_settings_of_a_run_are_those_of_the_folder_that_a_model_lies_in(fold
     told = run("finetune", *RUNS["classes"][0], *FAST, "--method", "full", "--out", "run")["after"]
     monkeypatch.chdir(bert.parent / "run" / ("model" if folder == "." else ""))
     assert run("evaluate", folder, "--backend", "numpy") == told
-    monkeypatch.chdir(bert.parent / "run")  # the bundled model is not of this run
+    monkeypatch.chdir(bert.parent / "run")  # the bundled model is not part of this run
     assert "bits_per_byte" in run("evaluate", "--data", "../poem.txt", "--window", 16)
 
 
@@ -195,7 +195,7 @@ def test_the_settings_of_a_run_are_those_of_the_folder_that_a_model_lies_in(fold
 def test_a_damaged_run_json_ends_in_a_sentence_or_does_not_matter(record, bert, data, run):
     told = run("finetune", *RUNS["classes"][0], *FAST, "--method", "full", "--out", "run")["after"]
     write_json("run/run.json", read_json("run/run.json") | record if "labels" in record else record)
-    if "labels" in record:  # the model has its own names: its head is not replaced
+    if "labels" in record:  # the model has its own class names: the head is not replaced
         assert run("evaluate", "run", "--backend", "numpy") == told
     else:
         assert run("extract", "run", "--out", "x", status=1)
@@ -211,7 +211,7 @@ def test_run_json_holds_null_for_what_json_has_not(cwd, run):
     model = ml.BertClassifier(ml.BertConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1), rng=0)
     ml.save_model(model, cwd / "scorer")
     library_wordpiece().save(str(cwd / "scorer" / "tokenizer.json"))
-    write(cwd / "x.jsonl", [{"text": row["text"], "label": 0.5} for row in texts(9)])  # no correlation with what is constant
+    write(cwd / "x.jsonl", [{"text": row["text"], "label": 0.5} for row in texts(9)])  # correlation with a constant is undefined
     how = ["--model", "scorer", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST]
     assert run("finetune", *how, "--out", "run")["after"]["pearson"] is None
     assert "NaN" not in (cwd / "run" / "run.json").read_text()
@@ -245,7 +245,7 @@ def test_epochs_read_every_text_and_take_the_steps_of_transformers(n, size, accu
     how = ["--batch-size", size, "--accumulate", accumulate, "--epochs", epochs, "--warmup", 0, "--backend", "numpy", "--no-cache"]
     run("finetune", "--model", "bert", "--data", "x", "--task", "classify", "--window", 9, *how, "--out", "run")
     steps = [json.loads(line) for line in (bert.parent / "run" / "metrics.jsonl").read_text().splitlines()]
-    each = math.ceil(math.ceil(n / size) / accumulate)  # transformers: ceil(batches of an epoch / accumulate), times the epochs, rounded up
+    each = math.ceil(math.ceil(n / size) / accumulate)  # transformers: ceil(batches per epoch / accumulate) times the epochs, rounded up
     assert len(steps) == math.ceil(epochs * each)
     per_text = len(library_wordpiece().encode("a man eating").ids)
     assert sum(step["tokens"] for step in steps[:each]) == n * per_text
@@ -272,7 +272,7 @@ def classifier(folder, names=None, n=3, **config):
 
 
 def test_a_published_head_keeps_the_order_of_its_classes(cwd, data, run):
-    """Data that are labelled by the model itself: its accuracy is 1 by construction, before a step and in every way of measuring."""
+    """The model itself labels the data: the accuracy is 1 by construction, before training and with every verb."""
     model = ml.load_model(classifier(cwd / "named", ["yes", "so", "no"]), "numpy")
     rows = texts(60)
     for row in rows:
@@ -301,7 +301,7 @@ def test_a_head_for_other_classes_is_replaced_on_request_only(cwd, run):
     assert "the head for good, bad, ugly is replaced by one for no, so, yes" in run.err
     assert read_json(cwd / "run" / "run.json")["labels"] == ["no", "so", "yes"]
     assert run("evaluate", "run", "--backend", "numpy") == told["after"]
-    write(cwd / "two.jsonl", [row | {"label": i % 2} for i, row in enumerate(texts(30))])  # and for another number of them
+    write(cwd / "two.jsonl", [row | {"label": i % 2} for i, row in enumerate(texts(30))])  # and for another number of classes
     told = run("finetune", "--model", "named", "--data", "two.jsonl", *tiny, "--out", "run2", "--new-head")
     assert run("evaluate", "run2", "--backend", "numpy") == told["after"]
 
@@ -340,7 +340,7 @@ def test_the_seed_reaches_the_head(bert, data, cwd, run):
     assert np.abs(heads[0] - heads[1]).max() > 1e-3
 
 
-# ---- damaged runs, and runs that do not end well -------------------------------------------------------------------------------------
+# ---- damaged runs, and runs that fail ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -370,6 +370,6 @@ def test_a_damaged_run_json_is_named_with_its_field(change, message, bert, data,
 def test_a_run_never_ends_well_with_parameters_that_give_no_loss(rate, cwd, run):
     err = run("finetune", "--steps", 1, "--warmup", 0, "--window", 24, "--eval-bytes", 200, "--lr", rate, "--out", "run", status=1)
     assert "not finite after the last update (step 1)" in err
-    record = json.loads((cwd / "run" / "run.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    record = json.loads((cwd / "run" / "run.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     assert record["results"] == {"stopped_after_step": 0}
     assert run("evaluate", "run", "--eval-bytes", 200)["loss"] < 3
