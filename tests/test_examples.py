@@ -1,7 +1,7 @@
-"""Every example runs as a user would start it, warnings being errors, and the figures it prints are what its text claims.
+"""Every example runs as a user would run it, with warnings as errors, and prints the figures that its text states.
 
-On NumPy each draws its picture. On the stand-in for CuPy (or on a GPU, with `--backend cupy`) the same files run unchanged; there
-the stand-in's run does without matplotlib, so that the line which then takes the picture's place is tested too.
+On NumPy each draws its picture. The same files run unchanged on the fake CuPy, or on a GPU with `--backend cupy`. The run on the fake
+CuPy has no matplotlib, which tests the line printed instead of a picture.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 def run(script: str, *args: str, cwd: Path, without: tuple[str, ...] = (), fake_cupy: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run examples/<script>.py in a process of its own, as if the modules in `without` were not installed."""
+    """Run examples/<script>.py in its own process, as if the modules in `without` were not installed."""
     path = str(EXAMPLES / f"{script}.py")
     command = [path, *args]
     if without or fake_cupy:
@@ -38,7 +38,7 @@ def run(script: str, *args: str, cwd: Path, without: tuple[str, ...] = (), fake_
 
 
 class Printed:
-    """What an example wrote; `row(label)` are the numbers in the one line that begins so, after the label."""
+    """The output of an example; `row(label)` returns the numbers after the label in the only line that begins with it."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -51,7 +51,7 @@ class Printed:
 
 @pytest.fixture
 def printed(backend, tmp_path):
-    """`printed("02_mlp_boundary", picture=True)`: run it on the backend under test, look at its streams and its picture."""
+    """`printed("02_mlp_boundary", picture=True)`: run it on the backend under test and check its streams and its picture."""
 
     def of(script: str, picture: bool = False) -> Printed:
         fake = sys.modules.get("cupy") is standin.module
@@ -70,7 +70,7 @@ def printed(backend, tmp_path):
             assert str(folder / f"{script}.png") in done.stdout
             assert (folder / f"{script}.png").read_bytes().startswith(b"\x89PNG")
             assert (folder / f"{script}.png").stat().st_size > 10_000
-        assert len(list(tmp_path.rglob("*.*"))) == (picture and not fake)  # and nothing else was left behind
+        assert len(list(tmp_path.rglob("*.*"))) == (picture and not fake)  # and no other file was written
         return Printed(done.stdout)
 
     return of
@@ -128,7 +128,7 @@ def test_04_planted_low_rank_shift(printed):
     out = printed("04_planted_low_rank_shift", picture=True)
     for rank in (1, 2, 3):
         reached, whitened, plain, excess = out.row(f"{rank}    ")
-        assert reached == pytest.approx(whitened, rel=2e-6)  # to the digits printed
+        assert reached == pytest.approx(whitened, rel=2e-6)  # to the printed digits
         assert abs(excess) < 1e-9
         assert reached < 0.99 * plain
     for rank in (4, 8, 32):
@@ -151,7 +151,7 @@ def test_05_digits_pretrain_adapt(printed):
     assert all(row[3] == base_old for row in lora)
     assert out.row("with the adapter off, the outputs differ from the base's by at most") == [0]
     accuracies = [row[1] for row in lora]
-    assert accuracies[0] + 0.03 < accuracies[-1]  # rank helps
+    assert accuracies[0] + 0.03 < accuracies[-1]  # a higher rank helps
     trained, full, old_after_full = out.row("full  ")
     assert trained == 25_477
     assert old_after_full < 0.6
