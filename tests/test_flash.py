@@ -1,4 +1,4 @@
-"""Attention on tensor cores: the fragments of every lane, played by fibers on the CPU, against the pair."""
+"""Attention on tensor cores: the fragments of all lanes, emulated by fibers on the CPU, against the reference implementation."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from minilora.training.loop import train
 pytestmark = pytest.mark.skipif(not cuda.ENABLED, reason="CUDA sources run through g++ here")
 
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}
-TF32 = 4e-3  # what a card cuts float32 to; the emulator does not
+TF32 = 4e-3  # a GPU truncates float32 to TF32; the emulator does not
 
 
 @pytest.fixture(params=TOLERANCE)
@@ -33,7 +33,7 @@ def tolerance(dtype, card):
 
 
 def column_blocks(T, widths, dtype, seed):
-    """Matrices that lie beside each other in one, as a fused projection leaves them."""
+    """Column blocks of one matrix, as a fused projection returns them."""
     whole = np.random.default_rng(seed).standard_normal((T, sum(widths))).astype(dtype)
     there = import_cupy().asarray(whole)
     ends = np.cumsum([0, *widths])
@@ -70,7 +70,7 @@ def test_against_the_pair(dtype, d, case, card):
     here = [wide(x) for x in (q, k, v)]
     wanted, P = F.attention(*here, heads, offsets, causal, n_kv_head=groups, rows=rows)
     pair = F.attention_backward(wide(do), *here, P, heads, offsets, groups, rows=rows)
-    if rows is not None:  # the pair leaves dk and dv of a sequence without a query unset
+    if rows is not None:  # the reference leaves dk and dv of a sequence without a query unset
         asked = np.unique(np.searchsorted(offsets, rows, side="right") - 1)
         unread = np.setdiff1d(np.arange(len(offsets) - 1), asked)
         for x in pair[1:]:
@@ -91,7 +91,7 @@ def test_large_scores_do_not_overflow(dtype, card):
 def test_what_there_is_no_kernel_for(standin_cupy, monkeypatch):
     q, k, v = column_blocks(8, (64, 64, 64), np.dtype("float32"), seed=0)
     monkeypatch.delenv("CUPY_TF32", raising=False)
-    assert not flash.fits(q, k, v, 1)  # float32 means float32
+    assert not flash.fits(q, k, v, 1)  # float32 without TF32
     monkeypatch.setenv("CUPY_TF32", "1")
     assert flash.fits(q, k, v, 1)
     assert not flash.fits(q, k, v, 4)  # heads of 16
@@ -99,13 +99,13 @@ def test_what_there_is_no_kernel_for(standin_cupy, monkeypatch):
     assert not flash.fits(*(x.astype("float64") for x in (q, k, v)), 1)
     monkeypatch.setattr(standin_cupy.cuda, "Device", lambda: SimpleNamespace(compute_capability="75"))
     flash._has_the_instructions.cache_clear()
-    assert not flash.fits(q, k, v, 1)  # a card before Ampere
+    assert not flash.fits(q, k, v, 1)  # a GPU before Ampere
     flash._has_the_instructions.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "tf32"])
 def test_a_model_takes_the_same_steps(name, card, monkeypatch):
-    """Three steps of a decoder with heads of 32, against the same on NumPy: by these kernels on one side, by the pairs on the other."""
+    """Three steps of a decoder with heads of 32 features, by these kernels on one side and by the reference on NumPy."""
     monkeypatch.setenv("CUPY_TF32", "1")
     launched = []
     launch = flash._launch
@@ -122,5 +122,5 @@ def test_a_model_takes_the_same_steps(name, card, monkeypatch):
         return [step.loss for step in run]
 
     np.testing.assert_allclose(losses("cupy"), losses("numpy"), rtol=5e-3 if name == "bfloat16" or card is not standin.module else 1e-5)
-    # Of two blocks and three steps; and forward once more, as the last update is looked at.
+    # two blocks and three steps, and one more forward, which checks the last update
     assert {x: launched.count(x) for x in launched} == {"flash_forward": 8, "flash_dq": 6, "flash_dkv": 6}
