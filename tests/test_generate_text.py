@@ -1,4 +1,4 @@
-"""Text that a model writes: where it ends, and what of it is shown."""
+"""Generated text: where it ends, and which part of it is shown."""
 
 import json
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ BPE = HFTokenizer(byte_level_bpe(), bos_id=3, eos_id=0, chat_template=CHATML)
 
 
 class Parrot:
-    """A model that writes the tokens it is given, whatever it reads, and space after them."""
+    """A model that generates the given tokens whatever it reads, then spaces."""
 
     config = SimpleNamespace(n_positions=100)
 
@@ -31,7 +31,7 @@ class Parrot:
 
 
 def written(text, stop=(), tokenizer=BYTES, n=50):
-    """(what was shown, piece by piece; what is returned) of a model that writes `text`."""
+    """(pieces shown, result) of a model that generates `text`."""
     pieces = []
     model = Parrot(tokenizer.encode(text, add_special=False), tokenizer.vocab_size)
     told = generate_text(model, tokenizer, tokenizer.encode("x"), n, temperature=0, stop=stop, show=pieces.append)
@@ -44,7 +44,7 @@ def test_a_text_to_stop_at_is_never_shown_in_part(text, stop):
     n = len(text.encode())
     first = min((at for at in (text.find(mark) for mark in stop) if at >= 0), default=len(text))
     told = written(text, stop, n=n)[1]
-    # of two that overlap, the one that is complete first counts, as a person who reads along would see it
+    # of two overlapping texts, the one that is complete first counts, in reading order
     complete = min(((text.find(mark) + len(mark), text.find(mark)) for mark in stop if mark in text), default=(0, first))[0]
     assert told["ended"] == ("stop" if complete else "length")
     assert text.startswith(told["text"])
@@ -79,7 +79,7 @@ def test_special_tokens_are_texts_to_stop_at_and_empty_ones_are_none():
         written("x", ["x<|im_end|>"], BPE)
 
 
-# ---- which tokens end a text ---------------------------------------------------------------------------------------------------------
+# ---- tokens that end a text ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_prompt_to_go_on_from_is_encoded_as_in_training():
     assert example.ids[: len(asked)].tolist() == asked.tolist()
     assert (example.labels[len(asked) - 1], example.labels[-1]) == (example.ids[len(asked)], 2)
     cut = example_maker("lm", tokenizer, 8, True, None, None)("f", 1, {"prompt": "<s>" + "the cat " * 9, "completion": " sat"})
-    assert (cut.cut, cut.ids[0], len(cut.ids)) == (True, 1, 8)  # what is cut off is not the begin token
+    assert (cut.cut, cut.ids[0], len(cut.ids)) == (True, 1, 8)  # the begin token survives truncation
 
 
 # ---- conversations -------------------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_what_the_user_says_next_is_never_learnt():
 
 
 def test_answers_are_found_where_a_template_writes_more_or_less_around_them():
-    """SmolLM2 writes a system prompt before a first message; Phi-3 ends the last turn with one more token; Qwen3 forgets thinking."""
+    """SmolLM2 adds a system prompt before the first message; Phi-3 ends the last turn with an extra token; Qwen3 drops thinking."""
     talk = [*TALK[:2], TALK[2], {"role": "assistant", "content": "So <b>long</b>"}]
     smollm2 = "{% if messages and messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are SmolLM<|im_end|>\n' }}{% endif %}" + CHATML
     assert answers(smollm2, talk[1:], ends=["<|im_end|>"]) == ["Hello!<|im_end|>", "So <b>long</b><|im_end|>"]
