@@ -1,4 +1,4 @@
-"""GGUF files: names, orientation, the order of rotary pairs, quantized weights, the tokenizer's metadata, and broken files."""
+"""GGUF files: names, orientation, order of rotary pairs, quantized weights, tokenizer metadata, and broken files."""
 
 import json
 import struct
@@ -40,7 +40,7 @@ VARIANTS = {
 
 
 def small(**options):
-    """Sizes that are no multiples of much; only rows that are quantized have to be multiples of 32."""
+    """Small sizes with few common factors; only quantized rows must be multiples of 32."""
     sizes = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 35, "num_hidden_layers": 2, "max_position_embeddings": 9}
     return LlamaConfig(**{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, **options})
 
@@ -54,12 +54,12 @@ def random_model(config):
 
 
 def interleaved(W, n_head):
-    """The order that llama.cpp's converter gives to the rows of q and k (its `permute`)."""
+    """The order of the rows of q and k after llama.cpp's converter (its `permute`)."""
     return W.reshape(n_head, 2, -1, *W.shape[1:]).swapaxes(1, 2).reshape(W.shape)
 
 
 def write(path, model, kinds=(), meta=(), leave_out=(), more=()):
-    """The model as llama.cpp's converter writes it. kinds: {part of a published name: Type}; meta: metadata that wins."""
+    """The model as llama.cpp's converter writes it. kinds: {part of a published name: Type}; meta: overriding metadata."""
     c = model.config
     writer, a = gguf.GGUFWriter(path, c.model_type), c.model_type
     told = {
@@ -118,7 +118,7 @@ def state_dict(model):
 
 
 def model_of(path):
-    """The model that a file holds, put together by hand."""
+    """The model of a file, built by hand."""
     raw, tensors, _ = read_gguf(path)
     model = Llama(LlamaConfig.from_json(raw, str(path)), rng=9)
     assert {p for p, _ in model.parameters()} == tensors.keys()
@@ -163,7 +163,7 @@ def test_the_order_of_rotary_pairs_is_put_back_only_where_it_was_changed():
 
 
 def test_quantized_weights_are_near_their_source(tmp_path):
-    """Each value is within half a step of what was written: the steps are range / 15 (Q4_1) and largest / 127 (Q8_0) of 32 values."""
+    """Each value is within half a step of the source: the step is range / 15 (Q4_1) or largest / 127 (Q8_0) of 32 values."""
     model = random_model(small())
     kinds = {"q_proj.weight": Type.Q4_1, "gate_proj.weight": Type.Q4_1, "k_proj.weight": Type.Q8_0, "embed": Type.Q8_0, "down": Type.F16}
     _, tensors, _ = read_gguf(write(tmp_path / "a.gguf", model, kinds))
@@ -186,7 +186,7 @@ def test_other_dtypes_and_mapped_arrays(tmp_path):
     _, tensors, _ = read_gguf(path, "float64")
     assert {t.dtype for t in tensors.values()} == {np.dtype("float64")}
     _, tensors, _ = read_gguf(path)
-    assert not tensors["model.norm.weight"].flags.writeable  # a view of the file
+    assert not tensors["model.norm.weight"].flags.writeable  # a view into the file
 
 
 def test_tokenizer_metadata(tmp_path):
@@ -215,7 +215,7 @@ def test_a_file_that_is_cut_off(part, tmp_path):
 
 
 def test_every_single_wrong_byte_of_the_header_is_read_or_refused(tmp_path):
-    """Never another exception, and never a hang. Lengths that lie are among them."""
+    """No other exception and no hang, even with wrong lengths."""
     path = write(tmp_path / "a.gguf", random_model(small(num_hidden_layers=1)), meta={"tokenizer.ggml.tokens": ["a"] * 67})
     whole = path.read_bytes()
     end = whole.index(b"output_norm.weight") + 60
@@ -231,7 +231,7 @@ def test_every_single_wrong_byte_of_the_header_is_read_or_refused(tmp_path):
 
 
 def test_a_length_that_lies_is_not_followed(tmp_path):
-    """An array of 2^61 numbers, in a file of some kilobytes."""
+    """An array of 2^61 numbers in a file of a few kilobytes."""
     path = write(tmp_path / "a.gguf", random_model(small(num_hidden_layers=1)))
     whole = path.read_bytes()
     at = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8
@@ -269,7 +269,7 @@ def test_without_the_library(tmp_path, monkeypatch):
         ({"meta": {"llama.attention.head_count": [4, 4]}}, r"head_count is \[4, 4\]"),
         ({"meta": {"llama.rope.scaling.type": "yarn"}}, "rotary positions are scaled"),
         ({"meta": {"llama.rope.scale_linear": 2.0}}, "rotary positions are scaled"),
-        ({"meta": {"llama.rope.scaling.factor": 2.0}}, "rotary positions are scaled"),  # of no type: llama.cpp takes it to be linear
+        ({"meta": {"llama.rope.scaling.factor": 2.0}}, "rotary positions are scaled"),  # without a type, llama.cpp treats it as linear
         ({"meta": {"llama.attention.causal": False}}, r"attention\.causal is False"),
         ({"meta": {"llama.rope.dimension_count": 4}}, "only a part of each head is turned"),
         ({"meta": {"llama.expert_count": 8}}, "expert_count is 8"),
@@ -298,7 +298,7 @@ def test_another_architecture_is_refused(tmp_path):
 
 
 def test_a_quantization_that_is_not_supported_is_refused(tmp_path):
-    """Q8_1 is a type of intermediate results, which the library knows by name alone."""
+    """Q8_1 is a type of intermediate results, which the library knows by name only."""
     path = write(tmp_path / "a.gguf", random_model(small()), kinds={"embed": Type.Q8_0})
     whole = path.read_bytes()
     at = whole.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 16
@@ -309,7 +309,7 @@ def test_a_quantization_that_is_not_supported_is_refused(tmp_path):
 
 
 def test_the_model_trains_with_adapters(tmp_path):
-    """Arrays that are views of a read-only file will do for frozen weights."""
+    """Frozen weights may be views of a read-only file."""
     model = model_of(write(tmp_path / "a.gguf", random_model(small())))
     ml.inject(model, ml.LoraConfig(r=2), rng=0)
     labels = np.append(IDS[1:], -100)
