@@ -1,4 +1,4 @@
-"""Frozen weights in 16 bits: half the memory, products to rounding, gradients of any size, and a run that ends where float32's does."""
+"""Frozen weights in half precision: half the memory, products to rounding, gradients of any magnitude, and a run that matches float32."""
 
 import sys
 
@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
 def test_gradients_are_those_of_the_rounded_weights(options, on, backend):
-    """On NumPy the only difference is W's rounding, so the gradients are those of a model with rounded weights."""
+    """On NumPy only W is rounded, so the gradients equal those of a model with rounded weights."""
     models = []
     for packed in (True, False):
         model = ml.MLP([6, 5, 4], rng=0)
@@ -88,7 +88,7 @@ def test_a_run_ends_where_that_on_float32_does(kind, tmp_path):
         again = ml.load_model("pydoc", "numpy", quantize=quantize)
         ml.load_adapter(again, tmp_path / f"run{quantize}" / "adapter")
     assert ends[kind] == pytest.approx(ends[""], rel=0.01)
-    assert (ends[kind] == ends[""]) == (kind == "float16")  # the bundled model's file is in float16: nothing is rounded
+    assert (ends[kind] == ends[""]) == (kind == "float16")  # the bundled model's file is float16: nothing is rounded
 
 
 def test_half_of_the_memory():
