@@ -1,4 +1,4 @@
-"""Metrics, with scikit-learn and SciPy as judges."""
+"""Metrics against scikit-learn and SciPy."""
 
 import math
 import warnings
@@ -19,7 +19,7 @@ pairs = st.integers(2, 5).flatmap(lambda k: st.lists(st.tuples(st.integers(0, k 
 def test_classification_as_in_scikit_learn(drawn):
     predicted, labels = np.array(drawn).T
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of classes that do not occur
+        warnings.simplefilter("ignore")  # it warns about classes that do not occur
         assert accuracy(predicted, labels) == pytest.approx(judge.accuracy_score(labels, predicted))
         assert f1(predicted, labels) == pytest.approx(judge.f1_score(labels, predicted, average="macro", zero_division=0))
         assert matthews(predicted, labels) == pytest.approx(judge.matthews_corrcoef(labels, predicted), abs=1e-12)
@@ -28,7 +28,7 @@ def test_classification_as_in_scikit_learn(drawn):
 
 
 def test_known_values():
-    labels, predicted = np.array([1, 1, 1, 1, 0, 0]), np.array([1, 1, 1, 0, 1, 0])  # 3 true, 1 false positive, 1 missed, 1 right no
+    labels, predicted = np.array([1, 1, 1, 1, 0, 0]), np.array([1, 1, 1, 0, 1, 0])  # TP 3, FP 1, FN 1, TN 1
     told = classification_metrics(predicted, labels, 2)
     assert told == {"accuracy": pytest.approx(4 / 6), "f1": 0.75, "f1_macro": pytest.approx((0.75 + 0.5) / 2), "matthews": 0.25}
     assert classification_metrics(predicted, labels, 3)["f1"] == told["f1_macro"]
@@ -38,7 +38,7 @@ def test_known_values():
 def test_correlations_as_in_scipy(drawn):
     x, y = np.array(drawn).T
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of constants
+        warnings.simplefilter("ignore")  # it warns about constants
         assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-9, nan_ok=True)
         assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-9, nan_ok=True)
 
