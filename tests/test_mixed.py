@@ -1,4 +1,4 @@
-"""Activations in 16 bits: every kernel equals the float32 pair on the same rounded numbers, to the type's own rounding."""
+"""Half-precision activations: every kernel against the float32 reference on the same rounded numbers, to the rounding of the type."""
 
 import json
 import sys
@@ -39,13 +39,13 @@ def kind(request):
 
 @pytest.fixture
 def draw(kind, on):
-    """draw(5, 3) is of 16 bits, draw(5, 3, dtype="float32") is not; both are on the backend under test."""
+    """draw(5, 3) is half precision, draw(5, 3, dtype="float32") is not; both are on the backend under test."""
     rng = np.random.default_rng(0)
     return lambda *shape, dtype=None, scale=1.0: on((scale * rng.standard_normal(shape)).astype(dtype or KINDS[kind]))
 
 
 def wide(value):
-    """The same in float32, on the host."""
+    """The values in float32 on the host."""
     if isinstance(value, (tuple, list)):
         return type(value)(map(wide, value))
     return ml.to_numpy(value).astype("float32") if hasattr(value, "dtype") and value.dtype.itemsize == 2 else value_on_host(value)
@@ -56,7 +56,7 @@ def value_on_host(value):
 
 
 def check(kind, got, wanted, dtypes, ulps=4.0):
-    """Each of `got` in its dtype ("half" or "float32"), and within so many roundings of `wanted`, measured on the largest number."""
+    """Each of `got` has its dtype ("half" or "float32") and is within `ulps` roundings of `wanted`, relative to the largest number."""
     for g, w, dtype in zip(got, wanted, dtypes, strict=True):
         if dtype is None:
             assert g is None
@@ -71,7 +71,7 @@ def check(kind, got, wanted, dtypes, ulps=4.0):
 def test_linear(kind, bias, draw):
     x, W, b, dy = draw(6, 12), draw(12, 7), draw(7, dtype="float32") if bias else None, draw(6, 7)
     check(kind, [K.linear(x, W, b), K.product(x, W)], [F.linear(*wide([x, W, b])), wide(x) @ wide(W)], ["half", "half"])
-    x_32 = draw(6, 12, dtype="float32")  # a weight of 16 bits does not narrow what is wider
+    x_32 = draw(6, 12, dtype="float32")  # a half-precision weight does not downcast a wider input
     check(kind, [K.linear(x_32, W, b)], [F.linear(*wide([x_32, W, b]))], ["float32"], ulps=1e-2)
     dx, dW, db = K.linear_backward(dy, None, W, ("dx", "db"))
     check(kind, [dx, dW, db], F.linear_backward(wide(dy), None, wide(W), ("dx", "db")), ["half", None, "float32"])
@@ -153,7 +153,7 @@ def test_dropout_draws_the_masks_of_float32(kind, draw):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("offsets", [[0, 7, 14, 21], [0, 3, 12, 21]])
 def test_attention(kind, causal, offsets, draw, monkeypatch):
-    monkeypatch.setattr(attention_module, "_KEPT", 8)  # of some sequences what is saved is computed again
+    monkeypatch.setattr(attention_module, "_KEPT", 8)  # some sequences recompute saved values
     q, k, v, do = draw(21, 24), draw(21, 24)[:, :12], draw(21, 12), draw(21, 24)
     for rows in (None, np.array([2, 6, 9, 20])):
         q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
@@ -168,7 +168,7 @@ def test_attention(kind, causal, offsets, draw, monkeypatch):
 
 
 def test_scores_are_of_float32(kind, draw):
-    """Large ones, which the softmax would make errors of a quarter of."""
+    """With large scores, rounding before the softmax would give errors of a quarter."""
     q, k, v, do = draw(21, 8, scale=6.0), draw(21, 8, scale=6.0), draw(21, 8), draw(21, 8)
     o, saved = K.attention(q, k, v, 2)
     wanted, pair = K.attention(*wide([q, k, v]), 2)
@@ -177,7 +177,7 @@ def test_scores_are_of_float32(kind, draw):
 
 
 def test_masks_and_angles_are_of_float32(kind, backend):
-    """1 / (1 - p) is no number of 16 bits, nor is the cosine of an angle."""
+    """Neither 1 / (1 - p) nor the cosine of an angle is exact in half precision."""
     layer = adapted("gpt2", kind, backend, lora_dropout=0.1).transformer.h[0].attn.c_attn
     mask = layer._mask(layer.weight.data, 3)
     assert float(mask.max()) == np.float32(1 / 0.9)
@@ -207,7 +207,7 @@ def test_rounding_is_to_the_nearest_even_and_keeps_what_is_no_number(kind, stand
     every = np.arange(2**16, dtype=np.uint16).view(KINDS[kind])  # all numbers of the type, read and written
     x = standin.module.asarray(every)
     with np.errstate(all="ignore"):
-        for p in (0.0, 0.75, 1 - 1 / 1.1):  # times 1, 4 (some beyond the largest) and 1.1, in float32, where it is kept
+        for p in (0.0, 0.75, 1 - 1 / 1.1):  # times 1, 4 (some overflow) and 1.1, in float32, where it is kept
             got = K.dropout(x, p, 3).get()
             kept = F.dropout_mask(every.shape, p, 3, np, "float32") > 0
             wanted = np.where(kept, every.astype("float32") * np.float32(1 / (1 - p)), np.float32(0)).astype(KINDS[kind])
@@ -236,10 +236,10 @@ def narrowed(name, kind):
 
 
 def adapted(name, kind, backend, narrow=True, **options):
-    """A small model with weights of 16 bits, or with the same numbers in float32, and LoRA with B away from zero."""
+    """A small model with half-precision weights, or with the same values in float32, and LoRA with B away from zero."""
     model = MODELS[name]()
     for _, p in model.parameters():
-        p.data = p.data * 3 if p.data.ndim == 2 else p.data  # activations of a size that tells right from wrong
+        p.data = p.data * 3 if p.data.ndim == 2 else p.data  # activations large enough to reveal errors
     narrow_model(model, kind)
     if not narrow:
         model.to(dtype="float32")
@@ -274,14 +274,14 @@ def test_gradients_of_a_model_are_those_of_float32(name, kind, options, backend)
     lengths = {path: norm(ml.to_numpy(w)) for path, w in wanted.items()}
     apart = {path: norm(ml.to_numpy(g) - ml.to_numpy(wanted[path])) for path, g in grads.items()}
     assert norm(list(apart.values())) <= 5 * EPS[kind] * norm(list(lengths.values()))
-    least = 0.01 * max(lengths.values())  # of BERT's key.bias the gradient is zero
+    least = 0.01 * max(lengths.values())  # the gradient of BERT's key.bias is zero
     for path, length in lengths.items():
         assert apart[path] <= 16 * EPS[kind] * (length + least), path
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_tokens_are_generated(name, kind, backend):
-    """decode, token by token, gives the logits of the whole sequence; both are of 16 bits."""
+    """decode, token by token, gives the logits of the complete sequence; both are half precision."""
     model, cache = adapted(name, kind, backend), KVCache(block=4)
     logits, _ = model.forward(IDS, keep=False)
     assert logits.dtype == KINDS[kind]
@@ -293,7 +293,7 @@ def test_tokens_are_generated(name, kind, backend):
 
 @pytest.mark.parametrize("config", [ml.BottleneckConfig(reduction_factor=4), ml.PartialConfig(train=["bias", "norm"])])
 def test_other_adapters(config, kind, backend):
-    """What is trained is of float32, the rest of the model goes on in 16 bits."""
+    """Trainable parameters are float32, the rest of the model stays in half precision."""
     grads = []
     for narrow in (True, False):
         model = narrowed("bert", kind)
@@ -329,7 +329,7 @@ def test_a_step_neither_waits_nor_has_more_products(kind, standin_cupy):
         assert (c.syncs, c.to_host, loss.dtype) == (0, 0, np.float32)
         counts.append(c)
     assert counts[0].products == counts[1].products
-    assert counts[0].launches < 1.35 * counts[1].launches  # A and B are narrowed, some results too
+    assert counts[0].launches < 1.35 * counts[1].launches  # A and B are downcast, and some results
 
 
 # -- training -----------------------------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def run(folder, **fields):
 
 
 def test_a_run_ends_where_that_on_float32_does(tmp_path):
-    """Held-out loss within 1 %; what is saved is opened as it was made, measures the same, and is merged in float32."""
+    """Held-out loss within 1 %; the saved adapter is opened with the same dtypes, gives the same figures, and is merged in float32."""
     ends = {dtype: run(tmp_path / dtype, dtype=dtype) for dtype in ("float32", *KINDS)}
     for kind, dtype in KINDS.items():
         assert ends[kind]["after"]["loss"] == pytest.approx(ends["float32"]["after"]["loss"], rel=0.01)
@@ -390,7 +390,7 @@ def batches(count=None):
 def test_an_overflow_halves_the_scale_and_changes_nothing_else(backend):
     model = adapted("gpt2", "float16", backend)
     optimizer, arrays = flat_of(model)
-    scale = LossScale(2.0**30)  # what the loss gives overflows for certain
+    scale = LossScale(2.0**30)  # the gradient of the loss certainly overflows
     before = [ml.to_numpy(x).copy() for x in arrays]
     steps = train(model, optimizer, batches(), 40, lambda step: 1.0, loss_scale=scale)
     first = next(steps)
@@ -407,7 +407,7 @@ def test_an_overflow_halves_the_scale_and_changes_nothing_else(backend):
 
 
 def test_the_scale_does_not_change_the_gradient(backend):
-    """Nor the loss, nor the norm: in float32 by not a bit, as it is a power of two."""
+    """Loss and norm are unchanged, too: bit for bit in float32, as the scale is a power of two."""
     told = []
     for value in (1.0, 2.0**15):
         model = adapted("gpt2", "float16", backend, narrow=False)
@@ -419,7 +419,7 @@ def test_the_scale_does_not_change_the_gradient(backend):
 
 
 def test_small_gradients_do_not_vanish(backend):
-    """Of a loss that is divided by a million labels, float16 sees little; scaled, it is the gradient of float32 but for rounding."""
+    """Divided by a million labels, gradients underflow in float16; scaled, they equal those of float32 up to rounding."""
     apart = {}
     for value in (1.0, 2.0**15):
         found = []
@@ -463,7 +463,7 @@ def test_what_no_scale_can_help_diverges(backend):
     np.testing.assert_array_equal(ml.to_numpy(optimizer.flat.data), before)
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------------------
+# -- refused ------------------------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_is_told_in_a_sentence(kind, monkeypatch):
@@ -498,7 +498,7 @@ def test_numbers_beyond_float16_and_a_missing_extra(monkeypatch):
     model.transformer.wpe.weight.data[0, 0] = -1e5
     with pytest.raises(ValueError, match=r"wpe.weight has numbers beyond float16's 65504; choose bfloat16"):
         narrow_model(model, "float16")
-    assert model.transformer.wte.weight.data.dtype == np.float32  # nothing was changed
+    assert model.transformer.wte.weight.data.dtype == np.float32  # nothing changed
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(ImportError, match=r"minilora\[bf16\]"):
         ml.load_model("pydoc", "numpy", "bfloat16")
