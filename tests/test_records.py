@@ -1,4 +1,4 @@
-"""A file is what it contains: formats, encodings, splits of a folder; and what cannot be read is refused by name, never learnt as text."""
+"""A file is what it contains: formats, encodings, splits of a folder. Unreadable data are refused by name, never trained on as text."""
 
 import gzip
 import json
