@@ -1,4 +1,4 @@
-"""Steps that are recorded once and launched whole: the same numbers, next to no launches, and no harm where it cannot be."""
+"""Steps that are captured once and replayed as a CUDA graph: the same numbers, few launches, and a fallback where capture is impossible."""
 
 import warnings
 
@@ -29,7 +29,7 @@ def model_of(config, dropout=0.0):
 
 
 def losses(config, record, steps=9, dropout=0.0, batches=None, recompute=False, **options):
-    """(loss, norm) of each step, and the trained numbers at the end."""
+    """(loss, norm) of each step, and the trained parameters at the end."""
     model = model_of(config, dropout)
     if recompute:
         model.transformer.recompute = True
@@ -42,7 +42,7 @@ def losses(config, record, steps=9, dropout=0.0, batches=None, recompute=False, 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["GPT-2", "Llama"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_recorded_run_is_the_same_run(config, accumulate, card):
-    """Other data, another rate and another bias correction in every step; of some rows no label."""
+    """Other data, another rate and another bias correction in every step; some rows have no label."""
 
     def batches():
         rng = np.random.default_rng(3)
@@ -51,13 +51,13 @@ def test_a_recorded_run_is_the_same_run(config, accumulate, card):
             yield batch
 
     plain, recorded = (losses(config, record, batches=batches(), accumulate=accumulate) for record in (False, True))
-    rtol = 0 if card is standin.module else 1e-4  # to the bit, but that a card's products may take another way while recorded
+    rtol = 0 if card is standin.module else 1e-4  # bit for bit, except that products of a GPU may use other algorithms during capture
     np.testing.assert_allclose(plain[0], recorded[0], rtol=rtol)
     np.testing.assert_allclose(plain[1], recorded[1], rtol=rtol, atol=rtol)
 
 
 def test_what_a_recorded_step_asks_of_the_device(standin_cupy):
-    """Counted as what ten more steps cost, read at the end alone."""
+    """The cost of ten more steps, read only at the end."""
 
     def counted(steps):
         forget_constants()
@@ -69,13 +69,13 @@ def test_what_a_recorded_step_asks_of_the_device(standin_cupy):
 
     few, more = counted(9), counted(19)
     assert more.syncs - few.syncs == 20  # the losses and norms of ten steps
-    assert (more.launches - few.launches) / 10 <= 6  # ids and labels to their places, the graph, copies of loss and norm, AdamW
+    assert (more.launches - few.launches) / 10 <= 6  # ids and labels into place, the graph, copies of loss and norm, AdamW
     assert (more.to_device - few.to_device) / 10 == 2  # ids and labels
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_masks_are_new_in_every_step_and_those_of_an_unrecorded_run(recompute, standin_cupy, monkeypatch):
-    monkeypatch.setattr("minilora.training.replicas.SHARD_ON_DEVICE", 12)  # shards of one sequence: a layer draws several masks a step
+    monkeypatch.setattr("minilora.training.replicas.SHARD_ON_DEVICE", 12)  # shards of one sequence: a layer draws several masks per step
     plain, recorded = (losses(GPT2, record, dropout=0.3, recompute=recompute) for record in (False, True))
     assert plain[0] == recorded[0]
     np.testing.assert_array_equal(plain[1], recorded[1])
@@ -92,7 +92,7 @@ def test_shapes_that_do_not_repeat_are_not_recorded(standin_cupy):
 
 
 def test_a_bad_id_is_found_before_a_launch(standin_cupy):
-    """CuPy would wrap it silently, and a recording looks at nothing."""
+    """CuPy would wrap it silently, and a replay checks nothing."""
 
     def batches():
         for i, batch in enumerate(random_windows(TEXT, 8, 3, np.random.default_rng(2))):
@@ -121,7 +121,7 @@ def test_without_the_bindings_steps_run_as_they_are(standin_cupy, monkeypatch):
 
 @pytest.mark.parametrize("wrong", ["counts", "waits", "reads the host"])
 def test_work_that_must_not_be_recorded_is_found_out(wrong, standin_cupy):
-    """A number that changes, a value that is read, an array of the host: the recording is dropped, the results stay right."""
+    """A changing number, a synchronisation, a host array: the graph is dropped, the results stay right."""
     replay, calls = Replay(), []
 
     def work(x):
@@ -150,7 +150,7 @@ def test_memory_of_a_recording_is_counted_and_freed(standin_cupy, monkeypatch):
         replay(0, lambda x: (x + 1,), [np.ones(3)])
     assert peak_memory("cupy") - before == standin.POOL_BYTES
     pool = replay.recorded[1].pool
-    for _ in range(AFTER):  # another recording takes its place
+    for _ in range(AFTER):  # another graph replaces it
         replay(1, lambda x: (x + 2,), [np.ones(4)])
     assert pool.freed
     assert peak_memory("cupy") - before == standin.POOL_BYTES
@@ -158,11 +158,11 @@ def test_memory_of_a_recording_is_counted_and_freed(standin_cupy, monkeypatch):
     replay.close()
     assert pool.freed
     assert not POOL_OWNERS
-    assert peak_memory("cupy") - before == standin.POOL_BYTES  # a peak
+    assert peak_memory("cupy") - before == standin.POOL_BYTES  # the peak
 
 
 def test_a_run_frees_its_recording(standin_cupy, monkeypatch):
-    """However it ends."""
+    """Also if the run is closed early."""
     made = []
     monkeypatch.setattr(standin_cupy.cuda, "MemoryPool", lambda pool=standin_cupy.cuda.MemoryPool: made.append(pool()) or made[-1])
     losses(GPT2, True)
