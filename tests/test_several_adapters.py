@@ -1,4 +1,4 @@
-"""Several adapters on one model, their sums (PEFT is the judge), and a fine-tuned model as a LoRA of its base."""
+"""Several adapters on one model, their sums (against PEFT), and the LoRA of a fine-tuned model relative to its base."""
 
 import json
 from itertools import pairwise
@@ -25,7 +25,7 @@ def base(kind, dtype="float64"):
 
 
 def adapted(base, config, seed):
-    """A replica with an adapter away from its start."""
+    """A replica with a perturbed adapter."""
     twin, rng = base.replica(), np.random.default_rng(seed)
     ml.inject(twin, config, rng=seed)
     for _, p in twin.parameters():
@@ -49,7 +49,7 @@ CONFIGS = {
 }
 
 
-# -- one model, several adapters --------------------------------------------------------------------------------------------------
+# -- one model with several adapters ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -75,7 +75,7 @@ def test_switching_costs_the_adapters_alone():
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_gradients_of_a_mixed_batch(kind):
-    """By finite differences, and each adapter gets what its own sequences alone would give it."""
+    """By finite differences; each adapter gets the gradient of its own sequences."""
     shared = base(kind)
     models = [adapted(shared, config, i) for i, config in enumerate(CONFIGS[kind])]
     which = [0, 2, 1, 0]
@@ -131,7 +131,7 @@ def test_cat_is_the_sum_and_svd_is_the_best_of_its_rank(backend):
     for path, d in deltas(exact).items():
         np.testing.assert_allclose(d, wanted[path], atol=1e-12)
     assert {layer.r for _, layer in lora_layers(exact)} == {2, 3}
-    best = ml.combine(model, [one, two], [0.7, -1.3])  # svd of rank 2, the largest of theirs
+    best = ml.combine(model, [one, two], [0.7, -1.3])  # svd of rank 2, their largest rank
     for path, d in deltas(best).items():
         left = np.linalg.svd(wanted[path], compute_uv=False)[2:]
         assert np.linalg.norm(d - wanted[path]) == pytest.approx(np.linalg.norm(left), abs=1e-10)
@@ -140,7 +140,7 @@ def test_cat_is_the_sum_and_svd_is_the_best_of_its_rank(backend):
     assert model.lora_config is None
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs are not ours
+@pytest.mark.filterwarnings("ignore")  # warnings of PEFT
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize(("how", "r"), [("cat", None), ("linear", None), ("svd", None), ("svd", 3)])
 def test_sums_are_pefts(kind, how, r, tmp_path):
@@ -174,9 +174,9 @@ def test_sums_are_pefts(kind, how, r, tmp_path):
         wanted = theirs.eval()(torch.tensor(IDS[None, :7])).logits[0].numpy()
         plain_logits = model.forward(IDS[:7], keep=False)[0]
     found = ours.forward(IDS[:7], keep=False)[0]
-    assert np.abs(found - plain_logits).max() > 3e-3  # the sum does something
+    assert np.abs(found - plain_logits).max() > 3e-3  # the sum has an effect
     np.testing.assert_allclose(found, wanted, atol=1e-5 if kind == "llama" else 1e-6)
-    ml.save_adapter(ours, tmp_path / "sum")  # and PEFT reads what came of it
+    ml.save_adapter(ours, tmp_path / "sum")  # and PEFT reads the saved sum
     again = peft.PeftModel.from_pretrained(theirs.unload(), tmp_path / "sum").double().eval()
     with torch.no_grad():
         np.testing.assert_allclose(again(torch.tensor(IDS[None, :7])).logits[0].numpy(), found, atol=1e-5)
@@ -219,7 +219,7 @@ def test_what_has_no_sum():
 
 
 def tuned_from(model, rank=None, seed=0, everything=False):
-    """All dense weights changed, by products of a rank or fully; with `everything`, biases, norms and embeddings too."""
+    """Change all dense weights by products of a rank, or fully; with `everything` also biases, norms and embeddings."""
     rng, twin = np.random.default_rng(seed), model.replica()
     for path, layer in twin.modules():
         if isinstance(layer, ml.Linear) and path != model.output_head:
@@ -258,7 +258,7 @@ def test_the_rank_is_the_lowest_that_keeps_the_energy():
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_with_inputs_it_is_closest_in_what_layers_put_out(kind, backend):
-    """Whitened with data, the output error on these data is smaller, that in the weights larger."""
+    """Whitened with data, the output error on these data is smaller and the error in the weights larger."""
     model = base(kind).to(backend)
     tuned = tuned_from(model)
     rng = np.random.default_rng(3)
@@ -275,7 +275,7 @@ def test_with_inputs_it_is_closest_in_what_layers_put_out(kind, backend):
         assert out[1] <= out[0] * (1 + 1e-9)
         assert weight[0] <= weight[1] * (1 + 1e-9)
         compared += out[1] < 0.9 * out[0]
-        if path.endswith(("c_attn", "query")):  # x^T x / T of the layer's inputs, and the ridge; factorize divides by the rows
+        if path.endswith(("c_attn", "query")):  # x^T x / T of the layer's inputs plus the ridge; factorize divides by the rows
             x = collected(tuned, path, batches)
             C = x.T @ x / len(x)
             np.testing.assert_allclose(R[path].T @ R[path] / len(C), C + 1e-6 * np.trace(C) / len(C) * np.eye(len(C)), atol=1e-10)
@@ -283,7 +283,7 @@ def test_with_inputs_it_is_closest_in_what_layers_put_out(kind, backend):
 
 
 def collected(model, path, batches):
-    """All inputs of one layer, by another way than the code under test: a forward that writes them down."""
+    """All inputs of one layer, collected by a wrapped forward, independently of the code under test."""
     twin, seen = model.replica(), []
     layer = dict(twin.modules())[path]
     plain = layer.forward
