@@ -1,4 +1,4 @@
-"""A matrix of tokenizers, settings beside them, templates and records against transformers, whose AutoTokenizer is the judge."""
+"""Many tokenizers, tokenizer settings, templates and records against transformers' AutoTokenizer."""
 
 import json
 
@@ -23,7 +23,7 @@ def added(content, **options):
 
 
 def decoder_of(library, *more):
-    """added_tokens_decoder: the library's own added tokens, and more behind its vocabulary."""
+    """added_tokens_decoder: the added tokens of the library, and more beyond its vocabulary."""
     own = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in json.loads(library.to_str())["added_tokens"]}
     size = library.get_vocab_size()
     return {"added_tokens_decoder": own | {str(size + i): token for i, token in enumerate(more)}}
@@ -185,7 +185,7 @@ def messages_of(talk):
 
 @pytest.fixture(scope="module")
 def chatters(tmp_path_factory):
-    """{name: folder} of the tokenizers that decoders have, each with a pad token and a begin and an end token."""
+    """{name: folder} of the tokenizers of decoders, each with a pad token, a begin token and an end token."""
     made = {}
     for name, (library, config, files) in CHATTERS.items():
         config = {"bos_token": "<s>", "pad_token": "<|endoftext|>", **config}
@@ -194,7 +194,7 @@ def chatters(tmp_path_factory):
 
 
 def example_of(tokenizer, record, template=None, **options):
-    """(ids with the last label, which are learnt) of a record."""
+    """(ids including the last label, labelled positions) of a record."""
     make = example_maker("lm", tokenizer, options.pop("window", 5000), options.pop("mask", True), None, template)
     example = make("f.jsonl", 1, record)
     last = example.labels[-1]
@@ -220,7 +220,7 @@ def test_conversations_are_those_of_apply_chat_template(name, template, chatters
         if not any(want.get("assistant_masks", [1, 1])[1:]):
             continue
         ids, learnt = example_of(ours, {"messages": messages, **beside}, TEMPLATES[template])
-        known = ids[:-1] if ids[-1] < 0 else ids  # of what is not learnt at the end, the last token is no one's
+        known = ids[:-1] if ids[-1] < 0 else ids  # an unlabelled last token belongs to no message
         assert known.tolist() == want["input_ids"][: len(known)], (key, ours.decode(known), theirs.decode(want["input_ids"]))
         if "assistant_masks" in want:
             assert learnt.tolist()[1:] == [bool(m) for m in want["assistant_masks"]][1 : len(learnt)], key
@@ -248,13 +248,13 @@ PIECES = [
     "\t",
     "A",
 ]
-ANY = st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1")  # which mark answers, and are refused
+ANY = st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1")  # templates that mark answers, and are refused
 TEXT = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(ANY, max_size=8)
 
 
 @pytest.mark.parametrize("name", ["bytes", *CHATTERS])
 def test_the_ids_spell_the_record(name, chatters):
-    """Whatever is said, and wherever a merge, a prefix space or a normalizer reaches across a boundary."""
+    """For any text, even where a merge, a prefix space or a normalizer crosses a boundary."""
     tokenizer = ByteTokenizer() if name == "bytes" else load_tokenizer(chatters[name], 1000)
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     usual = [key for key in TEMPLATES if name != "bytes" or "s_token" not in TEMPLATES[key]]  # bytes have no begin or end token to write
@@ -279,7 +279,7 @@ def test_the_ids_spell_the_record(name, chatters):
             if ids is not None:
                 assert tokenizer.decode(ids) == spelled(text, behind)
                 asked, first = tokenizer.encode_prompt(a), np.flatnonzero(learnt)[0]
-                if "prompt" in record and first >= len(asked):  # else a normalizer composed a character across the boundary
+                if "prompt" in record and first >= len(asked):  # otherwise a normalizer composed a character across the boundary
                     assert np.array_equal(ids[: len(asked)], asked)
         messages = messages_of([("user", a), ("assistant", b), ("user", c), ("assistant", d), ("user", "the end")])
         tokenizer.chat_template = TEMPLATES[template]
@@ -289,7 +289,7 @@ def test_the_ids_spell_the_record(name, chatters):
         ids, learnt = usable({"messages": messages}, TEMPLATES[template])
         if ids is not None:
             past = tokenizer.offsets(text)[: len(ids)][learnt][:, 1].max()
-            assert past <= len(tokenizer.render(messages[:4]))  # "the end" is the user's
+            assert past <= len(tokenizer.render(messages[:4]))  # "the end" belongs to the user
 
     check()
 
