@@ -203,7 +203,7 @@ def test_the_loss_over_the_vocabulary(kind, head, draw, monkeypatch):
 def test_rounding_is_to_the_nearest_even_and_keeps_what_is_no_number(kind, standin_cupy):
     """The sources convert by themselves. Every number of the type is read, multiplied and written (by dropout)."""
     if not cuda.ENABLED:
-        pytest.skip("the stand-in runs CUDA sources through g++")
+        pytest.skip("the fake CuPy runs CUDA sources through g++")
     every = np.arange(2**16, dtype=np.uint16).view(KINDS[kind])  # all numbers of the type, read and written
     x = standin.module.asarray(every)
     with np.errstate(all="ignore"):
