@@ -1,4 +1,4 @@
-"""Adapter files: every tensor is loaded or refused, random heads are saved, bases are told apart, and old versions of PEFT read them."""
+"""Adapter files: every tensor is loaded or refused, random heads are saved, bases are distinguished, and old PEFT reads them."""
 
 import warnings
 

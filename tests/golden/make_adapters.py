@@ -43,8 +43,8 @@ GOLDEN = ("all linear layers", "patterns", "bias all", "modules with linear laye
 def options(kind: str) -> dict[str, dict]:
     """{case: fields of LoraConfig, for PEFT and minilora} for a kind of model."""
     blocks, q, up, norm, part, whole = NAMES[kind]
-    common = {"r": 2, "lora_alpha": 8, "task_type": TASK[kind], "target_modules": [q, up], "fan_in_fan_out": kind == "gpt2"}
-    cases = {
+    usual = {"r": 2, "lora_alpha": 8, "task_type": TASK[kind], "target_modules": [q, up], "fan_in_fan_out": kind == "gpt2"}
+    told = {
         "names": {},
         "all linear layers": {"target_modules": "all-linear", "r": 3},
         "expression, rsLoRA": {"target_modules": rf".*\.{blocks}\.1\..*({q}|{up})", "use_rslora": True, "lora_alpha": 3},
@@ -74,25 +74,25 @@ def options(kind: str) -> dict[str, dict]:
         "DoRA, rsLoRA, patterns, bias": {"use_dora": True, "use_rslora": True, "rank_pattern": {q: 4}, "bias": "lora_only"},
         "no task": {"task_type": None},
     }
-    cases["embedding adapted"] = {"target_modules": [EMBEDDING[kind], q], "r": 3}
+    told["embedding adapted"] = {"target_modules": [EMBEDDING[kind], q], "r": 3}
     if kind == "bert":
-        cases["no task, all linear layers"] = {"task_type": None, "target_modules": "all-linear"}
-        cases["the head by name"] = {"task_type": None, "modules_to_save": ["classifier"], "target_modules": "all-linear"}
-        cases["pooler whole, bias all"] = {"modules_to_save": ["pooler"], "bias": "all"}
-        cases["pooler adapted, embeddings whole"] = {"target_modules": ["pooler.dense"], "modules_to_save": ["word_embeddings"]}
-        cases["a query whole, by half its name"] = {"modules_to_save": ["elf.query"], "target_modules": ["key"]}
+        told["no task, all linear layers"] = {"task_type": None, "target_modules": "all-linear"}
+        told["the head by name"] = {"task_type": None, "modules_to_save": ["classifier"], "target_modules": "all-linear"}
+        told["pooler whole, bias all"] = {"modules_to_save": ["pooler"], "bias": "all"}
+        told["pooler adapted, embeddings whole"] = {"target_modules": ["pooler.dense"], "modules_to_save": ["word_embeddings"]}
+        told["a query whole, by half its name"] = {"modules_to_save": ["elf.query"], "target_modules": ["key"]}
     if kind == "llama":
-        cases["embeddings and head whole"] = {"modules_to_save": ["embed_tokens", "lm_head"]}
-        cases["head adapted"] = {"target_modules": [q, "lm_head"]}
-        cases["norms by half their name"] = {"modules_to_save": ["layernorm"]}
+        told["embeddings and head whole"] = {"modules_to_save": ["embed_tokens", "lm_head"]}
+        told["head adapted"] = {"target_modules": [q, "lm_head"]}
+        told["norms by half their name"] = {"modules_to_save": ["layernorm"]}
     if kind == "gpt2":
-        cases["positions whole"] = {"modules_to_save": ["wpe"]}
+        told["positions whole"] = {"modules_to_save": ["wpe"]}
     if kind == "tied llama":
-        cases = {
-            what: cases[what]
+        told = {
+            what: told[what]
             for what in ("names", "all linear layers", "bias all, a norm whole", "modules with linear layers whole", "embedding adapted")
         }
-    return {what: common | fields for what, fields in cases.items()}
+    return {what: usual | fields for what, fields in told.items()}
 
 
 def slug(what: str) -> str:
@@ -153,7 +153,7 @@ def losses(model, optimizer=None) -> np.ndarray:
     import torch
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, losses = optimizer or torch.optim.AdamW(trained, **ADAMW), []
+    optimizer, told = optimizer or torch.optim.AdamW(trained, **ADAMW), []
     for ids, labels in zip(torch.from_numpy(IDS), torch.from_numpy(LABELS), strict=True):
         out = quietly(model, input_ids=ids).logits
         if out.ndim == 3:  # the next token
@@ -162,8 +162,8 @@ def losses(model, optimizer=None) -> np.ndarray:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return np.array(losses)
+        told.append(loss.item())
+    return np.array(told)
 
 
 def main() -> None:
@@ -178,9 +178,9 @@ def main() -> None:
                 model = adapted(kind, fields)
                 quietly(model.save_pretrained, FOLDER / kind / slug(what))
                 expected[slug(what)] = logits(model)
-        initial = adapted(kind, options(kind)["all linear layers"], seed=None)
-        quietly(initial.save_pretrained, FOLDER / kind / "start")
-        expected["losses"] = losses(initial)
+        start = adapted(kind, options(kind)["all linear layers"], seed=None)
+        quietly(start.save_pretrained, FOLDER / kind / "start")
+        expected["losses"] = losses(start)
         save_file(expected, FOLDER / kind / "expected.safetensors")
     for stray in [*FOLDER.rglob("README.md"), *FOLDER.rglob("generation_config.json")]:
         stray.unlink()
