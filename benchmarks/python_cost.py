@@ -1,4 +1,4 @@
-"""What a step of GPT-2 small costs before any arithmetic: launches, and the time of Python. Needs no GPU.
+"""The cost of a step of GPT-2 small without arithmetic: kernel launches and the time of Python. Needs no GPU.
 
     python -m benchmarks.python_cost
 
@@ -24,7 +24,7 @@ STEPS = 60
 
 
 def step_times(backend: str, record: bool, after: Any = lambda: None, steps: int = STEPS, **changed: Any) -> list[float]:
-    """Seconds of each step; `after` is called once the first ten are done. changed: of the model's sizes, or its dtype."""
+    """Seconds of each step after the first ten, when `after` is called. changed: sizes of the model, or its dtype."""
     import minilora as ml
     from minilora.data.batches import random_windows
     from minilora.quantization.half import to_half_precision
@@ -44,7 +44,7 @@ def step_times(backend: str, record: bool, after: Any = lambda: None, steps: int
         times.append(time.perf_counter() - begun)
         if step.step == 10:
             after()
-        begun = time.perf_counter()
+        start = time.perf_counter()
     return times[10:]
 
 
@@ -52,18 +52,18 @@ def main() -> int:
     import standin
     from standin.recording import Graph
 
-    told: dict[str, Any] = {"python, launch by launch, ms": 1e3 * float(np.median(step_times("numpy", False)))}
+    result: dict[str, Any] = {"python, kernel by kernel, ms": 1e3 * float(np.median(step_times("numpy", False)))}
     sys.modules |= standin.modules
     for record in (False, True):
         with standin.count() as counts:
             step_times("cupy", record, after=lambda counts=counts: setattr(counts, "launches", 0))
-        told[f"launches{', recorded' * record}"] = round(counts.launches / (STEPS - 10), 1)
+        result[f"launches{', replayed' * record}"] = round(counts.launches / (STEPS - 10), 1)
     with standin.count() as counts:
         step_times("cupy", False, lambda: setattr(counts, "launches", 0), 12, n_embd=384, dtype="bfloat16")
-    told["launches, bfloat16"] = round(counts.launches / 2, 1)
+    result["launches, bfloat16"] = round(counts.launches / 2, 1)
     nothing = lambda: setattr(Graph, "launch", lambda self, stream=None: None)  # noqa: E731
-    told["python, recorded, ms"] = 1e3 * float(np.median(step_times("cupy", True, after=nothing)))
-    print(json.dumps(told, indent=1))
+    result["python, replayed, ms"] = 1e3 * float(np.median(step_times("cupy", True, after=nothing)))
+    print(json.dumps(result, indent=1))
     return 0
 
 

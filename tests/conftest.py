@@ -91,13 +91,13 @@ def xp(backend: str) -> ModuleType:
 
 @pytest.fixture
 def on(backend: str) -> Callable[..., Any]:
-    """`on(array)`: the array (or list, or number) on the backend under test."""
+    """`on(x)`: an array, list or number as an array on the backend under test."""
     return lambda array, dtype=None: to_backend(np.asarray(array), backend, dtype)
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Random numbers, the same in every run."""
+    """A generator with a fixed seed."""
     return np.random.default_rng(0)
 
 

@@ -77,11 +77,11 @@ def in_peft(peft, base, adapter, name="AutoModelForCausalLM", seed=0, **options)
     return (out.last_hidden_state if name == "AutoModel" else out.logits)[0].numpy()
 
 
-# -- tensors of the base that lie in an adapter's file -------------------------------------------------------------------------------
+# -- tensors of the base model in an adapter file ------------------------------------------------------------------------------------
 
 
 def with_embedding(tmp_path, change, **options):
-    """(base folder, adapter folder whose file has the base's embedding too, changed)."""
+    """(base folder, adapter folder whose file also has the embedding of the base, changed by `change`)."""
     base, adapter = llama(tmp_path / "base", **options), tmp_path / "adapter"
     ml.save_adapter(adapted(base), adapter)
     tensors, metadata = read_tensors(adapter / "adapter_model.safetensors")
@@ -92,7 +92,7 @@ def with_embedding(tmp_path, change, **options):
 
 
 def bumped(E):
-    """One element, by one unit in the last place."""
+    """One element changed by one unit in the last place."""
     E = E.copy()
     E[4, 7] = np.nextafter(E[4, 7], np.float32(9))
     return E
@@ -155,7 +155,7 @@ def test_the_base_weight_below_an_adapter_has_to_be_the_models(tmp_path):
         ml.load_adapter(ml.load_model(base, "numpy"), adapter)
 
 
-# -- what was drawn at random -----------------------------------------------------------------------------------------------------
+# -- randomly initialised heads ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_mean_pooling_is_said_where_it_is_written(tmp_path, capsys):
     assert "mean of the tokens; transformers and PEFT read BERT's pooler" in capsys.readouterr().err
 
 
-# -- adapters of models without their head ------------------------------------------------------------------------------------------
+# -- adapters of models without a head ----------------------------------------------------------------------------------------------
 
 BARE = {
     "bert": {"target_modules": ["query", "dense"]},
@@ -262,7 +262,7 @@ def test_an_adapter_of_a_bare_model_works_here_and_one_made_here_there(name, tmp
 
 
 def _zero(source, folder):
-    """A copy of an adapter that does nothing."""
+    """A copy of an adapter with all tensors zero."""
     folder.mkdir()
     (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
     tensors = load_file(source / "adapter_model.safetensors")
@@ -281,7 +281,7 @@ def test_an_adapter_that_names_no_base_is_not_put_on_the_bundled_model(tmp_path)
     assert far(logits(open_model(str(tmp_path / "base"), "numpy", str(tmp_path / "a"))), logits(adapted(tmp_path / "base"))) == 0
 
 
-# -- whose base is it? --------------------------------------------------------------------------------------------------------------
+# -- the base model of an adapter ---------------------------------------------------------------------------------------------------
 
 
 def test_a_rounded_or_quantized_copy_of_the_base_is_said_and_another_model_refused(tmp_path, capsys):
@@ -313,7 +313,7 @@ def test_a_rounded_or_quantized_copy_of_the_base_is_said_and_another_model_refus
     ml.save_adapter(model, tmp_path / "q")
     ml.load_adapter(ml.load_model(base, "numpy"), tmp_path / "q")
     assert "quantization (" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="other weights"):  # one that was quantized is not taken for just any
+    with pytest.raises(ValueError, match="other weights"):  # the fingerprint of a quantized base does not match every model
         ml.load_adapter(ml.Llama(LlamaConfig(**SIZES), rng=1), tmp_path / "q")
 
 
@@ -426,7 +426,7 @@ def test_only_what_is_meant_for_the_hub_is_asked_of_it(tmp_path, monkeypatch):
     assert requested == [("org/name", False)]
 
 
-# -- comparing ----------------------------------------------------------------------------------------------------------------------
+# -- comparing adapters -------------------------------------------------------------------------------------------------------------
 
 
 def test_compare_knows_no_order(tmp_path):
@@ -474,7 +474,7 @@ def test_compare_of_classifiers(tmp_path):
     [
         ({"target_modules": ["embed_tokens"]}, False),
         ({"target_modules": ["embed_tokens"]}, True),
-        ({"modules_to_save": ["embed_tokens"]}, False),  # PEFT does not train a tied one whole
+        ({"modules_to_save": ["embed_tokens"]}, False),  # PEFT does not fully train a tied table
     ],
 )
 def test_the_row_of_the_pad_token_gets_no_gradient_from_what_is_read(fields, tied, tmp_path):
@@ -493,7 +493,7 @@ def test_the_row_of_the_pad_token_gets_no_gradient_from_what_is_read(fields, tie
 
 
 def test_a_tied_table_that_is_trained_whole_gets_the_heads_part_of_the_pad_row(tmp_path):
-    """Against finite differences of the head alone: the loss as a function of the row, where no token reads it."""
+    """Against finite differences of the head alone: the loss as a function of the row, with no token that reads it."""
     model = ml.load_model(llama(tmp_path / "m", pad_token_id=4, tie_word_embeddings=True), "numpy", "float64").unfreeze()
     ids = np.array([3, 1, 4, 5])
     _, saved = model.loss(ids[:-1], ids[1:])

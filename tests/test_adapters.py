@@ -1,4 +1,4 @@
-"""Bottleneck adapters and partial tuning: what is trained, where it begins, what is kept in files; a small torch model as the judge."""
+"""Bottleneck adapters and partial tuning: trainable parameters, initial values, file contents; a small torch model is the oracle."""
 
 import json
 from itertools import pairwise
@@ -88,7 +88,7 @@ def test_training_begins_next_to_the_base_model():
 def test_the_start_is_a_normal_distribution_cut_off_at_two_deviations():
     x = truncated_normal(np.random.default_rng(0), (100, 300), 0.01)
     assert 0.0199 < np.abs(x).max() <= 0.02
-    assert x.std() == pytest.approx(0.01 * 0.8796, rel=0.01)  # of a normal distribution cut there
+    assert x.std() == pytest.approx(0.01 * 0.8796, rel=0.01)  # standard deviation of a normal distribution truncated at two
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
@@ -128,7 +128,7 @@ def test_the_files_weights_lie_as_in_the_models_checkpoint(tmp_path):
 
 
 def test_replicas_share_the_weights_and_add_up():
-    """What the training loop relies on: a replica of an adapted model is one."""
+    """The training loop relies on replicas of an adapted model."""
     model = injected("bert", "bottleneck")
     replica = model.replica()
     replica.loss_backward(loss(replica)[1])
@@ -147,13 +147,13 @@ def test_partly_trained_weights_are_a_model_and_bottlenecks_are_not(tmp_path):
         ml.save_model(injected("gpt2", "bottleneck"), tmp_path / "n")
 
 
-# -- live ---------------------------------------------------------------------------------------------------------------------
+# -- live comparison with transformers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs are not ours
+@pytest.mark.filterwarnings("ignore")  # warnings of transformers
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_gradients_are_those_of_torch(kind, tmp_path):
-    """transformers' model with h + f(h D + b1) U + b2 hooked onto its projections, as a reader of the paper would write it."""
+    """transformers' model with h + f(h D + b1) U + b2 added to its projections by hooks, a direct implementation of the paper."""
     torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
     transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
     name, ends = {
@@ -185,7 +185,7 @@ def test_logits_and_gradients_are_those_of_torch(kind, tmp_path):
     rows = [theirs(torch.tensor(IDS[None, a:b])).logits for a, b in pairwise(OFFSETS)]
     theirs_y = torch.cat([row.reshape(-1, row.shape[-1]) for row in rows])
     y, saved = ours.forward(IDS, offsets=OFFSETS)
-    within = 1e-9 if kind in ("bert", "gpt2") else 1e-5  # transformers' Llama has its norms and angles in float32
+    within = 1e-9 if kind in ("bert", "gpt2") else 1e-5  # transformers computes norms and angles of Llama in float32
     np.testing.assert_allclose(y, theirs_y.detach().numpy(), rtol=within, atol=within)
     dy = np.random.default_rng(0).standard_normal(y.shape)
     ours.backward(dy, saved)

@@ -1,4 +1,4 @@
-"""The door to NumPy and CuPy, and what a training step may ask of a GPU."""
+"""The choice between NumPy and CuPy, transfers, and the work that a training step gives to a GPU."""
 
 import json
 import subprocess
@@ -19,14 +19,14 @@ from minilora.kernels import cuda, memory
 from minilora.optim.flat import clip_grad_norm
 from minilora.training.replicas import Replicas
 
-# -- arrays know where they live ------------------------------------------------------------------------------------
+# -- the module of an array -----------------------------------------------------------------------------------------
 
 
 def test_get_xp_names_the_module(xp, on, backend):
     x = on([1.0, 2.0])
     assert door.get_xp(None, x, x.T, None) is xp
     assert door.backend_name(x) == backend
-    assert door.backend_name(x.sum()) == backend  # a NumPy scalar, or a 0-d array
+    assert door.backend_name(x.sum()) == backend  # a NumPy scalar or a 0-d array
     assert door.get_xp() is np
 
 
@@ -54,7 +54,7 @@ def test_there_and_back_again(backend, rng):
     back = door.to_numpy(there)
     assert type(back) is np.ndarray
     np.testing.assert_array_equal(back, x)
-    assert door.to_backend(there, backend) is there  # nothing to change, nothing copied
+    assert door.to_backend(there, backend) is there  # nothing to convert, nothing copied
     assert door.to_backend(x, backend, "float64").dtype == np.float64
     assert door.to_backend(there, "numpy", "float16").dtype == np.float16
     assert door.to_numpy(there.sum()).shape == ()
@@ -85,15 +85,15 @@ def test_synchronize_waits_for_the_device(fake_cupy, monkeypatch):
     assert memory.peak_memory("cupy") == standin.POOL_BYTES
 
 
-# -- choosing one ---------------------------------------------------------------------------------------------------
+# -- choosing a backend ---------------------------------------------------------------------------------------------
 
 
 def no_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", None)  # Python's way of saying that an import fails
+    monkeypatch.setitem(sys.modules, "cupy", None)  # makes `import cupy` fail
 
 
 def for_another_cuda(monkeypatch):
-    """A cupy that is there, and cannot be imported."""
+    """A cupy that is installed but cannot be imported."""
     folder = Path(tempfile.mkdtemp())
     (folder / "cupy.py").write_text("raise ImportError('libnvrtc.so.12: cannot open shared object file')")
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
@@ -146,20 +146,20 @@ def test_auto_takes_cupy_where_it_works(fake_cupy, capsys):
         door.choose_backend("gpu")
 
 
-# -- the same numbers everywhere ------------------------------------------------------------------------------------
+# -- equal numbers on both backends ---------------------------------------------------------------------------------
 
 SMALL = ml.GPT2Config(vocab_size=50, n_positions=16, n_embd=12, n_layer=2, n_head=2)
 
 
 def adapted_model(backend, dropout=0.0, dtype="float32"):
-    """A small GPT-2 on a backend, with LoRA put in there; B is not zero, so that A gets a gradient."""
+    """A small GPT-2 on a backend, with LoRA injected there; B is not zero, so that A gets a gradient."""
     model = ml.GPT2(SMALL, rng=5).to(backend, dtype)
     ml.inject(model, ml.LoraConfig(r=3, init_lora_weights=False, lora_dropout=dropout), rng=7)
     return model
 
 
 def batch():
-    """Two sequences, of 7 and 10 tokens; 17 is not a size of any weight."""
+    """Two sequences of 7 and 10 tokens; no weight has a dimension of 17."""
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 50, 17)
     labels[[3, 11]] = -100
@@ -201,12 +201,12 @@ def test_a_step_with_dropout_is_the_same_step(backend):
     np.testing.assert_allclose(step(backend), step("numpy"), rtol=1e-8, atol=1e-12)
 
 
-# -- what a step asks of the device ---------------------------------------------------------------------------------
+# -- the work of a step on the device -------------------------------------------------------------------------------
 
 
 @contextmanager
 def counted(model):
-    """Count, and add `c.frozen`: which frozen weights had a product of their shape, or of its transpose, formed."""
+    """Count, and set `c.frozen`: the frozen weights for which a product of their shape or its transpose was formed."""
     with standin.count() as c:
         yield c
     shapes = {path: tuple(p.data.shape) for path, p in model.parameters() if p.data.ndim == 2 and ".lora_" not in path}
@@ -256,11 +256,11 @@ def test_a_frozen_linear_forms_one_product_each_way(fake_cupy, rng):
     assert c.products == [(5, 4), (6, 4), (5, 6)]
 
 
-# -- what an import loads -------------------------------------------------------------------------------------------
+# -- modules that an import loads -----------------------------------------------------------------------------------
 
 
 def loaded_by(code):
-    """The modules that a fresh Python loads for `code`, beyond what it has at its start."""
+    """The modules that a fresh Python loads for `code`, beyond those at its start."""
     lines = f"import sys, json; before = set(sys.modules)\n{code}\nprint(json.dumps(sorted(set(sys.modules) - before)))"
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout))
@@ -271,7 +271,7 @@ def packages(modules):
 
 
 def beyond_numpy(modules):
-    """The packages among them that are neither Python's own nor loaded by NumPy."""
+    """The packages among them that are neither in the standard library nor loaded by NumPy."""
     return packages(modules) - packages(loaded_by("import numpy.random"))
 
 
@@ -293,7 +293,7 @@ def test_building_and_training_a_layer_loads_numpy_alone():
     assert beyond_numpy(modules) == {"minilora"}
 
 
-LAUNCHES = {"GPT-2": 76, "Llama": 112}  # of a block with LoRA on all linear layers, forward and backward; README.md says so
+LAUNCHES = {"GPT-2": 76, "Llama": 112}  # launches of a block with LoRA on all linear layers, forward and backward; quoted in README.md
 
 
 @pytest.mark.skipif(not cuda.ENABLED, reason="counts launches of the CUDA sources, which need g++ here")

@@ -1,4 +1,4 @@
-"""BERT against transformers and PEFT, by golden files and live; what it saves; the options of its classifier."""
+"""BERT against transformers and PEFT, with golden files and live; saved values; the options of the classifier."""
 
 from itertools import pairwise
 
@@ -49,10 +49,10 @@ def test_the_golden_file_is_what_the_oracles_say_now():
         assert oracle.deviation(value, oracle.GOLDEN[key]) < (1e-4 if ".run" in key or ".after" in key else 1e-11), key
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs are not ours
+@pytest.mark.filterwarnings("ignore")  # warnings of transformers
 @pytest.mark.parametrize("task", ["gelu_new", "relu", "regression", "token types"])
 def test_the_other_options_live(task, tmp_path):
-    """Every gradient of full training, by name, for what the golden file has not."""
+    """Every gradient of full training, by name, for options that the golden file lacks."""
     torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
     transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
     torch.manual_seed(0)
@@ -94,7 +94,7 @@ def test_the_other_options_live(task, tmp_path):
 
 
 def arrays(saved):
-    """How many numbers a `saved` holds on to."""
+    """The total number of elements that a `saved` holds."""
     if isinstance(saved, Saved):
         return arrays(saved.values)
     if isinstance(saved, (tuple, list)):
@@ -110,7 +110,7 @@ def test_what_is_frozen_is_not_saved_and_nothing_runs_below_the_lowest_trainable
     model = tiny().freeze()
     model.classifier.unfreeze()
     n, d = len(OFFSETS) - 1, TINY["hidden_size"]
-    assert kept(model) == n * d + n * 2 + n + 1  # the pooled rows, dlogits, the bounds: nothing that has a row for each token
+    assert kept(model) == n * d + n * 2 + n + 1  # the pooled rows, dlogits, the bounds: nothing with a row per token
     model.bert.encoder.layer[2].output.dense.unfreeze()
     last = kept(model)
     model.bert.encoder.layer[2].attention.self.query.unfreeze()
@@ -157,7 +157,7 @@ def test_shards_with_the_count_of_the_whole_add_up(labels, backend):
             total += float(loss)
         return total, np.concatenate([ml.to_numpy(p.grad).ravel() for _, p in model.parameters()])
 
-    whole, parts = gradient([(0, 3)]), gradient([(0, 1), (1, 2), (2, 3)])  # the second has no label at all
+    whole, parts = gradient([(0, 3)]), gradient([(0, 1), (1, 2), (2, 3)])  # the second has no label
     assert whole[0] == pytest.approx(parts[0], rel=1e-12)
     np.testing.assert_allclose(whole[1], parts[1], atol=1e-14)
     assert np.abs(whole[1]).max() > 1e-3

@@ -1,4 +1,4 @@
-"""Products on the device: every layout that a matrix may have, against NumPy, through cuBLAS's raw calls and through CuPy's own."""
+"""Matrix products on the device: every layout against NumPy, with raw cuBLAS calls and with CuPy's own."""
 
 import inspect
 
@@ -16,7 +16,7 @@ LAYOUTS = ("rows", "columns", "part of a wider one", "every other row", "every o
 
 
 def laid_out(x, layout):
-    """x (..., m, n) on the device, lying there as `layout` says."""
+    """x (..., m, n) on the device in the memory layout `layout`."""
     there = import_cupy().asarray
     if layout == "columns":
         return there(np.ascontiguousarray(x.swapaxes(-1, -2))).swapaxes(-1, -2)
@@ -68,14 +68,14 @@ def test_what_is_not_asked_for_is_not_touched(way):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("stack", [(), (2, 3)])
 def test_sixteen_bits_may_give_thirty_two(way, dtype, stack):
-    """Of the factors' rounding alone: sums are taken in float32, and what they give is not rounded again."""
+    """Only the factors are rounded: sums are float32, and the results are not rounded again."""
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((*stack, *shape)).astype(dtype) for shape in ((4, 100), (100, 3)))
     exact = a.astype("float64") @ b.astype("float64")
     there = [import_cupy().asarray(x) for x in (a, b)]
     same, wide = blas.gemm(*there), blas.gemm(*there, dtype="float32")
     assert (same.dtype, wide.dtype) == (dtype, np.float32)
-    if blas.bindings() is not None:  # CuPy rounds to 16 bits first
+    if blas.bindings() is not None:  # CuPy first rounds to half precision
         np.testing.assert_allclose(wide.get(), exact, rtol=0, atol=1e-4)
     np.testing.assert_allclose(same.get().astype("float64"), exact, rtol=float(ml_dtypes.finfo(dtype).eps), atol=0.02)
 

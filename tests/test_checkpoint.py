@@ -34,7 +34,7 @@ def is_mapped(x):
 
 
 def edit(folder, change):
-    """Change the tensors of a folder."""
+    """Change the tensors of a folder with `change`."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -64,7 +64,7 @@ def test_weights_are_mapped_and_a_mapped_model_does_all_that_others_do(name, tmp
     assert model.origin.source == str(folder)
     assert not model.trainable
     before = logits(model, name)
-    assert oracle.deviation(before, oracle.GOLDEN[f"{name}.logits"]) > 1e-3  # the golden logits are with the adapter
+    assert oracle.deviation(before, oracle.GOLDEN[f"{name}.logits"]) > 1e-3  # the golden logits include the adapter
 
     ids, labels, offsets = oracle.batch(name)
     ml.inject(model, ml.LoraConfig(r=2, init_lora_weights=False), rng=0)
@@ -79,7 +79,7 @@ def test_weights_are_mapped_and_a_mapped_model_does_all_that_others_do(name, tmp
     full.loss_backward(saved)
     optimizer.step()
     assert np.abs(logits(full, name) - before).max() > 1e-3
-    ml.save_model(full, folder)  # onto the file that `model` is mapped from
+    ml.save_model(full, folder)  # overwrites the file that `model` maps
     np.testing.assert_array_equal(logits(model.to("numpy", "float32"), name), adapted)
     np.testing.assert_array_equal(logits(ml.load_model(folder, "numpy"), name), logits(full, name))
 
@@ -173,7 +173,7 @@ def raw_file(path, header, data=b"", length=None):
 def test_bfloat16_is_the_upper_half_of_float32_and_odd_places_are_read(tmp_path):
     x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
     half = (x.view(np.uint32) >> 16).astype(np.uint16)
-    entry = {"dtype": "BF16", "shape": [3, 4], "data_offsets": [1, 25]}  # one byte before it: not aligned
+    entry = {"dtype": "BF16", "shape": [3, 4], "data_offsets": [1, 25]}  # preceded by one byte: not aligned
     path = raw_file(tmp_path / "x", {"a": {"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}, "x": entry}, b"\1" + half.tobytes())
     tensors, _ = map_tensors(path)
     assert tensors["x"].dtype == np.float32
@@ -245,7 +245,7 @@ def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatc
         "nowhere",
         str(tmp_path / "nowhere"),
         tmp_path / "nowhere",
-    ):  # not ids
+    ):  # not hub ids
         with pytest.raises(FileNotFoundError, match="there is no model at"):
             ml.load_model(path, "numpy")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -276,7 +276,7 @@ LLAMA = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs are not ours
+@pytest.mark.filterwarnings("ignore")  # warnings of transformers
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_transformers_writes_is_read_and_what_is_written_transformers_reads(family, tmp_path):
     torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
@@ -326,7 +326,7 @@ def test_the_tokenizer_goes_with_the_model(tmp_path):
     assert read_json(tmp_path / "out" / "config.json")["id2label"] == {"0": "L0", "1": "L1", "2": "L2"}
 
 
-# -- what can be wrong ------------------------------------------------------------------------------------------------------
+# -- broken checkpoints -----------------------------------------------------------------------------------------------------
 
 W = "bert.encoder.layer.1.output.dense.weight"
 

@@ -31,7 +31,7 @@ QUICK = [
     "--warmup",
     "1",
 ]
-BIASES, NORMS = 4 * (384 + 128 + 512 + 128), 9 * 2 * 128  # of linear layers; gains and biases
+BIASES, NORMS = 4 * (384 + 128 + 512 + 128), 9 * 2 * 128  # parameters of linear layers, and of gains and biases
 TRAINED = {"lora": 65536 + BIASES + NORMS, "full": 858880, "bitfit": BIASES + NORMS // 2, "layer-norm": NORMS}
 TRAINED["bottleneck"] = 8 * (2 * 128 * 8 + 8 + 128) + NORMS
 
@@ -180,7 +180,7 @@ def poison(path):
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(path / "model.safetensors")
-    tensors["transformer.wpe.weight"][0] = 3e38  # finite, but its square is not
+    tensors["transformer.wpe.weight"][0] = 3e38  # finite, but its square overflows
     save_file({k: v.astype(np.float32) for k, v in tensors.items()}, path / "model.safetensors")
 
 
@@ -330,7 +330,7 @@ def test_bytes_and_text():
 
 
 def test_every_verb_has_its_help_and_a_wrong_flag_its_line(capsys):
-    """Each flag once, none of them turned into a word without dashes, and no traceback."""
+    """Each flag once, each with its dashes, and no traceback."""
     words = {"compare": ["first", "second"], **{key: ["model"] for key in ("evaluate", "generate", "merge", "extract", "info")}}
     for name, p in make_parser()[1].items():
         assert [action.dest for action in p._actions if not action.option_strings] == words.get(name, [])

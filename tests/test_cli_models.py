@@ -1,4 +1,4 @@
-"""The command line on published kinds of models, in small: a BERT and a Llama with tokenizers, records, chats, settings files."""
+"""The command line on published kinds of models at small scale: a BERT and a Llama with tokenizers, records, chats, settings files."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ FILMS = [
 
 @pytest.fixture
 def run(capsys):
-    """`run(*argv)` is what a verb prints on standard output; `run(*argv, json=True)` the one JSON object that it may print there."""
+    """`run(*argv)` returns the standard output of a verb; `run(*argv, json=True)` the one JSON object that it prints."""
 
     def run(*argv, json=False):
         status = main([str(word) for word in argv] + ["--json"] * json)
@@ -194,7 +194,7 @@ def test_verbs_without_a_model_of_their_own_print_one_object_too(run, cwd, monke
     assert run("generate", "--tokens", 2, "--backend", "numpy", json=True)["tokens"] == 2
 
 
-# ---- what does not go together -------------------------------------------------------------------------------------------------------
+# ---- inconsistent input --------------------------------------------------------------------------------------------------------------
 
 
 def other_adapter(cwd):

@@ -28,7 +28,7 @@ SMALL["llama"] = SMALL["qwen2"] = {**SMALL["bert"], "hidden_size": 8, "num_key_v
 IDS = np.array([3, 1, 4, 1, 5, 9])
 
 
-# -- live: what transformers has -------------------------------------------------------------------------------------------------
+# -- live: the fields of transformers --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def transformers():
 
 
 def theirs(transformers, kind, **changes):
-    """Their configuration class, filled."""
+    """A filled configuration of transformers."""
     import warnings
 
     name = {"gpt2": "GPT2", "bert": "Bert", "llama": "Llama", "qwen2": "Qwen2"}[kind] + "Config"
@@ -49,7 +49,7 @@ def theirs(transformers, kind, **changes):
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_field_of_transformers_is_known(kind, transformers, capsys):
-    """Those of the class, inherited ones, other names, and those of generation: at their defaults they do nothing and say nothing."""
+    """Fields of the class, inherited fields, aliases, and those of generation: at their defaults they change nothing silently."""
     config = theirs(transformers, kind)
     raw = json.loads(config.to_json_string(use_diff=False))
     raw |= {alias: raw[name] for alias, name in config.attribute_map.items()}
@@ -57,7 +57,7 @@ def test_every_field_of_transformers_is_known(kind, transformers, capsys):
         raw.setdefault(name, None)
     raw |= {field.name: getattr(config, field.name) for field in fields(config) if field.name not in raw}
     assert len(raw) > 50
-    capsys.readouterr()  # what transformers itself had to say
+    capsys.readouterr()  # output of transformers
     made = CLASSES[kind].from_json(raw, "config.json")
     assert capsys.readouterr() == ("", "")
     for name, value in SMALL[kind].items():
@@ -66,7 +66,7 @@ def test_every_field_of_transformers_is_known(kind, transformers, capsys):
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_defaults_are_those_of_the_architecture(kind, transformers):
-    """An empty config.json is transformers' default model, in all that is honoured."""
+    """An empty config.json gives transformers' default model, in all honoured fields."""
     import warnings
 
     with warnings.catch_warnings():
@@ -79,13 +79,13 @@ def test_defaults_are_those_of_the_architecture(kind, transformers):
 
 
 def other(value):
-    """Another value of the same type; None where there is none to think of."""
+    """Another value of the same type, or None."""
     return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else 0.5 if isinstance(value, float) else None
 
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_what_is_called_neutral_is_neutral_in_transformers(kind, transformers):
-    """Every neutral field of theirs, at another value: the same logits, from the same weights."""
+    """Every neutral field of transformers at another value gives the same logits from the same weights."""
     import torch
 
     classes = {"gpt2": "GPT2LMHeadModel", "bert": "BertForSequenceClassification", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -102,13 +102,13 @@ def test_what_is_called_neutral_is_neutral_in_transformers(kind, transformers):
     ours = {field.name for field in fields(CLASSES[kind])}
     tried = 0
     for name, value in theirs(transformers, kind).to_dict().items():
-        if name in neutral - ours - {"return_dict"} and other(value) is not None:  # without return_dict their own models fail
+        if name in neutral - ours - {"return_dict"} and other(value) is not None:  # without return_dict, transformers' models fail
             np.testing.assert_allclose(logits(weights, **{name: other(value)})[1], usual, atol=1e-6, err_msg=name)
             tried += 1
     assert tried >= 5
 
 
-# -- what published files say -----------------------------------------------------------------------------------------------------
+# -- published files --------------------------------------------------------------------------------------------------------------
 
 PUBLISHED = {
     "gpt2": """activation_function=gelu_new architectures attn_pdrop=0.1 bos_token_id=50256 embd_pdrop=0.1 eos_token_id=50256
@@ -207,7 +207,7 @@ def folder_of(kind, folder):
 
 
 def is_refused(load, folder, what):
-    """Is it refused, in one line that names the file? Otherwise the logits have to be finite."""
+    """Whether loading fails with one line that names the file; otherwise the logits must be finite."""
     try:
         model = load()
     except ValueError as error:
@@ -252,7 +252,7 @@ def test_any_value_of_any_field_of_an_adapter_is_refused_or_runs(what, tmp_path)
     for name in sorted(raw.keys() | extra):
         for value in VALUES:
             if (name, value) in (("lora_alpha", 1e30), ("lora_alpha", 10**30)):
-                continue  # they mean what they say
+                continue  # these values are valid
             (tmp_path / "adapter_config.json").write_text(json.dumps({**raw, name: value}))
             model = ml.GPT2(small, rng=0)
             refused += is_refused(lambda model=model: (ml.load_adapter(model, tmp_path), model)[1], tmp_path, (name, value))

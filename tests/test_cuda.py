@@ -1,4 +1,4 @@
-"""The CUDA sources: compiled where there is a compiler, run on the CPU with real threads, equal to the pairs they stand for."""
+"""The CUDA sources: compiled if there is a compiler, run on the CPU with real threads, equal to the reference implementations."""
 
 import re
 import shutil
@@ -100,7 +100,7 @@ def test_attention(threads, causal, offsets, monkeypatch):
         close(o, expected)
         got = K.attention_backward(do_, q_, k, v, saved, 6, offsets, 3, rows=rows)
         pair = F.attention_backward(do_, q_, k, v, P, 6, offsets, 3, rows=rows)
-        if rows is None:  # the pair leaves dk and dv of a sequence without a query unset
+        if rows is None:  # the reference leaves dk and dv of a sequence without a query unset
             for a, b in zip(got, pair, strict=True):
                 close(a, b)
         else:

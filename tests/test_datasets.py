@@ -40,7 +40,7 @@ def texts(*words):
     return [{"text": word} for word in words]
 
 
-# ---- what is learnt ------------------------------------------------------------------------------------------------------------------
+# ---- labels --------------------------------------------------------------------------------------------------------------------------
 
 
 def test_of_a_text_every_token_is_learnt_from_those_before(tmp_path):
@@ -56,10 +56,10 @@ def test_of_a_prompt_and_completion_only_the_completion_and_its_end_are_learnt(t
     assert BPE.decode(example.ids) == "the capital of France is Paris"
     assert learnt(example) == " Paris<|end|>"
     first = int(np.flatnonzero(example.labels != -100)[0])
-    assert BPE.decode(example.ids[: first + 1]) == record["prompt"]  # the row of the prompt's last token predicts the first of the answer
+    assert BPE.decode(example.ids[: first + 1]) == record["prompt"]  # the row of the last prompt token predicts the first answer token
     everything = one(tmp_path, record, mask_prompt=False)
     assert learnt(everything) == "the capital of France is Paris<|end|>".removeprefix(BPE.decode(everything.ids[:1]))
-    assert learnt(one(tmp_path, {**record, "completion": " Paris<|end|>"})) == " Paris<|end|>"  # not twice
+    assert learnt(one(tmp_path, {**record, "completion": " Paris<|end|>"})) == " Paris<|end|>"  # only once
 
 
 def begun():
@@ -128,7 +128,7 @@ def test_messages_without_a_template_say_how_to_give_one(tmp_path):
         one(tmp_path, {"messages": TALK}, BYTES)
 
 
-# ---- what is cut ---------------------------------------------------------------------------------------------------------------------
+# ---- truncation ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_long_text_loses_its_end(tmp_path):
@@ -141,9 +141,9 @@ def test_a_long_text_loses_its_end(tmp_path):
     ("prompt", "completion", "ids", "cut"),
     [
         ("0123", "abcd", "0123abc", False),
-        ("0123456789", "abc", "3456789ab", True),  # of the prompt the end
-        ("0123", "abcdefghijklmn", "0123abcde", True),  # of the completion the beginning
-        ("0123456789", "abcdefghijklmn", "56789abcd", True),  # half and half
+        ("0123456789", "abc", "3456789ab", True),  # the end of the prompt
+        ("0123", "abcdefghijklmn", "0123abcde", True),  # the beginning of the completion
+        ("0123456789", "abcdefghijklmn", "56789abcd", True),  # half of each
         ("", "abcdefghijklmn", "abcdefghi", True),
     ],
 )
@@ -162,7 +162,7 @@ def test_the_begin_token_survives_the_cut(tmp_path):
     assert example.ids[0] == 1
     assert len(example.ids) == 10
     assert learnt(example).startswith("the")
-    assert 0 not in example.labels  # the end was cut off: it is not learnt in the middle
+    assert 0 not in example.labels  # the end was cut off: no label in the middle
 
 
 def test_messages_of_which_no_answer_is_left_are_refused(tmp_path):
@@ -241,7 +241,7 @@ def test_what_has_no_validation_data_is_split_the_same_way_each_time(as_folder, 
     data = load_dataset(path, "lm", BYTES, 20)
     kept, held = whole(data.train), whole(data.valid)
     assert (len(kept), len(held)) == (90, 10)
-    assert not set(kept) & set(held)  # the second copy of a text is on the side of the first
+    assert not set(kept) & set(held)  # copies of a text are in one split
     assert whole(load_dataset(path, "lm", BYTES, 20).valid) == held
     assert whole(load_dataset(path, "lm", BYTES, 20, seed=1).valid) != held
 
@@ -385,7 +385,7 @@ def test_epochs_differ_and_are_the_same_for_the_same_seed():
 
     first, second = epochs(0)
     assert sorted(s for batch in first for s in batch) == sorted(sequences(collate(examples)))
-    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}  # other company, not only another order
+    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}  # different batches, not only another order
     assert epochs(0) == (first, second)
     assert epochs(1)[0] != first
     with pytest.raises(ValueError, match="nothing to train on"):

@@ -1,4 +1,4 @@
-"""`evaluate` measures a run as the run was measured: the same data, split, window, mask and sample, and figures equal to the last digit."""
+"""`evaluate` measures a run as `finetune` did: the same data, split, window, mask and sample, and figures equal to the last digit."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def cwd(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(capsys):
-    """`run(*argv)` is the JSON object that a verb prints; `run.err` what it said on standard error."""
+    """`run(*argv)` is the JSON object that a verb prints; `run.err` its standard error."""
 
     def run(*argv, status=0):
         assert main([*map(str, argv), "--json"]) == status
@@ -85,7 +85,7 @@ def test_evaluate_equals_finetune_to_the_last_digit(what, method, seed, bert, ll
     result = run("finetune", *RUNS[what][0], *FAST, "--method", method, "--seed", seed, "--out", "run")
     assert run("evaluate", "run", "--backend", "numpy") == result["after"]
     assert "differs from the run" not in run.err
-    if "--data" in RUNS[what][0]:  # and so it does on a copy of the data, under another name
+    if "--data" in RUNS[what][0]:  # also on a copy of the data under another name
         data = RUNS[what][0][RUNS[what][0].index("--data") + 1]
         if "." in data:
             copy = "copy." + data.split(".")[1]
@@ -131,7 +131,7 @@ def test_what_is_overridden_and_what_is_cut_is_said(bert, data, run, capsys):
 
 
 def test_another_window_or_mask_measures_the_records_that_were_held_out(bert, llama, data, run, monkeypatch):
-    """Cut at 4 tokens, many texts are equal and stay on one side; at 11 all differ, and a tenth of those would be other ones."""
+    """Truncated at 4 tokens, many texts are equal and stay in one split; at 11 all differ, and the tenth held out would be another one."""
     made, measured = datasets.example_maker, []
 
     @dataclass
@@ -163,7 +163,7 @@ def test_data_that_have_changed_since_the_run_are_not_measured_as_held_out(bert,
         run("evaluate", f"run{n}", "--all")
         assert "all of " in run.err
         record = read_json(f"run{n}/run.json")
-        write_json(f"run{n}/run.json", {name: value for name, value in record.items() if name != "trained_on"})  # of an older version
+        write_json(f"run{n}/run.json", {name: value for name, value in record.items() if name != "trained_on"})  # an older version
         assert "is not as the run read it" in run("evaluate", f"run{n}", status=1)
 
 
@@ -240,7 +240,7 @@ def test_epochs_read_every_text_and_take_the_steps_of_transformers(n, size, accu
     how = ["--batch-size", size, "--accumulate", accumulate, "--epochs", epochs, "--warmup", 0, "--backend", "numpy", "--no-cache"]
     run("finetune", "--model", "bert", "--data", "x", "--task", "classify", "--window", 9, *how, "--out", "run")
     steps = [json.loads(line) for line in (bert.parent / "run" / "metrics.jsonl").read_text().splitlines()]
-    each = math.ceil(math.ceil(n / size) / accumulate)  # transformers: ceil(batches of an epoch / accumulate), times the epochs, rounded up
+    each = math.ceil(math.ceil(n / size) / accumulate)  # transformers: ceil(batches per epoch / accumulate) times the epochs, rounded up
     assert len(steps) == math.ceil(epochs * each)
     per_text = len(library_wordpiece().encode("a man eating").ids)
     assert sum(step["tokens"] for step in steps[:each]) == n * per_text
@@ -267,7 +267,7 @@ def classifier(folder, names=None, n=3, **config):
 
 
 def test_a_published_head_keeps_the_order_of_its_classes(cwd, data, run):
-    """Data that are labelled by the model itself: its accuracy is 1 by construction, before a step and in every way of measuring."""
+    """The model itself labels the data: the accuracy is 1 by construction, before training and with every verb."""
     model = ml.load_model(classifier(cwd / "named", ["yes", "so", "no"]), "numpy")
     rows = texts(60)
     for row in rows:
@@ -335,7 +335,7 @@ def test_the_seed_reaches_the_head(bert, data, cwd, run):
     assert np.abs(heads[0] - heads[1]).max() > 1e-3
 
 
-# ---- damaged runs, and runs that do not end well -------------------------------------------------------------------------------------
+# ---- damaged runs, and runs that fail ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -365,6 +365,6 @@ def test_a_damaged_run_json_is_named_with_its_field(change, message, bert, data,
 def test_a_run_never_ends_well_with_parameters_that_give_no_loss(rate, cwd, run):
     err = run("finetune", "--steps", 1, "--warmup", 0, "--window", 24, "--eval-bytes", 200, "--lr", rate, "--out", "run", status=1)
     assert "not finite after the last update (step 1)" in err
-    record = json.loads((cwd / "run" / "run.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    record = json.loads((cwd / "run" / "run.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     assert record["results"] == {"stopped_after_step": 0}
     assert run("evaluate", "run", "--eval-bytes", 200)["loss"] < 3

@@ -1,4 +1,4 @@
-"""LoRA's family: what each method promises, on NumPy and on the stand-in. Their gradients are in the catalogue (test_gradients)."""
+"""LoRA variants: their properties on NumPy and the fake CuPy. Their gradients are checked in test_gradients."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def injected(model=None, **config):
 
 
 def shake(model, scale=0.3):
-    """What the adapters train, away from where it starts."""
+    """Perturb the parameters of the adapters."""
     rng = np.random.default_rng(5)
     for p in adapter_parameters(model).values():
         p.data = (p.data + scale * rng.standard_normal(p.data.shape)).astype(p.data.dtype)
@@ -54,7 +54,7 @@ def distance(a, b):
     return float(abs(a - b).max()) / float(abs(b).max())
 
 
-# -- what all of them promise ------------------------------------------------------------------------------------------------
+# -- properties of all variants ----------------------------------------------------------------------------------------------
 
 METHODS = {
     "DoRA": {"use_dora": True},
@@ -91,7 +91,7 @@ def test_merged_unmerged_and_disabled(method, backend):
     changes = ml.merge(model)
     assert all(change > 0 for change in changes.values())
     assert distance(logits(model), apart) < 1e-5
-    for _ in range(2):  # merged, and not
+    for _ in range(2):  # merged and unmerged
         with ml.disabled(model):
             assert float(abs(logits(model) - base).max()) == 0
         ml.unmerge(model)
@@ -172,7 +172,7 @@ def test_dora_keeps_the_lengths_of_the_columns_apart_from_their_direction(on, ba
 
 
 def test_only_the_exact_gradient_of_dora_is_blind_to_the_lengths_of_the_columns():
-    """y depends on the direction of V's columns alone; where A is square, B can lengthen column j: no gradient along that."""
+    """y depends only on the direction of V's columns. With A square, B can scale column j: the gradient in that direction is zero."""
     slopes, dm = {}, {}
     for value in (True, "exact"):
         layer = shake(injected(ml.MLP([5, 7], rng=0, dtype="float64"), r=5, use_dora=value)).layers[0]
@@ -191,7 +191,7 @@ def test_only_the_exact_gradient_of_dora_is_blind_to_the_lengths_of_the_columns(
 
 
 def one_layer(m=9, n=7, **config):
-    """(the layer, its weight) of a single Linear, adapted with r = 3."""
+    """(layer, weight) of a single Linear with an adapter of r = 3."""
     model = ml.MLP([m, n], rng=0, dtype="float64")
     x, dy = np.random.default_rng(1).standard_normal((2, 40, max(m, n)))
 
@@ -217,7 +217,7 @@ def test_olora_begins_with_orthonormal_rows():
     layer, W = one_layer(init_lora_weights="olora")
     B = layer.lora_B.data
     np.testing.assert_allclose(B @ B.T, np.eye(3), atol=1e-14)
-    np.testing.assert_allclose(layer.lora_A.data, W @ B.T, atol=1e-14)  # W^T = Q R, so that Q^T W^T = R
+    np.testing.assert_allclose(layer.lora_A.data, W @ B.T, atol=1e-14)  # W^T = Q R, hence Q^T W^T = R
 
 
 def test_orthogonal_factors_both_learn_from_the_first_step():
@@ -228,7 +228,7 @@ def test_orthogonal_factors_both_learn_from_the_first_step():
 
 
 def test_eva_finds_what_varies_and_gives_it_the_rank():
-    """Two layers side by side: one reads inputs that vary in three directions, the other in one."""
+    """Two parallel layers: one reads inputs that vary in three directions, the other in one."""
     rng = np.random.default_rng(0)
     directions, _ = np.linalg.qr(rng.standard_normal((8, 3)))
     x = 5 + rng.standard_normal((200, 3)) * [4, 2, 1] @ directions.T + 1e-3 * rng.standard_normal((200, 8))
@@ -249,7 +249,7 @@ def test_eva_finds_what_varies_and_gives_it_the_rank():
 
 
 def test_eva_leaves_out_a_layer_that_explains_too_little(tmp_path):
-    """One layer reads six directions, each a sixth of what there is; the other two, each a half."""
+    """One layer reads six directions with a sixth of the variance each; the two others each explain half."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((300, 6))
 
@@ -265,7 +265,7 @@ def test_eva_leaves_out_a_layer_that_explains_too_little(tmp_path):
 
 
 def test_lora_ga_begins_where_full_fine_tuning_would_go():
-    """With "unit", A B^T are singular vectors of the gradient: the first step of B is along its largest."""
+    """With "unit", A B^T are singular vectors of the gradient: the first step of B follows the largest."""
     layer, W = one_layer(init_lora_weights="lora_ga", lora_ga_config={"scale": "unit"})
     x, dy = np.random.default_rng(1).standard_normal((2, 40, 9))
     U, S, Vt = np.linalg.svd(x.T @ dy[:, :7], full_matrices=False)
@@ -294,7 +294,7 @@ def test_an_adapted_embedding_moves_the_rows_that_are_read(backend):
     layer = model.transformer.wte
     gradients(model)
     dA = ml.to_numpy(layer.lora_embedding_A.grad)
-    assert set(np.flatnonzero(np.abs(dA).sum(axis=1))) == set(IDS[:-1].tolist())  # the last has no label, and nothing after it
+    assert set(np.flatnonzero(np.abs(dA).sum(axis=1))) == set(IDS[:-1].tolist())  # the last row has no label and no successor
     assert not ml.to_numpy(layer.lora_embedding_B.grad).any()  # A is still zero
     layer.lora_embedding_A.data += 1
     assert float(abs(model.head - layer.weight.data.T).max()) == 0  # tied to the table, not to its adapter
@@ -319,10 +319,10 @@ def test_vera_trains_two_vectors_a_layer_and_shares_the_rest(backend):
     model = shake(injected(vera=True, r=5)).to(backend)
     layers = [layer for _, layer in lora_layers(model)]
     assert sum(p.data.size for _, p in model.parameters() if p.trainable) == sum(5 + layer.out_features for layer in layers)
-    gradients(model)  # puts the two matrices where they are needed, once
+    gradients(model)  # creates the two shared matrices
     there = [layer.projections.like(layer.vera_lambda_d.data, 24, 24) for layer in (*layers, model.replica().transformer.h[0].mlp.c_fc)]
     assert len({id(layer.projections) for layer in layers}) == 1
-    assert {(A.shape, B.shape) for A, B in there} == {((24, 5), (5, 24))}  # as the widest layers ask for
+    assert {(A.shape, B.shape) for A, B in there} == {((24, 5), (5, 24))}  # of the size of the widest layers
     layer = model.transformer.h[0].mlp.c_fc
     A, B = layer.projections.like(layer.weight.data, 6, 24)
     expected = (A * layer.vera_lambda_d.data) @ B * layer.vera_lambda_b.data
@@ -330,7 +330,7 @@ def test_vera_trains_two_vectors_a_layer_and_shares_the_rest(backend):
 
 
 def test_veras_matrices_come_from_the_key():
-    """Known answers: those of PEFT 0.21.2, which draws with torch."""
+    """Known answers of PEFT 0.21.2, which draws with torch."""
     shared = Projections.drawn(3, 4, 2, 0)
     assert shared.A.T[0].tolist() == [-0.010587962344288826, 0.75864577293396, -1.1639615297317505]
     assert shared.B.T[3].tolist() == [-1.6547120809555054, -1.1471062898635864]
@@ -359,7 +359,7 @@ def test_vera_takes_the_matrices_of_the_file(tmp_path):
             ml.load_adapter(gpt2(), tmp_path)
 
 
-# -- optimizers that know A and B --------------------------------------------------------------------------------------------
+# -- optimizers for A and B --------------------------------------------------------------------------------------------------
 
 
 def test_lora_plus_gives_b_its_own_rate_and_spares_biases_and_norms_the_decay(backend):
@@ -379,7 +379,7 @@ def test_lora_plus_gives_b_its_own_rate_and_spares_biases_and_norms_the_decay(ba
 
 
 def factors(p=1.0):
-    """A, B, their gradients, the full gradient and a scaling; A longer and B shorter by p, their product the same."""
+    """A, B, their gradients, the full gradient and a scaling; A scaled by p and B by 1 / p, with an equal product."""
     rng = np.random.default_rng(2)
     A, B, G, s = p * rng.standard_normal((7, 3)), rng.standard_normal((3, 5)) / p, rng.standard_normal((7, 5)), 1.7
     return A, B, s * G @ B.T, s * A.T @ G, G, s
@@ -399,7 +399,7 @@ def test_preconditioned_steps_do_not_see_how_length_is_shared(method):
 
     np.testing.assert_allclose(step(5.0), step(1.0), rtol=1e-9)
     A, B, gA, gB, *_ = factors(5.0)
-    assert np.abs(gA @ B + A @ gB - step(1.0)).max() > 1  # the plain ones do
+    assert np.abs(gA @ B + A @ gB - step(1.0)).max() > 1  # plain steps depend on it
 
 
 def test_lora_pro_is_the_nearest_step_along_the_tangent_of_the_full_gradient():
@@ -407,10 +407,10 @@ def test_lora_pro_is_the_nearest_step_along_the_tangent_of_the_full_gradient():
     hA, hB = lora_pro(A, B, gA, gB, s, 0)
     P, Q = onto(A), onto(B.T)
     np.testing.assert_allclose(s * (hA @ B + A @ hB), P @ G + G @ Q - P @ G @ Q, atol=1e-12)
-    away = lambda X: ((hA + A @ X - gA) ** 2).sum() + ((hB - X @ B - gB) ** 2).sum()  # noqa: E731  (the same step, for any X)
+    away = lambda X: ((hA + A @ X - gA) ** 2).sum() + ((hB - X @ B - gB) ** 2).sum()  # noqa: E731  (the same step for any X)
     for X in 1e-3 * np.random.default_rng(0).standard_normal((9, 3, 3)):
         assert away(X) > away(0 * X)
-    assert not lora_pro(A, 0 * B, 0 * gA, gB, s, 1e-8)[0].any()  # B = 0, as at the start
+    assert not lora_pro(A, 0 * B, 0 * gA, gB, s, 1e-8)[0].any()  # B = 0, the initial value
 
 
 def test_lora_fa_keeps_no_x_and_steps_nearest_to_the_full_gradient(backend):
@@ -484,7 +484,7 @@ def test_dora_refuses_a_column_without_direction():
 
 @pytest.mark.parametrize("create", [create_riemannian_optimizer, create_lora_pro_optimizer])
 def test_preconditioning_in_training(create, backend):
-    """It learns, other parameters take AdamW's own step, and there must be something to precondition."""
+    """The loss falls, other parameters take AdamW's step, and a model without A and B is refused."""
     model, plain = (injected(modules_to_save=["ln_f"]).to(backend) for _ in range(2))
     optimizers = create(model, ml.AdamW, lr=1e-2), ml.AdamW(plain.parameters(), lr=1e-2)
     losses = []

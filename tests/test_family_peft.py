@@ -1,4 +1,4 @@
-"""LoRA's family against PEFT, live: gradients here; adapters both ways in test_peft, whose options the methods share."""
+"""LoRA variants against PEFT, live: gradients here; adapters in both directions in test_peft, which shares the cases."""
 
 import json
 
@@ -33,13 +33,13 @@ def our_backward(model):
 
 
 def our_gradients(model):
-    """{path: gradient}, as PEFT has it."""
+    """{path: gradient} under PEFT's names."""
     our_backward(model)
     return {path: p.grad.T.copy() for path, p in adapter_parameters(model).items()}
 
 
 def their_backward(model):
-    """The same, of a model of transformers or PEFT."""
+    """Forward and backward of a model of transformers or PEFT on the same batch."""
     import torch
 
     ids, labels = torch.from_numpy(IDS[0]), torch.from_numpy(LABELS[0])
@@ -75,7 +75,7 @@ def test_gradients_are_pefts(kind, method, peft, bases, tmp_path):  # noqa: F811
     assert found.keys() == expected.keys()
     for path, g in expected.items():
         if kind == "bert" and path.endswith("embedding_A"):
-            found[path][:, 0] = 0  # to transformers, 0 is padding, which learns nothing; here nothing is padded
+            found[path][:, 0] = 0  # in transformers, 0 is padding, which gets no gradient; here nothing is padded
         assert deviation(found[path], g, f"gradient, {kind}, {method}, {path}") < 1e-5
 
 
@@ -99,7 +99,7 @@ def test_exact_dora_is_pefts_forward_and_another_gradient(peft, bases, tmp_path)
 
 
 def products(model):
-    """{path: scaling A B}, (in, out), of either side's model; no sign of a singular vector is in it."""
+    """{path: scaling A B}, (in, out), of a model of either library; independent of the signs of singular vectors."""
     if isinstance(model, ml.Layer):
         return {path: layer.scaling * layer.lora_A.data @ layer.lora_B.data for path, layer in lora_layers(model)}
     found = {}
@@ -113,7 +113,7 @@ def products(model):
 @pytest.mark.parametrize(
     ("kind", "init"),
     [*((kind, init) for kind in KINDS for init in ("pissa", "pissa_niter_400")), ("bert", "olora"), ("llama", "olora")],
-)  # PEFT's OLoRA does not know GPT-2's orientation
+)  # PEFT's OLoRA ignores GPT-2's orientation
 def test_starts_that_are_taken_off_the_weight(kind, init, peft, bases, tmp_path):  # noqa: F811
     fields = options(kind)["names"] | {"init_lora_weights": init, "r": 3, "lora_alpha": 4, "use_rslora": True}
     theirs = adapted(kind, fields, seed=None)
@@ -143,9 +143,9 @@ def test_starts_that_are_taken_off_the_weight(kind, init, peft, bases, tmp_path)
     "ga", [{}, {"direction": "A2rBr", "scale": "weight_svd"}, {"direction": "ArBr", "scale": "gd_scale"}, {"scale": "unit"}], ids=str
 )
 def test_lora_ga(kind, ga, peft, bases):  # noqa: F811
-    """Each singular vector up to its sign, which is nobody's choice."""
+    """Singular vectors are compared up to their sign, which is arbitrary."""
     if kind == "gpt2" and ga.get("scale", "stable") == "stable":
-        ga = ga | {"scale": "unit"}  # PEFT takes a Conv1D's rows for its outputs there
+        ga = ga | {"scale": "unit"}  # PEFT takes the rows of a Conv1D for outputs here
     fields = options(kind)["names"] | {"init_lora_weights": "lora_ga", "r": 3, "lora_ga_config": ga, "layers_to_transform": 0}
     config = quietly(peft.LoraConfig, **fields | {"lora_ga_config": peft.LoraGAConfig(**ga)})
     theirs = base(kind)
@@ -164,7 +164,7 @@ def test_lora_ga(kind, ga, peft, bases):  # noqa: F811
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eva", [{"rho": 1.0}, {"rho": 2.0}, {"rho": 2.0, "adjust_scaling_factors": False}], ids=str)
 def test_eva(kind, eva, peft, bases, tmp_path):  # noqa: F811
-    """The ranks are PEFT's, and so are the directions, as far as its incremental SVD finds them."""
+    """Ranks equal PEFT's; directions agree to the precision of its incremental SVD."""
     import torch
 
     fields = options(kind)["names"] | {"init_lora_weights": "eva", "r": 3, "eva_config": eva}
@@ -191,7 +191,7 @@ def test_eva(kind, eva, peft, bases, tmp_path):  # noqa: F811
 
 
 def lorafa(optimizers, model):
-    """PEFT's, with an eps that is next to nothing: it adds eps before it corrects the bias, and torch's AdamW after."""
+    """PEFT's, with a negligible eps: it adds eps before the bias correction, and torch's AdamW after it."""
     optimizer = optimizers.create_lorafa_optimizer(model, 3, 8, 1e-2)
     optimizer.param_groups[0]["eps"] = 1e-12
     return optimizer
@@ -215,7 +215,7 @@ OPTIMIZERS = {
 def test_thirty_steps_are_pefts(kind, method, peft, bases, tmp_path, monkeypatch):  # noqa: F811
     import torch
 
-    monkeypatch.setattr("peft.optimizers.lorafa.is_bf16_available", lambda: False)  # else it takes products of half precision
+    monkeypatch.setattr("peft.optimizers.lorafa.is_bf16_available", lambda: False)  # otherwise it computes products in half precision
     theirs = adapted(kind, options(kind)["all linear layers"] | {"bias": "all", "use_dora": method == "LoRA+"}, seed=None)
     quietly(theirs.save_pretrained, tmp_path)
     model = ours(bases / kind)

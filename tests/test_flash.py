@@ -1,4 +1,4 @@
-"""Attention on tensor cores: the fragments of every lane, played by fibers on the CPU, against the pair."""
+"""Attention on tensor cores: the fragments of all lanes, emulated by fibers on the CPU, against the reference implementation."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ def tolerance(dtype, gpu):
 
 
 def column_blocks(T, widths, dtype, seed):
-    """Matrices that lie beside each other in one, as a fused projection leaves them."""
+    """Column blocks of one matrix, as a fused projection returns them."""
     whole = np.random.default_rng(seed).standard_normal((T, sum(widths))).astype(dtype)
     there = import_cupy().asarray(whole)
     ends = np.cumsum([0, *widths])
@@ -107,7 +107,7 @@ def test_large_scores_do_not_overflow(dtype, gpu):
 def test_what_there_is_no_kernel_for(fake_cupy, monkeypatch):
     q, k, v = column_blocks(8, (64, 64, 64), np.dtype("float32"), seed=0)
     monkeypatch.delenv("CUPY_TF32", raising=False)
-    assert not flash.fits(q, k, v, 1)  # float32 means float32
+    assert not flash.fits(q, k, v, 1)  # float32 without TF32
     monkeypatch.setenv("CUPY_TF32", "1")
     assert flash.fits(q, k, v, 1)
     assert not flash.fits(q, k, v, 4)  # heads of 16

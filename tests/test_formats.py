@@ -1,4 +1,4 @@
-"""Model and adapter folders: round trips, PEFT's layout, and everything that can be wrong with a file."""
+"""Model and adapter folders: round trips, PEFT's layout, and broken files."""
 
 import json
 import struct
@@ -89,10 +89,10 @@ def test_the_bundled_model_is_small_and_knows_english():
     assert sum(p.data.size for _, p in model.parameters()) <= 1_000_000
     text = np.frombuffer(b"The with statement is used to wrap the execution of a block with methods", dtype=np.uint8).astype(np.int64)
     nats, _ = model.loss(text[:-1], text[1:], keep=False)
-    assert float(nats) / np.log(2) < 2  # a byte chosen at random has 8 bits
+    assert float(nats) / np.log(2) < 2  # a uniformly random byte has 8 bits
 
 
-# -- what can be wrong -----------------------------------------------------------------------------------------------------
+# -- broken files ----------------------------------------------------------------------------------------------------------
 
 
 def edit_config(folder, **changes):

@@ -1,4 +1,4 @@
-"""What the pairs compute, beside what their definition says, and how they refuse what makes no sense."""
+"""The reference implementations against their definitions, and the errors that they raise."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_blocked_cross_entropy_equals_the_plain_one(T, d, V, block, seed):
 
 
 def test_the_logits_of_a_whole_batch_never_exist(monkeypatch):
-    """With a vocabulary in blocks of 8, no product has more than 8 columns of logits."""
+    """With blocks of 8 vocabulary entries, no product has more than 8 columns of logits."""
     shapes = []
 
     class Watched(np.ndarray):

@@ -79,7 +79,7 @@ def test_special_tokens_are_texts_to_stop_at_and_empty_ones_are_none():
         written("x", ["x<|im_end|>"], BPE)
 
 
-# ---- which tokens end a text ---------------------------------------------------------------------------------------------------------
+# ---- tokens that end a text ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_prompt_to_go_on_from_is_encoded_as_in_training():
     assert example.ids[: len(requested)].tolist() == requested.tolist()
     assert (example.labels[len(requested) - 1], example.labels[-1]) == (example.ids[len(requested)], 2)
     cut = example_maker("lm", tokenizer, 8, True, None, None)("f", 1, {"prompt": "<s>" + "the cat " * 9, "completion": " sat"})
-    assert (cut.cut, cut.ids[0], len(cut.ids)) == (True, 1, 8)  # what is cut off is not the begin token
+    assert (cut.cut, cut.ids[0], len(cut.ids)) == (True, 1, 8)  # the begin token survives truncation
 
 
 # ---- conversations -------------------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_what_the_user_says_next_is_never_learnt():
 
 
 def test_answers_are_found_where_a_template_writes_more_or_less_around_them():
-    """SmolLM2 writes a system prompt before a first message; Phi-3 ends the last turn with one more token; Qwen3 forgets thinking."""
+    """SmolLM2 adds a system prompt before the first message; Phi-3 ends the last turn with an extra token; Qwen3 drops thinking."""
     talk = [*TALK[:2], TALK[2], {"role": "assistant", "content": "So <b>long</b>"}]
     smollm2 = "{% if messages and messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are SmolLM<|im_end|>\n' }}{% endif %}" + CHATML
     assert answers(smollm2, talk[1:], ends=["<|im_end|>"]) == ["Hello!<|im_end|>", "So <b>long</b><|im_end|>"]

@@ -1,4 +1,4 @@
-"""GGUF files: names, orientation, the order of rotary pairs, quantized weights, the tokenizer's metadata, and broken files."""
+"""GGUF files: names, orientation, order of rotary pairs, quantized weights, tokenizer metadata, and broken files."""
 
 import json
 import struct
@@ -59,7 +59,7 @@ def interleaved(W, n_head):
 
 
 def write(path, model, kinds=(), meta=(), leave_out=(), more=()):
-    """The model as llama.cpp's converter writes it. kinds: {part of a published name: Type}; meta: metadata that wins."""
+    """The model as llama.cpp's converter writes it. kinds: {part of a published name: Type}; meta: overriding metadata."""
     c = model.config
     writer, a = gguf.GGUFWriter(path, c.model_type), c.model_type
     values = {
@@ -163,7 +163,7 @@ def test_the_order_of_rotary_pairs_is_put_back_only_where_it_was_changed():
 
 
 def test_quantized_weights_are_near_their_source(tmp_path):
-    """Each value is within half a step of what was written: the steps are range / 15 (Q4_1) and largest / 127 (Q8_0) of 32 values."""
+    """Each value is within half a step of the source: the step is range / 15 (Q4_1) or largest / 127 (Q8_0) of 32 values."""
     model = random_model(small())
     kinds = {"q_proj.weight": Type.Q4_1, "gate_proj.weight": Type.Q4_1, "k_proj.weight": Type.Q8_0, "embed": Type.Q8_0, "down": Type.F16}
     _, tensors = read_gguf(write(tmp_path / "a.gguf", model, kinds))

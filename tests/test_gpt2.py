@@ -1,4 +1,4 @@
-"""GPT-2 against transformers and PEFT, by golden files and live."""
+"""GPT-2 against transformers and PEFT, with golden files and live."""
 
 import numpy as np
 import oracle

@@ -1,4 +1,4 @@
-"""The checker itself: it calls right what is right, wrong what is wrong, and says where it cannot tell."""
+"""The gradient checker: right gradients pass, wrong ones fail, and undecidable ones are reported as such."""
 
 import threading
 from types import SimpleNamespace
@@ -15,14 +15,14 @@ X = np.random.default_rng(1).standard_normal((5, 4))
 
 
 class P:
-    """As little as a parameter may be."""
+    """The minimal interface of a parameter."""
 
     def __init__(self, data):
         self.data, self.grad = data, None
 
 
 class Dense:
-    """y = x W + x, with the three documented methods and nothing else. Tests break it in one place each."""
+    """y = x W + x with the three documented methods and nothing else. Each test breaks it in one place."""
 
     def __init__(self):
         self.W = P(np.random.default_rng(2).standard_normal((4, 4)))
@@ -42,19 +42,19 @@ class Dense:
 
 
 def failures(layer, x=X, **options):
-    """{name: (verdict, remark)} of what is not ok."""
+    """{name: (verdict, remark)} of all results that are not ok."""
     report = ml.gradcheck(layer, x, **options)
     assert report.ok == (not report.failures) == (report.verdict == "ok")
     return {e.name: (e.verdict(report.tol), e.remark) for e in report.failures}
 
 
 def broken(**methods):
-    """A Dense with other methods."""
+    """A Dense with replaced methods."""
     return type("Broken", (Dense,), methods)()
 
 
 def gradient(change, **methods):
-    """A Dense whose dW is changed."""
+    """A Dense with a changed dW."""
     return broken(add=lambda self, p, g: Dense.add(self, p, change(g)), **methods)
 
 
@@ -65,7 +65,7 @@ def test_a_layer_with_the_three_documented_methods_is_right():
 
 
 def test_no_number_is_both_input_parameter_and_cotangent():
-    """Where x is the cotangent, a backward that takes the one for the other is right."""
+    """If x were the cotangent, a backward that confuses the two would pass."""
     for seed in (0, 1):
         for name, layer, x, options in catalogue(seed):
             check = Check(layer, x, 1e-7, seed, 1, options)
@@ -76,7 +76,7 @@ def test_no_number_is_both_input_parameter_and_cotangent():
             assert len(np.unique(numbers)) == len(numbers), name
 
 
-# -- what is not finite -------------------------------------------------------------------------------------------------
+# -- non-finite values --------------------------------------------------------------------------------------------------
 
 
 def spoilt(value, at):
@@ -102,7 +102,7 @@ def test_dx_that_is_not_finite_is_wrong():
 
 
 def test_a_second_gradient_that_is_not_finite_is_wrong():
-    """NaN compares false with everything, so that it hid behind every "is the difference too large?"."""
+    """NaN compares false with everything, so it passed every "is the difference too large?"."""
 
     def add(self, p, g):
         p.grad = g if p.grad is None else p.grad * np.nan
@@ -133,13 +133,13 @@ class Root:
 def test_where_forward_is_not_finite_nothing_is_said_to_be_right():
     x = 1 + np.arange(6.0).reshape(2, 3)
     assert ml.gradcheck(Root(), x).ok
-    x[1, 1] = 1e-9  # nearer to 0 than any step
+    x[1, 1] = 1e-9  # closer to 0 than any step
     assert failures(Root(), x) == {"dx": ("inconclusive", "y is NaN or infinite within a step from here; choose another x")}
     x[1, 1] = -1
     assert failures(Root(), x) == {"y": ("inconclusive", "1 of 6 values are NaN or infinite, the first at [1, 1]; nothing can be compared")}
 
 
-# -- what cannot be run -------------------------------------------------------------------------------------------------
+# -- errors while running -----------------------------------------------------------------------------------------------
 
 
 def test_what_forward_or_backward_raises_is_reported_with_its_place():
@@ -152,7 +152,7 @@ def test_what_forward_or_backward_raises_is_reported_with_its_place():
 
 
 def test_a_type_error_of_the_layer_is_its_own():
-    """It is no sign that the layer takes no need_dx."""
+    """It does not mean that the layer lacks need_dx."""
 
     def backward(self, dy, saved, need_dx=True):
         if not need_dx:
@@ -203,7 +203,7 @@ def test_with_nothing_to_check_that_is_what_is_said():
     assert ml.gradcheck(model, np.array([1, 2, 3])).ok
 
 
-# -- remarks: a fact, or nothing ----------------------------------------------------------------------------------------
+# -- remarks: true, or none ---------------------------------------------------------------------------------------------
 
 
 class Wide(Dense):
@@ -241,7 +241,7 @@ REMARKS = [
     (gradient(lambda g: 2 * g), "W", "is 2 times the true gradient"),
     (gradient(lambda g: -g), "W", "is -1 times the true gradient"),
     (gradient(lambda g: g * (1 + 2e-5)), "W", "is 1.00002 times the true gradient"),
-    (gradient(lambda g: g * (1 + 4e-7)), "W", ""),  # six digits of this are 1
+    (gradient(lambda g: g * (1 + 4e-7)), "W", ""),  # six digits of this value are 1
     (gradient(lambda g: g.T), "W", "is transposed"),
     (gradient(lambda g: g * 0), "W", "is zero, and the true gradient is not"),
     (gradient(lambda g: g.astype("float16")), "W", "is float16, and its array is float64: precision is lost"),
@@ -274,7 +274,7 @@ def test_a_remark_is_true(layer, name, remark):
     assert found[name][0] == "WRONG"
     assert found[name][1].startswith(remark) if remark else found[name][1] == ""
     if "shape" in remark:
-        assert found[name][1] == remark  # and no more
+        assert found[name][1] == remark  # no other remark
     assert set(found) <= {name, "(all, one direction)"}
 
 
@@ -324,7 +324,7 @@ def test_state_in_the_layer_is_told_from_a_plain_mistake():
 
 @pytest.mark.parametrize("factor", [1, 3])
 def test_functions_that_hold_on_to_a_parameter_are_checked_with_it(factor):
-    """A copy of the parameter would never be read: whatever backward wrote would be "ok". The layer is afterwards as it was."""
+    """A copy of the parameter would never be read, and any backward would pass. The layer is unchanged afterwards."""
     W = P(Dense().W.data.astype("float32"))
     backward = lambda dy, x: (Dense.add(None, W, factor * (x.T @ dy)), dy @ W.data.T)[1]  # noqa: E731
     layer = SimpleNamespace(forward=lambda x: (x @ W.data, x), backward=backward, parameters=lambda: [("W", W)])
@@ -336,13 +336,13 @@ def test_functions_that_hold_on_to_a_parameter_are_checked_with_it(factor):
 
 
 def test_a_small_gradient_is_looked_at_as_closely_as_a_large_one():
-    """dW is small where x is, and as wrong: gradients compare by what a step in proportion to the array changes."""
+    """dW is small where x is small, and equally wrong: the check compares changes proportional to the array."""
     found = failures(gradient(lambda g: 1.005 * g), 1e-8 * X)
     assert found["W"] == ("WRONG", "is 1.005 times the true gradient")
 
 
 def test_a_write_that_a_second_call_would_not_repeat_is_seen():
-    """relu_(x) writes in the first forward alone: afterwards there is nothing below zero."""
+    """relu_(x) writes in the first forward only: afterwards no element is negative."""
 
     def relu_(self, x):
         np.maximum(x, 0, out=x)
@@ -413,7 +413,7 @@ def test_where_all_is_a_kink_nothing_is_said_to_be_right():
     assert failures(ml.ReLU(), np.zeros((2, 3))) == {"dx": ("inconclusive", "every coordinate has a kink here; choose another x")}
 
     class Least:
-        """y = x_0 + min(|x_0|, |x_1|): at 0 it is smooth along each axis, and along nothing else."""
+        """y = x_0 + min(|x_0|, |x_1|): smooth at 0 along each axis, and in no other direction."""
 
         def forward(self, x):
             return x[:, 0] + abs(x).min(axis=1), x
@@ -428,11 +428,11 @@ def test_where_all_is_a_kink_nothing_is_said_to_be_right():
     assert failures(Least(), np.zeros((3, 2))) == {"(all, one direction)": expected}
 
 
-# -- large values: what rounding explains, and what it does not ----------------------------------------------------------
+# -- large values: rounding errors and real mistakes ---------------------------------------------------------------------
 
 
 class Scaled:
-    """A layer whose gradients are all 1.001 times too large."""
+    """A layer whose gradients are all too large by a factor of 1.001."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -481,7 +481,7 @@ def test_where_rounding_swamps_everything_the_check_says_so():
 
 
 def test_a_whole_model_is_right():
-    """The bundled model: 858,880 parameters, 22 x 256 logits, whose rounding was taken for a mistake."""
+    """The bundled model: 858,880 parameters, 22 x 256 logits, whose rounding errors once failed the check."""
     model = ml.load_model("pydoc", "numpy").unfreeze()
     ids = np.frombuffer(b"def f(x): return x + 1", dtype=np.uint8).astype(np.int64)
     report = ml.gradcheck(model, ids, max_coordinates=2)

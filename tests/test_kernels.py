@@ -1,4 +1,4 @@
-"""The fast twins agree with the pairs they serve, on both backends, in both dtypes, on shapes that no block fits."""
+"""The optimised kernels against the reference implementations, on both backends, in both dtypes, on shapes that no block divides."""
 
 from importlib import import_module
 
@@ -18,7 +18,7 @@ TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks so small that every loop runs more than once."""
+    """Use blocks so small that every loop runs more than once."""
     for module in (blocks_module, lora_module):
         monkeypatch.setattr(module, "BLOCK", 23)
     monkeypatch.setattr(losses_module, "LOGITS", 2600)
@@ -131,7 +131,7 @@ def check_attention(lengths, heads, causal, rows, need, draw, d=3):
     q, k, v, do = draw(R, H * d), draw(T, G * d), draw(T, G * d), draw(R, H * d)
     wide = draw(T, 2 * G * d)
     wide[:, : G * d] = k
-    k = wide[:, : G * d]  # as the columns of a fused projection: not contiguous
+    k = wide[:, : G * d]  # columns of a fused projection: not contiguous
     options = {"n_kv_head": G, "rows": rows}
     o, saved = K.attention(q, k, v, H, offsets, causal, **options)
     expected, P = F.attention(q, k, v, H, offsets, causal, **options)

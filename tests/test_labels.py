@@ -1,4 +1,4 @@
-"""What a label means depends neither on sorting, nor on the machine, nor on the run; and what is held out is a fair sample."""
+"""The class of a label depends neither on sorting, nor on the machine, nor on the run; and the held-out part is a fair sample."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def read(classes, label):
     [
         (["b", "a", "b"], ["a", "b"]),
         ([10, 9, 2], ["2", "9", "10"]),
-        (["1", "01", "001", "7", "007", "2"], ["001", "01", "1", "2", "007", "7"]),  # equal numbers by their text
+        (["1", "01", "001", "7", "007", "2"], ["001", "01", "1", "2", "007", "7"]),  # equal numbers are ordered by their text
         ([3, "x", -1, "10"], ["-1", "3", "10", "x"]),
         ([" x ", "x", "y\n"], ["x", "y"]),
         (["9" * 5000, 1], ["1", "9" * 5000]),
@@ -64,7 +64,7 @@ def test_a_label_is_looked_up_by_name_and_a_number_is_an_index_where_no_class_is
     assert [read(heads, label) for label in ("negative", " positive ", 2, "0")] == [1, 0, 2, 0]
     assert [read(["LABEL_0", "LABEL_1"], label) for label in ("LABEL_1", 0, "1")] == [1, 0, 1]
     assert [read(["0", "2"], label) for label in ("2", 0)] == [1, 0]
-    assert [read(["0.5", "1.5", " true"], label) for label in ("1.5", "true")] == [1, 2]  # names of a head, whatever they look like
+    assert [read(["0.5", "1.5", " true"], label) for label in ("1.5", "true")] == [1, 2]  # names of a published head
     for classes, label in ((heads, "Positive"), (heads, 3), (heads, "01"), (["0", "2"], 1), (heads, -1)):
         with pytest.raises(ValueError, match=r"x\.jsonl, line 3: the label .* is none of the classes"):
             read(classes, label)
@@ -101,11 +101,11 @@ def test_a_published_head_keeps_its_order_or_refuses_with_both_lists(tmp_path):
     assert [e.labels.tolist() for e in load_examples(file, "classify", BYTES, 20, labels=["negative", "positive"])] == [[0], [1]] * 10
 
 
-# ---- what is held out ----------------------------------------------------------------------------------------------------------------
+# ---- the held-out part ---------------------------------------------------------------------------------------------------------------
 
 
 def labelled(counts):
-    """Different examples, counts[c] of class c, one class after the other."""
+    """Distinct examples, counts[c] of class c, ordered by class."""
     classes = np.repeat(np.arange(len(counts)), counts)
     return [Example(np.array([i, 7]), np.array([c]), per_sequence=True) for i, c in enumerate(classes)]
 
@@ -121,12 +121,12 @@ def test_over_fifty_seeds_every_class_gives_its_share_and_none_is_held_out_as_a_
         kept = Counter(int(e.labels[0]) for e in train)
         assert set(kept) == set(range(len(counts)))
         for c, n in enumerate(counts):
-            assert abs(n - kept[c] - n * total / sum(counts)) < 1 + 1e-9  # its share, as near as whole examples allow
+            assert abs(n - kept[c] - n * total / sum(counts)) < 1 + 1e-9  # its share, rounded to complete examples
         drawn.update(int(e.ids[0]) for e in held)
         first.add(tuple(sorted(int(e.ids[0]) for e in held)))
         assert [int(e.ids[0]) for e in held] == [int(e.ids[0]) for e in hold_out(examples, "x", seed)[1]]
     assert len(first) > (1 if sum(counts) < 10 else 10)  # other examples for another seed
-    if min(counts) >= 9:  # nobody is held out far more often than others: 50 draws of a tenth, 5 each on average
+    if min(counts) >= 9:  # no example is held out far more often than others: 50 draws of a tenth, 5 on average
         assert max(drawn.values()) <= 17
         assert len(drawn) > 0.9 * len(examples)
 

@@ -1,4 +1,4 @@
-"""The contract of layers: what is saved, what is computed, and for whom."""
+"""The contract of layers: what is saved and what is computed."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ LABELS = np.array([5, 2, 10, -100, 7, 7, -100])
 
 
 def arrays_in(saved):
-    """Every array in a nest of saved values."""
+    """All arrays in nested saved values."""
     if isinstance(saved, Saved):
         return arrays_in(saved.values)
     if isinstance(saved, (tuple, list)):
@@ -40,7 +40,7 @@ def test_a_layer_may_be_applied_twice(on, backend):
     x1, x2, dy = (on(np.random.default_rng(i).standard_normal((4, 3))) for i in range(3))
     _, s1 = layer.forward(x1)
     _, s2 = layer.forward(x2)
-    layer.forward(x2 * 9, keep=False)  # an evaluation in the middle changes nothing
+    layer.forward(x2 * 9, keep=False)  # an evaluation in between changes nothing
     layer.backward(dy, s1)
     layer.backward(dy, s2)
     np.testing.assert_allclose(ml.to_numpy(layer.weight.grad), ml.to_numpy((x1 + x2).T @ dy), rtol=1e-12)
@@ -79,7 +79,7 @@ def model_with_lora(**config):
 
 
 def test_nothing_below_the_lowest_trainable_parameter_is_saved_or_run(monkeypatch):
-    """With LoRA in the last block alone, the two blocks below leave nothing behind, and run no backward."""
+    """With LoRA in the last block alone, the two blocks below save nothing and run no backward."""
     model = model_with_lora(target_modules=["c_proj"], layers_to_transform=[2])
     calls = []
     for i, block in enumerate(model.transformer.h):
@@ -114,7 +114,7 @@ def test_no_step_forms_the_dW_of_a_frozen_weight(monkeypatch):
 
     full = ml.GPT2(CONFIG, rng=0)
     full.loss_backward(full.loss(IDS, LABELS, OFFSETS)[1])
-    assert len(formed) == 4 * CONFIG.n_layer  # the count is not always zero
+    assert len(formed) == 4 * CONFIG.n_layer  # the count can be positive
 
 
 def test_gradients_of_the_loss_are_those_of_the_logits():
@@ -139,7 +139,7 @@ def test_sequences_end_to_end_do_not_see_each_other():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_dtypes_are_held(dtype, backend, on):
-    """No silent promotion: outputs, input gradients and parameter gradients have the layer's dtype."""
+    """No silent promotion: outputs, input gradients and parameter gradients have the dtype of the layer."""
     for name, layer, x, options in catalogue():
         layer.to(backend, dtype)
         x = on(x.astype(dtype)) if x.dtype.kind == "f" else x

@@ -19,7 +19,7 @@ def injected(model=None, rng=0, **config):
 
 
 def shake(model, scale=0.3):
-    """Adapters away from zero."""
+    """Move the adapters away from zero."""
     rng = np.random.default_rng(5)
     for _, layer in lora_layers(model):
         layer.lora_B.data = (scale * rng.standard_normal(layer.lora_B.data.shape)).astype(layer.lora_B.data.dtype)
@@ -87,11 +87,11 @@ def test_known_answer_2_lora_lands_on_the_whitened_eckart_young_floor(r):
         assert float(loss) < 1e-14
     else:
         assert float(loss) == pytest.approx(floor, rel=1e-4)
-        assert abs(plain_floor / floor - 1) > 0.05  # the two floors are told apart
+        assert abs(plain_floor / floor - 1) > 0.05  # the two floors differ
 
 
 def test_known_answer_4_adam_does_not_see_how_the_scale_is_shared():
-    """eps = 0: alpha / (pq), A's init and rate times p, B's rate times q leave the trajectory unchanged to rounding."""
+    """eps = 0: alpha / (pq), the initial A and its rate times p, and B's rate times q leave the trajectory unchanged to rounding."""
     p, q = 3.0, 0.2
     rng = np.random.default_rng(0)
     x, target = rng.standard_normal((20, 6)), rng.standard_normal((20, 5))
@@ -106,7 +106,7 @@ def test_known_answer_4_adam_does_not_see_how_the_scale_is_shared():
             loss, dy = ml.mse(y, target)
             layer.backward(dy, saved)
             for optimizer in optimizers:
-                if losses or optimizer is optimizers[1]:  # at the first step dA = 0, and 0 / 0 without eps
+                if losses or optimizer is optimizers[1]:  # at the first step dA = 0, which gives 0 / 0 without eps
                     optimizer.step()
                 optimizer.zero_grad()
             losses.append(float(loss))
@@ -120,7 +120,7 @@ def test_known_answer_4_adam_does_not_see_how_the_scale_is_shared():
 
 
 def trajectory_without_rates(x, target, p, q):
-    """The same, with the rates left alone: now the trajectory does change."""
+    """With unchanged rates, the trajectory changes."""
     layer = ml.LoRALinear(ml.Linear(6, 5, rng=1, dtype="float64"), r=2, alpha=8 / (p * q), rng=2)
     layer.lora_A.data *= p
     optimizer, losses = ml.AdamW(layer.parameters(), 0.01), []
@@ -271,7 +271,7 @@ def test_merged_and_unmerged_agree(backend):
     again, _ = model.forward(IDS, keep=False)
     assert float(abs(again - apart).max()) == 0
     base, _ = model_of_base.forward(IDS, keep=False)
-    assert float(abs(base - apart).max()) > 1e-2 * scale  # there was something to merge
+    assert float(abs(base - apart).max()) > 1e-2 * scale  # merging changed something
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -279,7 +279,7 @@ def test_disabled_is_the_base_model_to_the_bit(merged, backend):
     base, _ = gpt2().to(backend).forward(IDS, keep=False)
     model = shake(injected(bias="all", modules_to_save=["ln_f"])).to(backend)
     optimizer = ml.SGD(model.parameters(), 0.5)
-    for _ in range(2):  # biases and the layer norm move as well
+    for _ in range(2):  # biases and layer norm also change
         model.loss_backward(model.loss(IDS, np.append(IDS[1:], -100))[1])
         optimizer.step()
     if merged:

@@ -1,4 +1,4 @@
-"""Metrics, with scikit-learn and SciPy as judges."""
+"""Metrics against scikit-learn and SciPy."""
 
 import math
 import warnings
@@ -19,7 +19,7 @@ pairs = st.integers(2, 5).flatmap(lambda k: st.lists(st.tuples(st.integers(0, k 
 def test_classification_as_in_scikit_learn(drawn):
     predicted, labels = np.array(drawn).T
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of classes that do not occur
+        warnings.simplefilter("ignore")  # it warns about classes that do not occur
         assert accuracy(predicted, labels) == pytest.approx(judge.accuracy_score(labels, predicted))
         assert f1(predicted, labels) == pytest.approx(judge.f1_score(labels, predicted, average="macro", zero_division=0))
         assert matthews(predicted, labels) == pytest.approx(judge.matthews_corrcoef(labels, predicted), abs=1e-12)
@@ -38,7 +38,7 @@ def test_known_values():
 def test_correlations_as_in_scipy(drawn):
     x, y = np.array(drawn).T
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of constants
+        warnings.simplefilter("ignore")  # it warns about constants
         assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-9, nan_ok=True)
 
 

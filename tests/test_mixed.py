@@ -1,4 +1,4 @@
-"""Activations in 16 bits: every kernel equals the float32 pair on the same rounded numbers, to the type's own rounding."""
+"""Half-precision activations: every kernel against the float32 reference on the same rounded numbers, to the rounding of the type."""
 
 import json
 import sys
@@ -41,13 +41,13 @@ def kind(request):
 
 @pytest.fixture
 def draw(kind, on):
-    """draw(5, 3) is of 16 bits, draw(5, 3, dtype="float32") is not; both are on the backend under test."""
+    """draw(5, 3) is half precision, draw(5, 3, dtype="float32") is not; both are on the backend under test."""
     rng = np.random.default_rng(0)
     return lambda *shape, dtype=None, scale=1.0: on((scale * rng.standard_normal(shape)).astype(dtype or KINDS[kind]))
 
 
 def wide(value):
-    """The same in float32, on the host."""
+    """The values in float32 on the host."""
     if isinstance(value, (tuple, list)):
         return type(value)(map(wide, value))
     return ml.to_numpy(value).astype("float32") if hasattr(value, "dtype") and value.dtype.itemsize == 2 else value_on_host(value)
@@ -175,7 +175,7 @@ def test_attention(kind, causal, offsets, draw, monkeypatch):
 
 
 def test_scores_are_of_float32(kind, draw):
-    """Large ones, which the softmax would make errors of a quarter of."""
+    """With large scores, rounding before the softmax would give errors of a quarter."""
     q, k, v, do = draw(21, 8, scale=6.0), draw(21, 8, scale=6.0), draw(21, 8), draw(21, 8)
     o, saved = K.attention(q, k, v, 2)
     expected, pair = K.attention(*wide([q, k, v]), 2)
@@ -184,7 +184,7 @@ def test_scores_are_of_float32(kind, draw):
 
 
 def test_masks_and_angles_are_of_float32(kind, backend):
-    """1 / (1 - p) is no number of 16 bits, nor is the cosine of an angle."""
+    """Neither 1 / (1 - p) nor the cosine of an angle is exact in half precision."""
     layer = adapted("gpt2", kind, backend, lora_dropout=0.1).transformer.h[0].attn.c_attn
     mask = layer.mask(layer.weight.data, 3)
     assert float(mask.max()) == np.float32(1 / 0.9)
@@ -212,7 +212,7 @@ def test_the_loss_over_the_vocabulary(kind, head, draw, monkeypatch):
 def test_rounding_is_to_the_nearest_even_and_keeps_what_is_no_number(kind, fake_cupy):
     """The sources convert by themselves. Every number of the type is read, multiplied and written (by dropout)."""
     if not cuda.ENABLED:
-        pytest.skip("the stand-in runs CUDA sources through g++")
+        pytest.skip("the fake CuPy runs CUDA sources through g++")
     every = np.arange(2**16, dtype=np.uint16).view(KINDS[kind])  # all numbers of the type, read and written
     x = standin.module.asarray(every)
     with np.errstate(all="ignore"):
@@ -245,7 +245,7 @@ def narrowed(name, kind):
 
 
 def adapted(name, kind, backend, narrow=True, **options):
-    """A small model with weights of 16 bits, or with the same numbers in float32, and LoRA with B away from zero."""
+    """A small model with half-precision weights, or with the same values in float32, and LoRA with B away from zero."""
     model = MODELS[name]()
     for _, p in model.parameters():
         p.data = p.data * 3 if p.data.ndim == 2 else p.data  # activations of a size that tells right from wrong
@@ -283,14 +283,14 @@ def test_gradients_of_a_model_are_those_of_float32(name, kind, options, backend)
     lengths = {path: norm(ml.to_numpy(w)) for path, w in expected.items()}
     apart = {path: norm(ml.to_numpy(g) - ml.to_numpy(expected[path])) for path, g in grads.items()}
     assert norm(list(apart.values())) <= 5 * EPS[kind] * norm(list(lengths.values()))
-    least = 0.01 * max(lengths.values())  # of BERT's key.bias the gradient is zero
+    least = 0.01 * max(lengths.values())  # the gradient of BERT's key.bias is zero
     for path, length in lengths.items():
         assert apart[path] <= 16 * EPS[kind] * (length + least), path
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_tokens_are_generated(name, kind, backend):
-    """decode, token by token, gives the logits of the whole sequence; both are of 16 bits."""
+    """decode, token by token, gives the logits of the complete sequence; both are half precision."""
     model, cache = adapted(name, kind, backend), KVCache(block=4)
     logits, _ = model.forward(IDS, keep=False)
     assert logits.dtype == KINDS[kind]
@@ -302,7 +302,7 @@ def test_tokens_are_generated(name, kind, backend):
 
 @pytest.mark.parametrize("config", [ml.BottleneckConfig(reduction_factor=4), ml.PartialConfig(train=["bias", "norm"])])
 def test_other_adapters(config, kind, backend):
-    """What is trained is of float32, the rest of the model goes on in 16 bits."""
+    """Trainable parameters are float32, the rest of the model stays in half precision."""
     grads = []
     for narrow in (True, False):
         model = narrowed("bert", kind)
@@ -338,7 +338,7 @@ def test_a_step_neither_waits_nor_has_more_products(kind, fake_cupy):
         assert (c.syncs, c.to_host, loss.dtype) == (0, 0, np.float32)
         counts.append(c)
     assert counts[0].products == counts[1].products
-    assert counts[0].launches < 1.35 * counts[1].launches  # A and B are narrowed, some results too
+    assert counts[0].launches < 1.35 * counts[1].launches  # A and B are downcast, and some results
 
 
 # -- training -----------------------------------------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ def run(folder, **fields):
 
 
 def test_a_run_ends_where_that_on_float32_does(tmp_path):
-    """Held-out loss within 1 %; what is saved is opened as it was made, measures the same, and is merged in float32."""
+    """Held-out loss within 1 %; the saved adapter is opened with the same dtypes, gives the same figures, and is merged in float32."""
     ends = {dtype: run(tmp_path / dtype, dtype=dtype) for dtype in ("float32", *KINDS)}
     for kind, dtype in KINDS.items():
         assert ends[kind]["after"]["loss"] == pytest.approx(ends["float32"]["after"]["loss"], rel=0.01)
@@ -399,7 +399,7 @@ def batches(count=None):
 def test_an_overflow_halves_the_scale_and_changes_nothing_else(backend):
     model = adapted("gpt2", "float16", backend)
     optimizer, arrays = flat_of(model)
-    scale = LossScale(2.0**30)  # what the loss gives overflows for certain
+    scale = LossScale(2.0**30)  # the gradient of the loss certainly overflows
     before = [ml.to_numpy(x).copy() for x in arrays]
     steps = train(model, optimizer, batches(), 40, lambda step: 1.0, loss_scale=scale)
     first = next(steps)
@@ -428,7 +428,7 @@ def test_the_scale_does_not_change_the_gradient(backend):
 
 
 def test_small_gradients_do_not_vanish(backend):
-    """Of a loss that is divided by a million labels, float16 sees little; scaled, it is the gradient of float32 but for rounding."""
+    """Divided by a million labels, gradients underflow in float16; scaled, they equal those of float32 up to rounding."""
     apart = {}
     for value in (1.0, 2.0**15):
         found = []
@@ -472,7 +472,7 @@ def test_what_no_scale_can_help_diverges(backend):
     np.testing.assert_array_equal(ml.to_numpy(optimizer.flat.data), before)
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------------------
+# -- refused ------------------------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_is_told_in_a_sentence(kind, monkeypatch):

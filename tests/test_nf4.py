@@ -1,4 +1,4 @@
-"""NF4: the numbers of bitsandbytes, the products, the sizes in memory and on disk, and LoftQ's start."""
+"""NF4: the values of bitsandbytes, products, sizes in memory and on disk, and LoftQ's initialisation."""
 
 import json
 import os
@@ -18,7 +18,7 @@ GOLDEN = load_file(make_nf4.FILE)
 
 
 def theirs(name, backend="numpy"):
-    """What bitsandbytes made of a weight, as ours."""
+    """The result of bitsandbytes for a weight, as a minilora array."""
     out, fan_in = make_nf4.SHAPES[name]
     codes, absmax, nested, offset = (GOLDEN[f"{name}.{part}"] for part in ("codes", "absmax", "nested_absmax", "offset"))
     return NF4((fan_in, out), codes, absmax, nested, float(offset[0]), nested_code=GOLDEN["nested_code"]).to_backend(backend)
@@ -50,7 +50,7 @@ def test_quantized_as_bitsandbytes_does(name):
 
 
 def test_the_codebook_on_normal_numbers():
-    """Mean squared error .00845, where fractions at equal distances, k / 7, have .0116."""
+    """Mean squared error .00845; equidistant fractions k / 7 have .0116."""
     values = np.random.default_rng(0).standard_normal(2**20).astype(np.float32)
 
     def error(code):
@@ -60,7 +60,7 @@ def test_the_codebook_on_normal_numbers():
     assert error(nf4.CODE) == pytest.approx(0.00845, abs=5e-5)
     assert error(np.linspace(-1, 1, 15, dtype=np.float32)) == pytest.approx(0.01148, rel=0.02)
     dense = NF4.of(values.reshape(2048, -1)).dense()
-    assert float(np.mean((dense.ravel() - values) ** 2)) == pytest.approx(0.00845, abs=1e-4)  # double quantization costs next to nothing
+    assert float(np.mean((dense.ravel() - values) ** 2)) == pytest.approx(0.00845, abs=1e-4)  # double quantization adds almost no error
 
 
 @pytest.mark.parametrize(("m", "n"), [(64, 48), (7, 13), (3, 200), (130, 66), (1, 5)])
@@ -86,7 +86,7 @@ LABELS = np.append(IDS[1:], -100)
 
 
 def model(**options):
-    """A model with layers of some size, as tiny ones have more magnitudes than numbers."""
+    """A model with fairly large layers: tiny ones have more magnitudes than weights."""
     sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
     return ml.Llama(ml.LlamaConfig(**sizes), rng=0, **options)
 
@@ -112,7 +112,7 @@ def test_sizes_in_memory_and_on_disk(tmp_path):
 
 
 def test_the_bundled_model_loses_little():
-    """Held out, of 2.79 bits a byte: 0.016 more in four bits."""
+    """Held out, of 2.79 bits per byte: 0.016 more with 4-bit weights."""
     from minilora.formats.tokenizer import ByteTokenizer
     from minilora.runs.recipe import Recipe
     from minilora.runs.tasks import measure, training_task
@@ -129,7 +129,7 @@ def test_what_is_quantized_is_saved_and_read_as_it_is(family, tmp_path, backend)
     ml.save_model(m, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
     again = ml.load_model(tmp_path, backend)
-    assert float(abs(logits(again) - logits(m.to(backend))).max()) < 1e-6  # the head lies the other way round in memory
+    assert float(abs(logits(again) - logits(m.to(backend))).max()) < 1e-6  # the head is transposed in memory
     for path, W in linear(m).items():
         assert path == "lm_head" or float(abs(linear(again)[path].dense() - W.dense()).max()) == 0
     if family == "llama":
@@ -148,7 +148,7 @@ def test_a_quantized_layer_cannot_be_trained():
 
 @pytest.mark.parametrize("config", [{}, {"use_dora": "exact"}, {"init_lora_weights": "pissa"}], ids=str)
 def test_adapters_on_quantized_weights(config, tmp_path, backend):
-    """As on the dense matrix that the weights stand for: logits, gradients, merged, saved."""
+    """Equal to the dense matrix of the quantized weights: logits, gradients, merged, saved."""
     quantized, dense = model(), model()
     quantize_model(quantized)
     for path, W in linear(quantized).items():
@@ -174,7 +174,7 @@ def test_adapters_on_quantized_weights(config, tmp_path, backend):
     for path, g in found[dense][0].items():
         np.testing.assert_allclose(found[quantized][0][path], g, atol=1e-4 * np.abs(g).max(), err_msg=path)
     ml.save_adapter(quantized, tmp_path)
-    for base in (quantize_model, lambda m: None):  # the adapter also goes onto the weights as they were
+    for base in (quantize_model, lambda m: None):  # the adapter also loads onto the original weights
         again = model()
         base(again)
         ml.load_adapter(again.to(backend), tmp_path)

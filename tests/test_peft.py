@@ -1,6 +1,6 @@
-"""PEFT both ways: adapters made there and used here, made here and used there, trained on both sides.
+"""PEFT in both directions: adapters made there and used here, made here and used there, trained on both sides.
 
-The golden files of make_adapters.py are always compared; where torch, transformers and peft are installed, all options are, live.
+The golden files of make_adapters.py are always compared; all cases run live where torch, transformers and peft are installed.
 """
 
 import json
@@ -19,7 +19,7 @@ KINDS = ("bert", "gpt2", "llama")
 
 
 def ours(folder):
-    """The model in a folder of transformers', frozen."""
+    """The model of a transformers folder, frozen."""
     return ml.load_model(folder, "numpy")
 
 
@@ -43,7 +43,7 @@ def our_losses(model, optimizer=None):
 
 
 def deviation(a, b, what):
-    """The largest difference, relative to the largest value; written down where MINILORA_MEASURE names a file."""
+    """The largest difference, relative to the largest value; also written to the file that MINILORA_MEASURE names."""
     assert a.shape == b.shape
     found = float(np.abs(a.astype(np.float64) - b).max() / np.abs(b).max())
     if "MINILORA_MEASURE" in os.environ:
@@ -52,7 +52,7 @@ def deviation(a, b, what):
     return found
 
 
-# -- golden files, with no torch ---------------------------------------------------------------------------------------------
+# -- golden files, without torch ---------------------------------------------------------------------------------------------
 
 GOLDEN = [(kind.name, path.parent.name) for kind in sorted(FOLDER.iterdir()) for path in sorted(kind.glob("*/adapter_config.json"))]
 
@@ -73,12 +73,12 @@ def test_golden_trajectory(kind):
     model = ours(FOLDER / kind / "base")
     ml.load_adapter(model, FOLDER / kind / "start")
     assert deviation(our_losses(model), expected, f"golden, {kind}, 30 losses") < 1e-4
-    assert np.ptp(expected) > 0.1 * expected[0]  # there was something to follow
+    assert np.ptp(expected) > 0.1 * expected[0]  # the losses change
 
 
 @pytest.mark.parametrize(("kind", "what"), GOLDEN)
 def test_what_was_read_is_written_as_it_was(kind, what, tmp_path):
-    """The tensors to the bit, under the same keys, and every field of the configuration that is known here."""
+    """Tensors bit for bit under the same keys, and every known field of the configuration."""
     model = ours(FOLDER / kind / "base")
     ml.load_adapter(model, FOLDER / kind / what)
     ml.save_adapter(model, tmp_path)
@@ -98,7 +98,7 @@ def test_what_was_read_is_written_as_it_was(kind, what, tmp_path):
 
 @pytest.fixture(scope="session")
 def bases(peft, tmp_path_factory):
-    """Folders of transformers' models, by kind."""
+    """Folders of transformers models by kind."""
     folder = tmp_path_factory.mktemp("bases")
     for kind in SIZES:
         quietly(base(kind).save_pretrained, folder / kind)
@@ -106,7 +106,7 @@ def bases(peft, tmp_path_factory):
 
 
 def known_to_peft(kind):
-    """What PEFT offers and `inject` does not, but `load_adapter` takes: how training began does not matter."""
+    """Fields that `inject` refuses but `load_adapter` accepts: the initialisation of a trained adapter does not matter."""
     usual = options(kind)["names"]
     more = {
         "orthogonal": {"init_lora_weights": "orthogonal"},
@@ -143,7 +143,7 @@ def test_an_adapter_made_here_works_in_peft(kind, what, peft, bases, tmp_path):
     ml.save_adapter(model, tmp_path)
     theirs = quietly(peft.PeftModel.from_pretrained, base(kind), tmp_path).eval()
     assert deviation(our_logits(model), logits(theirs), f"here -> PEFT, {kind}, {what}") < 1e-5
-    # PEFT passes over keys that it does not know: so what it has read is compared, too
+    # PEFT ignores unknown keys, so the tensors it has read are compared, too
     read, written = quietly(peft.get_peft_model_state_dict, theirs), load_file(tmp_path / "adapter_model.safetensors")
     assert written.keys() == {key for key in read if not any(s in key for s in ("original_module", "modules_to_save", "base_layer.weight"))}
     for key, value in written.items():
@@ -163,7 +163,7 @@ def test_thirty_steps_of_adamw_are_pefts(kind, peft, bases, tmp_path):
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_merged_folder_works_in_transformers(kind, peft, bases, tmp_path):
-    """With biases and a norm that were trained: all of it is in the folder."""
+    """With trained biases and norm: all are in the folder."""
     import transformers
 
     model = ours(bases / kind)
@@ -192,12 +192,12 @@ def test_an_adapter_of_half_precision(dtype, peft, bases, tmp_path):
 
 
 def trained_here(model):
-    """Paths of what is trainable."""
+    """Paths of the trainable parameters."""
     return {path for path, p in model.parameters() if p.trainable}
 
 
 def trained_there(model):
-    """The same of a PEFT model, under our names."""
+    """The same paths of a PEFT model, under minilora's names."""
     names = {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
     for old, new in ((".default.weight", ""), (".modules_to_save.default", ""), (".base_layer", "")):
         names = {name.replace(old, new) if old != ".default.weight" or ".lora_" in name else name for name in names}
@@ -263,7 +263,7 @@ TRICKY = {
 
 @pytest.mark.parametrize(("kind", "fields"), [(kind, fields) for kind, cases in TRICKY.items() for fields in cases], ids=str)
 def test_the_same_modules_are_adapted(kind, fields, peft, bases):
-    """The same set, or neither takes it."""
+    """The same set, or both refuse."""
     try:
         theirs = quietly(peft.get_peft_model, base(kind), peft.LoraConfig(r=2, **fields))
         expected = set(theirs.base_model.targeted_module_names)
@@ -282,7 +282,7 @@ def test_the_same_modules_are_adapted(kind, fields, peft, bases):
     ("kind", "name"), [("gpt2", "wte"), ("gpt2", "lm_head"), ("tied llama", "embed_tokens"), ("tied llama", "lm_head")]
 )
 def test_tied_weights_are_not_trained_apart(kind, name, peft, bases, tmp_path):
-    """PEFT trains a copy of the one and leaves the other: a model that is not there here."""
+    """PEFT trains a copy of one tied weight and leaves the other: a model that does not exist here."""
     quietly(adapted(kind, options(kind)["names"] | {"modules_to_save": [name]}).save_pretrained, tmp_path)
     with pytest.raises(ValueError, match=f"modules_to_save: .*{name} cannot be fully trained"):
         ml.load_adapter(ours(bases / kind), tmp_path)
@@ -293,7 +293,7 @@ def test_tied_weights_are_not_trained_apart(kind, name, peft, bases, tmp_path):
 
 
 def test_embeddings_that_peft_writes_along(peft, bases, tmp_path):
-    """With save_embedding_layers=True the frozen embeddings are in the file, too: fine, if they are the model's own."""
+    """With save_embedding_layers=True the frozen embeddings are in the file; they are accepted if they equal the model's."""
     theirs = adapted("llama", options("llama")["names"])
     quietly(theirs.save_pretrained, tmp_path, save_embedding_layers=True)
     model = ours(bases / "llama")
@@ -310,7 +310,7 @@ def test_embeddings_that_peft_writes_along(peft, bases, tmp_path):
 
 @pytest.mark.parametrize(("kind", "names"), [("llama", ["embed_tokens", "lm_head"]), ("bert", ["word_embeddings", "pooler"])])
 def test_trained_embeddings_that_peft_writes_three_times(kind, names, peft, bases, tmp_path):
-    """With save_embedding_layers=True what modules_to_save names is there as trained, again, and as it was."""
+    """With save_embedding_layers=True the file holds modules_to_save as trained, a second copy, and the original."""
     theirs = adapted(kind, options(kind)["names"] | {"modules_to_save": names})
     quietly(theirs.save_pretrained, tmp_path, save_embedding_layers=True)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -347,7 +347,7 @@ def test_what_changed_the_base_weights_is_refused_until_converted(init, peft, ba
 
 
 def test_every_field_of_peft_is_either_known_or_judged(peft):
-    """No field may be passed over because it was forgotten."""
+    """No field may be ignored because it was forgotten."""
     import dataclasses
 
     theirs = {field.name for field in dataclasses.fields(peft.LoraConfig)}
@@ -357,7 +357,7 @@ def test_every_field_of_peft_is_either_known_or_judged(peft):
         assert getattr(peft.LoraConfig(), name) == getattr(ml.LoraConfig(), name), name
 
 
-# -- what is not supported ------------------------------------------------------------------------------------------------------
+# -- unsupported fields ---------------------------------------------------------------------------------------------------------
 
 UNSUPPORTED = {
     "use_qalora": True,
@@ -455,11 +455,11 @@ def test_a_truncated_adapter(cut, tmp_path):
         ml.load_adapter(ours(FOLDER / "gpt2" / "base"), folder)
 
 
-# -- our side of it -------------------------------------------------------------------------------------------------------------
+# -- minilora's side ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_head_trained_whole_does_not_change_the_fingerprint(tmp_path):
-    """The head of a base model is drawn anew at each start; and it is not the base that was trained."""
+    """The head of a base model is drawn at random at each load, so the trained head is not that of the base."""
     model = ours(FOLDER / "bert" / "base")
     ml.inject(model, ml.LoraConfig(r=2, task_type="SEQ_CLS"), rng=0)
     model.classifier.weight.data = model.classifier.weight.data + 1
@@ -480,7 +480,7 @@ def test_a_rank_beyond_a_classifier_says_what_to_do():
 def test_what_was_trained_by_hand_is_not_lost_in_silence(tmp_path):
     model = ours(FOLDER / "gpt2" / "base")
     ml.inject(model, ml.LoraConfig(r=2, target_modules=["c_attn"], bias="lora_only"), rng=0)
-    model.freeze()  # after training; what the configuration names is written all the same
+    model.freeze()  # after training, named parameters are still written
     ml.save_adapter(model, tmp_path / "a")
     assert "base_model.model.transformer.h.1.attn.c_attn.base_layer.bias" in load_file(tmp_path / "a" / "adapter_model.safetensors")
     model.transformer.ln_f.unfreeze()

@@ -1,4 +1,4 @@
-"""What is left out, kept or computed twice changes nothing: frozen prefixes, recomputed blocks, shards."""
+"""Cached frozen prefixes, recomputed blocks and shards change nothing in the result."""
 
 import tempfile
 import time
@@ -30,7 +30,7 @@ def model_of(kind, dropout=0.0, targets=None):
     else:
         model = ml.Llama(ml.LlamaConfig(**SIZES, head_dim=4, max_position_embeddings=16), rng=0, dtype="float64")
     for _, p in model.parameters():
-        p.data = p.data * (10 if p.data.ndim == 2 else 1)  # so that gradients are not all next to nothing
+        p.data = p.data * (10 if p.data.ndim == 2 else 1)  # otherwise gradients would be close to zero
     names = {"gpt2": ["c_attn", "c_fc"], "bert": ["query", "output.dense"], "llama": ["q_proj", "up_proj"]}[kind]
     ml.inject(model, ml.LoraConfig(target_modules=names, lora_dropout=dropout, **{**LAYERS, **(targets or {})}), rng=0)
     return model
@@ -92,7 +92,7 @@ def test_what_does_not_fit_in_memory_goes_into_a_file(tmp_path):
 
 def test_many_threads_may_write_to_the_file_at_once(tmp_path):
     class Slow:
-        """A file in which another thread finds the time to step in between any two calls."""
+        """A file in which other threads can run between any two calls."""
 
         def __init__(self, file):
             self.file = file

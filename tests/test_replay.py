@@ -1,4 +1,4 @@
-"""Steps that are recorded once and launched whole: the same numbers, next to no launches, and no harm where it cannot be."""
+"""Steps that are captured once and replayed as a CUDA graph: the same numbers, few launches, and a fallback where capture is impossible."""
 
 import warnings
 
@@ -30,7 +30,7 @@ def model_of(config, dropout=0.0):
 
 
 def losses(config, record, steps=9, dropout=0.0, batches=None, recompute=False, **options):
-    """(loss, norm) of each step, and the trained numbers at the end."""
+    """(loss, norm) of each step, and the trained parameters at the end."""
     model = model_of(config, dropout)
     if recompute:
         model.transformer.recompute = True
@@ -70,7 +70,7 @@ def test_what_a_recorded_step_asks_of_the_device(fake_cupy):
 
     few, more = counted(9), counted(19)
     assert more.syncs - few.syncs == 20  # the losses and norms of ten steps
-    assert (more.launches - few.launches) / 10 <= 6  # ids and labels to their places, the graph, copies of loss and norm, AdamW
+    assert (more.launches - few.launches) / 10 <= 6  # ids and labels into place, the graph, copies of loss and norm, AdamW
     assert (more.to_device - few.to_device) / 10 == 2  # ids and labels
 
 
@@ -159,7 +159,7 @@ def test_memory_of_a_recording_is_counted_and_freed(fake_cupy, monkeypatch):
     replay.close()
     assert pool.freed
     assert not POOL_OWNERS
-    assert peak_memory("cupy") - before == standin.POOL_BYTES  # a peak
+    assert peak_memory("cupy") - before == standin.POOL_BYTES  # the peak
 
 
 def test_a_run_frees_its_recording(fake_cupy, monkeypatch):

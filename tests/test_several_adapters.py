@@ -1,4 +1,4 @@
-"""Several adapters on one model, their sums (PEFT is the judge), and a fine-tuned model as a LoRA of its base."""
+"""Several adapters on one model, their sums (against PEFT), and the LoRA of a fine-tuned model relative to its base."""
 
 import json
 from itertools import pairwise
@@ -45,7 +45,7 @@ CONFIGS = {
 }
 
 
-# -- one model, several adapters --------------------------------------------------------------------------------------------------
+# -- one model with several adapters ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -71,7 +71,7 @@ def test_switching_costs_the_adapters_alone():
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_gradients_of_a_mixed_batch(kind):
-    """By finite differences, and each adapter gets what its own sequences alone would give it."""
+    """By finite differences; each adapter gets the gradient of its own sequences."""
     shared = base(kind)
     models = [adapted(shared, config, i) for i, config in enumerate(CONFIGS[kind])]
     which = [0, 2, 1, 0]
@@ -140,7 +140,7 @@ def test_cat_is_the_sum_and_svd_is_the_best_of_its_rank(backend):
     for path, d in deltas(exact).items():
         np.testing.assert_allclose(d, expected[path], atol=1e-12)
     assert {layer.r for _, layer in lora_layers(exact)} == {2, 3}
-    best = ml.combine(model, [one, two], [0.7, -1.3])  # svd of rank 2, the largest of theirs
+    best = ml.combine(model, [one, two], [0.7, -1.3])  # svd of rank 2, their largest rank
     for path, d in deltas(best).items():
         left = np.linalg.svd(expected[path], compute_uv=False)[2:]
         assert np.linalg.norm(d - expected[path]) == pytest.approx(np.linalg.norm(left), abs=1e-10)
@@ -149,7 +149,7 @@ def test_cat_is_the_sum_and_svd_is_the_best_of_its_rank(backend):
     assert adaptation(model).config is None
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs are not ours
+@pytest.mark.filterwarnings("ignore")  # warnings of PEFT
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize(("how", "r"), [("cat", None), ("linear", None), ("svd", None), ("svd", 3)])
 def test_sums_are_pefts(kind, how, r, tmp_path):
@@ -267,7 +267,7 @@ def test_the_rank_is_the_lowest_that_keeps_the_energy():
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_with_inputs_it_is_closest_in_what_layers_put_out(kind, backend):
-    """Whitened with data, the output error on these data is smaller, that in the weights larger."""
+    """Whitened with data, the output error on these data is smaller and the error in the weights larger."""
     model = base(kind).to(backend)
     tuned = tuned_from(model)
     rng = np.random.default_rng(3)
@@ -284,7 +284,7 @@ def test_with_inputs_it_is_closest_in_what_layers_put_out(kind, backend):
         assert out[1] <= out[0] * (1 + 1e-9)
         assert weight[0] <= weight[1] * (1 + 1e-9)
         compared += out[1] < 0.9 * out[0]
-        if path.endswith(("c_attn", "query")):  # x^T x / T of the layer's inputs, and the ridge; factorize divides by the rows
+        if path.endswith(("c_attn", "query")):  # x^T x / T of the layer's inputs plus the ridge; factorize divides by the rows
             x = collected(tuned, path, batches)
             C = x.T @ x / len(x)
             np.testing.assert_allclose(R[path].T @ R[path] / len(C), C + 1e-6 * np.trace(C) / len(C) * np.eye(len(C)), atol=1e-10)

@@ -28,7 +28,7 @@ def test_the_lists_are_true_of_cupy():
     methods = [*" ".join(METHODS.values()).split(), *(n for n in vars(cp.ndarray) if not n.startswith("_"))]
     assert [name for name in names if not hasattr(cupy, name)] == []
     assert hasattr(cupy, "RawModule")
-    assert find_spec("cupy.cublas") is not None  # to import it takes CUDA's libraries
+    assert find_spec("cupy.cublas") is not None  # importing it needs the CUDA libraries
     assert hasattr(cupy.cuda.MemoryPool, "free_all_blocks")
     assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
     assert [name for name in standin.LINALG.split() if not hasattr(cupy.linalg, name)] == []
@@ -36,7 +36,7 @@ def test_the_lists_are_true_of_cupy():
     assert [name for name in standin.LACKS.split() if hasattr(cupy, name)] == []
     operators = {n for n in vars(cp.ndarray) if n.startswith("__")} - {"__slots__", "__getattr__"}
     assert [n for n in operators if not hasattr(cupy.ndarray, n)] == []
-    lacking = ("__index__", "__imatmul__", "__contains__")  # numpy.ndarray has these
+    lacking = ("__index__", "__imatmul__", "__contains__")  # of numpy.ndarray
     assert [n for n in lacking if hasattr(cupy.ndarray, n) or hasattr(cp.ndarray, n)] == []
 
 
@@ -102,7 +102,7 @@ def test_scalars_of_python_and_numpy_are_operands(x, host):
 def test_promotion_is_that_of_numpy_2(x):
     assert (x * 0.1).dtype == np.float32
     assert (x * np.float64(0.1)).dtype == np.float64
-    assert (x * cp.asarray(0.1)).dtype == np.float64  # a 0-d array is no Python number
+    assert (x * cp.asarray(0.1)).dtype == np.float64  # a 0-d array is not a Python number
     assert (x.astype("float16") * 2).dtype == np.float16
 
 
@@ -147,7 +147,7 @@ def test_index_arrays_wrap_around(x):
     x[cp.asarray([5])] = -1
     np.testing.assert_array_equal(x[1].get(), [-1, -1, -1])
     with pytest.raises(IndexError):
-        x[2]  # plain integers are checked, in CuPy too
+        x[2]  # plain integers are checked, as in CuPy
     with pytest.raises(IndexError):
         x[cp.asarray([0.0])]
 
@@ -167,7 +167,7 @@ def test_missing_names_say_why(x):
         with pytest.raises(AttributeError):
             getattr(cp, name)
     for name in ("sort", "resize", "scatter_add", "anything"):
-        with pytest.raises(AttributeError, match="not in the stand-in's list"):
+        with pytest.raises(AttributeError, match="not in the list of the fake CuPy"):
             getattr(x, name)
     for name in ("reduceat", "reduce", "outer"):
         assert not hasattr(cp.add, name)
@@ -210,7 +210,7 @@ def test_launches_are_counted(x):
     assert launches(lambda: x[i]) == 1
     assert launches(lambda: x.__setitem__(i, 0)) == 1
     assert launches(lambda: cp.add.at(x, i, x)) == 1
-    assert launches(lambda: x.T.reshape(-1)) == 1  # has to copy
+    assert launches(lambda: x.T.reshape(-1)) == 1  # must copy
     assert launches(lambda: cp.zeros((2, 2))) == 1
     assert launches(lambda: x.astype("float64")) == 1
     assert launches(lambda: (x.reshape(-1), x.T, x[:, 1:], x[0, 0], x.transpose(1, 0), cp.empty(3), x.astype("float32", copy=False))) == 0

@@ -1,4 +1,4 @@
-"""Few-sample fine-tuning, and studies: what a run changes, what is kept of it, how an interrupted study goes on."""
+"""Few-sample fine-tuning and studies: effects of the options, results kept, and resuming an interrupted study."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def model_folder(tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    """Sentences that say "man", or not."""
+    """Sentences with or without the word "man"."""
     rng = np.random.default_rng(0)
     words = np.array(["a", "eating", "food", "."])
     lines = []
@@ -55,7 +55,7 @@ def quiet(*_):
     pass
 
 
-# -- the cures ------------------------------------------------------------------------------------------------------------------
+# -- the remedies ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 3])
@@ -159,7 +159,7 @@ def test_a_study_goes_on_where_it_was_and_a_seed_is_always_the_same_run(recipe, 
     assert len((tmp_path / "parts" / "runs.jsonl").read_text().splitlines()) == 3
     left[0] = 5
     parts = study(recipe, rows, 2, tmp_path / "parts", quiet)
-    assert left[0] == 0  # the other five, and no more
+    assert left[0] == 0  # only the other five
 
     def without_times(table):
         return [{**vars(line), "seconds": 0} for line in table]
@@ -168,11 +168,11 @@ def test_a_study_goes_on_where_it_was_and_a_seed_is_always_the_same_run(recipe, 
     assert {line.row: line.trained for line in whole}["head"] == 2 * 8 + 2
     values = {(r["row"], r["seed"]): r["value"] for r in map(json.loads, lines)}
     losses = {(r["row"], r["seed"]): r["measured"]["loss"] for r in map(json.loads, lines)}
-    assert len(set(losses.values())) == 8  # the seed changes a run, and so does the row
+    assert len(set(losses.values())) == 8  # the seed changes the run, and its row
     assert whole[0].mean == pytest.approx((values["lora", 0] + values["lora", 1]) / 2)
 
     left[0] = 4
-    assert study(recipe, rows, 3, tmp_path / "parts", quiet)[0].runs == 3  # a seed is added
+    assert study(recipe, rows, 3, tmp_path / "parts", quiet)[0].runs == 3  # one more seed
     assert left[0] == 0
 
 
@@ -192,7 +192,7 @@ def test_the_figures_of_a_row():
     assert (line.runs, line.failed, line.worst, line.best) == (4, 2, 0.5, 0.9)
     assert line.mean == pytest.approx(0.7)
     assert line.std == pytest.approx(0.2)
-    assert summarise("x", records, "perplexity").worst == 0.9  # there, less is better
+    assert summarise("x", records, "perplexity").worst == 0.9  # for losses, less is better
     assert math.isnan(summarise("x", records[2:3], "accuracy").mean)
 
 
@@ -268,7 +268,7 @@ def test_changed_data_are_not_mixed_into_one_table_and_a_study_that_cannot_begin
 
 
 def test_each_seed_draws_all_that_no_file_held(recipe, tmp_path, monkeypatch):
-    """A bare encoder without a pooler: pooler and classifier are drawn, and they differ from seed to seed."""
+    """A bare encoder without a pooler: pooler and classifier are initialised at random and differ between seeds."""
     opened, pooled = study_module.open_recipe(recipe), []
     opened[0].origin = Origin(drawn=("bert.pooler.dense", "classifier"))
     monkeypatch.setattr(study_module, "open_recipe", lambda recipe: opened)

@@ -220,7 +220,7 @@ def test_conversations_are_those_of_apply_chat_template(name, template, chatters
         if not any(want.get("assistant_masks", [1, 1])[1:]):
             continue
         ids, learnt = example_of(ours, {"messages": messages, **beside}, TEMPLATES[template])
-        known = ids[:-1] if ids[-1] < 0 else ids  # of what is not learnt at the end, the last token is no one's
+        known = ids[:-1] if ids[-1] < 0 else ids  # an unlabelled last token belongs to no message
         assert known.tolist() == want["input_ids"][: len(known)], (key, ours.decode(known), theirs.decode(want["input_ids"]))
         if "assistant_masks" in want:
             assert learnt.tolist()[1:] == [bool(m) for m in want["assistant_masks"]][1 : len(learnt)], key
@@ -248,7 +248,7 @@ PIECES = [
     "\t",
     "A",
 ]
-ANY = st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1")  # which mark answers, and are refused
+ANY = st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1")  # templates that mark answers, and are refused
 TEXT = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(ANY, max_size=8)
 
 
@@ -289,7 +289,7 @@ def test_the_ids_spell_the_record(name, chatters):
         ids, learnt = usable({"messages": messages}, TEMPLATES[template])
         if ids is not None:
             past = tokenizer.offsets(text)[: len(ids)][learnt][:, 1].max()
-            assert past <= len(tokenizer.render(messages[:4]))  # "the end" is the user's
+            assert past <= len(tokenizer.render(messages[:4]))  # "the end" belongs to the user
 
     check()
 

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates: bytes, tokenizer.json, GGUF's metadata, jinja2 in its sandbox."""
+"""Tokenizers and chat templates: bytes, tokenizer.json, GGUF metadata, sandboxed jinja2."""
 
 import json
 import sys
@@ -54,7 +54,7 @@ def test_a_stream_of_broken_characters_is_what_decode_makes_of_them(tokenizer, r
 
 
 def byte_characters():
-    """GPT-2's character for every byte: printable ones stand for themselves, the others follow from 256 on."""
+    """GPT-2's character for every byte: printable ones map to themselves, the others to 256 and up."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
@@ -76,7 +76,7 @@ def test_a_stream_gives_whole_characters_as_soon_as_they_are_whole():
 
 
 def test_a_stream_keeps_the_spaces_between_words():
-    """Some decoders drop the space before the first token they see: the stream must not decode a token by itself."""
+    """Some decoders drop the space before the first token: the stream must not decode a token alone."""
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁the": 0, "▁cat": 1, "s": 2}, unk_token="s"))
     library.decoder = tokenizers.decoders.Metaspace()
     tokenizer = HFTokenizer(library)
@@ -110,7 +110,7 @@ def test_what_the_file_says_about_padding_and_truncation_does_not_apply(tmp_path
 def test_special_ids_come_from_the_files_beside_the_tokenizer(tmp_path):
     config = {"vocab_size": 400, "bos_token_id": 2, "eos_token_id": 1}
     only = load_tokenizer(folder_of(tmp_path / "a", library_bpe(), config=config), 400)
-    assert (only.bos_id, only.eos_id, only.stop_ids) == (None, 1, {1})  # a begin token is the tokenizer's alone, as in transformers
+    assert (only.bos_id, only.eos_id, only.stop_ids) == (None, 1, {1})  # only the tokenizer adds a begin token, as in transformers
     both = load_tokenizer(
         folder_of(
             tmp_path / "b",
@@ -357,7 +357,7 @@ def test_objects_with_methods_do_not_reach_a_template():
         render_chat(CHATML, [{**TALK[0], "image": np.zeros(2)}])
 
 
-# ---- what the assistant wrote --------------------------------------------------------------------------------------------------------
+# ---- messages of the assistant -------------------------------------------------------------------------------------------------------
 
 
 def spans_of(template, messages=TALK, eos="<|im_end|>"):

@@ -51,7 +51,7 @@ def test_optimizers_step_as_torchs(name, backend, on):
         clip_grad_norm(optimizer.flat, 0.5)
         optimizer.step()
         optimizer.zero_grad()
-        np.testing.assert_allclose(ml.to_numpy(p.data), expected, rtol=2e-6)  # both add 1e-6 to the norm, torch elsewhere
+        np.testing.assert_allclose(ml.to_numpy(p.data), expected, rtol=2e-6)  # both add 1e-6 to the norm, torch at another place
 
 
 def test_bias_correction_makes_the_steps_of_the_paper():
@@ -88,7 +88,7 @@ def test_the_flat_buffer_is_what_the_parameters_look_into(backend):
 def test_a_parameter_without_a_gradient_counts_as_zero():
     p, q = Parameter(np.ones(2)), Parameter(np.ones(3))
     optimizer = ml.SGD([p, q], 1.0)
-    for _ in range(2):  # the second time the buffer still holds the first gradient
+    for _ in range(2):  # in the second round the buffer still holds the first gradient
         p.add_grad(np.ones(2))
         q.add_grad(np.ones(3))
         optimizer.zero_grad()
@@ -152,7 +152,7 @@ def test_schedules():
 
 
 def test_accumulation_equals_the_large_batch_weighted_by_tokens():
-    """Three batches with different numbers of labels, one after the other or end to end: the same gradient."""
+    """Three batches with different numbers of labels, accumulated or packed into one: the same gradient."""
     parts = [some_batch([2, 3], 1), some_batch([7], 2), some_batch([1, 1, 6], 3)]
     whole = Batch(
         np.concatenate([b.ids for b in parts]),
@@ -179,7 +179,7 @@ def test_replicas_give_the_gradient_of_the_whole_batch(threads):
     expected = gradients(model)
     flat = FlatBuffer(model.parameters())
     with Replicas(model, flat, threads) as replicas:
-        for _ in range(2):  # the second time the buffers hold old gradients
+        for _ in range(2):  # in the second round the buffers hold old gradients
             replicas.gradients([batch])
     for path, g in gradients(model).items():
         np.testing.assert_allclose(g, expected[path], atol=1e-14, err_msg=path)
@@ -202,7 +202,7 @@ def test_the_same_run_twice_is_the_same_to_the_bit(threads):
 
 
 def test_both_backends_train_alike(backend):
-    """The same losses, and with dropout: masks and batches do not depend on the backend."""
+    """Equal losses, also with dropout: masks and batches do not depend on the backend."""
 
     def losses(where):
         model = tiny(dropout=0.3).to(where)
@@ -229,7 +229,7 @@ def test_training_learns_a_pattern(backend):
 
 
 def learner():
-    """A small model, its optimizer, and batches without end; always the same."""
+    """A small model, its optimizer, and endless batches; always the same."""
     model = tiny(lora=False)
     text = np.random.default_rng(3).integers(0, 11, 400)
     return model, ml.SGD(model.parameters(), 0.1), random_windows(text, 8, 4, np.random.default_rng(4))
@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state_whose_
 
     def poisoned():
         for i, batch in enumerate(batches):
-            if i == 6:  # as if step 6 had made a parameter that gives no loss
+            if i == 6:  # as if step 6 had produced a parameter without a finite loss
                 model.transformer.wpe.weight.data[3, 2] = np.nan
             yield batch
 
@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state_whose_
     np.testing.assert_array_equal(optimizer.flat.data, states(kept)[kept])
 
 
-@pytest.mark.parametrize("value", [np.nan, 1e200])  # the loss of finite parameters may not be finite either
+@pytest.mark.parametrize("value", [np.nan, 1e200])  # finite parameters may give a loss that is not finite
 def test_the_last_update_is_looked_at(value):
     model, optimizer, batches = learner()
     update = optimizer.step
@@ -318,16 +318,16 @@ def test_windows_and_splits():
     seen = np.concatenate([b.ids for b in held_out_windows(text, 7, 2)])
     assert seen.tolist() == list(range(49))
     assert [b.ids[0] for b in held_out_windows(text, 7, 1, most=3)] == [0, 21, 42]
-    for n in (2, 7, 8, 9, 30, 50):  # whatever the length, each token but the first is predicted once
+    for n in (2, 7, 8, 9, 30, 50):  # for any length, each token but the first is predicted once
         assert np.concatenate([b.labels for b in held_out_windows(text[:n], 7, 2)]).tolist() == list(range(1, n))
     shards = some_batch([5, 1, 1, 5, 4]).split(3)
     assert [int(s.offsets[-1]) for s in shards] == [5, 7, 4]
     assert len(some_batch([5]).split(4)) == 1
     starts = {int(b.ids[0]) for b in islice(random_windows(text, 7, 1, np.random.default_rng(0)), 300)}
-    assert starts == set(range(43))  # every window, the last one too
+    assert starts == set(range(43))  # every window, including the last
 
 
-# -- memory runs out ------------------------------------------------------------------------------------------------------------
+# -- out of memory --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("most", "advice"), [(2, "2 of a batch's 8 sequences fit: --batch-size 2"), (0, "not one of 8 sequences fits")])
@@ -342,7 +342,7 @@ def test_when_memory_runs_out_the_run_says_what_fits_and_keeps_what_it_has(most,
         nonlocal steps
         keep = kwargs.get("keep", True)
         steps += keep
-        if keep and steps > (4 if backend == "numpy" else 2) and len(offsets) - 1 > most:  # two steps have room
+        if keep and steps > (4 if backend == "numpy" else 2) and len(offsets) - 1 > most:  # memory for two steps
             raise MemoryError("out of memory")
         return loss(self, ids, labels, offsets, *args, **kwargs)
 

@@ -1,6 +1,6 @@
-"""cupy.cuda.Stream and Graph: what is launched between begin_capture and end_capture is not done, but noted, and done by graph.launch().
+"""Fake cupy.cuda.Stream and Graph: work between begin_capture and end_capture is not done but added to a graph; graph.launch() does it.
 
-As CUDA does, it refuses meanwhile whatever would make the host wait, and copies from the host; as CuPy does, it refuses its own products.
+During capture, everything that would make the host wait and copies from the host raise, as in CUDA; CuPy's own products raise, as in CuPy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from standin.counting import note
 
 
 class Graph:
-    """What was recorded. It keeps the memory that its steps read and write, as CuPy's pool does where nobody else takes from it."""
+    """A captured graph. It holds the memory that its steps read and write, as a private pool of CuPy does."""
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], None]] = []
@@ -26,7 +26,7 @@ class Graph:
 
 
 class Stream:
-    """As far as it is used: `with stream:`, begin_capture, end_capture, synchronize, ptr."""
+    """The parts that minilora uses: `with stream:`, begin_capture, end_capture, synchronize, ptr."""
 
     _open: Graph | None = None
     _current: list[Stream] = []  # noqa: RUF012
@@ -43,7 +43,7 @@ class Stream:
 
     def begin_capture(self) -> None:
         if not self.non_blocking or Stream._open is not None:
-            raise RuntimeError("cudaErrorStreamCaptureUnsupported: the default stream cannot be recorded.")
+            raise RuntimeError("cudaErrorStreamCaptureUnsupported: the default stream cannot be captured.")
         Stream._open = Graph()
 
     def end_capture(self) -> Graph:
@@ -75,7 +75,7 @@ def recording() -> Graph | None:
 
 
 def perform(run: Callable[[], None]) -> None:
-    """Do it, or note it."""
+    """Run now, or add to the graph that is being captured."""
     if (graph := recording()) is None:
         run()
     else:
@@ -83,7 +83,7 @@ def perform(run: Callable[[], None]) -> None:
 
 
 def waits() -> None:
-    """Raise where a recording forbids that the host waits, or reads its own memory."""
+    """Raise during capture: the host may neither wait nor copy from its own memory."""
     if recording() is not None:
         raise RuntimeError("cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing")
 
