@@ -39,9 +39,9 @@ def step_times(backend: str, record: bool, after: Any = lambda: None, steps: int
     ml.inject(model, ml.LoraConfig(r=8), rng=0)
     batches = random_windows(np.random.default_rng(0).integers(0, 50, 1000), 16, 1, np.random.default_rng(0))
     times = []
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for step in train(model, ml.AdamW(model.parameters(), 1e-3), batches, steps, lambda step: 1.0, check_every=1, cuda_graph=record):
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
         if step.step == 10:
             after()
         start = time.perf_counter()

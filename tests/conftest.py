@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     chosen = config.getoption("backend")
     if chosen != "cupy":
-        sources = "CUDA sources run through g++" if cuda.ENABLED else "CUDA sources not run: there is no g++, or MINILORA_KERNELS=plain"
+        sources = "CUDA sources compiled by g++" if cuda.ENABLED else "CUDA sources not run: no g++, or MINILORA_KERNELS=plain"
         names = {"numpy": f"numpy {np.__version__}", "standin": f"fake CuPy ({sources})"}
         return "backends: " + ", ".join(names[b] for b in CHOICES[chosen])
     cupy = import_cupy()

@@ -79,7 +79,7 @@ def test_what_the_partial_methods_train(kind, method, expected):
 
 
 def test_training_begins_next_to_the_base_model():
-    """The distance is of the order of init_std^2, and not zero: with D = U = 0 nothing could move."""
+    """The difference is of the order of init_std^2, and not zero: with D = U = 0 the gradients would vanish."""
     far = [np.abs(logits(injected("bert", "bottleneck", init_std=std)) - logits(tiny_model("bert"))).max() for std in (1e-2, 1e-3)]
     assert 0 < far[1] < far[0] < 1e-3
     assert far[0] / far[1] == pytest.approx(100, rel=0.3)
@@ -112,7 +112,7 @@ def test_saved_and_loaded_it_is_the_same_model(kind, method, backend, tmp_path):
     assert 4 * count < size < 4 * count + 6000
     with ml.disabled(again):
         np.testing.assert_array_equal(logits(again), logits(tiny_model(kind, "float32").to(backend)))
-    assert trained(again)  # it can be trained further
+    assert trained(again)  # training can continue
 
 
 def test_the_files_weights_lie_as_in_the_models_checkpoint(tmp_path):

@@ -227,12 +227,12 @@ def test_a_lora_step_neither_waits_nor_forms_dw(fake_cupy, dropout):
     assert c.frozen == set()
     assert len(c.products) > 50
     assert c.launches > len(c.products)
-    assert c.bytes < 1000  # token ids, positions and labels go to the device, nothing else
+    assert c.bytes < 1000  # only token ids, positions and labels go to the device
     assert isinstance(loss, fake_cupy.ndarray)
 
 
 def test_the_count_above_would_see_a_full_step(fake_cupy):
-    """With everything trainable each dense weight, and the tied embedding, has its dW formed; reading the loss waits."""
+    """With all parameters trainable, each dense weight and the tied embedding has its dW formed; reading the loss synchronises."""
     model = adapted_model("cupy").unfreeze()
     b = batch()
     with counted(model) as c:
@@ -299,7 +299,7 @@ LAUNCHES = {"GPT-2": 76, "Llama": 112}  # launches of a block with LoRA on all l
 @pytest.mark.skipif(not cuda.ENABLED, reason="counts launches of the CUDA sources, which need g++ here")
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches_a_block(name, fake_cupy):
-    """Counted as what one more block costs; no synchronisation, and nothing goes to the device after the first step."""
+    """The cost of one additional block; there is no synchronisation, and no transfer after the first step."""
 
     def step(blocks):
         sizes = {"n_layer": blocks, "n_embd": 12, "n_head": 2} if name == "GPT-2" else {"num_hidden_layers": blocks}

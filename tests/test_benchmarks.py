@@ -50,7 +50,7 @@ def test_a_rival_with_different_losses_fails_the_benchmark(wrong):
     result = summary(sides(right, right, wrong), 10, 1e-4)
     assert not result["ok"]
     json.dumps(result, allow_nan=False)
-    assert summary(sides(right, wrong), 10, None)["ok"]  # where losses are not to be compared
+    assert summary(sides(right, wrong), 10, None)["ok"]  # without a tolerance, losses are not compared
 
 
 def test_without_a_rival_the_benchmark_fails():

@@ -83,7 +83,7 @@ def test_the_other_options_live(task, tmp_path):
         (theirs_logits * torch.tensor(dy)).sum().backward()
     expected = {path: p.grad.numpy() for path, p in theirs.named_parameters()}
     found = oracle.gradients(ours)
-    for grads in (expected, found):  # torch gives the row of the padding token, 0, no gradient; here there is no padding
+    for grads in (expected, found):  # torch gives the row of the padding token, 0, no gradient; here nothing is padded
         grads["bert.embeddings.word_embeddings.weight"] = grads["bert.embeddings.word_embeddings.weight"][1:]
     zero = {path for path in expected if path.endswith("key.bias")}
     assert max(np.abs(found.pop(path)).max() for path in zero) < 1e-14

@@ -119,7 +119,7 @@ def test_the_bindings_are_those_that_the_stand_in_plays():
 
 
 def test_bindings_that_cannot_be_used_are_left_alone(fake_cupy, monkeypatch):
-    """As where the driver, or cuBLAS itself, is not found."""
+    """As on a machine without the driver or without cuBLAS."""
 
     def create():
         raise RuntimeError("CUDA driver is not found")

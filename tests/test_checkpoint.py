@@ -254,7 +254,7 @@ def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatc
     oracle.write_checkpoint("gpt2", tmp_path / "name").rename(tmp_path / "org")
     (tmp_path / "org").rename(tmp_path / "name")
     monkeypatch.chdir(tmp_path.parent)
-    assert ml.load_model(f"{tmp_path.name}/name", "numpy").origin.hub_id is None  # a folder that looks like an id
+    assert ml.load_model(f"{tmp_path.name}/name", "numpy").origin.hub_id is None  # a folder whose name looks like a hub id
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------

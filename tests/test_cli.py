@@ -233,7 +233,7 @@ def broken_adapter(d):
 def adapter_of_another_model(d):
     model = ml.GPT2(ml.GPT2Config(vocab_size=256, n_positions=8, n_embd=6, n_layer=1, n_head=1), rng=0)
     ml.inject(model, ml.LoraConfig(r=2))
-    model.origin = Origin("pydoc")  # which it is not
+    model.origin = Origin("pydoc")  # a wrong base
     ml.save_adapter(model, d / "adapter")
     return ["merge", "adapter", "--out", "merged"]
 

@@ -62,7 +62,7 @@ def test_the_sources_compile_for_a_gpu(file, dtype, options, tmp_path):
 
 @pytest.fixture(params=[1, 4, 32, 64])
 def threads(request, monkeypatch, fake_cupy):
-    """So many real threads a block."""
+    """Run blocks with this number of real threads."""
     monkeypatch.setattr(emulator, "THREADS", request.param)
     return request.param
 
@@ -91,7 +91,7 @@ def test_rows_are_summed_by_many_threads(threads):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("offsets", [[0, 7, 14, 21], [0, 3, 12, 21]])
 def test_attention(threads, causal, offsets, monkeypatch):
-    monkeypatch.setattr(grouped, "KEPT", 8)  # of some sequences the probabilities are kept, of others computed again
+    monkeypatch.setattr(grouped, "KEPT", 8)  # probabilities of some sequences are kept, others are recomputed
     q, k, v, do = device(21, 24), device(21, 12, seed=1), device(21, 12, seed=2), device(21, 24, seed=3)
     for rows in (None, np.array([2, 6, 9, 20])):
         q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])

@@ -117,7 +117,7 @@ def test_whatever_is_said_only_the_assistants_words_are_learnt(tokenizer, tmp_pa
             return
         messages = [{"role": role, "content": content} for role, content in turns]
         (example,) = load_examples(write_jsonl(path, [{"messages": messages}]), "lm", tokenizer, 2000, chat_template=CHATML)
-        end = "<|im_end|>\n"  # here no end token of the tokenizer's
+        end = "<|im_end|>\n"  # here without the end token of the tokenizer
         assert learnt(example, tokenizer) == "".join(content + end for role, content in turns if role == "assistant")
 
     check()

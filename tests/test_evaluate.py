@@ -95,13 +95,13 @@ def test_evaluate_equals_finetune_to_the_last_digit(what, method, seed, bert, ll
 
 def test_what_is_learnt_is_not_measured_unless_asked_for(bert, data, run):
     result = run("finetune", *RUNS["classes"][0], *FAST, "--seed", 3, "--out", "run")["after"]
-    assert 3 <= result["sequences"] <= 20  # a tenth of the different texts, with their copies
+    assert 3 <= result["sequences"] <= 20  # a tenth of the distinct texts, with their copies
     everything = run("evaluate", "run", "--data", "films.jsonl", "--all")
     assert everything["sequences"] == 60
     assert "all of films.jsonl, of which the run may have learnt all but what it held out" in run.err
     assert run("evaluate", "run", "--split", "train")["sequences"] == 60 - result["sequences"]
     write_jsonl(bert.parent / "others.jsonl", texts(9, seed=5))
-    assert run("evaluate", "run", "--data", "others.jsonl")["sequences"] == 9  # data that it has never seen: all of them
+    assert run("evaluate", "run", "--data", "others.jsonl")["sequences"] == 9  # new data: all records
     run("finetune", *RUNS["classes, a folder"][0], *FAST, "--out", "run2")
     assert "the run was trained on all of films/train.jsonl" in run("evaluate", "run2", "--data", "films/train.jsonl", status=1)
     assert run("evaluate", "run2", "--data", "films/train.jsonl", "--all")["sequences"] == 40
@@ -182,7 +182,7 @@ def test_the_settings_of_a_run_are_those_of_the_folder_that_a_model_lies_in(fold
     result = run("finetune", *RUNS["classes"][0], *FAST, "--method", "full", "--out", "run")["after"]
     monkeypatch.chdir(bert.parent / "run" / ("model" if folder == "." else ""))
     assert run("evaluate", folder, "--backend", "numpy") == result
-    monkeypatch.chdir(bert.parent / "run")  # the bundled model is not of this run
+    monkeypatch.chdir(bert.parent / "run")  # the bundled model is not part of this run
     assert "bits_per_byte" in run("evaluate", "--data", "../poem.txt", "--window", 16)
 
 
@@ -190,7 +190,7 @@ def test_the_settings_of_a_run_are_those_of_the_folder_that_a_model_lies_in(fold
 def test_a_damaged_run_json_ends_in_a_sentence_or_does_not_matter(record, bert, data, run):
     result = run("finetune", *RUNS["classes"][0], *FAST, "--method", "full", "--out", "run")["after"]
     write_json("run/run.json", read_json("run/run.json") | record if "labels" in record else record)
-    if "labels" in record:  # the model has its own names: its head is not replaced
+    if "labels" in record:  # the model has its own class names: the head is not replaced
         assert run("evaluate", "run", "--backend", "numpy") == result
     else:
         assert run("extract", "run", "--out", "x", status=1)
@@ -206,7 +206,7 @@ def test_run_json_holds_null_for_what_json_has_not(cwd, run):
     model = ml.BertClassifier(ml.BertConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1), rng=0)
     ml.save_model(model, cwd / "scorer")
     library_wordpiece().save(str(cwd / "scorer" / "tokenizer.json"))
-    write_jsonl(cwd / "x.jsonl", [{"text": row["text"], "label": 0.5} for row in texts(9)])  # no correlation with what is constant
+    write_jsonl(cwd / "x.jsonl", [{"text": row["text"], "label": 0.5} for row in texts(9)])  # correlation with a constant is undefined
     how = ["--model", "scorer", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST]
     assert run("finetune", *how, "--out", "run")["after"]["pearson"] is None
     assert "NaN" not in (cwd / "run" / "run.json").read_text()
@@ -296,7 +296,7 @@ def test_a_head_for_other_classes_is_replaced_on_request_only(cwd, run):
     assert "the head for good, bad, ugly is replaced by one for no, so, yes" in run.err
     assert read_json(cwd / "run" / "run.json")["labels"] == ["no", "so", "yes"]
     assert run("evaluate", "run", "--backend", "numpy") == result["after"]
-    write_jsonl(cwd / "two.jsonl", [row | {"label": i % 2} for i, row in enumerate(texts(30))])  # and for another number of them
+    write_jsonl(cwd / "two.jsonl", [row | {"label": i % 2} for i, row in enumerate(texts(30))])  # and for another number of classes
     result = run("finetune", "--model", "named", "--data", "two.jsonl", *tiny, "--out", "run2", "--new-head")
     assert run("evaluate", "run2", "--backend", "numpy") == result["after"]
 

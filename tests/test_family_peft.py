@@ -125,7 +125,7 @@ def test_starts_that_are_taken_off_the_weight(kind, init, peft, bases, tmp_path)
     for path, change in expected.items():
         assert deviation(found[path], change, f"{init}, {kind}, {path}") < (1e-4 if "niter" not in init else 1e-3)
     assert deviation(our_logits(model), logits(theirs), f"{init}, {kind}, at the start") < 1e-5
-    if "niter" not in init:  # a random subspace is another one there
+    if "niter" not in init:  # PEFT draws another random subspace
         expected = losses(theirs)
         assert deviation(our_losses(model), expected, f"{init}, {kind}, 30 losses") < 1e-4
 
@@ -157,7 +157,7 @@ def test_lora_ga(kind, ga, peft, bases):  # noqa: F811
     expected = {name: p.detach().numpy() for name, p in theirs.named_parameters() if ".lora_" in name}
     for path, p in adapter_parameters(model).items():
         value = expected[f"base_model.model.{path}.default.weight"].T
-        rough = 1e-2 if ga.get("scale") == "weight_svd" else 1e-3  # PEFT's singular value of W is of a random subspace
+        rough = 1e-2 if ga.get("scale") == "weight_svd" else 1e-3  # PEFT's singular value of W depends on a random subspace
         assert deviation(np.abs(p.data), np.abs(value), f"LoRA-GA, {kind}, {path}") < rough
 
 

@@ -72,7 +72,7 @@ def test_against_the_pair(dtype, d, case, gpu):
     here = [wide(x) for x in (q, k, v)]
     expected, P = F.attention(*here, heads, offsets, causal, n_kv_head=groups, rows=rows)
     pair = F.attention_backward(wide(do), *here, P, heads, offsets, groups, rows=rows)
-    if rows is not None:  # the pair leaves dk and dv of a sequence without a query unset
+    if rows is not None:  # the reference leaves dk and dv of a sequence without a query unset
         requested = np.unique(np.searchsorted(offsets, rows, side="right") - 1)
         unread = np.setdiff1d(np.arange(len(offsets) - 1), requested)
         for x in pair[1:]:
@@ -121,7 +121,7 @@ def test_what_there_is_no_kernel_for(fake_cupy, monkeypatch):
 
 @pytest.mark.parametrize("name", ["bfloat16", "tf32"])
 def test_a_model_takes_the_same_steps(name, gpu, monkeypatch):
-    """Three steps of a decoder with heads of 32, against the same on NumPy: by these kernels on one side, by the pairs on the other."""
+    """Three steps of a decoder with heads of 32 features, by these kernels on one side and by the reference on NumPy."""
     monkeypatch.setenv("CUPY_TF32", "1")
     launched = []
     launch = flash._launch
@@ -138,5 +138,5 @@ def test_a_model_takes_the_same_steps(name, gpu, monkeypatch):
         return [step.loss for step in run]
 
     np.testing.assert_allclose(losses("cupy"), losses("numpy"), rtol=5e-3 if name == "bfloat16" or gpu is not standin.module else 1e-5)
-    # Of two blocks and three steps; and forward once more, as the last update is looked at.
+    # two blocks and three steps, and one more forward, which checks the last update
     assert {x: launched.count(x) for x in launched} == {"flash_forward": 8, "flash_dq": 6, "flash_dkv": 6}

@@ -44,7 +44,7 @@ def test_a_text_to_stop_at_is_never_shown_in_part(text, stop):
     n = len(text.encode())
     first = min((at for at in (text.find(mark) for mark in stop) if at >= 0), default=len(text))
     result = written(text, stop, n=n)[1]
-    # of two that overlap, the one that is complete first counts, as a person who reads along would see it
+    # of two overlapping texts, the one that is complete first counts, in reading order
     complete = min(((text.find(mark) + len(mark), text.find(mark)) for mark in stop if mark in text), default=(0, first))[0]
     assert result["ended"] == ("stop" if complete else "length")
     assert text.startswith(result["text"])

@@ -186,7 +186,7 @@ def test_other_dtypes_and_mapped_arrays(tmp_path):
     _, tensors = read_gguf(path, "float64")
     assert {t.dtype for t in tensors.values()} == {np.dtype("float64")}
     _, tensors = read_gguf(path)
-    assert not tensors["model.norm.weight"].flags.writeable  # a view of the file
+    assert not tensors["model.norm.weight"].flags.writeable  # a view into the file
 
 
 def test_tokenizer_metadata(tmp_path):

@@ -98,7 +98,7 @@ def test_lora(bias, need, draw, on):
             close(a, e, draw.dtype)
         u = (x if m is None else x * m) @ A
         expected = F.lora_linear_backward(dy, x, u, W, A, B, 0.7, m)
-        read = x if "dA" in need else None  # what is not needed was not saved
+        read = x if "dA" in need else None  # values that are not needed are not saved
         u, saved = (u, saved) if "dB" in need else (None, saved._replace(value=None))
         for f, inner in ((K.lora_linear_backward, saved), (F.lora_linear_backward, u)):
             for name, a, e in zip(("dx", "dA", "dB"), f(dy, read, inner, W, A, B, 0.7, m, need), expected, strict=True):

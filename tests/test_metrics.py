@@ -28,7 +28,7 @@ def test_classification_as_in_scikit_learn(drawn):
 
 
 def test_known_values():
-    labels, predicted = np.array([1, 1, 1, 1, 0, 0]), np.array([1, 1, 1, 0, 1, 0])  # 3 true, 1 false positive, 1 missed, 1 right no
+    labels, predicted = np.array([1, 1, 1, 1, 0, 0]), np.array([1, 1, 1, 0, 1, 0])  # TP 3, FP 1, FN 1, TN 1
     result = classification_metrics(predicted, labels, 2)
     assert result == {"accuracy": pytest.approx(4 / 6), "f1": 0.75, "f1_macro": pytest.approx((0.75 + 0.5) / 2), "matthews": 0.25}
     assert classification_metrics(predicted, labels, 3)["f1"] == result["f1_macro"]

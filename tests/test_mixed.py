@@ -73,7 +73,7 @@ def check(kind, got, expected, dtypes, ulps=4.0):
 def test_linear(kind, bias, draw):
     x, W, b, dy = draw(6, 12), draw(12, 7), draw(7, dtype="float32") if bias else None, draw(6, 7)
     check(kind, [K.linear(x, W, b)[0], K.product(x, W)], [F.linear(*wide([x, W, b])), wide(x) @ wide(W)], ["half", "half"])
-    x_32 = draw(6, 12, dtype="float32")  # a weight of 16 bits does not narrow what is wider
+    x_32 = draw(6, 12, dtype="float32")  # a half-precision weight does not downcast a wider input
     check(kind, [K.linear(x_32, W, b)[0]], [F.linear(*wide([x_32, W, b]))], ["float32"], ulps=1e-2)
     dx, dW, db = K.linear_backward(dy, K.linear(x, W, b)[1], None, W, ("dx", "db"))
     check(kind, [dx, dW, db], F.linear_backward(wide(dy), None, wide(W), ("dx", "db")), ["half", None, "float32"])
@@ -160,7 +160,7 @@ def test_dropout_draws_the_masks_of_float32(kind, draw):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("offsets", [[0, 7, 14, 21], [0, 3, 12, 21]])
 def test_attention(kind, causal, offsets, draw, monkeypatch):
-    monkeypatch.setattr(grouped, "KEPT", 8)  # of some sequences what is saved is computed again
+    monkeypatch.setattr(grouped, "KEPT", 8)  # some sequences recompute saved values
     q, k, v, do = draw(21, 24), draw(21, 24)[:, :12], draw(21, 12), draw(21, 24)
     for rows in (None, np.array([2, 6, 9, 20])):
         q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
@@ -216,7 +216,7 @@ def test_rounding_is_to_the_nearest_even_and_keeps_what_is_no_number(kind, fake_
     every = np.arange(2**16, dtype=np.uint16).view(KINDS[kind])  # all numbers of the type, read and written
     x = standin.module.asarray(every)
     with np.errstate(all="ignore"):
-        for p in (0.0, 0.75, 1 - 1 / 1.1):  # times 1, 4 (some beyond the largest) and 1.1, in float32, where it is kept
+        for p in (0.0, 0.75, 1 - 1 / 1.1):  # times 1, 4 (some overflow) and 1.1, in float32, where it is kept
             got = K.dropout(x, p, 3)[0].get()
             kept = F.dropout_mask(every.shape, p, 3, np, "float32") > 0
             expected = np.where(kept, every.astype("float32") * np.float32(1 / (1 - p)), np.float32(0)).astype(KINDS[kind])
@@ -248,7 +248,7 @@ def adapted(name, kind, backend, narrow=True, **options):
     """A small model with half-precision weights, or with the same values in float32, and LoRA with B away from zero."""
     model = MODELS[name]()
     for _, p in model.parameters():
-        p.data = p.data * 3 if p.data.ndim == 2 else p.data  # activations of a size that tells right from wrong
+        p.data = p.data * 3 if p.data.ndim == 2 else p.data  # activations large enough to reveal errors
     to_half_precision(model, kind)
     if not narrow:
         model.to(dtype="float32")
@@ -416,7 +416,7 @@ def test_an_overflow_halves_the_scale_and_changes_nothing_else(backend):
 
 
 def test_the_scale_does_not_change_the_gradient(backend):
-    """Nor the loss, nor the norm: in float32 by not a bit, as it is a power of two."""
+    """Loss and norm are unchanged, too: bit for bit in float32, as the scale is a power of two."""
     result = []
     for value in (1.0, 2.0**15):
         model = adapted("gpt2", "float16", backend, narrow=False)
@@ -507,7 +507,7 @@ def test_numbers_beyond_float16_and_a_missing_extra(monkeypatch):
     model.transformer.wpe.weight.data[0, 0] = -1e5
     with pytest.raises(ValueError, match=r"wpe.weight has numbers beyond float16's 65504; choose bfloat16"):
         to_half_precision(model, "float16")
-    assert model.transformer.wte.weight.data.dtype == np.float32  # nothing was changed
+    assert model.transformer.wte.weight.data.dtype == np.float32  # nothing changed
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(ImportError, match=r"minilora\[bf16\]"):
         ml.load_model("pydoc", "numpy", "bfloat16")

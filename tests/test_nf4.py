@@ -35,13 +35,13 @@ def test_dequantized_to_the_bit_as_bitsandbytes_does(name, backend):
 
 @pytest.mark.parametrize("name", make_nf4.SHAPES)
 def test_quantized_as_bitsandbytes_does(name):
-    """The four bits are the same; of the magnitudes' eight, its CPU code now and then takes the second nearest."""
+    """The 4-bit codes are equal; of the 8-bit magnitudes, its CPU code sometimes takes the second nearest."""
     found, expected = NF4.of(make_nf4.weight(name).T), theirs(name)
     np.testing.assert_array_equal(found.codes, expected.codes)
     np.testing.assert_array_equal(GOLDEN["code"], nf4.CODE)
     np.testing.assert_allclose(GOLDEN["nested_code"], nf4.DYNAMIC, rtol=3e-7)
     steps = np.abs(found.absmax.astype(int) - expected.absmax)
-    if name != "one block":  # less its mean, that is 0, and all the 256 fractions of 0 are the same
+    if name != "one block":  # minus its mean this is 0, and all 256 fractions of 0 are equal
         assert steps.max() <= 1
         assert (steps > 0).mean() < 0.05
     np.testing.assert_allclose(found.nested_absmax, expected.nested_absmax, rtol=1e-6)

@@ -105,7 +105,7 @@ def test_smollm2_knows_the_capital_of_france_and_ends_its_turn(smollm2, capsys):
     assert (result["text"], result["ended"]) == (
         "The capital of France is Paris.",
         "stop",
-    )  # the token that stops it is <|im_end|>, see below
+    )  # stopped by the token <|im_end|>, see below
 
 
 def test_the_tokenizer_of_smollm2_splits_digits_and_ends_turns(smollm2):

@@ -43,7 +43,7 @@ def losses(config, record, steps=9, dropout=0.0, batches=None, recompute=False, 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["GPT-2", "Llama"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_recorded_run_is_the_same_run(config, accumulate, gpu):
-    """Other data, another rate and another bias correction in every step; of some rows no label."""
+    """Other data, another rate and another bias correction in every step; some rows have no label."""
 
     def batches():
         rng = np.random.default_rng(3)
@@ -58,7 +58,7 @@ def test_a_recorded_run_is_the_same_run(config, accumulate, gpu):
 
 
 def test_what_a_recorded_step_asks_of_the_device(fake_cupy):
-    """Counted as what ten more steps cost, read at the end alone."""
+    """The cost of ten more steps, read only at the end."""
 
     def counted(steps):
         forget_constants()
@@ -76,7 +76,7 @@ def test_what_a_recorded_step_asks_of_the_device(fake_cupy):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_masks_are_new_in_every_step_and_those_of_an_unrecorded_run(recompute, fake_cupy, monkeypatch):
-    monkeypatch.setattr("minilora.training.replicas.SHARD_ON_DEVICE", 12)  # shards of one sequence: a layer draws several masks a step
+    monkeypatch.setattr("minilora.training.replicas.SHARD_ON_DEVICE", 12)  # shards of one sequence: a layer draws several masks per step
     plain, recorded = (losses(GPT2, record, dropout=0.3, recompute=recompute) for record in (False, True))
     assert plain[0] == recorded[0]
     np.testing.assert_array_equal(plain[1], recorded[1])
@@ -93,7 +93,7 @@ def test_shapes_that_do_not_repeat_are_not_recorded(fake_cupy):
 
 
 def test_a_bad_id_is_found_before_a_launch(fake_cupy):
-    """CuPy would wrap it silently, and a recording looks at nothing."""
+    """CuPy would wrap it silently, and a replay checks nothing."""
 
     def batches():
         for i, batch in enumerate(random_windows(TEXT, 8, 3, np.random.default_rng(2))):
@@ -122,7 +122,7 @@ def test_without_the_bindings_steps_run_as_they_are(fake_cupy, monkeypatch):
 
 @pytest.mark.parametrize("wrong", ["counts", "waits", "reads the host"])
 def test_work_that_must_not_be_recorded_is_found_out(wrong, fake_cupy):
-    """A number that changes, a value that is read, an array of the host: the recording is dropped, the results stay right."""
+    """A changing number, a synchronisation, a host array: the graph is dropped, the results stay right."""
     replay, calls = Replay(), []
 
     def work(x):
@@ -151,7 +151,7 @@ def test_memory_of_a_recording_is_counted_and_freed(fake_cupy, monkeypatch):
         replay(0, lambda x: (x + 1,), [np.ones(3)])
     assert peak_memory("cupy") - before == standin.POOL_BYTES
     pool = replay.captured[1].pool
-    for _ in range(AFTER):  # another recording takes its place
+    for _ in range(AFTER):  # another graph replaces it
         replay(1, lambda x: (x + 2,), [np.ones(4)])
     assert pool.freed
     assert peak_memory("cupy") - before == standin.POOL_BYTES
@@ -163,7 +163,7 @@ def test_memory_of_a_recording_is_counted_and_freed(fake_cupy, monkeypatch):
 
 
 def test_a_run_frees_its_recording(fake_cupy, monkeypatch):
-    """However it ends."""
+    """Also if the run is closed early."""
     made = []
     monkeypatch.setattr(fake_cupy.cuda, "MemoryPool", lambda pool=fake_cupy.cuda.MemoryPool: made.append(pool()) or made[-1])
     losses(GPT2, True)

@@ -21,7 +21,7 @@ def base(kind, dtype="float64"):
 
 
 def adapted(base, config, seed):
-    """A replica with an adapter away from its start."""
+    """A replica with a perturbed adapter."""
     replica, rng = base.replica(), np.random.default_rng(seed)
     ml.inject(replica, config, rng=seed)
     for _, p in replica.parameters():
@@ -183,9 +183,9 @@ def test_sums_are_pefts(kind, how, r, tmp_path):
         expected = theirs.eval()(torch.tensor(IDS[None, :7])).logits[0].numpy()
         plain_logits = model.forward(IDS[:7], keep=False)[0]
     found = ours.forward(IDS[:7], keep=False)[0]
-    assert np.abs(found - plain_logits).max() > 3e-3  # the sum does something
+    assert np.abs(found - plain_logits).max() > 3e-3  # the sum has an effect
     np.testing.assert_allclose(found, expected, atol=1e-5 if kind == "llama" else 1e-6)
-    ml.save_adapter(ours, tmp_path / "sum")  # and PEFT reads what came of it
+    ml.save_adapter(ours, tmp_path / "sum")  # and PEFT reads the saved sum
     again = peft.PeftModel.from_pretrained(theirs.unload(), tmp_path / "sum").double().eval()
     with torch.no_grad():
         np.testing.assert_allclose(again(torch.tensor(IDS[None, :7])).logits[0].numpy(), found, atol=1e-5)
@@ -228,7 +228,7 @@ def test_what_has_no_sum():
 
 
 def tuned_from(model, rank=None, seed=0, everything=False):
-    """All dense weights changed, by products of a rank or fully; with `everything`, biases, norms and embeddings too."""
+    """Change all dense weights by products of a rank, or fully; with `everything` also biases, norms and embeddings."""
     rng, replica = np.random.default_rng(seed), model.replica()
     for path, layer in replica.modules():
         if isinstance(layer, ml.Linear) and path != model.output_head:
@@ -292,7 +292,7 @@ def test_with_inputs_it_is_closest_in_what_layers_put_out(kind, backend):
 
 
 def collected(model, path, batches):
-    """All inputs of one layer, by another way than the code under test: a forward that writes them down."""
+    """All inputs of one layer, collected by a wrapped forward, independently of the code under test."""
     replica, seen = model.replica(), []
     layer = dict(replica.modules())[path]
     plain = layer.forward

@@ -279,7 +279,7 @@ def test_the_ids_spell_the_record(name, chatters):
             if ids is not None:
                 assert tokenizer.decode(ids) == spelled(text, behind)
                 requested, first = tokenizer.encode_prompt(a), np.flatnonzero(learnt)[0]
-                if "prompt" in record and first >= len(requested):  # else a normalizer composed a character across the boundary
+                if "prompt" in record and first >= len(requested):  # otherwise a normalizer composed a character across the boundary
                     assert np.array_equal(ids[: len(requested)], requested)
         messages = messages_of([("user", a), ("assistant", b), ("user", c), ("assistant", d), ("user", "the end")])
         tokenizer.chat_template = TEMPLATES[template]

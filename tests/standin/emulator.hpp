@@ -150,7 +150,7 @@ static void emulated_wait_for_copies() {
     copies[threadIdx.x].clear();
 }
 
-// mma.sync.m16n8k16 (two numbers of T to a word) or m16n8k8 (one), as PTX lays their operands over the lanes of a warp. No rounding to TF32.
+// mma.sync.m16n8k16 (two numbers of T per word) or m16n8k8 (one), with the operand layouts of PTX over the lanes. No rounding to TF32.
 template <class T> static void emulated_mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
     struct Words { unsigned a[4], b[2]; };
     static Words words[1024];
