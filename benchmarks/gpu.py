@@ -163,9 +163,9 @@ def curves(steps: int = 200, bfloat16_on: str = "cupy") -> dict[str, Any]:
 def curves_on_fake_cupy(steps: int = 200) -> dict[str, Any]:
     """Without a GPU: the CuPy code and kernels on the fake CuPy of the tests; bfloat16 on NumPy, since emulated tensor cores are slow."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import standin
+    import fakecupy
 
-    sys.modules |= standin.modules
+    sys.modules |= fakecupy.modules
     return curves(steps, bfloat16_on="numpy")
 
 

@@ -49,16 +49,16 @@ def step_times(backend: str, record: bool, after: Any = lambda: None, steps: int
 
 
 def main() -> int:
-    import standin
-    from standin.recording import Graph
+    import fakecupy
+    from fakecupy.graph import Graph
 
     result: dict[str, Any] = {"python, kernel by kernel, ms": 1e3 * float(np.median(step_times("numpy", False)))}
-    sys.modules |= standin.modules
+    sys.modules |= fakecupy.modules
     for record in (False, True):
-        with standin.count() as counts:
+        with fakecupy.count() as counts:
             step_times("cupy", record, after=lambda counts=counts: setattr(counts, "launches", 0))
         result[f"launches{', replayed' * record}"] = round(counts.launches / (STEPS - 10), 1)
-    with standin.count() as counts:
+    with fakecupy.count() as counts:
         step_times("cupy", False, lambda: setattr(counts, "launches", 0), 12, n_embd=384, dtype="bfloat16")
     result["launches, bfloat16"] = round(counts.launches / 2, 1)
     nothing = lambda: setattr(Graph, "launch", lambda self, stream=None: None)  # noqa: E731

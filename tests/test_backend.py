@@ -7,9 +7,9 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import fakecupy
 import numpy as np
 import pytest
-import standin
 
 import minilora as ml
 from minilora import backend as door
@@ -30,7 +30,7 @@ def test_get_xp_names_the_module(xp, on, backend):
     assert door.get_xp() is np
 
 
-def test_get_xp_refuses_a_mixture_and_strangers(fake_cupy):
+def test_get_xp_refuses_mixed_and_unknown_arrays(fake_cupy):
     x = fake_cupy.ones(2)
     with pytest.raises(TypeError, match=r"NumPy and CuPy are mixed; move the layer with layer\.to"):
         door.get_xp(np.ones(2), None, x)
@@ -40,13 +40,13 @@ def test_get_xp_refuses_a_mixture_and_strangers(fake_cupy):
         door.get_xp([1.0])
 
 
-def test_strangers_are_refused_without_cupy(monkeypatch):
+def test_unknown_arrays_are_refused_without_cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(TypeError, match="expected a NumPy or CuPy array, got float"):
         door.get_xp(1.0)
 
 
-def test_there_and_back_again(backend, rng):
+def test_round_trip_between_host_and_device(backend, rng):
     x = rng.standard_normal((3, 4)).astype("float32")
     there = door.to_backend(x, backend)
     assert door.backend_name(there) == backend
@@ -77,12 +77,12 @@ def test_memory_and_synchronisation(backend):
 
 def test_synchronize_waits_for_the_device(fake_cupy, monkeypatch):
     monkeypatch.setattr(memory, "_most_held", 0)
-    with standin.count() as c:
+    with fakecupy.count() as c:
         door.synchronize("numpy")
         assert c.syncs == 0
         door.synchronize("cupy")
     assert c.syncs == 1
-    assert memory.peak_memory("cupy") == standin.POOL_BYTES
+    assert memory.peak_memory("cupy") == fakecupy.POOL_BYTES
 
 
 # -- choosing a backend ---------------------------------------------------------------------------------------------
@@ -104,13 +104,13 @@ def no_driver(monkeypatch):
     def fail():
         raise OSError("cudaErrorInsufficientDriver")
 
-    monkeypatch.setitem(sys.modules, "cupy", standin.module)
-    monkeypatch.setattr(standin.module.cuda.runtime, "getDeviceCount", fail)
+    monkeypatch.setitem(sys.modules, "cupy", fakecupy.module)
+    monkeypatch.setattr(fakecupy.module.cuda.runtime, "getDeviceCount", fail)
 
 
 def no_device(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", standin.module)
-    monkeypatch.setattr(standin.module.cuda.runtime, "getDeviceCount", lambda: 0)
+    monkeypatch.setitem(sys.modules, "cupy", fakecupy.module)
+    monkeypatch.setattr(fakecupy.module.cuda.runtime, "getDeviceCount", lambda: 0)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def no_device(monkeypatch):
         (no_device, RuntimeError, "sees no GPU; is CUDA_VISIBLE_DEVICES empty"),
     ],
 )
-def test_cupy_that_cannot_be_used(broken, error, message, monkeypatch, capsys):
+def test_an_unusable_cupy_is_reported(broken, error, message, monkeypatch, capsys):
     broken(monkeypatch)
     for ask in (lambda: door.choose_backend("cupy"), lambda: door.to_backend(np.ones(2), "cupy"), lambda: ml.Linear(2, 2).to("cupy")):
         with pytest.raises(error, match=message):
@@ -138,7 +138,7 @@ def test_cupy_that_cannot_be_used(broken, error, message, monkeypatch, capsys):
     assert err.count("\n") == 1
 
 
-def test_auto_takes_cupy_where_it_works(fake_cupy, capsys):
+def test_auto_chooses_a_working_cupy(fake_cupy, capsys):
     assert door.choose_backend() == "cupy"
     assert door.choose_backend("cupy") == "cupy"
     assert capsys.readouterr() == ("", "")
@@ -173,7 +173,7 @@ def test_equal_seeds_give_equal_weights(backend):
         np.testing.assert_array_equal(ml.to_numpy(here[path].data), p.data, err_msg=path, strict=True)
 
 
-def test_the_modules_own_generator_can_be_restarted():
+def test_the_default_generator_can_be_reseeded():
     ml.seed(3)
     a, b = ml.Linear(4, 4), ml.Linear(4, 4)
     ml.seed(3)
@@ -188,7 +188,7 @@ def test_equal_keys_give_equal_dropout_masks(xp, dtype):
         np.testing.assert_array_equal(ml.to_numpy(here), there, strict=True)
 
 
-def test_a_step_with_dropout_is_the_same_step(backend):
+def test_a_step_with_dropout_is_equal_on_both_backends(backend):
     def step(where):
         model = adapted_model(where, dropout=0.2, dtype="float64")
         optimizer = ml.AdamW(model.parameters(), lr=1e-2)
@@ -207,14 +207,14 @@ def test_a_step_with_dropout_is_the_same_step(backend):
 @contextmanager
 def counted(model):
     """Count, and set `c.frozen`: the frozen weights for which a product of their shape or its transpose was formed."""
-    with standin.count() as c:
+    with fakecupy.count() as c:
         yield c
     shapes = {path: tuple(p.data.shape) for path, p in model.parameters() if p.data.ndim == 2 and ".lora_" not in path}
     c.frozen = {path for path, shape in shapes.items() if shape in c.products or shape[::-1] in c.products}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_lora_step_neither_waits_nor_forms_dw(fake_cupy, dropout):
+def test_a_lora_step_neither_synchronises_nor_forms_dW(fake_cupy, dropout):
     model = adapted_model("cupy", dropout)
     optimizer = ml.AdamW(model.parameters(), lr=1e-3)
     b = batch()
@@ -231,7 +231,7 @@ def test_a_lora_step_neither_waits_nor_forms_dw(fake_cupy, dropout):
     assert isinstance(loss, fake_cupy.ndarray)
 
 
-def test_the_count_above_would_see_a_full_step(fake_cupy):
+def test_the_count_detects_a_full_step(fake_cupy):
     """With all parameters trainable, each dense weight and the tied embedding has its dW formed; reading the loss synchronises."""
     model = adapted_model("cupy").unfreeze()
     b = batch()
@@ -243,14 +243,14 @@ def test_the_count_above_would_see_a_full_step(fake_cupy):
     assert (c.syncs, c.to_host) == (1, 1)
 
 
-def test_a_frozen_linear_forms_one_product_each_way(fake_cupy, rng):
+def test_a_frozen_linear_forms_one_product_forward_and_one_backward(fake_cupy, rng):
     layer = ml.Linear(6, 4).to("cupy").freeze()
     x, dy = (fake_cupy.asarray(rng.standard_normal(shape)) for shape in ((5, 6), (5, 4)))
-    with standin.count() as c:
+    with fakecupy.count() as c:
         _, saved = layer.forward(x)
         layer.backward(dy, saved)
     assert c.products == [(5, 4), (5, 6)]
-    with standin.count() as c:
+    with fakecupy.count() as c:
         _, saved = layer.unfreeze().forward(x.astype("float32"))
         layer.backward(dy.astype("float32"), saved)
     assert c.products == [(5, 4), (6, 4), (5, 6)]
@@ -281,7 +281,7 @@ def test_import_minilora_loads_numpy_at_most():
     assert not [name for name in modules if name.startswith(("minilora.training", "minilora.formats", "minilora.cli"))]
 
 
-def test_building_and_training_a_layer_loads_numpy_alone():
+def test_building_and_training_a_layer_loads_only_numpy():
     modules = loaded_by(
         "import minilora as ml, numpy as np\n"
         "layer = ml.LoRALinear(ml.Linear(4, 4), r=2)\n"
@@ -298,7 +298,7 @@ LAUNCHES = {"GPT-2": 76, "Llama": 112}  # launches of a block with LoRA on all l
 
 @pytest.mark.skipif(not cuda.ENABLED, reason="counts launches of the CUDA sources, which need g++ here")
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_launches_a_block(name, fake_cupy):
+def test_launches_per_block(name, fake_cupy):
     """The cost of one additional block; there is no synchronisation, and no transfer after the first step."""
 
     def step(blocks):
@@ -311,7 +311,7 @@ def test_launches_a_block(name, fake_cupy):
         ml.inject(model.to("cupy"), ml.LoraConfig(r=2), rng=0)
         optimizer, ids = ml.AdamW(model.parameters(), 1e-3), np.arange(16) % 20
         for _ in range(2):
-            with standin.count() as c:
+            with fakecupy.count() as c:
                 _, saved = model.loss(ids, ids, [0, 8, 16])
                 model.loss_backward(saved)
                 optimizer.step()

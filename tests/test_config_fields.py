@@ -37,7 +37,7 @@ def transformers():
     return pytest.importorskip("transformers", reason="the live comparison needs transformers: pip install 'minilora[oracle]'")
 
 
-def theirs(transformers, kind, **changes):
+def filled_config(transformers, kind, **changes):
     """A filled configuration of transformers."""
     import warnings
 
@@ -50,7 +50,7 @@ def theirs(transformers, kind, **changes):
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_field_of_transformers_is_known(kind, transformers, capsys):
     """Fields of the class, inherited fields, aliases, and those of generation: at their defaults they change nothing silently."""
-    config = theirs(transformers, kind)
+    config = filled_config(transformers, kind)
     raw = json.loads(config.to_json_string(use_diff=False))
     raw |= {alias: raw[name] for alias, name in config.attribute_map.items()}
     for name in transformers.GenerationConfig._get_default_generation_params():
@@ -71,20 +71,20 @@ def test_defaults_are_those_of_the_architecture(kind, transformers):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = type(theirs(transformers, kind))()
+        config = type(filled_config(transformers, kind))()
     made = CLASSES[kind].from_json({"model_type": kind}, "config.json")
     for field in fields(made):
         if field.name not in ("dropout", "pooling", "id2label", "rope_theta") and hasattr(config, field.name):
             assert getattr(made, field.name) == getattr(config, field.name), field.name
 
 
-def other(value):
+def other_value(value):
     """Another value of the same type, or None."""
     return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else 0.5 if isinstance(value, float) else None
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_what_is_called_neutral_is_neutral_in_transformers(kind, transformers):
+def test_neutral_fields_are_neutral_in_transformers(kind, transformers):
     """Every neutral field of transformers at another value gives the same logits from the same weights."""
     import torch
 
@@ -92,7 +92,7 @@ def test_what_is_called_neutral_is_neutral_in_transformers(kind, transformers):
 
     def logits(weights, **changes):
         torch.manual_seed(0)
-        model = getattr(transformers, classes[kind])(theirs(transformers, kind, **changes)).eval()
+        model = getattr(transformers, classes[kind])(filled_config(transformers, kind, **changes)).eval()
         model.load_state_dict(weights or model.state_dict())
         with torch.no_grad():
             return model.state_dict(), model(torch.tensor(IDS[None]), return_dict=True).logits.numpy()
@@ -101,9 +101,9 @@ def test_what_is_called_neutral_is_neutral_in_transformers(kind, transformers):
     neutral = set(" ".join(NEUTRAL.values()).split()) | {"pretraining_tp", "max_window_layers", "reorder_and_upcast_attn"}
     ours = {field.name for field in fields(CLASSES[kind])}
     tried = 0
-    for name, value in theirs(transformers, kind).to_dict().items():
-        if name in neutral - ours - {"return_dict"} and other(value) is not None:  # without return_dict, transformers' models fail
-            np.testing.assert_allclose(logits(weights, **{name: other(value)})[1], usual, atol=1e-6, err_msg=name)
+    for name, value in filled_config(transformers, kind).to_dict().items():
+        if name in neutral - ours - {"return_dict"} and other_value(value) is not None:  # without return_dict, transformers' models fail
+            np.testing.assert_allclose(logits(weights, **{name: other_value(value)})[1], usual, atol=1e-6, err_msg=name)
             tried += 1
     assert tried >= 5
 
@@ -150,7 +150,7 @@ def parsed(text):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_what_published_files_say_is_taken_without_a_word(name, capsys):
+def test_published_files_are_accepted_silently(name, capsys):
     raw = parsed(PUBLISHED[name])
     CLASSES[raw["model_type"]].from_json(raw, "config.json")
     assert capsys.readouterr() == ("", "")
@@ -176,12 +176,12 @@ def test_an_unknown_field_is_named_in_one_line(capsys):
         ("llama", {"rope_interleaved": True}, "rope_interleaved True"),
     ],
 )
-def test_what_would_change_the_result_is_refused(kind, change, message):
+def test_fields_that_would_change_the_result_are_refused(kind, change, message):
     with pytest.raises(ValueError, match=f"here.json.*{message}"):
         CLASSES[kind].from_json({"model_type": kind, **change}, "here.json")
 
 
-def test_gpt2_has_transformers_other_names(tmp_path):
+def test_gpt2_accepts_the_aliases_of_transformers(tmp_path):
     folder = oracle.write_checkpoint("gpt2", tmp_path / "m")
     ids, _, offsets = oracle.batch("gpt2")
     expected = ml.load_model(folder, "numpy").forward(ids, keep=False, offsets=offsets)[0]
@@ -211,12 +211,12 @@ def is_refused(load, folder, what):
     try:
         model = load()
     except ValueError as error:
-        said = str(error)
+        error_text = str(error)
     else:
         assert np.isfinite(model.forward(IDS[:4] % 5, keep=False)[0]).all(), what
         return False
-    assert str(folder) in said, what
-    assert "\n" not in said, what
+    assert str(folder) in error_text, what
+    assert "\n" not in error_text, what
     return True
 
 
@@ -259,7 +259,7 @@ def test_any_value_of_any_field_of_an_adapter_is_refused_or_runs(what, tmp_path)
     assert refused > 50
 
 
-def test_no_alpha_is_an_error(tmp_path):
+def test_a_missing_alpha_is_an_error(tmp_path):
     model = ml.GPT2(ml.GPT2Config(**SMALL["gpt2"]), rng=0)
     ml.inject(model, ml.LoraConfig(r=2), rng=0)
     ml.save_adapter(model, tmp_path)
@@ -269,7 +269,7 @@ def test_no_alpha_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["n_layer", "n_embd", "n_inner", "vocab_size", "n_head"])
-def test_sizes_beyond_the_file_are_refused_before_anything_is_built(name, tmp_path):
+def test_sizes_beyond_the_file_are_refused_before_building(name, tmp_path):
     folder = oracle.write_checkpoint("gpt2", tmp_path / "m")
     size = make_models.CONFIGS["gpt2"]["n_head"] * 10**8
     write_json(folder / "config.json", {**read_json(folder / "config.json"), name: size})
@@ -284,7 +284,7 @@ def test_sizes_beyond_the_file_are_refused_before_anything_is_built(name, tmp_pa
     [b'{"a": ' + b"1" * 4301 + b"}", b"[" * 10**5 + b"]" * 10**5, b'"\xff"', b"\xef\xbb\xbf{}", b"", b"3"],
     ids=["digits", "nested", "not UTF-8", "with a mark", "empty", "a number"],
 )
-def test_what_is_no_json_is_refused_by_name(content, tmp_path):
+def test_invalid_json_is_refused_by_name(content, tmp_path):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.json (is not valid JSON|must hold a JSON object)") as caught:
         read_json(tmp_path / "x.json")

@@ -4,10 +4,10 @@ import re
 import shutil
 import subprocess
 
+import fakecupy
 import numpy as np
 import pytest
-import standin
-from standin import cuda as emulator
+from fakecupy import cuda as emulator
 
 import minilora as ml
 from minilora import functional as F
@@ -24,7 +24,7 @@ VARIANTS += [("flash", dtype, (f"-DD={d}",)) for dtype in cuda.REAL if dtype != 
 needs_gpp = pytest.mark.skipif(emulator.COMPILER is None, reason="the fake CuPy runs CUDA sources through g++, which is not installed")
 
 
-def test_every_source_is_here_and_its_kernels_are_used():
+def test_every_source_is_listed_and_its_kernels_are_used():
     folder = cuda._HERE
     assert {path.stem for path in folder.glob("*.cu")} == set(FILES)
     python = "".join(path.read_text() for path in folder.parent.rglob("*.py"))
@@ -68,7 +68,7 @@ def threads(request, monkeypatch, fake_cupy):
 
 
 def device(*shape, dtype="float64", seed=0):
-    return standin.module.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+    return fakecupy.module.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
 
 
 def close(a, b, tolerance=1e-12):
@@ -118,7 +118,7 @@ def test_the_loss_in_blocks_of_the_vocabulary(threads, monkeypatch):
 
 
 @needs_gpp
-def test_masks_are_those_of_numpy_to_the_bit(threads):
+def test_dropout_masks_match_numpy_bit_for_bit(threads):
     x = device(37, 11, dtype="float32")
     for p, key in ((0.1, 5), (0.5, 2**64 - 3), (0, 1)):
         np.testing.assert_array_equal(K.dropout(x, p, key)[0].get(), F.dropout(x.get(), p, key))
@@ -139,7 +139,7 @@ def test_adamw_in_one_launch(threads, kind, vectors):
             for i, (_, p) in enumerate(model.parameters()):
                 p.grad = None
                 p.add_grad(ml.to_backend(np.random.default_rng(7 * step + i).standard_normal(p.data.shape), backend_name(p.data)))
-        with standin.count() as counted:
+        with fakecupy.count() as counted:
             optimizers[0].step()
         assert counted.launches == 1
         optimizers[1].step()
@@ -148,7 +148,7 @@ def test_adamw_in_one_launch(threads, kind, vectors):
 
 
 @needs_gpp
-def test_a_wrong_argument_is_refused_by_the_stand_in(fake_cupy):
+def test_the_fake_cupy_refuses_wrong_arguments(fake_cupy):
     module = fake_cupy.RawModule(code=cuda.source_of("dropout"), options=("-DREAL=float",))
     launch = module.get_function("dropout")
     x = device(4, dtype="float32")
@@ -163,7 +163,7 @@ def test_a_wrong_argument_is_refused_by_the_stand_in(fake_cupy):
 
 
 @needs_gpp
-def test_without_the_sources_the_pairs_run_on_the_device(monkeypatch, fake_cupy):
+def test_without_the_sources_the_reference_runs_on_the_device(monkeypatch, fake_cupy):
     x, gamma = device(4, 6), device(6, seed=1)
     run = lambda: (K.gelu(x), K.rms_norm(x, gamma), K.dropout(x, 0.5, 3))  # noqa: E731
     with_them = run()
@@ -174,7 +174,7 @@ def test_without_the_sources_the_pairs_run_on_the_device(monkeypatch, fake_cupy)
 
 
 @needs_gpp
-def test_what_does_not_fit_goes_to_the_pair(fake_cupy):
+def test_unsupported_shapes_use_the_reference(fake_cupy):
     x, short, none = device(4, 8), device(4), device(0, 8)
     for call in (lambda: K.layer_norm(x, short, short), lambda: K.rms_norm(x, short), lambda: K.rotary(x, device(3, 2), device(3, 2))):
         with pytest.raises(ValueError, match="shape"):

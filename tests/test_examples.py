@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fakecupy
 import pytest
-import standin
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -27,7 +27,7 @@ def run(script: str, *args: str, cwd: Path, without: tuple[str, ...] = (), fake_
     if without or fake_cupy:
         lines = ["import runpy, sys", *(f"sys.modules[{name!r}] = None" for name in without)]
         if fake_cupy:
-            lines += [f"sys.path.insert(0, {str(ROOT / 'tests')!r})", "import standin", "sys.modules |= standin.modules"]
+            lines += [f"sys.path.insert(0, {str(ROOT / 'tests')!r})", "import fakecupy", "sys.modules |= fakecupy.modules"]
         lines += [f"sys.argv = {command!r}", f"runpy.run_path({path!r}, run_name='__main__')"]
         command = ["-c", "\n".join(lines)]
     one_thread = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -54,7 +54,7 @@ def printed(backend, tmp_path):
     """`printed("02_mlp_boundary", picture=True)`: run it on the backend under test and check its streams and its picture."""
 
     def of(script: str, picture: bool = False) -> Printed:
-        fake = sys.modules.get("cupy") is standin.module
+        fake = sys.modules.get("cupy") is fakecupy.module
         if picture and not fake:
             pytest.importorskip("matplotlib")
         folder = tmp_path / "new" / "folder"
@@ -170,7 +170,7 @@ def test_06_switch_to_gpu(printed, backend):
         assert float(row[4]) < 1e-4
 
 
-def test_06_without_cupy_says_so_and_goes_on(tmp_path):
+def test_06_without_cupy_reports_it_and_runs_on_numpy(tmp_path):
     done = run("06_switch_to_gpu", cwd=tmp_path, without=("cupy",))
     assert done.returncode == 0
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("NumPy only: ")]
@@ -185,7 +185,7 @@ def test_06_without_cupy_says_so_and_goes_on(tmp_path):
         ("05_digits_pretrain_adapt", ("--backend", "numpy"), "sklearn", "pip install scikit-learn"),
     ],
 )
-def test_what_cannot_be_done_without_is_named_in_one_line(tmp_path, script, args, missing, command):
+def test_missing_packages_are_named_in_one_line(tmp_path, script, args, missing, command):
     done = run(script, *args, cwd=tmp_path, without=(missing,))
     assert done.returncode == 1
     assert done.stdout == ""

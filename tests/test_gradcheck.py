@@ -64,7 +64,7 @@ def test_a_layer_with_the_three_documented_methods_is_right():
     assert [e.name for e in report.entries] == ["dx", "W", "(all, one direction)"]
 
 
-def test_no_number_is_both_input_parameter_and_cotangent():
+def test_inputs_parameters_and_cotangents_are_distinct():
     """If x were the cotangent, a backward that confuses the two would pass."""
     for seed in (0, 1):
         for name, layer, x, options in catalogue(seed):
@@ -79,7 +79,7 @@ def test_no_number_is_both_input_parameter_and_cotangent():
 # -- non-finite values --------------------------------------------------------------------------------------------------
 
 
-def spoilt(value, at):
+def non_finite(value, at):
     def change(g):
         g = g.copy()
         g[at] = value
@@ -89,19 +89,19 @@ def spoilt(value, at):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_gradient_that_is_not_finite_is_wrong(value):
+def test_a_non_finite_gradient_is_wrong(value):
     for at, count, place in (((2, 1), 1, "[2, 1]"), (slice(None), 16, "[0, 0]")):
         expected = f"{count} of 16 values are NaN or infinite, the first at {place}"
-        assert failures(gradient(spoilt(value, at))) == {"W": ("WRONG", expected)}
-        assert failures(gradient(spoilt(value, at)), max_coordinates=1)["W"] == ("WRONG", expected)
+        assert failures(gradient(non_finite(value, at))) == {"W": ("WRONG", expected)}
+        assert failures(gradient(non_finite(value, at)), max_coordinates=1)["W"] == ("WRONG", expected)
 
 
-def test_dx_that_is_not_finite_is_wrong():
+def test_a_non_finite_dx_is_wrong():
     layer = broken(backward=lambda self, dy, saved: Dense.backward(self, dy, saved) * np.nan)
     assert failures(layer)["dx"] == ("WRONG", "20 of 20 values are NaN or infinite, the first at [0, 0]")
 
 
-def test_a_second_gradient_that_is_not_finite_is_wrong():
+def test_a_non_finite_second_gradient_is_wrong():
     """NaN compares false with everything, so it passed every "is the difference too large?"."""
 
     def add(self, p, g):
@@ -130,7 +130,7 @@ class Root:
         return []
 
 
-def test_where_forward_is_not_finite_nothing_is_said_to_be_right():
+def test_a_non_finite_forward_never_passes():
     x = 1 + np.arange(6.0).reshape(2, 3)
     assert ml.gradcheck(Root(), x).ok
     x[1, 1] = 1e-9  # closer to 0 than any step
@@ -142,7 +142,7 @@ def test_where_forward_is_not_finite_nothing_is_said_to_be_right():
 # -- errors while running -----------------------------------------------------------------------------------------------
 
 
-def test_what_forward_or_backward_raises_is_reported_with_its_place():
+def test_errors_of_forward_or_backward_are_reported_with_their_place():
     def fails(self, *args):
         raise KeyError("gone")
 
@@ -151,7 +151,7 @@ def test_what_forward_or_backward_raises_is_reported_with_its_place():
         assert failures(broken(**{method: fails})) == {method: ("WRONG", f"raised KeyError: 'gone' ({__file__}:{line})")}
 
 
-def test_a_type_error_of_the_layer_is_its_own():
+def test_a_type_error_of_the_layer_is_reported():
     """It does not mean that the layer lacks need_dx."""
 
     def backward(self, dy, saved, need_dx=True):
@@ -172,14 +172,14 @@ def test_a_type_error_of_the_layer_is_its_own():
         (lambda x: (1.0, x), "inconclusive", "returned y of float; a check needs an array of float64"),
     ],
 )
-def test_what_forward_returns(y, verdict, remark):
+def test_invalid_results_of_forward(y, verdict, remark):
     found = failures(broken(forward=lambda self, x: y(x)))["forward"]
     assert found[0] == verdict
     assert found[1].startswith(remark)
 
 
 @pytest.mark.parametrize("x", [[1, 2], X + 0j, np.array(["a"]), X > 0])
-def test_x_of_another_kind_is_refused(x):
+def test_an_invalid_x_is_refused(x):
     with pytest.raises(ValueError, match="gradcheck: x is of"):
         ml.gradcheck(Dense(), x)
     with pytest.raises(ValueError, match="max_coordinates is 0"):
@@ -192,7 +192,7 @@ def test_a_forward_that_draws_random_numbers_is_named():
     assert failures(layer) == {"forward": ("WRONG", "returns another y for the same x: it draws random numbers, or keeps state")}
 
 
-def test_with_nothing_to_check_that_is_what_is_said():
+def test_nothing_to_check_is_reported():
     model = ml.GPT2(ml.GPT2Config(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=2), rng=0).freeze()
     report = ml.gradcheck(model, np.array([1, 2, 3]))
     assert (report.ok, report.verdict, report.failures) == (False, "nothing to check", [])
@@ -248,7 +248,7 @@ REMARKS = [
     (gradient(lambda g: g + NOISE), "W", ""),
     (gradient(lambda g: g + 1e-6 * NOISE), "W", ""),
     (gradient(lambda g: g + np.eye(4)), "W", "4 of 16 coordinates are wrong, the first at [0, 0]"),
-    (gradient(spoilt(0, (3, 2))), "W", "1 of 16 coordinates are wrong, the first at [3, 2]"),
+    (gradient(non_finite(0, (3, 2))), "W", "1 of 16 coordinates are wrong, the first at [3, 2]"),
     (gradient(lambda g: g.tolist()), "W", "is a list instead of an array"),
     (broken(add=lambda self, p, g: None), "W", "no gradient was written"),
     (
@@ -278,7 +278,7 @@ def test_a_remark_is_true(layer, name, remark):
     assert set(found) <= {name, "(all, one direction)"}
 
 
-def test_a_factor_is_not_found_in_what_has_none():
+def test_no_factor_is_reported_without_one():
     """Half a gradient is wrong, and no remark about state, a factor or a transposition explains it."""
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -300,7 +300,7 @@ def test_a_loss_that_forgets_dy_is_wrong():
     assert "times the true gradient" in remark
 
 
-def test_state_in_the_layer_is_told_from_a_plain_mistake():
+def test_state_in_the_layer_is_distinguished_from_a_plain_mistake():
     class Stale(Dense):
         def forward(self, x):
             self.x = x
@@ -323,7 +323,7 @@ def test_state_in_the_layer_is_told_from_a_plain_mistake():
 
 
 @pytest.mark.parametrize("factor", [1, 3])
-def test_functions_that_hold_on_to_a_parameter_are_checked_with_it(factor):
+def test_functions_that_hold_a_parameter_are_checked_with_it(factor):
     """A copy of the parameter would never be read, and any backward would pass. The layer is unchanged afterwards."""
     W = P(Dense().W.data.astype("float32"))
     backward = lambda dy, x: (Dense.add(None, W, factor * (x.T @ dy)), dy @ W.data.T)[1]  # noqa: E731
@@ -335,13 +335,13 @@ def test_functions_that_hold_on_to_a_parameter_are_checked_with_it(factor):
         ml.gradcheck(SimpleNamespace(**vars(layer), lock=threading.Lock()), X)
 
 
-def test_a_small_gradient_is_looked_at_as_closely_as_a_large_one():
+def test_small_gradients_are_checked_as_strictly_as_large_ones():
     """dW is small where x is small, and equally wrong: the check compares changes proportional to the array."""
     found = failures(gradient(lambda g: 1.005 * g), 1e-8 * X)
     assert found["W"] == ("WRONG", "is 1.005 times the true gradient")
 
 
-def test_a_write_that_a_second_call_would_not_repeat_is_seen():
+def test_a_write_in_the_first_call_only_is_detected():
     """relu_(x) writes in the first forward only: afterwards no element is negative."""
 
     def relu_(self, x):
@@ -409,7 +409,7 @@ def test_need_dx_false_must_not_compute_dx():
     assert [(e.name, e.remark) for e in report.failures] == [("dx", "need_dx=False still computes dx")]
 
 
-def test_where_all_is_a_kink_nothing_is_said_to_be_right():
+def test_kinks_everywhere_never_pass():
     assert failures(ml.ReLU(), np.zeros((2, 3))) == {"dx": ("inconclusive", "every coordinate has a kink here; choose another x")}
 
     class Least:
@@ -470,7 +470,7 @@ def test_large_values_give_no_false_alarm_and_hide_no_mistake(name, size):
     assert "ok" in verdicts or (name == "Tanh" and size > 30), verdicts
 
 
-def test_where_rounding_swamps_everything_the_check_says_so():
+def test_dominant_rounding_errors_are_reported():
     report = ml.gradcheck(ml.Tanh(), np.array([[-12.0, 150, 200], [90, 180, -100]]))
     assert (report.ok, report.verdict) == (False, "inconclusive")
     assert "finite differences are good to" in str(report)
@@ -480,7 +480,7 @@ def test_where_rounding_swamps_everything_the_check_says_so():
     assert "every gradient is zero here; choose another x" in str(report)
 
 
-def test_a_whole_model_is_right():
+def test_a_complete_model_passes():
     """The bundled model: 858,880 parameters, 22 x 256 logits, whose rounding errors once failed the check."""
     model = ml.load_model("pydoc", "numpy").unfreeze()
     ids = np.frombuffer(b"def f(x): return x + 1", dtype=np.uint8).astype(np.int64)
@@ -488,7 +488,7 @@ def test_a_whole_model_is_right():
     assert report.ok, str(report)
 
 
-def test_the_tolerance_is_the_callers():
+def test_the_caller_sets_the_tolerance():
     layer = gradient(lambda g: g * (1 + 1e-5))
     assert ml.gradcheck(layer, X, tol=1e-4).ok
     assert all(e.remark == "" for e in ml.gradcheck(layer, X, tol=1e-4).entries)

@@ -169,7 +169,7 @@ WRONG = [
 ]
 
 
-def test_the_layer_that_is_then_broken_is_right():
+def test_the_unbroken_layer_passes():
     x = np.random.default_rng(1).standard_normal((5, 4))
     assert ml.gradcheck(Dense(), x).ok
 
@@ -209,7 +209,7 @@ def test_a_frozen_parameter_with_a_gradient_is_caught():
     assert ("W", "is frozen but has a gradient") in [(e.name, e.remark) for e in report.failures]
 
 
-def test_a_kink_is_left_out_and_said():
+def test_a_kink_is_skipped_and_reported():
     x = np.random.default_rng(0).standard_normal((3, 4))
     x[1, 2] = 1e-7  # closer to ReLU's kink than the step
     report = ml.gradcheck(ml.ReLU(), x)
@@ -231,7 +231,7 @@ def test_any_object_with_the_contract_can_be_checked():
     assert ml.gradcheck(Square(), np.random.default_rng(0).standard_normal((2, 3))).ok
 
 
-def test_the_layer_given_is_not_touched():
+def test_the_layer_is_unchanged():
     layer = ml.Linear(3, 2, rng=0)
     before = layer.weight.data.copy()
     ml.gradcheck(layer, np.ones((2, 3)))
@@ -240,7 +240,7 @@ def test_the_layer_given_is_not_touched():
     np.testing.assert_array_equal(layer.weight.data, before)
 
 
-def test_a_plain_sum_would_test_nothing_for_softmax(xp, on):
+def test_a_cotangent_of_ones_would_test_nothing_for_softmax(xp, on):
     """The reason for random cotangents: the outputs of a softmax sum to one for all x."""
     x = on(np.random.default_rng(0).standard_normal((3, 5)))
     dx = F.softmax_backward(xp.ones_like(x), F.softmax(x))

@@ -17,7 +17,7 @@ TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+def use_small_blocks(monkeypatch):
     """Use blocks so small that every loop runs more than once."""
     for module in (blocks_module, lora_module):
         monkeypatch.setattr(module, "BLOCK", 23)
@@ -71,11 +71,11 @@ def test_the_gate(draw):
 @pytest.mark.parametrize("need", [("dx", "dgamma", "dbeta"), ("dx",), ("dgamma",), ("dbeta",)])
 def test_norms(need, draw):
     x, gamma, beta, dy = draw(9, 7) + 2, draw(7), draw(7), draw(9, 7)
-    for kernel, pair in (
+    for kernel, reference in (
         (K.layer_norm(x, gamma, beta), F.layer_norm(x, gamma, beta)),
         (K.rms_norm(x, gamma), F.rms_norm(x, gamma)),
     ):
-        for a, b in zip((kernel[0], *kernel[1].value), (pair[0], *pair[1]), strict=True):
+        for a, b in zip((kernel[0], *kernel[1].value), (reference[0], *reference[1]), strict=True):
             close(a, b, draw.dtype)
     for name, parameters in (("layer_norm", (gamma, beta)), ("rms_norm", (gamma,))):
         saved = {module: getattr(module, name)(x, *parameters)[1] for module in (F, K)}
@@ -161,7 +161,7 @@ def test_attention(causal, heads, lengths, limits, draw, monkeypatch):
     grouped._grouped.cache_clear()
 
 
-def test_the_gradient_of_the_values_alone_does_not_pass_the_softmax(draw, monkeypatch):
+def test_the_gradient_of_the_values_alone_skips_the_softmax(draw, monkeypatch):
     q, k, v, do = (draw(7, 4) for _ in range(4))
     for f, module, name in (
         (F, import_module("minilora.functional.attention"), "softmax_backward"),
@@ -173,12 +173,12 @@ def test_the_gradient_of_the_values_alone_does_not_pass_the_softmax(draw, monkey
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
-def test_far_out_the_slopes_are_zero_and_one(name, on, draw):
+def test_derivatives_of_large_arguments_are_zero_and_one(name, on, draw):
     x = on(np.array([-1e5, -1e3, -40.0, 40.0, 1e3, 1e5]), draw.dtype)
     y, saved = getattr(K, name)(x)
     np.testing.assert_allclose(ml.to_numpy(y), np.maximum(ml.to_numpy(x), 0), rtol=0, atol=1e-12)
-    slope = getattr(K, f"{name}_backward")(on(np.ones(6), draw.dtype), saved)
-    np.testing.assert_allclose(ml.to_numpy(slope), [0, 0, 0, 1, 1, 1], atol=1e-12)
+    derivative = getattr(K, f"{name}_backward")(on(np.ones(6), draw.dtype), saved)
+    np.testing.assert_allclose(ml.to_numpy(derivative), [0, 0, 0, 1, 1, 1], atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)

@@ -42,7 +42,7 @@ def read(classes, label):
         (["nano", "inf", "1e"], ["1e", "inf", "nano"]),
     ],
 )
-def test_classes_come_in_one_order(labels, expected):
+def test_classes_have_a_fixed_order(labels, expected):
     assert names(labels) == expected
     for seed in range(5):
         random.Random(seed).shuffle(labels)
@@ -59,7 +59,7 @@ def test_the_order_of_classes_does_not_depend_on_the_process():
     assert {run.stdout for run in runs} == {"['001', '01', '1', '007', '7', 'a', 'b']\n"}
 
 
-def test_a_label_is_looked_up_by_name_and_a_number_is_an_index_where_no_class_is_a_number():
+def test_a_label_is_a_name_or_an_index_if_no_class_is_a_number():
     heads = ["positive", "negative", "neutral"]
     assert [read(heads, label) for label in ("negative", " positive ", 2, "0")] == [1, 0, 2, 0]
     assert [read(["LABEL_0", "LABEL_1"], label) for label in ("LABEL_1", 0, "1")] == [1, 0, 1]
@@ -73,12 +73,12 @@ def test_a_label_is_looked_up_by_name_and_a_number_is_an_index_where_no_class_is
 
 
 @pytest.mark.parametrize("label", [0.5, "0.5", "1.0", "1e-3", True, None, ["x"], float("nan"), "NaN", "", " ", {"a": 1}])
-def test_scores_booleans_and_what_is_missing_are_no_classes(label):
+def test_scores_booleans_and_missing_values_are_not_classes(label):
     with pytest.raises(ValueError, match=r"x\.jsonl, line 3: the label .*"):
         read(["a", "b"], label)
 
 
-def test_for_a_model_of_one_output_labels_are_values():
+def test_labels_of_a_model_with_one_output_are_values():
     assert [read(["LABEL_0"], label) for label in (0.5, 3, "-1.25", " 2 ", "1e-3", 0)] == [0.5, 3.0, -1.25, 2.0, 0.001, 0.0]
     for label in ("good", True, None, float("nan"), "inf", -100, "-100.0"):
         with pytest.raises(ValueError, match=r"x\.jsonl, line 3: this model has one output, so the label must be a number"):
@@ -111,9 +111,9 @@ def labelled(counts):
 
 
 @pytest.mark.parametrize("counts", [[100, 100], [180, 20], [9, 9, 9, 9, 9], [29, 1], [40, 3, 1, 1], [2, 2]])
-def test_over_fifty_seeds_every_class_gives_its_share_and_none_is_held_out_as_a_whole(counts):
+def test_over_fifty_seeds_every_class_has_its_share_and_none_is_held_out_completely(counts):
     examples, total = labelled(counts), max(1, round(sum(counts) / 10))
-    drawn, first = Counter(), set()
+    held_counts, first = Counter(), set()
     for seed in range(50):
         train, held = hold_out(examples, "x", seed)
         assert len(train) + len(held) == len(examples)
@@ -122,17 +122,17 @@ def test_over_fifty_seeds_every_class_gives_its_share_and_none_is_held_out_as_a_
         assert set(kept) == set(range(len(counts)))
         for c, n in enumerate(counts):
             assert abs(n - kept[c] - n * total / sum(counts)) < 1 + 1e-9  # its share, rounded to complete examples
-        drawn.update(int(e.ids[0]) for e in held)
+        held_counts.update(int(e.ids[0]) for e in held)
         first.add(tuple(sorted(int(e.ids[0]) for e in held)))
         assert [int(e.ids[0]) for e in held] == [int(e.ids[0]) for e in hold_out(examples, "x", seed)[1]]
     assert len(first) > (1 if sum(counts) < 10 else 10)  # other examples for another seed
     if min(counts) >= 9:  # no example is held out far more often than others: 50 draws of a tenth, 5 on average
-        assert max(drawn.values()) <= 17
-        assert len(drawn) > 0.9 * len(examples)
+        assert max(held_counts.values()) <= 17
+        assert len(held_counts) > 0.9 * len(examples)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 200), st.integers(0, 99))
-def test_a_sample_has_its_size_and_of_each_class_its_share(counts, size, seed):
+def test_a_sample_has_the_size_and_the_class_shares(counts, size, seed):
     examples = labelled(counts)
     chosen = sample(examples, size, seed)
     assert len(chosen) == len(set(chosen)) == min(size, len(examples))
@@ -142,7 +142,7 @@ def test_a_sample_has_its_size_and_of_each_class_its_share(counts, size, seed):
         assert abs(got[c] - min(size, len(examples)) * n / len(examples)) < 1 + 1e-9
 
 
-def test_values_are_no_classes_to_be_spread():
+def test_values_are_not_stratified():
     examples = [Example(np.array([i, 7]), np.array([i / 3]), per_sequence=True) for i in range(30)]
     assert len(hold_out(examples, "x")[1]) == 3
 

@@ -62,7 +62,7 @@ def test_changing_trainable_between_forward_and_backward_raises(freeze):
             layer.backward(np.ones_like(y), saved)
 
 
-def test_backward_without_saved_or_against_its_forward_raises():
+def test_backward_without_saved_or_with_other_flags_raises():
     layer, x = ml.Linear(3, 2, rng=0), np.ones((4, 3), np.float32)
     y, saved = layer.forward(x, keep=False)
     with pytest.raises(RuntimeError, match="keep=True"):
@@ -117,7 +117,7 @@ def test_no_step_forms_the_dW_of_a_frozen_weight(monkeypatch):
     assert len(formed) == 4 * CONFIG.n_layer  # the count can be positive
 
 
-def test_gradients_of_the_loss_are_those_of_the_logits():
+def test_gradients_of_the_loss_match_those_of_the_logits():
     """loss / loss_backward, which never hold the logits, against forward / cross_entropy / backward, which do."""
     one, two = (ml.GPT2(CONFIG, rng=0, dtype="float64") for _ in range(2))
     loss, saved = one.loss(IDS, LABELS, OFFSETS)
@@ -130,15 +130,15 @@ def test_gradients_of_the_loss_are_those_of_the_logits():
         np.testing.assert_allclose(p.grad, q.grad, atol=1e-13, err_msg=path)
 
 
-def test_sequences_end_to_end_do_not_see_each_other():
+def test_packed_sequences_do_not_affect_each_other():
     model = ml.GPT2(CONFIG, rng=0, dtype="float64")
     together, _ = model.forward(IDS, keep=False, offsets=OFFSETS)
-    apart = [model.forward(IDS[a:b], keep=False)[0] for a, b in ((0, 4), (4, 7))]
-    np.testing.assert_allclose(together, np.concatenate(apart), rtol=1e-12)
+    separate = [model.forward(IDS[a:b], keep=False)[0] for a, b in ((0, 4), (4, 7))]
+    np.testing.assert_allclose(together, np.concatenate(separate), rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_dtypes_are_held(dtype, backend, on):
+def test_dtypes_are_kept(dtype, backend, on):
     """No silent promotion: outputs, input gradients and parameter gradients have the dtype of the layer."""
     for name, layer, x, options in catalogue():
         layer.to(backend, dtype)
@@ -165,7 +165,7 @@ def test_a_replica_shares_weights_and_owns_gradients():
     assert replica.transformer.h[0].attn is not model.transformer.h[0].attn
 
 
-def test_dropout_is_a_function_of_seed_and_call_and_off_in_inference():
+def test_dropout_depends_on_seed_and_call_and_is_off_in_inference():
     layer, x = ml.Dropout(0.5), np.ones((20, 20))
     first, second = layer.forward(x)[0], layer.forward(x)[0]
     assert (first != second).any()
@@ -187,7 +187,7 @@ def test_paths_are_those_of_the_published_checkpoint():
     assert len(paths) == len(set(paths)) == 2 + 12 * CONFIG.n_layer + 2
 
 
-def test_lora_keeps_the_paths_of_what_it_wraps():
+def test_lora_keeps_the_paths_of_wrapped_layers():
     base = {path for path, _ in ml.GPT2(CONFIG, rng=0).parameters()}
     adapted = {path for path, _ in model_with_lora().parameters()}
     assert base < adapted

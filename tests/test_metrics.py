@@ -16,8 +16,8 @@ pairs = st.integers(2, 5).flatmap(lambda k: st.lists(st.tuples(st.integers(0, k 
 
 
 @given(pairs)
-def test_classification_as_in_scikit_learn(drawn):
-    predicted, labels = np.array(drawn).T
+def test_classification_metrics_match_scikit_learn(rows):
+    predicted, labels = np.array(rows).T
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns about classes that do not occur
         assert accuracy(predicted, labels) == pytest.approx(judge.accuracy_score(labels, predicted))
@@ -35,8 +35,8 @@ def test_known_values():
 
 
 @given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=3, max_size=20))
-def test_correlations_as_in_scipy(drawn):
-    x, y = np.array(drawn).T
+def test_correlations_match_scipy(rows):
+    x, y = np.array(rows).T
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns about constants
         assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-9, nan_ok=True)

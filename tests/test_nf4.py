@@ -17,7 +17,7 @@ from minilora.quantization.quantize import quantize_model
 GOLDEN = load_file(make_nf4.FILE)
 
 
-def theirs(name, backend="numpy"):
+def of_bitsandbytes(name, backend="numpy"):
     """The result of bitsandbytes for a weight, as a minilora array."""
     out, fan_in = make_nf4.SHAPES[name]
     codes, absmax, nested, offset = (GOLDEN[f"{name}.{part}"] for part in ("codes", "absmax", "nested_absmax", "offset"))
@@ -29,14 +29,14 @@ def random(m, n, seed=0):
 
 
 @pytest.mark.parametrize("name", make_nf4.SHAPES)
-def test_dequantized_to_the_bit_as_bitsandbytes_does(name, backend):
-    np.testing.assert_array_equal(ml.to_numpy(theirs(name, backend).dense()).T, GOLDEN[f"{name}.dequantized"])
+def test_dequantization_matches_bitsandbytes_bit_for_bit(name, backend):
+    np.testing.assert_array_equal(ml.to_numpy(of_bitsandbytes(name, backend).dense()).T, GOLDEN[f"{name}.dequantized"])
 
 
 @pytest.mark.parametrize("name", make_nf4.SHAPES)
-def test_quantized_as_bitsandbytes_does(name):
+def test_quantization_matches_bitsandbytes(name):
     """The 4-bit codes are equal; of the 8-bit magnitudes, its CPU code sometimes takes the second nearest."""
-    found, expected = NF4.of(make_nf4.weight(name).T), theirs(name)
+    found, expected = NF4.of(make_nf4.weight(name).T), of_bitsandbytes(name)
     np.testing.assert_array_equal(found.codes, expected.codes)
     np.testing.assert_array_equal(GOLDEN["code"], nf4.CODE)
     np.testing.assert_allclose(GOLDEN["nested_code"], nf4.DYNAMIC, rtol=3e-7)
@@ -65,7 +65,7 @@ def test_the_codebook_on_normal_numbers():
 
 @pytest.mark.parametrize(("m", "n"), [(64, 48), (7, 13), (3, 200), (130, 66), (1, 5)])
 @pytest.mark.parametrize("chunk", [1, 1000, nf4.CHUNK])
-def test_products_are_those_of_the_dense_matrix(m, n, chunk, backend, on, monkeypatch):
+def test_products_match_the_dense_matrix(m, n, chunk, backend, on, monkeypatch):
     monkeypatch.setattr(nf4, "CHUNK", chunk)
     W = NF4.of(on(random(m, n)))
     dense = W.dense()
@@ -101,14 +101,14 @@ def linear(model):
 
 def test_sizes_in_memory_and_on_disk(tmp_path):
     plain, quantized = ml.load_model("pydoc", "numpy"), ml.load_model("pydoc", "numpy", quantize="nf4")
-    whole = sum(W.nbytes for W in linear(plain).values())
+    total = sum(W.nbytes for W in linear(plain).values())
     assert all(isinstance(W, NF4) for W in linear(quantized).values())
-    assert sum(W.nbytes for W in linear(quantized).values()) <= 0.14 * whole
+    assert sum(W.nbytes for W in linear(quantized).values()) <= 0.14 * total
     for name, m in (("plain", plain), ("quantized", quantized)):
         ml.save_model(m, tmp_path / name)
     sizes = [os.path.getsize(tmp_path / name / "model.safetensors") for name in ("plain", "quantized")]
-    rest = sizes[0] - whole
-    assert sizes[1] - rest <= 0.14 * whole
+    rest = sizes[0] - total
+    assert sizes[1] - rest <= 0.14 * total
 
 
 def test_the_bundled_model_loses_little():
@@ -123,7 +123,7 @@ def test_the_bundled_model_loses_little():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_what_is_quantized_is_saved_and_read_as_it_is(family, tmp_path, backend):
+def test_quantized_weights_round_trip_unchanged(family, tmp_path, backend):
     m = model() if family == "llama" else ml.GPT2(ml.GPT2Config(200, 40, 64, 1, 4), rng=0)
     quantize_model(m)
     ml.save_model(m, tmp_path)
@@ -165,9 +165,9 @@ def test_adapters_on_quantized_weights(config, tmp_path, backend):
         m.to(backend)
         m.loss_backward(m.loss(IDS, LABELS)[1])
         gradients = {path: ml.to_numpy(p.grad) for path, p in m.parameters() if p.trainable}
-        apart = ml.to_numpy(logits(m))
+        unmerged = ml.to_numpy(logits(m))
         ml.merge(m)
-        found[m] = gradients, apart, ml.to_numpy(logits(m))
+        found[m] = gradients, unmerged, ml.to_numpy(logits(m))
         ml.unmerge(m)
     for a, b in zip(found[quantized][1:], found[dense][1:], strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
@@ -200,7 +200,7 @@ def loftq(m, rounds=5):
     return m
 
 
-def test_loftq_begins_nearer_to_the_weight_than_quantization_alone():
+def test_loftq_is_closer_to_the_weight_than_quantization_alone():
     def error(rounds):
         m, W = model(), linear(model())
         return sum(
@@ -211,7 +211,7 @@ def test_loftq_begins_nearer_to_the_weight_than_quantization_alone():
     assert error(5) < error(1) < 0.95 * alone
 
 
-def test_a_loftq_adapter_goes_with_its_base_and_no_other(tmp_path):
+def test_a_loftq_adapter_loads_onto_its_base_only(tmp_path):
     m = loftq(model())
     ml.save_adapter(m, tmp_path / "adapter")
     with ml.disabled(m):

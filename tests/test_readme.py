@@ -37,7 +37,7 @@ def printed(tmp_path_factory):
     return outputs
 
 
-def test_blocks_print_what_stands_below_them(printed):
+def test_blocks_print_the_output_below_them(printed):
     shown = [(out, expected) for out, (_, expected) in zip(printed, BLOCKS, strict=True) if expected]
     assert len(shown) == 2
     for out, expected in shown:
@@ -51,25 +51,25 @@ def test_the_first_screen_agrees_to_eight_digits(printed):
     assert by_hand.size == 6
 
 
-def test_the_ten_lines_adapt_the_model(printed):
+def test_the_short_example_adapts_the_model(printed):
     bits = [float(line.split()[1]) for line in printed[1].splitlines()]
     assert len(bits) == 20
     assert bits[-1] < bits[0] - 0.3
 
 
-def test_the_named_files_are_there():
+def test_linked_files_exist():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
         assert not tracked or target.rstrip("/") in tracked, target
 
 
-def test_the_readers_part_is_as_short_as_said():
-    said = int(re.search(r"is about ([\d,]+) lines", README)[1].replace(",", ""))
+def test_the_students_part_has_the_stated_length():
+    stated = int(re.search(r"is about ([\d,]+) lines", README)[1].replace(",", ""))
     parts = [
         ROOT / "minilora" / "backend.py",
         *(p for name in ("functional", "layers", "lora") for p in (ROOT / "minilora" / name).glob("*.py")),
     ]
     lines = sum(len(p.read_text().splitlines()) for p in parts)
-    assert abs(lines - said) <= 150
+    assert abs(lines - stated) <= 150
     assert lines <= 2250

@@ -21,7 +21,7 @@ TEXT = "The capital of France is Paris. It was the best of times, it was the wor
 QUESTION = "What is the capital of France?"
 
 
-def fetched(asset):
+def downloaded(asset):
     try:
         return asset()
     except assets.NotHere as reason:
@@ -30,12 +30,12 @@ def fetched(asset):
 
 @pytest.fixture(scope="module")
 def minilm():
-    return fetched(assets.minilm)
+    return downloaded(assets.minilm)
 
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return fetched(assets.smollm2)
+    return downloaded(assets.smollm2)
 
 
 def verb(capsys, *argv):
@@ -49,29 +49,29 @@ def verb(capsys, *argv):
 # ---- MiniLM --------------------------------------------------------------------------------------------------------------------------
 
 
-def end_to_end(sequences):
+def packed(sequences):
     return np.concatenate(sequences), np.cumsum([0, *map(len, sequences)])
 
 
-def test_sentences_that_mean_the_same_are_near(minilm):
+def test_sentences_of_equal_meaning_are_close(minilm):
     tokenizer, model = load_tokenizer(minilm, 30522), ml.load_model(minilm, "numpy")
-    means = model.embed(*end_to_end([tokenizer.encode(sentence) for sentence in SENTENCES]))
+    means = model.embed(*packed([tokenizer.encode(sentence) for sentence in SENTENCES]))
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     assert means[0] @ means[1] == pytest.approx(0.689, abs=5e-4)
     assert means[0] @ means[2] == pytest.approx(0.009, abs=5e-4)
 
 
-def test_the_tokenizer_of_minilm_neither_pads_nor_cuts(minilm):
+def test_the_tokenizer_of_minilm_neither_pads_nor_truncates(minilm):
     tokenizer = load_tokenizer(minilm, 30522)
     assert tokenizer.encode(SENTENCES[0]).tolist() == [101, 1037, 2158, 2003, 5983, 2833, 1012, 102]
     assert len(tokenizer.encode(f"{SENTENCES[0]} " * 60)) == 362
 
 
-def test_hidden_states_of_minilm_are_those_of_transformers(minilm):
+def test_hidden_states_of_minilm_match_transformers(minilm):
     torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
     transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
     tokenizer, model = load_tokenizer(minilm, 30522), ml.load_model(minilm, "numpy")
-    ids, offsets = end_to_end([tokenizer.encode(sentence) for sentence in SENTENCES])
+    ids, offsets = packed([tokenizer.encode(sentence) for sentence in SENTENCES])
     oracle = transformers.BertModel.from_pretrained(minilm).eval()
     with torch.no_grad():
         expected = [oracle(torch.tensor(ids[None, a:b])).last_hidden_state[0].numpy() for a, b in pairwise(offsets)]

@@ -49,7 +49,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_each_sequence_of_a_mixed_batch_is_answered_by_its_own_adapter(kind, backend):
+def test_each_sequence_of_a_mixed_batch_uses_its_adapter(kind, backend):
     model = base(kind).to(backend)
     models = [model, *(adapted(model, config, i) for i, config in enumerate(CONFIGS[kind]))]
     rows = np.arange(4) if kind == "bert" else np.repeat(np.arange(4), np.diff(OFFSETS))
@@ -61,7 +61,7 @@ def test_each_sequence_of_a_mixed_batch_is_answered_by_its_own_adapter(kind, bac
         np.testing.assert_allclose(together, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_switching_costs_the_adapters_alone():
+def test_switching_copies_only_the_adapters():
     model = base("gpt2")
     one, two = (adapted(model, CONFIGS["gpt2"][0], seed) for seed in (0, 1))
     for (path, p), (_, q) in zip(one.parameters(), two.parameters(), strict=True):
@@ -152,7 +152,7 @@ def test_cat_is_the_sum_and_svd_is_the_best_of_its_rank(backend):
 @pytest.mark.filterwarnings("ignore")  # warnings of PEFT
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize(("how", "r"), [("cat", None), ("linear", None), ("svd", None), ("svd", 3)])
-def test_sums_are_pefts(kind, how, r, tmp_path):
+def test_sums_match_peft(kind, how, r, tmp_path):
     peft = pytest.importorskip("peft", reason="the oracle peft is not installed: pip install 'minilora[oracle]'")
     torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
     transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
@@ -208,7 +208,7 @@ def test_bad_sums(case):
         ml.combine(model, [adapted(model, ml.LoraConfig(r=n), n) for n in (1, 2)], weights, how, r)
 
 
-def test_what_has_no_sum():
+def test_adapters_without_a_sum():
     model, other = base("bert"), base("bert")
     other.bert.pooler.dense.weight.data = other.bert.pooler.dense.weight.data + 1
     lora = adapted(model, ml.LoraConfig(r=1), 0)
@@ -227,7 +227,7 @@ def test_what_has_no_sum():
 # -- extraction -------------------------------------------------------------------------------------------------------------------
 
 
-def tuned_from(model, rank=None, seed=0, everything=False):
+def fine_tuned(model, rank=None, seed=0, everything=False):
     """Change all dense weights by products of a rank, or fully; with `everything` also biases, norms and embeddings."""
     rng, replica = np.random.default_rng(seed), model.replica()
     for path, layer in replica.modules():
@@ -242,9 +242,9 @@ def tuned_from(model, rank=None, seed=0, everything=False):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_tune_of_low_rank_comes_out_whole(kind, backend):
+def test_a_low_rank_change_is_extracted_exactly(kind, backend):
     model = base(kind).to(backend)
-    tuned = tuned_from(model, 2)
+    tuned = fine_tuned(model, 2)
     adapter, layers = ml.extract(model, tuned, 2)
     np.testing.assert_allclose(logits(adapter), logits(tuned), atol=1e-9)
     assert max(layer.largest_error for layer in layers) < 1e-12
@@ -254,11 +254,11 @@ def test_a_tune_of_low_rank_comes_out_whole(kind, backend):
 
 def test_the_rank_is_the_lowest_that_keeps_the_energy():
     model = base("gpt2")
-    adapter, layers = ml.extract(model, tuned_from(model), energy=0.8)
+    adapter, layers = ml.extract(model, fine_tuned(model), energy=0.8)
     ranks = {layer.path: layer.rank for layer in layers}
     assert len(set(ranks.values())) > 1
     for path, layer in lora_layers(adapter):
-        S = np.linalg.svd(dict(tuned_from(model).modules())[path].weight.data - layer.weight.data, compute_uv=False)
+        S = np.linalg.svd(dict(fine_tuned(model).modules())[path].weight.data - layer.weight.data, compute_uv=False)
         kept = (S**2).cumsum() / (S**2).sum()
         assert kept[layer.r - 1] >= 0.8 > (kept[layer.r - 2] if layer.r > 1 else 0)
         assert layer.r == ranks[path]
@@ -266,10 +266,10 @@ def test_the_rank_is_the_lowest_that_keeps_the_energy():
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_with_inputs_it_is_closest_in_what_layers_put_out(kind, backend):
+def test_with_inputs_the_outputs_are_closest(kind, backend):
     """Whitened with data, the output error on these data is smaller and the error in the weights larger."""
     model = base(kind).to(backend)
-    tuned = tuned_from(model)
+    tuned = fine_tuned(model)
     rng = np.random.default_rng(3)
     batches = [Batch(rng.integers(0, 11, 60), np.zeros(60, int), np.arange(0, 66, 6)) for _ in range(3)]
     roots = ml.input_roots(tuned, batches)
@@ -302,9 +302,9 @@ def collected(model, path, batches):
     return np.concatenate(seen)
 
 
-def test_biases_norms_and_a_classifiers_head_go_along_and_embeddings_do_not(tmp_path):
+def test_biases_norms_and_head_are_extracted_and_embeddings_are_not(tmp_path):
     model = base("bert")
-    tuned = tuned_from(model, 2, everything=True)
+    tuned = fine_tuned(model, 2, everything=True)
     tuned.classifier.weight.data = tuned.classifier.weight.data + 1
     adapter, _ = ml.extract(model, tuned, 2)
     np.testing.assert_allclose(logits(adapter), logits(tuned), atol=1e-9)
@@ -322,7 +322,7 @@ def test_biases_norms_and_a_classifiers_head_go_along_and_embeddings_do_not(tmp_
     assert adaptation(ml.extract(model, tuned, 2)[0]).config.modules_to_save.count("classifier") == 1
 
 
-def test_an_adapter_gets_another_rank():
+def test_changing_the_rank_of_an_adapter():
     model = base("llama")
     first = adapted(model, ml.LoraConfig(r=3, lora_alpha=7), 0)
     second, layers = ml.extract(model, first, 1)
@@ -337,9 +337,9 @@ def test_an_adapter_gets_another_rank():
 
 
 BAD = {
-    "rank": (lambda m: ml.extract(m, tuned_from(m), 7), "rank 7 is beyond transformer.h.0.attn.c_attn, which is 6 x 18"),
-    "no rank": (lambda m: ml.extract(m, tuned_from(m), 0), "the rank must be at least 1"),
-    "energy": (lambda m: ml.extract(m, tuned_from(m), energy=1.5), "the energy to keep is 1.5"),
+    "rank": (lambda m: ml.extract(m, fine_tuned(m), 7), "rank 7 is beyond transformer.h.0.attn.c_attn, which is 6 x 18"),
+    "no rank": (lambda m: ml.extract(m, fine_tuned(m), 0), "the rank must be at least 1"),
+    "energy": (lambda m: ml.extract(m, fine_tuned(m), energy=1.5), "the energy to keep is 1.5"),
     "nothing": (lambda m: ml.extract(m, m.replica(), 2), "no linear layer differs"),
     "another": (lambda m: ml.extract(m, base("bert"), 2), "not of one kind: transformer.wte.weight is missing in the second"),
     "bottleneck": (lambda m: ml.extract(m, adapted(m, ml.BottleneckConfig(), 0), 2), "down.weight is missing in the first"),

@@ -11,8 +11,8 @@ import ctypes
 import ml_dtypes
 import numpy as np
 
-from standin.counting import note
-from standin.recording import current, perform
+from fakecupy.counting import note
+from fakecupy.graph import current, perform
 
 _TYPES = {0: np.dtype("float32"), 1: np.dtype("float64"), 2: np.dtype("float16"), 14: np.dtype(ml_dtypes.bfloat16)}
 _SUMS = {68: "float32", 77: "float32", 70: "float64"}

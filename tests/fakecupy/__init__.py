@@ -1,4 +1,4 @@
-"""A fake CuPy, and fake NVIDIA bindings to cuBLAS, for machines without a GPU: `sys.modules |= standin.modules`.
+"""A fake CuPy, and fake NVIDIA bindings to cuBLAS, for machines without a GPU: `sys.modules |= fakecupy.modules`.
 
 It computes with NumPy and follows the rules of CuPy 14.2 (docs.cupy.dev, "Differences between CuPy and NumPy"): nothing is
 converted to NumPy implicitly, operands on the host and on the device do not mix, reductions and single elements are 0-d
@@ -21,10 +21,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from standin import blas, cuda, recording
-from standin.arrays import argument, ndarray, offered, operand
-from standin.counting import Counts, count, note
-from standin.recording import perform, waits
+from fakecupy import blas, cuda, graph
+from fakecupy.arrays import argument, ndarray, offered, operand
+from fakecupy.counting import Counts, count, note
+from fakecupy.graph import perform, waits
 
 __all__ = ["CONSTANTS", "FUNCTIONS", "LACKS", "LINALG", "Counts", "blas", "count", "module", "modules", "ndarray"]
 
@@ -32,7 +32,7 @@ CONSTANTS = (
     "bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128 "
     "floating integer generic dtype finfo iinfo issubdtype promote_types inf nan newaxis pi e"
 )
-FUNCTIONS = {  # by kind, see standin.arrays.offered; "own": defined below
+FUNCTIONS = {  # by kind, see fakecupy.arrays.offered; "own": defined below
     "create": "arange eye full ones zeros",
     "empty": "empty empty_like",
     "launch": (
@@ -64,7 +64,7 @@ class CuPy(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name in LACKS.split():
             raise AttributeError(f"CuPy has no {name!r}; only NumPy has it.")
-        raise AttributeError(f"cupy.{name} is not in the list of the fake CuPy; if CuPy has it, add it in tests/standin/__init__.py.")
+        raise AttributeError(f"cupy.{name} is not in the list of the fake CuPy; if CuPy has it, add it in tests/fakecupy/__init__.py.")
 
 
 def array(x: Any, dtype: Any = None) -> ndarray:
@@ -160,7 +160,7 @@ def _make_module() -> CuPy:
     pool = space(total_bytes=lambda: POOL_BYTES, used_bytes=lambda: POOL_BYTES // 2, free_all_blocks=lambda: None)
     cupy.get_default_memory_pool = lambda: pool
     runtime = space(getDeviceCount=lambda: 1, getDevice=lambda: 0)
-    cupy.cuda = space(runtime=runtime, get_current_stream=recording.current, Stream=recording.Stream, is_available=lambda: True)
+    cupy.cuda = space(runtime=runtime, get_current_stream=graph.current, Stream=graph.Stream, is_available=lambda: True)
     cupy.cuda.Device = lambda: space(compute_capability="90")
     cupy.cuda.MemoryPool, cupy.cuda.using_allocator = MemoryPool, lambda allocator: contextlib.nullcontext()
     return cupy
@@ -170,4 +170,4 @@ module = _make_module()
 nvmath = types.ModuleType("nvmath")
 nvmath.bindings = types.ModuleType("nvmath.bindings")
 nvmath.bindings.cublas = blas
-modules = {"cupy": module, "nvmath": nvmath, "nvmath.bindings": nvmath.bindings}  # sys.modules |= standin.modules
+modules = {"cupy": module, "nvmath": nvmath, "nvmath.bindings": nvmath.bindings}  # sys.modules |= fakecupy.modules

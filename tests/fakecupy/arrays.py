@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from standin.counting import note
-from standin.recording import perform, recording, refuse_product, waits
+from fakecupy.counting import note
+from fakecupy.graph import capturing, perform, refuse_product, waits
 
 
 class Flags(NamedTuple):
@@ -30,7 +30,7 @@ class ndarray:
         if not isinstance(host, np.ndarray):
             raise TypeError("the fake CuPy creates arrays with asarray, zeros, ..., not with ndarray(shape).")
         self._host = host
-        if (graph := recording()) is not None:
+        if (graph := capturing()) is not None:
             graph.kept.append(host)
 
     # -- implicit conversions, which raise --------------------------------------------------------------------------
@@ -42,7 +42,9 @@ class ndarray:
         raise TypeError(f"numpy.{function.__name__} was called on a CuPy array; take the module from get_xp(x).")
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"cupy.ndarray.{name} is not in the list of the fake CuPy; if CuPy has it, add it in tests/standin/arrays.py.")
+        raise AttributeError(
+            f"cupy.ndarray.{name} is not in the list of the fake CuPy; if CuPy has it, add it in tests/fakecupy/arrays.py."
+        )
 
     # -- shapes and dtypes, which the host knows --------------------------------------------------------------------
 
@@ -104,7 +106,7 @@ class ndarray:
         if not gathers:
             return ndarray(self._host[resolved])  # an array even for one element, since the key contains an Ellipsis
         result = self._host[resolved].copy()
-        if recording() is not None:
+        if capturing() is not None:
             result = to_be_computed(lambda: self._host[self._resolve(key)[0]], result)
         return ndarray(result)
 
@@ -112,7 +114,7 @@ class ndarray:
         resolved, _, mask = self._resolve(key)
         note(launches=1, syncs=mask)
         value = operand(value)
-        if recording() is None:
+        if capturing() is None:
             self._host[resolved] = value
         else:
 
@@ -226,7 +228,7 @@ def offered(function: Callable, kind: str = "launch") -> Callable:
             return out
         result = run()
         launches = kind != "empty" and not (kind == "view" and np.may_share_memory(result, inputs[0]))
-        if launches and recording() is not None:
+        if launches and capturing() is not None:
             result = to_be_computed(run, result)
         note(launches=launches, syncs=kind == "sync", products=[np.shape(result)] if kind == "product" else [])
         return device(result)

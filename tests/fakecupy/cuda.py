@@ -20,9 +20,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from standin.arrays import ndarray
-from standin.counting import note
-from standin.recording import perform, refuse_product
+from fakecupy.arrays import ndarray
+from fakecupy.counting import note
+from fakecupy.graph import perform, refuse_product
 
 COMPILER = shutil.which("g++")
 THREADS = 1
@@ -127,7 +127,7 @@ def _split(parameter: str) -> tuple[str, str]:
 def _compiled(code: str, options: tuple[str, ...]) -> Path:
     """The compiled shared library, cached between test runs."""
     digest = hashlib.sha256((code + " ".join(options)).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / "minilora-standin"
+    folder = Path(tempfile.gettempdir()) / "minilora-fakecupy"
     folder.mkdir(exist_ok=True)
     library = folder / f"{digest}.so"
     if not library.is_file():

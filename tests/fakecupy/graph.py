@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from standin.counting import note
+from fakecupy.counting import note
 
 
 class Graph:
@@ -19,7 +19,7 @@ class Graph:
         self.kept: list[Any] = []
 
     def launch(self, stream: Any = None) -> None:
-        assert recording() is None
+        assert capturing() is None
         note(launches=1)
         for step in self.steps:
             step()
@@ -70,13 +70,13 @@ def current() -> Stream:
     return Stream._current[-1] if Stream._current else default
 
 
-def recording() -> Graph | None:
+def capturing() -> Graph | None:
     return Stream._open
 
 
 def perform(run: Callable[[], None]) -> None:
     """Run now, or add to the graph that is being captured."""
-    if (graph := recording()) is None:
+    if (graph := capturing()) is None:
         run()
     else:
         graph.steps.append(run)
@@ -84,10 +84,10 @@ def perform(run: Callable[[], None]) -> None:
 
 def waits() -> None:
     """Raise during capture: the host may neither wait nor copy from its own memory."""
-    if recording() is not None:
+    if capturing() is not None:
         raise RuntimeError("cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing")
 
 
 def refuse_product() -> None:
-    if recording() is not None:
+    if capturing() is not None:
         raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
