@@ -2,10 +2,12 @@
 
     python -m benchmarks.python_cost
 
-launches   counted by the tests' stand-in for CuPy, launch by launch and recorded (minilora/kernels/cuda/replay.py); in bfloat16 attention
-           takes a launch forward and two backward (kernels/cuda/flash.py), as heads have 32 features there
-python     milliseconds a step, of twelve blocks of width 12 and 16 tokens, where arithmetic is next to nothing: on NumPy, which has the
-           same Python and calls of its own in place of CuPy's; and of a recorded step, on the stand-in, with a graph that does nothing
+launches   per step, counted by the fake CuPy of the tests: kernel by kernel, and as a replayed CUDA graph
+           (minilora/kernels/cuda/replay.py). In bfloat16, heads have 32 features: attention takes one launch forward and two backward
+           (minilora/kernels/cuda/flash.py)
+python     milliseconds per step of twelve blocks of width 12 and 16 tokens, where arithmetic takes almost no time: on NumPy, which
+           runs the same Python with its own calls in place of CuPy's; and of a replayed step on the fake CuPy, with a graph that does
+           nothing
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ def step_times(backend: str, record: bool, after: Any = lambda: None, steps: int
         times.append(time.perf_counter() - start)
         if step.step == 10:
             after()
+        if step.step == steps:
+            break  # before the forward pass that checks the result
         start = time.perf_counter()
     return times[10:]
 

@@ -48,7 +48,7 @@ def norm(a):
 # -- the seed's sample: 1000 x 1000, rank 10 ------------------------------------------------------------------------
 
 W, x = normal(1000, 1000), normal(1, 1000)
-layer = lora(W, 10, "seed")
+layer = lora(W, 10, "normal")
 A, B = layer.lora_A.data, layer.lora_B.data
 y, _ = layer.forward(x, keep=False)
 sizes = [p.data.size for _, p in layer.parameters()]
@@ -64,7 +64,7 @@ shift = normal(d, 4) @ normal(4, d, sigma=0.16 * d**-0.5)  # the target is W + s
 x, x_new = normal(T, d), normal(T, d)
 t, t_new = x @ (W + shift), x_new @ (W + shift)
 print(f"\nd = {d}, r = {r}, first step     ||x A B|| / ||x W||      ||dA||       ||dB||        sqrt(r d) = {(r * d) ** 0.5:.1f}")
-for name, init in [("A, B ~ N(0, 1)", "seed"), ("A Kaiming, B = 0", True), ("A = 0, B = 0", None)]:
+for name, init in [("A, B ~ N(0, 1)", "normal"), ("A Kaiming, B = 0", True), ("A = 0, B = 0", None)]:
     layer = lora(W, r, init or True)
     if init is None:
         layer.lora_A.data[...] = 0
@@ -96,7 +96,7 @@ def train(init, lr, steps=150, every=5):
 frozen = float(ml.mse(x_new @ W, t_new)[0])
 print(f"\nmean squared error on new data, frozen W: {frozen:.4f}")
 best = {}
-for name, init in [("A, B ~ N(0, 1)", "seed"), ("A Kaiming, B = 0", True)]:
+for name, init in [("A, B ~ N(0, 1)", "normal"), ("A Kaiming, B = 0", True)]:
     runs = {lr: train(init, lr) for lr in (0.03, 0.3, 1.0)}
     lr = min(runs, key=lambda lr: runs[lr][-1, 2])
     best[name] = run = runs[lr]
