@@ -169,9 +169,10 @@ def test_attention(kind, causal, offsets, draw, monkeypatch):
         o, saved = K.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
         expected, reference = K.attention(*in_float32([q_, k, v]), 6, offsets, causal, n_kv_head=3, rows=rows)
         check(kind, [o], [expected], ["half"])
-        kept = [part[0] for _, parts in saved.value for part in parts if part is not None]
-        assert kept
-        assert all(E.dtype == KINDS[kind] for E in kept)
+        if saved.by.where != "reference":
+            kept = [part[0] for _, parts in saved.value for part in parts if part is not None]
+            assert kept
+            assert all(E.dtype == KINDS[kind] for E in kept)
         got = K.attention_backward(do_, q_, k, v, saved, 6, offsets, 3, rows=rows)
         check(kind, got, K.attention_backward(*in_float32([do_, q_, k, v]), reference, 6, offsets, 3, rows=rows), ["half"] * 3, ulps=8)
 
