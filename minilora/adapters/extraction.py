@@ -15,8 +15,8 @@ from typing import Any
 from minilora.adapters.sums import with_lora
 from minilora.backend import Array, get_xp
 from minilora.layers import Embedding, Layer, LayerNorm, Linear, RMSNorm, Saved
-from minilora.lora import LoraConfig, adaptation, factorize, lora_layers
-from minilora.lora.adapted import Adapted, adapter_parameters
+from minilora.lora import LoraConfig, adaptation, adapter_parameters, factorize, lora_layers
+from minilora.lora.layer import Adapted
 from minilora.lora.targets import CLASSIFIERS
 from minilora.quantization.residual import dense
 

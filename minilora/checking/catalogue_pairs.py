@@ -26,6 +26,7 @@ def pairs(rng: np.random.Generator) -> Iterator[tuple[Pair, np.ndarray]]:
     yield Pair("linear", *_linear(), W=draw(5, 4), b=draw(4)), x
     for name in ("relu", "gelu", "gelu_tanh", "silu", "tanh", "softmax"):
         yield Pair(name, *_elementwise(name, saves_y=name in ("tanh", "softmax"))), x
+    yield Pair("swiglu", F.swiglu, lambda dy, saved, g, u: F.swiglu_backward(dy, saved), u=draw(6, 5)), x
     yield Pair("layer_norm", F.layer_norm, lambda dy, s, x, g, b: F.layer_norm_backward(dy, s, g), gamma=draw(5), beta=draw(5)), x
     yield Pair("rms_norm", F.rms_norm, lambda dy, s, x, g: F.rms_norm_backward(dy, s, g), gamma=draw(5)), x
     yield Pair("dropout", lambda x: (F.dropout(x, 0.4, 11), None), lambda dy, s, x: [F.dropout_backward(dy, 0.4, 11)]), x

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from minilora.backend import Rng, backend_name, generator, to_backend
+from minilora.backend import Array, Rng, backend_name, generator, to_backend
 from minilora.kernels.half import upcast
-from minilora.layers.base import Layer
-from minilora.lora.adapted import Adaptation, adaptation, lora_layers
+from minilora.layers.base import Layer, Parameter
+from minilora.lora.layer import Adapted
 
 
 class Config(Protocol):
@@ -23,6 +24,29 @@ class Config(Protocol):
 
     def adapters(self, model: Layer, targets: dict[str, Any], rng: Any, train_step: Callable[[], Any] | None) -> tuple[Any, dict[str, Any]]:
         """The configuration, with what was found from data, and {path: the layer that replaces the target}."""
+
+
+@dataclass
+class Adaptation:
+    """What `inject` did to a model, which has it as its attribute `adaptation`."""
+
+    config: Any = None
+    base_values: dict[str, Array] = field(default_factory=dict)  # {path: array}: the model's own trained parameters, before training
+
+
+def adaptation(model: Layer) -> Adaptation:
+    """What `inject` did to the model; an empty Adaptation if nothing."""
+    return getattr(model, "adaptation", None) or Adaptation()
+
+
+def lora_layers(model: Layer) -> list[tuple[str, Any]]:
+    """(path, layer) of every Adapted layer in the model."""
+    return [(path, layer) for path, layer in model.modules() if isinstance(layer, Adapted)]
+
+
+def adapter_parameters(model: Layer) -> dict[str, Parameter]:
+    """{path: parameter} that the adapters in the model train."""
+    return {f"{path}.{name}": getattr(layer, name) for path, layer in lora_layers(model) for name in layer.trains}
 
 
 def inject(model: Layer, config: Config, *, rng: Rng = None, strict: bool = True, train_step: Callable[[], Any] | None = None) -> list[str]:
@@ -77,7 +101,7 @@ def merge(model: Layer) -> dict[str, float]:
 def unmerge(model: Layer) -> None:
     """Undo `merge`, exactly."""
     for _, layer in _adapters(model, "unmerge"):
-        layer.unmerge()
+        layer.merged = None
 
 
 @contextmanager

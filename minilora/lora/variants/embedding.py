@@ -14,8 +14,7 @@ from typing import Any
 from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, backend_name, generator, to_backend
 from minilora.layers import Embedding, Parameter, Saved
-from minilora.lora.adapted import Adapted, check_float32
-from minilora.lora.layer import scaling
+from minilora.lora.layer import Adapted, check_float32, scaling
 
 
 def lora_embedding(ids: Array, E: Array, A: Array, B: Array, s: float) -> tuple[Array, Array]:

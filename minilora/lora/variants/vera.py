@@ -18,8 +18,8 @@ import numpy as np
 from minilora import kernels as K
 from minilora.backend import Array, Rng, backend_name, generator, to_backend, to_numpy
 from minilora.layers import Layer, Linear, Parameter
-from minilora.lora.adapted import AdaptedLinear, check_float32
 from minilora.lora.config import LoraConfig
+from minilora.lora.layer import AdaptedLinear, check_float32
 
 _OF_LORA = "lora_alpha lora_dropout use_rslora use_dora init_lora_weights eva_config lora_ga_config loftq_config".split()
 _OF_LORA += "rank_pattern alpha_pattern exclude_modules".split()
@@ -77,6 +77,7 @@ class VeraConfig(LoraConfig):
 
     peft_type: ClassVar[str] = "VERA"
     not_in_file: ClassVar[tuple[str, ...]] = tuple(_OF_LORA)
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = LoraConfig.choices | {"bias": ("none", "all", "vera_only")}
     r: int = 256
     projection_prng_key: int = 0
     save_projection: bool = True
@@ -85,11 +86,8 @@ class VeraConfig(LoraConfig):
     init_weights: bool = True
 
     def __post_init__(self) -> None:
-        bias, self.bias = self.bias, "all" if self.bias == "vera_only" else self.bias
-        if bias == "lora_only":
-            raise ValueError("VeraConfig: bias is 'lora_only'; choose 'none', 'all' or 'vera_only'.")
         super().__post_init__()
-        self.bias, usual = bias, LoraConfig()
+        usual = LoraConfig()
         for name in self.not_in_file:
             if getattr(self, name) != getattr(usual, name):
                 raise ValueError(f"VeraConfig: {name} and VeRA exclude each other; {name} is LoRA's.")
