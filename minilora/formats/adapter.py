@@ -50,7 +50,7 @@ def save_adapter(model: Layer, folder: str | Path, config: Any = None) -> int:
     if config is None or (isinstance(config, LoraConfig) and not adapted):
         raise ValueError("save_adapter: this model has no LoRA layers; call inject first.")
     trained = config.trained(model, adapted, strict=False) | adapter_parameters(model).keys() | bottleneck_parameters(model)
-    if odd := sorted(path for path, p in model.parameters() if p.trainable and path not in trained):
+    if odd := [path for path, p in model.parameters() if p.trainable and path not in trained]:
         raise ValueError(f"save_adapter: {odd[0]} is trainable, but the configuration does not name it; add its layer to modules_to_save.")
     bare = _bare_prefix(model, trained) if getattr(config, "task_type", None) == BARE else ""
     mark = mark_of(model, _not_the_base(model, trained), getattr(config, "init_lora_weights", None) == "loftq")
