@@ -17,7 +17,7 @@ class Config(Protocol):
     """What `inject` needs of a configuration: LoraConfig, VeraConfig, BottleneckConfig, PartialConfig, or another one."""
 
     def targets(self, model: Layer, strict: bool = True) -> dict[str, Any]:
-        """{path: layer} to replace."""
+        """{path: layer} to replace. Raises ValueError when a name matches nothing."""
 
     def trained(self, model: Layer, adapted: Collection[str], strict: bool = True) -> set[str]:
         """The paths of the model's own parameters that are trained, where the layers at the paths `adapted` are replaced."""
@@ -28,7 +28,7 @@ class Config(Protocol):
 
 @dataclass
 class Adaptation:
-    """What `inject` did to a model, which has it as its attribute `adaptation`."""
+    """What `inject` did to a model, which keeps it as its attribute `adaptation`."""
 
     config: Any = None
     base_values: dict[str, Array] = field(default_factory=dict)  # {path: array}: the model's own trained parameters, before training
@@ -63,8 +63,8 @@ def inject(model: Layer, config: Config, *, rng: Rng = None, strict: bool = True
     Raises ValueError, before anything is changed, when a name or a pattern matches nothing (with the nearest names), when a rank does not
     fit, or when the model has been adapted already.
     """
-    if (before := adaptation(model).config) is not None or lora_layers(model):
-        what = "LoRA layers" if before is None or getattr(before, "peft_type", "") == "LORA" else "been adapted"
+    if adaptation(model).config is not None or lora_layers(model):
+        what = "LoRA layers" if lora_layers(model) else "been adapted"
         raise ValueError(f"inject: this model has {what} already; load the base model again.")
     own = {path for path, _ in model.parameters()}
     targets = config.targets(model, strict)
@@ -99,7 +99,7 @@ def merge(model: Layer) -> dict[str, float]:
 
 
 def unmerge(model: Layer) -> None:
-    """Undo `merge`, exactly."""
+    """Undo `merge`, exactly, since the weights were not touched."""
     for _, layer in _adapters(model, "unmerge"):
         layer.merged = None
 
@@ -110,8 +110,8 @@ def disabled(model: Layer) -> Iterator[Layer]:
 
     The model's own trained parameters (biases, modules_to_save) have their values before training, too.
     """
-    layers: list[Any] = [layer for _, layer in model.modules() if hasattr(layer, "enabled")]
     base_values = adaptation(model).base_values
+    layers: list[Any] = [layer for _, layer in model.modules() if hasattr(layer, "enabled")]
     if not layers and not base_values:
         _adapters(model, "disabled")
     before = [layer.enabled for layer in layers]
@@ -130,7 +130,6 @@ def disabled(model: Layer) -> Iterator[Layer]:
 
 
 def _adapters(model: Layer, verb: str) -> list[tuple[str, Any]]:
-    layers = lora_layers(model)
-    if not layers:
+    if not (layers := lora_layers(model)):
         raise ValueError(f"{verb}: this model has no LoRA layers; call inject or load_adapter first.")
     return layers

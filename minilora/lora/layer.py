@@ -10,7 +10,7 @@ import numpy as np
 from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, backend_name, generator, to_backend
 from minilora.kernels.half import is_half
-from minilora.layers.base import Layer, Parameter, Saved
+from minilora.layers.base import Layer, Parameter, Saved, needed
 from minilora.layers.dropout import Dropout
 from minilora.layers.linear import Linear
 from minilora.lora.registry import Initialiser, initialiser
@@ -42,21 +42,17 @@ class Adapted(Layer):
 
     def alone(self, keep: bool) -> Array | None:
         """The weight to use without the adapter: the merged one, or the base's own where the adapter is off; else None."""
-        if not self.enabled:
-            return self.weight.data
-        if self.merged is not None and keep and any(getattr(self, name).trainable for name in self.trains):
+        W = self.weight.data
+        if not self.enabled or self.merged is None:
+            return None if self.enabled else W
+        if keep and any(getattr(self, name).trainable for name in self.trains):
             raise RuntimeError(f"this {type(self).__name__} is merged and cannot be trained; call minilora.unmerge(model) first.")
+        self.merged = as_like(self.merged, W).astype(W.dtype, copy=False)  # the layer may have moved
         return self.merged
 
     def shared(self) -> dict[str, Array]:
         """{name: array} that all layers of a model share, and that a file holds once."""
         return {}
-
-    def to(self, backend: str | None = None, dtype: Any = None) -> Adapted:
-        super().to(backend, dtype)
-        if self.merged is not None:
-            self.merged = as_like(self.merged, self.weight.data).astype(self.weight.data.dtype)
-        return self
 
 
 class AdaptedLinear(Adapted, Linear):
@@ -158,12 +154,10 @@ class LoRALinear(AdaptedLinear):
 
     def adapted_backward(self, dy: Array, saved: list[Any], need_dx: bool) -> Array | None:
         (x, u, key), A, B = saved, self.lora_A, self.lora_B
-        need = {name for name, needed in (("dx", need_dx), ("dA", A.trainable), ("dB", B.trainable)) if needed}
+        need = needed(dx=need_dx, dA=A.trainable, dB=B.trainable)
         dx, dA, dB = K.lora_linear_backward(dy, x, u, self.W, A.data, B.data, self.scaling, self.mask(dy, key), need)
-        if dA is not None:
-            A.add_grad(dA)
-        if dB is not None:
-            B.add_grad(dB)
+        A.add_grad(dA)
+        B.add_grad(dB)
         return dx
 
 
