@@ -17,8 +17,7 @@ from examples.preconditioned import (
     lora_pro,
     riemannian,
 )
-from minilora.lora import adaptation, lora_layers
-from minilora.lora.adapted import adapter_parameters
+from minilora.lora import adaptation, adapter_parameters, lora_layers
 from minilora.lora.variants.vera import Projections, VeraConfig
 from minilora.optim.loraplus import create_loraplus_optimizer
 

@@ -10,8 +10,7 @@ from test_peft import bases, deviation, minilora_model, our_logits, our_losses  
 
 import minilora as ml
 from examples.preconditioned import create_lorafa_optimizer, create_riemannian_optimizer
-from minilora.lora import lora_layers
-from minilora.lora.adapted import adapter_parameters
+from minilora.lora import adapter_parameters, lora_layers
 from minilora.lora.variants.vera import VeraConfig
 from minilora.models import BertClassifier
 from minilora.optim.loraplus import create_loraplus_optimizer
