@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
     limit: Array
 
 
-def fits(q: Array, k: Array, v: Array, n_head: int) -> bool:
+def fits(q: Array, k: Array, v: Array, n_head: int, *_: Any) -> bool:
     """Whether there is a kernel for these arrays."""
     kind = q.dtype.itemsize == 2 or (q.dtype == np.float32 and tf32())
     if not kind or not cuda.alike(q, k, v) or not _has_the_instructions(get_xp(q)):
