@@ -18,6 +18,7 @@ from minilora.functional.adamw import AdamStep, adamw
 from minilora.functional.attention import (
     attention,
     attention_backward,
+    bounds_of,
     check_attention,
     check_offsets,
     positions,

@@ -102,11 +102,16 @@ def attention_backward(
 def positions(tokens: int, offsets: Sequence[int] | None, limit: int) -> np.ndarray:
     """(tokens,) 0, 1, 2, ... from the start of each sequence, on the host. Raises ValueError for a sequence beyond `limit`."""
     check_offsets(offsets, tokens)
-    bounds = np.array([0, tokens] if offsets is None else offsets)
+    bounds = bounds_of(offsets, tokens)
     lengths = np.diff(bounds)
     if lengths.max() > limit:
         raise ValueError(f"a sequence of {lengths.max()} tokens is longer than the model's {limit} positions.")
     return np.arange(tokens) - np.repeat(bounds[:-1], lengths)
+
+
+def bounds_of(offsets: Sequence[int] | None, tokens: int) -> np.ndarray:
+    """The bounds of the sequences, (their number + 1,): offsets, or those of one sequence."""
+    return np.array([0, tokens] if offsets is None else offsets, dtype=np.int64)
 
 
 def check_offsets(offsets: Sequence[int] | None, tokens: int) -> None:
@@ -122,8 +127,8 @@ def sequences(
     offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | None = None
 ) -> Iterator[tuple[slice, slice, np.ndarray | None]]:
     """(its rows of q, its rows of k and v, the places of the former among the latter or None for all) of each sequence."""
-    bounds = [0, tokens] if offsets is None else [int(i) for i in offsets]
-    cuts = bounds if rows is None else [int(i) for i in np.searchsorted(rows, bounds)]
+    bounds = bounds_of(offsets, tokens)
+    cuts = bounds if rows is None else np.searchsorted(rows, bounds)
     for (a, b), (first, last) in zip(pairwise(bounds), pairwise(cuts), strict=True):
         yield slice(first, last), slice(a, b), None if rows is None else rows[first:last] - a
 
