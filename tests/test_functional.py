@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora import functional as F
-from minilora.functional.erf import erf
+from minilora.functional.activations import erf
 
 
 def test_erf_is_exact_to_rounding(on):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora import functional as F
 from minilora import kernels as K
+from minilora.backend import forget_constants
 
 MODULES = ("grouped", "numpy.attention", "numpy.blocks", "numpy.lora", "numpy.losses")
 grouped, attention_module, blocks_module, lora_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in MODULES)
@@ -150,7 +151,7 @@ def check_attention(lengths, heads, causal, rows, need, draw, d=3):
 def test_attention(causal, heads, lengths, limits, draw, monkeypatch):
     for name, value in zip(("QUERIES", "SCORES", "KEPT"), limits, strict=True):
         monkeypatch.setattr(grouped, name, value)
-    grouped._grouped.cache_clear()
+    forget_constants()
     T = sum(lengths)
     last = np.cumsum(lengths) - 1
     some = np.flatnonzero(np.random.default_rng(2).random(T) < 0.4)
@@ -158,7 +159,7 @@ def test_attention(causal, heads, lengths, limits, draw, monkeypatch):
         check_attention(lengths, heads, causal, rows, ("dq", "dk", "dv"), draw)
     for need in (("dq",), ("dk",), ("dv",), ("dq", "dv")):
         check_attention(lengths, heads, causal, some if len(some) else last, need, draw)
-    grouped._grouped.cache_clear()
+    forget_constants()
 
 
 def test_the_gradient_of_the_values_alone_skips_the_softmax(draw, monkeypatch):
