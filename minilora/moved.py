@@ -16,7 +16,7 @@ MOVED = {f"{old}.{name}": f"minilora.{new}.{name}" for (old, new), names in _KEP
     "training.data": "minilora.data.batches",
     "training.evaluate_run": "minilora.runs.evaluate",
     "training.extract_run": "minilora.runs.extract",
-    "training.few_sample": "minilora.training.reinitialise and minilora.optim.l2_sp",
+    "training.few_sample": "minilora.training.reinitialise and minilora.optim.optimizers",
     "training.preconditioned": "examples/preconditioned.py",
     "training.recorded": "minilora.training.cuda_graph",
     "training.run_folder": "minilora.runs.folder",

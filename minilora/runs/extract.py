@@ -20,7 +20,7 @@ from minilora.runs.tasks import measure
 
 
 def extract_run(
-    tuned: str,
+    model: str,
     out: str | Path,
     base: str | None = None,
     r: int = 8,
@@ -33,50 +33,46 @@ def extract_run(
     allow_other_weights: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Write the adapter that brings `base` nearest to `tuned` to a new folder `out`; see adapters/extraction.py.
+    """Write the adapter that brings `base` nearest to `model` to a new folder `out`; see adapters/extraction.py.
 
-    tuned  as for `open_model`: a run of full fine-tuning, a model, or an adapter whose rank is to change
+    model  as for `open_model`: a run of full fine-tuning, a model, or an adapter whose rank is to change
     base   by default that of the run or adapter
     data   held-out data; each layer is then whitened with its inputs, and all three models are measured. Task and window: by default
            those of the run
     Raises ValueError when the base is not known or the models do not fit, FileExistsError when `out` is in use.
     """
     out, threads = check_free(out), threads_for(threads)
-    typed, base = base is not None, base or _base_named_by(tuned)
-    target = open_model(tuned, "numpy", allow_other_weights=allow_other_weights)
-    classes, published = getattr(target.config, "num_labels", None), published_classes(base, download=typed)
+    typed, base = base is not None, base or _base_named_by(model)
+    tuned = open_model(model, "numpy", allow_other_weights=allow_other_weights)
+    classes, published = getattr(tuned.config, "num_labels", None), published_classes(base, download=typed)
     replaced = published is not None and len(published) != classes
-    origin = load_model(base, "numpy", labels=classes, download=typed, new_head=replaced)
+    original = load_model(base, "numpy", labels=classes, download=typed, new_head=replaced)
     measured = roots = None
     if data is not None:
-        measured = task_of(target, tuned, data, tokenizer_source=tuned, split=None, say=say, task=task, window=window)
-        roots = input_roots(target, measured.held_out)
-    adapted, layers = extract(origin, target, r, energy, roots, whole)
+        measured = task_of(tuned, model, data, tokenizer_source=model, split=None, say=say, task=task, window=window)
+        roots = input_roots(tuned, measured.held_out)
+    adapted, layers = extract(original, tuned, r, energy, roots, whole)
     adaptation(adapted).config.base_model_name_or_path = base
-    size = save_adapter(adapted, out)
-
-    changes = largest_changes(origin, target)
-    left_out = {path: changes[path] for path in embeddings_changed(origin, changes)}
-    kept = [layer.energy for layer in layers]
-    ranks = sorted({layer.rank for layer in layers})
+    changes = largest_changes(original, tuned)
     result: dict[str, Any] = {
         "folder": str(out),
         "base": base,
         "layers": [asdict(layer) for layer in layers],
-        "saved_bytes": size,
+        "saved_bytes": save_adapter(adapted, out),
         "largest_change": max(layer.largest_change for layer in layers),
         "largest_error": max(layer.largest_error for layer in layers),
-        "left_out": left_out,
+        "left_out": {path: changes[path] for path in embeddings_changed(original, changes)},
     }
+    kept, ranks = [layer.energy for layer in layers], sorted({layer.rank for layer in layers})
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    say(f"extracted a LoRA of rank {span} on {len(layers)} layers, {size / 1e3:,.0f} kB, into {out}")
+    say(f"extracted a LoRA of rank {span} on {len(layers)} layers, {result['saved_bytes'] / 1e3:,.0f} kB, into {out}")
     say(f"energy    {min(kept):.1%} to {max(kept):.1%} of each layer's change{' as its inputs see it' if roots else ''}")
     say(f"largest   change of a weight {result['largest_change']:.3g}; the adapter misses it by up to {result['largest_error']:.3g}")
-    for path, change in left_out.items():
+    for path, change in result["left_out"].items():
         say(f"left out  {path}, an embedding, changed by up to {change:.3g}")
     if measured is not None:
-        models = {"base": origin, "tuned": target, "extracted": adapted}
-        result["held_out"] = {name: measure(model, measured, threads) for name, model in models.items()}
+        models = {"base": original, "tuned": tuned, "extracted": adapted}
+        result["held_out"] = {name: measure(each, measured, threads) for name, each in models.items()}
         figures = ", ".join(f"{name} {value[measured.headline]:.4f}" for name, value in result["held_out"].items())
         say(f"held out  {measured.headline.replace('_', ' ')}: {figures}")
     return result
@@ -101,11 +97,11 @@ def compare(first: str, second: str, allow_other_weights: bool = False, say: Cal
     return changes
 
 
-def _base_named_by(tuned: str) -> str:
+def _base_named_by(model: str) -> str:
     """The base model of a run of full fine-tuning, or of an adapter."""
-    base, adapter = base_of(tuned)
+    base, adapter = base_of(model)
     if adapter is not None:
         return base
-    if record := record_of(tuned):
-        return recipe_of(record, tuned).model
-    raise ValueError(f"{tuned} does not name the model it was tuned from; name it with --base.")
+    if record := record_of(model):
+        return recipe_of(record, model).model
+    raise ValueError(f"{model} does not name the model it was tuned from; name it with --base.")

@@ -12,9 +12,8 @@ from minilora.data.records import listed, note
 from minilora.formats.checkpoint import load_model
 from minilora.formats.tokenizer import Tokenizer
 from minilora.lora.registry import config_classes
-from minilora.optim.l2_sp import AdamWL2SP
 from minilora.optim.loraplus import create_loraplus_optimizer
-from minilora.optim.optimizers import AdamW
+from minilora.optim.optimizers import AdamW, AdamWL2SP
 from minilora.optim.schedules import schedule
 from minilora.runs.recipe import Recipe, ResolvedRecipe
 from minilora.runs.run_file import check_task, check_window, published_classes, tokenizer_of
