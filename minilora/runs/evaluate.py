@@ -39,7 +39,7 @@ def evaluate_run(
     say(f"{model} on {task.what}")
     figures = measure(opened, task, threads)
     for name, value in figures.items():
-        say(f"{name.replace('_', ' '):<16} {value:,.4f}" if isinstance(value, float) else f"{name.replace('_', ' '):<16} {value:,}")
+        say(f"{name.replace('_', ' '):<16} {value:{',.4f' if isinstance(value, float) else ','}}")
     return figures
 
 
@@ -50,16 +50,15 @@ def task_of(
     record = record_of(run)
     made = recipe_of(record, run)
     changed = {name: value for name, value in {"data": data, **changed}.items() if value is not None}
-    changed.setdefault("task", made.task if record else "lm" if is_decoder(model) else "classify")
-    check_task(model, changed["task"], tokenizer_source)
+    if not record:
+        changed = {"window": min(made.window, context_length(model)), "task": "lm" if is_decoder(model) else "classify", **changed}
+    check_task(model, changed.get("task", made.task), tokenizer_source)
     if changed.get("data", made.data) is None and not record.get("configuration") and tokenizer_source != BUNDLED:
         raise ValueError(f"{tokenizer_source} is not a run, which would know its data; give --data.")
-    if "window" not in changed and not record:
-        changed["window"] = min(made.window, context_length(model))
-    differs = [name for name, value in changed.items() if name != "data" and getattr(made, name) != value]
-    if record and differs:
-        say("differs from the run: " + ", ".join(f"{name} {changed[name]} (the run had {getattr(made, name)})" for name in differs))
     recipe = replace(made, **changed)
+    had = {name: getattr(made, name) for name, value in changed.items() if name != "data" and getattr(made, name) != value}
+    if record and had:
+        say("differs from the run: " + ", ".join(f"{name} {changed[name]} (the run had {value})" for name, value in had.items()))
     check_window(model, recipe.window)
     tokenizer = tokenizer_of(tokenizer_source, getattr(model.config, "vocab_size", None))
     labels = model.config.class_names if recipe.task == "classify" else None

@@ -1,4 +1,13 @@
-"""The folder of a run: its configuration, measurements and results."""
+"""The folder of a run.
+
+run.json        the configuration, the names of the classes, the SHA-256 of the training data, and the results
+metrics.jsonl   one line a step: step, loss, lr, grad_norm, tokens. No times: the same run writes the same file
+samples.txt     texts that the model generated before and after
+adapter/        adapter_config.json, adapter_model.safetensors       (all methods but full)
+model/          config.json, model.safetensors                       (method full)
+base/           the quantized model that the adapter fits            (method lora initialised with LoftQ)
+curves.png      the picture, if matplotlib is installed
+"""
 
 from __future__ import annotations
 
@@ -7,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from minilora.formats.atomic import to_json, write_json, write_text
+from minilora.formats.atomic import to_json, write_text
 
 
 def check_free(path: str | Path, note: str = "") -> Path:
@@ -18,45 +27,14 @@ def check_free(path: str | Path, note: str = "") -> Path:
     return path
 
 
-class RunFolder:
-    """The paths inside a run folder, and functions that write its files.
+def new_folder(path: str | Path | None, method: str) -> Path:
+    """`path`, or the first free runs/<method>-<n>, as a new folder. Raises FileExistsError when `path` is in use."""
+    numbered = (Path("runs") / f"{method}-{n}" for n in count(1))
+    folder = check_free(next(f for f in numbered if not f.exists()) if path is None else path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
-    run.json        the configuration, the names of the classes, the SHA-256 of the training data, and the results
-    metrics.jsonl   one line a step: step, loss, lr, grad_norm, tokens. No times: the same run writes the same file
-    samples.txt     texts that the model generated before and after
-    adapter/        adapter_config.json, adapter_model.safetensors       (all methods but full)
-    model/          config.json, model.safetensors                       (method full)
-    base/           the quantized model that the adapter fits            (method lora initialised with LoftQ)
-    curves.png      the picture, if matplotlib is installed
-    """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.run, self.metrics = self.path / "run.json", self.path / "metrics.jsonl"
-        self.samples, self.curves = self.path / "samples.txt", self.path / "curves.png"
-        self.adapter, self.model, self.base = self.path / "adapter", self.path / "model", self.path / "base"
-
-    @classmethod
-    def create(cls, path: str | Path | None, method: str) -> RunFolder:
-        """A new folder: `path`, or the first free runs/<method>-<n>.
-
-        Raises FileExistsError when `path` is in use, OSError when it cannot be made.
-        """
-        if path is None:
-            folder = next(f for n in count(1) if not (f := Path("runs") / f"{method}-{n}").exists())
-        else:
-            folder = Path(path)
-        check_free(folder).mkdir(parents=True, exist_ok=True)
-        return cls(folder)
-
-    def write_run(
-        self, configuration: dict[str, Any], results: dict[str, Any], labels: list[str] | None, trained_on: dict[str, Any]
-    ) -> None:
-        write_json(self.run, {"configuration": configuration, "labels": labels, "trained_on": trained_on, "results": results})
-
-    def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
-        """All records so far. The file is replaced as a whole, so it never ends in the middle of a line."""
-        write_text(self.metrics, "".join(to_json(record) + "\n" for record in records))
-
-    def write_samples(self, prompt: str, before: str, after: str) -> None:
-        write_text(self.samples, f"# prompt\n{prompt}\n\n# before\n{prompt}{before}\n\n# after\n{prompt}{after}\n")
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """All records so far, one JSON object a line. The file is replaced as a whole, so it never ends in the middle of a line."""
+    write_text(path, "".join(to_json(record) + "\n" for record in records))

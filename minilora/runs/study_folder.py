@@ -12,23 +12,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minilora.formats.atomic import read_json, to_json, write_json, write_text
-from minilora.runs.folder import check_free
+from minilora.formats.atomic import read_json, write_json
+from minilora.runs.folder import check_free, write_lines
 from minilora.runs.recipe import Recipe
 
 VERSION = 1
 _FREE = ("threads", "backend", "sample_bytes")  # may differ when a study is continued
 _RENAMED = {"pull": "l2_sp"}  # fields of studies written before
 _REMOVED = {"optimizer": "adamw"}  # with the only value left
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "row": str,
-    "seed": int,
-    "value": (float, int, type(None)),
-    "failed": bool,
-    "trained": int,
-    "steps": int,
-    "seconds": (float, int),
-}
+_NUMBER = float | int
+_FIELDS = {"row": str, "seed": int, "value": _NUMBER | None, "failed": bool, "trained": int, "steps": int, "seconds": _NUMBER}
 
 
 class StudyFolder:
@@ -41,7 +34,6 @@ class StudyFolder:
     def __init__(self, path: str | Path, recipe: Recipe, rows: dict[str, dict[str, Any]], sha256: str | None = None) -> None:
         self.path = Path(path)
         self.about, self.runs = self.path / "study.json", self.path / "runs.jsonl"
-        self.picture = self.path / "study.png"
         requested = {name: value for name, value in asdict(recipe).items() if name not in _FREE}
         self.records: list[dict[str, Any]] = []
         if self.about.is_file():
@@ -58,6 +50,11 @@ class StudyFolder:
         """Write study.json."""
         write_json(self.about, self._study)
 
+    def add(self, record: dict[str, Any]) -> None:
+        """Keep one more finished run."""
+        self.records.append(record)
+        write_lines(self.runs, self.records)
+
     def _check(self, there: dict[str, Any], requested: dict[str, Any], rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """The rows of the study in the folder. Raises ValueError when it is another study."""
         if there.get("version") != VERSION:
@@ -65,41 +62,30 @@ class StudyFolder:
         old, old_rows = there.get("recipe"), there.get("rows")
         if not isinstance(old, dict) or not isinstance(old_rows, dict):
             raise ValueError(f"{self.about} is damaged: it has no recipe or no rows.")
-        old, old_rows = _renamed(old), {name: _renamed(change) for name, change in old_rows.items()}
+        old, *changes = ({_RENAMED.get(name, name): value for name, value in each.items()} for each in (old, *old_rows.values()))
+        old_rows = dict(zip(old_rows, changes, strict=True))
         for name, value in (requested | {name: value for name, value in _REMOVED.items() if name in old}).items():
             if old.get(name) != value:
                 raise ValueError(f"{self.path} holds a study with {name} {old.get(name)!r}, not {value!r}; name another --out.")
         for name, change in rows.items():
-            if name in old_rows and old_rows[name] != change:
+            if old_rows.get(name, change) != change:
                 raise ValueError(f"{self.path} holds a study whose row {name!r} is {old_rows[name]}, not {change}; name another --out.")
         return old_rows
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Keep one more finished run. The file is replaced as a whole, so an interruption leaves no part of a line."""
-        self.records.append(record)
-        write_text(self.runs, "".join(to_json(r) + "\n" for r in self.records))
-
-    def write_table(self, text: str) -> None:
-        write_text(self.path / "table.txt", text + "\n")
-
-
-def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
-    return {_RENAMED.get(name, name): value for name, value in fields.items()}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The finished runs in a runs.jsonl. Raises ValueError, naming the line, for a damaged record or a second one of the same run."""
-    records, seen = [], set()
+    records: dict[tuple[str, int], dict[str, Any]] = {}
     for n, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], start=1):
+        damaged = f"{path}, line {n}: this record is damaged"
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {n}: this record is damaged ({error}); remove the line to repeat the run.") from None
+            raise ValueError(f"{damaged} ({error}); remove the line to repeat the run.") from None
         for name, kind in _FIELDS.items():
             if not isinstance(record, dict) or not isinstance(record.get(name, ...), kind):
-                raise ValueError(f"{path}, line {n}: this record is damaged, its {name} is not valid; remove the line to repeat the run.")
-        if (record["row"], record["seed"]) in seen:
-            raise ValueError(f"{path}, line {n}: {record['row']!r} with seed {record['seed']} is there twice; remove one of the lines.")
-        seen.add((record["row"], record["seed"]))
-        records.append(record)
-    return records
+                raise ValueError(f"{damaged}, its {name} is not valid; remove the line to repeat the run.")
+        if (run := (record["row"], record["seed"])) in records:
+            raise ValueError(f"{path}, line {n}: {run[0]!r} with seed {run[1]} is there twice; remove one of the lines.")
+        records[run] = record
+    return list(records.values())
