@@ -11,16 +11,14 @@ from typing import Any
 from minilora.backend import choose_backend
 from minilora.checking.catalogue import check_all
 from minilora.cli.flags import REMOVED
+from minilora.runs import Say
 from minilora.runs.evaluate import evaluate_run
-from minilora.runs.extract import compare, extract_run
 from minilora.runs.finetune import finetune
 from minilora.runs.generate import generate_run
 from minilora.runs.info import describe
-from minilora.runs.merge import merge_run
+from minilora.runs.merge import compare, extract_run, merge_run
 from minilora.runs.recipe import WITHOUT_EFFECT, Recipe
 from minilora.runs.study import study_run
-
-Say = Callable[[str], None]
 
 
 def _given(args: Namespace) -> dict[str, Any]:

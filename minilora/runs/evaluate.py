@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from minilora.formats.fetch import BUNDLED
 from minilora.models.config_file import check_types
 from minilora.models.generate import context_length
+from minilora.runs import Say
 from minilora.runs.recipe import Recipe, threads_for
 from minilora.runs.run_file import check_task, check_window, is_decoder, open_model, record_of, tokenizer_of
 from minilora.runs.tasks import Task, measure, measuring_task
@@ -24,7 +24,7 @@ def evaluate_run(
     backend: str = "auto",
     threads: int | None = None,
     allow_other_weights: bool = False,
-    say: Callable[[str], None] = print,
+    say: Say = print,
     **changed: Any,
 ) -> dict[str, Any]:
     """The figures of a model, a run or an adapter on data: loss and perplexity, or accuracy, F1 and Matthews correlation.
@@ -43,9 +43,7 @@ def evaluate_run(
     return figures
 
 
-def task_of(
-    model: Any, run: str, data: str | None, *, tokenizer_source: str, split: str | None, say: Callable[[str], None], **changed: Any
-) -> Task:
+def task_of(model: Any, run: str, data: str | None, *, tokenizer_source: str, split: str | None, say: Say, **changed: Any) -> Task:
     """The data to measure an opened model on, by the settings of its run and those in `changed`. Raises as `evaluate_run`."""
     record = record_of(run)
     made = recipe_of(record, run)

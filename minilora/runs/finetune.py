@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from minilora.kernels.memory import peak_memory
 from minilora.lora import adaptation, disabled, lora_layers
 from minilora.models.generate import generate
 from minilora.optim.optimizers import AdamW
+from minilora.runs import Say
 from minilora.runs.folder import new_folder, write_lines
 from minilora.runs.plot import have_matplotlib, plot_run
 from minilora.runs.prepare import open_recipe, prefix_for, prepare, steps_of
@@ -33,7 +33,6 @@ from minilora.training.watch import Diverged
 
 PROMPT = "def read_config(path, encoding=None):\n    "  # which the samples of a text model continue
 
-Say = Callable[[str], None]
 Records = list[dict[str, Any]]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,12 @@ from minilora.adapters import bottlenecks
 from minilora.formats.adapter import load_adapter
 from minilora.layers import Linear
 from minilora.lora import adaptation, lora_layers
+from minilora.runs import Say, silent
 from minilora.runs.run_file import open_base, record_of
 
 
 def describe(
-    model: str | Path,
-    allow_other_weights: bool = False,
-    kernels: bool = False,
-    backend: str = "numpy",
-    say: Callable[[str], None] = lambda text: None,
+    model: str | Path, allow_other_weights: bool = False, kernels: bool = False, backend: str = "numpy", say: Say = silent
 ) -> dict[str, Any]:
     """Parameters, memory, adapters, results, and the names of adaptable layers. Raises as the loaders do.
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from minilora.formats.atomic import write_file
+from minilora.runs import Say
 
 
-def have_matplotlib(say: Callable[[str], None]) -> bool:
+def have_matplotlib(say: Say) -> bool:
     """Whether the `plot` extra is installed; says so if not."""
     try:
         found = find_spec("matplotlib") is not None

@@ -131,7 +131,8 @@ class Recipe:
             if least is not None and value is not None and not least <= value < math.inf:
                 finite = "" if isinstance(value, int) else " and finite"
                 raise ValueError(f"{f.name} must be at least {least}{finite}, got {value}.")
-        classify, full = self.task == "classify", self.method == "full"
+        classify, full, half = self.task == "classify", self.method == "full", self.dtype != "float32"
+        epochs = 1 if self.epochs is None else self.epochs
         defaults = {f.name: f.default for f in fields(Recipe)}
         lora_only = next((name for name in _ONLY_LORA if getattr(self, name) != defaults[name]), None)
         counted = next((name for name in ("train_size", "eval_size") if getattr(self, name) is not None), None)
@@ -139,16 +140,10 @@ class Recipe:
         frozen = f"reinit changes weights that method {self.method} leaves frozen and does not save; it needs method full."
         for wrong, message in (
             (not self.clip > 0, f"clip must be above 0, got {self.clip}."),
-            (
-                not 0 < (1 if self.epochs is None else self.epochs) <= 100_000,
-                f"epochs must be above 0 and at most 100,000, got {self.epochs}.",
-            ),
+            (not 0 < epochs <= 100_000, f"epochs must be above 0 and at most 100,000, got {epochs}."),
             (self.method != "lora" and lora_only, f"{lora_only} is for LoRA; method {self.method} has none."),
-            (self.dtype != "float32" and self.quantize, f"dtype {self.dtype} and quantize exclude each other; choose one."),
-            (
-                self.dtype != "float32" and full,
-                f"dtype {self.dtype} and method full, which trains in float32, exclude each other; choose one.",
-            ),
+            (half and self.quantize, f"dtype {self.dtype} and quantize exclude each other; choose one."),
+            (half and full, f"dtype {self.dtype} and method full, which trains in float32, exclude each other; choose one."),
             (self.quantize and self.init_lora_weights == "loftq", "init_lora_weights 'loftq' quantizes by itself; leave quantize out."),
             (self.data == "", "data is empty: name a file or a folder."),
             (classify and self.data is None, no_data),

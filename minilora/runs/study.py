@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -22,10 +22,11 @@ from minilora.backend import choose_backend
 from minilora.formats.atomic import write_text
 from minilora.formats.origin import origin
 from minilora.lora.registry import DATA_INITIALISERS
+from minilora.runs import Say
+from minilora.runs.folder import StudyFolder
 from minilora.runs.plot import have_matplotlib, plot_study
 from minilora.runs.prepare import open_recipe, prefix_for, prepare, steps_of
 from minilora.runs.recipe import METHODS, Recipe, ResolvedRecipe, threads_for
-from minilora.runs.study_folder import StudyFolder
 from minilora.runs.tasks import Task, fingerprint, measure
 from minilora.training.prefix import PrefixCache
 from minilora.training.reinitialise import draw
@@ -75,7 +76,7 @@ def rows_named(names: Sequence[str]) -> Rows:
     return {row: ROWS[row] for name in names for row in GRIDS.get(name, (name,))}
 
 
-def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Callable[[str], None] = print) -> list[Summary]:
+def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Say = print) -> list[Summary]:
     """Run those of len(rows) x seeds runs that are not yet done, and write table.txt and study.png to the folder. Returns the table.
 
     A run has failed when it diverged, or when it is no better than predicting the most frequent class or, for text, than the base model.
@@ -185,7 +186,7 @@ def study_run(
     seeds: int | None = None,
     folder: str | Path | None = None,
     small: bool = False,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> dict[str, Any]:
     """`study` with the defaults of `minilora study`: rows by task, 5 seeds (2 if small), a folder named after the rows.
 
