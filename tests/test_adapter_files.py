@@ -430,7 +430,7 @@ def test_only_hub_ids_reach_the_hub(tmp_path, monkeypatch):
 
 
 def test_compare_does_not_depend_on_the_order(tmp_path):
-    from minilora.runs.extract import compare
+    from minilora.runs.merge import compare
 
     base = llama(tmp_path / "base")
     first, second = adapted(base), adapted(base, target_modules=["q_proj", "v_proj"], bias="none", modules_to_save=["model.norm"])
@@ -451,7 +451,7 @@ def test_compare_does_not_depend_on_the_order(tmp_path):
 
 
 def test_compare_of_classifiers(tmp_path):
-    from minilora.runs.extract import compare
+    from minilora.runs.merge import compare
 
     base = bert(tmp_path / "base")
     model = ml.load_model(base, "numpy", labels=3)

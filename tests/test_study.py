@@ -13,7 +13,7 @@ from minilora.data.datasets import few
 from minilora.data.examples import Example
 from minilora.formats.origin import Origin
 from minilora.layers import Parameter
-from minilora.optim.l2_sp import AdamWL2SP
+from minilora.optim.optimizers import AdamWL2SP
 from minilora.runs import study as study_module
 from minilora.runs.recipe import Recipe
 from minilora.runs.study import ROWS, rows_named, study, summarise
