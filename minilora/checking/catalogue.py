@@ -18,8 +18,7 @@ from minilora.checking.subjects import Subject
 def catalogue(seed: int = 0) -> Iterator[Subject]:
     """(name, object, x, forward options) of every pair, layer and model, on small odd shapes, in float64 on NumPy."""
     rng = np.random.default_rng(seed)
-    yield from ((pair.name, pair, x, {}) for pair, x in pairs(rng))
-    for part in (layers, adapters, models):
+    for part in (pairs, layers, adapters, models):
         yield from part(rng)
 
 
