@@ -71,10 +71,11 @@ def _pairs(rng: np.random.Generator) -> Iterator[Pair]:
     yield Pair(F, "rms_norm", "y saved", x=x, gamma=draw(5))
     yield Pair(F, "dropout", x=x, p=0.4, key=11)
     yield Pair(F, "embedding", E=x, ids=ids)
-    for remark, options in {"causal": {"offsets": OFFSETS}, "both ways": {"offsets": OFFSETS, "causal": False}, "one sequence": {}}.items():
-        yield Pair(F, f"attention, {remark}", "y saved", q=draw(9, 6), k=draw(9, 6), v=draw(9, 6), n_head=3, **options)
-    grouped = {"n_head": 6, "n_kv_head": 2, "offsets": OFFSETS}
-    yield Pair(F, "attention, grouped heads", "y saved", q=draw(9, 12), k=draw(9, 4), v=draw(9, 4), **grouped)
+    for remark, offsets, causal in (("causal", OFFSETS, True), ("both ways", OFFSETS, False), ("one sequence", None, True)):
+        q, k, v = draw(9, 6), draw(9, 6), draw(9, 6)
+        yield Pair(F, f"attention, {remark}", "y saved", q=q, k=k, v=v, n_head=3, offsets=offsets, causal=causal)
+    q, k, v = draw(9, 12), draw(9, 4), draw(9, 4)
+    yield Pair(F, "attention, grouped heads", "y saved", q=q, k=k, v=v, n_head=6, n_kv_head=2, offsets=OFFSETS)
     cos, sin = F.rotary_tables(F.positions(9, OFFSETS, 9), 4, 100.0, x)
     for remark, interleaved in (("halves", False), ("interleaved", True)):
         yield Pair(F, f"rotary, {remark}", frozen="cos sin", x=draw(9, 12), cos=cos, sin=sin, interleaved=interleaved)
