@@ -241,38 +241,17 @@ class BertLayer(Layer):
         return K.add(K.take_rows_backward(dz_1, rows, T), dx) if need_dx else None  # x feeds z_1 twice
 
 
-class BertPooler(Layer):
-    """p = tanh(f W_p + b_p).   f (n, d), the first row of each sequence -> p (n, d). Saved: p, and f if W_p is trained."""
-
-    def __init__(self, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
-        self.dense = Linear(c.hidden_size, c.hidden_size, rng=rng, dtype=dtype)
-        self.act = Tanh()
-
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
-        z, s_dense = self.dense.forward(x, keep=keep, need_dx=need_dx)
-        p, s_act = self.act.forward(z, keep=keep)
-        return p, self.save(need_dx, s_dense, s_act) if keep else None
-
-    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        s_dense, s_act = self.load(saved, need_dx)
-        dz: Any = self.act.backward(dy, s_act)  #                 p = tanh(z)
-        return self.dense.backward(dz, s_dense, need_dx=need_dx)  # z = f W_p + b_p
-
-
 class Bert(Body):
-    """ids (T,) -> hidden states h (T, d). The pooler is here as in the checkpoint; the classifier runs it."""
+    """ids (T,) -> hidden states h (T, d). The pooler is here as in the checkpoint; the classifier runs its layers."""
 
     def __init__(self, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
         super().__init__(c)
         self.embeddings = BertEmbeddings(c, rng, dtype)
         self.encoder: Any = Names(layer=[BertLayer(c, rng, dtype) for _ in range(c.num_hidden_layers)])
-        self.pooler = BertPooler(c, rng, dtype)
+        self.pooler: Any = Names(dense=Linear(c.hidden_size, c.hidden_size, rng=rng, dtype=dtype), act=Tanh())
 
     def parts(self) -> Parts:
         return Parts([self.embeddings], self.encoder.layer)
 
     def embed(self, ids: Array, places: np.ndarray, keep: bool, **inputs: Any) -> tuple[Array, Any]:
         return self.embeddings.forward(ids, keep=keep, places=places, **inputs)
-
-    def embed_backward(self, dx: Array, saved: Any) -> None:
-        self.embeddings.backward(dx, saved)

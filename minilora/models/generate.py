@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import to_numpy
-from minilora.models.cache import KVCache
+from minilora.models.attention import KVCache
 from minilora.models.decoder import Decoder
 
 
