@@ -50,7 +50,7 @@ class GPT2Config(ModelConfig):
     }
 
     def __post_init__(self) -> None:
-        self.check("n_inner layer_norm_epsilon")
+        self.check()
         self.check_multiple("n_embd", "n_head")
 
     @property

@@ -57,6 +57,7 @@ class LlamaConfig(ModelConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
+    choices: ClassVar = {"model_type": tuple(_CLASSES)}
     fixed: ClassVar = {
         "hidden_act": ("silu", "swish"),
         "is_causal": (True,),
@@ -68,15 +69,13 @@ class LlamaConfig(ModelConfig):
     neutral: ClassVar = "is_decoder pretraining_tp rope_parameters rope_scaling layer_types sliding_window max_window_layers"
 
     def __post_init__(self) -> None:
-        if self.model_type not in _CLASSES:
-            raise ValueError(f"LlamaConfig: model_type is {self.model_type!r}; supported: {', '.join(_CLASSES)}.")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        self.check("num_key_value_heads rms_norm_eps rope_theta")
+        self.check()
         if self.head_dim is None:
             self.check_multiple("hidden_size", "num_attention_heads")
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.head_dim < 2 or self.head_dim % 2:
+        if self.head_dim % 2:
             raise ValueError(f"LlamaConfig: head_dim must be a positive even number, got {self.head_dim!r}.")
         self.check_multiple("num_attention_heads", "num_key_value_heads")
         if self.model_type == "qwen2" and (self.attention_bias or self.mlp_bias):
