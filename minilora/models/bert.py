@@ -192,7 +192,7 @@ class BertLayer(Layer):
         dh: Any = inter.dense.backward(dm, s_dense_i, need_dx=at_h)
         if not at_h:
             return None
-        dh = K.add(dz_2, dh)  #                                          h feeds z_2 twice: directly, and through m
+        dh = K.add(dz_2, dh)  #                                         h feeds z_2 twice: directly, and through m
 
         dz_1: Any = out_1.LayerNorm.backward(dh, s_ln_1, need_dx=at_z_1)  # h = LN_1(z_1)
         if not at_z_1:
