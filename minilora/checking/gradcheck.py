@@ -61,7 +61,7 @@ def gradcheck(layer: Any, x: Array, *, tol: float = 1e-7, seed: int = 0, max_coo
     with np.errstate(all="ignore"):  # values that are not finite are reported by name
         try:
             check = Check(layer, x, tol, seed, max_coordinates, forward)
-            entries += check.gradients()
+            entries += check.comparisons()
             wrong = {e.name for e in entries if e.verdict(tol) != "ok"}  # one entry each is enough
             entries += [e for e in check.contract() if e.name not in wrong]
         except Broken as broken:
@@ -150,13 +150,9 @@ class Check:
         for p in self.params.values():
             p.grad = None
 
-    def once(self) -> dict[str, Any]:
-        """The analytic gradients of a backward right after its forward."""
-        return self.collect(self.backward(self.forward()[1]))
-
-    def collect(self, dx: Any) -> dict[str, Any]:
-        """{name: gradient} of everything that is checked, copied."""
-        self.input.grad = dx
+    def gradients(self, saved: Any) -> dict[str, Any]:
+        """{name: analytic gradient} of everything that is checked, copied."""
+        self.input.grad = self.backward(saved)
         return {name: p.grad.copy() if hasattr(p.grad, "copy") else p.grad for name, p in self.checked.items()}
 
     def analyse(self) -> None:
@@ -167,9 +163,9 @@ class Check:
         self.c = self.draw(y.shape)
         if not relative_error(to_numpy(self.forward()[0]), to_numpy(y), 0) < 1e-9:
             raise Broken(Entry("forward", "returns another y for the same x: it draws random numbers, or keeps state"))
-        self.alone = self.once()
+        self.alone = self.gradients(self.forward()[1])
         self.moved({name: p.data for name, p in self.checked.items()}, -0.1)
-        self.analytic = self.collect(self.backward(saved))
+        self.analytic = self.gradients(saved)
         self.rounding = _ROUNDING * float(np.finfo(np.float64).eps) * float(abs(self.c * y).sum())
 
     # -- finite differences -------------------------------------------------------------------------------------------
@@ -193,34 +189,31 @@ class Check:
         """That of L along a direction."""
         return derivative(lambda t: self.moved(direction, t), self.c, self.rounding)
 
-    def coordinates(self, name: str) -> np.ndarray:
-        """All, or `max_coordinates` of them: half at random, half where the analytic gradient is largest."""
-        size, most, g = self.checked[name].data.size, self.max_coordinates, self.analytic[name]
-        if size <= most:
-            return np.arange(size)
-        at = self.rng.permutation(size)
-        if getattr(g, "size", None) == size:
-            largest = np.argsort(-abs(to_numpy(g).ravel()), kind="stable")[: most // 2]
-            at = np.concatenate([largest, at[~np.isin(at, largest)]])
-        return np.sort(at[:most])
-
     def numeric(self, name: str) -> tuple[np.ndarray, np.ndarray, float]:
-        """The checked coordinates, without those at a kink; the derivatives there, and the norm of their errors."""
-        value, scale = self.checked[name].data, self.scale(name)
-        at = self.coordinates(name)
+        """Coordinates without those at a kink, the derivatives there, and the norm of their errors.
+
+        At most `max_coordinates`: half where the analytic gradient is largest, half at random.
+        """
+        value, scale, g = self.checked[name].data, self.scale(name), self.analytic[name]
+        at = np.arange(value.size)
+        if len(at) > self.max_coordinates:
+            at = self.rng.permutation(value.size)
+            if getattr(g, "size", None) == value.size:
+                largest = np.argsort(-abs(to_numpy(g).ravel()), kind="stable")[: self.max_coordinates // 2]
+                at = np.concatenate([largest, at[~np.isin(at, largest)]])
+            at = np.sort(at[: self.max_coordinates])
         found = []
         for i in at:
             one = np.zeros(value.size)
             one[i] = scale
             found.append(self.derivative({name: to_backend(one.reshape(value.shape), self.home)}))
-        kink = np.array([d.kink for d in found], dtype=bool)
-        self.kinks[name] = at[kink]
-        values, noise = (np.array([getattr(d, field) for d in found])[~kink] / scale for field in ("value", "error"))
-        return at[~kink], values, float(np.linalg.norm(noise))
+        values, errors, kinks = (np.array(column) for column in zip(*found, strict=True))
+        self.kinks[name] = at[kinks]
+        return at[~kinks], values[~kinks] / scale, float(np.linalg.norm(errors[~kinks] / scale))
 
     # -- comparisons --------------------------------------------------------------------------------------------------
 
-    def gradients(self) -> Iterator[Entry]:
+    def comparisons(self) -> Iterator[Entry]:
         numeric = {name: self.numeric(name) for name in self.checked}
         norms = [float(np.linalg.norm(n)) * self.scale(name) for name, (_, n, _) in numeric.items()]
         self.largest = max((n for n in norms if np.isfinite(n)), default=0.0)
@@ -255,7 +248,8 @@ class Check:
         skipped = len(self.kinks[name])
         if entry.verdict(self.tol) == "WRONG":
             precision = max(0.01 * self.tol, entry.precision)
-            entry.remark = diagnose(name, g, n, at, precision, to_numpy(self.c), self.alone[name], lambda: self.once()[name])
+            alone = self.alone[name], lambda: self.gradients(self.forward()[1])[name]
+            entry.remark = diagnose(name, g, n, at, precision, to_numpy(self.c), *alone)
         elif not size:
             entry.remark = "every gradient is zero here; choose another x"
         elif skipped:
