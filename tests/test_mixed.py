@@ -16,7 +16,7 @@ from minilora.cli import main
 from minilora.data.batches import Batch
 from minilora.formats.atomic import read_json
 from minilora.kernels import cuda
-from minilora.models.cache import KVCache
+from minilora.models.attention import KVCache
 from minilora.models.generate import generate
 from minilora.optim.flat import clip_grad_norm
 from minilora.quantization.half import to_half_precision
