@@ -169,7 +169,7 @@ def test_gradcheck_prints_a_table_and_fails_on_a_wrong_gradient(capsys, monkeypa
     assert status == 0
     assert "Linear" in out
     assert "all 1 agree" in out
-    monkeypatch.setattr("minilora.functional.linear_backward", lambda dy, x, W, need: (dy @ W.T, 2 * x.T @ dy, dy.sum(axis=0)))
+    monkeypatch.setattr("minilora.kernels.linear_backward", lambda dy, saved, x, W, need: (dy @ W.T, 2 * x.T @ dy, dy.sum(axis=0)))
     status, out, err = run(capsys, "gradcheck", "--backend", "numpy")
     assert status == 1
     assert "is 2 times the true gradient" in out
@@ -270,7 +270,7 @@ BAD = {
     "adapter of another model": (adapter_of_another_model, "other weights"),
     "nothing to merge": (lambda d: ["merge", "pydoc", "--out", "m"], "pydoc has no adapter to merge"),
     "empty prompt": (lambda d: ["generate", "--prompt", "", "--backend", "numpy"], "the prompt is empty"),
-    "tokens below 0": (lambda d: ["generate", "--tokens", "-1", "--backend", "numpy"], "-1 tokens are to be written"),
+    "tokens below 0": (lambda d: ["generate", "--tokens", "-1", "--backend", "numpy"], "n is -1; it must be at least 0"),
     "prompt of a broken shell": (
         lambda d: ["generate", "--prompt", "a\udcff", "--backend", "numpy"],
         "unpaired surrogate at character 1",
