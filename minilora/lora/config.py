@@ -120,17 +120,7 @@ class LoraConfig:
 
     def targets(self, model: Layer, strict: bool = True) -> dict[str, Any]:
         """{path: layer} to adapt. Raises ValueError as `find_targets`, for a rank that does not fit and a pattern that matches nothing."""
-        head = getattr(model, "output_head", None) or ""
-        found = find_targets(
-            model,
-            self.target_modules,
-            exclude=self.exclude_modules,
-            blocks=self.layers_to_transform,  # type: ignore[arg-type]  # a list, or None, since __post_init__
-            blocks_in=self.layers_pattern,
-            saved=self.saved_modules,
-            adapt_head=head.endswith(CLASSIFIERS) and self.task_type != "SEQ_CLS",  # to PEFT, it is a head only with this task
-            strict=strict,
-        )
+        found = find_targets(model, self, strict)
         if strict:
             self._check_ranks_and_patterns(found)
         return found
