@@ -24,15 +24,7 @@ class Linear(Layer):
     layer saves nothing.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        rng: Rng = None,
-        dtype: Any = "float32",
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, rng: Rng = None, dtype: Any = "float32") -> None:
         if in_features < 1 or out_features < 1:
             raise ValueError(f"Linear({in_features}, {out_features}): both sizes must be at least 1.")
         rng = generator(rng)
