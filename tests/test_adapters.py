@@ -278,6 +278,6 @@ def test_bad_folders_leave_the_model_unchanged(case, tmp_path):
 def test_parameters_that_the_configuration_does_not_name_are_not_dropped_silently(tmp_path):
     model = injected("bert", "bottleneck")
     model.bert.pooler.unfreeze()
-    with pytest.raises(ValueError, match=r"bert\.pooler\.dense\.bias is trainable, but the configuration does not name it"):
+    with pytest.raises(ValueError, match=r"bert\.pooler\.dense\.weight is trainable, but the configuration does not name it"):
         ml.save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -13,8 +13,9 @@ import numpy as np
 from minilora.adapters.partial import PartialConfig
 from minilora.backend import Array, Rng, backend_name, generator
 from minilora.layers import GELU, Activation, Layer, Linear, ReLU, Saved, SiLU, Tanh
+from minilora.lora import LoraConfig
 from minilora.lora.layer import trained_dtype
-from minilora.lora.targets import CLASSIFIERS, find_targets
+from minilora.lora.targets import CLASSIFIERS, check_names
 
 PROJECTIONS = ("output.dense", "c_proj", "o_proj", "down_proj")  # into the residual stream, two a block: BERT, GPT-2, and both of Llama
 NON_LINEARITIES: dict[str, Callable[[], Activation]] = {
@@ -55,18 +56,18 @@ class BottleneckConfig(PartialConfig):
         if self.non_linearity not in NON_LINEARITIES:
             raise ValueError(f"BottleneckConfig: non_linearity is {self.non_linearity!r}; choose {', '.join(NON_LINEARITIES)}.")
         if self.target_modules is not None and not isinstance(self.target_modules, str):
-            self.target_modules = list(self.target_modules)
+            self.target_modules = check_names("BottleneckConfig", "target_modules", self.target_modules)
 
     def targets(self, model: Layer, strict: bool = True) -> dict[str, Any]:
-        """{path: Linear} to put a bottleneck after. Raises ValueError when a name matches no Linear."""
-        names, saved = self.target_modules, list(self.modules_to_save or ())
+        """{path: Linear} to put a bottleneck after."""
+        names = self.target_modules
         if names is None:
             names = [name for name in PROJECTIONS if any(f".{path}".endswith(f".{name}") for path, _ in model.modules())]
             if not names:
                 raise ValueError(f"target_modules: nothing here is called {' or '.join(PROJECTIONS)}; name the layers to adapt.")
-        if getattr(model, "output_head", "").endswith(CLASSIFIERS):
-            saved += CLASSIFIERS
-        found = find_targets(model, names, saved=saved, strict=strict)
+        task = "SEQ_CLS" if getattr(model, "output_head", "").endswith(CLASSIFIERS) else None  # whose head is fully trained
+        like = LoraConfig(r=1, target_modules=names, modules_to_save=self.modules_to_save, task_type=task)
+        found = like.targets(model, strict)
         if odd := sorted(path for path, layer in found.items() if not isinstance(layer, Linear)):
             raise ValueError(f"target_modules: {odd[0]} is not linear, but {type(found[odd[0]]).__name__}; a bottleneck follows a Linear.")
         return found
@@ -78,8 +79,8 @@ class BottleneckConfig(PartialConfig):
 
     @property
     def method(self) -> str:
-        full = self._full()
-        return f"bottleneck adapters, reduction {self.reduction_factor:g}" + (f", with {', '.join(full)}" if full else "")
+        full = ", ".join(self._full())
+        return f"bottleneck adapters, reduction {self.reduction_factor:g}" + (f", with {full}" if full else "")
 
 
 class BottleneckLinear(Linear):

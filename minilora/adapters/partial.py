@@ -38,15 +38,13 @@ class PartialConfig:
                 raise ValueError(f"{name}: train names {kind!r}; choose from {', '.join(KINDS)}, or name it in modules_to_save.")
 
     def targets(self, model: Layer, strict: bool = True) -> dict[str, Any]:
-        """{path: layer} to replace: none."""
         return {}
 
     def adapters(self, model: Layer, targets: dict[str, Any], rng: Any, train_step: Callable[[], Any] | None) -> tuple[Any, dict[str, Any]]:
-        """This configuration, and {path: the layer that replaces the target}."""
         return self, {}
 
     def trained(self, model: Layer, adapted: Collection[str], strict: bool = True) -> set[str]:
-        """The paths of the model's own parameters that are trained. Raises ValueError when a name matches nothing."""
+        """The paths of the model's own parameters that are trained. Raises ValueError when a name, or one of `train`, matches nothing."""
         modules = dict(model.modules())
         head = getattr(model, "output_head", None)
         full = list(find_modules(model, self.modules_to_save or ()))
@@ -56,16 +54,15 @@ class PartialConfig:
                 raise ValueError(f"train: this model {why}; name what to train in modules_to_save.")
             full.append(head)
         if "norm" in self.train:
-            norms = [path for path, layer in modules.items() if isinstance(layer, (LayerNorm, RMSNorm))]
+            full += (norms := [path for path, layer in modules.items() if isinstance(layer, (LayerNorm, RMSNorm))])
             if not norms:
                 raise ValueError("train: this model has no layer norm.")
-            full += norms
         paths = {f"{path}.{name}" for path in full for name, _ in modules[path].parameters()}
-        if "bias" in self.train:
-            if not (found := biases(model)):
-                raise ValueError("train: this model has no bias.")
-            paths |= found
-        return paths
+        if "bias" not in self.train:
+            return paths
+        if not (found := biases(model)):
+            raise ValueError("train: this model has no bias.")
+        return paths | found
 
     @property
     def method(self) -> str:

@@ -33,12 +33,8 @@ class PerSequence(Layer):
         y: Array | None = None
         saves: list[Saved | None] = []
         for layer, rows in zip(self.layers, self._rows(x), strict=True):
-            if rows.size == 0:
-                saves.append(None)
-                continue
-            part, saved = layer.forward(x[rows], keep, need_dx)
-            y = get_xp(part).empty((len(x), part.shape[1]), dtype=part.dtype) if y is None else y
-            y[rows] = part
+            part, saved = layer.forward(x[rows], keep, need_dx) if rows.size else (None, None)
+            y = self._placed(part, rows, y, len(x))
             saves.append(saved)
         return y, self.save(need_dx, saves) if keep else None
 
@@ -46,13 +42,18 @@ class PerSequence(Layer):
         (saves,) = self.load(saved, need_dx)
         dx = None
         for layer, rows, s in zip(self.layers, self._rows(dy), saves, strict=True):
-            if rows.size == 0:
-                continue
-            part = layer.backward(dy[rows], s, need_dx)  # y[rows] = f_k(x[rows])
-            if part is not None:
-                dx = get_xp(part).empty((len(dy), part.shape[1]), dtype=part.dtype) if dx is None else dx
-                dx[rows] = part
+            part = layer.backward(dy[rows], s, need_dx) if rows.size else None  # y[rows] = f_k(x[rows])
+            dx = self._placed(part, rows, dx, len(dy))
         return dx
+
+    @staticmethod
+    def _placed(part: Array | None, rows: Array, y: Array | None, T: int) -> Array | None:
+        """y (T, n), made when it is None, with `part` in these rows."""
+        if part is None:
+            return y
+        y = get_xp(part).empty((T, part.shape[1]), dtype=part.dtype) if y is None else y
+        y[rows] = part
+        return y
 
     def _rows(self, x: Array) -> list[Array]:
         """The rows of each layer, on the device of x."""

@@ -84,18 +84,23 @@ class LoraConfig:
                 raise ValueError(f"{who}: {name} is {getattr(self, name)!r}; choose {', '.join(first)} or {last}.")
         check_initialiser(self.init_lora_weights, {name: value for name, value in vars(self).items() if name.endswith("_config")})
         self._check_names(who)
-        self._check_layers(who)
 
     def _check_names(self, who: str) -> None:
-        """Turn collections of names into lists, and check names and expressions."""
+        """Turn what names layers into lists, and check names, expressions and what goes together."""
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             self.target_modules = "all-linear"
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if value is not None and (name == "modules_to_save" or not isinstance(value, str)):
                 setattr(self, name, check_names(who, name, value))
+        if isinstance(self.layers_to_transform, int):
+            self.layers_to_transform = [self.layers_to_transform]
         if not self.target_modules:
             raise ValueError(f"{who}: target_modules is empty; name at least one module, or 'all-linear'.")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(f"{who}: layers_to_transform needs a list of names in target_modules, which is {self.target_modules!r}.")
+        if self.layers_to_transform is None and self.layers_pattern:
+            raise ValueError(f"{who}: layers_pattern says where layers_to_transform counts, which is missing.")
         for name in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_pattern"):
             value = getattr(self, name) or ()
             for expression in [value] if isinstance(value, str) else value:
@@ -104,35 +109,17 @@ class LoraConfig:
                 except (re.error, TypeError) as error:
                     raise ValueError(f"{who}: {name}={expression!r} is not a regular expression ({error}).") from None
 
-    def _check_layers(self, who: str) -> None:
-        """Check that layers_to_transform and layers_pattern come with a list of names."""
-        for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise ValueError(f"{who}: {name} needs a list of names in target_modules, which is {self.target_modules!r}.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(f"{who}: layers_pattern says where layers_to_transform counts, which is missing.")
-        if isinstance(self.layers_to_transform, int):
-            self.layers_to_transform = [self.layers_to_transform]
-        if not all(type(block) is int for block in self.layers_to_transform or ()):
-            raise ValueError(f"{who}: layers_to_transform is {self.layers_to_transform!r}; it must hold numbers of blocks.")
-
-    # -- what `inject` asks for (see Config in injection.py) --------------------------------------------------------------------------
-
     def targets(self, model: Layer, strict: bool = True) -> dict[str, Any]:
         """{path: layer} to adapt. Raises ValueError as `find_targets`, for a rank that does not fit and a pattern that matches nothing."""
-        head = getattr(model, "output_head", None) or ""
-        found = find_targets(
-            model,
-            self.target_modules,
-            exclude=self.exclude_modules,
-            blocks=self.layers_to_transform,  # type: ignore[arg-type]  # a list, or None, since __post_init__
-            blocks_in=self.layers_pattern,
-            saved=self.saved_modules,
-            adapt_head=head.endswith(CLASSIFIERS) and self.task_type != "SEQ_CLS",  # to PEFT, it is a head only with this task
-            strict=strict,
-        )
-        if strict:
-            self._check_ranks_and_patterns(found)
+        found = find_targets(model, self, strict)
+        for path, layer in found.items() if strict else ():
+            r, (m, n) = self.rank_of(path), layer.weight.data.shape
+            if r > min(m, n):
+                advice = "; task_type='SEQ_CLS' fully trains a classifier's head" if path.endswith(CLASSIFIERS) else ""
+                raise ValueError(f"inject: rank {r} is beyond {path}, which is {m} x {n}{advice}.")
+        for name in ("rank_pattern", "alpha_pattern") if strict else ():
+            if idle := [key for key in getattr(self, name) if not any(fits(key, path) for path in found)]:
+                raise ValueError(f"{name}: {idle[0]!r} matches none of the adapted layers; {nearest(idle[0], found)}.")
         return found
 
     def full_modules(self, model: Layer, strict: bool = True) -> dict[str, Layer]:
@@ -179,8 +166,6 @@ class LoraConfig:
         """The field that selects a variant, or ""."""
         return next((name for name in VARIANTS if name and getattr(self, name)), "")
 
-    # -- single layers ------------------------------------------------------------------------------------------------------------
-
     @property
     def saved_modules(self) -> list[str]:
         """modules_to_save, and the names of a classifier's head with task_type "SEQ_CLS"."""
@@ -202,14 +187,3 @@ class LoraConfig:
     def alpha_of(self, path: str) -> float:
         """lora_alpha, or the exception that alpha_pattern makes for this path."""
         return next((alpha for key, alpha in self.alpha_pattern.items() if fits(key, path)), self.lora_alpha)
-
-    def _check_ranks_and_patterns(self, targets: dict[str, Any]) -> None:
-        for path, layer in targets.items():
-            r, (m, n) = self.rank_of(path), layer.weight.data.shape
-            if r > min(m, n):
-                advice = "; task_type='SEQ_CLS' fully trains a classifier's head" if path.endswith(CLASSIFIERS) else ""
-                raise ValueError(f"inject: rank {r} is beyond {path}, which is {m} x {n}{advice}.")
-        for name in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self, name):
-                if not any(fits(key, path) for path in targets):
-                    raise ValueError(f"{name}: {key!r} matches none of the adapted layers; {nearest(key, targets)}.")

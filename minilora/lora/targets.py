@@ -23,44 +23,29 @@ from minilora.lora.layer import INSTEAD
 CLASSIFIERS = ("classifier", "score")  # what transformers calls the head of its sequence classifiers
 
 
-def find_targets(
-    model: Layer,
-    names: str | Sequence[str],
-    *,
-    exclude: str | Sequence[str] | None = None,
-    blocks: Collection[int] | None = None,
-    blocks_in: str | Sequence[str] | None = None,
-    saved: Sequence[str] = (),
-    adapt_head: bool = False,
-    strict: bool = True,
-) -> dict[str, Any]:
-    """{path: Linear or Embedding} that `names` names, as in target_modules, less those that `exclude` names.
-
-    blocks       the numbers of the blocks to adapt, None for all; blocks_in is the name of the list in which they count
-    saved        names of fully trained modules (modules_to_save), which are never adapted
-    adapt_head   "all-linear" includes the output head
-    strict       every name must match something
+def find_targets(model: Layer, config: Any, strict: bool = True) -> dict[str, Any]:
+    """{path: Linear or Embedding} that a LoraConfig adapts. strict: every name must match something.
 
     Raises ValueError when a name matches nothing, when nothing is left, or for a layer of another type.
     """
-    modules = _modules(model)
+    modules, names, exclude, blocks = _modules(model), config.target_modules, config.exclude_modules or (), config.layers_to_transform
     linears = [path for path, layer in modules.items() if isinstance(layer, Linear)]
     if names == "all-linear":
-        head = None if adapt_head else getattr(model, "output_head", None)
-        named = [path for path in linears if path != head]
+        head = getattr(model, "output_head", None) or ""
+        is_head = not head.endswith(CLASSIFIERS) or config.task_type == "SEQ_CLS"  # to PEFT, a classifier's is one only with this task
+        named = [path for path in linears if path != head or not is_head]
     else:
         named = [path for path in modules if _is_named(path, names)]
         if blocks:
-            named = [path for path in named if path in names or _in_blocks(path, blocks, blocks_in)]
+            named = [path for path in named if path in names or _in_blocks(path, blocks, config.layers_pattern)]
         if (unknown := _unmatched(names, modules)) and (strict or not named):
             what = f"matches {names!r}; there are {_examples(linears)}"
             if not isinstance(names, str):
                 what = f"is called {unknown[0]!r}; {nearest(unknown[0], linears)}"
             raise ValueError(f"target_modules: no linear layer {what}.")
-    exclude = exclude or ()
     if strict and (unknown := _unmatched(exclude, modules)):
         raise ValueError(f"exclude_modules: {unknown[0]!r} matches no module, so there is nothing to exclude.")
-    found = {path: modules[path] for path in named if not _is_named(path, exclude) and not _lies_in(path, saved)}
+    found = {path: modules[path] for path in named if not _is_named(path, exclude) and not _lies_in(path, config.saved_modules)}
     if not found:
         raise ValueError("target_modules: no linear layer is left to adapt after exclude_modules, modules_to_save and layers_to_transform.")
     for path, layer in sorted(found.items()):

@@ -61,10 +61,11 @@ def _initial(layer: Any, rng: np.random.Generator, G: Array, path: str, directio
     if 2 * r > min(G.shape):
         raise ValueError(f"lora_ga: rank {r} needs {2 * r} singular vectors, {path} has a gradient of {G.shape[0]} x {G.shape[1]}.")
     U, S, Vt = xp.linalg.svd(G, full_matrices=False)
-    drawn = [int(i) for i in rng.permutation(2 * r)[:r]] if direction == "random" else []
-    first, second, even, odd = list(range(r)), list(range(r, 2 * r)), list(range(0, 2 * r, 2)), list(range(1, 2 * r, 2))
-    of_A, of_B = {"ArB2r": (first, second), "A2rBr": (second, first), "ArBr": (odd, even), "random": (drawn, drawn)}[direction]
-    of_A, of_B = xp.asarray(of_A), xp.asarray(of_B)
+    if direction == "random":
+        of_A = of_B = xp.asarray(rng.permutation(2 * r)[:r])
+    else:
+        first, second, even, odd = slice(r), slice(r, 2 * r), slice(0, 2 * r, 2), slice(1, 2 * r, 2)
+        of_A, of_B = {"ArB2r": (first, second), "A2rBr": (second, first), "ArBr": (odd, even)}[direction]
     A, B = U[:, of_A], S[of_B][:, None] * Vt[of_B]
     if scale == "stable":
         B = B * (layer.out_features**0.25 / gamma**0.5)

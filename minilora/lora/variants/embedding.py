@@ -17,6 +17,8 @@ from minilora.layers import Embedding, Parameter, Saved
 from minilora.layers.base import needed
 from minilora.lora.layer import Adapted, check_float32, scaling
 
+INITIALISERS = (True, False, "gaussian")
+
 
 def lora_embedding(ids: Array, E: Array, A: Array, B: Array, s: float) -> tuple[Array, Array]:
     """y_t = E[ids_t] + s u_t B,   saved u_t = A[ids_t].
@@ -63,12 +65,12 @@ class LoRAEmbedding(Adapted, Embedding):
     ) -> None:
         if r < 1:
             raise ValueError(f"LoRAEmbedding: rank {r} must be at least 1.")
-        if init not in (True, False, "gaussian"):
+        if init not in INITIALISERS:
             raise ValueError(f"LoRAEmbedding: init is {init!r}; choose True, 'gaussian' or False for an embedding.")
         check_float32(base.weight.data, "LoRA on an embedding")
         self.weight, self.padding_idx, rng = base.weight, base.padding_idx, generator(rng)
         self.weight.trainable = False
-        self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
+        self.r, self.alpha, self.scaling = r, alpha, scaling(alpha, r, use_rslora)
         (V, d), home, dtype = base.weight.data.shape, backend_name(base.weight.data), base.weight.data.dtype
         A, B = rng.standard_normal((V, r)) * (init is False), rng.standard_normal((r, d))
         self.lora_embedding_A, self.lora_embedding_B = (Parameter(to_backend(value, home, dtype)) for value in (A, B))
@@ -76,13 +78,9 @@ class LoRAEmbedding(Adapted, Embedding):
     @classmethod
     def of(cls, base: Embedding, config: Any, path: str, init: Any, rng: Rng = None) -> LoRAEmbedding:
         """The layer for `path` of a model, by a LoraConfig."""
-        if config.init_lora_weights not in (True, False, "gaussian"):
+        if config.init_lora_weights not in INITIALISERS:
             raise ValueError(f"init_lora_weights={config.init_lora_weights!r} is for linear layers; {path} is of type Embedding.")
         return cls(base, config.rank_of(path), config.alpha_of(path), config.use_rslora, config.init_lora_weights, rng)
-
-    @property
-    def scaling(self) -> float:
-        return scaling(self.alpha, self.r, self.use_rslora)
 
     def delta(self) -> Array:
         """scaling A B, (num_embeddings, embedding_dim)."""

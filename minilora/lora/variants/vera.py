@@ -21,6 +21,7 @@ from minilora.layers import Layer, Linear, Parameter
 from minilora.layers.base import needed
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import AdaptedLinear, check_float32
+from minilora.lora.targets import find_targets
 
 _OF_LORA = """lora_alpha lora_dropout use_rslora use_dora init_lora_weights eva_config lora_ga_config loftq_config rank_pattern
     alpha_pattern exclude_modules""".split()
@@ -99,6 +100,9 @@ class VeraConfig(LoraConfig):
         if not isinstance(self.d_initial, (int, float)) or not math.isfinite(self.d_initial):
             raise ValueError(f"VeraConfig: d_initial is {self.d_initial!r}; it must be a number.")
 
+    def targets(self, model: Layer, strict: bool = True) -> dict[str, Any]:
+        return find_targets(model, self, strict)  # the rank may be beyond min(in, out)
+
     def adapters(self, model: Layer, targets: dict[str, Any], rng: Any, train_step: Callable[[], Any] | None) -> tuple[Any, dict[str, Any]]:
         classes = {path: self.layer_class(layer) for path, layer in targets.items()}
         m, n = (max(layer.weight.data.shape[i] for layer in targets.values()) for i in (0, 1))
@@ -111,9 +115,6 @@ class VeraConfig(LoraConfig):
     @property
     def method(self) -> str:
         return "VeRA"
-
-    def _check_ranks_and_patterns(self, targets: dict[str, Any]) -> None:
-        """The rank may be beyond min(in, out), and there are no patterns."""
 
 
 class Projections:
