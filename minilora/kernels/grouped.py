@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora import functional as F
 from minilora.backend import Array, get_xp, kept_on_device
+from minilora.functional.attention import bounds_of, check_attention
 from minilora.kernels.cuda import attention as on_gpu
 from minilora.kernels.numpy import attention as on_cpu
 
@@ -62,9 +62,9 @@ def attention(
 ) -> tuple[Array, list]:
     """As functional.attention. Saved: for each group and block of queries E and 1 / sum, or None where they are computed again."""
     xp, G, steps = get_xp(q, k, v), n_kv_head or n_head, _steps(q)
-    F.check_attention(q, k, v, n_head, G, offsets, rows)
+    check_attention(q, k, v, n_head, G, offsets, rows)
     o, saved = xp.empty(q.shape, dtype=q.dtype), []
-    for group in _groups(F.bounds_of(offsets, len(k)), rows, causal, n_head, xp):
+    for group in _groups(bounds_of(offsets, len(k)), rows, causal, n_head, xp):
         sizes = len(group.limit), G, k.shape[1] // G
         Q, K, V = _take(q, group.queries, *sizes), _take(k, group.keys, *sizes), _take(v, group.keys, *sizes)
         O = _room(o, group.queries, *sizes)
@@ -102,7 +102,7 @@ def attention_backward(
     unread = xp.empty if rows is None else xp.zeros  # a sequence without a query gets no gradient
     dq = xp.empty(q.shape, dtype=q.dtype) if "dq" in need else None
     dk, dv = (unread(k.shape, dtype=k.dtype) if name in need else None for name in ("dk", "dv"))
-    groups = _groups(F.bounds_of(offsets, len(k)), rows, saved[0][0], n_head, xp) if saved else []
+    groups = _groups(bounds_of(offsets, len(k)), rows, saved[0][0], n_head, xp) if saved else []
     for group, (_, parts) in zip(groups, saved, strict=True):
         sizes = len(group.limit), G, k.shape[1] // G
         Q, K, V = _take(q, group.queries, *sizes), _take(k, group.keys, *sizes), _take(v, group.keys, *sizes)
@@ -128,13 +128,10 @@ def attention_backward(
                 _collect(dK, steps.product(dS.swapaxes(2, 3), Q_at), i == 0)  #     S = Q_at @ K^T
             if dQ is not None:
                 part = steps.product(dS, K[:, :, 0, :e])
-                xp.multiply(part.reshape(dQ[..., at, :].shape), _scale(Q), out=dQ[..., at, :])
-        if dQ is not None:
-            _put(dQ, dq, group.queries)
-        if dK is not None:
-            _put(dK, dk, group.keys)
-        if dV is not None:
-            _put(dV, dv, group.keys)
+                xp.multiply(part.reshape(dQ[..., at, :].shape), 1 / math.sqrt(Q.shape[-1]), out=dQ[..., at, :])
+        for part, x, places in ((dQ, dq, group.queries), (dK, dk, group.keys), (dV, dv, group.keys)):
+            if part is not None:
+                _put(part, x, places)
     return dq, dk, dv
 
 
@@ -248,11 +245,7 @@ def _put(part: Array, x: Array, places: Places) -> None:
         x[index[places.own]] = rows[places.own]
 
 
-def _scale(Q: Array) -> float:
-    return 1 / math.sqrt(Q.shape[-1])
-
-
 def _scaled(Q: Array) -> Array:
     """Q / sqrt d, (n, G, H / G t, d): the heads of a group stacked."""
     n, G, _, _, d = Q.shape
-    return (Q * _scale(Q)).astype(Q.dtype, copy=False).reshape(n, G, -1, d)
+    return (Q * (1 / math.sqrt(d))).astype(Q.dtype, copy=False).reshape(n, G, -1, d)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora import functional as F
 from minilora.backend import Array, get_xp, kept_on_device
+from minilora.functional.attention import bounds_of, check_attention
 from minilora.kernels import cuda
 from minilora.kernels.cuda.blas import tf32
 
@@ -71,8 +71,8 @@ def attention(
 ) -> tuple[Array, Saved]:
     """As functional.attention."""
     xp, G = get_xp(q), n_kv_head or n_head
-    F.check_attention(q, k, v, n_head, G, offsets, rows)
-    tiles, sizes = _tiles(F.bounds_of(offsets, len(k)), rows, causal, xp), _sizes(q, n_head)
+    check_attention(q, k, v, n_head, G, offsets, rows)
+    tiles, sizes = _tiles(bounds_of(offsets, len(k)), rows, causal, xp), _sizes(q, n_head)
     o, log_sum = xp.empty(q.shape, dtype=q.dtype), xp.empty((len(q), n_head), dtype=xp.float32)
     args = (q, k, v, tiles.of_queries, tiles.limit, *_numbers(q, k, v, n_head, G))
     _launch("flash_forward", len(tiles.of_queries) * n_head, sizes, 1, 1, q, (*args, o, log_sum))
@@ -95,7 +95,7 @@ def attention_backward(
     """As functional.attention_backward. The gradients are new, or written `into` arrays, whose rows may lie apart."""
     xp, G = get_xp(q), n_kv_head or n_head
     do = xp.ascontiguousarray(do)
-    tiles, sizes = _tiles(F.bounds_of(offsets, len(k)), rows, saved.causal, xp), _sizes(q, n_head)
+    tiles, sizes = _tiles(bounds_of(offsets, len(k)), rows, saved.causal, xp), _sizes(q, n_head)
     numbers = _numbers(q, k, v, n_head, G)
     delta = xp.empty(saved.log_sum.shape, dtype=xp.float32)
     dq, dk, dv = into
