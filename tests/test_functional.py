@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora import functional as F
-from minilora.functional.activations import erf
+from minilora.functional.gelu import erf
 
 
 def test_erf_is_exact_to_rounding(on):

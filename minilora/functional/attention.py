@@ -91,7 +91,7 @@ def attention_backward(
         if dq is None and dk is None:
             continue
         dS = softmax_backward(dO @ V.transpose(0, 2, 1), P)  #      P = softmax(S)
-        dS *= _scale(Q)  #                                          S = Q @ K^T * scale
+        dS *= 1 / math.sqrt(Q.shape[-1])  #                         S = Q @ K^T / sqrt d
         if dq is not None:
             dq[at] = _columns(dS @ K, n_head)
         if dk is not None:
@@ -149,7 +149,7 @@ def _probabilities(Q: Array, K: Array, n_head: int, causal: bool, places: np.nda
 
     causal: a query sees the keys up to its own place; the places (t,) are 0, 1, 2, ... by default.
     """
-    S = (Q @ K.transpose(0, 2, 1)) * _scale(Q)
+    S = (Q @ K.transpose(0, 2, 1)) * (1 / math.sqrt(Q.shape[-1]))
     if causal:
         xp, s = get_xp(S), S.shape[2]
         place = xp.arange(s) if places is None else as_like(places, S)
@@ -168,7 +168,3 @@ def _columns(x: Array, n_head: int) -> Array:
     """(G, n t, d) -> (t, H d), the inverse of `_heads`."""
     d = x.shape[2]
     return x.reshape(n_head, -1, d).transpose(1, 0, 2).reshape(-1, n_head * d)
-
-
-def _scale(Q: Array) -> float:
-    return 1 / math.sqrt(Q.shape[-1])

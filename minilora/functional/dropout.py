@@ -25,9 +25,20 @@ def dropout_backward(dy: Array, p: float, key: int) -> Array:
 
 
 def dropout_mask(shape: tuple[int, ...], p: float, key: int, xp: Any, dtype: Any) -> Array:
-    """An array of 0 (probability p) and 1 / (1 - p), a pure function of (shape, p, key)."""
+    """An array of 0 (probability p) and 1 / (1 - p), a pure function of (shape, p, key).
+
+    Its bits are the finaliser of SplitMix64 applied to the counters key, key + 1, ... (Steele, Lea, Flood, "Fast splittable pseudorandom
+    number generators", 2014). Integer arithmetic modulo 2^64 is the same everywhere, so NumPy and CuPy agree to the bit.
+    """
     check_p(p)
-    u = random_bits(math.prod(shape), key, xp) >> np.uint64(40)  # 24 uniform bits: 0 <= u < 2^24
+    z = xp.arange(math.prod(shape), dtype=xp.uint64) + np.uint64(key % 2**64)
+    z *= np.uint64(0x9E3779B97F4A7C15)
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    u = z >> np.uint64(40)  # 24 uniform bits: 0 <= u < 2^24
     kept = (u >= round(p * 2**24)).reshape(shape)
     return kept.astype(dtype) * (1 / (1 - p))
 
@@ -36,19 +47,3 @@ def check_p(p: float) -> None:
     """Raise ValueError unless 0 <= p < 1."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout: p is {p}; it must be at least 0 and below 1.")
-
-
-def random_bits(n: int, key: int, xp: Any) -> Array:
-    """n uniform 64-bit integers: the finaliser of SplitMix64 applied to the counters key, key + 1, ...
-
-    (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.) Integer arithmetic modulo 2^64
-    is the same everywhere, so NumPy and CuPy agree to the bit and a mask needs no transfer.
-    """
-    z = xp.arange(n, dtype=xp.uint64) + np.uint64(key % 2**64)
-    z *= np.uint64(0x9E3779B97F4A7C15)
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return z

@@ -12,7 +12,8 @@ from typing import Any
 
 from minilora import functional as F
 from minilora.backend import Array, get_xp
-from minilora.kernels import cuda, grouped
+from minilora.kernels import cuda
+from minilora.kernels.cuda import attention as cu_attention
 from minilora.kernels.cuda import flash
 from minilora.kernels.cuda import linear as cu_linear
 from minilora.kernels.cuda import losses as cu_losses
@@ -21,6 +22,7 @@ from minilora.kernels.cuda import pointwise as cu_pointwise
 from minilora.kernels.dispatch import ANY, Kernel, function, operation
 from minilora.kernels.dispatch import TABLE as TABLE
 from minilora.kernels.half import upcast as upcast
+from minilora.kernels.numpy import attention as np_attention
 from minilora.kernels.numpy import lora as np_lora
 from minilora.kernels.numpy import losses as np_losses
 from minilora.kernels.numpy import norm as np_norm
@@ -78,10 +80,11 @@ rotary, rotary_backward = operation("rotary", F.rotary, F.rotary_backward,
 dropout, dropout_backward = operation("dropout", F.dropout, F.dropout_backward,
     CUDA(cu_pointwise.dropout, cu_pointwise.dropout_backward, "the mask is drawn and applied in one launch"))
 attention, attention_backward = operation("attention", F.attention, F.attention_backward,
-    NUMPY(grouped.attention, grouped.attention_backward, "many short sequences at once, half of a causal square"),
+    NUMPY(np_attention.attention, np_attention.attention_backward, "many short sequences at once, half of a causal square"),
     CUDA(flash.attention, flash.attention_backward, "tensor cores, without scores in memory",
          fits=flash.fits, when="half precision, or float32 with CUPY_TF32=1; heads of 32, 64 or 128"),
-    CUDA(grouped.attention, grouped.attention_backward, "many short sequences at once", fits=cuda.agree(3), when=DTYPES),
+    CUDA(cu_attention.attention, cu_attention.attention_backward, "many short sequences at once",
+         fits=cuda.agree(3), when=DTYPES),
     saves="saved", activations=(0, 1, 2))
 # without a backward
 add = function("add", operator.add, CUDA(cu_pointwise.add, None, "16 bytes a thread", fits=cu_pointwise.of_two, when=DTYPES), dtypes=ANY)

@@ -1,6 +1,10 @@
 """Attention that takes many short sequences at once, and long ones in blocks of queries.
 
-The steps that NumPy and CUDA take in different ways are in numpy/attention.py and cuda/attention.py, under the same names.
+The steps that NumPy and CUDA take in different ways are in numpy/attention.py and cuda/attention.py; `steps` is one of these modules:
+
+    product, scores    a @ b of stacked matrices; scores gives float32 of half precision
+    weights            (S, group.seen of the queries, dtype of Q) -> E (n, G, H / G t, e) and 1 / sum (..., 1), or P and None
+    through_softmax    (dS, E, 1 / sum) -> E (dS - D')
 
 Sequences of about one length make a group: their matrices are stacked in one (n, G, t, s) array, the shorter ones padded. A block of
 queries sees the keys up to the last that one of them may see, so that half of a causal square is never computed.
@@ -21,10 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora import functional as F
 from minilora.backend import Array, get_xp, kept_on_device
-from minilora.kernels.cuda import attention as on_gpu
-from minilora.kernels.numpy import attention as on_cpu
+from minilora.functional.attention import bounds_of, check_attention
 
 QUERIES = 128  # in a block, at most
 SCORES = 2**21  # in a block, or a group: at most about so many
@@ -50,6 +52,7 @@ class Group(NamedTuple):
 
 
 def attention(
+    steps: Any,
     q: Array,
     k: Array,
     v: Array,
@@ -61,16 +64,16 @@ def attention(
     rows: np.ndarray | None = None,
 ) -> tuple[Array, list]:
     """As functional.attention. Saved: for each group and block of queries E and 1 / sum, or None where they are computed again."""
-    xp, G, steps = get_xp(q, k, v), n_kv_head or n_head, _steps(q)
-    F.check_attention(q, k, v, n_head, G, offsets, rows)
+    xp, G = get_xp(q, k, v), n_kv_head or n_head
+    check_attention(q, k, v, n_head, G, offsets, rows)
     o, saved = xp.empty(q.shape, dtype=q.dtype), []
-    for group in _groups(F.bounds_of(offsets, len(k)), rows, causal, n_head, xp):
+    for group in _groups(bounds_of(offsets, len(k)), rows, causal, n_head, xp):
         sizes = len(group.limit), G, k.shape[1] // G
         Q, K, V = _take(q, group.queries, *sizes), _take(k, group.keys, *sizes), _take(v, group.keys, *sizes)
         O = _room(o, group.queries, *sizes)
         parts = []
         for at, e in _blocks(group, n_head, xp):
-            E, inverse = _weights(_scaled(Q[..., at, :]), K, group, at, e)
+            E, inverse = _weights(steps, _scaled(Q[..., at, :]), K, group, at, e)
             part = steps.product(E, V[:, :, 0, :e])
             into = O[..., at, :]
             part = part.reshape(into.shape)
@@ -86,6 +89,7 @@ def attention(
 
 
 def attention_backward(
+    steps: Any,
     do: Array,
     q: Array,
     k: Array,
@@ -98,11 +102,11 @@ def attention_backward(
     rows: np.ndarray | None = None,
 ) -> tuple[Array, Array, Array]:
     """As functional.attention_backward."""
-    xp, G, steps = get_xp(do, q), n_kv_head or n_head, _steps(q)
+    xp, G = get_xp(do, q), n_kv_head or n_head
     unread = xp.empty if rows is None else xp.zeros  # a sequence without a query gets no gradient
     dq = xp.empty(q.shape, dtype=q.dtype) if "dq" in need else None
     dk, dv = (unread(k.shape, dtype=k.dtype) if name in need else None for name in ("dk", "dv"))
-    groups = _groups(F.bounds_of(offsets, len(k)), rows, saved[0][0], n_head, xp) if saved else []
+    groups = _groups(bounds_of(offsets, len(k)), rows, saved[0][0], n_head, xp) if saved else []
     for group, (_, parts) in zip(groups, saved, strict=True):
         sizes = len(group.limit), G, k.shape[1] // G
         Q, K, V = _take(q, group.queries, *sizes), _take(k, group.keys, *sizes), _take(v, group.keys, *sizes)
@@ -114,7 +118,7 @@ def attention_backward(
         blocks = list(zip(_blocks(group, n_head, xp), parts, strict=True))
         for i, ((at, e), kept) in enumerate(reversed(blocks)):  # the last sees the most keys
             Q_at = _scaled(Q[..., at, :])
-            E, inverse = kept or _weights(Q_at, K, group, at, e)
+            E, inverse = kept or _weights(steps, Q_at, K, group, at, e)
             dO_at = dO[..., at, :].reshape(Q_at.shape)
             if inverse is not None:
                 dO_at = dO_at * inverse
@@ -128,13 +132,10 @@ def attention_backward(
                 _collect(dK, steps.product(dS.swapaxes(2, 3), Q_at), i == 0)  #     S = Q_at @ K^T
             if dQ is not None:
                 part = steps.product(dS, K[:, :, 0, :e])
-                xp.multiply(part.reshape(dQ[..., at, :].shape), _scale(Q), out=dQ[..., at, :])
-        if dQ is not None:
-            _put(dQ, dq, group.queries)
-        if dK is not None:
-            _put(dK, dk, group.keys)
-        if dV is not None:
-            _put(dV, dv, group.keys)
+                xp.multiply(part.reshape(dQ[..., at, :].shape), 1 / math.sqrt(Q.shape[-1]), out=dQ[..., at, :])
+        for part, x, places in ((dQ, dq, group.queries), (dK, dk, group.keys), (dV, dv, group.keys)):
+            if part is not None:
+                _put(part, x, places)
     return dq, dk, dv
 
 
@@ -149,19 +150,8 @@ def _collect(total: Array, part: Array, first: bool) -> None:
         unseen[...] = 0
 
 
-def _steps(q: Array) -> Any:
-    """The module that holds
-
-    product, scores    a @ b of stacked matrices; scores gives float32 of half precision
-    weights            (S, group.seen of the queries, dtype of Q) -> E (n, G, H / G t, e) and 1 / sum (..., 1), or P and None
-    through_softmax    (dS, E, 1 / sum) -> E (dS - D')
-    """
-    return on_cpu if get_xp(q) is np else on_gpu
-
-
-def _weights(Q: Array, K: Array, group: Group, at: slice, e: int) -> tuple[Array, Array | None]:
+def _weights(steps: Any, Q: Array, K: Array, group: Group, at: slice, e: int) -> tuple[Array, Array | None]:
     """E = exp(S - max) (n, G, H / G t, e) and 1 / sum (..., 1), or P and None; S = Q K^T where a query may look; Q is scaled."""
-    steps = _steps(Q)
     return steps.weights(steps.scores(Q, K[:, :, 0, :e].swapaxes(2, 3)), group.seen[:, at], Q.dtype)
 
 
@@ -248,11 +238,7 @@ def _put(part: Array, x: Array, places: Places) -> None:
         x[index[places.own]] = rows[places.own]
 
 
-def _scale(Q: Array) -> float:
-    return 1 / math.sqrt(Q.shape[-1])
-
-
 def _scaled(Q: Array) -> Array:
     """Q / sqrt d, (n, G, H / G t, d): the heads of a group stacked."""
     n, G, _, _, d = Q.shape
-    return (Q * _scale(Q)).astype(Q.dtype, copy=False).reshape(n, G, -1, d)
+    return (Q * (1 / math.sqrt(d))).astype(Q.dtype, copy=False).reshape(n, G, -1, d)

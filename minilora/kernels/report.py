@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora.backend import backend_name
+from minilora.backend import Array, backend_name
 from minilora.kernels import cuda, dispatch
 from minilora.kernels.half import is_half
 
@@ -35,7 +35,7 @@ def report(model: Any, tokens: int = 1024, length: int = 64) -> list[Row]:
 
     def observe(op: dispatch.Operation, kernel: dispatch.Kernel, args: tuple[Any, ...]) -> None:
         upcast = f"; in float32, {half} is upcast" if half and kernel.where != "cuda" and op.name != "adamw" else ""
-        rows[Row(op.name, kernel.where, _why(op, kernel, args) + upcast)] = None
+        rows[Row(op.name, kernel.where, _why(op, kernel, args[0]) + upcast)] = None
 
     dispatch.observers.append(observe)
     try:
@@ -48,8 +48,7 @@ def report(model: Any, tokens: int = 1024, length: int = 64) -> list[Row]:
     return list(rows)
 
 
-def _why(op: dispatch.Operation, kernel: dispatch.Kernel, args: tuple[Any, ...]) -> str:
-    x = args[0]
+def _why(op: dispatch.Operation, kernel: dispatch.Kernel, x: Array) -> str:
     if kernel.where != "reference":
         return kernel.gain
     here = "numpy" if backend_name(x) == "numpy" else "cuda"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from minilora import kernels as K
@@ -13,8 +12,8 @@ from minilora.layers.base import Layer, Saved
 class Activation(Layer):
     """y = f(x) and dx = dy f'(x), by two functions of kernels/."""
 
-    def __init__(self, f: Callable[..., Any], f_backward: Callable[..., Any]) -> None:
-        self.f, self.f_backward = f, f_backward
+    f: Any
+    f_backward: Any
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
         y, saved = self.f(x, keep=keep and need_dx)
@@ -28,22 +27,19 @@ class Activation(Layer):
 class ReLU(Activation):
     """y = max(x, 0)."""
 
-    def __init__(self) -> None:
-        super().__init__(K.relu, K.relu_backward)
+    f, f_backward = staticmethod(K.relu), staticmethod(K.relu_backward)
 
 
 class Tanh(Activation):
     """y = tanh x."""
 
-    def __init__(self) -> None:
-        super().__init__(K.tanh, K.tanh_backward)
+    f, f_backward = staticmethod(K.tanh), staticmethod(K.tanh_backward)
 
 
 class SiLU(Activation):
     """y = x sigmoid(x)."""
 
-    def __init__(self) -> None:
-        super().__init__(K.silu, K.silu_backward)
+    f, f_backward = staticmethod(K.silu), staticmethod(K.silu_backward)
 
 
 class GELU(Activation):
@@ -53,4 +49,4 @@ class GELU(Activation):
         pairs = {"none": (K.gelu, K.gelu_backward), "tanh": (K.gelu_tanh, K.gelu_tanh_backward)}
         if approximate not in pairs:
             raise ValueError(f"GELU: approximate is {approximate!r}; choose 'none' or 'tanh'.")
-        super().__init__(*pairs[approximate])
+        self.f, self.f_backward = pairs[approximate]

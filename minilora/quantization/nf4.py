@@ -10,6 +10,7 @@ A product reads a block of rows at a time: neither the dense weight nor its grad
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -46,19 +47,18 @@ def dynamic_code() -> np.ndarray:
 DYNAMIC = dynamic_code()
 
 
-def nearest(values: np.ndarray, code: np.ndarray) -> np.ndarray:
-    """The index of the nearest entry of a sorted code, for each value; in the middle, the lower."""
-    return np.searchsorted((code[:-1] + code[1:]) / np.float32(2), values).astype(np.uint8)
-
-
 def quantize_blocks(values: np.ndarray, block: int, code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(index of the nearest fraction for each value (n,), the largest magnitude of each block (n / block,)) of values (n,)."""
+    """(index of the nearest fraction for each value (n,), the largest magnitude of each block (n / block,)) of values (n,).
+
+    code: the fractions, in order; in the middle of two, the lower is taken.
+    """
     count = -(-values.size // block)
     padded = np.zeros((count, block), np.float32)
     padded.ravel()[: values.size] = values
     largest = np.abs(padded).max(axis=1)
     padded *= 1 / np.maximum(largest, np.float32(1e-38))[:, None]
-    return nearest(padded, code).ravel()[: values.size], largest
+    index = np.searchsorted((code[:-1] + code[1:]) / np.float32(2), padded.ravel()[: values.size])
+    return index.astype(np.uint8), largest
 
 
 class NF4(Matrix):
@@ -106,9 +106,9 @@ class NF4(Matrix):
 
     @property
     def T(self) -> NF4:
-        transposed = NF4.__new__(NF4)
-        transposed.__dict__ |= self.__dict__ | {"shape": self.shape[::-1], "transposed": not self.transposed}
-        return transposed
+        W = copy.copy(self)
+        W.shape, W.transposed = self.shape[::-1], not self.transposed
+        return W
 
     def rows(self) -> Iterator[tuple[int, int, Array]]:
         """(a, b, columns a to b of W, as rows (b - a, m)), dequantized, a chunk at a time."""

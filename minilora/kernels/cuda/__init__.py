@@ -61,35 +61,31 @@ def options_of(dtype: str) -> tuple[str, ...]:
     return (f"-DREAL={REAL[dtype]}", *([f"-DACT={dtype}"] if dtype in ("float16", "bfloat16") else []))
 
 
-def function(like: Array, file: str, name: str, *options: str) -> Any:
-    """The kernel, for activations like these."""
-    return _function(get_xp(like), file, name, like.dtype, options)
+@cache
+def function(xp: Any, dtype: Any, file: str, name: str, *options: str) -> Any:
+    """The kernel, for activations of a dtype."""
+    return _module(xp, dtype, file, options).get_function(name)
 
 
 @cache
-def _function(xp: Any, file: str, name: str, dtype: Any, options: tuple[str, ...]) -> Any:
-    return _module(xp, file, dtype, options).get_function(name)
-
-
-@cache
-def _module(xp: Any, file: str, dtype: Any, options: tuple[str, ...]) -> Any:
+def _module(xp: Any, dtype: Any, file: str, options: tuple[str, ...]) -> Any:
     return xp.RawModule(code=source_of(file), options=(*options_of(dtype.name), *options))
 
 
 def elementwise(file: str, name: str, n: int, *args: Any, like: Array | None = None, each: int = 1) -> None:
     """Launch a kernel over n elements, its last argument. like: an array of activations, if the first argument is none.
     A thread takes `each` elements at once."""
+    like = args[0] if like is None else like
     blocks = min(-(-n // (THREADS * each)), 8192)
     if n:
-        function(args[0] if like is None else like, file, name)((blocks,), (THREADS,), (*args, np.int64(n)))
+        function(get_xp(like), like.dtype, file, name)((blocks,), (THREADS,), (*args, np.int64(n)))
 
 
 def rowwise(file: str, name: str, rows: int, width: int, *args: Any, like: Array | None = None) -> None:
     """Launch a kernel with a block for each of the rows, of `width` elements each. like: an array of activations, if the first is none."""
+    like = args[0] if like is None else like
     threads = 32
     while threads < min(width, THREADS):
         threads *= 2
     if rows:
-        like = args[0] if like is None else like
-        shared = threads * np.dtype(real_of(like)).itemsize
-        function(like, file, name)((rows,), (threads,), args, shared_mem=shared)
+        function(get_xp(like), like.dtype, file, name)((rows,), (threads,), args, shared_mem=threads * np.dtype(real_of(like)).itemsize)

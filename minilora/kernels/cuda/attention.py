@@ -1,13 +1,15 @@
-"""The steps of grouped attention (kernels/grouped.py) on the GPU (softmax.cu)."""
+"""Attention by groups of sequences (kernels/grouped.py) on the GPU: its steps (softmax.cu)."""
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from minilora.backend import Array, get_xp
-from minilora.kernels import cuda
+from minilora.kernels import cuda, grouped
 from minilora.kernels.half import is_half
 
 product = cuda.gemm
@@ -38,3 +40,6 @@ def through_softmax(dS: Array, E: Array, inverse: Array | None) -> Array:
     args = dS, E, cuda.NULL if inverse is None else inverse, np.int32(n), cuda.NULL if new is None else new
     cuda.rowwise("softmax", "softmax_backward", dS.size // n, n, *args, like=E)
     return dS if new is None else new
+
+
+attention, attention_backward = (partial(f, sys.modules[__name__]) for f in (grouped.attention, grouped.attention_backward))

@@ -70,7 +70,7 @@ def bindings() -> Any:
 def _by_cublas(xp: Any, a: Array, b: Array, out: Array, alpha: float, beta: float) -> None:
     (a, in_a), (b, in_b), (target, in_c) = _factor(a), _factor(b), _factor(out, (False,))
     blas, (*_, m, n), k = bindings(), out.shape, a.shape[-1]
-    kind, c_kind = _type_of(a.dtype), _type_of(out.dtype)
+    kind, c_kind = _TYPES[a.dtype.name], _TYPES[out.dtype.name]
     compute = _FLOAT64 if kind == _TYPES["float64"] else _TF32 if kind == _TYPES["float32"] and tf32() else _FLOAT32
     scale, add = _number(alpha, compute == _FLOAT64)[1], _number(beta, compute == _FLOAT64)[1]
     shapes = (_handle(xp), in_b.transposed, in_a.transposed, n, m, k, scale)
@@ -114,11 +114,6 @@ def _layout(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, way
         if (next_to == 1 or n == 1) and (lead >= n or m == 1):
             return _Layout(int(transposed), max(lead if m > 1 else 0, n), apart[-1][1] if apart else 0)
     return None
-
-
-@cache
-def _type_of(dtype: Any) -> int:
-    return _TYPES[dtype.name]
 
 
 def tf32() -> bool:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora import functional as F
 from minilora.backend import Array, get_xp, kept_on_device
+from minilora.functional.attention import bounds_of, check_attention
 from minilora.kernels import cuda
 from minilora.kernels.cuda.blas import tf32
 
@@ -40,22 +40,18 @@ class Tiles(NamedTuple):
 
 
 def fits(q: Array, k: Array, v: Array, n_head: int, *_: Any) -> bool:
-    """Whether there is a kernel for these arrays."""
+    """Whether there is a kernel for these arrays, whose rows it reads 16 bytes at a time."""
     kind = q.dtype.itemsize == 2 or (q.dtype == np.float32 and tf32())
     if not kind or not cuda.alike(q, k, v) or not _has_the_instructions(get_xp(q)):
         return False
-    return q.shape[1] // n_head in HEADS and all(_aligned(x) for x in (q, k, v))
+    aligned = (x.strides[1] == x.itemsize and x.strides[0] % 16 == 0 and x.data.ptr % 16 == 0 for x in (q, k, v))
+    return q.shape[1] // n_head in HEADS and all(aligned)
 
 
 @cache
 def _has_the_instructions(xp: Any) -> bool:
     """From compute capability 8.0 on, Ampere's."""
     return int(xp.cuda.Device().compute_capability) >= 80
-
-
-def _aligned(x: Array) -> bool:
-    """Whether rows can be read 16 bytes at a time."""
-    return x.strides[1] == x.itemsize and x.strides[0] % 16 == 0 and x.data.ptr % 16 == 0
 
 
 def attention(
@@ -71,11 +67,11 @@ def attention(
 ) -> tuple[Array, Saved]:
     """As functional.attention."""
     xp, G = get_xp(q), n_kv_head or n_head
-    F.check_attention(q, k, v, n_head, G, offsets, rows)
-    tiles, sizes = _tiles(F.bounds_of(offsets, len(k)), rows, causal, xp), _sizes(q, n_head)
+    check_attention(q, k, v, n_head, G, offsets, rows)
+    tiles, d = _tiles(bounds_of(offsets, len(k)), rows, causal, xp), q.shape[1] // n_head
     o, log_sum = xp.empty(q.shape, dtype=q.dtype), xp.empty((len(q), n_head), dtype=xp.float32)
     args = (q, k, v, tiles.of_queries, tiles.limit, *_numbers(q, k, v, n_head, G))
-    _launch("flash_forward", len(tiles.of_queries) * n_head, sizes, 1, 1, q, (*args, o, log_sum))
+    _launch("flash_forward", len(tiles.of_queries) * n_head, d, (1, 1), *args, o, log_sum)
     return o, Saved(o, log_sum, causal)
 
 
@@ -95,24 +91,19 @@ def attention_backward(
     """As functional.attention_backward. The gradients are new, or written `into` arrays, whose rows may lie apart."""
     xp, G = get_xp(q), n_kv_head or n_head
     do = xp.ascontiguousarray(do)
-    tiles, sizes = _tiles(F.bounds_of(offsets, len(k)), rows, saved.causal, xp), _sizes(q, n_head)
+    tiles, d = _tiles(bounds_of(offsets, len(k)), rows, saved.causal, xp), q.shape[1] // n_head
     numbers = _numbers(q, k, v, n_head, G)
     delta = xp.empty(saved.log_sum.shape, dtype=xp.float32)
     dq, dk, dv = into
     dq = xp.empty(q.shape, dtype=q.dtype) if dq is None else dq
     # flash_dq also computes delta, which flash_dkv reads.
     args = (q, k, v, saved.o, do, saved.log_sum, tiles.of_queries, tiles.limit, *numbers)
-    _launch("flash_dq", len(tiles.of_queries) * n_head, sizes, 2, 1, q, (*args, delta, dq, _step(dq)))
+    _launch("flash_dq", len(tiles.of_queries) * n_head, d, (2, 1), *args, delta, dq, _step(dq))
     if {"dk", "dv"} & set(need):
         dk, dv = (xp.empty(k.shape, dtype=k.dtype) if x is None else x for x in (dk, dv))
         args = (q, k, v, do, saved.log_sum, delta, tiles.of_keys, tiles.limit, *numbers)
-        _launch("flash_dkv", len(tiles.of_keys) * G, sizes, 2, 2, q, (*args, dk, _step(dk), dv, _step(dv)))
+        _launch("flash_dkv", len(tiles.of_keys) * G, d, (2, 2), *args, dk, _step(dk), dv, _step(dv))
     return dq if "dq" in need else None, dk if "dk" in need else None, dv if "dv" in need else None
-
-
-def _sizes(q: Array, n_head: int) -> tuple[int, int]:
-    """(features of a head, bytes of a number): they decide how many rows a tile in shared memory has."""
-    return q.shape[1] // n_head, q.itemsize
 
 
 def _numbers(q: Array, k: Array, v: Array, n_head: int, n_kv_head: int) -> tuple[Any, ...]:
@@ -125,14 +116,14 @@ def _step(x: Array) -> np.int64:
     return np.int64(x.strides[0] // x.itemsize)
 
 
-def _launch(name: str, blocks: int, sizes: tuple[int, int], straight: int, transposed: int, like: Array, args: tuple[Any, ...]) -> None:
-    """With room in shared memory for so many tiles in row order, and transposed; in half precision two, twice: tiles.cuh."""
-    d, itemsize = sizes
-    stages, (straight, transposed) = (2, (2, 0)) if itemsize == 2 else (1, (straight, transposed))
+def _launch(name: str, blocks: int, d: int, tiles: tuple[int, int], q: Array, *args: Any) -> None:
+    """With room in shared memory for so many tiles in row order, and transposed; in half precision two, twice: tiles.cuh. d: of a head."""
+    itemsize = q.itemsize
+    stages, (straight, transposed) = (2, (2, 0)) if itemsize == 2 else (1, tiles)
     loop = min(64, 8192 // (d * itemsize))
     words = stages * (straight * loop * (d * itemsize // 4 + 4) + transposed * d * (loop * itemsize // 4 + 4) + 3 * loop)
     if blocks:
-        cuda.function(like, "flash", name, f"-DD={d}")((blocks,), (_THREADS,), args, shared_mem=4 * words)
+        cuda.function(get_xp(q), q.dtype, "flash", name, f"-DD={d}")((blocks,), (_THREADS,), (q, *args), shared_mem=4 * words)
 
 
 @kept_on_device

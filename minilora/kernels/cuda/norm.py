@@ -38,7 +38,8 @@ def _backward(
     of_parameters, dx = set(need) - {"dx"}, None
     _, *gradients = reference(*(upcast((dy, saved)) if of_parameters else (dy, saved)), gamma, of_parameters)
     if "dx" in need:
-        xp, n, dx = get_xp(dy), dy.shape[1], get_xp(dy).empty_like(saved[0])
+        xp, n = get_xp(dy), dy.shape[1]
+        dx = xp.empty_like(saved[0])
         args = (xp.ascontiguousarray(dy), *saved, gamma, np.int32(reference is F.layer_norm_backward), np.int32(n))
         cuda.rowwise("norm", "norm_backward", len(dy), n * dx.itemsize // 16, *args, dx)
     return dx, *gradients

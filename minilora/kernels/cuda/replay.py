@@ -47,16 +47,17 @@ class Replay:
         if self.captured is not None and self.captured[0] == key:
             return self.captured[1].launch(arrays)
         self.last, self.times = key, self.times + 1 if self.last == key else 1
-        if self.refused is None and self.times >= AFTER:
-            self.close()  # before the next one takes memory of its own
-            return self._capture(key, work, arrays)
+        capturing = self.refused is None and self.times >= AFTER
         try:
-            return _directly(work, arrays)
-        except MemoryError:
-            if self.captured is None:
+            return self._capture(key, work, arrays) if capturing else _directly(work, arrays)
+        except Exception as error:  # CuPy's errors have no common class
+            memory = isinstance(error, MemoryError)  # without a graph there may be room
+            if not capturing and not (memory and self.captured):
                 raise
+            self.refused = "out of memory" if memory else " ".join(str(error).split())
+            if not memory:
+                warnings.warn(f"steps run one launch after the other, as this one could not be captured: {self.refused}", stacklevel=2)
         self.close()
-        self.refused = "out of memory"  # without a graph there may be room
         return _directly(work, arrays)
 
     def close(self) -> None:
@@ -66,22 +67,15 @@ class Replay:
         self.captured = None
 
     def _capture(self, key: Hashable, work: Work, arrays: Sequence[Array]) -> tuple[Array, ...]:
+        self.close()  # before the next one takes memory of its own
         graph = _Graph()
-        try:
-            expected = graph.warm_up(work, arrays)
-            graph.capture(work)
-            result = graph.launch(arrays)
-            if not all(np.allclose(to_numpy(x), to_numpy(y), rtol=1e-3, equal_nan=True) for x, y in zip(expected, result, strict=True)):
-                raise RuntimeError("the graph gives other results than the step itself")
-            self.captured = key, graph
-            return result
-        except MemoryError:  # without a graph there may be room
-            self.refused = "out of memory"
-        except Exception as error:  # CuPy's errors have no common class, and none of them may end the run
-            self.refused = " ".join(str(error).split())
-            warnings.warn(f"steps run one launch after the other, as this one could not be captured: {self.refused}", stacklevel=2)
-        graph.close()
-        return _directly(work, arrays)
+        self.captured = key, graph
+        expected = graph.warm_up(work, arrays)
+        graph.capture(work)
+        result = graph.launch(arrays)
+        if not all(np.allclose(to_numpy(x), to_numpy(y), rtol=1e-3, equal_nan=True) for x, y in zip(expected, result, strict=True)):
+            raise RuntimeError("the graph gives other results than the step itself")
+        return result
 
 
 def _directly(work: Work, arrays: Sequence[Array]) -> tuple[Array, ...]:

@@ -1,11 +1,15 @@
-"""The steps of grouped attention (kernels/grouped.py) on NumPy."""
+"""Attention by groups of sequences (kernels/grouped.py) on NumPy: its steps."""
 
 from __future__ import annotations
 
 import math
+import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
+
+from minilora.kernels import grouped
 
 product = scores = np.matmul
 
@@ -27,3 +31,6 @@ def through_softmax(dS: np.ndarray, E: np.ndarray, inverse: np.ndarray) -> np.nd
     dS -= np.einsum("ngts,ngts->ngt", dS, E)[..., None] * inverse
     dS *= E
     return dS
+
+
+attention, attention_backward = (partial(f, sys.modules[__name__]) for f in (grouped.attention, grouped.attention_backward))

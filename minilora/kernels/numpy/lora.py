@@ -60,9 +60,5 @@ def lora_linear_backward(
 
 def _add_product(y: np.ndarray, u: np.ndarray, B: np.ndarray) -> None:
     """y += u @ B, without an array of the size of y."""
-    product: np.ndarray | None = None
     for at in row_blocks(*y.shape):
-        if product is None:
-            product = np.empty((at.stop - at.start, y.shape[1]), y.dtype)
-        part = np.matmul(u[at], B, out=product[: at.stop - at.start])
-        y[at] += part
+        y[at] += u[at] @ B

@@ -44,8 +44,7 @@ def swiglu(g: np.ndarray, u: np.ndarray, keep: bool = True) -> tuple[np.ndarray,
     y, by_u = np.empty_like(g), np.empty_like(g)
     by_g = np.empty_like(g) if keep else None
     a, t = scratch(g, 2)
-    for g_, u_, y_, by_u_, *rest in blocks(g, u, y, by_u, *([] if by_g is None else [by_g])):
-        d = rest[0] if rest else None
+    for g_, u_, y_, by_u_, d in blocks(g, u, y, by_u, by_g):
         _silu(g_, by_u_, d, a[: g_.size], t[: g_.size])
         np.multiply(by_u_, u_, out=y_)
         if d is not None:
@@ -79,17 +78,14 @@ def adamw(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, rates: Any
 
 # -- one block each: x -> y, and the derivative where d is an array; a and t are scratch -------------------------------------
 
-Block = Callable[..., None]
 
-
-def _with_derivative(fill: Block, x: np.ndarray, keep: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+def _with_derivative(fill: Callable[..., None], x: np.ndarray, keep: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
     """y = f(x), saved f'(x). fill computes a block of each."""
     x = np.ascontiguousarray(x)
     y, d = np.empty_like(x), np.empty_like(x) if keep else None
     a, t = scratch(x, 2)
-    for part in blocks(x, y, d) if d is not None else blocks(x, y):
-        n = part[0].size
-        fill(*part, *[None] * (3 - len(part)), a[:n], t[:n])
+    for x_, y_, d_ in blocks(x, y, d):
+        fill(x_, y_, d_, a[: x_.size], t[: x_.size])
     return y, d
 
 
