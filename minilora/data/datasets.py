@@ -126,14 +126,13 @@ def hold_out(
     Each class gives its share, as near to `fraction` as whole sequences allow, and keeps at least one for training. alike: the same
     records as they were read when the held-out ones were drawn. Raises ValueError when there is nothing to hold out.
     """
-    alike = alike or examples
-    keys = [_key(e) for e in alike]
-    first = dict(zip(reversed(keys), reversed(alike), strict=True))  # of equal ones the first
+    keys = [_key(e) for e in alike or examples]
+    first = dict(zip(reversed(keys), reversed(alike or examples), strict=True))  # of equal ones the first
     distinct = list(dict.fromkeys(keys))
-    held = {distinct[i] for i in sample([first[key] for key in distinct], max(1, round(fraction * len(distinct))), seed, spare=1)}
-    if not held:
+    drawn = sample([first[key] for key in distinct], max(1, round(fraction * len(distinct))), seed, spare=1)
+    if not drawn:
         raise ValueError(f"{path} has too few records to hold one out; give a folder with a training and a validation split.")
-    both = list(zip(keys, examples, strict=True))
+    held, both = {distinct[i] for i in drawn}, list(zip(keys, examples, strict=True))
     return [e for key, e in both if key not in held], [e for key, e in both if key in held]
 
 

@@ -44,8 +44,10 @@ class StepGraph:
         """Whether these batches can be captured: labels of tokens, and no cached outputs of frozen blocks, which come from the host."""
         if any(b.per_sequence for b in batches):
             return False
+        prefix = self.replicas.prefix
         if self.prefixed is None:
-            self.prefixed = self.replicas.kept(next(s for s in self.replicas.shards(batches)[0] if s.labelled))
+            shard = next(s for s in self.replicas.shards(batches)[0] if s.labelled)
+            self.prefixed = prefix is not None and prefix(self.replicas.models[0], shard) is not None
         return not self.prefixed
 
     def gradients(self, batches: Sequence[Batch], seed: Sequence[int], scale: float) -> tuple[Array, Array]:
