@@ -172,9 +172,6 @@ def few(examples: Sequence[Example], size: int, labels: Sequence[str], seed: int
     return chosen
 
 
-# ---- batches -------------------------------------------------------------------------------------------------------------------------
-
-
 def pack(examples: Sequence[Example], tokens_per_batch: int, rng: np.random.Generator | None = None) -> list[list[int]]:
     """[indices of the examples of a batch, ...]: every example once, in batches of about equal token counts.
 
@@ -234,9 +231,6 @@ def collate(examples: Sequence[Example]) -> Batch:
     offsets = np.concatenate([[0], np.cumsum([len(example.ids) for example in examples])])
     labels = np.concatenate([example.labels for example in examples])
     return Batch(np.concatenate([example.ids for example in examples]), labels, offsets, examples[0].per_sequence)
-
-
-# ---- records to examples -------------------------------------------------------------------------------------------------------------
 
 
 def _examples(file: Path, records: Sequence[tuple[int, Record]], task: str, make: Maker, published: Sequence[str] | None) -> list[Example]:

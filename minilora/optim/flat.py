@@ -38,10 +38,11 @@ class FlatBuffer:
         self.paths = [path for path, _ in named]
         self.parameters = [p for _, p in named]
         xp = get_xp(*(p.data for p in self.parameters))
-        self.data = xp.concatenate([p.data.ravel() for p in self.parameters])
+        self.data = xp.empty(sum(p.data.size for p in self.parameters), dtype=self.parameters[0].data.dtype)
         self.grad = xp.zeros_like(self.data)
         self.views = _views(self.data, self.parameters)
         for p, view in zip(self.parameters, self.views, strict=True):
+            view[...] = p.data
             p.data = view
         adopt(self.grad, self.parameters)
 

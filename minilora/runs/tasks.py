@@ -56,9 +56,6 @@ class Task:
         return max(1, sum(math.ceil(round(min(1.0, epochs - k) * n, 6)) for k, n in enumerate(each)))  # 2.1 - 2 is above 0.1
 
 
-# ---- to train on ------------------------------------------------------------------------------------------------------------------------
-
-
 def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | None = None) -> Task:
     """The data of a recipe, to train and to measure on. labels: the classes of a published head; by default those of the data."""
     if recipe.kind == "text":
@@ -120,9 +117,6 @@ def _text_task(recipe: Recipe, tokenizer: Tokenizer) -> Task:
     task.batches = lambda seed: random_windows(train, recipe.window, recipe.batch_size, np.random.default_rng(seed))
     task.trained_on = {} if recipe.data is None else _trained_on(recipe, held_out=True)
     return task
-
-
-# ---- to measure on ----------------------------------------------------------------------------------------------------------------------
 
 
 def measuring_task(
