@@ -57,6 +57,11 @@ class FlatBuffer:
         fill_missing(self.parameters)
         return self.grad
 
+    def claim(self) -> None:
+        """After a replayed CUDA graph, which wrote the gradients into the buffer: let every p.grad be its view."""
+        for p in self.parameters:
+            p.grad = p.home
+
     def zero_grad(self) -> None:
         """Forget all gradients; the next backward assigns."""
         for p in self.parameters:

@@ -84,6 +84,5 @@ class StepGraph:
             reseed(model, *seed, 0)
             arrays.append(np.array([[dropout.next_key() for _ in shards] for dropout in self.dropouts], dtype=np.uint64))
         loss, norm = self.replay(key, work, arrays)
-        for p in flat.parameters:  # a replay writes into the buffer only
-            p.grad = p.home
+        flat.claim()
         return loss, norm
