@@ -17,6 +17,7 @@ MOVED = {f"{old}.{name}": f"minilora.{new}.{name}" for (old, new), names in _KEP
     "training.evaluate_run": "minilora.runs.evaluate",
     "training.extract_run": "minilora.runs.merge",
     "training.few_sample": "minilora.training.reinitialise and minilora.optim.optimizers",
+    "training.metrics": "minilora.training.evaluate",
     "training.preconditioned": "examples/preconditioned.py",
     "training.recorded": "minilora.training.cuda_graph",
     "training.run_folder": "minilora.runs.folder",

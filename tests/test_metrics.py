@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as judge
 
-from minilora.training.metrics import accuracy, classification_metrics, f1, matthews, pearson, perplexity
+from minilora.training.evaluate import accuracy, classification_metrics, f1, matthews, pearson, perplexity
 
 pairs = st.integers(2, 5).flatmap(lambda k: st.lists(st.tuples(st.integers(0, k - 1), st.integers(0, k - 1)), min_size=1, max_size=30))
 

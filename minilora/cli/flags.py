@@ -147,13 +147,8 @@ def _add_fields(add: Callable[..., Any], names: str, default: str = "") -> None:
             options["type"] = next((parse for kind, parse in _PARSERS.items() if kind in kinds), str)
         value = "" if field.default is None or isinstance(field.default, bool) else str(field.default).removesuffix(".0")
         words = default or about["unset"] or value
-        add(
-            *(f"--{field.name.replace('_', '-')}", *about["aliases"]),
-            dest=field.name,
-            default=None,
-            help=about["help"] + (f" (default: {words})" if words else ""),
-            **options,
-        )
+        text = about["help"] + (f" (default: {words})" if words else "")
+        add(f"--{field.name.replace('_', '-')}", *about["aliases"], help=text, **options)
 
 
 def _add_adapter(add: Callable[..., Any]) -> None:
@@ -174,9 +169,6 @@ def _numbers(text: str) -> list[int]:
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {"list[str]": _names, "list[int]": _numbers, "float": float, "int": int}  # by annotation
-
-
-# -- TOML --------------------------------------------------------------------------------------------------------------------
 
 
 def _set_defaults(p: argparse.ArgumentParser, path: Path) -> None:

@@ -13,17 +13,13 @@ from minilora.functional import IGNORE
 
 @dataclass
 class Batch:
-    """ids (T,), sequences bounded by offsets (n + 1,), and labels; all on the host.
+    """Packed sequences and their labels, all on the host. Raises ValueError for shapes that do not fit."""
 
-    labels is (T,), where labels[t] is the token that row t must predict, or -100; with per_sequence it is (n,), a class for each sequence.
-    ends_epoch: the last batch of a pass over the data. Raises ValueError for shapes that do not fit.
-    """
-
-    ids: np.ndarray
-    labels: np.ndarray
-    offsets: np.ndarray
+    ids: np.ndarray  # (T,)
+    labels: np.ndarray  # (T,), the token that each row must predict, or -100; with per_sequence (n,), a class for each sequence
+    offsets: np.ndarray  # (n + 1,), the bounds of the sequences
     per_sequence: bool = False
-    ends_epoch: bool = False
+    ends_epoch: bool = False  # the last batch of a pass over the data
 
     def __post_init__(self) -> None:
         expected = len(self.offsets) - 1 if self.per_sequence else len(self.ids)

@@ -126,14 +126,13 @@ def hold_out(
     Each class gives its share, as near to `fraction` as whole sequences allow, and keeps at least one for training. alike: the same
     records as they were read when the held-out ones were drawn. Raises ValueError when there is nothing to hold out.
     """
-    alike = alike or examples
-    keys = [_key(e) for e in alike]
-    first = dict(zip(reversed(keys), reversed(alike), strict=True))  # of equal ones the first
+    keys = [_key(e) for e in alike or examples]
+    first = dict(zip(reversed(keys), reversed(alike or examples), strict=True))  # of equal ones the first
     distinct = list(dict.fromkeys(keys))
-    held = {distinct[i] for i in sample([first[key] for key in distinct], max(1, round(fraction * len(distinct))), seed, spare=1)}
-    if not held:
+    drawn = sample([first[key] for key in distinct], max(1, round(fraction * len(distinct))), seed, spare=1)
+    if not drawn:
         raise ValueError(f"{path} has too few records to hold one out; give a folder with a training and a validation split.")
-    both = list(zip(keys, examples, strict=True))
+    held, both = {distinct[i] for i in drawn}, list(zip(keys, examples, strict=True))
     return [e for key, e in both if key not in held], [e for key, e in both if key in held]
 
 
@@ -171,9 +170,6 @@ def few(examples: Sequence[Example], size: int, labels: Sequence[str], seed: int
     if absent := _absent(chosen, labels):
         raise ValueError(f"among the {size} examples drawn there is none of class {absent[0]!r}; use a larger train_size or another seed.")
     return chosen
-
-
-# ---- batches -------------------------------------------------------------------------------------------------------------------------
 
 
 def pack(examples: Sequence[Example], tokens_per_batch: int, rng: np.random.Generator | None = None) -> list[list[int]]:
@@ -235,9 +231,6 @@ def collate(examples: Sequence[Example]) -> Batch:
     offsets = np.concatenate([[0], np.cumsum([len(example.ids) for example in examples])])
     labels = np.concatenate([example.labels for example in examples])
     return Batch(np.concatenate([example.ids for example in examples]), labels, offsets, examples[0].per_sequence)
-
-
-# ---- records to examples -------------------------------------------------------------------------------------------------------------
 
 
 def _examples(file: Path, records: Sequence[tuple[int, Record]], task: str, make: Maker, published: Sequence[str] | None) -> list[Example]:

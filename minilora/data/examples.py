@@ -32,12 +32,12 @@ EXPECTED = {
 
 @dataclass
 class Example:
-    """ids (T,) of one sequence; labels (T,), already shifted, or with per_sequence (1,), its class. cut: it was shortened."""
+    """One sequence and what is learnt from it."""
 
-    ids: np.ndarray
-    labels: np.ndarray
+    ids: np.ndarray  # (T,)
+    labels: np.ndarray  # (T,), already shifted; with per_sequence (1,), its class
     per_sequence: bool = False
-    cut: bool = False
+    cut: bool = False  # it was shortened
 
 
 Maker = Callable[[Path, int, dict[str, Any]], Example]

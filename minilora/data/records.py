@@ -31,9 +31,6 @@ def note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-# ---- bytes and text ------------------------------------------------------------------------------------------------------------------
-
-
 def read_bytes(file: Path) -> bytes:
     """The bytes of a file, decompressed where its name ends in .gz. Raises FileNotFoundError, or ValueError for damaged gzip data."""
     if not file.is_file():
@@ -63,9 +60,6 @@ def decode_bytes(raw: bytes, file: Path, encoding: str = "utf-8") -> str:
         line = text.count("\n", 0, at) + 1
         raise ValueError(f"{file}, line {line}: this is binary data (it holds a zero byte), not text.")
     return text.removeprefix("\ufeff")
-
-
-# ---- records -------------------------------------------------------------------------------------------------------------------------
 
 
 def kind_of(file: str | Path) -> str | None:
@@ -185,9 +179,6 @@ READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, Record]]]] = {
     **dict.fromkeys((".csv", ".tsv"), _csv),
     ".parquet": _parquet,
 }
-
-
-# ---- folders -------------------------------------------------------------------------------------------------------------------------
 
 
 def is_dataset(path: str | Path) -> bool:

@@ -22,9 +22,9 @@ HELD_OUT = "bisect bz2 cProfile difflib enum ssl string tokenize".split()
 
 def stdlib_source(held_out: bool) -> np.ndarray:
     """The bytes (n,) of the standard library's source: of the modules in TRAIN, or of those in HELD_OUT."""
-    found = (importlib.util.find_spec(name) for name in (HELD_OUT if held_out else TRAIN))
-    paths = [Path(spec.origin) for spec in found if spec is not None and spec.origin and spec.origin.endswith(".py")]
-    return np.frombuffer(b"\n\n".join(path.read_bytes() for path in paths), dtype=np.uint8)
+    specs = (importlib.util.find_spec(name) for name in (HELD_OUT if held_out else TRAIN))
+    files = [spec.origin for spec in specs if spec is not None and spec.origin and spec.origin.endswith(".py")]
+    return np.frombuffer(b"\n\n".join(Path(file).read_bytes() for file in files), dtype=np.uint8)
 
 
 def read_text(path: str | Path, encoding: str = "utf-8") -> np.ndarray:

@@ -38,10 +38,11 @@ class FlatBuffer:
         self.paths = [path for path, _ in named]
         self.parameters = [p for _, p in named]
         xp = get_xp(*(p.data for p in self.parameters))
-        self.data = xp.concatenate([p.data.ravel() for p in self.parameters])
+        self.data = xp.empty(sum(p.data.size for p in self.parameters), dtype=self.parameters[0].data.dtype)
         self.grad = xp.zeros_like(self.data)
         self.views = _views(self.data, self.parameters)
         for p, view in zip(self.parameters, self.views, strict=True):
+            view[...] = p.data
             p.data = view
         adopt(self.grad, self.parameters)
 
@@ -55,6 +56,11 @@ class FlatBuffer:
                 raise RuntimeError(f"{path or 'a parameter'} was moved or frozen after the optimizer was made; make a new optimizer.")
         fill_missing(self.parameters)
         return self.grad
+
+    def claim(self) -> None:
+        """After a replayed CUDA graph, which wrote the gradients into the buffer: let every p.grad be its view."""
+        for p in self.parameters:
+            p.grad = p.home
 
     def zero_grad(self) -> None:
         """Forget all gradients; the next backward assigns."""

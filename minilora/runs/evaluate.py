@@ -63,7 +63,7 @@ def task_of(model: Any, run: str, data: str | None, *, tokenizer_source: str, sp
     if "eval_bytes" in changed and recipe.kind != "text":
         raise ValueError(f"eval_bytes is an amount of plain text; {recipe.data} holds records.")
     sampled = "eval_size" in changed or "eval_bytes" in changed
-    return measuring_task(recipe, tokenizer, labels, split, made if record else None, record.get("trained_on"), sampled)
+    return measuring_task(recipe, tokenizer, labels, split, made if record else None, record.get("trained_on", {}), sampled)
 
 
 def recipe_of(record: dict[str, Any], run: str) -> Recipe:

@@ -73,7 +73,13 @@ def extract_run(
     Raises ValueError when the base is not known or the models do not fit, FileExistsError when `out` is in use.
     """
     out, threads = check_free(out), threads_for(threads)
-    typed, base = base is not None, base or _base_named_by(model)
+    typed = base is not None
+    if base is None:
+        base, adapter = base_of(model)
+        if adapter is None:
+            if not (record := record_of(model)):
+                raise ValueError(f"{model} does not name the model it was tuned from; name it with --base.")
+            base = recipe_of(record, model).model
     tuned = open_model(model, "numpy", allow_other_weights=allow_other_weights)
     classes, published = getattr(tuned.config, "num_labels", None), published_classes(base, download=typed)
     replaced = published is not None and len(published) != classes
@@ -126,13 +132,3 @@ def compare(first: str, second: str, allow_other_weights: bool = False, say: Say
         say(f"{changes[path]:10.3g}  {path}")
     say(f"{len(changed)} of {len(changes)} parameters differ" + (f"; the largest change is {changes[changed[0]]:.3g}" if changed else ""))
     return changes
-
-
-def _base_named_by(model: str) -> str:
-    """The base model of a run of full fine-tuning, or of an adapter."""
-    base, adapter = base_of(model)
-    if adapter is not None:
-        return base
-    if record := record_of(model):
-        return recipe_of(record, model).model
-    raise ValueError(f"{model} does not name the model it was tuned from; name it with --base.")

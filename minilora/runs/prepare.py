@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -48,19 +47,31 @@ def open_recipe(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
 
 def prepare(model: Any, recipe: ResolvedRecipe, task: Task) -> AdamW:
     """Make trainable what the method trains. Returns its optimizer."""
+
+    def first_batches() -> None:
+        """Forward and backward on the first training batches, for initialisers that read data."""
+        for batch in islice(task.batches(recipe.seed), FIRST_BATCHES):
+            model.loss_backward(model.loss(batch.ids, batch.labels, batch.offsets)[1])
+
     if recipe.reinit is not None:
         reinitialise(model, recipe.reinit, rng=recipe.seed)
     if recipe.method == "full":
         model.unfreeze()
     elif recipe.method == "lora":
-        inject(model, _lora_config(recipe), rng=recipe.seed, train_step=partial(_first_batches, model, task, recipe.seed))
+        inject(model, _lora_config(recipe), rng=recipe.seed, train_step=first_batches)
     else:
         options = {"reduction_factor": recipe.reduction_factor} if recipe.method == "bottleneck" else {}
         inject(model, METHODS[recipe.method](**options, modules_to_save=recipe.modules_to_save), rng=recipe.seed)
     for _, layer in model.modules():
         if hasattr(layer, "recompute"):
             layer.recompute = recipe.recompute
-    return _optimizer(model, recipe)
+    kind = AdamWL2SP if recipe.l2_sp else AdamW
+    l2_sp = {"l2_sp": recipe.l2_sp} if recipe.l2_sp else {}
+    adam: dict[str, Any] = {"lr": recipe.lr, "bias_correction": recipe.bias_correction, **l2_sp}
+    if recipe.loraplus_lr_ratio is None:
+        return kind(model.parameters(), weight_decay=recipe.weight_decay, **adam)
+    ratio = recipe.loraplus_lr_ratio
+    return create_loraplus_optimizer(model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=recipe.weight_decay, **adam)
 
 
 def steps_of(
@@ -87,19 +98,3 @@ def _lora_config(recipe: ResolvedRecipe) -> Any:
     else:
         values["vera_dropout"] = recipe.lora_dropout
     return config_classes()[recipe.peft_type](**values)
-
-
-def _first_batches(model: Any, task: Task, seed: int) -> None:
-    """Forward and backward on the first training batches, for initialisers that read data."""
-    for batch in islice(task.batches(seed), FIRST_BATCHES):
-        model.loss_backward(model.loss(batch.ids, batch.labels, batch.offsets)[1])
-
-
-def _optimizer(model: Any, recipe: ResolvedRecipe) -> AdamW:
-    kind = AdamWL2SP if recipe.l2_sp else AdamW
-    options: dict[str, Any] = {"lr": recipe.lr, "bias_correction": recipe.bias_correction}
-    options |= {"l2_sp": recipe.l2_sp} if recipe.l2_sp else {}
-    if recipe.loraplus_lr_ratio is None:
-        return kind(model.parameters(), weight_decay=recipe.weight_decay, **options)
-    ratio = recipe.loraplus_lr_ratio
-    return create_loraplus_optimizer(model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=recipe.weight_decay, **options)

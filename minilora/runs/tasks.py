@@ -27,33 +27,21 @@ from minilora.formats.tokenizer import ByteTokenizer, Tokenizer
 from minilora.functional import cross_entropy, mse
 from minilora.kernels import upcast
 from minilora.runs.recipe import Recipe
-from minilora.training.evaluate import evaluate, map_batches
-from minilora.training.metrics import classification_metrics, pearson, perplexity
+from minilora.training.evaluate import classification_metrics, evaluate, map_batches, pearson, perplexity
 
 
 @dataclass
 class Task:
-    """Endless training batches, held-out batches to measure on, and the name of the figure that is reported first.
+    """Data to train and to measure on."""
 
-    what: the data in words. train: endless batches drawn by a seed. epoch: the number of batches of one pass over the training data, drawn
-    by a generator; None for text, which has no epochs. labels: the names of the classes. counts: figures of the data, for the results.
-    trained_on: for run.json, to recognise the training data later.
-    """
-
-    what: str
-    headline: str
+    what: str  # in words
+    headline: str  # the name of the figure that is reported first
     held_out: list[Batch]
-    train: Callable[[int], Iterator[Batch]] | None = None
-    epoch: Callable[[np.random.Generator], int] | None = None
-    labels: list[str] | None = None
-    counts: dict[str, int] = field(default_factory=dict)
-    trained_on: dict[str, Any] = field(default_factory=dict)
-
-    def batches(self, seed: int) -> Iterator[Batch]:
-        """Training batches. Raises ValueError for a task that is only measured."""
-        if self.train is None:
-            raise ValueError(f"there is nothing to train on: {self.what}")
-        return self.train(seed)
+    batches: Callable[[int], Iterator[Batch]] = lambda seed: iter(())  # endless, drawn by a seed; none where a model is only measured
+    epoch: Callable[[np.random.Generator], int] | None = None  # the number of batches of one pass; None for text, which has no epochs
+    labels: list[str] | None = None  # the names of the classes
+    counts: dict[str, int] = field(default_factory=dict)  # figures of the data, for the results
+    trained_on: dict[str, Any] = field(default_factory=dict)  # for run.json, to recognise the training data later
 
     @property
     def unit(self) -> tuple[str, float]:
@@ -66,9 +54,6 @@ class Task:
             return None
         each = (-(-self.epoch(np.random.default_rng((seed, k))) // accumulate) for k in range(math.ceil(epochs)))
         return max(1, sum(math.ceil(round(min(1.0, epochs - k) * n, 6)) for k, n in enumerate(each)))  # 2.1 - 2 is above 0.1
-
-
-# ---- to train on ------------------------------------------------------------------------------------------------------------------------
 
 
 def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | None = None) -> Task:
@@ -86,10 +71,10 @@ def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | 
     task = _measured(dataset.describe(), dataset.valid, recipe, tokenizer, dataset.labels)
     task.trained_on = _trained_on(recipe, held_out="valid" not in split_files(str(recipe.data)))
     if recipe.kind == "classify":
-        task.train = lambda seed: endless(lambda rng: batches_of(dataset.train, recipe.batch_size, rng), seed)
+        task.batches = lambda seed: endless(lambda rng: batches_of(dataset.train, recipe.batch_size, rng), seed)
         task.epoch = lambda rng: -(-len(dataset.train) // recipe.batch_size)
     else:
-        task.train = lambda seed: endless(lambda rng: packed_batches(dataset.train, recipe.tokens_per_batch, rng), seed)
+        task.batches = lambda seed: endless(lambda rng: packed_batches(dataset.train, recipe.tokens_per_batch, rng), seed)
         task.epoch = lambda rng: len(pack(dataset.train, recipe.tokens_per_batch, rng))
     return task
 
@@ -111,13 +96,17 @@ def _names_for(labels: Sequence[str], recipe: Recipe) -> Sequence[str]:
     return names
 
 
+def _texts(recipe: Recipe) -> tuple[str, np.ndarray, np.ndarray]:
+    """(what it is, the part to train on, the held-out part) of plain text: files, or by default the standard library's source."""
+    if recipe.data is not None:
+        return str(recipe.data), *split_text(read_text(recipe.data, recipe.encoding))
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return f"Python source of the standard library {version}", stdlib_source(held_out=False), stdlib_source(held_out=True)
+
+
 def _text_task(recipe: Recipe, tokenizer: Tokenizer) -> Task:
-    """Plain text in windows that start anywhere: a file, a folder of files, or by default the standard library's source."""
-    if recipe.data is None:
-        texts = stdlib_source(held_out=False), stdlib_source(held_out=True)
-        what = f"Python source of the standard library {sys.version_info.major}.{sys.version_info.minor}"
-    else:
-        texts, what = split_text(read_text(recipe.data, recipe.encoding)), str(recipe.data)
+    """Plain text in windows that start anywhere."""
+    what, *texts = _texts(recipe)
     train, held_out = (tokens_of(text, tokenizer) for text in texts)
     for tokens, part in ((train, "the part to train on"), (held_out, "the held-out part")):
         check_length(tokens, recipe.window, f"{what}, {part},")
@@ -125,22 +114,19 @@ def _text_task(recipe: Recipe, tokenizer: Tokenizer) -> Task:
     task = _measured_text(what, held_out, recipe, tokenizer)
     scored = sum(b.labelled for b in task.held_out)
     task.what = f"{what}: {len(train):,} {unit} to train on, {scored:,} of {len(held_out) - 1:,} held out to measure on"
-    task.train = lambda seed: random_windows(train, recipe.window, recipe.batch_size, np.random.default_rng(seed))
+    task.batches = lambda seed: random_windows(train, recipe.window, recipe.batch_size, np.random.default_rng(seed))
     task.trained_on = {} if recipe.data is None else _trained_on(recipe, held_out=True)
     return task
-
-
-# ---- to measure on ----------------------------------------------------------------------------------------------------------------------
 
 
 def measuring_task(
     recipe: Recipe,
     tokenizer: Tokenizer,
-    labels: Sequence[str] | None = None,
-    split: str | None = None,
-    made: Recipe | None = None,
-    trained_on: dict[str, Any] | None = None,
-    sampled: bool = False,
+    labels: Sequence[str] | None,
+    split: str | None,
+    made: Recipe | None,
+    trained_on: dict[str, Any],
+    sampled: bool,
 ) -> Task:
     """The data to measure a model on: `split` ("train", "valid", "test" or "all") of the recipe's data.
 
@@ -151,7 +137,6 @@ def measuring_task(
     """
     if split not in (None, *SPLITS, "all"):
         raise ValueError(f"there is no split {split!r}; choose {', '.join(SPLITS)} or all.")
-    trained_on = trained_on or {}
     known = recipe.data is not None and bool(trained_on) and trained_on.get("sha256") == fingerprint(recipe.data, recipe.encoding)
     paths = [Path(r.data).resolve() for r in (recipe, made) if r is not None and r.data is not None]
     own = known or (len(paths) == 2 and paths[0] == paths[1])
@@ -193,17 +178,14 @@ def measuring_task(
 
 def _text_to_measure(recipe: Recipe, tokenizer: Tokenizer, split: str | None, part: bool, own: bool, sampled: bool) -> Task:
     """part: measure the held-out part only. own: the text is the one that the run was trained on."""
-    if recipe.data is None:
-        parts = {"all": (False, True), "train": (False,)}.get(split or "", (True,))
-        text, what = np.concatenate([stdlib_source(held_out) for held_out in parts]), "Python source of the standard library"
+    what, train, held_out = _texts(recipe)
+    if part:
+        text, which = held_out, ", the held-out part of it"
+    elif split == "train":
+        text, which = train, ", the part to train on"
     else:
-        text, what = read_text(recipe.data, recipe.encoding), str(recipe.data)
-        if part or split == "train":
-            text = split_text(text)[part]
-    if part or split == "train":
-        what += ", the held-out part of it" if part else ", the part to train on"
-    elif own or recipe.data is None:
-        what += ", all of it, training data too"
+        text, which = np.concatenate([train, held_out]), ", all of it, training data too" if own or recipe.data is None else ""
+    what += which
     task = _measured_text(what, tokens_of(text, tokenizer), recipe if part or sampled else replace(recipe, eval_bytes=2**62), tokenizer)
     scored = sum(b.labelled for b in task.held_out)
     task.what = f"{what}: {scored:,} of {task.counts['total_tokens']:,} tokens, in windows of {recipe.window}"

@@ -44,8 +44,10 @@ class StepGraph:
         """Whether these batches can be captured: labels of tokens, and no cached outputs of frozen blocks, which come from the host."""
         if any(b.per_sequence for b in batches):
             return False
+        prefix = self.replicas.prefix
         if self.prefixed is None:
-            self.prefixed = self.replicas.kept(next(s for s in self.replicas.shards(batches)[0] if s.labelled))
+            shard = next(s for s in self.replicas.shards(batches)[0] if s.labelled)
+            self.prefixed = prefix is not None and prefix(self.replicas.models[0], shard) is not None
         return not self.prefixed
 
     def gradients(self, batches: Sequence[Batch], seed: Sequence[int], scale: float) -> tuple[Array, Array]:
@@ -82,6 +84,5 @@ class StepGraph:
             reseed(model, *seed, 0)
             arrays.append(np.array([[dropout.next_key() for _ in shards] for dropout in self.dropouts], dtype=np.uint64))
         loss, norm = self.replay(key, work, arrays)
-        for p in flat.parameters:  # a replay writes into the buffer only
-            p.grad = p.home
+        flat.claim()
         return loss, norm

@@ -17,17 +17,14 @@ from minilora.layers import Layer
 
 @dataclass
 class LossScale:
-    """`value`, which `update` changes after each step. good, left_out: the number of good, or of skipped, steps in a row.
-
-    Raises ValueError for a value that is not above 0.
-    """
+    """`value`, which `update` changes after each step. Raises ValueError for one that is not above 0."""
 
     PATIENCE: ClassVar[int] = 2000  # good steps before the scale is doubled
     LIMIT: ClassVar[int] = 20  # skipped steps in a row that are too many
 
     value: float = 2.0**15
-    good: int = 0
-    left_out: int = 0
+    good: int = 0  # steps in a row
+    left_out: int = 0  # skipped steps in a row
 
     def __post_init__(self) -> None:
         if not self.value > 0:

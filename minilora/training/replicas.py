@@ -67,10 +67,6 @@ class Replicas:
         n = len(self.models)
         return [shard for b in batches for shard in b.split(n * -(-len(b.ids) // (n * self.tokens)))], count
 
-    def kept(self, shard: Batch) -> bool:
-        """Whether the outputs of frozen blocks for this shard come from a cache."""
-        return self.prefix is not None and self.prefix(self.models[0], shard) is not None
-
     def gradients(self, batches: Sequence[Batch], seed: Sequence[int] = (), scale: float = 1.0) -> Array:
         """Forward and backward over all batches of a step, as if they were one batch. Returns their mean loss per labelled token.
 
