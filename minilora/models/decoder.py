@@ -24,7 +24,7 @@ from minilora.models.stack import Body, Prefix
 class Decoder(Layer):
     """ids (T,) -> logits (T, vocab_size). For training use `loss` and `loss_backward`, which never hold all logits.
 
-    A model names its `body` as its checkpoint does, and sets `lm_head` where the head is not tied.
+    A model names its body as its checkpoint does, and sets `lm_head` where the head is not tied.
     """
 
     output_head = "lm_head"  # what "all-linear" leaves out
@@ -34,7 +34,8 @@ class Decoder(Layer):
 
     @property
     def body(self) -> Body:
-        raise NotImplementedError(f"{type(self).__name__} has no body.")
+        """The attribute that is a Body."""
+        return next(value for value in vars(self).values() if isinstance(value, Body))
 
     @property
     def embedding(self) -> Any:
