@@ -108,17 +108,12 @@ class LlamaConfig(ModelConfig):
 class LlamaAttention(SelfAttention):
     """y = o W_o,   o = attention(rotary(x W_q), rotary(x W_k), x W_v).   x (T, d) -> y (T, d)."""
 
-    def __init__(self, c: LlamaConfig, rng: np.random.Generator, dtype: Any) -> None:
-        self.n_head, self.n_kv_head = c.num_attention_heads, c.num_key_value_heads
-        d, h, g = c.hidden_size, self.n_head * c.head_dim, self.n_kv_head * c.head_dim  # type: ignore[operator]
-        bias = c.attention_bias or c.model_type == "qwen2"
-        self.q_proj = Linear(d, h, bias, rng=rng, dtype=dtype)
-        self.k_proj = Linear(d, g, bias, rng=rng, dtype=dtype)
-        self.v_proj = Linear(d, g, bias, rng=rng, dtype=dtype)
-        self.o_proj = Linear(h, d, c.attention_bias, rng=rng, dtype=dtype)
+    names = "q_proj", "k_proj", "v_proj"
 
-    def projections(self) -> tuple[Layer, Layer, Layer]:
-        return self.q_proj, self.k_proj, self.v_proj
+    def __init__(self, c: LlamaConfig, rng: np.random.Generator, dtype: Any) -> None:
+        d, heads, head_dim = c.hidden_size, (c.num_attention_heads, c.num_key_value_heads), c.head_dim
+        super().__init__(d, *heads, head_dim, c.attention_bias or c.model_type == "qwen2", rng, dtype)  # type: ignore[arg-type]
+        self.o_proj = Linear(c.num_attention_heads * head_dim, d, c.attention_bias, rng=rng, dtype=dtype)  # type: ignore[operator]
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True, *args: Any, **inputs: Any) -> Output:
         at_o = need_dx or any(layer.trainable for layer in self.projections())
