@@ -35,7 +35,7 @@ class Decoder(Layer):
     @property
     def body(self) -> Body:
         """The attribute that is a Body."""
-        return next(value for value in vars(self).values() if isinstance(value, Body))
+        return next(value for value in list(vars(self).values()) if isinstance(value, Body))  # a list: see Layer.children
 
     @property
     def embedding(self) -> Any:
@@ -80,8 +80,8 @@ class Decoder(Layer):
     ) -> Output:
         """The sum over labelled rows of -log p(labels_t | ids_0 ... ids_t), divided by `count` (default: the number of those rows).
 
-        ids (T,); labels (T,) on the host: labels[t] is the token that row t has to predict (already shifted), or -100.
-        Or F.Labelled: the rows with a label, and their labels, which may be on a device. prefix: the result of `prefix(ids, offsets)`.
+        ids (T,); labels (T,) on the host: labels[t] is the token that row t has to predict (already shifted), or -100; or F.Labelled,
+        whose labels may be on a device. prefix: the result of `prefix(ids, offsets)`.
         The last block, the head and the softmax run on labelled rows only, the latter two in blocks of the vocabulary (all of it
         at once where the head is not a plain Linear). With keep=True the gradient of h is computed here, and `loss_backward(saved)`
         continues from it. Raises ValueError when no row is labelled and no `count` is given.
