@@ -52,46 +52,47 @@ def models(rng: np.random.Generator) -> Iterator[Subject]:
             inject(model, change, rng=rng)
         return model
 
-    for name, change in _GPT2_VARIANTS.items():
-        gpt2 = changed(GPT2(GPT2Config(**_GPT2, n_layer=2, dropout=0.1), **d), change)
-        yield f"GPT2, {name}", gpt2, ids, at
-        yield f"GPT2.loss, {name}", LossOf(gpt2, labels), ids, at
-    dora = GPT2(GPT2Config(**_GPT2, n_layer=1), **d)
+    def bert(change: Change, **options: Any) -> Any:
+        return changed(BertClassifier(BertConfig(**{**_BERT, **options}), **d), change)
+
+    decoders: dict[str, Any] = {
+        f"GPT2, {name}": (GPT2, GPT2Config(**_GPT2, dropout=0.1), change) for name, change in _GPT2_VARIANTS.items()
+    }
+    for name, (options, change) in _LLAMA_VARIANTS.items():
+        decoders[f"Llama, {name}"] = Llama, LlamaConfig(**{**_LLAMA, **options}), change
+    for name, (kind, config, change) in decoders.items():
+        model = changed(kind(config, **d), change)
+        yield name, model, ids, at
+        yield name.replace(",", ".loss,", 1), LossOf(model, labels), ids, at
+    one_block = GPT2Config(**{**_GPT2, "n_layer": 1})
+    dora = GPT2(one_block, **d)
     inject(dora, LoraConfig(r=2, use_dora="exact"), rng=rng)
     yield "GPT2, DoRA", dora, ids[:6], {}
-    tied = changed(GPT2(GPT2Config(**_GPT2, n_layer=1), **d), LoraConfig(r=2, target_modules=["wte", "wpe", "c_fc"]))
+    tied = changed(GPT2(one_block, **d), LoraConfig(r=2, target_modules=["wte", "wpe", "c_fc"]))
     for _, layer in lora_layers(tied):
         shaken(layer, rng, layer.trains)
     yield "GPT2.loss, embeddings adapted, head tied", LossOf(tied, np.append(ids[1:6], -100)), ids[:6], {}
 
-    classifier: Any = None
     for name, change in _BERT_VARIANTS.items():
-        classifier = changed(BertClassifier(BertConfig(**_BERT, num_labels=3), **d), change)
-        yield f"BertClassifier.loss, {name}", LossOf(classifier, np.array([2, -100, 0])), ids, at
-    yield "BertClassifier, head only", classifier, ids, at
+        yield f"BertClassifier.loss, {name}", LossOf(bert(change), np.array([2, -100, 0])), ids, at
+    yield "BertClassifier, head only", bert(_BERT_VARIANTS["head only"]), ids, at
     yield "BertLayer", shaken(BertLayer(BertConfig(**_BERT), **d), rng), rng.standard_normal((9, 6)), at
-    regression = BertConfig(**_BERT, num_labels=1, pooling="mean", hidden_act="relu")
-    number = changed(BertClassifier(regression, **d), LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"]))
+    number = bert(_BERT_VARIANTS["LoRA on query and value"], num_labels=1, pooling="mean", hidden_act="relu")
     yield "BertClassifier.loss, regression on the mean", LossOf(number, np.array([0.7, -100, -1.2])), ids, at
-
-    base = changed(BertClassifier(BertConfig(**_BERT, num_labels=3), **d), None).freeze()
+    base = bert(None).freeze()
     several = [base, base.replica(), base.replica()]
     for replica in several[1:]:
         inject(replica, LoraConfig(r=2, target_modules=["query", "intermediate.dense"], layers_to_transform=[1]), rng=rng)
     yield "BertClassifier, mixed, LoRA on the last layer", mixed(several, [1, 0, 2], OFFSETS), ids, at
 
-    for name, (options, change) in _LLAMA_VARIANTS.items():
-        llama = changed(Llama(LlamaConfig(**{**_LLAMA, **options}), **d), change)
-        yield f"Llama, {name}", llama, ids, at
-        yield f"Llama.loss, {name}", LossOf(llama, labels), ids, at
 
-
-_GPT2: dict[str, Any] = {"vocab_size": 7, "n_positions": 6, "n_embd": 6, "n_head": 3, "n_inner": 9}
+_GPT2: dict[str, Any] = {"vocab_size": 7, "n_positions": 6, "n_embd": 6, "n_head": 3, "n_inner": 9, "n_layer": 2}
 _SIZES: dict[str, Any] = {"vocab_size": 7, "hidden_size": 6, "intermediate_size": 9, "num_hidden_layers": 2, "max_position_embeddings": 6}
-_BERT: dict[str, Any] = {**_SIZES, "num_attention_heads": 3, "dropout": 0.1}
+_BERT: dict[str, Any] = {**_SIZES, "num_attention_heads": 3, "dropout": 0.1, "num_labels": 3}
 _LLAMA: dict[str, Any] = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
 
 _ALL_LINEAR = LoraConfig(r=2, lora_dropout=0.2)
+_BIASES, _NORMS, _HEAD = (PartialConfig(train=[part]) for part in ("bias", "norm", "head"))
 _BOTTLENECK = BottleneckConfig(reduction_factor=3, init_std=0.5)
 _LAST = BottleneckConfig(reduction_factor=2, init_std=0.5, train=[], target_modules=r".*\.1\..*(output\.dense|mlp\.c_proj|o_proj)")
 
@@ -100,7 +101,7 @@ _GPT2_VARIANTS: dict[str, Change] = {
     "LoRA on all linear layers": _ALL_LINEAR,
     "LoRA on the last block": LoraConfig(r=2, target_modules=["c_attn", "c_fc"], layers_to_transform=[1]),
     "recomputed": lambda model: setattr(model.body, "recompute", True),
-    "biases only": PartialConfig(train=["bias"]),
+    "biases only": _BIASES,
     "bottlenecks": _BOTTLENECK,
     "bottleneck on the last mlp": _LAST,
 }
@@ -112,21 +113,19 @@ _BERT_VARIANTS: dict[str, Change] = {
     "last intermediate only": lambda model: model.freeze().bert.encoder.layer[1].intermediate.unfreeze(),
     "bottlenecks": _BOTTLENECK,
     "bottlenecks in the last layer": _LAST,
-    "biases only": PartialConfig(train=["bias"]),
-    "norms only": PartialConfig(train=["norm"]),
-    "head only": PartialConfig(train=["head"]),
+    "biases only": _BIASES,
+    "norms only": _NORMS,
+    "head only": _HEAD,
 }
+_TIED = {"tie_word_embeddings": True}
 _LLAMA_VARIANTS: dict[str, tuple[dict[str, Any], Change]] = {
-    "all trained, tied": ({"tie_word_embeddings": True}, None),
+    "all trained, tied": (_TIED, None),
     "all trained, free head, biases": ({"attention_bias": True, "mlp_bias": True}, None),
     "LoRA on all linear layers, qwen2": ({"model_type": "qwen2", "num_hidden_layers": 1}, _ALL_LINEAR),
-    "LoRA on the last v and gate, tied": (
-        {"tie_word_embeddings": True},
-        LoraConfig(r=1, target_modules=["v_proj", "gate_proj"], layers_to_transform=[1]),
-    ),
+    "LoRA on the last v and gate, tied": (_TIED, LoraConfig(r=1, target_modules=["v_proj", "gate_proj"], layers_to_transform=[1])),
     "LoRA on k and the head": ({}, LoraConfig(r=2, target_modules=["k_proj", "lm_head"])),
-    "head only": ({}, PartialConfig(train=["head"])),
+    "head only": ({}, _HEAD),
     "bottlenecks": ({"mlp_bias": True}, _BOTTLENECK),
     "bottleneck on the last o_proj": ({}, _LAST),
-    "norms only": ({}, PartialConfig(train=["norm"])),
+    "norms only": ({}, _NORMS),
 }

@@ -12,7 +12,7 @@ import numpy as np
 
 from minilora import kernels as K
 from minilora.backend import Array, get_xp
-from minilora.layers import Layer, Saved
+from minilora.layers import Layer, Linear, Saved
 from minilora.layers.block import Offsets, Output, Rows
 
 Tables = tuple[Array, Array]  # cos and sin of the rotary angles, (T, head_dim / 2) each
@@ -48,18 +48,21 @@ class KVCache:
 class SelfAttention(Layer):
     """q = rotary(x W_q),  k = rotary(x W_k),  v = x W_v;   o = attention(q, k, v).   x (T, d) -> o (T, n_head head_dim), or its `rows`.
 
-    A subclass sets n_head, names the three projections as its checkpoint does, and returns them from `projections`.
-    rope: the rotary tables; None: no rotation. n_kv_head: fewer heads of keys and values than of queries; None: as many.
-    Saved, if a gradient has to pass: q and k as rotated, v, and what K.attention returns for its backward.
+    A subclass names W_q, W_k and W_v as its checkpoint does. n_kv_head: the number of heads of keys and values, a divisor of n_head.
+    rope: the rotary tables; None: no rotation. Saved, if a gradient has to pass: q and k as rotated, v, and what K.attention returns.
     """
 
-    n_head: int
-    n_kv_head: int | None = None
+    names: tuple[str, str, str]
     causal = True
 
-    def projections(self) -> tuple[Layer, Layer, Layer]:
-        """(W_q, W_k, W_v)."""
-        raise NotImplementedError(f"{type(self).__name__} has no projections.")
+    def __init__(self, d: int, n_head: int, n_kv_head: int, head_dim: int, bias: bool, rng: np.random.Generator, dtype: Any) -> None:
+        self.n_head, self.n_kv_head = n_head, n_kv_head
+        for name, heads in zip(self.names, (n_head, n_kv_head, n_kv_head), strict=True):
+            setattr(self, name, Linear(d, heads * head_dim, bias, rng=rng, dtype=dtype))
+
+    def projections(self) -> list[Layer]:
+        """[W_q, W_k, W_v]."""
+        return [getattr(self, name) for name in self.names]
 
     def forward(
         self,

@@ -111,15 +111,7 @@ class BertSelfAttention(SelfAttention):
     """
 
     causal = False
-
-    def __init__(self, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
-        self.n_head = c.num_attention_heads
-        self.query = Linear(c.hidden_size, c.hidden_size, rng=rng, dtype=dtype)
-        self.key = Linear(c.hidden_size, c.hidden_size, rng=rng, dtype=dtype)
-        self.value = Linear(c.hidden_size, c.hidden_size, rng=rng, dtype=dtype)
-
-    def projections(self) -> tuple[Layer, Layer, Layer]:
-        return self.query, self.key, self.value
+    names = "query", "key", "value"
 
 
 class Names(Layer):
@@ -146,7 +138,9 @@ class BertLayer(Layer):
             norm = LayerNorm(c.hidden_size, c.layer_norm_eps, dtype=dtype)
             return Names(dense=dense(d_in, c.hidden_size), LayerNorm=norm, dropout=Dropout(c.dropout))
 
-        self.attention: Any = Names(self=BertSelfAttention(c, rng, dtype), output=into_residual(c.hidden_size))
+        d, n = c.hidden_size, c.num_attention_heads
+        attention = BertSelfAttention(d, n, n, d // n, True, rng, dtype)
+        self.attention: Any = Names(self=attention, output=into_residual(c.hidden_size))
         self.intermediate: Any = Names(dense=dense(c.hidden_size, c.intermediate_size), act=_ACTIVATIONS[c.hidden_act]())
         self.output: Any = into_residual(c.intermediate_size)
 

@@ -24,7 +24,7 @@ from minilora.models.stack import Body, Prefix
 class Decoder(Layer):
     """ids (T,) -> logits (T, vocab_size). For training use `loss` and `loss_backward`, which never hold all logits.
 
-    A model names its `body` as its checkpoint does, and sets `lm_head` where the head is not tied.
+    A model names its body as its checkpoint does, and sets `lm_head` where the head is not tied.
     """
 
     output_head = "lm_head"  # what "all-linear" leaves out
@@ -34,7 +34,8 @@ class Decoder(Layer):
 
     @property
     def body(self) -> Body:
-        raise NotImplementedError(f"{type(self).__name__} has no body.")
+        """The attribute that is a Body."""
+        return next(value for value in list(vars(self).values()) if isinstance(value, Body))  # a list: see Layer.children
 
     @property
     def embedding(self) -> Any:
@@ -79,8 +80,8 @@ class Decoder(Layer):
     ) -> Output:
         """The sum over labelled rows of -log p(labels_t | ids_0 ... ids_t), divided by `count` (default: the number of those rows).
 
-        ids (T,); labels (T,) on the host: labels[t] is the token that row t has to predict (already shifted), or -100.
-        Or F.Labelled: the rows with a label, and their labels, which may be on a device. prefix: the result of `prefix(ids, offsets)`.
+        ids (T,); labels (T,) on the host: labels[t] is the token that row t has to predict (already shifted), or -100; or F.Labelled,
+        whose labels may be on a device. prefix: the result of `prefix(ids, offsets)`.
         The last block, the head and the softmax run on labelled rows only, the latter two in blocks of the vocabulary (all of it
         at once where the head is not a plain Linear). With keep=True the gradient of h is computed here, and `loss_backward(saved)`
         continues from it. Raises ValueError when no row is labelled and no `count` is given.

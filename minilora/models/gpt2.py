@@ -104,7 +104,3 @@ class GPT2(Decoder):
         rng = generator(rng)
         self.transformer = GPT2Body(config, rng, dtype)
         initialise(self, rng, {"c_proj": 0.02 / math.sqrt(2 * config.n_layer)})
-
-    @property
-    def body(self) -> Body:
-        return self.transformer

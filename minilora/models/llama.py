@@ -59,6 +59,7 @@ class LlamaConfig(ModelConfig):
 
     choices: ClassVar = {"model_type": tuple(_CLASSES)}
     fixed: ClassVar = {
+        **choices,
         "hidden_act": ("silu", "swish"),
         "is_causal": (True,),
         "partial_rotary_factor": (1, None),
@@ -76,7 +77,7 @@ class LlamaConfig(ModelConfig):
             self.check_multiple("hidden_size", "num_attention_heads")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.head_dim % 2:
-            raise ValueError(f"LlamaConfig: head_dim must be a positive even number, got {self.head_dim!r}.")
+            raise ValueError(f"LlamaConfig: head_dim must be a positive even number, got {self.head_dim}.")
         self.check_multiple("num_attention_heads", "num_key_value_heads")
         if self.model_type == "qwen2" and (self.attention_bias or self.mlp_bias):
             raise ValueError("LlamaConfig: a qwen2 has biases on q, k and v and nowhere else; attention_bias and mlp_bias must be false.")
@@ -84,19 +85,16 @@ class LlamaConfig(ModelConfig):
     @classmethod
     def read(cls, raw: dict[str, Any], where: str) -> dict[str, Any]:
         """The fields in a config.json as transformers 4 or 5 writes it, whose rotary settings have other names in each."""
-        model_type = raw.get("model_type", "llama")
-        if model_type not in tuple(_CLASSES):
-            raise ValueError(f"{where} has model_type {model_type!r:.80}; supported: {', '.join(_CLASSES)}.")
         kinds = raw.get("layer_types") or []
         if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
             raise ValueError(f"{where} has layer_types {kinds!r:.80}; supported: full_attention.")
-        values = super().read({**_DEFAULTS[model_type], **raw}, where)
+        values = super().read({**_DEFAULTS.get(str(raw.get("model_type", "llama")), {}), **raw}, where)
         name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"  # in transformers 4 and 5
         rope = dict(raw.get(name) or {}) if isinstance(raw.get(name) or {}, dict) else {"rope_type": raw[name]}
         theta = rope.pop("rope_theta", values.get("rope_theta", cls.rope_theta))
         if any(key not in _ROPE or _ROPE[key] != value for key, value in rope.items()):
             raise ValueError(f"{where} has {name} {raw[name]!r:.80}; supported: none, or rope_type 'default' with a rope_theta.")
-        return {**values, "model_type": model_type, "rope_theta": theta}
+        return {**values, "rope_theta": theta}
 
     def to_json(self) -> dict[str, Any]:
         """The config.json of this model, which transformers 4 and 5 both read."""
@@ -110,17 +108,12 @@ class LlamaConfig(ModelConfig):
 class LlamaAttention(SelfAttention):
     """y = o W_o,   o = attention(rotary(x W_q), rotary(x W_k), x W_v).   x (T, d) -> y (T, d)."""
 
-    def __init__(self, c: LlamaConfig, rng: np.random.Generator, dtype: Any) -> None:
-        self.n_head, self.n_kv_head = c.num_attention_heads, c.num_key_value_heads
-        d, h, g = c.hidden_size, self.n_head * c.head_dim, self.n_kv_head * c.head_dim  # type: ignore[operator]
-        bias = c.attention_bias or c.model_type == "qwen2"
-        self.q_proj = Linear(d, h, bias, rng=rng, dtype=dtype)
-        self.k_proj = Linear(d, g, bias, rng=rng, dtype=dtype)
-        self.v_proj = Linear(d, g, bias, rng=rng, dtype=dtype)
-        self.o_proj = Linear(h, d, c.attention_bias, rng=rng, dtype=dtype)
+    names = "q_proj", "k_proj", "v_proj"
 
-    def projections(self) -> tuple[Layer, Layer, Layer]:
-        return self.q_proj, self.k_proj, self.v_proj
+    def __init__(self, c: LlamaConfig, rng: np.random.Generator, dtype: Any) -> None:
+        d, heads, head_dim = c.hidden_size, (c.num_attention_heads, c.num_key_value_heads), c.head_dim
+        super().__init__(d, *heads, head_dim, c.attention_bias or c.model_type == "qwen2", rng, dtype)  # type: ignore[arg-type]
+        self.o_proj = Linear(c.num_attention_heads * head_dim, d, c.attention_bias, rng=rng, dtype=dtype)  # type: ignore[operator]
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True, *args: Any, **inputs: Any) -> Output:
         at_o = need_dx or any(layer.trainable for layer in self.projections())
@@ -207,7 +200,3 @@ class Llama(Decoder):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, rng=rng, dtype=dtype)
         initialise(self, rng)
-
-    @property
-    def body(self) -> Body:
-        return self.model

@@ -17,8 +17,5 @@ class MLP(Sequential):
         if len(sizes) < 2:
             raise ValueError(f"MLP: sizes {list(sizes)} must name at least an input and an output size.")
         rng = generator(rng)
-        layers: list[Layer] = []
-        for m, n in pairwise(sizes):
-            layers += [activation()] if layers else []
-            layers.append(Linear(m, n, rng=rng, dtype=dtype))
-        super().__init__(*layers)
+        layers = [layer for m, n in pairwise(sizes) for layer in (activation(), Linear(m, n, rng=rng, dtype=dtype))]
+        super().__init__(*layers[1:])

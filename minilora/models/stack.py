@@ -11,7 +11,7 @@ recompute   a block saves only its input, and runs forward again in the backward
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,14 +36,6 @@ class Prefix(NamedTuple):
 
     blocks: int
     x: Array
-
-
-class Again(NamedTuple):
-    """In place of what a block saves: how to run it again."""
-
-    x: Array
-    options: dict[str, Any]
-    calls: dict[Dropout, int]  # before the block ran, so that it draws the same masks
 
 
 class Body(Layer):
@@ -100,7 +92,7 @@ class Body(Layer):
         for block in blocks[first:]:
             needs.append(needs[-1] or block.trainable)
             options |= {"need_dx": needs[-2], "rows": rows if block is blocks[-1] else None}
-            again = Again(h, dict(options), _calls(block)) if self.recompute and keep and needs[-1] else None
+            again = _again(block, h, dict(options)) if self.recompute and keep and needs[-1] else None
             h, s_block = block.forward(h, keep=keep and needs[-1], **options)
             saves.append(again or s_block)
         h = K.take_rows(h, taken)
@@ -117,7 +109,7 @@ class Body(Layer):
         for i in reversed(range(len(saves))):
             if not needs[i + 1]:
                 return
-            s_block = _run_again(blocks[first + i], saves[i]) if isinstance(saves[i], Again) else saves[i]
+            s_block = saves[i]() if callable(saves[i]) else saves[i]
             dh = blocks[first + i].backward(dh, s_block, need_dx=needs[i])  #            x_i = block_i(x_{i-1})
         if needs[0]:
             self.embed_backward(dh, s_x)  #                                              x_0 = embed(ids)
@@ -136,19 +128,24 @@ class Body(Layer):
         return Prefix(n, x)
 
 
-def _calls(block: Layer) -> dict[Dropout, int]:
-    return {layer: layer.calls for _, layer in block.modules() if isinstance(layer, Dropout)}
+def _again(block: Layer, x: Array, options: dict[str, Any]) -> Callable[[], Saved | None]:
+    """In place of what a block saves: a function that runs it forward once more, with the dropout masks of the first time.
 
+    Afterwards the dropouts count on from where they were.
+    """
+    dropouts = [layer for _, layer in block.modules() if isinstance(layer, Dropout)]
+    first = [dropout.calls for dropout in dropouts]
 
-def _run_again(block: Layer, again: Again) -> Saved | None:
-    """Forward once more, with the dropout masks of the first time; afterwards the dropouts count on from where they were."""
-    now = _calls(block)
-    for dropout, calls in again.calls.items():
-        dropout.calls = calls
-    _, saved = block.forward(again.x, keep=True, **again.options)
-    for dropout, calls in now.items():
-        dropout.calls = calls
-    return saved
+    def run() -> Saved | None:
+        now = [dropout.calls for dropout in dropouts]
+        for dropout, calls in zip(dropouts, first, strict=True):
+            dropout.calls = calls
+        _, saved = block.forward(x, keep=True, **options)
+        for dropout, calls in zip(dropouts, now, strict=True):
+            dropout.calls = calls
+        return saved
+
+    return run
 
 
 def initialise(model: Layer, rng: np.random.Generator, std: dict[str, float] | None = None) -> None:
