@@ -315,6 +315,15 @@ def test_merging_leaves_the_base_weights_unchanged():
         np.testing.assert_array_equal(p.data, before[path])
 
 
+def test_a_merged_model_moves_with_its_adapters(backend):
+    model = shake(injected())
+    ml.merge(model)
+    expected, _ = model.forward(IDS, keep=False)
+    moved, _ = model.to(backend, "float64").forward(IDS, keep=False)
+    assert moved.dtype == np.float64
+    np.testing.assert_allclose(ml.to_numpy(moved), expected, atol=1e-5)
+
+
 def test_two_thin_products_are_w_plus_sab(on, backend):
     layer = perturb(injected(ml.MLP([7, 5], rng=0, dtype="float64"), r=3, lora_alpha=5)).layers[0].to(backend)
     x = on(np.random.default_rng(0).standard_normal((4, 7)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,8 @@ class Adapted(Layer):
     weight: Parameter
     trains: tuple[str, ...] = ("lora_A", "lora_B")  # the names of the trained parameters
     enabled = True
+    delta: Callable[[], Array]  # what the adapter adds to the weight, in the shape of the weight
     merged: Array | None = None  # weight + delta, while merged; the weight itself is never written to
-
-    def delta(self) -> Array:
-        """What the adapter adds to the weight, in the shape of the weight."""
-        raise NotImplementedError(f"{type(self).__name__} has no delta.")
 
     def merge(self) -> float:
         """Use weight + delta from now on, at the cost of the base layer. Returns the largest change of a weight.
@@ -58,21 +56,17 @@ class Adapted(Layer):
 class AdaptedLinear(Adapted, Linear):
     """A Linear with an adapter. Takes over the weight and bias of `base` (their paths stay those of the checkpoint) and freezes them.
 
-    A method implements `adapted_forward`, which returns y and what backward needs, and `adapted_backward`, which returns dx and adds to
-    the gradients of what is trained. While the adapter is merged or off, both are a plain Linear's. Saved: the weight then; else what
+    While the adapter is merged or off, forward and backward are a plain Linear's. Saved: the weight then; else None, and what
     `adapted_forward` returned.
     """
+
+    adapted_forward: Callable[..., tuple[Array, tuple[Any, ...]]]  # (x, bias, keep) -> y, and what backward needs
+    adapted_backward: Callable[..., Array | None]  # (dy, that, need_dx) -> dx; adds to the gradients of what is trained
 
     def __init__(self, base: Linear, dropout: float = 0.0) -> None:
         self.weight, self.bias = base.weight, base.bias
         self.freeze()
         self.dropout = Dropout(dropout)
-
-    def adapted_forward(self, x: Array, b: Array | None, keep: bool) -> tuple[Array, tuple[Any, ...]]:
-        raise NotImplementedError(f"{type(self).__name__} has no adapted_forward.")
-
-    def adapted_backward(self, dy: Array, saved: list[Any], need_dx: bool) -> Array | None:
-        raise NotImplementedError(f"{type(self).__name__} has no adapted_backward.")
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
         b = None if self.bias is None else self.bias.data
