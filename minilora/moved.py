@@ -9,17 +9,18 @@ from typing import Any
 _KEPT_NAME = {  # (old package, new package): modules
     ("training", "data"): "datasets examples labels records text",
     ("training", "optim"): "flat loraplus optimizers schedules",
-    ("training", "runs"): "finetune plot recipe study study_folder tasks",
+    ("training", "runs"): "finetune plot recipe study tasks",
 }
 MOVED = {f"{old}.{name}": f"minilora.{new}.{name}" for (old, new), names in _KEPT_NAME.items() for name in names.split()} | {
     "family": "minilora.lora.variants, minilora.lora.init and minilora.quantization",
     "training.data": "minilora.data.batches",
     "training.evaluate_run": "minilora.runs.evaluate",
-    "training.extract_run": "minilora.runs.extract",
-    "training.few_sample": "minilora.training.reinitialise and minilora.optim.l2_sp",
+    "training.extract_run": "minilora.runs.merge",
+    "training.few_sample": "minilora.training.reinitialise and minilora.optim.optimizers",
     "training.preconditioned": "examples/preconditioned.py",
     "training.recorded": "minilora.training.cuda_graph",
     "training.run_folder": "minilora.runs.folder",
+    "training.study_folder": "minilora.runs.folder",
     "formats.run": "minilora.runs.run_file",
     "formats.partial": "minilora.formats.adapter",
     "adapters.config": "minilora.adapters.partial and minilora.adapters.bottleneck",

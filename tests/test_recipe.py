@@ -7,8 +7,8 @@ import pytest
 
 from minilora.cli import main
 from minilora.cli.flags import REMOVED, make_parser
+from minilora.runs.folder import StudyFolder
 from minilora.runs.recipe import GROUPS, Recipe, ResolvedRecipe
-from minilora.runs.study_folder import StudyFolder
 
 PYTHON_ONLY: set[str] = set()  # fields without a flag
 OTHERS = {"help", "config", "json", "out", "rows", "seeds", "quick"}  # flags of a verb, not of a recipe

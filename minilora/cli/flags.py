@@ -28,6 +28,7 @@ _VERBS = {
 }
 _FIELDS = {field.name: field for field in fields(Recipe)}
 _MODEL = "a run folder, an adapter or model folder, a .gguf file, an id of the hub, or pydoc, the bundled model"
+_ANY_MODEL: dict[str, Any] = {"nargs": "?", "default": "pydoc", "help": f"{_MODEL} (default)"}
 _THE_RUNS = "the run's"
 
 
@@ -38,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """
     words = sys.argv[1:] if argv is None else argv
     verb = next((word for word in words if word in _VERBS), None)
-    parser, verbs = make_parser(flags=verb is not None)
+    parser, verbs = make_parser()
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config", type=Path)
     path = config.parse_known_args(words)[0].config
@@ -47,15 +48,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def make_parser(flags: bool = True) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser, and those of the verbs by name. flags=False: the names of the verbs only, for `minilora --help`."""
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of the verbs by name."""
     parser = argparse.ArgumentParser(prog="minilora", description="Low-rank adaptation with every gradient written by hand.")
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     choices = parser.add_subparsers(required=True, dest="verb", metavar="VERB")
     verbs = {name: choices.add_parser(name, help=help, description=help) for name, help in _VERBS.items()}
-    if not flags:
-        return parser, verbs
     for p in verbs.values():
         p.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with any of these flags; the command line wins")
         p.add_argument("--json", action="store_true", help="print one JSON object on standard output, everything else on standard error")
@@ -69,14 +68,16 @@ def make_parser(flags: bool = True) -> tuple[argparse.ArgumentParser, dict[str, 
     _add_recipe(verbs["study"])("--out", metavar="FOLDER", help="of the study, new or to be continued (default: studies/NAMES)")
 
     add = verbs["evaluate"].add_argument
-    _add_model(add)
+    add("model", **_ANY_MODEL)
+    _add_adapter(add)
     add("--split", choices=("train", "valid", "test", "all"), help="default: test, valid, or what the run held out; of a file all")
     add("--all", dest="split", action="store_const", const="all", help="--split all; of a run's data also those it was trained on")
     _add_fields(add, "data task window mask_prompt encoding seed eval_size eval_bytes", _THE_RUNS)
     _add_fields(add, "threads backend")
 
     add = verbs["generate"].add_argument
-    _add_model(add)
+    add("model", **_ANY_MODEL)
+    _add_adapter(add)
     add("--prompt", default="def ", help="the text to continue (default: 'def ')")
     add("--chat", action="store_true", help="put the prompt into the model's chat template, as the user's turn")
     add("--system", metavar="TEXT", help="the system's turn, with --chat")
@@ -88,7 +89,8 @@ def make_parser(flags: bool = True) -> tuple[argparse.ArgumentParser, dict[str, 
     _add_fields(add, "seed backend")
 
     add = verbs["merge"].add_argument
-    _add_model(add, required=True)
+    add("model", help="a run folder or an adapter folder, or a model with --adapter")
+    _add_adapter(add)
     add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the merged model")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the merged model (default: that of the base's files)")
 
@@ -109,13 +111,12 @@ def make_parser(flags: bool = True) -> tuple[argparse.ArgumentParser, dict[str, 
     _add_weights(add)
 
     add = verbs["info"].add_argument
-    add("model", nargs="?", default="pydoc", help=f"{_MODEL} (default)")
+    add("model", **_ANY_MODEL)
     add("--kernels", action="store_true", help="the implementation that runs for each operation of the model, and why")
     _add_weights(add)
     _add_fields(add, "backend", "numpy")
 
-    add = verbs["gradcheck"].add_argument
-    _add_fields(add, "backend")
+    _add_fields(verbs["gradcheck"].add_argument, "backend")
     return parser, verbs
 
 
@@ -155,11 +156,7 @@ def _add_fields(add: Callable[..., Any], names: str, default: str = "") -> None:
         )
 
 
-def _add_model(add: Callable[..., Any], required: bool = False) -> None:
-    if required:
-        add("model", help="a run folder or an adapter folder, or a model with --adapter")
-    else:
-        add("model", nargs="?", default="pydoc", help=f"{_MODEL} (default)")
+def _add_adapter(add: Callable[..., Any]) -> None:
     add("--adapter", metavar="FOLDER", help="an adapter to load into the model")
     _add_weights(add)
 

@@ -38,18 +38,12 @@ class Batch:
 
     def split(self, n: int) -> list[Batch]:
         """At most n shards of whole sequences with about equal numbers of tokens; views of this batch, in order."""
-        tokens = int(self.offsets[-1])
-        cuts = {0, len(self.offsets) - 1}
-        for i in range(1, n):  # the sequence boundary nearest to the ideal cut
-            cuts.add(int(np.argmin(np.abs(self.offsets - tokens * i / n))))
-        bounds = sorted(cuts)
-        return [self._sequences(a, b) for a, b in pairwise(bounds)]
+        ideal = (int(self.offsets[-1]) * i / n for i in range(1, n))
+        cuts = {0, len(self.offsets) - 1, *(int(np.argmin(np.abs(self.offsets - at))) for at in ideal)}  # the nearest boundaries
+        return [self.sequences(a, b) for a, b in pairwise(sorted(cuts))]
 
-    def first(self, n: int) -> Batch:
-        """The first n sequences."""
-        return self._sequences(0, n)
-
-    def _sequences(self, a: int, b: int) -> Batch:
+    def sequences(self, a: int, b: int) -> Batch:
+        """Sequences a to b, without b."""
         first, last = self.offsets[a], self.offsets[b]
         labels = self.labels[a:b] if self.per_sequence else self.labels[first:last]
         return Batch(self.ids[first:last], labels, self.offsets[a : b + 1] - first, self.per_sequence)
@@ -74,11 +68,9 @@ def held_out_windows(text: np.ndarray, length: int, batch_size: int, most: int |
     most: the number of full windows at most, evenly spread.
     """
     starts = np.arange(0, len(text) - length, length)
+    rest = len(text) - 1 - len(starts) * length
     if most is not None and most < len(starts):
-        starts = starts[np.linspace(0, len(starts) - 1, most).astype(int)]
-        rest = 0
-    else:
-        rest = len(text) - 1 - len(starts) * length
+        starts, rest = starts[np.linspace(0, len(starts) - 1, most).astype(int)], 0
     for i in range(0, len(starts), batch_size):
         yield windows(text, starts[i : i + batch_size], length)
     if rest > 0:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.data import TASKS
 from minilora.data.batches import Batch
 from minilora.data.examples import Example, Maker, example_maker
 from minilora.data.labels import NoClass, class_names, label_of
@@ -76,7 +75,6 @@ def load_dataset(
 
     Raises FileNotFoundError, or ValueError naming file and line.
     """
-    _check(task, max_length)
     files = split_files(path, quiet=False)
     records = {split: list(read_records(file, encoding)) for split, file in files.items()}
     published, template = labels, chat_template or tokenizer.chat_template
@@ -114,7 +112,6 @@ def load_examples(
     encoding: str = "utf-8",
 ) -> list[Example]:
     """All records of one file, in order: `load_dataset` without splits. Task "classify" needs `labels`."""
-    _check(task, max_length)
     if task == "classify" and labels is None:
         raise ValueError(f"{file}: the classes are not known; give a folder that has a training split too.")
     make = example_maker(task, tokenizer, max_length, mask_prompt, labels, chat_template or tokenizer.chat_template)
@@ -179,19 +176,17 @@ def few(examples: Sequence[Example], size: int, labels: Sequence[str], seed: int
 # ---- batches -------------------------------------------------------------------------------------------------------------------------
 
 
-Epoch = list[list[int]]  # the indices of the examples of each batch
+def pack(examples: Sequence[Example], tokens_per_batch: int, rng: np.random.Generator | None = None) -> list[list[int]]:
+    """[indices of the examples of a batch, ...]: every example once, in batches of about equal token counts.
 
-
-def pack(lengths: np.ndarray, tokens_per_batch: int, rng: np.random.Generator | None = None) -> Epoch:
-    """Every example once, in batches of about equal token counts, at most tokens_per_batch unless one sequence is longer.
-
-    Each example goes into the batch with the fewest tokens so far, long ones first. `rng` draws which examples meet in a batch, and the
-    order of the batches; without it they are always the same.
+    A batch exceeds tokens_per_batch only with a single sequence. Each example goes into the batch with the fewest tokens so far, long
+    ones first. `rng` draws which examples meet in a batch, and the order of the batches; without it they are always the same.
     """
     if tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}.")
+    lengths = np.array([len(example.ids) for example in examples], dtype=np.int64)
     size = lengths if rng is None else lengths * rng.uniform(0.5, 1, len(lengths))  # roughly by length, different in every epoch
-    bins: Epoch = [[] for _ in range(-(-int(lengths.sum()) // tokens_per_batch))]
+    bins: list[list[int]] = [[] for _ in range(-(-int(lengths.sum()) // tokens_per_batch))]
     loads = [(0, k) for k in range(len(bins))]  # a heap: the batch with the fewest tokens first
     for i in np.argsort(-size, kind="stable"):
         n, (load, k) = int(lengths[i]), loads[0]
@@ -207,8 +202,7 @@ def pack(lengths: np.ndarray, tokens_per_batch: int, rng: np.random.Generator | 
 
 def packed_batches(examples: Sequence[Example], tokens_per_batch: int, rng: np.random.Generator | None = None) -> Iterator[Batch]:
     """One epoch of batches by `pack`."""
-    lengths = np.array([len(example.ids) for example in examples], dtype=np.int64)
-    yield from (collate([examples[i] for i in batch]) for batch in pack(lengths, tokens_per_batch, rng))
+    yield from (collate([examples[i] for i in batch]) for batch in pack(examples, tokens_per_batch, rng))
 
 
 def batches_of(examples: Sequence[Example], batch_size: int, rng: np.random.Generator | None = None) -> Iterator[Batch]:
@@ -275,10 +269,3 @@ def _examples(file: Path, records: Sequence[tuple[int, Record]], task: str, make
 def _absent(examples: Sequence[Example], labels: Sequence[str]) -> list[str]:
     seen = {int(example.labels[0]) for example in examples}
     return [name for i, name in enumerate(labels) if i not in seen]
-
-
-def _check(task: str, max_length: int) -> None:
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; choose {' or '.join(TASKS)}.")
-    if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, got {max_length}.")

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.data import TASKS
 from minilora.data.labels import reader
 from minilora.formats.chat import assistant_spans, marks_answers
 from minilora.formats.tokenizer import Tokenizer
@@ -45,7 +46,14 @@ Maker = Callable[[Path, int, dict[str, Any]], Example]
 def example_maker(
     task: str, tokenizer: Tokenizer, max_length: int, mask_prompt: bool, labels: Sequence[str] | None, template: str | None
 ) -> Maker:
-    """A function (file, line, record) -> Example, which raises ValueError naming file and line."""
+    """A function (file, line, record) -> Example, which raises ValueError naming file and line.
+
+    Raises ValueError itself for an unknown task, a max_length below 2, and labels of which two are one.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; choose {' or '.join(TASKS)}.")
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, got {max_length}.")
     label = reader(labels or ())
 
     def made(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, bool]:

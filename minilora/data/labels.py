@@ -36,12 +36,11 @@ def label_of(file: Path, line: int, record: Record) -> str:
     value = _label(file, line, record)
     name = value.strip() if isinstance(value, str) else str(value)
     if isinstance(value, bool) or not isinstance(value, (int, str)) or not name or name.lower() == "nan":
-        advice = ' write "true" or "false" as text' if isinstance(value, bool) else ""
-        raise ValueError(f"{file}, line {line}: the label must be an integer or a name, got {value!r:.60}{';' if advice else ''}{advice}.")
+        advice = '; write "true" or "false" as text' if isinstance(value, bool) else ""
+        raise ValueError(f"{file}, line {line}: the label must be an integer or a name, got {value!r:.60}{advice}.")
     if not _whole(name) and _number(name) is not None:
-        raise ValueError(
-            f"{file}, line {line}: the label {name!r:.60} is a score; classes are integers or names, scores need a model with one output."
-        )
+        why = "is a score; classes are integers or names, scores need a model with one output"
+        raise ValueError(f"{file}, line {line}: the label {name!r:.60} {why}.")
     return name
 
 

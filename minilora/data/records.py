@@ -14,6 +14,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -48,12 +49,11 @@ def read_bytes(file: Path) -> bytes:
 
 def decode_bytes(raw: bytes, file: Path, encoding: str = "utf-8") -> str:
     """Bytes as text, without a byte order mark. Raises ValueError, naming file and line, for binary data and for another encoding."""
-    marked = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}.get(raw[:2])
     try:
         text = raw.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
     except UnicodeError as error:
-        if marked:
-            raise ValueError(f"{file}, line 1: this is {marked} text, not {encoding}; give --encoding {marked}.") from None
+        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError(f"{file}, line 1: this is utf-16 text, not {encoding}; give --encoding utf-16.") from None
         n = raw[: getattr(error, "start", 0)].count(b"\n") + 1
         advice = "it is binary data" if b"\0" in raw else "name its encoding with --encoding, for instance latin-1"
         raise ValueError(f"{file}, line {n}: this is not {encoding.upper()} text ({getattr(error, 'reason', error)}); {advice}.") from None
@@ -84,12 +84,11 @@ def read_records(file: str | Path, encoding: str = "utf-8") -> Iterator[tuple[in
     kind = kind_of(file)
     if kind is None:
         raise ValueError(f"{file} is not a record file; its name must end in {', '.join(READERS)}, or one of these and .gz.")
-    none = True
-    for line, record in READERS[kind](file, encoding):
-        none = False
-        yield line, record
-    if none:
+    records = READERS[kind](file, encoding)
+    if (first := next(records, None)) is None:
         raise ValueError(f"{file} is empty: there are no records in it.")
+    yield first
+    yield from records
 
 
 def _json(file: Path, encoding: str) -> Iterator[tuple[int, Record]]:
@@ -112,38 +111,33 @@ def _lines(file: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 def _list(file: Path, text: str) -> Iterator[tuple[int, Any]]:
     """The items of a JSON list, each with the line that it begins on."""
-    decoder, at = json.JSONDecoder(object_pairs_hook=_once), text.index("[") + 1
+    decoder, blank = json.JSONDecoder(object_pairs_hook=_once), re.compile(r"[ \t\r\n]*")
 
     def skip(i: int) -> int:
-        while i < len(text) and text[i] in " \t\r\n":
-            i += 1
-        return i
+        return found.end() if (found := blank.match(text, i)) else i
 
-    line, counted = 1, 0
-    while True:
-        at = skip(at)
+    line, counted, at = 1, 0, skip(text.index("[") + 1)
+    while text[at : at + 1] != "]":
         line, counted = line + text.count("\n", counted, at), at
-        if text[at : at + 1] == "]":
-            break
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {line}: this is not JSON ({error}).") from None
         yield line, value
         at = skip(end)
-        if text[at : at + 1] == ",":
-            at += 1
-        elif text[at : at + 1] != "]":
+        if text[at : at + 1] not in (",", "]"):
             raise ValueError(f"{file}, line {line + text.count(chr(10), counted, at)}: this is not JSON (expected ',' or ']' here).")
+        at = skip(at + (text[at] == ","))
     if text[at + 1 :].strip():
-        raise ValueError(f"{file}, line {line}: this is not JSON (there is more behind the list).")
+        raise ValueError(f"{file}, line {line + text.count(chr(10), counted, at)}: this is not JSON (there is more behind the list).")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> Record:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} appears twice")
+    table: Record = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"the key {name!r} appears twice")
+        table[name] = value
     return table
 
 

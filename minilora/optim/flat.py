@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from minilora.backend import Array, get_xp
+from minilora.backend import Array, Matrix, get_xp
 from minilora.kernels.half import is_half
 from minilora.layers import Parameter
 
@@ -23,12 +23,12 @@ class FlatBuffer:
     """
 
     def __init__(self, parameters: Parameters) -> None:
-        named = [item if isinstance(item, tuple) else ("", item) for item in parameters]
-        named = [(path, p) for path, p in named if p.trainable]
+        every = (item if isinstance(item, tuple) else ("", item) for item in parameters)
+        named = [(path, p) for path, p in every if p.trainable]
         if not named:
             raise ValueError("nothing is trainable: inject LoRA, or unfreeze some parameters, before making an optimizer.")
         for path, p in named:
-            if hasattr(p.data, "dense"):
+            if isinstance(p.data, Matrix):
                 raise ValueError(f"{path} is quantized and cannot be trained; load the model without, or leave it frozen.")
             if is_half(p.data):
                 raise ValueError(f"{path} is {p.data.dtype}, in which small steps are lost; train adapters, or load it in float32.")
@@ -38,12 +38,10 @@ class FlatBuffer:
         self.paths = [path for path, _ in named]
         self.parameters = [p for _, p in named]
         xp = get_xp(*(p.data for p in self.parameters))
-        size = sum(p.data.size for p in self.parameters)
-        self.data = xp.empty(size, dtype=self.parameters[0].data.dtype)
+        self.data = xp.concatenate([p.data.ravel() for p in self.parameters])
         self.grad = xp.zeros_like(self.data)
         self.views = _views(self.data, self.parameters)
         for p, view in zip(self.parameters, self.views, strict=True):
-            view[...] = p.data
             p.data = view
         adopt(self.grad, self.parameters)
 
@@ -57,11 +55,6 @@ class FlatBuffer:
                 raise RuntimeError(f"{path or 'a parameter'} was moved or frozen after the optimizer was made; make a new optimizer.")
         fill_missing(self.parameters)
         return self.grad
-
-    def claim(self) -> None:
-        """After a replayed CUDA graph, which wrote the gradients into the buffer: let every p.grad be its view."""
-        for p in self.parameters:
-            p.grad = p.home
 
     def zero_grad(self) -> None:
         """Forget all gradients; the next backward assigns."""

@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
-from minilora.backend import backend_name, to_backend
+from minilora.backend import get_xp
 from minilora.layers import Embedding, Layer, LayerNorm, RMSNorm
 from minilora.optim.optimizers import Optimizer
 
@@ -40,16 +38,15 @@ def create_loraplus_optimizer(
         raise ValueError(f"LoRA+: loraplus_lr_ratio must be a positive number, got {loraplus_lr_ratio}.")
     optimizer: Any = optimizer_cls(model.parameters(), lr, weight_decay=loraplus_weight_decay, **options)  # type: ignore[call-arg]
     owners, flat = dict(model.modules()), optimizer.flat
-    rates, decays = [], []
+    optimizer.rates, optimizer.decays = (get_xp(flat.data).ones_like(flat.data) for _ in range(2))
+    start = 0
     for path, p in zip(flat.paths, flat.parameters, strict=True):
         owner, _, name = path.rpartition(".")
-        rate = loraplus_lr_ratio if name == "lora_B" or p.data.ndim == 1 else 1.0
+        part = slice(start, start := start + p.data.size)
         if isinstance(owners[owner], Embedding) and name != "weight":
-            rate = loraplus_lr_embedding / lr
-        plain = name == "bias" or isinstance(owners[owner], (LayerNorm, RMSNorm))
-        rates.append(np.full(p.data.size, rate))
-        decays.append(np.full(p.data.size, 0.0 if plain else 1.0))
-    home, dtype = backend_name(flat.data), flat.data.dtype
-    optimizer.rates = to_backend(np.concatenate(rates), home, dtype)
-    optimizer.decays = to_backend(np.concatenate(decays), home, dtype)
+            optimizer.rates[part] = loraplus_lr_embedding / lr
+        elif name == "lora_B" or p.data.ndim == 1:
+            optimizer.rates[part] = loraplus_lr_ratio
+        if name == "bias" or isinstance(owners[owner], (LayerNorm, RMSNorm)):
+            optimizer.decays[part] = 0
     return optimizer

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from minilora import kernels as K
-from minilora.backend import get_xp
+from minilora.backend import Array, get_xp
 from minilora.functional import AdamStep
 from minilora.optim.flat import FlatBuffer, Parameters
 
@@ -86,9 +86,7 @@ class AdamW(Optimizer):
             raise ValueError(f"betas must be at least 0 and below 1, got {betas}.")
         super().__init__(params, lr)
         self.betas, self.eps, self.weight_decay, self.bias_correction = betas, eps, weight_decay, bias_correction
-        xp = get_xp(self.flat.data)
-        self.m = xp.zeros_like(self.flat.data)
-        self.v = xp.zeros_like(self.flat.data)
+        self.m, self.v = (get_xp(self.flat.data).zeros_like(self.flat.data) for _ in range(2))
 
     def step(self) -> None:
         w, g = self.flat.data, self.flat.gather()
@@ -103,3 +101,21 @@ class Adam(AdamW):
     """Adam with weight decay, if any, added to the gradient (L2 regularisation), as in the original paper."""
 
     decoupled = False
+
+
+class AdamWL2SP(AdamW):
+    """L2-SP, decay towards the initial weights (arXiv 1802.01483, section 3): AdamW, and before each step  w <- w - lr l2_sp (w - w_0).
+
+    w_0: the weights when the optimizer was made. Raises ValueError for an l2_sp below 0.
+    """
+
+    def __init__(self, params: Parameters, lr: float, l2_sp: float, **options: Any) -> None:
+        super().__init__(params, lr, **options)
+        if not l2_sp >= 0:
+            raise ValueError(f"AdamWL2SP: l2_sp must be at least 0, got {l2_sp}.")
+        self.l2_sp = l2_sp
+        self.initial: Array = self.flat.data.copy()
+
+    def step(self) -> None:
+        self.flat.data -= (self.lr * self.l2_sp * self.rates) * (self.flat.data - self.initial)
+        super().step()

@@ -1,1 +1,9 @@
-"""What a verb of the command line does; Python users call the same functions."""
+"""What a verb does; Python users call the same functions. Each reports to `say`, line by line."""
+
+from collections.abc import Callable
+
+Say = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """Reports nothing."""

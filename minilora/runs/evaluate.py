@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from minilora.formats.fetch import BUNDLED
 from minilora.models.config_file import check_types
 from minilora.models.generate import context_length
+from minilora.runs import Say
 from minilora.runs.recipe import Recipe, threads_for
 from minilora.runs.run_file import check_task, check_window, is_decoder, open_model, record_of, tokenizer_of
 from minilora.runs.tasks import Task, measure, measuring_task
@@ -24,7 +24,7 @@ def evaluate_run(
     backend: str = "auto",
     threads: int | None = None,
     allow_other_weights: bool = False,
-    say: Callable[[str], None] = print,
+    say: Say = print,
     **changed: Any,
 ) -> dict[str, Any]:
     """The figures of a model, a run or an adapter on data: loss and perplexity, or accuracy, F1 and Matthews correlation.
@@ -39,27 +39,24 @@ def evaluate_run(
     say(f"{model} on {task.what}")
     figures = measure(opened, task, threads)
     for name, value in figures.items():
-        say(f"{name.replace('_', ' '):<16} {value:,.4f}" if isinstance(value, float) else f"{name.replace('_', ' '):<16} {value:,}")
+        say(f"{name.replace('_', ' '):<16} {value:{',.4f' if isinstance(value, float) else ','}}")
     return figures
 
 
-def task_of(
-    model: Any, run: str, data: str | None, *, tokenizer_source: str, split: str | None, say: Callable[[str], None], **changed: Any
-) -> Task:
+def task_of(model: Any, run: str, data: str | None, *, tokenizer_source: str, split: str | None, say: Say, **changed: Any) -> Task:
     """The data to measure an opened model on, by the settings of its run and those in `changed`. Raises as `evaluate_run`."""
     record = record_of(run)
     made = recipe_of(record, run)
     changed = {name: value for name, value in {"data": data, **changed}.items() if value is not None}
-    changed.setdefault("task", made.task if record else "lm" if is_decoder(model) else "classify")
-    check_task(model, changed["task"], tokenizer_source)
+    if not record:
+        changed = {"window": min(made.window, context_length(model)), "task": "lm" if is_decoder(model) else "classify", **changed}
+    check_task(model, changed.get("task", made.task), tokenizer_source)
     if changed.get("data", made.data) is None and not record.get("configuration") and tokenizer_source != BUNDLED:
         raise ValueError(f"{tokenizer_source} is not a run, which would know its data; give --data.")
-    if "window" not in changed and not record:
-        changed["window"] = min(made.window, context_length(model))
-    differs = [name for name, value in changed.items() if name != "data" and getattr(made, name) != value]
-    if record and differs:
-        say("differs from the run: " + ", ".join(f"{name} {changed[name]} (the run had {getattr(made, name)})" for name in differs))
     recipe = replace(made, **changed)
+    had = {name: getattr(made, name) for name, value in changed.items() if name != "data" and getattr(made, name) != value}
+    if record and had:
+        say("differs from the run: " + ", ".join(f"{name} {changed[name]} (the run had {value})" for name, value in had.items()))
     check_window(model, recipe.window)
     tokenizer = tokenizer_of(tokenizer_source, getattr(model.config, "vocab_size", None))
     labels = model.config.class_names if recipe.task == "classify" else None

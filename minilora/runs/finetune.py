@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from minilora.backend import choose_backend
 from minilora.formats.adapter import save_adapter
+from minilora.formats.atomic import write_json, write_text
 from minilora.formats.checkpoint import save_model
 from minilora.formats.tokenizer import Tokenizer
 from minilora.kernels.cuda.blas import allow_tf32
@@ -22,7 +22,8 @@ from minilora.kernels.memory import peak_memory
 from minilora.lora import adaptation, disabled, lora_layers
 from minilora.models.generate import generate
 from minilora.optim.optimizers import AdamW
-from minilora.runs.folder import RunFolder
+from minilora.runs import Say
+from minilora.runs.folder import new_folder, write_lines
 from minilora.runs.plot import have_matplotlib, plot_run
 from minilora.runs.prepare import open_recipe, prefix_for, prepare, steps_of
 from minilora.runs.recipe import Recipe, ResolvedRecipe
@@ -33,7 +34,6 @@ from minilora.training.watch import Diverged
 
 PROMPT = "def read_config(path, encoding=None):\n    "  # which the samples of a text model continue
 
-Say = Callable[[str], None]
 Records = list[dict[str, Any]]
 
 
@@ -52,43 +52,50 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     base = sum(p.data.size for _, p in model.parameters())
     optimizer = prepare(model, plan, task)
     trained = optimizer.flat.data.size
-    folder = RunFolder.create(out, plan.method)
+    folder = new_folder(out, plan.method)
     settings = asdict(plan) | ({} if plan.data is None else {"data": str(Path(plan.data).absolute())})  # found from anywhere
-    folder.write_run(settings, {}, task.labels, task.trained_on)
-    say(f"model     {plan.model}: {base:,} parameters, {plan.backend}, {plan.threads} thread{'s' * (plan.threads > 1)}")
-    say(f"data      {task.what}")
-    say(f"method    {_method(plan, model)}: {trained:,} trainable parameters, {trained / base:.1%} of the model")
-
-    before, sample_before = measure(model, task, plan.threads), _sample(model, tokenizer, plan)
     records: Records = []
     scale = LossScale.of(model)
 
+    def write_run(results: dict[str, Any]) -> dict[str, Any]:
+        """Write run.json. Returns the results in it: those given, and the loss scale, if there is one."""
+        results = results | ({} if scale is None else {"loss_scale": scale.state()})
+        about = {"configuration": settings, "labels": task.labels, "trained_on": task.trained_on}
+        write_json(folder / "run.json", {**about, "results": results})
+        return results
+
     def save(steps: int) -> int:
         """Write the result of so many steps. Returns the bytes of its tensors."""
-        folder.write_metrics(records)
+        write_lines(folder / "metrics.jsonl", records)
         size = _save(model, folder, plan)
-        folder.write_run(settings, {"stopped_after_step": steps, **_scale_state(scale)}, task.labels, task.trained_on)
+        write_run({"stopped_after_step": steps})
         return size
 
+    write_run({})
+    say(f"model     {plan.model}: {base:,} parameters, {plan.backend}, {plan.threads} thread{'s' * (plan.threads > 1)}")
+    say(f"data      {task.what}")
+    say(f"method    {_method(plan, model)}: {trained:,} trainable parameters, {trained / base:.1%} of the model")
+    before, sample_before = measure(model, task, plan.threads), _sample(model, tokenizer, plan)
     try:
         seconds, tokens = _train(model, optimizer, task, plan, records, scale)
     except (Diverged, KeyboardInterrupt, MemoryError, OSError) as stop:
         done = stop.kept if isinstance(stop, Diverged) else optimizer.t if isinstance(stop, MemoryError) else len(records)
         save(done)
         if isinstance(stop, Diverged):
-            say(f"the {plan.product} of step {done}, the last whose loss was finite, is in {folder.path}")
+            say(f"the {plan.product} of step {done}, the last whose loss was finite, is in {folder}")
         if isinstance(stop, MemoryError):
             traceback.clear_frames(stop.__traceback__)  # which still hold what the failed step had saved
             fits = advice(model, next(task.batches(plan.seed)), "--tokens-per-batch" if plan.kind == "lm" else "", plan.recompute)
-            raise MemoryError(f"memory ran out after step {done}; {fits}. The {plan.product} of that step is in {folder.path}.") from stop
+            raise MemoryError(f"memory ran out after step {done}; {fits}. The {plan.product} of that step is in {folder}.") from stop
         raise
     size = save(len(records))
     after, sample_after = measure(model, task, plan.threads), _sample(model, tokenizer, plan)
     if not math.isfinite(after["loss"]):
-        raise ArithmeticError(f"the held-out loss is not finite; the {plan.product} is in {folder.path}. A lower --lr may help.")
+        raise ArithmeticError(f"the held-out loss is not finite; the {plan.product} is in {folder}. A lower --lr may help.")
     if sample_after:
-        folder.write_samples(PROMPT, sample_before, sample_after)
-    results: dict[str, Any] = {
+        parts = {"prompt": PROMPT, "before": PROMPT + sample_before, "after": PROMPT + sample_after}
+        write_text(folder / "samples.txt", "\n\n".join(f"# {name}\n{text}" for name, text in parts.items()) + "\n")
+    figures = {
         "headline": task.headline,
         "before": before,
         "after": after,
@@ -102,13 +109,16 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
         "tokens_per_second": tokens / seconds,
         "seconds": time.perf_counter() - begun,
         "peak_memory_bytes": peak_memory(plan.backend),
-        **_scale_state(scale),
     }
-    folder.write_run(settings, results, task.labels, task.trained_on)
+    results = write_run(figures)
     _print(say, plan, results, {"before": sample_before, "after": sample_after})
-    say(f"\nwritten to {folder.path}")
-    _draw(say, folder, plan, records, results)
-    return {"folder": str(folder.path), **results}
+    say(f"\nwritten to {folder}")
+    if have_matplotlib(say):
+        unit, nats = task.unit
+        method = {"lora": f"LoRA, rank {plan.r}", "full": "full fine-tuning"}.get(plan.method, plan.method)
+        title = f"{Path(plan.model).name}, {method}, {len(records)} steps"
+        plot_run(folder / "curves.png", records, before["loss"], after["loss"], title, unit, nats)
+    return {"folder": str(folder), **results}
 
 
 def _train(
@@ -127,10 +137,6 @@ def _train(
     return seconds, tokens
 
 
-def _scale_state(scale: LossScale | None) -> dict[str, Any]:
-    return {} if scale is None else {"loss_scale": scale.state()}
-
-
 def _sample(model: Any, tokenizer: Tokenizer, recipe: ResolvedRecipe) -> str:
     """A text that a model of plain text generates; empty for other tasks."""
     if recipe.kind != "text" or not recipe.sample_bytes:
@@ -139,16 +145,16 @@ def _sample(model: Any, tokenizer: Tokenizer, recipe: ResolvedRecipe) -> str:
         return tokenizer.decode(list(generate(model, tokenizer.encode_prompt(PROMPT), recipe.sample_bytes, 0.7, recipe.seed)))
 
 
-def _save(model: Any, folder: RunFolder, recipe: Recipe) -> int:
+def _save(model: Any, folder: Path, recipe: Recipe) -> int:
     """Write the adapter, or the fully trained model. Returns the bytes of its tensors' file."""
     if recipe.method == "full":
-        save_model(model, folder.model)
-        return (folder.model / "model.safetensors").stat().st_size
+        save_model(model, folder / "model")
+        return (folder / "model" / "model.safetensors").stat().st_size
     if recipe.init_lora_weights == "loftq":  # the adapter fits the quantized weights only, which are therefore saved too
-        adaptation(model).config.base_model_name_or_path = str(folder.base.absolute())
+        adaptation(model).config.base_model_name_or_path = str((folder / "base").absolute())
         with disabled(model):
-            save_model(model, folder.base)
-    return save_adapter(model, folder.adapter)
+            save_model(model, folder / "base")
+    return save_adapter(model, folder / "adapter")
 
 
 def _method(recipe: ResolvedRecipe, model: Any) -> str:
@@ -175,14 +181,3 @@ def _print(say: Say, recipe: ResolvedRecipe, results: dict[str, Any], samples: d
     say(f"saved     {recipe.product} of {results['saved_bytes'] / 1e3:,.0f} kB; the model has {results['model_bytes'] / 1e3:,.0f} kB")
     for when, text in samples.items() if samples["after"] else ():
         say(f"\n--- a sample {when} ---\n{(PROMPT + text).rstrip()}")
-
-
-def _draw(say: Say, folder: RunFolder, recipe: Recipe, records: Records, results: dict[str, Any]) -> None:
-    if not have_matplotlib():
-        say("no picture of the curves: matplotlib is not installed (pip install 'minilora[plot]')")
-        return
-    method = {"lora": f"LoRA, rank {recipe.r}", "full": "full fine-tuning"}.get(recipe.method, recipe.method)
-    unit, nats = ("bits per byte", math.log(2)) if results["headline"] == "bits_per_byte" else ("loss", 1.0)
-    before, after = (results[when]["loss"] / nats for when in ("before", "after"))
-    title = f"{Path(recipe.model).name}, {method}, {len(records)} steps"
-    plot_run(folder.curves, records, before, after, title, unit, nats)

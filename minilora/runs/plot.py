@@ -7,32 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from minilora.formats.atomic import write_file
+from minilora.runs import Say
 
 
-def have_matplotlib() -> bool:
-    """Whether the `plot` extra is installed."""
+def have_matplotlib(say: Say) -> bool:
+    """Whether the `plot` extra is installed; says so if not."""
     try:
-        return find_spec("matplotlib") is not None
+        found = find_spec("matplotlib") is not None
     except ValueError:  # sys.modules holds None in its place
-        return False
+        found = False
+    if not found:
+        say("no picture: matplotlib is not installed (pip install 'minilora[plot]')")
+    return found
 
 
-def plot_run(path: str | Path, records: list[dict[str, Any]], before: float, after: float, title: str, unit: str, scale: float) -> None:
-    """The training loss over steps, divided by `scale` into `unit`, the held-out figure before and after, and the learning rate."""
+def plot_run(path: str | Path, records: list[dict[str, Any]], before: float, after: float, title: str, unit: str, nats: float) -> None:
+    """The training loss over steps, the held-out loss before and after, and the learning rate. unit: of `nats` nats each."""
     figure, (top, bottom) = _figure((7, 5), 2, 1, sharex=True, height_ratios=[4, 1])
     steps = [r["step"] for r in records]
-    losses = [r["loss"] / scale for r in records]
+    losses = [r["loss"] / nats for r in records]
     window = max(1, len(losses) // 20)
     recent = [losses[max(0, i - window) : i + 1] for i in range(len(losses))]
     top.plot(steps, losses, color="#9ecae1", linewidth=1, label="training, each step")
     top.plot(steps, [sum(x) / len(x) for x in recent], color="#08519c", linewidth=2, label=f"training, mean of {window + 1} steps")
-    top.axhline(before, color="#d95f02", linestyle="--", label=f"held out before: {before:.3f}")
-    top.axhline(after, color="#1b7837", linestyle="-", label=f"held out after: {after:.3f}")
+    for when, loss, colour, style in (("before", before, "#d95f02", "--"), ("after", after, "#1b7837", "-")):
+        top.axhline(loss / nats, color=colour, linestyle=style, label=f"held out {when}: {loss / nats:.3f}")
     top.set(ylabel=unit, title=title)
     top.legend(frameon=False)
     bottom.plot(steps, [r["lr"] for r in records], color="#555555")
-    bottom.set(ylabel="learning rate", xlabel="step")
-    bottom.set_ylim(bottom=0)
+    bottom.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
     write_file(path, lambda temporary: figure.savefig(temporary, dpi=120))
 
 

@@ -12,9 +12,8 @@ from minilora.data.records import listed, note
 from minilora.formats.checkpoint import load_model
 from minilora.formats.tokenizer import Tokenizer
 from minilora.lora.registry import config_classes
-from minilora.optim.l2_sp import AdamWL2SP
 from minilora.optim.loraplus import create_loraplus_optimizer
-from minilora.optim.optimizers import AdamW
+from minilora.optim.optimizers import AdamW, AdamWL2SP
 from minilora.optim.schedules import schedule
 from minilora.runs.recipe import Recipe, ResolvedRecipe
 from minilora.runs.run_file import check_task, check_window, published_classes, tokenizer_of
@@ -97,11 +96,10 @@ def _first_batches(model: Any, task: Task, seed: int) -> None:
 
 
 def _optimizer(model: Any, recipe: ResolvedRecipe) -> AdamW:
-    kind: type[AdamW] = AdamW
-    options: dict[str, Any] = {"bias_correction": recipe.bias_correction}
-    if recipe.l2_sp:
-        kind, options["l2_sp"] = AdamWL2SP, recipe.l2_sp
-    if recipe.loraplus_lr_ratio is not None:
-        options |= {"loraplus_lr_ratio": recipe.loraplus_lr_ratio, "loraplus_weight_decay": recipe.weight_decay}
-        return create_loraplus_optimizer(model, kind, lr=recipe.lr, **options)
-    return kind(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, **options)
+    kind = AdamWL2SP if recipe.l2_sp else AdamW
+    options: dict[str, Any] = {"lr": recipe.lr, "bias_correction": recipe.bias_correction}
+    options |= {"l2_sp": recipe.l2_sp} if recipe.l2_sp else {}
+    if recipe.loraplus_lr_ratio is None:
+        return kind(model.parameters(), weight_decay=recipe.weight_decay, **options)
+    ratio = recipe.loraplus_lr_ratio
+    return create_loraplus_optimizer(model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=recipe.weight_decay, **options)

@@ -1,4 +1,4 @@
-# ruff: noqa: RUF009  (`option` returns a dataclasses.field)
+# ruff: noqa: RUF009  (`_option` returns a dataclasses.field)
 """The recipe of a fine-tune. Its fields are the flags of the command line and the keys of a TOML file (cli/flags.py)."""
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from minilora.optim.schedules import SHAPES, schedule
 from minilora.quantization.quantize import PACK
 
 DTYPES = ("float32", "bfloat16", "float16")
+BIASES = ("none", "all", "lora_only", "vera_only")
 METHODS = ("lora", "full", *adapters.METHODS)
 _INITIALISERS = ", ".join(name for name in (*INITIALISERS, *DATA_INITIALISERS) if isinstance(name, str))
 GROUPS = ("data", "method", "adapter", "optimisation", "memory and speed", "output")
@@ -47,7 +48,7 @@ def threads_for(requested: int | None) -> int:
     return requested or min(os.cpu_count() or 1, 8)
 
 
-def option(group: str, default: Any, help: str, **about: Any) -> Any:
+def _option(group: str, default: Any, help: str, **about: Any) -> Any:
     """A field of Recipe and its flag. about: any of
 
     unset     the default in words, if the value does not say it
@@ -58,7 +59,7 @@ def option(group: str, default: Any, help: str, **about: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **empty, **about})
 
 
-_data, _method, _adapter, _optimisation, _memory, _output = (partial(option, group) for group in GROUPS)
+_data, _method, _adapter, _optimisation, _memory, _output = (partial(_option, group) for group in GROUPS)
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,7 @@ class Recipe:
     new_head: bool = _data(False, "replace a classifier that the model has by one for the data")
     train_size: int | None = _data(None, "number of texts with a class to train on", unset="all", metavar="N", least=1)
     eval_size: int | None = _data(None, "number of them to measure on", unset="all that are held out", metavar="N", least=1)
-    eval_bytes: int | None = _data(
-        None, "held-out text to measure on", unset="65536 bytes for pydoc, else 8192 tokens", metavar="N", least=1
-    )
+    eval_bytes: int | None = _data(None, "held-out text to measure on", unset="65536 for pydoc, else 8192 tokens", metavar="N", least=1)
 
     method: str = _method("lora", "what to train", choices=METHODS)
     reinit: int | None = _method(None, "method full: reinitialise the pooler and the top L blocks", unset="no", metavar="L", least=0)
@@ -96,9 +95,7 @@ class Recipe:
         True, f"initialiser of A and B: {_INITIALISERS}", unset="Kaiming for A, zero for B", aliases=["--init"], metavar="HOW"
     )
     reduction_factor: float = _adapter(16, "width of a layer over that of its bottleneck", metavar="X")
-    bias: str | None = _adapter(
-        None, "biases to train too", unset="all for pydoc, else none", choices=("none", "all", "lora_only", "vera_only")
-    )
+    bias: str | None = _adapter(None, "biases to train too", unset="all for pydoc, else none", choices=BIASES)
     modules_to_save: list[str] | None = _adapter(None, "modules to train fully", unset="layer norms for pydoc, else none", metavar="NAMES")
 
     lr: float | None = _optimisation(None, "peak learning rate", unset="by model, task and method")
@@ -134,30 +131,25 @@ class Recipe:
             if least is not None and value is not None and not least <= value < math.inf:
                 finite = "" if isinstance(value, int) else " and finite"
                 raise ValueError(f"{f.name} must be at least {least}{finite}, got {value}.")
-        if not self.clip > 0:
-            raise ValueError(f"clip must be above 0, got {self.clip}.")
-        if self.epochs is not None and not 0 < self.epochs <= 100_000:
-            raise ValueError(f"epochs must be above 0 and at most 100,000, got {self.epochs}.")
+        classify, full, half = self.task == "classify", self.method == "full", self.dtype != "float32"
+        epochs = 1 if self.epochs is None else self.epochs
         defaults = {f.name: f.default for f in fields(Recipe)}
         lora_only = next((name for name in _ONLY_LORA if getattr(self, name) != defaults[name]), None)
-        only_classify = next((name for name in ("train_size", "eval_size") if getattr(self, name) is not None), None)
-        full, lm = "method full, which trains in float32,", self.task != "classify"
+        counted = next((name for name in ("train_size", "eval_size") if getattr(self, name) is not None), None)
+        no_data = "task classify needs --data: a record file with text and label, or a folder with train and valid."
+        frozen = f"reinit changes weights that method {self.method} leaves frozen and does not save; it needs method full."
         for wrong, message in (
+            (not self.clip > 0, f"clip must be above 0, got {self.clip}."),
+            (not 0 < epochs <= 100_000, f"epochs must be above 0 and at most 100,000, got {epochs}."),
             (self.method != "lora" and lora_only, f"{lora_only} is for LoRA; method {self.method} has none."),
-            (self.dtype != "float32" and self.quantize, f"dtype {self.dtype} and quantize exclude each other; choose one."),
-            (self.dtype != "float32" and self.method == "full", f"dtype {self.dtype} and {full} exclude each other; choose one."),
+            (half and self.quantize, f"dtype {self.dtype} and quantize exclude each other; choose one."),
+            (half and full, f"dtype {self.dtype} and method full, which trains in float32, exclude each other; choose one."),
             (self.quantize and self.init_lora_weights == "loftq", "init_lora_weights 'loftq' quantizes by itself; leave quantize out."),
             (self.data == "", "data is empty: name a file or a folder."),
-            (
-                not lm and self.data is None,
-                "task classify needs --data: a record file with text and label, or a folder with train and valid.",
-            ),
-            (lm and only_classify, f"{only_classify} counts texts with a class; it needs task classify."),
-            (lm and self.new_head, "new_head replaces a classifier; it needs task classify."),
-            (
-                self.reinit is not None and self.method != "full",
-                f"reinit changes weights that method {self.method} leaves frozen and does not save; it needs method full.",
-            ),
+            (classify and self.data is None, no_data),
+            (not classify and counted, f"{counted} counts texts with a class; it needs task classify."),
+            (not classify and self.new_head, "new_head replaces a classifier; it needs task classify."),
+            (self.reinit is not None and not full, frozen),
         ):
             if wrong:
                 raise ValueError(message)

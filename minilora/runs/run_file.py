@@ -104,9 +104,8 @@ def _check_record(record: dict[str, Any], file: Path) -> None:
 
     for name in ("configuration", "results", "trained_on"):
         check(isinstance(record.get(name, {}), dict), name, "an object", record.get(name))
-    labels = record.get("labels")
+    labels, settings, results = record.get("labels"), record.get("configuration", {}), record.get("results", {})
     check(labels is None or (isinstance(labels, list) and all(isinstance(x, str) for x in labels)), "labels", "a list of names", labels)
-    settings, results = record.get("configuration", {}), record.get("results", {})
     for name, allowed in (("dtype", ("float32", *KINDS)), ("quantize", ("", *PACK))):
         check(settings.get(name, allowed[0]) in allowed, name, f"one of {', '.join(map(repr, allowed))}", settings.get(name))
     if "after" in results:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 from minilora.backend import choose_backend
+from minilora.formats.atomic import write_text
 from minilora.formats.origin import origin
 from minilora.lora.registry import DATA_INITIALISERS
+from minilora.runs import Say
+from minilora.runs.folder import StudyFolder
 from minilora.runs.plot import have_matplotlib, plot_study
 from minilora.runs.prepare import open_recipe, prefix_for, prepare, steps_of
 from minilora.runs.recipe import METHODS, Recipe, ResolvedRecipe, threads_for
-from minilora.runs.study_folder import StudyFolder
 from minilora.runs.tasks import Task, fingerprint, measure
 from minilora.training.prefix import PrefixCache
 from minilora.training.reinitialise import draw
@@ -73,14 +76,7 @@ def rows_named(names: Sequence[str]) -> Rows:
     return {row: ROWS[row] for name in names for row in GRIDS.get(name, (name,))}
 
 
-def quick(recipe: Recipe) -> Recipe:
-    """A small version of the recipe: a few minutes for the whole table on two cores, enough to see that everything works."""
-    records: dict[str, Any] = {"train_size": min(recipe.train_size or 64, 64), "eval_size": min(recipe.eval_size or 200, 200)}
-    text: dict[str, Any] = {"steps": min(recipe.steps or 20, 20), "eval_bytes": 8192}
-    return replace(recipe, **(records if recipe.task == "classify" else text), window=min(recipe.window, 64))
-
-
-def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Callable[[str], None] = print) -> list[Summary]:
+def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Say = print) -> list[Summary]:
     """Run those of len(rows) x seeds runs that are not yet done, and write table.txt and study.png to the folder. Returns the table.
 
     A run has failed when it diverged, or when it is no better than predicting the most frequent class or, for text, than the base model.
@@ -99,12 +95,8 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Calla
     model, _, task = open_recipe(recipe)
     say(f"data      {task.what}")
     say(f"study     {len(rows)} rows x {seeds} seeds in {store.path}" + (f"; {len(done)} runs were there already" if done else ""))
-    todo = {
-        (name, seed): replace(recipe, **rows[name], seed=seed).resolve(task.steps)
-        for seed in range(seeds)
-        for name in rows
-        if (name, seed) not in done
-    }
+    runs = [run for run in product(range(seeds), rows) if run[::-1] not in done]
+    todo = {(name, seed): replace(recipe, **rows[name], seed=seed).resolve(task.steps) for seed, name in runs}
     store.begin()
     floor = _floor(model, task, recipe) if todo else 0.0
     prefixes: dict[str, PrefixCache | None] = {}
@@ -123,11 +115,9 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Calla
     table = [summarise(name, [r for r in records if r["row"] == name], task.headline) for name in rows]
     text = format_table(table, task.headline)
     say(text)
-    store.write_table(text)
-    if have_matplotlib():
-        plot_study(store.picture, table, records, task.headline.replace("_", " "), floor or None)
-    else:
-        say("no picture: matplotlib is not installed (pip install 'minilora[plot]')")
+    write_text(store.path / "table.txt", text + "\n")
+    if have_matplotlib(say):
+        plot_study(store.path / "study.png", table, records, task.headline.replace("_", " "), floor or None)
     return table
 
 
@@ -139,16 +129,14 @@ def _run(model: Any, task: Task, recipe: ResolvedRecipe, floor: float, bar: tqdm
         if path in origin(model).drawn:
             draw(layer, rng)
     optimizer = prepare(replica, recipe, task)
-    trained = int(optimizer.flat.data.size)
-    record: dict[str, Any] = {"trained": trained, "steps": recipe.steps, "failed": True, "value": None, "seconds": 0.0}
-    done = 0
+    record = {"trained": optimizer.flat.data.size, "steps": recipe.steps, "failed": True, "value": None, "seconds": 0.0}
+    end = bar.n + recipe.steps
     try:
         for step in steps_of(replica, optimizer, task, recipe, prefix):
             record["seconds"] += step.seconds
             bar.update()
-            done += 1
     except Diverged as error:
-        bar.update(recipe.steps - done)
+        bar.update(end - bar.n)
         return {**record, "why": str(error)}
     measured = measure(replica, task, recipe.threads)
     value = measured[task.headline]
@@ -198,13 +186,19 @@ def study_run(
     seeds: int | None = None,
     folder: str | Path | None = None,
     small: bool = False,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> dict[str, Any]:
     """`study` with the defaults of `minilora study`: rows by task, 5 seeds (2 if small), a folder named after the rows.
 
-    Returns {"folder": path, "rows": the table}. small: see `quick`.
+    small: a few minutes for the whole table on two cores, enough to see that everything works.
+    Returns {"folder": path, "rows": the table}.
     """
-    recipe = quick(recipe) if small else recipe
+    if small and recipe.task == "classify":
+        recipe = replace(recipe, train_size=min(recipe.train_size or 64, 64), eval_size=min(recipe.eval_size or 200, 200))
+    elif small:
+        recipe = replace(recipe, steps=min(recipe.steps or 20, 20), eval_bytes=8192)
+    if small:
+        recipe = replace(recipe, window=min(recipe.window, 64))
     names = rows or (["methods"] if recipe.task == "classify" else ["lora", "full", "bottleneck", "bitfit", "layer-norm"])
     folder = folder or f"studies/{'-'.join(rows or [recipe.kind])}{'-quick' * small}"
     table = study(recipe, rows_named(names), (2 if small else 5) if seeds is None else seeds, folder, say)

@@ -57,8 +57,8 @@ class Task:
 
     @property
     def unit(self) -> tuple[str, float]:
-        """(the unit of a printed training loss, in nats)."""
-        return ("bits/byte", math.log(2)) if self.headline == "bits_per_byte" else ("loss", 1.0)
+        """(the unit of a printed loss, in nats)."""
+        return ("bits per byte", math.log(2)) if self.headline == "bits_per_byte" else ("loss", 1.0)
 
     def steps(self, epochs: float, accumulate: int, seed: int) -> int | None:
         """Steps that read every record `epochs` times; None without epochs. The last step of an epoch may have fewer batches."""
@@ -75,24 +75,22 @@ def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | 
     """The data of a recipe, to train and to measure on. labels: the classes of a published head; by default those of the data."""
     if recipe.kind == "text":
         return _text_task(recipe, tokenizer)
-    data = str(recipe.data)
     dataset = _dataset(recipe, tokenizer, labels and _names_for(labels, recipe))
-    for split in ("train", "valid"):
+    for split, use in (("train", "train on"), ("valid", "hold out")):
         if not getattr(dataset, split):
-            raise ValueError(f"{data} has no examples to {'train on' if split == 'train' else 'hold out'} (split {split}).")
+            raise ValueError(f"{recipe.data} has no examples to {use} (split {split}).")
     if recipe.train_size is not None:
         dataset.train = few(dataset.train, recipe.train_size, dataset.labels or (), recipe.seed)
     dataset.valid = _at_most(dataset.valid, recipe)
 
     task = _measured(dataset.describe(), dataset.valid, recipe, tokenizer, dataset.labels)
-    task.trained_on = _trained_on(recipe, held_out="valid" not in split_files(data))
+    task.trained_on = _trained_on(recipe, held_out="valid" not in split_files(str(recipe.data)))
     if recipe.kind == "classify":
         task.train = lambda seed: endless(lambda rng: batches_of(dataset.train, recipe.batch_size, rng), seed)
         task.epoch = lambda rng: -(-len(dataset.train) // recipe.batch_size)
     else:
-        lengths = np.array([len(e.ids) for e in dataset.train])
         task.train = lambda seed: endless(lambda rng: packed_batches(dataset.train, recipe.tokens_per_batch, rng), seed)
-        task.epoch = lambda rng: len(pack(lengths, recipe.tokens_per_batch, rng))
+        task.epoch = lambda rng: len(pack(dataset.train, recipe.tokens_per_batch, rng))
     return task
 
 
@@ -106,8 +104,7 @@ def _names_for(labels: Sequence[str], recipe: Recipe) -> Sequence[str]:
     if len(labels) < 2 or named(labels):
         return labels
     file = split_files(str(recipe.data)).get("train")
-    records = list(read_records(file, recipe.encoding)) if file else []
-    names = class_names(file, records) if file else []
+    names = class_names(file, list(read_records(file, recipe.encoding))) if file else []
     if len(names) != len(labels) or all(name in labels or name.isdecimal() for name in names):
         return labels
     note(f"{recipe.model} does not name its {len(labels)} classes; they are assumed to be {listed(names, 40)}, in this order.")
@@ -122,8 +119,8 @@ def _text_task(recipe: Recipe, tokenizer: Tokenizer) -> Task:
     else:
         texts, what = split_text(read_text(recipe.data, recipe.encoding)), str(recipe.data)
     train, held_out = (tokens_of(text, tokenizer) for text in texts)
-    check_length(train, recipe.window, f"{what}, the part to train on,")
-    check_length(held_out, recipe.window, f"{what}, the held-out part,")
+    for tokens, part in ((train, "the part to train on"), (held_out, "the held-out part")):
+        check_length(tokens, recipe.window, f"{what}, {part},")
     unit = "bytes" if isinstance(tokenizer, ByteTokenizer) else "tokens"
     task = _measured_text(what, held_out, recipe, tokenizer)
     scored = sum(b.labelled for b in task.held_out)
@@ -167,8 +164,7 @@ def measuring_task(
         if own and part and not known:
             raise ValueError(changed)
         return _text_to_measure(recipe, tokenizer, split, part, own, sampled)
-    path = Path(str(recipe.data))
-    files = split_files(path)
+    path, files = Path(str(recipe.data)), split_files(str(recipe.data))
     if known and not path.is_dir() and split is None and not trained_on.get("held_out"):
         raise ValueError(f"the run was trained on all of {path}; give other data, or --all to measure on what it has learnt.")
     split = split or ("test" if "test" in files else "valid" if own or path.is_dir() else "all")
@@ -243,9 +239,7 @@ def _dataset(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | None,
 
 def _at_most(examples: list[Example], recipe: Recipe) -> list[Example]:
     """recipe.eval_size of the examples, drawn by the seed in proportion to the classes."""
-    if recipe.eval_size is None or recipe.eval_size >= len(examples):
-        return examples
-    return [examples[i] for i in sample(examples, recipe.eval_size, recipe.seed)]
+    return examples if recipe.eval_size is None else [examples[i] for i in sample(examples, recipe.eval_size, recipe.seed)]
 
 
 def measure(model: Any, task: Task, threads: int = 1) -> dict[str, float]:
@@ -255,18 +249,17 @@ def measure(model: Any, task: Task, threads: int = 1) -> dict[str, float]:
         loss, labelled = evaluate(model, task.held_out, threads)
         result = {"loss": loss, "tokens": tokens, "labelled_tokens": labelled, **task.counts, "perplexity": perplexity(loss)}
         return result | ({"bits_per_byte": loss / math.log(2)} if task.headline == "bits_per_byte" else {})
-    logits = np.concatenate(map_batches(model, task.held_out, _logits, threads))
+
+    def logits_of(model: Any, batch: Batch) -> np.ndarray:
+        return to_numpy(upcast(model.forward(batch.ids, keep=False, offsets=batch.offsets)[0]))
+
+    logits = np.concatenate(map_batches(model, task.held_out, logits_of, threads))
     labels = np.concatenate([b.labels for b in task.held_out])
     read = {"tokens": tokens, "sequences": len(labels), **task.counts}
     if logits.shape[1] == 1:
         return {"loss": float(mse(logits[:, 0], labels)[0]), **read, "pearson": pearson(logits[:, 0], labels)}
-    return {"loss": float(cross_entropy(logits, labels)[0]), **read} | classification_metrics(
-        logits.argmax(axis=1), labels, logits.shape[1]
-    )
-
-
-def _logits(model: Any, batch: Batch) -> np.ndarray:
-    return to_numpy(upcast(model.forward(batch.ids, keep=False, offsets=batch.offsets)[0]))
+    figures = classification_metrics(logits.argmax(axis=1), labels, logits.shape[1])
+    return {"loss": float(cross_entropy(logits, labels)[0]), **read, **figures}
 
 
 def tokens_of(text: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Optimizers, schedules, data, replicas and the loop."""
+"""The loop, replicas, evaluation and metrics."""

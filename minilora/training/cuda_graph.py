@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import numpy as np
 
@@ -24,11 +24,8 @@ def step_graph(replicas: Replicas, clip: float) -> Iterator[StepGraph | None]:
     if not cuda.ENABLED or blas.bindings() is None or not hasattr(replicas.models[0], "config"):
         yield None
         return
-    graph = StepGraph(replicas, clip)
-    try:
-        yield graph
-    finally:
-        graph.replay.close()
+    with closing(Replay()) as replay:
+        yield StepGraph(replicas, clip, replay)
 
 
 class StepGraph:
@@ -38,8 +35,8 @@ class StepGraph:
     from step to step, and are copied to the device before each replay.
     """
 
-    def __init__(self, replicas: Replicas, clip: float) -> None:
-        self.replicas, self.clip, self.replay = replicas, clip, Replay()
+    def __init__(self, replicas: Replicas, clip: float, replay: Replay) -> None:
+        self.replicas, self.clip, self.replay = replicas, clip, replay
         self.prefixed: bool | None = None  # are outputs of frozen blocks cached? The same for all batches
         self.dropouts = [layer for _, layer in replicas.models[0].modules() if isinstance(layer, Dropout) and layer.p > 0]
 
@@ -85,5 +82,6 @@ class StepGraph:
             reseed(model, *seed, 0)
             arrays.append(np.array([[dropout.next_key() for _ in shards] for dropout in self.dropouts], dtype=np.uint64))
         loss, norm = self.replay(key, work, arrays)
-        flat.claim()
+        for p in flat.parameters:  # a replay writes into the buffer only
+            p.grad = p.home
         return loss, norm

@@ -7,25 +7,31 @@ has the range of float32 and needs no scale.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
 from minilora.layers import Layer
 
 
+@dataclass
 class LossScale:
     """`value`, which `update` changes after each step. good, left_out: the number of good, or of skipped, steps in a row.
 
     Raises ValueError for a value that is not above 0.
     """
 
-    START, PATIENCE, LIMIT = 2.0**15, 2000, 20  # initial value; good steps before it is doubled; skipped steps that are too many
+    PATIENCE: ClassVar[int] = 2000  # good steps before the scale is doubled
+    LIMIT: ClassVar[int] = 20  # skipped steps in a row that are too many
 
-    def __init__(self, value: float = START, good: int = 0, left_out: int = 0) -> None:
-        if not value > 0:
-            raise ValueError(f"a loss scale must be above 0, got {value}.")
-        self.value, self.good, self.left_out = float(value), good, left_out
+    value: float = 2.0**15
+    good: int = 0
+    left_out: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.value > 0:
+            raise ValueError(f"a loss scale must be above 0, got {self.value}.")
 
     @classmethod
     def of(cls, model: Layer) -> LossScale | None:
@@ -48,4 +54,4 @@ class LossScale:
 
     def state(self) -> dict[str, Any]:
         """The arguments of a LossScale that continues from here."""
-        return {"value": self.value, "good": self.good, "left_out": self.left_out}
+        return asdict(self)

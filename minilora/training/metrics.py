@@ -1,5 +1,7 @@
 """Metrics of predictions. Class ids are integers from 0; all arrays (n,) on the host. Values and edge cases as in scikit-learn.
 
+All raise ValueError for arrays that are empty or of different lengths.
+
 With the confusion matrix C, C[i, j] = the number of class i predicted as j:   t_i = sum_j C_ij (true)   p_j = sum_i C_ij (predicted)
 """
 
@@ -11,7 +13,7 @@ import numpy as np
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """C (k, k), int64, k = the largest class id + 1. Raises ValueError for arrays that are empty or of different lengths."""
+    """C (k, k), int64, k = the largest class id + 1."""
     _check(predicted, labels)
     k = int(max(predicted.max(), labels.max())) + 1
     return np.bincount(labels.astype(np.int64) * k + predicted, minlength=k * k).reshape(k, k)

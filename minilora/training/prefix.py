@@ -34,30 +34,26 @@ class PrefixCache:
     def __init__(self, limit: int = IN_MEMORY, folder: str | Path | None = None) -> None:
         self.limit, self.folder = limit, Path(folder or tempfile.gettempdir())
         self.kept: dict[bytes, Array] = {}
-        self.bytes = 0
-        self.blocks = 0
+        self.bytes = self.blocks = 0
         self._file: Any = None
         self._lock = threading.Lock()
 
     def __call__(self, model: Any, batch: Batch) -> Prefix | None:
         """Thread-safe: a sequence that two threads have at the same time is computed twice, and kept once."""
-        bounds = [(int(a), int(b)) for a, b in pairwise(batch.offsets)]
-        keys = [batch.ids[a:b].tobytes() for a, b in bounds]
+        keys = [batch.ids[a:b].tobytes() for a, b in pairwise(batch.offsets)]
         new = [i for i, key in enumerate(keys) if key not in self.kept]
         found = {}
         if new:
-            ids = np.concatenate([batch.ids[slice(*bounds[i])] for i in new])
-            lengths = [bounds[i][1] - bounds[i][0] for i in new]
-            offsets = np.concatenate([[0], np.cumsum(lengths)])
-            prefix = model.prefix(ids, offsets)
+            parts = [batch.ids[batch.offsets[i] : batch.offsets[i + 1]] for i in new]
+            offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+            prefix = model.prefix(np.concatenate(parts), offsets)
             if prefix is None:
                 return None
             if self.kept and prefix.blocks != self.blocks:
-                raise ValueError(
-                    f"this cache holds outputs of {self.blocks} frozen blocks, the model has {prefix.blocks}; use another cache."
-                )
+                what = f"this cache holds outputs of {self.blocks} frozen blocks, the model has {prefix.blocks}"
+                raise ValueError(f"{what}; use another cache.")
             self.blocks, x = prefix
-            for i, a, b in zip(new, offsets[:-1], offsets[1:], strict=True):
+            for i, (a, b) in zip(new, pairwise(offsets), strict=True):
                 found[keys[i]] = x[a:b]
                 self._keep(keys[i], x[a:b])
         rows = [found[key] if key in found else self.kept[key] for key in keys]
@@ -65,24 +61,16 @@ class PrefixCache:
 
     def _keep(self, key: bytes, x: Array) -> None:
         with self._lock:  # each sequence is stored and counted once
-            if key in self.kept:
-                return
-            if self.bytes + x.nbytes <= self.limit:
-                self.kept[key] = x.copy()
-            elif get_xp(x) is np:
-                self.kept[key] = self._to_file(x)
-            else:
-                return
-            self.bytes += x.nbytes
+            fits = self.bytes + x.nbytes <= self.limit
+            if key not in self.kept and (fits or get_xp(x) is np):
+                self.kept[key] = x.copy() if fits else self._to_file(x)
+                self.bytes += x.nbytes
 
     def _to_file(self, x: np.ndarray) -> np.ndarray:
         """x at the end of the file, as a read-only view."""
-        free = shutil.disk_usage(self.folder).free
-        if x.nbytes > free:
-            raise OSError(
-                f"the outputs of frozen blocks fill {self.bytes / 1e9:.1f} GB, and {self.folder} has no room for more; "
-                "run with --no-cache, or set TMPDIR to a larger disk."
-            )
+        if x.nbytes > shutil.disk_usage(self.folder).free:
+            what = f"the outputs of frozen blocks fill {self.bytes / 1e9:.1f} GB, and {self.folder} has no room for more"
+            raise OSError(f"{what}; run with --no-cache, or set TMPDIR to a larger disk.")
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self.folder, prefix="minilora-")  # noqa: SIM115  (lives as long as the cache)
             weakref.finalize(self, self._file.close)

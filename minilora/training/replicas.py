@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -31,39 +32,32 @@ class Replicas:
     before the next one starts: the memory of a step does not grow with the batch. prefix: cache for the outputs of frozen blocks.
 
     Use as a context manager: it holds the threads, and limits BLAS to one thread each while it is open.
-    Raises ValueError for fewer than one thread or token.
+    Raises ValueError for fewer than one thread.
     """
 
     def __init__(
         self, model: Any, flat: FlatBuffer, threads: int = 1, prefix: PrefixCache | None = None, tokens: int | None = None
     ) -> None:
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}.")
         on_host = get_xp(flat.data) is np
-        tokens = (SHARD if on_host else SHARD_ON_DEVICE) if tokens is None else tokens
-        for name, value in (("threads", threads), ("tokens", tokens)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if not on_host:
-            threads = 1  # one device runs in parallel by itself
-        self.flat, self.prefix, self.tokens = flat, prefix, tokens
+        threads = threads if on_host else 1  # one device runs in parallel by itself
+        self.flat, self.prefix, self.tokens = flat, prefix, tokens or (SHARD if on_host else SHARD_ON_DEVICE)
         self.models = [model] + [model.replica() for _ in range(threads - 1)]
-        self.grads, self.parameters = [flat.grad], [flat.parameters]
-        for replica in self.models[1:]:
-            self.grads.append(get_xp(flat.grad).zeros_like(flat.grad))
-            self.parameters.append([p for _, p in replica.parameters() if p.trainable])
-            adopt(self.grads[-1], self.parameters[-1])
-        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
-        self._limits: threadpool_limits | None = None
+        self.parameters = [flat.parameters] + [[p for _, p in each.parameters() if p.trainable] for each in self.models[1:]]
+        self.grads = [flat.grad] + [get_xp(flat.grad).zeros_like(flat.grad) for _ in self.models[1:]]
+        for grad, parameters in zip(self.grads[1:], self.parameters[1:], strict=True):
+            adopt(grad, parameters)
+        self._open = ExitStack()
 
     def __enter__(self) -> Replicas:
         keep_freed_memory()
-        self._limits = threadpool_limits(1, user_api="blas")
+        self._open.enter_context(threadpool_limits(1, user_api="blas"))
+        self.pool = self._open.enter_context(ThreadPoolExecutor(len(self.models)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._limits is not None:
-            self._limits.restore_original_limits()
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+        self._open.close()
 
     def shards(self, batches: Sequence[Batch]) -> tuple[list[Batch], int]:
         """(the shards of a step's batches, the number of labels in all). Raises ValueError when there is no label."""
@@ -87,7 +81,6 @@ class Replicas:
         shards, count = self.shards(batches)
         divisor = count if scale == 1 else count / scale
         n = len(self.models)
-        work = [[s for s in shards[k::n] if s.labelled] for k in range(n)]
 
         def run(k: int) -> Array | None:
             model, total = self.models[k], None
@@ -95,7 +88,7 @@ class Replicas:
             for p in self.parameters[k]:
                 p.grad = None
             with np.errstate(all="ignore"):  # `Watch` reports what is not finite, once
-                for shard in work[k]:
+                for shard in (s for s in shards[k::n] if s.labelled):
                     prefix = {} if self.prefix is None else {"prefix": self.prefix(model, shard)}
                     loss, saved = model.loss(shard.ids, shard.labels, shard.offsets, divisor, **prefix)
                     model.loss_backward(saved)
@@ -103,7 +96,7 @@ class Replicas:
                     total = loss if total is None else total + loss
             return total
 
-        losses = list((map if self.pool is None else self.pool.map)(run, range(n)))
+        losses = list((self.pool.map if n > 1 else map)(run, range(n)))
         self.flat.gather()
         for grad, parameters in zip(self.grads[1:], self.parameters[1:], strict=True):  # in order: the sum is repeatable
             fill_missing(parameters)

@@ -24,15 +24,18 @@ class Step:
     lr: float
     grad_norm: float
     tokens: int
-    seconds: float
+    seconds: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Diverged(ArithmeticError):
     """The loss or a gradient is not finite. The parameters are those after step `kept`, the last whose own loss was finite."""
 
-    def __init__(self, where: str, loss: float, kept: int) -> None:
-        what = "the gradient" if math.isfinite(loss) else "the loss"
-        super().__init__(f"{what} is not finite {where}; training stopped there. A lower --lr may help.")
+    def __init__(self, what: str, kept: int) -> None:
+        super().__init__(f"{what}; training stopped there. A lower --lr may help.")
         self.kept = kept
 
 
@@ -45,40 +48,37 @@ class Watch:
     def __init__(self, flat: FlatBuffer, every: int) -> None:
         self.flat, self.every = flat, every
         self.good, self.kept = flat.data.copy(), 0
-        self.pending: list[tuple[Array, Array, float, int]] = []  # (loss, gradient norm, lr, tokens), not yet read
+        self.pending: list[tuple[int, Array, float, Array, int]] = []  # not yet read: step, loss, lr, gradient norm, tokens
         self.steps: list[Step] = []  # read, not yet reported
         self.begun = time.perf_counter()
 
     def read(self, step: int, loss: Array, norm: Array, lr: float, batch: Sequence[Batch], last: bool) -> bool:
         """Note a step before its update. False when a loss or a norm is not finite among those read now; on most steps none is read."""
-        self.pending.append((loss, norm, lr, sum(len(b.ids) for b in batch)))
+        self.pending.append((step, loss, lr, norm, sum(len(b.ids) for b in batch)))
         if step % self.every and not last:
             return True
-        first = step - len(self.pending) + 1
-        values = enumerate(self.pending)
-        self.steps = [Step(first + i, float(loss), lr, float(norm), tokens, 0.0) for i, (loss, norm, lr, tokens) in values]
+        self.steps = [Step(step, float(loss), lr, float(norm), tokens) for step, loss, lr, norm, tokens in self.pending]
         self.pending = []
         if all(math.isfinite(s.loss) for s in self.steps):
             self.good[...], self.kept = self.flat.data, step - 1
-        return all(_finite(s) for s in self.steps)
+        return all(s.finite for s in self.steps)
 
     def report(self) -> Iterator[Step]:
         """The steps that were read, each with its share of the seconds since the last report."""
-        if not self.steps:
-            return
-        seconds = (time.perf_counter() - self.begun) / len(self.steps)
         for s in self.steps:
-            s.seconds = seconds
-            yield s
-        self.steps = []
-        self.begun = time.perf_counter()
+            s.seconds = (time.perf_counter() - self.begun) / len(self.steps)
+        yield from self.steps
+        if self.steps:
+            self.steps, self.begun = [], time.perf_counter()
 
     def diverged(self) -> Diverged:
-        """Put the last good parameters back. Returns the error for the first step that was not finite."""
-        bad = next(s for s in self.steps if not _finite(s))
-        where = f"at step {bad.step}, first in {_first_bad(self.flat)}"
+        """Put the last good parameters back. Returns the error, which names the first step and the first gradient that were not finite."""
+        bad = next(s for s in self.steps if not s.finite)
+        what = "the gradient" if math.isfinite(bad.loss) else "the loss"
+        grads = ((path, p.grad) for path, p in zip(self.flat.paths, self.flat.parameters, strict=True) if p.grad is not None)
+        first = next((path for path, grad in grads if not bool(get_xp(grad).isfinite(grad).all())), "none of the gradients")
         self.flat.data[...] = self.good
-        return Diverged(where, bad.loss, self.kept)
+        return Diverged(f"{what} is not finite at step {bad.step}, first in {first}", self.kept)
 
     def check_result(self, model: Any, shards: Sequence[Batch], step: int) -> None:
         """After the last update: raise Diverged unless the parameters and their loss on the last step's batches are finite."""
@@ -87,16 +87,4 @@ class Watch:
             losses = (float(model.loss(s.ids, s.labels, s.offsets, keep=False)[0]) for s in shards if s.labelled)
             if not (finite and all(map(math.isfinite, losses))):
                 self.flat.data[...] = self.good
-                raise Diverged(f"after the last update (step {step})", math.nan, self.kept)
-
-
-def _finite(step: Step) -> bool:
-    return math.isfinite(step.loss) and math.isfinite(step.grad_norm)
-
-
-def _first_bad(flat: FlatBuffer) -> str:
-    """The path of the first parameter whose gradient is not finite."""
-    for path, p in zip(flat.paths, flat.parameters, strict=True):
-        if p.grad is not None and not bool(get_xp(p.grad).isfinite(p.grad).all()):
-            return path
-    return "none of the gradients"
+                raise Diverged(f"the loss is not finite after the last update (step {step})", self.kept)

@@ -1,6 +1,6 @@
 """Optimised kernels on the GPU: the CUDA sources of this folder, their launch, and one family of operations a file.
 
-CuPy compiles the sources when they are first used (NVRTC: no compiler has to be installed). tests/standin runs them on a CPU, through g++.
+CuPy compiles the sources when they are first used (NVRTC: no compiler has to be installed). tests/fakecupy runs them on a CPU, through g++.
 """
 
 from __future__ import annotations
