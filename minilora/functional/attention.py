@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from minilora.backend import Array, as_like, get_xp
+from minilora.backend import Array, constant, get_xp
 
 
 def softmax(x: Array) -> Array:
@@ -52,7 +52,7 @@ def attention(
     check_attention(q, k, v, n_head, G, offsets, rows)
     o = get_xp(q, k, v).empty_like(q)
     saved = []
-    for at, seq, places in sequences(offsets, k.shape[0], rows):
+    for at, seq, places in _sequences(offsets, k.shape[0], rows):
         Q, K, V = _heads(q[at], n_head, G), _heads(k[seq], G, G), _heads(v[seq], G, G)
         P = _probabilities(Q, K, n_head, causal, places)  # (G, n t, s)
         o[at] = _columns(P @ V, n_head)
@@ -84,7 +84,7 @@ def attention_backward(
     G = n_kv_head or n_head
     xp = get_xp(do, q)
     dq, dk, dv = (xp.empty_like(z) if name in need else None for name, z in (("dq", q), ("dk", k), ("dv", v)))
-    for (at, seq, _), P in zip(sequences(offsets, k.shape[0], rows), saved, strict=True):
+    for (at, seq, _), P in zip(_sequences(offsets, k.shape[0], rows), saved, strict=True):
         (Q, dO), (K, V) = (_heads(z[at], n_head, G) for z in (q, do)), (_heads(z[seq], G, G) for z in (k, v))
         if dv is not None:
             dv[seq] = _columns(P.transpose(0, 2, 1) @ dO, G)  #           O = P @ V
@@ -123,14 +123,11 @@ def check_offsets(offsets: Sequence[int] | None, tokens: int) -> None:
         raise ValueError(f"offsets must rise from 0 to the number of tokens, {tokens}, with no empty sequence; got {list(offsets)[:8]}.")
 
 
-def sequences(
-    offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | None = None
-) -> Iterator[tuple[slice, slice, np.ndarray | None]]:
-    """(its rows of q, its rows of k and v, the places of the former among the latter or None for all) of each sequence."""
-    bounds = bounds_of(offsets, tokens)
-    cuts = bounds if rows is None else np.searchsorted(rows, bounds)
-    for (a, b), (first, last) in zip(pairwise(bounds), pairwise(cuts), strict=True):
-        yield slice(first, last), slice(a, b), None if rows is None else rows[first:last] - a
+def _sequences(offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | None) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """(its rows of q, its rows of k and v, the places of the former among the latter) of each sequence."""
+    bounds, rows = bounds_of(offsets, tokens), np.arange(tokens) if rows is None else rows
+    for (a, b), (first, last) in zip(pairwise(bounds), pairwise(np.searchsorted(rows, bounds)), strict=True):
+        yield slice(first, last), slice(a, b), rows[first:last] - a
 
 
 def check_attention(q: Array, k: Array, v: Array, H: int, G: int, offsets: Sequence[int] | None, rows: np.ndarray | None) -> None:
@@ -144,16 +141,15 @@ def check_attention(q: Array, k: Array, v: Array, H: int, G: int, offsets: Seque
     check_offsets(offsets, k.shape[0])
 
 
-def _probabilities(Q: Array, K: Array, n_head: int, causal: bool, places: np.ndarray | None) -> Array:
+def _probabilities(Q: Array, K: Array, n_head: int, causal: bool, places: np.ndarray) -> Array:
     """P = softmax(S), S = Q K^T / sqrt d: Q (G, n t, d), K (G, s, d) -> P (G, n t, s).
 
-    causal: a query sees the keys up to its own place; the places (t,) are 0, 1, 2, ... by default.
+    causal: a query sees the keys up to its own place, places (t,).
     """
     S = (Q @ K.transpose(0, 2, 1)) * (1 / math.sqrt(Q.shape[-1]))
     if causal:
-        xp, s = get_xp(S), S.shape[2]
-        place = xp.arange(s) if places is None else as_like(places, S)
-        future = xp.arange(s)[None, :] > place[:, None]  # (t, s)
+        xp = get_xp(S)
+        future = xp.arange(S.shape[2])[None, :] > constant(places, S)[:, None]  # (t, s)
         S = xp.where(future, -math.inf, S.reshape(n_head, *future.shape)).reshape(S.shape)
     return softmax(S)
 

@@ -19,7 +19,7 @@ from minilora.kernels.cuda import linear as cu_linear
 from minilora.kernels.cuda import losses as cu_losses
 from minilora.kernels.cuda import norm as cu_norm
 from minilora.kernels.cuda import pointwise as cu_pointwise
-from minilora.kernels.dispatch import ANY, Kernel, function, operation
+from minilora.kernels.dispatch import ANY, function, kernel, operation
 from minilora.kernels.dispatch import TABLE as TABLE
 from minilora.kernels.half import upcast as upcast
 from minilora.kernels.numpy import attention as np_attention
@@ -41,61 +41,46 @@ def _dropout_mask(like: Array, shape: tuple[int, ...], p: float, key: int) -> Ar
     return F.dropout_mask(shape, p, key, get_xp(like), like.dtype)
 
 
-NUMPY, CUDA = partial(Kernel, "numpy"), partial(Kernel, "cuda", dtypes=ANY)
-SLOPE = "f(x) and f'(x) in one pass; backward is one product"
+NUMPY, CUDA = partial(kernel, "numpy"), partial(kernel, "cuda", dtypes=ANY)
+DERIVATIVE = "f(x) and f'(x) in one pass; backward is one product"
 DTYPES = "the dtypes of the arguments agree"
 
 # fmt: off
-# operation, reference | the NumPy kernel, the CUDA kernel: forward, backward, what it gains, when it runs
-relu, relu_backward = operation("relu", F.relu, F.relu_backward, saves="x", dtypes=ANY)
-tanh, tanh_backward = operation("tanh", F.tanh, F.tanh_backward, saves="y", dtypes=ANY)
-gelu, gelu_backward = operation("gelu", F.gelu, F.gelu_backward,
-    NUMPY(np_pointwise.gelu, np_pointwise.activation_backward, SLOPE, ("float32",), when="x is of float32"),
-    CUDA(cu_pointwise.gelu, cu_pointwise.activation_backward, SLOPE), saves="x")
-gelu_tanh, gelu_tanh_backward = operation("gelu_tanh", F.gelu_tanh, F.gelu_tanh_backward,
-    NUMPY(np_pointwise.gelu_tanh, np_pointwise.activation_backward, SLOPE),
-    CUDA(cu_pointwise.gelu_tanh, cu_pointwise.activation_backward, SLOPE), saves="x")
-silu, silu_backward = operation("silu", F.silu, F.silu_backward,
-    NUMPY(np_pointwise.silu, np_pointwise.activation_backward, SLOPE),
-    CUDA(cu_pointwise.silu, cu_pointwise.activation_backward, SLOPE), saves="x")
-swiglu, swiglu_backward = operation("swiglu", F.swiglu, F.swiglu_backward,
-    NUMPY(np_pointwise.swiglu, np_pointwise.swiglu_backward, SLOPE),
-    CUDA(cu_pointwise.swiglu, cu_pointwise.swiglu_backward, SLOPE, fits=cu_pointwise.of_one_shape, when=DTYPES),
+# operation | NumPy and CUDA modules that have it under its own name, as functional/ has the reference: gain, condition, the same in words
+relu, relu_backward = operation("relu", saves="x", dtypes=ANY)
+tanh, tanh_backward = operation("tanh", saves="y", dtypes=ANY)
+gelu, gelu_backward = operation("gelu",
+    NUMPY(np_pointwise, DERIVATIVE, dtypes=("float32",), when="x is of float32"), CUDA(cu_pointwise, DERIVATIVE), saves="x")
+gelu_tanh, gelu_tanh_backward = operation("gelu_tanh", NUMPY(np_pointwise, DERIVATIVE), CUDA(cu_pointwise, DERIVATIVE), saves="x")
+silu, silu_backward = operation("silu", NUMPY(np_pointwise, DERIVATIVE), CUDA(cu_pointwise, DERIVATIVE), saves="x")
+swiglu, swiglu_backward = operation("swiglu",
+    NUMPY(np_pointwise, DERIVATIVE), CUDA(cu_pointwise, DERIVATIVE, fits=cu_pointwise.of_one_shape, when=DTYPES),
     saves="saved", activations=(0, 1))
-linear, linear_backward = operation("linear", F.linear, F.linear_backward,
-    CUDA(cu_linear.linear, cu_linear.linear_backward, "cuBLAS reads transposed factors in place", fits=cu_linear.fits, when=DTYPES))
-lora_linear, lora_linear_backward = operation("lora_linear", F.lora_linear, F.lora_linear_backward,
-    NUMPY(np_lora.lora_linear, np_lora.lora_linear_backward, "the update is added block by block, with the bias",
-          fits=np_lora.fits, when="x and y hold at least 2^17 numbers"),
-    CUDA(cu_linear.lora_linear, cu_linear.lora_linear_backward, "scale and sum are part of products",
-         fits=cu_linear.fits, when=DTYPES), saves="u")
-layer_norm, layer_norm_backward = operation("layer_norm", F.layer_norm, F.layer_norm_backward,
-    NUMPY(np_norm.layer_norm, np_norm.layer_norm_backward, "blocks of rows that stay in the cache"),
-    CUDA(cu_norm.layer_norm, cu_norm.layer_norm_backward, "one launch", fits=cuda.real, when=DTYPES), saves="saved")
-rms_norm, rms_norm_backward = operation("rms_norm", F.rms_norm, F.rms_norm_backward,
-    NUMPY(np_norm.rms_norm, np_norm.rms_norm_backward, "blocks of rows that stay in the cache"),
-    CUDA(cu_norm.rms_norm, cu_norm.rms_norm_backward, "one launch", fits=cuda.real, when=DTYPES), saves="saved")
-rotary, rotary_backward = operation("rotary", F.rotary, F.rotary_backward,
-    CUDA(cu_pointwise.rotary, cu_pointwise.rotary_backward, "one launch", fits=cuda.real, when=DTYPES))
-dropout, dropout_backward = operation("dropout", F.dropout, F.dropout_backward,
-    CUDA(cu_pointwise.dropout, cu_pointwise.dropout_backward, "the mask is drawn and applied in one launch"))
-attention, attention_backward = operation("attention", F.attention, F.attention_backward,
-    NUMPY(np_attention.attention, np_attention.attention_backward, "many short sequences at once, half of a causal square"),
-    CUDA(flash.attention, flash.attention_backward, "tensor cores, without scores in memory",
+linear, linear_backward = operation("linear",
+    CUDA(cu_linear, "cuBLAS reads transposed factors in place", fits=cu_linear.fits, when=DTYPES))
+lora_linear, lora_linear_backward = operation("lora_linear",
+    NUMPY(np_lora, "the update is added block by block, with the bias", fits=np_lora.fits, when="x and y hold at least 2^17 numbers"),
+    CUDA(cu_linear, "scale and sum are part of products", fits=cu_linear.fits, when=DTYPES), saves="u")
+layer_norm, layer_norm_backward = operation("layer_norm",
+    NUMPY(np_norm, "blocks of rows that stay in the cache"), CUDA(cu_norm, "one launch", fits=cuda.real, when=DTYPES), saves="saved")
+rms_norm, rms_norm_backward = operation("rms_norm",
+    NUMPY(np_norm, "blocks of rows that stay in the cache"), CUDA(cu_norm, "one launch", fits=cuda.real, when=DTYPES), saves="saved")
+rotary, rotary_backward = operation("rotary", CUDA(cu_pointwise, "one launch", fits=cuda.real, when=DTYPES))
+dropout, dropout_backward = operation("dropout", CUDA(cu_pointwise, "the mask is drawn and applied in one launch"))
+attention, attention_backward = operation("attention",
+    NUMPY(np_attention, "many short sequences at once, half of a causal square"),
+    CUDA(flash, "tensor cores, without scores in memory",
          fits=flash.fits, when="half precision, or float32 with CUPY_TF32=1; heads of 32, 64 or 128"),
-    CUDA(cu_attention.attention, cu_attention.attention_backward, "many short sequences at once",
-         fits=cuda.agree(3), when=DTYPES),
-    saves="saved", activations=(0, 1, 2))
-# without a backward
-add = function("add", operator.add, CUDA(cu_pointwise.add, None, "16 bytes a thread", fits=cu_pointwise.of_two, when=DTYPES), dtypes=ANY)
+    CUDA(cu_attention, "many short sequences at once", fits=cuda.agree(3), when=DTYPES), saves="saved", activations=(0, 1, 2))
+# without a backward pass; the reference is given
+add = function("add", operator.add, CUDA(cu_pointwise, "16 bytes a thread", fits=cu_pointwise.of_two, when=DTYPES), dtypes=ANY)
 cross_entropy = function("cross_entropy", _cross_entropy)
 linear_cross_entropy = function("linear_cross_entropy", F.linear_cross_entropy,
-    NUMPY(np_losses.linear_cross_entropy, None, "one buffer, every step in place", fits=np_losses.fits, when="the head is frozen"),
-    CUDA(cu_losses.linear_cross_entropy, None, "one launch for each block of the vocabulary", fits=cuda.agree(2), when=DTYPES))
-dropout_mask = function("dropout_mask", _dropout_mask, CUDA(cu_pointwise.dropout_mask, None, "one launch"))
+    NUMPY(np_losses, "one buffer, every step in place", fits=np_losses.fits, when="the head is frozen"),
+    CUDA(cu_losses, "one launch for each block of the vocabulary", fits=cuda.agree(2), when=DTYPES))
+dropout_mask = function("dropout_mask", _dropout_mask, CUDA(cu_pointwise, "one launch"))
 adamw = function("adamw", _adamw_in_place,
-    NUMPY(np_pointwise.adamw, None, "in place, in blocks that stay in the cache"),
-    CUDA(cu_pointwise.adamw, None, "one launch", fits=cuda.alike, when=DTYPES))
+    NUMPY(np_pointwise, "in place, in blocks that stay in the cache"), CUDA(cu_pointwise, "one launch", fits=cuda.alike, when=DTYPES))
 # fmt: on
 take_rows, take_rows_backward = F.take_rows, F.take_rows_backward  # these two copy rows: the reference is all there is
 embedding, embedding_backward = F.embedding, F.embedding_backward

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minilora import functional as F
 from minilora.kernels import cuda
 from minilora.kernels.half import HALF, Upcast, downcast, is_half, upcast
 
@@ -90,23 +91,26 @@ def _candidates(name: str, here: str, dtype: Any, weight: Any) -> tuple[Kernel, 
     return (*fitting, *([] if half and dtype.name not in reference.dtypes else [reference]))
 
 
+def kernel(where: str, module: Any, gain: str, **conditions: Any) -> Callable[[str], Kernel]:
+    """The functions `name` and `name`_backward of a module, as an implementation of the operation of that name."""
+    return lambda name: Kernel(where, getattr(module, name), getattr(module, f"{name}_backward", None), gain, **conditions)
+
+
 def operation(
     name: str,
-    forward: Function,
-    backward: Function,
-    *kernels: Kernel,
+    *kernels: Callable[[str], Kernel],
     saves: str = "",
     activations: tuple[int, ...] = (0,),
     dtypes: tuple[str, ...] = REAL,
 ) -> tuple[Function, Function]:
-    """Add an operation to TABLE, whose reference is forward and backward; returns the two functions that layers call.
+    """Add an operation to TABLE, whose reference has its name in functional/; returns the two functions that layers call.
 
     They take the arguments of the reference. What forward saved takes the place that it has in the reference's backward; it is the first
     after dy where the reference saves nothing.
 
     saves   the parameter of `backward` that takes what forward saved: "x" its first argument, "y" its result, else what it returns beside y
     """
-    takes_keep = any("keep" in signature(kernel.forward).parameters for kernel in kernels)  # and computes less where nothing is saved
+    forward, backward = getattr(F, name), getattr(F, f"{name}_backward")
     reference_takes_keep = "keep" in signature(forward).parameters
 
     def reference(*args: Any, **options: Any) -> tuple[Any, Any]:
@@ -116,7 +120,8 @@ def operation(
         beside = {"": None, "x": args[0], "y": result}
         return (result, beside[saves]) if saves in beside else result
 
-    op = _add(name, forward, (*kernels, Kernel("reference", reference, backward, dtypes=dtypes)), activations)
+    op = _add(name, forward, kernels, Kernel("reference", reference, backward, dtypes=dtypes), activations)
+    takes_keep = any("keep" in signature(kernel.forward).parameters for kernel in op.kernels[:-1])  # and computes less without
     place, weight = _place(backward, saves) - 1 if saves else 0, _place(backward, "W") - 1
 
     def run(*args: Any, keep: bool = True, **options: Any) -> tuple[Any, Saved | None]:
@@ -144,10 +149,10 @@ def operation(
 
 
 def function(
-    name: str, reference: Function, *kernels: Kernel, activations: tuple[int, ...] = (1,), dtypes: tuple[str, ...] = REAL
+    name: str, reference: Function, *kernels: Callable[[str], Kernel], activations: tuple[int, ...] = (1,), dtypes: tuple[str, ...] = REAL
 ) -> Function:
     """As `operation`, for what has no backward: a loss, which returns its gradients beside it, or a step of an optimizer."""
-    op = _add(name, reference, (*kernels, Kernel("reference", reference, dtypes=dtypes)), activations)
+    op = _add(name, reference, kernels, Kernel("reference", reference, dtypes=dtypes), activations)
 
     def run(*args: Any, **options: Any) -> Any:
         kernel, inputs, was_upcast = choose(op, args)
@@ -157,8 +162,9 @@ def function(
     return run
 
 
-def _add(name: str, forward: Function, kernels: tuple[Kernel, ...], activations: tuple[int, ...]) -> Operation:
-    return TABLE.setdefault(name, Operation(name, kernels, _place(forward, "W"), activations))
+def _add(name: str, forward: Function, kernels: tuple[Callable[[str], Kernel], ...], reference: Kernel, activations: Any) -> Operation:
+    TABLE[name] = Operation(name, (*(kernel(name) for kernel in kernels), reference), _place(forward, "W"), activations)
+    return TABLE[name]
 
 
 def _place(f: Function, parameter: str) -> int:

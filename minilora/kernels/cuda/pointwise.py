@@ -81,6 +81,9 @@ def activation_backward(dy: Array, derivative: Array) -> Array:
     return multiply(dy, derivative)
 
 
+gelu_backward = gelu_tanh_backward = silu_backward = activation_backward
+
+
 def swiglu(g: Array, u: Array, keep: bool = True) -> tuple[Array, tuple[Array, Array] | None]:
     """y = silu(g) * u, saved u silu'(g), which is dy / dg, and silu(g), which is dy / du."""
     xp = get_xp(g, u)

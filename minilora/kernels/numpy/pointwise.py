@@ -37,6 +37,9 @@ def activation_backward(dy: np.ndarray, derivative: np.ndarray) -> np.ndarray:
     return dy * derivative
 
 
+gelu_backward = gelu_tanh_backward = silu_backward = activation_backward
+
+
 def swiglu(g: np.ndarray, u: np.ndarray, keep: bool = True) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
     """y = silu(g) * u, saved u silu'(g), which is dy / dg, and silu(g), which is dy / du."""
     get_xp(g, u)
