@@ -1,4 +1,4 @@
-"""MiniLM on snippets of film reviews, batch 32, LoRA r 8 on query and value, the head trained; the rival pads dynamically.
+"""MiniLM on snippets of film reviews, batch 32, LoRA r 8 on query and value, head trained; the rival pads dynamically.
 
 python -m benchmarks.classification [--rounds 5] [--threads 2] [--no-compile]
 """
@@ -24,7 +24,7 @@ def prepare(o: Namespace) -> None:
 
 
 def write(o: Namespace, count: int | None = None, layers: list[int] | None = None) -> None:
-    """MiniLM with a head, an adapter in these layers (default: all), and the first `count` snippets as token ids with their class."""
+    """Write MiniLM with a head, an adapter in `layers` (default: all), and the first `count` snippets as token ids and class."""
     import minilora as ml
     from minilora.formats.tokenizer import load_tokenizer
     from tests.assets import minilm, movie_snippets
@@ -42,7 +42,7 @@ def write(o: Namespace, count: int | None = None, layers: list[int] | None = Non
 
 
 def examples(o: Namespace) -> list[Any]:
-    """The records as minilora has them."""
+    """The records as minilora examples."""
     from minilora.data.examples import Example
 
     records = json.loads((o.folder / "records.json").read_text())
@@ -50,7 +50,7 @@ def examples(o: Namespace) -> list[Any]:
 
 
 def padded_batches(o: Namespace) -> Iterator[dict[str, Any]]:
-    """The records as transformers' collator pads them: each batch to its longest sequence."""
+    """The records as batches of the transformers collator, each padded to its longest sequence."""
     from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
     from benchmarks.rivals import shuffled

@@ -1,9 +1,9 @@
-"""SmolLM2-135M on prompts and completions from Python's own help, 8 pairs a batch, LoRA r 8 on all linear layers.
+"""SmolLM2-135M on prompts and completions from Python's help, 8 pairs per batch, LoRA r 8 on all linear layers.
 
     python -m benchmarks.completions [--random] [--rounds 5] [--threads 2] [--no-compile]
 
-The loss is on the completion. A prompt is whole sentences of 60 to 120 tokens, its completion the sentences that follow, 20 to 60
-tokens. The rival pads each batch to its longest pair, with labels of -100. --random: a Llama of SmolLM2's shape with random weights,
+The loss covers the completion. A prompt is a run of sentences of 60 to 120 tokens, its completion the sentences that follow, 20 to 60
+tokens. The rival pads each batch to its longest pair, with labels of -100. --random: a Llama of SmolLM2's shape with random weights
 and random tokens, which needs no download.
 """
 
@@ -37,7 +37,7 @@ def prepare(o: Namespace) -> None:
 
 
 def smollm2(random: bool) -> tuple[Any, Callable[[str], list[int]] | None]:
-    """The model and what makes tokens of a text; or a random one of its shape, and None."""
+    """(model, function from text to tokens); random: (a random model of the same shape, None)."""
     import minilora as ml
 
     if random:
@@ -53,7 +53,7 @@ def smollm2(random: bool) -> tuple[Any, Callable[[str], list[int]] | None]:
 
 
 def help_pairs(encode: Callable[[str], list[int]]) -> Iterator[Pair]:
-    """Sentences that follow one another in pydoc's topics, as long as they fit."""
+    """Pairs of consecutive sentences of pydoc's topics that fit the lengths PROMPT and COMPLETION."""
     from pydoc_data.topics import topics
 
     for text in topics.values():
@@ -87,7 +87,7 @@ def ours(o: Namespace) -> Iterator[float]:
 
     examples = []
     for prompt, completion in json.loads((o.folder / "pairs.json").read_text()):
-        labels = np.array([IGNORE] * (len(prompt) - 1) + completion)  # what each token but the last has to predict
+        labels = np.array([IGNORE] * (len(prompt) - 1) + completion)  # the target of each token but the last
         examples.append(Example(np.array([*prompt, *completion])[:-1], labels))
     return training(adapted(o), endless(lambda rng: batches_of(examples, BATCH, rng)), o)
 

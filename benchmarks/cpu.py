@@ -1,9 +1,9 @@
-"""All benchmarks of speed and memory on this machine's processor, one after the other, into benchmarks/results/cpu.json.
+"""All benchmarks of speed and memory on this CPU, one after the other, into benchmarks/results/cpu.json.
 
     python -m benchmarks.cpu [--only dense toy ...] [--rounds 5] [--threads 2] [--no-compile] [--random] [--out FILE]
 
-The file has the machine once and the last line of each benchmark under its name; those not run this time stay as they were, if they
-were measured on the same machine. Ends with exit code 1 if any of them does.
+The file holds the machine and the JSON of each benchmark under its name. Results of benchmarks that are not run now are kept if they
+come from the same machine. The exit code is 1 if any benchmark fails.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def main() -> int:
     args = options(
         __doc__,
         **{
-            "only": {"nargs": "+", "choices": list(RUNS), "default": list(RUNS), "help": "which"},
+            "only": {"nargs": "+", "choices": list(RUNS), "default": list(RUNS), "help": "benchmarks to run"},
             "no-compile": {"action": "store_true", "help": "leave out torch.compile"},
-            "random": {"action": "store_true", "help": "random weights in place of SmolLM2's"},
+            "random": {"action": "store_true", "help": "random weights instead of SmolLM2's"},
             "out": {"type": Path, "default": ROOT / "benchmarks" / "results" / "cpu.json", "help": "the file to write"},
         },
     )
@@ -49,36 +49,33 @@ def main() -> int:
         results = before["results"] if before["machine"] == machine else {}
     for name in args.only:
         print(f"\n== {name}", flush=True)
-        code, told = run(RUNS[name], args)
+        code, result = run(RUNS[name], args)
         failed += [name] if code else []
-        if told is not None:
-            results[name] = {key: value for key, value in told.items() if key != "machine"}
+        if result is not None:
+            results[name] = {key: value for key, value in result.items() if key != "machine"}
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
-    print(
-        f"\n{len(args.only) - len(failed)} of {len(args.only)} went through; {args.out}"
-        + (f"; failed: {', '.join(failed)}" if failed else "")
-    )
+    print(f"\n{len(args.only) - len(failed)} of {len(args.only)} passed; {args.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return int(bool(failed))
 
 
 def run(command: list[str], args: Any) -> tuple[int, dict[str, Any] | None]:
-    """(exit code, the last line's JSON or None); what it prints is passed on but for that line."""
+    """(exit code, JSON of the last line or None). The other lines are printed."""
     more: list[str] = []
-    if command[0] != "growth":  # it has rounds and threads of its own
+    if command[0] != "growth":  # growth has its own defaults
         more = ["--rounds", str(args.rounds), "--threads", str(args.threads)] + ["--no-compile"] * args.no_compile
     more += ["--random"] * (args.random and command[0] in ("completions", "generation"))
-    told = None
+    result = None
     with subprocess.Popen(
         [sys.executable, "-m", f"benchmarks.{command[0]}", *command[1:], *more], stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("{"):
-                told = json.loads(line)
+                result = json.loads(line)
             else:
                 print(line, end="", flush=True)
-    return process.returncode, told
+    return process.returncode, result
 
 
 if __name__ == "__main__":

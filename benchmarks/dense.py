@@ -50,7 +50,7 @@ def rival(o: Namespace) -> Iterator[float]:
         while True:
             starts = rng.integers(0, len(text) - WINDOW, size=BATCH)
             ids, following = (torch.stack([text[s + k : s + k + WINDOW] for s in starts]) for k in (0, 1))
-            yield {"input_ids": ids, "labels": following, "shift_labels": following}  # every token has its label, the last one too
+            yield {"input_ids": ids, "labels": following, "shift_labels": following}  # the last token has a label too
 
     return training(adapted("GPT2LMHeadModel", o, use_cache=False), batches())
 

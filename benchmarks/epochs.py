@@ -1,8 +1,9 @@
-"""Many epochs on little data: 200 snippets of film reviews, 20 epochs, LoRA r 8 in the top two layers of MiniLM, the head trained.
+"""Many epochs on little data: 200 snippets of film reviews, 20 epochs, LoRA r 8 in the top two layers of MiniLM, head trained.
 
     python -m benchmarks.epochs [--epochs 20] [--rounds 5] [--threads 2] [--no-compile]
 
-A round is a whole run from the same start, with a new optimizer; what a side keeps between epochs, it has to make again in each.
+A round is a complete run from the same initial weights with a new optimizer. Whatever a side caches between epochs must be recomputed
+in each round.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from benchmarks.classification import BATCH, NO_DROPOUT, examples, padded_batche
 from benchmarks.harness import RIVALS, compare
 
 SENTENCES, TOP_LAYERS = 200, [4, 5]
-STEPS = -(-SENTENCES // BATCH)  # an epoch
+STEPS = -(-SENTENCES // BATCH)  # per epoch
 
 
 def prepare(o: Namespace) -> None:
@@ -24,7 +25,7 @@ def prepare(o: Namespace) -> None:
 
 
 def runs(o: Namespace) -> Iterator[int]:
-    """The steps of each run: those of the warm-up, then always those of a round."""
+    """The number of steps of each run: the warm-up, then every round."""
     return chain([o.warmup], repeat(o.steps))
 
 

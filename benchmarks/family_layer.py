@@ -1,6 +1,6 @@
-"""What the methods of the family cost: forward and backward of one layer, 768 x 3072, 1024 tokens, r = 8, one thread.
+"""The cost of the LoRA variants: forward and backward of one layer, 768 x 3072, 1024 tokens, r = 8, one thread.
 
-python -m benchmarks.family_layer        medians of ratios to LoRA, of rounds that take every method in turn; one line of JSON
+python -m benchmarks.family_layer        one line of JSON: medians of the ratios to LoRA; the methods alternate in each round
 """
 
 import json
@@ -12,12 +12,12 @@ from threadpoolctl import threadpool_limits
 import minilora as ml
 from minilora.layers import Layer
 
-TOKENS, WIDE, HIGH, ROUNDS = 1024, 768, 3072, 15
+TOKENS, IN, OUT, ROUNDS = 1024, 768, 3072, 15
 
 
 def layer(config: ml.LoraConfig | None = None, quantize: bool = False) -> Layer:
-    """One layer, adapted; without a configuration, frozen."""
-    model = ml.MLP([WIDE, HIGH], rng=0).freeze()
+    """One layer with an adapter; without a configuration, a frozen one."""
+    model = ml.MLP([IN, OUT], rng=0).freeze()
     if quantize:
         ml.quantize_model(model)
     if config is not None:
@@ -27,7 +27,7 @@ def layer(config: ml.LoraConfig | None = None, quantize: bool = False) -> Layer:
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    x, dy = (rng.standard_normal((TOKENS, size)).astype(np.float32) for size in (WIDE, HIGH))
+    x, dy = (rng.standard_normal((TOKENS, size)).astype(np.float32) for size in (IN, OUT))
     layers = {
         "LoRA": layer(ml.LoraConfig()),
         "frozen": layer(),
@@ -44,9 +44,9 @@ def main() -> None:
         for _ in range(ROUNDS):
             for name, adapted in layers.items():
                 adapted.zero_grad()
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 adapted.backward(dy, adapted.forward(x)[1])
-                times[name].append(time.perf_counter() - begun)
+                times[name].append(time.perf_counter() - start)
     ratios = {name: round(float(np.median(np.divide(took, times["LoRA"]))), 2) for name, took in times.items()}
     print(json.dumps({"milliseconds_of_lora": round(1e3 * float(np.median(times["LoRA"])), 1), **ratios}))
 

@@ -1,4 +1,4 @@
-"""A LoRA step against a full fine-tuning step, both ours: GPT-2 small with random weights, batch 4 x 256, every token labelled.
+"""A LoRA step against a full fine-tuning step, both minilora: GPT-2 small with random weights, batch 4 x 256, every token labelled.
 
 python -m benchmarks.full_vs_lora_step [--targets all] [--rounds 5] [--threads 2]
 """
@@ -47,5 +47,5 @@ def _training(model: Any, o: Namespace) -> Iterator[float]:
 SIDES = {"lora": lora, "full": full}
 
 if __name__ == "__main__":
-    targets = {"choices": list(TARGETS), "default": "c_attn", "help": "what LoRA adapts"}
+    targets = {"choices": list(TARGETS), "default": "c_attn", "help": "the matrices that LoRA adapts"}
     sys.exit(compare("full_vs_lora_step", __doc__, SIDES, steps=2, tolerance=None, targets=targets))

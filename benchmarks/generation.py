@@ -1,9 +1,9 @@
-"""Tokens a second: SmolLM2-135M writes 64 tokens, the likeliest each time, after a prompt of 32, with a cache of keys and values.
+"""Tokens per second: SmolLM2-135M generates 64 tokens greedily after a prompt of 32, with a cache of keys and values.
 
     python -m benchmarks.generation [--random] [--rounds 5] [--threads 2] [--no-compile]
 
-A step is a token, and what has to agree are the tokens. The compiled rival has a cache of fixed size, without which every token would
-be compiled anew. --random: a Llama of SmolLM2's shape with random weights, which needs no download.
+A step is one token, and the tokens of all sides must be equal. The compiled rival uses a static cache; otherwise it would recompile
+at every token. --random: a Llama of SmolLM2's shape with random weights, which needs no download.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Everything there is to measure on a GPU, in one go, into benchmarks/results/gpu.json with the name of the device.
+"""All measurements on a GPU in one run, into benchmarks/results/gpu.json with the name of the device.
 
     python -m benchmarks.gpu [--only suite curves dense-bf16 ...] [--rounds 5] [--no-compile]
-    python -m benchmarks.gpu --standin
+    python -m benchmarks.gpu --fake
 
-suite      the tests of the GPU: --backend cupy -k cupy, with pytest-xdist and pytest-timeout
-curves     the main job on NumPy and on CuPy: losses of 200 steps, and the held-out loss with weights and activations in bfloat16
-launches   a step of GPT-2 small, launch by launch and recorded: its time, and that of Python alone, while the device has little to do
-the rest   against torch and PEFT of the same dtypes, sdpa attention, eager and compiled: a step's time, peak memory of the device
+suite      the GPU tests: --backend cupy -k cupy, with pytest-xdist and pytest-timeout
+curves     the main job on NumPy and CuPy: losses of 200 steps, and the held-out loss with weights and activations in bfloat16
+launches   the time of a step of GPT-2 small, kernel by kernel and as a CUDA graph; on a tiny batch, this is the time of Python alone
+the rest   against torch and PEFT of the same dtypes, sdpa attention, eager and compiled: time per step, peak device memory
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.harness import ROOT, Failed, options
 from benchmarks.machine import describe
 from benchmarks.report import summary
 
-# sequences x tokens a step; dtype of weights and activations (float32: TF32 on both sides); every token labelled, or those of a completion
+# batch x window tokens per step; dtype of weights and activations (float32: TF32 on both sides); labels on all or the last `labelled`
 JOBS: dict[str, dict[str, Any]] = {
     "dense-bf16": {"model": "gpt2", "batch": 8, "window": 1024, "dtype": "bfloat16"},
     "dense-tf32": {"model": "gpt2", "batch": 8, "window": 1024, "dtype": "float32"},
@@ -38,12 +38,12 @@ JOBS: dict[str, dict[str, Any]] = {
     "completions-bf16": {"model": "llama", "batch": 8, "window": 512, "labelled": 128, "dtype": "bfloat16"},
     "toy": {"model": "mlp", "dtype": "float32"},
 }
-RIVALS = ("eager", "compile", "half", "half-compile")  # half: PEFT's adapters in the model's dtype, not in float32 as PEFT has them
+RIVALS = ("eager", "compile", "half", "half-compile")  # half: adapters in the dtype of the model; PEFT's default is float32
 SUITE = ["-k", "cupy", "-n", "12", "--dist", "worksteal", "--timeout", "120", "-p", "no:benchmark"]  # 35 s on an H100
 TOLERANCE = {"bfloat16": 0.05, "float32": 5e-3}  # of the first loss: TF32 and bfloat16 round products to 1e-3 and 4e-3
 
 
-# -- a side of a job: benchmarks/worker.py calls these, o.job names the job ----------------------------------------------------
+# -- the sides of a job, called by benchmarks/worker.py -------------------------------------------------------------------------
 
 
 def prepare(o: Namespace) -> None:
@@ -63,7 +63,7 @@ def prepare(o: Namespace) -> None:
 
 
 def windows(o: Namespace) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """ids and labels (batch, window) of each step, for both sides; all but the last `labelled` are -100."""
+    """ids and labels (batch, window) of each step, for both sides. All labels but the last `labelled` are -100."""
     text, rng = np.load(o.folder / "text.npy"), np.random.default_rng(0)
     while True:
         starts = rng.integers(0, len(text) - o.window - 1, size=o.batch)
@@ -108,14 +108,14 @@ def rival(o: Namespace) -> Iterator[float]:
 
     def batches() -> Iterator[dict[str, Any]]:
         for ids, labels in windows(o):
-            there = torch.from_numpy(labels).to("cuda")
-            yield {"input_ids": torch.from_numpy(ids).to("cuda"), "labels": there, "shift_labels": there}
+            on_device = torch.from_numpy(labels).to("cuda")
+            yield {"input_ids": torch.from_numpy(ids).to("cuda"), "labels": on_device, "shift_labels": on_device}
 
     return training(model, batches())
 
 
 def peak_memory() -> int:  # called by benchmarks/worker.py
-    """The most bytes that this process has taken of the device."""
+    """Peak device memory of this process in bytes."""
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         return int(sys.modules["torch"].cuda.max_memory_reserved())
     if "cupy" in sys.modules:
@@ -128,11 +128,11 @@ def peak_memory() -> int:  # called by benchmarks/worker.py
 SIDES = {"ours": ours, **dict.fromkeys(RIVALS, rival)}
 
 
-# -- the other figures -----------------------------------------------------------------------------------------------------------
+# -- the other measurements --------------------------------------------------------------------------------------------------------
 
 
 def suite() -> dict[str, Any]:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--backend", "cupy", "-q", "-rs", *SUITE],
         cwd=ROOT,
@@ -141,11 +141,11 @@ def suite() -> dict[str, Any]:
         check=False,
         timeout=300,
     )
-    return {"exit_code": done.returncode, "seconds": time.perf_counter() - begun, "end": done.stdout.splitlines()[-30:]}
+    return {"exit_code": done.returncode, "seconds": time.perf_counter() - start, "end": done.stdout.splitlines()[-30:]}
 
 
 def curves(steps: int = 200, bfloat16_on: str = "cupy") -> dict[str, Any]:
-    """Goals: losses 1e-4 apart, and the held-out loss with bfloat16 within 1 %."""
+    """Goals: losses within 1e-4 of each other, and the held-out loss in bfloat16 within 1 %."""
     from minilora.runs.finetune import finetune
     from minilora.runs.recipe import Recipe
 
@@ -160,34 +160,36 @@ def curves(steps: int = 200, bfloat16_on: str = "cupy") -> dict[str, Any]:
     return {"losses_apart": apart, "held_out": ends, "bfloat16_beyond_float32": ends["bfloat16"] / ends["cupy"] - 1}
 
 
-def curves_on_the_stand_in(steps: int = 200) -> dict[str, Any]:
-    """Without a card: CuPy's code and kernels on the tests' stand-in; bfloat16 on NumPy, as tensor cores are slow to play."""
+def curves_on_fake_cupy(steps: int = 200) -> dict[str, Any]:
+    """Without a GPU: the CuPy code and kernels on the fake CuPy of the tests; bfloat16 on NumPy, since emulated tensor cores are slow."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import standin
+    import fakecupy
 
-    sys.modules |= standin.modules
+    sys.modules |= fakecupy.modules
     return curves(steps, bfloat16_on="numpy")
 
 
 def launches(steps: int = 40) -> dict[str, Any]:
-    """Milliseconds of a step of GPT-2 small with LoRA, launch by launch and recorded: of 8 x 1024 tokens, and of 1 x 16, where the device
-    has little to do and what is left is Python and launches."""
+    """Milliseconds per step of GPT-2 small with LoRA, kernel by kernel and as a CUDA graph, for 8 x 1024 and 1 x 16 tokens.
+
+    With 1 x 16 tokens the device has little to do: the time is that of Python and of the launches.
+    """
     import minilora as ml
     from minilora.backend import synchronize
     from minilora.data.batches import random_windows
     from minilora.training.loop import train
 
-    told = {}
+    times = {}
     for (batch, window), record in product(((8, 1024), (1, 16)), (False, True)):
         model = ml.GPT2(ml.GPT2Config(), rng=0).to("cupy")
         ml.inject(model, ml.LoraConfig(r=8), rng=0)
         text = np.random.default_rng(0).zipf(1.3, 200_000) % 50257
         batches = random_windows(text, window, batch, np.random.default_rng(0))
         run = train(model, ml.AdamW(model.parameters(), 1e-3), batches, steps, lambda step: 1.0, cuda_graph=record)
-        seconds = [step.seconds for step in run][10:]  # in the first group of ten, sources are compiled and the step is recorded
-        told[f"{batch} x {window}{', recorded' * record}"] = 1e3 * float(np.median(seconds))
+        seconds = [step.seconds for step in run][10:]  # the first ten steps compile the kernels and capture the graph
+        times[f"{batch} x {window}{', recorded' * record}"] = 1e3 * float(np.median(seconds))
         synchronize("cupy")
-    return {"ms_a_step": told}
+    return {"ms_a_step": times}
 
 
 def against_rivals(name: str, args: Namespace) -> dict[str, Any]:
@@ -195,17 +197,17 @@ def against_rivals(name: str, args: Namespace) -> dict[str, Any]:
     half = job["dtype"] != "float32"
     names = ["ours", *(r for r in RIVALS if not (args.no_compile and "compile" in r) and (half or "half" not in r))]
     with tempfile.TemporaryDirectory() as folder:
-        given = {"steps": 200 if name == "toy" else 10, "warmup": 10, "rounds": args.rounds, "threads": 1, "folder": folder, **job}
-        harness.prepare("gpu", given)
-        measured = harness.turns("gpu", names, given)
-    return summary(measured, given["steps"], TOLERANCE[job["dtype"]])
+        settings = {"steps": 200 if name == "toy" else 10, "warmup": 10, "rounds": args.rounds, "threads": 1, "folder": folder, **job}
+        harness.prepare("gpu", settings)
+        measured = harness.turns("gpu", names, settings)
+    return summary(measured, settings["steps"], TOLERANCE[job["dtype"]])
 
 
-FIGURES = ("suite", "curves", "launches")  # functions above, each run in a process of its own
+FIGURES = ("suite", "curves", "launches")  # functions above, each run in its own process
 
 
 def in_a_process(name: str) -> dict[str, Any]:
-    """A figure in a process of its own: CuPy decides for or against TF32 at its first product, and keeps to it."""
+    """Run a function of FIGURES in its own process: CuPy reads CUPY_TF32 at its first matrix product only."""
     run = f"import json; from benchmarks import gpu; print(json.dumps(gpu.{name}()))"
     env = {**os.environ, "CUPY_TF32": "1" if name == "launches" else "0"}
     done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
@@ -221,14 +223,14 @@ def main() -> int:
     args = options(
         __doc__,
         **{
-            "standin": {"action": "store_true", "help": "the curves alone, without a card, on the tests' stand-in for CuPy"},
-            "only": {"nargs": "+", "choices": names, "default": names, "help": "which"},
+            "fake": {"action": "store_true", "help": "only the curves, on the fake CuPy of the tests; needs no GPU"},
+            "only": {"nargs": "+", "choices": names, "default": names, "help": "measurements to run"},
             "no-compile": {"action": "store_true", "help": "leave out torch.compile"},
             "out": {"type": Path, "default": ROOT / "benchmarks" / "results" / "gpu.json", "help": "the file to write"},
         },
     )
-    if args.standin:
-        print(json.dumps(curves_on_the_stand_in(), indent=1))
+    if args.fake:
+        print(json.dumps(curves_on_fake_cupy(), indent=1))
         return 0
     try:
         cupy = import_cupy()
@@ -240,17 +242,17 @@ def main() -> int:
     machine |= {"driver": cupy.cuda.runtime.driverGetVersion(), "cuda": cupy.cuda.runtime.runtimeGetVersion()}
     print(json.dumps(machine), flush=True)
     before = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    told: dict[str, Any] = before["results"] if before.get("machine") == machine else {}  # of another machine: not beside these
+    results: dict[str, Any] = before["results"] if before.get("machine") == machine else {}  # drop results of another machine
     failed = []
     for name in args.only:
         try:
-            told[name] = in_a_process(name) if name in FIGURES else against_rivals(name, args)
-        except Exception as error:  # one that fails must not cost the others: a card is rare
-            told[name] = {"failed": f"{type(error).__name__}: {error}"}
-        failed += [name] if "failed" in told[name] or told[name].get("exit_code") or told[name].get("ok") is False else []
-        print(f"{name}: {json.dumps(told[name])[:2000]}", flush=True)
+            results[name] = in_a_process(name) if name in FIGURES else against_rivals(name, args)
+        except Exception as error:  # a failure must not cost the other measurements
+            results[name] = {"failed": f"{type(error).__name__}: {error}"}
+        failed += [name] if "failed" in results[name] or results[name].get("exit_code") or results[name].get("ok") is False else []
+        print(f"{name}: {json.dumps(results[name])[:2000]}", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": machine, "results": told}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
     print(f"{args.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return int(bool(failed))
 

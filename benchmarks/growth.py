@@ -1,12 +1,12 @@
-"""How time and memory of a training step grow: with tokens (one sequence, or many of 256), rank, layers and vocabulary.
+"""Scaling of time and memory of a training step with tokens (one sequence, or many of 256), rank, layers and vocabulary.
 
     python -m benchmarks.growth [--only tokens-one ...] [--rounds 3] [--threads 1]
 
-A GPT-2 of width 256 with 4 layers, 4 heads, 8192 tokens in the vocabulary, LoRA r 8 on all linear layers, 1024 tokens in sequences of
-256; one of these changes at a time. Each point is a process of its own: the median step, the peak of its memory, and how much of that
-came with the steps, beyond the loaded model. The exponent p of y ~ x^p is fitted to the upper half of the points.
-In one sequence, attention's own share grows as the square of its length; it is measured as what one sequence costs beyond as many
-tokens in sequences of 256.
+The base is a GPT-2 of width 256 with 4 layers, 4 heads, 8192 tokens in the vocabulary, LoRA r 8 on all linear layers, and 1024 tokens
+in sequences of 256; one of these changes at a time. Each point is measured in its own process: the median step, the peak memory, and
+the part of the peak that the steps add to the loaded model. The exponent p of y ~ x^p is fitted to the upper half of the points.
+In one sequence, the cost of attention grows with the square of its length. It is measured as the extra cost of one sequence over the
+same number of tokens in sequences of 256.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ SIDES = {"ours": ours}
 
 
 def point(args: Namespace, change: dict[str, int]) -> dict[str, Any]:
-    """Seconds and bytes at one point."""
+    """Seconds and bytes at one point of a series."""
     with tempfile.TemporaryDirectory() as folder:
-        given = {**BASE, **change, "threads": args.threads, "folder": folder, "warmup": 1, "steps": 1}
-        harness.prepare("growth", given)
-        worker = Worker("growth", "ours", given)
+        settings = {**BASE, **change, "threads": args.threads, "folder": folder, "warmup": 1, "steps": 1}
+        harness.prepare("growth", settings)
+        worker = Worker("growth", "ours", settings)
         for _ in range(args.rounds):
             worker.round()
         worker.stop()
@@ -72,10 +72,10 @@ def point(args: Namespace, change: dict[str, int]) -> dict[str, Any]:
 def main() -> int:
     args = options(__doc__, rounds=3, threads=1, only={"nargs": "+", "choices": list(SERIES), "default": list(SERIES)})
     print(__doc__.splitlines()[0])
-    told: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name in args.only:
         key = name.partition("-")[0]
-        print(f"\n{name:>12}{'ms a step':>12}{'peak MB':>10}{'of the steps':>14}")
+        print(f"\n{name:>12}{'ms/step':>12}{'peak MB':>10}{'steps MB':>14}")
         points = []
         for change in SERIES[name]:
             try:
@@ -88,13 +88,13 @@ def main() -> int:
             print(f"{p[key]:12}{1e3 * p['seconds']:12.1f}{sizes}", flush=True)
         fitted = {y: exponent([p[key] for p in points], [p[y] for p in points]) for y in list(points[0])[1:]}
         print("    exponent{seconds:12.2f}{peak_memory_bytes:10.2f}{step_memory_bytes:14.2f}".format(**fitted))
-        told[name] = {"points": points, "exponents": fitted}
-    if {"tokens-one", "tokens-many"} <= told.keys():
-        one, many = (told[name]["points"][-1] for name in ("tokens-one", "tokens-many"))
-        told["attention_share"] = {y: 1 - many[y] / one[y] for y in list(one)[1:]}
-        print(f"\nof one sequence of {one['tokens']} tokens, its length costs", end=" ")
-        print("{seconds:.0%} of the time and {step_memory_bytes:.0%} of the steps' memory".format(**told["attention_share"]))
-    print(json.dumps({**heading("growth", args), "base": BASE, "series": told}))
+        result[name] = {"points": points, "exponents": fitted}
+    if {"tokens-one", "tokens-many"} <= result.keys():
+        one, many = (result[name]["points"][-1] for name in ("tokens-one", "tokens-many"))
+        result["attention_share"] = {y: 1 - many[y] / one[y] for y in list(one)[1:]}
+        print(f"\nattention across one sequence of {one['tokens']} tokens takes", end=" ")
+        print("{seconds:.0%} of the time and {step_memory_bytes:.0%} of the memory of the steps".format(**result["attention_share"]))
+    print(json.dumps({**heading("growth", args), "base": BASE, "series": result}))
     return 0
 
 

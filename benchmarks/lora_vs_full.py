@@ -1,9 +1,9 @@
-"""The comparison of the LoRA paper in small: how much of what full fine-tuning gains does LoRA gain, on the same steps?
+"""The LoRA paper's comparison at small scale: the share of full fine-tuning's improvement that LoRA reaches in the same steps.
 
     python -m benchmarks.lora_vs_full [--steps 120] [--seeds 1]
 
-Both methods run the main job (the bundled model, Python source) over the same grid of learning rates, and the best rate of
-each is compared: gap closed = (before - after LoRA) / (before - after full). Prints a table, then one line of JSON.
+Both methods run the main job (the bundled model, Python source) over the same grid of learning rates. The best rates are compared:
+gap closed = (before - after LoRA) / (before - after full). Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--r", type=int, default=8)
-    parser.add_argument("--rates", type=float, nargs="*", default=RATES, help="the grid of learning rates, the same for both")
+    parser.add_argument("--rates", type=float, nargs="*", default=RATES, help="grid of learning rates for both methods")
     args = parser.parse_args()
 
     best: dict[str, tuple[float, float]] = {}

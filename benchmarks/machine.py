@@ -1,4 +1,4 @@
-"""What was measured on, and how much memory a process has had."""
+"""The description of the machine, the peak memory of a process, and the load of other processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def describe() -> dict[str, Any]:
-    """The processor, and the versions of what computes."""
+    """CPU, and versions of the libraries that compute."""
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -26,9 +26,9 @@ def describe() -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has had in memory.
+    """Peak resident memory of this process in bytes.
 
-    On Linux from VmHWM: ru_maxrss begins at what the parent had when it started this process.
+    On Linux from VmHWM: ru_maxrss includes the memory of the parent at the time of the fork.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -40,7 +40,7 @@ def peak_memory() -> int:
 
 
 def busy_cores(seconds: float) -> float | None:
-    """How many cores were at work while this process slept; None where the system does not tell (Linux does)."""
+    """Number of busy cores while this process sleeps for `seconds`; None where there is no /proc/stat."""
     before = _times()
     time.sleep(seconds)
     after = _times()
@@ -50,7 +50,7 @@ def busy_cores(seconds: float) -> float | None:
 
 
 def _times() -> tuple[int, int] | None:
-    """Clock ticks of all cores: (in all, idle)."""
+    """Clock ticks of all cores: (total, idle)."""
     stat = Path("/proc/stat")
     if not stat.is_file():
         return None
@@ -61,14 +61,14 @@ def _times() -> tuple[int, int] | None:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = told.get("model name") or platform.processor() or platform.machine()
-    features = [wide for wide in ("avx512f", "avx2") if wide in told.get("flags", "").split()]
-    return f"{name}, family {told['cpu family']} model {told['model']}, {features[0] if features else 'no avx2'}" if told else name
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    features = [feature for feature in ("avx512f", "avx2") if feature in fields.get("flags", "").split()]
+    return f"{name}, family {fields['cpu family']} model {fields['model']}, {features[0] if features else 'no avx2'}" if fields else name
 
 
 def _blas() -> str:
-    import numpy  # noqa: F401  (loads it)
+    import numpy  # noqa: F401  (loads its BLAS)
     from threadpoolctl import threadpool_info
 
     return "; ".join(

@@ -1,4 +1,4 @@
-"""This project's side of the benchmarks: the public way to train, as `minilora finetune` goes it."""
+"""minilora's side of the benchmarks: the public training loop, as `minilora finetune` runs it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LR, CLIP = 3e-3, 1.0
 
 
 def adapted(o: Namespace) -> Any:
-    """The model and the adapter in the folder."""
+    """The model with the adapter of the folder."""
     model = ml.load_model(o.folder / "model", "numpy")
     ml.load_adapter(model, o.folder / "adapter")
     return model
 
 
 def training(model: Any, batches: Iterator[Batch], o: Namespace, steps: int = 10**9) -> Iterator[float]:
-    """The losses of steps of AdamW, with clipping."""
+    """Train with AdamW and clipping; yield the loss of each step."""
     optimizer = ml.AdamW(model.parameters(), LR)
     for step in train(model, optimizer, batches, steps, lambda step: 1.0, clip=CLIP, threads=o.threads, prefix=PrefixCache()):
         yield step.loss

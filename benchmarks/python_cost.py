@@ -1,11 +1,13 @@
-"""What a step of GPT-2 small costs before any arithmetic: launches, and the time of Python. Needs no GPU.
+"""The cost of a step of GPT-2 small without arithmetic: kernel launches and the time of Python. Needs no GPU.
 
     python -m benchmarks.python_cost
 
-launches   counted by the tests' stand-in for CuPy, launch by launch and recorded (minilora/kernels/cuda/replay.py); in bfloat16 attention
-           takes a launch forward and two backward (kernels/cuda/flash.py), as heads have 32 features there
-python     milliseconds a step, of twelve blocks of width 12 and 16 tokens, where arithmetic is next to nothing: on NumPy, which has the
-           same Python and calls of its own in place of CuPy's; and of a recorded step, on the stand-in, with a graph that does nothing
+launches   per step, counted by the fake CuPy of the tests: kernel by kernel, and as a replayed CUDA graph
+           (minilora/kernels/cuda/replay.py). In bfloat16, heads have 32 features: attention takes one launch forward and two backward
+           (minilora/kernels/cuda/flash.py)
+python     milliseconds per step of twelve blocks of width 12 and 16 tokens, where arithmetic takes almost no time: on NumPy, which
+           runs the same Python with its own calls in place of CuPy's; and of a replayed step on the fake CuPy, with a graph that does
+           nothing
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ STEPS = 60
 
 
 def step_times(backend: str, record: bool, after: Any = lambda: None, steps: int = STEPS, **changed: Any) -> list[float]:
-    """Seconds of each step; `after` is called once the first ten are done. changed: of the model's sizes, or its dtype."""
+    """Seconds of each step after the first ten, when `after` is called. changed: sizes of the model, or its dtype."""
     import minilora as ml
     from minilora.data.batches import random_windows
     from minilora.quantization.half import to_half_precision
@@ -39,31 +41,33 @@ def step_times(backend: str, record: bool, after: Any = lambda: None, steps: int
     ml.inject(model, ml.LoraConfig(r=8), rng=0)
     batches = random_windows(np.random.default_rng(0).integers(0, 50, 1000), 16, 1, np.random.default_rng(0))
     times = []
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for step in train(model, ml.AdamW(model.parameters(), 1e-3), batches, steps, lambda step: 1.0, check_every=1, cuda_graph=record):
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
         if step.step == 10:
             after()
-        begun = time.perf_counter()
+        if step.step == steps:
+            break  # before the forward pass that checks the result
+        start = time.perf_counter()
     return times[10:]
 
 
 def main() -> int:
-    import standin
-    from standin.recording import Graph
+    import fakecupy
+    from fakecupy.graph import Graph
 
-    told: dict[str, Any] = {"python, launch by launch, ms": 1e3 * float(np.median(step_times("numpy", False)))}
-    sys.modules |= standin.modules
+    result: dict[str, Any] = {"python, kernel by kernel, ms": 1e3 * float(np.median(step_times("numpy", False)))}
+    sys.modules |= fakecupy.modules
     for record in (False, True):
-        with standin.count() as counts:
+        with fakecupy.count() as counts:
             step_times("cupy", record, after=lambda counts=counts: setattr(counts, "launches", 0))
-        told[f"launches{', recorded' * record}"] = round(counts.launches / (STEPS - 10), 1)
-    with standin.count() as counts:
+        result[f"launches{', replayed' * record}"] = round(counts.launches / (STEPS - 10), 1)
+    with fakecupy.count() as counts:
         step_times("cupy", False, lambda: setattr(counts, "launches", 0), 12, n_embd=384, dtype="bfloat16")
-    told["launches, bfloat16"] = round(counts.launches / 2, 1)
+    result["launches, bfloat16"] = round(counts.launches / 2, 1)
     nothing = lambda: setattr(Graph, "launch", lambda self, stream=None: None)  # noqa: E731
-    told["python, recorded, ms"] = 1e3 * float(np.median(step_times("cupy", True, after=nothing)))
-    print(json.dumps(told, indent=1))
+    result["python, replayed, ms"] = 1e3 * float(np.median(step_times("cupy", True, after=nothing)))
+    print(json.dumps(result, indent=1))
     return 0
 
 

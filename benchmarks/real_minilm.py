@@ -1,11 +1,11 @@
-"""MiniLM learns from 200 labelled film snippets: LoRA on the command line against a ridge on frozen sentence embeddings.
+"""MiniLM on 200 labelled film snippets: LoRA with the command line against a ridge classifier on frozen sentence embeddings.
 
-    python -m benchmarks.real_minilm                 five seeds, then peak memory next to PEFT's
-    python -m benchmarks.real_minilm --select        how LEARN was chosen: the grid, on snippets that are used for nothing else
+    python -m benchmarks.real_minilm                 five seeds, then peak memory against PEFT
+    python -m benchmarks.real_minilm --select        the search behind LEARN, on snippets that are used for nothing else
 
-Each seed draws 200 snippets to learn from and 1,000 others to measure on. LEARN was chosen on the first 4,000 snippets of one
-shuffle; what is reported is drawn from the other 6,603. Needs the extras `test` (scikit-learn's ridge) and, for the comparison of
-memory, `oracle`. Prints a table, then one line of JSON.
+Each seed draws 200 snippets for training and 1,000 others for evaluation. LEARN was chosen on the first 4,000 snippets of one
+shuffle; the reported figures use the other 6,603. Needs the extra `test` (scikit-learn's ridge) and, for the memory comparison,
+`oracle`. Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ GRID = {"target-modules": ["query,value", "all-linear"], "lora-alpha": [16], "ep
 Snippets = list[tuple[str, int]]
 
 
-def drawn(snippets: Snippets, seed: int) -> tuple[Snippets, Snippets]:
-    """(to learn from, to measure on)."""
+def draw(snippets: Snippets, seed: int) -> tuple[Snippets, Snippets]:
+    """(training snippets, evaluation snippets) of one seed."""
     order = np.random.default_rng(seed).permutation(len(snippets))
     some = [snippets[i] for i in order[: TRAIN + HELD_OUT]]
     return some[:TRAIN], some[TRAIN:]
 
 
 def lora(model: Path, parts: tuple[Snippets, Snippets], seed: int, learn: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What `minilora finetune` reports, in a run folder of its own. Nothing is chosen by the held-out part."""
+    """The report of `minilora finetune` in a new run folder. The held-out part chooses nothing."""
     data = folder / "data"
     data.mkdir(parents=True)
     for name, part in zip(("train", "valid"), parts, strict=True):
@@ -52,7 +52,7 @@ def lora(model: Path, parts: tuple[Snippets, Snippets], seed: int, learn: dict[s
 
 
 def frozen(model: Path) -> Callable[[tuple[Snippets, Snippets]], float]:
-    """A function: the held-out accuracy of a ridge on mean-pooled embeddings, its penalty chosen by leave-one-out."""
+    """A function that returns the held-out accuracy of a ridge on mean-pooled embeddings; leave-one-out chooses the penalty."""
     from sklearn.linear_model import RidgeClassifierCV
 
     import minilora as ml
@@ -75,7 +75,7 @@ def frozen(model: Path) -> Callable[[tuple[Snippets, Snippets]], float]:
 
 
 def memory(model: Path, parts: tuple[Snippets, Snippets], folder: Path) -> dict[str, Any]:
-    """Peaks of one epoch as in LEARN; the head that MiniLM lacks is drawn once, for both."""
+    """Peak memory of one epoch with LEARN. Both sides share one random head, which MiniLM lacks."""
     import minilora as ml
     from minilora.data.datasets import batches_of
     from minilora.data.examples import Example
@@ -92,15 +92,15 @@ def memory(model: Path, parts: tuple[Snippets, Snippets], folder: Path) -> dict[
 def select(model: Path, snippets: Snippets, seeds: int, folder: Path) -> None:
     for n, values in enumerate(tqdm(list(product(*GRID.values())), desc="settings")):
         learn = dict(zip(GRID, values, strict=True))
-        runs = [lora(model, drawn(snippets, seed), seed, learn, folder / f"{n}-{seed}") for seed in range(seeds)]
+        runs = [lora(model, draw(snippets, seed), seed, learn, folder / f"{n}-{seed}") for seed in range(seeds)]
         tqdm.write(f"{mean(run['after']['accuracy'] for run in runs):.3f}  {learn}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--select", action="store_true", help="try the grid on the snippets for choosing, and report nothing")
-    parser.add_argument("--no-peft", action="store_true", help="leave the comparison of memory out")
+    parser.add_argument("--select", action="store_true", help="search the grid on the snippets for choosing; report nothing else")
+    parser.add_argument("--no-peft", action="store_true", help="leave out the memory comparison")
     args = parser.parse_args()
     model, snippets = assets.minilm(), assets.movie_snippets()
     snippets = [snippets[i] for i in np.random.default_rng(0).permutation(len(snippets))]
@@ -110,13 +110,13 @@ def main() -> None:
             return select(model, snippets[:FOR_CHOOSING], args.seeds, folder)
         ridge, runs, heads = frozen(model), [], []
         for seed in tqdm(range(args.seeds), desc="seeds"):
-            parts = drawn(snippets[FOR_CHOOSING:], seed)
+            parts = draw(snippets[FOR_CHOOSING:], seed)
             heads.append(ridge(parts))
             runs.append(lora(model, parts, seed, LEARN, folder / str(seed)))
         peaks = None if args.no_peft else memory(model, parts, folder)
 
     tuned, size = [run["after"]["accuracy"] for run in runs], max(run["saved_bytes"] for run in runs)
-    print(f"\nheld-out accuracy of {HELD_OUT:,} after {TRAIN} labelled snippets\n\n| seed | frozen, ridge head | LoRA |\n|---|---|---|")
+    print(f"\naccuracy on {HELD_OUT:,} held-out snippets after training on {TRAIN}\n\n| seed | frozen, ridge head | LoRA |\n|---|---|---|")
     for seed, (head, lora_) in enumerate(zip(heads, tuned, strict=True)):
         print(f"| {seed} | {head:.3f} | {lora_:.3f} |")
     print(f"| mean ± s.d. | {mean(heads):.3f} ± {stdev(heads):.3f} | {mean(tuned):.3f} ± {stdev(tuned):.3f} |\n")
@@ -124,8 +124,8 @@ def main() -> None:
     if peaks:
         print(f"peak memory of training: {peaks['minilora'] / 1e6:.0f} MB, PEFT {peaks['peft'] / 1e6:.0f} MB: {peaks['ratio']:.2f}")
     seconds = sum(run["seconds"] for run in runs)
-    told = {"learn": LEARN, "ridge": heads, "lora": tuned, "adapter_bytes": size, "seconds": seconds, "peak_memory": peaks}
-    print(json.dumps({"benchmark": "real_minilm", "train": TRAIN, "held_out": HELD_OUT, **told}))
+    result = {"learn": LEARN, "ridge": heads, "lora": tuned, "adapter_bytes": size, "seconds": seconds, "peak_memory": peaks}
+    print(json.dumps({"benchmark": "real_minilm", "train": TRAIN, "held_out": HELD_OUT, **result}))
 
 
 if __name__ == "__main__":

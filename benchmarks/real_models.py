@@ -1,8 +1,8 @@
-"""What the measurements on published models share: minilora's command line, and the peak memory of training here and with PEFT.
+"""Shared by the measurements on published models: minilora's command line, and the peak memory of training with minilora and PEFT.
 
     python -m benchmarks.real_models minilora|peft MODEL BATCHES.npz '{"r": 8, ...}'
 
-trains on the batches of a file, in a process that does nothing else, and prints one JSON object: its peak memory and losses.
+trains on the batches of a file in a process that does nothing else, and prints one JSON object: peak memory and losses.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ LR = 5e-4  # memory does not depend on it
 
 
 def minilora(*argv: Any) -> dict[str, Any]:
-    """The JSON object that a verb prints; on an error, what it says, and the end."""
+    """Run a verb and return the JSON object that it prints. Exits with the message of the verb if it fails."""
     return _json([sys.executable, "-m", "minilora", *map(str, argv), "--json"])
 
 
 def compare_peaks(model: Path, batches: list[Any], lora: dict[str, Any], folder: Path, same: Path | None = None) -> dict[str, Any]:
-    """Peak memory in bytes of the same steps by minilora on `model` and by PEFT on `same`, the same weights as transformers reads them.
+    """Peak memory in bytes of the same steps by minilora on `model` and by PEFT on `same`, the same weights in a folder for transformers.
 
-    `lora` are fields that both LoraConfigs have. The loss of the first step, before anything has moved, has to agree.
+    `lora` are fields that both LoraConfigs have. The losses of the first step must agree.
     """
     named = {f"{name}{i}": getattr(b, name) for i, b in enumerate(batches) for name in ("ids", "labels", "offsets")}
     np.savez(folder / "batches.npz", **named)
-    told = {
+    result = {
         who: _json([sys.executable, "-m", "benchmarks.real_models", who, path, folder / "batches.npz", json.dumps(lora)])
         for who, path in (("minilora", model), ("peft", same or model))
     }
-    first = [told[who]["losses"][0] for who in told]
+    first = [result[who]["losses"][0] for who in result]
     if abs(first[0] - first[1]) > 1e-3:
-        raise SystemExit(f"minilora and PEFT do not begin at the same loss: {first[0]}, {first[1]}")
-    peaks = {who: told[who]["peak_bytes"] for who in told}
+        raise SystemExit(f"the first losses of minilora and PEFT differ: {first[0]}, {first[1]}")
+    peaks = {who: result[who]["peak_bytes"] for who in result}
     return {**peaks, "ratio": peaks["minilora"] / peaks["peft"], "first_loss": first, "steps": len(batches)}
 
 
@@ -48,7 +48,7 @@ def _json(command: list[Any]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# -- in a process of its own --------------------------------------------------------------------------------------------------
+# -- run in a separate process -------------------------------------------------------------------------------------------------
 
 
 def train_here(path: str, batches: list[dict[str, np.ndarray]], lora: dict[str, Any]) -> list[float]:
@@ -79,7 +79,7 @@ def train_with_peft(path: str, batches: list[dict[str, np.ndarray]], lora: dict[
     torch.manual_seed(0)
     task = transformers.AutoModelForSequenceClassification if lora["task_type"] == "SEQ_CLS" else transformers.AutoModelForCausalLM
     config = transformers.AutoConfig.from_pretrained(path)
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0  # as here
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0  # as in minilora
     model = peft.get_peft_model(task.from_pretrained(path, config=config, dtype=torch.float32), peft.LoraConfig(**lora)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LR, weight_decay=0)
     more = {} if lora["task_type"] == "SEQ_CLS" else {"use_cache": False}
@@ -94,7 +94,7 @@ def train_with_peft(path: str, batches: list[dict[str, np.ndarray]], lora: dict[
         labels = batch["labels"]
         if lora["task_type"] == "SEQ_CLS":
             loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
-        else:  # labels are shifted already
+        else:  # labels are already shifted
             labels = pad(np.split(labels, batch["offsets"][1:-1]), -100)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         loss.backward()
@@ -106,7 +106,7 @@ def train_with_peft(path: str, batches: list[dict[str, np.ndarray]], lora: dict[
 
 
 def peak_bytes() -> int:
-    """The largest resident memory of this program. (ru_maxrss would count the parent that started it, too.)"""
+    """Peak resident memory of this process. (ru_maxrss would include the parent.)"""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

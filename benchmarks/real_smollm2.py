@@ -1,9 +1,9 @@
-"""SmolLM2 (135 M parameters, a GGUF file) learns a text on the command line: what it gains there, and loses on other text.
+"""SmolLM2 (135 M parameters, a GGUF file) fine-tuned on a text with the command line: loss on that text and on other text.
 
-    python -m benchmarks.real_smollm2            then peak memory next to PEFT's
+    python -m benchmarks.real_smollm2            then peak memory against PEFT
 
-It reads Python's own help (pydoc's topics, which every Python brings), with the last tenth held out. Other text: film snippets, and
-source of the standard library. The comparison of memory needs the extra `oracle`. Prints a table, then one line of JSON.
+The training text is Python's help (pydoc's topics, which every Python has); its last tenth is held out. Other text: film snippets, and
+source of the standard library. The memory comparison needs the extra `oracle`. Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OTHER_BYTES = 24_000
 
 
 def texts() -> tuple[str, dict[str, str]]:
-    """(what is learnt, other texts)."""
+    """(the training text, other texts by name)."""
     snippets = "\n".join(text for text, _ in assets.movie_snippets())
     source = stdlib_source(held_out=True).tobytes().decode("utf-8", errors="replace")
     return "\n\n".join(topics[name] for name in sorted(topics)), {
@@ -54,13 +54,13 @@ def memory(model: Path, text: Path, folder: Path, steps: int = 3) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--no-peft", action="store_true", help="leave the comparison of memory out")
+    parser.add_argument("--no-peft", action="store_true", help="leave out the memory comparison")
     args = parser.parse_args()
     model = assets.smollm2()
-    learnt, others = texts()
+    topics_text, others = texts()
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=2 + 2 * len(others), desc="SmolLM2") as bar:
         folder = Path(temporary)
-        (folder / "topics.txt").write_text(learnt)
+        (folder / "topics.txt").write_text(topics_text)
         sizes = ["--window", WINDOW, "--batch-size", BATCH, "--steps", args.steps, "--backend", "numpy"]
         run = minilora("finetune", "--model", model, "--data", folder / "topics.txt", *sizes, "--out", folder / "run")
         losses = {"pydoc topics": (run["before"]["loss"], run["after"]["loss"])}
@@ -78,14 +78,12 @@ def main() -> None:
     print("\n| held-out text | loss before | after | perplexity before | after |\n|---|---|---|---|---|")
     for name, (before, after) in losses.items():
         print(f"| {name} | {before:.3f} | {after:.3f} | {np.exp(before):.2f} | {np.exp(after):.2f} |")
-    print(
-        f"\n{run['steps']} steps of {WINDOW * BATCH} tokens, {run['tokens_per_second']:.0f} tokens a second; {run['seconds']:.0f} s in all"
-    )
-    print(f"adapter: {run['saved_bytes'] / 1e6:.1f} MB beside {run['model_bytes'] / 1e6:.0f} MB")
+    print(f"\n{run['steps']} steps of {WINDOW * BATCH} tokens, {run['tokens_per_second']:.0f} tokens per second, {run['seconds']:.0f} s")
+    print(f"adapter: {run['saved_bytes'] / 1e6:.1f} MB, model: {run['model_bytes'] / 1e6:.0f} MB")
     if peaks:
         print(f"peak memory of training: {peaks['minilora'] / 1e6:.0f} MB, PEFT {peaks['peft'] / 1e6:.0f} MB: {peaks['ratio']:.2f}")
-    told = {"steps": run["steps"], "losses": losses, "seconds": run["seconds"], "tokens_per_second": run["tokens_per_second"]}
-    print(json.dumps({"benchmark": "real_smollm2", **told, "adapter_bytes": run["saved_bytes"], "peak_memory": peaks}))
+    result = {"steps": run["steps"], "losses": losses, "seconds": run["seconds"], "tokens_per_second": run["tokens_per_second"]}
+    print(json.dumps({"benchmark": "real_smollm2", **result, "adapter_bytes": run["saved_bytes"], "peak_memory": peaks}))
 
 
 if __name__ == "__main__":

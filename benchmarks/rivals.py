@@ -1,4 +1,4 @@
-"""The rivals' side of the benchmarks: PyTorch, transformers and PEFT, as someone would write it who wants it fast."""
+"""The rivals' side of the benchmarks: PyTorch, transformers and PEFT, set up for speed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LR, CLIP = 3e-3, 1.0
 
 
 def adapted(kind: str, o: Namespace, device: str = "cpu", dtype: torch.dtype = torch.float32, autocast: bool = True, **config: Any) -> Any:
-    """The model of class `kind` and the adapter in the folder, compiled if the side says so. `config` overrides its config.json.
+    """The model of class `kind` with the adapter of the folder, compiled if the side requests it. `config` overrides config.json.
 
-    autocast: the adapter is in float32 beside a model in half precision, as PEFT has it by default.
+    autocast: the adapter stays in float32 in a half-precision model, the default of PEFT.
     """
     torch.set_num_threads(o.threads)
     model = getattr(transformers, kind).from_pretrained(o.folder / "model", attn_implementation="sdpa", dtype=dtype, **config)
@@ -28,12 +28,12 @@ def adapted(kind: str, o: Namespace, device: str = "cpu", dtype: torch.dtype = t
 
 
 def adamw(model: Any, lr: float = LR) -> torch.optim.Optimizer:
-    """The optimizer that is fastest on a CPU, for what is trained alone."""
+    """The fastest AdamW on a CPU, over the trainable parameters."""
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=True)
 
 
 def training(model: Any, batches: Iterator[dict[str, torch.Tensor]], steps: int | None = None) -> Iterator[float]:
-    """The losses of steps of AdamW, with clipping. A batch is what the model is called with."""
+    """Train with AdamW and clipping; yield the loss of each step. A batch holds the keyword arguments of the model."""
     optimizer = adamw(model)
     trained = optimizer.param_groups[0]["params"]
     for batch in islice(batches, steps):
@@ -46,7 +46,7 @@ def training(model: Any, batches: Iterator[dict[str, torch.Tensor]], steps: int 
 
 
 def shuffled(count: int, size: int, seed: int = 0) -> Iterator[list[int]]:
-    """Endless numbers of examples in batches, in the order of minilora's `endless(batches_of)`."""
+    """Endless batches of example numbers, in the order of minilora's `endless(batches_of)`."""
     epoch = 0
     while True:
         order = np.random.default_rng((seed, epoch)).permutation(count)

@@ -1,9 +1,10 @@
-"""From the start of a process to the end of the first training step: MiniLM, 32 snippets of film reviews, LoRA r 8, the head trained.
+"""From process start to the end of the first training step: MiniLM, 32 snippets of film reviews, LoRA r 8, head trained.
 
     python -m benchmarks.start [--rounds 5] [--threads 2]
 
-Each side does what a script would: import, read the model and its tokenizer, make the batch, adapt, take a step of AdamW. Interpreter
-and imports count. The files have been read before. torch.compile, which takes its time before the first step, is left out.
+Each side does what a script would: import, read the model and its tokenizer, build the batch, adapt, take a step of AdamW. The time
+includes the interpreter and the imports; the files are in the page cache. torch.compile, which takes time before the first step, is
+left out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ BATCH, TARGETS = 32, ["query", "value"]
 
 
 def prepare(o: Namespace) -> None:
-    """The model with a head, and the texts with their classes."""
+    """Write the model with a head, and the texts with their classes."""
     import minilora as ml
     from tests.assets import minilm, movie_snippets
 
@@ -55,7 +56,7 @@ def rival(o: Namespace) -> Iterator[float]:
     model = AutoModelForSequenceClassification.from_pretrained(o.folder / "model", attn_implementation="sdpa")
     tokenizer = AutoTokenizer.from_pretrained(o.folder / "model")
     model = get_peft_model(model, LoraConfig(r=8, target_modules=TARGETS, task_type="SEQ_CLS")).train()
-    for module in model.modules():  # the other side has none
+    for module in model.modules():  # minilora's model has no dropout here
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -21,7 +21,7 @@ LINEAR = ["layers.0", "layers.2", "layers.4"]
 
 
 def prepare(o: Namespace) -> None:
-    """Weights and adapters as PyTorch has them, and 16 batches with labels that a random linear map gives."""
+    """Write weights and adapters in PyTorch layout, and 16 batches labelled by a random linear map."""
     import minilora as ml
 
     model = ml.MLP(SIZES, rng=0)
@@ -38,7 +38,7 @@ def ours(o: Namespace, backend: str = "numpy") -> Iterator[float]:
 
     import minilora as ml
 
-    threadpool_limits(1, "blas")  # as in training: products this small are not worth sharing out
+    threadpool_limits(1, "blas")  # as in training: products this small gain nothing from threads
     tensors = load_file(o.folder / "toy.safetensors")
     model = ml.MLP(SIZES)
     ml.inject(model, ml.LoraConfig(r=R, lora_alpha=ALPHA))
@@ -48,7 +48,7 @@ def ours(o: Namespace, backend: str = "numpy") -> Iterator[float]:
     tensors["x"] = ml.to_backend(tensors["x"], backend)
     optimizer = ml.AdamW(model.parameters(), LR)
     if backend == "cupy":
-        yield from _recorded(model, optimizer, tensors)
+        yield from _replayed(model, optimizer, tensors)
     for x, labels in cycle(zip(tensors["x"], tensors["labels"], strict=True)):
         logits, saved = model.forward(x, need_dx=False)
         loss, dlogits = ml.cross_entropy(logits, labels)
@@ -58,8 +58,8 @@ def ours(o: Namespace, backend: str = "numpy") -> Iterator[float]:
         yield float(loss)
 
 
-def _recorded(model: Any, optimizer: Any, tensors: dict[str, Any]) -> Iterator[float]:
-    """The same steps on a GPU: all that comes before AdamW is recorded once, and launched whole."""
+def _replayed(model: Any, optimizer: Any, tensors: dict[str, Any]) -> Iterator[float]:
+    """The same steps on a GPU: everything before AdamW is captured once as a CUDA graph and replayed."""
     import minilora as ml
     from minilora.functional import Labelled
     from minilora.kernels.cuda.replay import Replay

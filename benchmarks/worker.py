@@ -2,7 +2,7 @@
 
     python -m benchmarks.worker '{"workload": "dense", "side": "ours", "steps": 2, "warmup": 2, "threads": 2, "folder": ...}'
 
-Answers each time with one line of JSON; what libraries print goes to standard error.
+Answers each request with one line of JSON. Output of libraries goes to standard error.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def tell(**told: object) -> None:
-        answers.write(json.dumps(told) + "\n")
+    def answer(**fields: object) -> None:
+        answers.write(json.dumps(fields) + "\n")
         answers.flush()
 
     o = Namespace(**json.loads(sys.argv[1]))
@@ -34,18 +34,18 @@ def main() -> None:
         workload: Any = importlib.import_module(f"benchmarks.{o.workload}")
         if o.side == "prepare":
             workload.prepare(o)
-            return tell(losses=[], memory=0, loaded=0)
-        memory = getattr(workload, "peak_memory", peak_memory)  # on a GPU it is the device's
+            return answer(losses=[], memory=0, loaded=0)
+        memory = getattr(workload, "peak_memory", peak_memory)  # on a GPU: device memory
         steps = workload.SIDES[o.side](o)
         loaded = memory()  # before the first step
-        tell(losses=list(islice(steps, o.warmup)), memory=memory(), loaded=loaded)
+        answer(losses=list(islice(steps, o.warmup)), memory=memory(), loaded=loaded)
         for _ in sys.stdin:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             losses = list(islice(steps, o.steps))
-            seconds = time.perf_counter() - begun
-            tell(losses=losses, seconds=seconds, memory=memory(), loaded=loaded)
+            seconds = time.perf_counter() - start
+            answer(losses=losses, seconds=seconds, memory=memory(), loaded=loaded)
     except Exception as error:
-        tell(error=f"{type(error).__name__}: {' '.join(str(error).split()):.300}")
+        answer(error=f"{type(error).__name__}: {' '.join(str(error).split()):.300}")
 
 
 if __name__ == "__main__":

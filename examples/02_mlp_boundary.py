@@ -1,14 +1,14 @@
-"""A whole training loop without autograd: a multi-layer perceptron learns to tell two spirals apart.
+"""A complete training loop without autograd: a multi-layer perceptron learns to separate two spirals.
 
     z1 = x W1 + b1,   h1 = tanh(z1),   z2 = h1 W2 + b2,   h2 = tanh(z2),   logits = h2 W3 + b3
     L  = mean_t(logsumexp(logits_t) - logits_t[label_t])                   cross-entropy
 
-`forward` returns the output and what the backward of this very call will need; the loss returns its value and its gradient
-at once; `backward` walks the same layers in reverse and adds dW, db into `.grad`. Then the optimizer moves the weights:
+`forward` returns the output and what the backward pass of this call needs. The loss returns its value and its gradient.
+`backward` runs through the same layers in reverse and adds dW, db to `.grad`. The optimizer then updates the weights:
 
     logits, saved = model.forward(x)    loss, dlogits = ml.cross_entropy(logits, labels)    model.backward(dlogits, saved)
 
-One thing to notice: need_dx=False. Nobody asks for the gradient of the data, so the lowest dx is never computed.
+need_dx=False: the gradient of the data is not needed, so the dx of the first layer is never computed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ backend = ml.choose_backend(args.backend)
 
 
 def spirals(count, rng):
-    """Two arms of one and a half turns, half a turn apart, with some noise: x (count, 2) and labels (count,)."""
+    """Two arms of one and a half turns, half a turn apart, with noise: x (count, 2) and labels (count,)."""
     labels = np.arange(count) % 2
     angle = 3 * np.pi * np.sqrt(rng.uniform(0.02, 1, count))
     x = np.stack([np.cos(angle + np.pi * labels), np.sin(angle + np.pi * labels)], axis=1) * angle[:, None] / (3 * np.pi)
@@ -55,7 +55,7 @@ for _ in range(600):
     loss, dlogits = ml.cross_entropy(logits, labels)
     model.backward(dlogits, saved, need_dx=False)
     optimizer.step()
-    losses.append(loss)  # a value on the backend; turned into a number only once, below, so that a GPU never waits
+    losses.append(loss)  # stays on the device; converted to a number once, below, so that no step synchronises the GPU
 losses = [float(loss) for loss in losses]
 
 print(f"parameters              {sum(p.data.size for _, p in model.parameters()):,}")
@@ -70,7 +70,7 @@ try:
 except ImportError:
     print("no picture without matplotlib: pip install 'minilora[plot]'")
     raise SystemExit from None
-plt.switch_backend("Agg")  # into a file, also where there is no screen
+plt.switch_backend("Agg")  # draws to a file; needs no display
 
 axis = np.linspace(-1.2, 1.2, 240, dtype="float32")
 grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)

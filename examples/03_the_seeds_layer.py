@@ -1,18 +1,18 @@
-"""One LoRA layer, and what its first values do: A and B drawn from N(0, 1), B = 0, or both zero.
+"""One LoRA layer with three initialisations: A and B drawn from N(0, 1), B = 0, and A = B = 0.
 
-The sample this project began with computes   x @ (W + A @ B),   A (m, r), B (r, n), both N(0, 1), and trains A and B. Here:
+The seed's sample computes   x @ (W + A @ B),   A (m, r), B (r, n), both drawn from N(0, 1), and trains A and B. Here:
 
     y  = x W + s (x A) B            s = alpha / r; the sample has s = 1. W + A B is never formed
     dB = s (x A)^T dy               zero if A = 0
-    dA = s x^T (dy B^T)             zero if B = 0: A waits for B's first step
+    dA = s x^T (dy B^T)             zero if B = 0: A moves from the second step on
     dx = dy W^T + s (dy B^T) A^T
 
-Each element of A B is a sum of r products of two N(0, 1): its size is sqrt(r), and W's is sigma. So at the first step
+Each element of A B is a sum of r products of two N(0, 1) numbers, with standard deviation sqrt(r); W has sigma. At the first step
 
-    ||x A B|| / ||x W|| ~ sqrt(r) / sigma     which is sqrt(r d) for W ~ N(0, 1 / d), the size that keeps y as large as x
+    ||x A B|| / ||x W|| ~ sqrt(r) / sigma     which is sqrt(r d) for W ~ N(0, 1 / d), the scale that keeps y as large as x
 
-and training begins by unlearning that; what no example shows is never unlearned, which is why the error on new data stays
-high. With B = 0 training begins at the layer as it was, exactly. With A = B = 0 both gradients are zero, and stay so.
+Training must first undo this perturbation. It is undone only in the directions that the examples cover, so the error on new
+data stays high. With B = 0 the layer initially equals the frozen one exactly. With A = B = 0 both gradients are zero and stay zero.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def normal(*shape, sigma=1.0):
 
 
 def lora(W, r, init):
-    """A LoRALinear around W, without bias, and with s = alpha / r = 1 as in the sample."""
+    """A LoRALinear over W without bias, with s = alpha / r = 1 as in the sample."""
     base = ml.Linear(*W.shape, bias=False, dtype="float64").to(backend)
     base.weight.data = W
     return ml.LoRALinear(base, r=r, alpha=r, init=init, rng=1)
@@ -45,26 +45,26 @@ def norm(a):
     return float((a * a).sum()) ** 0.5
 
 
-# -- the sample itself: 1000 x 1000, rank 10 ------------------------------------------------------------------------
+# -- the seed's sample: 1000 x 1000, rank 10 ------------------------------------------------------------------------
 
 W, x = normal(1000, 1000), normal(1, 1000)
-layer = lora(W, 10, "seed")
+layer = lora(W, 10, "normal")
 A, B = layer.lora_A.data, layer.lora_B.data
 y, _ = layer.forward(x, keep=False)
 sizes = [p.data.size for _, p in layer.parameters()]
 trained = sum(p.data.size for _, p in layer.parameters() if p.trainable)
-print(f"x @ (W + A @ B) beside x W + (x A) B        {norm(x @ (W + A @ B) - y) / norm(y):.1e} apart, relative")
-print(f"trained, of all parameters                  {trained:,} of {sum(sizes):,} (the sample's nn.Parameter(W) trains all of them)")
+print(f"x @ (W + A @ B) against x W + (x A) B       relative difference {norm(x @ (W + A @ B) - y) / norm(y):.1e}")
+print(f"trainable parameters                        {trained:,} of {sum(sizes):,} (the sample's nn.Parameter(W) trains all of them)")
 
-# -- the first step of a layer of ordinary size, W ~ N(0, 1/d) ------------------------------------------------------
+# -- the first step of a layer with W ~ N(0, 1/d) --------------------------------------------------------------------
 
 d, r, T = 384, 8, 192  # fewer examples than dimensions, as is usual in fine-tuning
 W = normal(d, d, sigma=d**-0.5)
-shift = normal(d, 4) @ normal(4, d, sigma=0.16 * d**-0.5)  # what is to be learned: W + shift, of rank 4, a tenth of y's variance
+shift = normal(d, 4) @ normal(4, d, sigma=0.16 * d**-0.5)  # the target is W + shift: rank 4, a tenth of y's variance
 x, x_new = normal(T, d), normal(T, d)
 t, t_new = x @ (W + shift), x_new @ (W + shift)
 print(f"\nd = {d}, r = {r}, first step     ||x A B|| / ||x W||      ||dA||       ||dB||        sqrt(r d) = {(r * d) ** 0.5:.1f}")
-for name, init in [("A, B ~ N(0, 1)", "seed"), ("A Kaiming, B = 0", True), ("A = 0, B = 0", None)]:
+for name, init in [("A, B ~ N(0, 1)", "normal"), ("A Kaiming, B = 0", True), ("A = 0, B = 0", None)]:
     layer = lora(W, r, init or True)
     if init is None:
         layer.lora_A.data[...] = 0
@@ -73,11 +73,11 @@ for name, init in [("A, B ~ N(0, 1)", "seed"), ("A Kaiming, B = 0", True), ("A =
     ratio = norm(x @ layer.delta()) / norm(x @ W)
     print(f"  {name:<26} {ratio:15.4g} {norm(layer.lora_A.grad):15.4g} {norm(layer.lora_B.grad):12.4g}")
 
-# -- what it costs: 150 steps from both, each with its own best learning rate ---------------------------------------
+# -- the effect on training: 150 steps from both initialisations, each with its best learning rate ------------------
 
 
 def train(init, lr, steps=150, every=5):
-    """Rows (step, loss on the training data, loss on new data), the first before any step."""
+    """Rows (step, loss on the training data, loss on new data); the first row is before any step."""
     layer, rows = lora(W, r, init), []
     optimizer = ml.AdamW(layer.parameters(), lr)
     for step in range(steps + 1):
@@ -93,10 +93,10 @@ def train(init, lr, steps=150, every=5):
     return np.array(rows)
 
 
-untouched = float(ml.mse(x_new @ W, t_new)[0])
-print(f"\nmean squared error on new data, the untouched W: {untouched:.4f}")
+frozen = float(ml.mse(x_new @ W, t_new)[0])
+print(f"\nmean squared error on new data, frozen W: {frozen:.4f}")
 best = {}
-for name, init in [("A, B ~ N(0, 1)", "seed"), ("A Kaiming, B = 0", True)]:
+for name, init in [("A, B ~ N(0, 1)", "normal"), ("A Kaiming, B = 0", True)]:
     runs = {lr: train(init, lr) for lr in (0.03, 0.3, 1.0)}
     lr = min(runs, key=lambda lr: runs[lr][-1, 2])
     best[name] = run = runs[lr]
@@ -109,13 +109,13 @@ try:
 except ImportError:
     print("no picture without matplotlib: pip install 'minilora[plot]'")
     raise SystemExit from None
-plt.switch_backend("Agg")  # into a file, also where there is no screen
+plt.switch_backend("Agg")  # draws to a file; needs no display
 
 figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
 for (name, run), colour in zip(best.items(), ("#D55E00", "#0072B2"), strict=True):
     axes.semilogy(run[:, 0], run[:, 2], color=colour, linewidth=2, label=f"{name}: new data")
     axes.semilogy(run[:, 0], run[:, 1], color=colour, linewidth=1.5, linestyle=":", label=f"{name}: training data")
-axes.axhline(untouched, color="black", linestyle="--", linewidth=1, label="the untouched W: new data")
+axes.axhline(frozen, color="black", linestyle="--", linewidth=1, label="frozen W: new data")
 axes.set(title=f"LoRA of rank {r} on {T} examples in {d} dimensions", xlabel="step", ylabel="mean squared error")
 axes.legend(fontsize=9)
 args.out.mkdir(parents=True, exist_ok=True)

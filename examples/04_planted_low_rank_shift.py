@@ -1,18 +1,18 @@
-"""What rank does a task need? A frozen 64 x 64 map, a planted shift of rank 4, and LoRA of rank 1, 2, 4, 8 against theory.
+"""The rank that a task needs: a frozen 64 x 64 map, a planted shift of rank 4, and LoRA of ranks 1 to 32 against theory.
 
     t = x (W + dW)           dW = P Q of rank 4, unknown to the trainer
     y = x W + (x A) B        A (64, r), B (r, 64); W frozen; all data in each step, float64
 
-The loss is mean((x (dW - A B))^2), so training looks for the best rank-r product *as the data sees it*. With x^T x / T = L^T L,
+The loss is mean((x (dW - A B))^2), so the optimum is the best rank-r product *for these data*. With x^T x / T = L^T L,
 
-    ||x (dW - A B)||^2 / T = ||L dW - L A B||^2        hence (Eckart and Young, 1936) the floor is that of L dW:
+    ||x (dW - A B)||^2 / T = ||L dW - L A B||^2        hence the lowest loss is that of L dW (Eckart and Young, 1936):
     floor(r) = sum_{i > r} S_i(L dW)^2 / 64            S: singular values; / 64 as the loss is a mean over outputs
 
-ml.factorize(dW, r, x) gives that product directly. Without x it cuts the singular values of dW, best in weights but not in outputs.
+ml.factorize(dW, r, x) computes that product directly. Without x it truncates the SVD of dW, the best in weights but not in outputs.
 
-The paper asks the same of the trained matrices (arXiv 2106.09685, section 7.2): with U the left singular vectors of A,
+The LoRA paper compares trained matrices as follows (arXiv 2106.09685, section 7.2); U are the left singular vectors of A:
 
-    phi(i, j) = ||U8[:, :i]^T U32[:, :j]||_F^2 / min(i, j)       1: one subspace holds the other, j / 64: two random ones
+    phi(i, j) = ||U8[:, :i]^T U32[:, :j]||_F^2 / min(i, j)       1: one subspace contains the other; j / 64: two random ones
 """
 
 import argparse
@@ -30,10 +30,10 @@ backend = ml.choose_backend(args.backend)
 
 d, T = 64, 256
 rng = np.random.default_rng(0)
-x_host = rng.normal(size=(T, d)) * np.geomspace(0.5, 2, d)  # from quiet inputs to loud ones
+x_host = rng.normal(size=(T, d)) * np.geomspace(0.5, 2, d)  # inputs of small to large variance
 P = rng.normal(size=(d, 4))
-P[: d // 2, :2] = 0  # two directions read loud inputs,
-P[d // 2 :, 2:] = 0  # two read quiet ones with larger weights: what is large in dW is then not what is large in x dW
+P[: d // 2, :2] = 0  # two directions read inputs of large variance,
+P[d // 2 :, 2:] = 0  # two read inputs of small variance with larger weights: dW and x dW have different leading directions
 P[:, 2:] *= 1.5
 dW_host = 3 * P @ rng.normal(size=(4, d)) / d
 W_host = rng.normal(size=(d, d)) / d**0.5
@@ -42,7 +42,7 @@ t = x @ (W + dW)
 
 
 def train(r, steps=2000):
-    """(loss reached, A before, A after) of LoRA with rank r, by gradient descent with Nesterov's momentum."""
+    """(loss reached, A before, A after) of LoRA with rank r, by gradient descent with Nesterov momentum."""
     base = ml.Linear(d, d, bias=False, dtype="float64").to(backend)
     base.weight.data = W
     layer = ml.LoRALinear(base, r=r, alpha=r, rng=r)
@@ -69,17 +69,17 @@ def phi(A, A_other, i, j=8):
 
 
 runs = {r: train(r) for r in (1, 2, 3, 4, 8, 32)}
-print("rank    loss reached      floor, whitened      SVD of dW itself      reached / floor - 1")
+print("rank    loss reached      floor, whitened      SVD of dW alone       reached / floor - 1")
 for r, (loss, _, _) in runs.items():
     best = floor(r, x)
-    excess = f"{loss / best - 1:+.1e}" if best > 1e-20 else "both are rounding"
+    excess = f"{loss / best - 1:+.1e}" if best > 1e-20 else "rounding errors"
     print(f"{r:4d}    {loss:.6e}        {best:.6e}          {floor(r):.6e}      {excess:>19}")
 
-print("\nphi(i, 8): how much of the first i directions of A at rank 8 lies in the first 8 of A at rank 32")
+print("\nphi(i, 8): share of the first i directions of A at rank 8 that lies in the first 8 of A at rank 32")
 print("i                        " + "".join(f"{i:8d}" for i in (1, 2, 4, 8)))
 for name, k in [("trained", 2), ("before training", 1)]:
     print(f"{name:<25}" + "".join(f"{phi(runs[8][k], runs[32][k], i):8.2f}" for i in (1, 2, 4, 8)))
-print(f"{'expected of random':<25}" + f"{8 / d:8.2f}" * 4)
+print(f"{'expected at random':<25}" + f"{8 / d:8.2f}" * 4)
 
 # -- the picture ----------------------------------------------------------------------------------------------------
 
@@ -88,11 +88,11 @@ try:
 except ImportError:
     print("no picture without matplotlib: pip install 'minilora[plot]'")
     raise SystemExit from None
-plt.switch_backend("Agg")  # into a file, also where there is no screen
+plt.switch_backend("Agg")  # draws to a file; needs no display
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
 ranks = np.arange(1, 9)
-left.plot(ranks, [floor(int(r)) for r in ranks], "x--", color="#E69F00", linewidth=1, markersize=8, label="SVD of dW itself")
+left.plot(ranks, [floor(int(r)) for r in ranks], "x--", color="#E69F00", linewidth=1, markersize=8, label="SVD of dW alone")
 left.plot(ranks, [floor(int(r), x) for r in ranks], color="black", linewidth=1, label="floor, whitened")
 left.plot(list(runs)[:-1], [loss for loss, _, _ in runs.values()][:-1], "o", color="#0072B2", fillstyle="none", markersize=11, label="LoRA")
 for r in (4, 8):

@@ -1,16 +1,16 @@
-"""Pretrain on the digits 0-4, then adapt to 5-9: LoRA of several ranks, full fine-tuning, the head alone, and from scratch.
+"""Pretrain on the digits 0-4, adapt to 5-9: LoRA of several ranks, full fine-tuning, the head alone, and training from scratch.
 
-    h1 = relu(x W1 + b1),   h2 = relu(h1 W2 + b2),   logits = h2 W3 + b3        x: 64 grey values of an 8 x 8 picture
+    h1 = relu(x W1 + b1),   h2 = relu(h1 W2 + b2),   logits = h2 W3 + b3        x: 64 grey values of an 8 x 8 image
 
-ml.inject freezes the model and puts  + s (x A) B  beside every dense layer, at a cost of r (m + n) numbers instead of m n:
+ml.inject freezes the model and adds  s (x A) B  to the output of every dense layer, with r (m + n) trainable numbers instead of m n:
 
     ml.inject(model, ml.LoraConfig(r=8, lora_alpha=16, rank_pattern={"layers.4": 4}))     the head has 5 outputs: r <= 5
 
-and `with ml.disabled(model):` the old model answers again, to the bit: one base, many adapters. What full fine-tuning
-overwrites is gone. All have the same 250 labels; each has the learning rate that a small search preferred (LoRA's is larger).
+Within `with ml.disabled(model):` the model computes the base model's output, bit for bit: one base, many adapters. Full
+fine-tuning overwrites the base. All methods use the same 250 labels, each at the best learning rate of a small search.
 
-This base has seen 700 small pictures, which is hardly "pretrained": compare with the last row, from scratch, before
-concluding anything about transfer. What carries over to large models is the count of parameters and the way back.
+This base saw only 700 small images. Compare with the last row, training from scratch, before drawing conclusions about transfer.
+The parameter counts and the exact return to the base model carry over to large models.
 """
 
 import argparse
@@ -29,11 +29,11 @@ backend = ml.choose_backend(args.backend)
 try:
     from sklearn.datasets import load_digits
 except ImportError:
-    raise SystemExit("this example takes its pictures from scikit-learn: pip install scikit-learn") from None
+    raise SystemExit("this example needs the digits data set of scikit-learn: pip install scikit-learn") from None
 
 SIZES, LABELLED = [64, 128, 128, 5], 250
-pictures, digit = load_digits(return_X_y=True)
-x_all = ml.to_backend((pictures / 16).astype("float32"), backend)
+images, digit = load_digits(return_X_y=True)
+x_all = ml.to_backend((images / 16).astype("float32"), backend)
 
 
 def fit(model, rows, lr, rng, steps=200, batch=64):
@@ -43,7 +43,7 @@ def fit(model, rows, lr, rng, steps=200, batch=64):
         optimizer.lr = lr * rate(step)
         optimizer.zero_grad()
         logits, saved = model.forward(x_all[ml.to_backend(some, backend)], need_dx=False)
-        _, dlogits = ml.cross_entropy(logits, digit[some] % 5)  # the five classes are renamed 0 to 4
+        _, dlogits = ml.cross_entropy(logits, digit[some] % 5)  # classes 5-9 become 0-4
         model.backward(dlogits, saved, need_dx=False)
         optimizer.step()
 
@@ -58,7 +58,7 @@ def accuracy(model, rows):
 
 
 def adapted(method, base, seed):
-    """A copy of the base, ready to be trained, and its learning rate."""
+    """A copy of the base prepared for training, and its learning rate."""
     model = copy.deepcopy(base)
     if method.startswith("LoRA"):
         r = int(method.split()[-1])
@@ -71,7 +71,7 @@ def adapted(method, base, seed):
 
 
 methods = ["head only", "LoRA, r = 1", "LoRA, r = 2", "LoRA, r = 4", "LoRA, r = 8", "full", "from scratch"]
-trained, results, apart = {}, {method: [] for method in ["base", *methods]}, 0.0
+trained, results, difference = {}, {method: [] for method in ["base", *methods]}, 0.0
 for seed in range(3):
     rng = np.random.default_rng(seed)
     rows_old, rows_new = (rng.permutation(np.flatnonzero(digit // 5 == k)) for k in (0, 1))
@@ -87,17 +87,17 @@ for seed in range(3):
         if method.startswith("LoRA"):
             with ml.disabled(model):
                 off = accuracy(model, held_old)
-                apart = max(apart, float(abs(model.forward(x_all, keep=False)[0] - base.forward(x_all, keep=False)[0]).max()))
+                difference = max(difference, float(abs(model.forward(x_all, keep=False)[0] - base.forward(x_all, keep=False)[0]).max()))
         results[method].append((accuracy(model, held_new), accuracy(model, held_old), off))
         if (seed, method) == (0, "LoRA, r = 8"):
             gallery = list(zip(held_new[:12], predict(base, held_new[:12]), predict(model, held_new[:12]) + 5, strict=True))
 
-print(f"accuracy on held-out digits, median of 3 seeds; {LABELLED} labelled examples of 5-9; chance is 0.2")
+print(f"accuracy on held-out digits, median of 3 seeds; {LABELLED} labelled examples of 5-9; random guessing scores 0.2")
 print("                  trained     new, 5-9    old, 0-4    old, adapter off")
 for method, rows in results.items():
     new, old, off = np.median(rows, axis=0)
     print(f"{method:<15} {trained.get(method, 0):9,}  {new:11.3f} {old:11.3f} {f'{off:15.3f}' if method.startswith('LoRA') else ''}")
-print(f"with the adapter off, the outputs differ from the base's by at most {apart}")
+print(f"with the adapter off, the outputs differ from the base's by at most {difference}")
 
 # -- the picture ----------------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ try:
 except ImportError:
     print("no picture without matplotlib: pip install 'minilora[plot]'")
     raise SystemExit from None
-plt.switch_backend("Agg")  # into a file, also where there is no screen
+plt.switch_backend("Agg")  # draws to a file; needs no display
 
 figure = plt.figure(figsize=(11, 4.6), layout="constrained")
 left, right = figure.subfigures(1, 2, width_ratios=[1.2, 1])
@@ -121,9 +121,9 @@ for kind, style in styles.items():
 axes.set(xscale="log", xlabel="trained parameters", ylabel="accuracy, held-out 5-9", title=f"{LABELLED} labels; median, range of 3 seeds")
 axes.legend(loc="lower right")
 axes.grid(alpha=0.3)
-right.suptitle("held-out digits: the base says, with LoRA r = 8")
+right.suptitle("held-out digits: base model \N{RIGHTWARDS ARROW} LoRA, r = 8")
 for panel, (row, before, after) in zip(right.subplots(3, 4).flat, gallery, strict=True):
-    panel.imshow(pictures[row].reshape(8, 8), cmap="gray_r")
+    panel.imshow(images[row].reshape(8, 8), cmap="gray_r")
     panel.set_title(f"{before} \N{RIGHTWARDS ARROW} {after}", fontsize=11, color="black" if after == digit[row] else "#D55E00")
     panel.axis("off")
 args.out.mkdir(parents=True, exist_ok=True)

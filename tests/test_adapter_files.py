@@ -40,7 +40,7 @@ def bert(folder, pooler=True, **changes):
     return folder
 
 
-def shaken(model):
+def perturbed(model):
     rng = np.random.default_rng(5)
     for _, p in model.parameters():
         if p.trainable:
@@ -51,18 +51,18 @@ def shaken(model):
 def adapted(base, **config):
     model = ml.load_model(base, "numpy")
     ml.inject(model, ml.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **config}), rng=0)
-    return shaken(model)
+    return perturbed(model)
 
 
 def logits(model):
     return model.forward(IDS, keep=False)[0]
 
 
-def far(a, b):
+def distance(a, b):
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-def in_peft(peft, base, adapter, name="AutoModelForCausalLM", seed=0, **options):
+def logits_in_peft(peft, base, adapter, name="AutoModelForCausalLM", seed=0, **options):
     """The output of transformers and PEFT for the two folders; torch initialises missing modules with this seed."""
     import torch
     import transformers
@@ -77,11 +77,11 @@ def in_peft(peft, base, adapter, name="AutoModelForCausalLM", seed=0, **options)
     return (out.last_hidden_state if name == "AutoModel" else out.logits)[0].numpy()
 
 
-# -- tensors of the base that lie in an adapter's file -------------------------------------------------------------------------------
+# -- tensors of the base model in an adapter file ------------------------------------------------------------------------------------
 
 
 def with_embedding(tmp_path, change, **options):
-    """(base folder, adapter folder whose file has the base's embedding too, changed)."""
+    """(base folder, adapter folder whose file also has the embedding of the base, changed by `change`)."""
     base, adapter = llama(tmp_path / "base", **options), tmp_path / "adapter"
     ml.save_adapter(adapted(base), adapter)
     tensors, metadata = read_tensors(adapter / "adapter_model.safetensors")
@@ -91,15 +91,15 @@ def with_embedding(tmp_path, change, **options):
     return base, adapter
 
 
-def bumped(E):
-    """One element, by one unit in the last place."""
+def one_ulp_off(E):
+    """One element changed by one unit in the last place."""
     E = E.copy()
     E[4, 7] = np.nextafter(E[4, 7], np.float32(9))
     return E
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-def test_the_bases_own_embedding_is_nothing_new_in_any_dtype(dtype, tmp_path):
+def test_the_unchanged_embedding_of_the_base_is_ignored_in_any_dtype(dtype, tmp_path):
     base, adapter = with_embedding(tmp_path, lambda E: {})
     E = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
     tensors, metadata = read_tensors(adapter / "adapter_model.safetensors")
@@ -110,7 +110,7 @@ def test_the_bases_own_embedding_is_nothing_new_in_any_dtype(dtype, tmp_path):
 
 
 def test_an_embedding_that_differs_by_one_bit_is_loaded_and_saved_again(tmp_path):
-    base, adapter = with_embedding(tmp_path, lambda E: {EMBEDDING: bumped(E)})
+    base, adapter = with_embedding(tmp_path, lambda E: {EMBEDDING: one_ulp_off(E)})
     model, untouched = ml.load_model(base, "numpy"), ml.load_model(base, "numpy").model.embed_tokens.weight.data
     assert ml.load_adapter(model, adapter).modules_to_save == ["model.embed_tokens"]
     assert (model.model.embed_tokens.weight.data != untouched).sum() == 1
@@ -118,10 +118,10 @@ def test_an_embedding_that_differs_by_one_bit_is_loaded_and_saved_again(tmp_path
         np.testing.assert_array_equal(model.model.embed_tokens.weight.data, untouched)
     ml.save_adapter(model, tmp_path / "again")
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
-    np.testing.assert_array_equal(again[EMBEDDING], bumped(untouched))
+    np.testing.assert_array_equal(again[EMBEDDING], one_ulp_off(untouched))
 
 
-def test_a_tied_head_may_lie_in_the_file_if_it_is_the_embedding(tmp_path):
+def test_a_tied_head_in_the_file_must_equal_the_embedding(tmp_path):
     head = "base_model.model.lm_head.weight"
     base, adapter = with_embedding(tmp_path, lambda E: {EMBEDDING: E, head: E}, tie_word_embeddings=True)
     ml.load_adapter(ml.load_model(base, "numpy"), adapter)
@@ -134,18 +134,18 @@ def test_a_tied_head_may_lie_in_the_file_if_it_is_the_embedding(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["model.norm.weight", "model.layers.0.self_attn.k_proj.weight", "lm_head.weight"])
-def test_any_other_weight_of_the_base_is_loaded_where_it_differs(path, tmp_path, peft):
+def test_any_other_weight_of_the_base_is_loaded_if_it_differs(path, tmp_path, peft):
     def change(E):
         return {f"base_model.model.{path}": 1.5 * load_file(tmp_path / "base" / "model.safetensors")[path]}
 
     base, adapter = with_embedding(tmp_path, change)
     model = ml.load_model(base, "numpy")
     ml.load_adapter(model, adapter)
-    assert far(logits(model), logits(adapted(base))) > 1e-2
-    assert far(logits(model), in_peft(peft, base, adapter)) < 1e-5
+    assert distance(logits(model), logits(adapted(base))) > 1e-2
+    assert distance(logits(model), logits_in_peft(peft, base, adapter)) < 1e-5
 
 
-def test_the_base_weight_below_an_adapter_has_to_be_the_models(tmp_path):
+def test_the_base_weight_of_an_adapted_layer_must_match_the_model(tmp_path):
     key = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
     W = "model.layers.0.self_attn.q_proj.weight"
     base, adapter = with_embedding(tmp_path, lambda E: {key: load_file(tmp_path / "base" / "model.safetensors")[W]})
@@ -155,7 +155,7 @@ def test_the_base_weight_below_an_adapter_has_to_be_the_models(tmp_path):
         ml.load_adapter(ml.load_model(base, "numpy"), adapter)
 
 
-# -- what was drawn at random -----------------------------------------------------------------------------------------------------
+# -- randomly initialised heads ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -166,16 +166,16 @@ def test_the_base_weight_below_an_adapter_has_to_be_the_models(tmp_path):
         {"target_modules": ["dense"], "task_type": "SEQ_CLS"},  # the pooler is adapted
     ],
 )
-def test_a_drawn_head_and_pooler_go_along(config, tmp_path, peft, capsys):
+def test_a_random_head_and_pooler_are_saved_with_the_adapter(config, tmp_path, peft, capsys):
     """PEFT, whose own head depends on the seed, and a model here with another head, give the outputs of the saved model."""
     base = bert(tmp_path / "b", pooler=False)
     model = ml.load_model(base, "numpy", labels=3)
     ml.inject(model, ml.LoraConfig(r=2, **config), rng=0)
-    ml.save_adapter(shaken(model), tmp_path / "a")
+    ml.save_adapter(perturbed(model), tmp_path / "a")
     expected = logits(model)
     for seed in (1, 2):
-        theirs = in_peft(peft, base, tmp_path / "a", "AutoModelForSequenceClassification", seed, num_labels=3)
-        assert far(theirs[None], expected) < 1e-5
+        theirs = logits_in_peft(peft, base, tmp_path / "a", "AutoModelForSequenceClassification", seed, num_labels=3)
+        assert distance(theirs[None], expected) < 1e-5
     again = ml.load_model(base, "numpy", labels=3)
     for layer in (again.bert.pooler.dense, again.classifier):
         layer.weight.data = layer.weight.data[::-1].copy()
@@ -188,7 +188,7 @@ def test_a_drawn_head_and_pooler_go_along(config, tmp_path, peft, capsys):
     assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
 
 
-def test_what_stays_drawn_is_said(tmp_path, capsys):
+def test_weights_that_stay_random_are_reported(tmp_path, capsys):
     base = bert(tmp_path / "b", pooler=False)
     model = ml.load_model(base, "numpy", labels=3)
     ml.inject(model, ml.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"), rng=0)
@@ -203,18 +203,18 @@ def test_what_stays_drawn_is_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("config", [ml.BottleneckConfig(), ml.PartialConfig(train=["norm"])])
-def test_a_drawn_pooler_goes_along_with_other_methods(config, tmp_path):
+def test_a_random_pooler_is_saved_with_other_methods(config, tmp_path):
     base = bert(tmp_path / "b", pooler=False)
     model = ml.load_model(base, "numpy", labels=3)
     ml.inject(model, config, rng=0)
-    ml.save_adapter(shaken(model), tmp_path / "a")
+    ml.save_adapter(perturbed(model), tmp_path / "a")
     again = ml.load_model(base, "numpy", labels=3)
     again.bert.pooler.dense.weight.data = again.bert.pooler.dense.weight.data[::-1].copy()
     ml.load_adapter(again, tmp_path / "a")
     np.testing.assert_array_equal(logits(again), logits(model))
 
 
-def test_mean_pooling_is_said_where_it_is_written(tmp_path, capsys):
+def test_mean_pooling_is_reported_when_written(tmp_path, capsys):
     model = ml.BertClassifier(BertConfig(**SIZES, pooling="mean"), rng=0)
     ml.save_model(model, tmp_path / "m")
     assert "mean of the tokens; transformers and PEFT read BERT's pooler" in capsys.readouterr().err
@@ -223,7 +223,7 @@ def test_mean_pooling_is_said_where_it_is_written(tmp_path, capsys):
     assert "mean of the tokens; transformers and PEFT read BERT's pooler" in capsys.readouterr().err
 
 
-# -- adapters of models without their head ------------------------------------------------------------------------------------------
+# -- adapters of models without a head ----------------------------------------------------------------------------------------------
 
 BARE = {
     "bert": {"target_modules": ["query", "dense"]},
@@ -240,7 +240,7 @@ BARE = {
 
 
 @pytest.mark.parametrize("name", BARE)
-def test_an_adapter_of_a_bare_model_works_here_and_one_made_here_there(name, tmp_path, peft):
+def test_adapters_of_a_bare_model_work_in_both_directions(name, tmp_path, peft):
     import torch
     import transformers
 
@@ -253,16 +253,16 @@ def test_an_adapter_of_a_bare_model_works_here_and_one_made_here_there(name, tmp
     model = ml.load_model(base, "numpy")
     ml.load_adapter(model, tmp_path / "a")
     hidden = model.bert if name.startswith("bert") else model.model
-    expected = in_peft(peft, base, tmp_path / "a", "AutoModel")
-    untouched = in_peft(peft, base, _zero(tmp_path / "a", tmp_path / "zero"), "AutoModel")
-    assert far(expected, untouched) > 1e-2
-    assert far(logits(hidden), expected) < 1e-5
+    expected = logits_in_peft(peft, base, tmp_path / "a", "AutoModel")
+    untouched = logits_in_peft(peft, base, _zero(tmp_path / "a", tmp_path / "zero"), "AutoModel")
+    assert distance(expected, untouched) > 1e-2
+    assert distance(logits(hidden), expected) < 1e-5
     ml.save_adapter(model, tmp_path / "own")
-    assert far(in_peft(peft, base, tmp_path / "own", "AutoModel"), expected) < 1e-6
+    assert distance(logits_in_peft(peft, base, tmp_path / "own", "AutoModel"), expected) < 1e-6
 
 
 def _zero(source, folder):
-    """A copy of an adapter that does nothing."""
+    """A copy of an adapter with all tensors zero."""
     folder.mkdir()
     (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
     tensors = load_file(source / "adapter_model.safetensors")
@@ -270,7 +270,7 @@ def _zero(source, folder):
     return folder
 
 
-def test_an_adapter_that_names_no_base_is_not_put_on_the_bundled_model(tmp_path):
+def test_an_adapter_without_a_base_name_does_not_use_the_bundled_model(tmp_path):
     from minilora.runs.run_file import open_model
 
     ml.save_adapter(adapted(llama(tmp_path / "base")), tmp_path / "a")
@@ -278,28 +278,28 @@ def test_an_adapter_that_names_no_base_is_not_put_on_the_bundled_model(tmp_path)
     write_json(tmp_path / "a" / "adapter_config.json", {**result, "base_model_name_or_path": None})
     with pytest.raises(ValueError, match=r"a names no base model \(base_model_name_or_path\); give one as the model, and --adapter"):
         open_model(str(tmp_path / "a"), "numpy")
-    assert far(logits(open_model(str(tmp_path / "base"), "numpy", str(tmp_path / "a"))), logits(adapted(tmp_path / "base"))) == 0
+    assert distance(logits(open_model(str(tmp_path / "base"), "numpy", str(tmp_path / "a"))), logits(adapted(tmp_path / "base"))) == 0
 
 
-# -- whose base is it? --------------------------------------------------------------------------------------------------------------
+# -- the base model of an adapter ---------------------------------------------------------------------------------------------------
 
 
-def test_a_rounded_or_quantized_copy_of_the_base_is_said_and_another_model_refused(tmp_path, capsys):
+def test_a_rounded_or_quantized_base_is_reported_and_another_model_refused(tmp_path, capsys):
     base = llama(tmp_path / "base")
     model = ml.load_model(base, "numpy")
     ml.save_model(model, tmp_path / "half", "bfloat16")
     ml.save_adapter(adapted(base), tmp_path / "a")
     expected = logits(adapted(base))
     capsys.readouterr()
-    for where, options, said in (
+    for where, options, message in (
         (tmp_path / "base", {}, ""),
         (tmp_path / "half", {}, "rounding to bfloat16"),
         (tmp_path / "base", {"quantize": "nf4"}, "quantization ("),
     ):
         copy = ml.load_model(where, "numpy", **options)
         ml.load_adapter(copy, tmp_path / "a")
-        assert said in capsys.readouterr().err or not said
-        assert far(logits(copy), expected) < 0.5
+        assert message in capsys.readouterr().err or not message
+        assert distance(logits(copy), expected) < 0.5
     other = ml.Llama(LlamaConfig(**SIZES), rng=1)
     with pytest.raises(ValueError, match=r"other weights.*--allow-other-weights"):
         ml.load_adapter(other, tmp_path / "a")
@@ -313,7 +313,7 @@ def test_a_rounded_or_quantized_copy_of_the_base_is_said_and_another_model_refus
     ml.save_adapter(model, tmp_path / "q")
     ml.load_adapter(ml.load_model(base, "numpy"), tmp_path / "q")
     assert "quantization (" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="other weights"):  # one that was quantized is not taken for just any
+    with pytest.raises(ValueError, match="other weights"):  # the fingerprint of a quantized base does not match every model
         ml.load_adapter(ml.Llama(LlamaConfig(**SIZES), rng=1), tmp_path / "q")
 
 
@@ -328,7 +328,7 @@ def test_older_versions_of_peft_know_every_field(tmp_path):
 # -- dtypes -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_is_the_nearest_and_ties_go_to_the_even(tmp_path):
+def test_bfloat16_rounds_to_nearest_even(tmp_path):
     """By hand: one unit in the last place of 1 is 2^-7, and half of it is a tie."""
     x = np.float32([1, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 3 * 2**-8, 2.0**-130, 0, 3.3895314e38])
     expected = np.float32([1, 1, 1 + 2**-6, 1 + 2**-7, -1 - 2**-6, 2.0**-130, 0, 3.3895314e38])
@@ -364,7 +364,7 @@ def test_merging_keeps_the_bases_dtype_and_size(dtype, tmp_path):
 # -- links and the hub --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_link_out_of_the_folder_is_not_published(tmp_path, capsys):
+def test_a_link_that_leaves_the_folder_is_not_published(tmp_path, capsys):
     base = llama(tmp_path / "base")
     (tmp_path / "secret").write_text("mine")
     (base / "vocab.txt").symlink_to(tmp_path / "secret")
@@ -377,7 +377,7 @@ def test_a_link_out_of_the_folder_is_not_published(tmp_path, capsys):
     assert "vocab.txt links to a file outside its folder, and is not copied" in capsys.readouterr().err
 
 
-def test_links_of_the_hubs_cache_are_its_own(tmp_path, capsys):
+def test_links_inside_the_hub_cache_are_followed(tmp_path, capsys):
     snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
     llama(snapshot)
     blob = tmp_path / "models--org--name" / "blobs" / "123"
@@ -389,7 +389,7 @@ def test_links_of_the_hubs_cache_are_its_own(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_only_what_is_meant_for_the_hub_is_asked_of_it(tmp_path, monkeypatch):
+def test_only_hub_ids_reach_the_hub(tmp_path, monkeypatch):
     import sys
     import types
 
@@ -426,10 +426,10 @@ def test_only_what_is_meant_for_the_hub_is_asked_of_it(tmp_path, monkeypatch):
     assert requested == [("org/name", False)]
 
 
-# -- comparing ----------------------------------------------------------------------------------------------------------------------
+# -- comparing adapters -------------------------------------------------------------------------------------------------------------
 
 
-def test_compare_knows_no_order(tmp_path):
+def test_compare_does_not_depend_on_the_order(tmp_path):
     from minilora.runs.merge import compare
 
     base = llama(tmp_path / "base")
@@ -457,7 +457,7 @@ def test_compare_of_classifiers(tmp_path):
     model = ml.load_model(base, "numpy", labels=3)
     ml.inject(model, ml.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"), rng=0)
     head = model.classifier.weight.data.copy()
-    ml.save_adapter(shaken(model), tmp_path / "a")
+    ml.save_adapter(perturbed(model), tmp_path / "a")
     expected = np.abs(model.classifier.weight.data - head).max()
     for first, second in (("base", "a"), ("a", "base")):
         changes = compare(str(tmp_path / first), str(tmp_path / second))
@@ -474,10 +474,10 @@ def test_compare_of_classifiers(tmp_path):
     [
         ({"target_modules": ["embed_tokens"]}, False),
         ({"target_modules": ["embed_tokens"]}, True),
-        ({"modules_to_save": ["embed_tokens"]}, False),  # PEFT does not train a tied one whole
+        ({"modules_to_save": ["embed_tokens"]}, False),  # PEFT does not fully train a tied table
     ],
 )
-def test_the_row_of_the_pad_token_gets_no_gradient_from_what_is_read(fields, tied, tmp_path):
+def test_the_row_of_the_pad_token_gets_no_gradient_from_the_input(fields, tied, tmp_path):
     """All other rows behave as without it."""
     grads = {}
     for pad in (None, 4, -27):
@@ -492,8 +492,8 @@ def test_the_row_of_the_pad_token_gets_no_gradient_from_what_is_read(fields, tie
         np.testing.assert_array_equal(np.delete(grads[pad], 4, 0), np.delete(grads[None], 4, 0))
 
 
-def test_a_tied_table_that_is_trained_whole_gets_the_heads_part_of_the_pad_row(tmp_path):
-    """Against finite differences of the head alone: the loss as a function of the row, where no token reads it."""
+def test_a_fully_trained_tied_table_gets_the_gradient_of_the_head_for_the_pad_row(tmp_path):
+    """Against finite differences of the head alone: the loss as a function of the row, with no token that reads it."""
     model = ml.load_model(llama(tmp_path / "m", pad_token_id=4, tie_word_embeddings=True), "numpy", "float64").unfreeze()
     ids = np.array([3, 1, 4, 5])
     _, saved = model.loss(ids[:-1], ids[1:])
@@ -523,4 +523,4 @@ def test_torch_agrees_on_the_pad_row(tmp_path, peft):
     theirs(torch.tensor(IDS[None]), labels=torch.tensor(IDS[None])).loss.backward()
     expected = theirs.model.embed_tokens.weight.grad.numpy()
     assert not expected[4].any()
-    assert far(model.model.embed_tokens.weight.grad, expected) < 1e-4
+    assert distance(model.model.embed_tokens.weight.grad, expected) < 1e-4

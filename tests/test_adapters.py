@@ -1,4 +1,4 @@
-"""Bottleneck adapters and partial tuning: what is trained, where it begins, what is kept in files; a small torch model as the judge."""
+"""Bottleneck adapters and partial tuning: trainable parameters, initial values, file contents; a small torch model is the oracle."""
 
 import json
 from itertools import pairwise
@@ -46,7 +46,7 @@ CASES = [(k, m) for k, m in CASES if not (m == "head" and k in ("gpt2", "tied"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_bottlenecks_a_block_of_the_papers_size(kind):
+def test_each_block_has_two_bottlenecks_of_the_papers_size(kind):
     n, d = 6, 2
     model = tiny_model(kind)
     head = {"classifier.weight", "classifier.bias"} if kind == "bert" else set()
@@ -71,28 +71,28 @@ def test_two_bottlenecks_a_block_of_the_papers_size(kind):
         ("llama", "layer-norm", lambda path: "norm" in path),
     ],
 )
-def test_what_the_partial_methods_train(kind, method, expected):
+def test_trainable_parameters_of_the_partial_methods(kind, method, expected):
     model = injected(kind, method)
     assert {path for path, p in model.parameters() if p.trainable} == {path for path, _ in model.parameters() if expected(path)}
     model.loss_backward(loss(model)[1])
     assert {path for path, p in model.parameters() if p.grad is not None} == {path for path, p in model.parameters() if p.trainable}
 
 
-def test_training_begins_next_to_the_base_model():
-    """The distance is of the order of init_std^2, and not zero: with D = U = 0 nothing could move."""
+def test_a_fresh_bottleneck_stays_close_to_the_base_model():
+    """The difference is of the order of init_std^2, and not zero: with D = U = 0 the gradients would vanish."""
     far = [np.abs(logits(injected("bert", "bottleneck", init_std=std)) - logits(tiny_model("bert"))).max() for std in (1e-2, 1e-3)]
     assert 0 < far[1] < far[0] < 1e-3
     assert far[0] / far[1] == pytest.approx(100, rel=0.3)
 
 
-def test_the_start_is_a_normal_distribution_cut_off_at_two_deviations():
+def test_initial_values_are_a_normal_distribution_truncated_at_two_deviations():
     x = truncated_normal(np.random.default_rng(0), (100, 300), 0.01)
     assert 0.0199 < np.abs(x).max() <= 0.02
-    assert x.std() == pytest.approx(0.01 * 0.8796, rel=0.01)  # of a normal distribution cut there
+    assert x.std() == pytest.approx(0.01 * 0.8796, rel=0.01)  # standard deviation of a normal distribution truncated at two
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
-def test_disabled_is_the_base_model_to_the_bit(kind, method, backend):
+def test_a_disabled_adapter_gives_the_base_model_bit_for_bit(kind, method, backend):
     model = trained(injected(kind, method).to(backend))
     before, expected = logits(model), logits(tiny_model(kind).to(backend))
     with ml.disabled(model):
@@ -102,7 +102,7 @@ def test_disabled_is_the_base_model_to_the_bit(kind, method, backend):
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
-def test_saved_and_loaded_it_is_the_same_model(kind, method, backend, tmp_path):
+def test_save_and_load_give_the_same_model(kind, method, backend, tmp_path):
     model = trained(injected(kind, method, "float32").to(backend))
     size = ml.save_adapter(model, tmp_path)
     again = tiny_model(kind, "float32").to(backend)
@@ -112,10 +112,10 @@ def test_saved_and_loaded_it_is_the_same_model(kind, method, backend, tmp_path):
     assert 4 * count < size < 4 * count + 6000
     with ml.disabled(again):
         np.testing.assert_array_equal(logits(again), logits(tiny_model(kind, "float32").to(backend)))
-    assert trained(again)  # it can be trained further
+    assert trained(again)  # training can continue
 
 
-def test_the_files_weights_lie_as_in_the_models_checkpoint(tmp_path):
+def test_the_orientation_in_the_file_is_that_of_the_checkpoint(tmp_path):
     for kind, shape in (("bert", (2, 6)), ("gpt2", (6, 2))):  # PyTorch's Linear keeps (out, in), GPT-2's Conv1D (in, out)
         model = injected(kind, "bottleneck", reduction_factor=3)
         ml.save_adapter(model, tmp_path / kind)
@@ -127,8 +127,8 @@ def test_the_files_weights_lie_as_in_the_models_checkpoint(tmp_path):
     assert config["reduction_factor"] == 3
 
 
-def test_replicas_share_the_weights_and_add_up():
-    """What the training loop relies on: a replica of an adapted model is one."""
+def test_replicas_share_weights_and_sum_gradients():
+    """The training loop relies on replicas of an adapted model."""
     model = injected("bert", "bottleneck")
     replica = model.replica()
     replica.loss_backward(loss(replica)[1])
@@ -139,7 +139,7 @@ def test_replicas_share_the_weights_and_add_up():
             np.testing.assert_array_equal(p.grad, q.grad)
 
 
-def test_partly_trained_weights_are_a_model_and_bottlenecks_are_not(tmp_path):
+def test_partial_tuning_merges_into_a_model_and_bottlenecks_do_not(tmp_path):
     model = trained(injected("gpt2", "bitfit", "float32"))
     ml.save_model(model, tmp_path / "m")
     np.testing.assert_array_equal(logits(ml.load_model(tmp_path / "m", "numpy")), logits(model))
@@ -147,13 +147,13 @@ def test_partly_trained_weights_are_a_model_and_bottlenecks_are_not(tmp_path):
         ml.save_model(injected("gpt2", "bottleneck"), tmp_path / "n")
 
 
-# -- live ---------------------------------------------------------------------------------------------------------------------
+# -- live comparison with transformers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs are not ours
+@pytest.mark.filterwarnings("ignore")  # warnings of transformers
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients_are_those_of_torch(kind, tmp_path):
-    """transformers' model with h + f(h D + b1) U + b2 hooked onto its projections, as a reader of the paper would write it."""
+def test_logits_and_gradients_match_torch(kind, tmp_path):
+    """transformers' model with h + f(h D + b1) U + b2 added to its projections by hooks, a direct implementation of the paper."""
     torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
     transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
     name, ends = {
@@ -185,7 +185,7 @@ def test_logits_and_gradients_are_those_of_torch(kind, tmp_path):
     rows = [theirs(torch.tensor(IDS[None, a:b])).logits for a, b in pairwise(OFFSETS)]
     theirs_y = torch.cat([row.reshape(-1, row.shape[-1]) for row in rows])
     y, saved = ours.forward(IDS, offsets=OFFSETS)
-    within = 1e-9 if kind in ("bert", "gpt2") else 1e-5  # transformers' Llama has its norms and angles in float32
+    within = 1e-9 if kind in ("bert", "gpt2") else 1e-5  # transformers computes norms and angles of Llama in float32
     np.testing.assert_allclose(y, theirs_y.detach().numpy(), rtol=within, atol=within)
     dy = np.random.default_rng(0).standard_normal(y.shape)
     ours.backward(dy, saved)
@@ -228,7 +228,7 @@ def test_refused_before_anything_is_changed(case):
     assert all(p.trainable for _, p in model.parameters())
 
 
-def test_a_tree_without_known_names_says_which_to_give():
+def test_a_tree_without_known_names_lists_the_names_to_pass():
     model = ml.MLP([3, 4, 2], rng=0)
     with pytest.raises(ValueError, match=r"nothing here is called output\.dense or c_proj"):
         ml.inject(model, ml.BottleneckConfig(train=[]))
@@ -237,7 +237,7 @@ def test_a_tree_without_known_names_says_which_to_give():
 
 @pytest.mark.parametrize("first", [ml.LoraConfig(r=2), ml.BottleneckConfig(), ml.PartialConfig(train=["norm"])])
 @pytest.mark.parametrize("second", [ml.LoraConfig(r=2), ml.BottleneckConfig(), ml.PartialConfig(train=["norm"])])
-def test_adapting_twice_is_refused(first, second):
+def test_injecting_twice_is_refused(first, second):
     model = tiny_model("bert")
     ml.inject(model, first)
     with pytest.raises(ValueError, match="already; load the base model again"):
@@ -261,7 +261,7 @@ def change(folder, key, value):
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
-def test_bad_folders_leave_the_model_as_it_was(case, tmp_path):
+def test_bad_folders_leave_the_model_unchanged(case, tmp_path):
     damage, message = BAD_FOLDERS[case]
     ml.save_adapter(injected("bert", "bottleneck"), tmp_path)
     damage(tmp_path)
@@ -275,7 +275,7 @@ def test_bad_folders_leave_the_model_as_it_was(case, tmp_path):
     assert adaptation(model).config is None
 
 
-def test_what_the_configuration_does_not_name_is_not_dropped_in_silence(tmp_path):
+def test_parameters_that_the_configuration_does_not_name_are_not_dropped_silently(tmp_path):
     model = injected("bert", "bottleneck")
     model.bert.pooler.unfreeze()
     with pytest.raises(ValueError, match=r"bert\.pooler\.dense\.bias is trainable, but the configuration does not name it"):

@@ -1,4 +1,4 @@
-"""The door to NumPy and CuPy, and what a training step may ask of a GPU."""
+"""The choice between NumPy and CuPy, transfers, and the work that a training step gives to a GPU."""
 
 import json
 import subprocess
@@ -7,9 +7,9 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import fakecupy
 import numpy as np
 import pytest
-import standin
 
 import minilora as ml
 from minilora import backend as door
@@ -19,18 +19,18 @@ from minilora.kernels import cuda, memory
 from minilora.optim.flat import clip_grad_norm
 from minilora.training.replicas import Replicas
 
-# -- arrays know where they live ------------------------------------------------------------------------------------
+# -- the module of an array -----------------------------------------------------------------------------------------
 
 
 def test_get_xp_names_the_module(xp, on, backend):
     x = on([1.0, 2.0])
     assert door.get_xp(None, x, x.T, None) is xp
     assert door.backend_name(x) == backend
-    assert door.backend_name(x.sum()) == backend  # a NumPy scalar, or a 0-d array
+    assert door.backend_name(x.sum()) == backend  # a NumPy scalar or a 0-d array
     assert door.get_xp() is np
 
 
-def test_get_xp_refuses_a_mixture_and_strangers(fake_cupy):
+def test_get_xp_refuses_mixed_and_unknown_arrays(fake_cupy):
     x = fake_cupy.ones(2)
     with pytest.raises(TypeError, match=r"NumPy and CuPy are mixed; move the layer with layer\.to"):
         door.get_xp(np.ones(2), None, x)
@@ -40,13 +40,13 @@ def test_get_xp_refuses_a_mixture_and_strangers(fake_cupy):
         door.get_xp([1.0])
 
 
-def test_strangers_are_refused_without_cupy(monkeypatch):
+def test_unknown_arrays_are_refused_without_cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(TypeError, match="expected a NumPy or CuPy array, got float"):
         door.get_xp(1.0)
 
 
-def test_there_and_back_again(backend, rng):
+def test_round_trip_between_host_and_device(backend, rng):
     x = rng.standard_normal((3, 4)).astype("float32")
     there = door.to_backend(x, backend)
     assert door.backend_name(there) == backend
@@ -54,7 +54,7 @@ def test_there_and_back_again(backend, rng):
     back = door.to_numpy(there)
     assert type(back) is np.ndarray
     np.testing.assert_array_equal(back, x)
-    assert door.to_backend(there, backend) is there  # nothing to change, nothing copied
+    assert door.to_backend(there, backend) is there  # nothing to convert, nothing copied
     assert door.to_backend(x, backend, "float64").dtype == np.float64
     assert door.to_backend(there, "numpy", "float16").dtype == np.float16
     assert door.to_numpy(there.sum()).shape == ()
@@ -77,23 +77,23 @@ def test_memory_and_synchronisation(backend):
 
 def test_synchronize_waits_for_the_device(fake_cupy, monkeypatch):
     monkeypatch.setattr(memory, "_most_held", 0)
-    with standin.count() as c:
+    with fakecupy.count() as c:
         door.synchronize("numpy")
         assert c.syncs == 0
         door.synchronize("cupy")
     assert c.syncs == 1
-    assert memory.peak_memory("cupy") == standin.POOL_BYTES
+    assert memory.peak_memory("cupy") == fakecupy.POOL_BYTES
 
 
-# -- choosing one ---------------------------------------------------------------------------------------------------
+# -- choosing a backend ---------------------------------------------------------------------------------------------
 
 
 def no_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", None)  # Python's way of saying that an import fails
+    monkeypatch.setitem(sys.modules, "cupy", None)  # makes `import cupy` fail
 
 
 def for_another_cuda(monkeypatch):
-    """A cupy that is there, and cannot be imported."""
+    """A cupy that is installed but cannot be imported."""
     folder = Path(tempfile.mkdtemp())
     (folder / "cupy.py").write_text("raise ImportError('libnvrtc.so.12: cannot open shared object file')")
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
@@ -104,13 +104,13 @@ def no_driver(monkeypatch):
     def fail():
         raise OSError("cudaErrorInsufficientDriver")
 
-    monkeypatch.setitem(sys.modules, "cupy", standin.module)
-    monkeypatch.setattr(standin.module.cuda.runtime, "getDeviceCount", fail)
+    monkeypatch.setitem(sys.modules, "cupy", fakecupy.module)
+    monkeypatch.setattr(fakecupy.module.cuda.runtime, "getDeviceCount", fail)
 
 
 def no_device(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", standin.module)
-    monkeypatch.setattr(standin.module.cuda.runtime, "getDeviceCount", lambda: 0)
+    monkeypatch.setitem(sys.modules, "cupy", fakecupy.module)
+    monkeypatch.setattr(fakecupy.module.cuda.runtime, "getDeviceCount", lambda: 0)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def no_device(monkeypatch):
         (no_device, RuntimeError, "sees no GPU; is CUDA_VISIBLE_DEVICES empty"),
     ],
 )
-def test_cupy_that_cannot_be_used(broken, error, message, monkeypatch, capsys):
+def test_an_unusable_cupy_is_reported(broken, error, message, monkeypatch, capsys):
     broken(monkeypatch)
     for ask in (lambda: door.choose_backend("cupy"), lambda: door.to_backend(np.ones(2), "cupy"), lambda: ml.Linear(2, 2).to("cupy")):
         with pytest.raises(error, match=message):
@@ -138,7 +138,7 @@ def test_cupy_that_cannot_be_used(broken, error, message, monkeypatch, capsys):
     assert err.count("\n") == 1
 
 
-def test_auto_takes_cupy_where_it_works(fake_cupy, capsys):
+def test_auto_chooses_a_working_cupy(fake_cupy, capsys):
     assert door.choose_backend() == "cupy"
     assert door.choose_backend("cupy") == "cupy"
     assert capsys.readouterr() == ("", "")
@@ -146,20 +146,20 @@ def test_auto_takes_cupy_where_it_works(fake_cupy, capsys):
         door.choose_backend("gpu")
 
 
-# -- the same numbers everywhere ------------------------------------------------------------------------------------
+# -- equal numbers on both backends ---------------------------------------------------------------------------------
 
 SMALL = ml.GPT2Config(vocab_size=50, n_positions=16, n_embd=12, n_layer=2, n_head=2)
 
 
 def adapted_model(backend, dropout=0.0, dtype="float32"):
-    """A small GPT-2 on a backend, with LoRA put in there; B is not zero, so that A gets a gradient."""
+    """A small GPT-2 on a backend, with LoRA injected there; B is not zero, so that A gets a gradient."""
     model = ml.GPT2(SMALL, rng=5).to(backend, dtype)
     ml.inject(model, ml.LoraConfig(r=3, init_lora_weights=False, lora_dropout=dropout), rng=7)
     return model
 
 
 def batch():
-    """Two sequences, of 7 and 10 tokens; 17 is not a size of any weight."""
+    """Two sequences of 7 and 10 tokens; no weight has a dimension of 17."""
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 50, 17)
     labels[[3, 11]] = -100
@@ -173,7 +173,7 @@ def test_equal_seeds_give_equal_weights(backend):
         np.testing.assert_array_equal(ml.to_numpy(here[path].data), p.data, err_msg=path, strict=True)
 
 
-def test_the_modules_own_generator_can_be_restarted():
+def test_the_default_generator_can_be_reseeded():
     ml.seed(3)
     a, b = ml.Linear(4, 4), ml.Linear(4, 4)
     ml.seed(3)
@@ -188,7 +188,7 @@ def test_equal_keys_give_equal_dropout_masks(xp, dtype):
         np.testing.assert_array_equal(ml.to_numpy(here), there, strict=True)
 
 
-def test_a_step_with_dropout_is_the_same_step(backend):
+def test_a_step_with_dropout_is_equal_on_both_backends(backend):
     def step(where):
         model = adapted_model(where, dropout=0.2, dtype="float64")
         optimizer = ml.AdamW(model.parameters(), lr=1e-2)
@@ -201,20 +201,20 @@ def test_a_step_with_dropout_is_the_same_step(backend):
     np.testing.assert_allclose(step(backend), step("numpy"), rtol=1e-8, atol=1e-12)
 
 
-# -- what a step asks of the device ---------------------------------------------------------------------------------
+# -- the work of a step on the device -------------------------------------------------------------------------------
 
 
 @contextmanager
 def counted(model):
-    """Count, and add `c.frozen`: which frozen weights had a product of their shape, or of its transpose, formed."""
-    with standin.count() as c:
+    """Count, and set `c.frozen`: the frozen weights for which a product of their shape or its transpose was formed."""
+    with fakecupy.count() as c:
         yield c
     shapes = {path: tuple(p.data.shape) for path, p in model.parameters() if p.data.ndim == 2 and ".lora_" not in path}
     c.frozen = {path for path, shape in shapes.items() if shape in c.products or shape[::-1] in c.products}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_lora_step_neither_waits_nor_forms_dw(fake_cupy, dropout):
+def test_a_lora_step_neither_synchronises_nor_forms_dW(fake_cupy, dropout):
     model = adapted_model("cupy", dropout)
     optimizer = ml.AdamW(model.parameters(), lr=1e-3)
     b = batch()
@@ -227,12 +227,12 @@ def test_a_lora_step_neither_waits_nor_forms_dw(fake_cupy, dropout):
     assert c.frozen == set()
     assert len(c.products) > 50
     assert c.launches > len(c.products)
-    assert c.bytes < 1000  # token ids, positions and labels go to the device, nothing else
+    assert c.bytes < 1000  # only token ids, positions and labels go to the device
     assert isinstance(loss, fake_cupy.ndarray)
 
 
-def test_the_count_above_would_see_a_full_step(fake_cupy):
-    """With everything trainable each dense weight, and the tied embedding, has its dW formed; reading the loss waits."""
+def test_the_count_detects_a_full_step(fake_cupy):
+    """With all parameters trainable, each dense weight and the tied embedding has its dW formed; reading the loss synchronises."""
     model = adapted_model("cupy").unfreeze()
     b = batch()
     with counted(model) as c:
@@ -243,24 +243,24 @@ def test_the_count_above_would_see_a_full_step(fake_cupy):
     assert (c.syncs, c.to_host) == (1, 1)
 
 
-def test_a_frozen_linear_forms_one_product_each_way(fake_cupy, rng):
+def test_a_frozen_linear_forms_one_product_forward_and_one_backward(fake_cupy, rng):
     layer = ml.Linear(6, 4).to("cupy").freeze()
     x, dy = (fake_cupy.asarray(rng.standard_normal(shape)) for shape in ((5, 6), (5, 4)))
-    with standin.count() as c:
+    with fakecupy.count() as c:
         _, saved = layer.forward(x)
         layer.backward(dy, saved)
     assert c.products == [(5, 4), (5, 6)]
-    with standin.count() as c:
+    with fakecupy.count() as c:
         _, saved = layer.unfreeze().forward(x.astype("float32"))
         layer.backward(dy.astype("float32"), saved)
     assert c.products == [(5, 4), (6, 4), (5, 6)]
 
 
-# -- what an import loads -------------------------------------------------------------------------------------------
+# -- modules that an import loads -----------------------------------------------------------------------------------
 
 
 def loaded_by(code):
-    """The modules that a fresh Python loads for `code`, beyond what it has at its start."""
+    """The modules that a fresh Python loads for `code`, beyond those at its start."""
     lines = f"import sys, json; before = set(sys.modules)\n{code}\nprint(json.dumps(sorted(set(sys.modules) - before)))"
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout))
@@ -271,7 +271,7 @@ def packages(modules):
 
 
 def beyond_numpy(modules):
-    """The packages among them that are neither Python's own nor loaded by NumPy."""
+    """The packages among them that are neither in the standard library nor loaded by NumPy."""
     return packages(modules) - packages(loaded_by("import numpy.random"))
 
 
@@ -281,7 +281,7 @@ def test_import_minilora_loads_numpy_at_most():
     assert not [name for name in modules if name.startswith(("minilora.training", "minilora.formats", "minilora.cli"))]
 
 
-def test_building_and_training_a_layer_loads_numpy_alone():
+def test_building_and_training_a_layer_loads_only_numpy():
     modules = loaded_by(
         "import minilora as ml, numpy as np\n"
         "layer = ml.LoRALinear(ml.Linear(4, 4), r=2)\n"
@@ -293,13 +293,13 @@ def test_building_and_training_a_layer_loads_numpy_alone():
     assert beyond_numpy(modules) == {"minilora"}
 
 
-LAUNCHES = {"GPT-2": 76, "Llama": 112}  # of a block with LoRA on all linear layers, forward and backward; README.md says so
+LAUNCHES = {"GPT-2": 76, "Llama": 112}  # launches of a block with LoRA on all linear layers, forward and backward; quoted in README.md
 
 
 @pytest.mark.skipif(not cuda.ENABLED, reason="counts launches of the CUDA sources, which need g++ here")
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_launches_a_block(name, fake_cupy):
-    """Counted as what one more block costs; no synchronisation, and nothing goes to the device after the first step."""
+def test_launches_per_block(name, fake_cupy):
+    """The cost of one additional block; there is no synchronisation, and no transfer after the first step."""
 
     def step(blocks):
         sizes = {"n_layer": blocks, "n_embd": 12, "n_head": 2} if name == "GPT-2" else {"num_hidden_layers": blocks}
@@ -311,7 +311,7 @@ def test_launches_a_block(name, fake_cupy):
         ml.inject(model.to("cupy"), ml.LoraConfig(r=2), rng=0)
         optimizer, ids = ml.AdamW(model.parameters(), 1e-3), np.arange(16) % 20
         for _ in range(2):
-            with standin.count() as c:
+            with fakecupy.count() as c:
                 _, saved = model.loss(ids, ids, [0, 8, 16])
                 model.loss_backward(saved)
                 optimizer.step()

@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks/, and one small run from end to end."""
+"""The arithmetic of benchmarks/, and one small run end to end."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_ratios_are_taken_within_a_round():
-    """The machine became ten times slower after the first round: the ratios do not show it, a ratio of medians would."""
+    """The machine is ten times slower after the first round: this changes a ratio of medians, but not the ratios within a round."""
     assert ratios([1, 10, 11], [2, 20, 20]) == {"median": 0.5, "min": 0.5, "max": 0.55}
 
 
@@ -27,7 +27,7 @@ def test_the_exponent_is_that_of_the_upper_half():
 
 
 def test_losses_are_compared_step_for_step():
-    assert disagreement([2.0, 1.0], [2.0, 1.1]) == pytest.approx(0.05)  # of the first loss, though the second is smaller
+    assert disagreement([2.0, 1.0], [2.0, 1.1]) == pytest.approx(0.05)  # relative to the first loss
     assert disagreement([2.0, 1.0], [2.0]) == disagreement([], []) == math.inf
     assert disagreement([2.0, math.nan], [2.0, math.nan]) == disagreement([math.inf], [math.inf]) == math.inf
     late = [1.0] * COMPARED
@@ -39,7 +39,7 @@ def sides(*losses):
 
 
 @pytest.mark.parametrize("wrong", [[2.0, 1.001], [2.0, math.nan], [2.0]])
-def test_a_rival_whose_losses_differ_fails_the_benchmark(wrong):
+def test_a_rival_with_different_losses_fails_the_benchmark(wrong):
     right = [2.0, 1.0]
     result = summary(sides(right, right, [2.0, 1.0000001]), 10, 1e-4)
     assert result["ok"]
@@ -50,10 +50,10 @@ def test_a_rival_whose_losses_differ_fails_the_benchmark(wrong):
     result = summary(sides(right, right, wrong), 10, 1e-4)
     assert not result["ok"]
     json.dumps(result, allow_nan=False)
-    assert summary(sides(right, wrong), 10, None)["ok"]  # where losses are not to be compared
+    assert summary(sides(right, wrong), 10, None)["ok"]  # without a tolerance, losses are not compared
 
 
-def test_without_a_rival_there_is_no_result():
+def test_without_a_rival_the_benchmark_fails():
     assert not summary(sides([2.0]), 10, 1e-4)["ok"]
 
 

@@ -1,4 +1,4 @@
-"""BERT against transformers and PEFT, by golden files and live; what it saves; the options of its classifier."""
+"""BERT against transformers and PEFT, with golden files and live; saved values; the options of the classifier."""
 
 from itertools import pairwise
 
@@ -21,7 +21,7 @@ def tiny(dtype="float64", **config):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_logits_loss_and_adapter_gradients_are_the_oracles(dtype, backend, tmp_path):
+def test_logits_loss_and_adapter_gradients_match_the_oracles(dtype, backend, tmp_path):
     model = oracle.adapted("bert", tmp_path / "m", dtype, backend)
     ids, labels, offsets = oracle.batch("bert")
     logits, _ = model.forward(ids, keep=False, offsets=offsets)
@@ -33,14 +33,14 @@ def test_logits_loss_and_adapter_gradients_are_the_oracles(dtype, backend, tmp_p
     assert oracle.deviation(oracle.gradients(model), oracle.part("bert", "grads")) < TOLERANCE[dtype]
 
 
-def test_thirty_steps_of_adamw_are_the_oracles(tmp_path):
+def test_thirty_steps_of_adamw_match_the_oracles(tmp_path):
     model = oracle.adapted("bert", tmp_path / "m", "float32")
     assert oracle.deviation(oracle.train(model, "bert"), oracle.GOLDEN["bert.run"]) < 1e-4
     after = oracle.as_peft(model, {path: p.data for path, p in model.parameters() if p.trainable})
     assert oracle.deviation(after, oracle.part("bert", "after")) < 1e-4
 
 
-def test_the_golden_file_is_what_the_oracles_say_now():
+def test_the_golden_file_matches_the_installed_oracles():
     for package in ("torch", "transformers", "peft"):
         pytest.importorskip(package, reason=f"the oracle {package} is not installed: pip install 'minilora[oracle]'")
     now = oracle.live("bert")
@@ -49,10 +49,10 @@ def test_the_golden_file_is_what_the_oracles_say_now():
         assert oracle.deviation(value, oracle.GOLDEN[key]) < (1e-4 if ".run" in key or ".after" in key else 1e-11), key
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs are not ours
+@pytest.mark.filterwarnings("ignore")  # warnings of transformers
 @pytest.mark.parametrize("task", ["gelu_new", "relu", "regression", "token types"])
-def test_the_other_options_live(task, tmp_path):
-    """Every gradient of full training, by name, for what the golden file has not."""
+def test_other_options_match_transformers(task, tmp_path):
+    """Every gradient of full training, by name, for options that the golden file lacks."""
     torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
     transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def test_the_other_options_live(task, tmp_path):
         (theirs_logits * torch.tensor(dy)).sum().backward()
     expected = {path: p.grad.numpy() for path, p in theirs.named_parameters()}
     found = oracle.gradients(ours)
-    for grads in (expected, found):  # torch gives the row of the padding token, 0, no gradient; here there is no padding
+    for grads in (expected, found):  # torch gives the row of the padding token, 0, no gradient; here nothing is padded
         grads["bert.embeddings.word_embeddings.weight"] = grads["bert.embeddings.word_embeddings.weight"][1:]
     zero = {path for path in expected if path.endswith("key.bias")}
     assert max(np.abs(found.pop(path)).max() for path in zero) < 1e-14
@@ -94,7 +94,7 @@ def test_the_other_options_live(task, tmp_path):
 
 
 def arrays(saved):
-    """How many numbers a `saved` holds on to."""
+    """The total number of elements that a `saved` holds."""
     if isinstance(saved, Saved):
         return arrays(saved.values)
     if isinstance(saved, (tuple, list)):
@@ -106,11 +106,11 @@ def kept(model):
     return arrays(model.loss(IDS, np.array([1, 0, 1]), OFFSETS)[1])
 
 
-def test_what_is_frozen_is_not_saved_and_nothing_runs_below_the_lowest_trainable(monkeypatch):
+def test_frozen_layers_save_nothing_and_backward_stops_at_the_lowest_trainable(monkeypatch):
     model = tiny().freeze()
     model.classifier.unfreeze()
     n, d = len(OFFSETS) - 1, TINY["hidden_size"]
-    assert kept(model) == n * d + n * 2 + n + 1  # the pooled rows, dlogits, the bounds: nothing that has a row for each token
+    assert kept(model) == n * d + n * 2 + n + 1  # the pooled rows, dlogits, the bounds: nothing with a row per token
     model.bert.encoder.layer[2].output.dense.unfreeze()
     last = kept(model)
     model.bert.encoder.layer[2].attention.self.query.unfreeze()
@@ -132,7 +132,7 @@ def test_what_is_frozen_is_not_saved_and_nothing_runs_below_the_lowest_trainable
 # -- the classifier -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_sequence_is_on_its_own(backend):
+def test_sequences_do_not_affect_each_other(backend):
     model = tiny(num_labels=3).to(backend)
     together, _ = model.forward(IDS, keep=False, offsets=OFFSETS)
     means = ml.to_numpy(model.embed(IDS, OFFSETS))
@@ -144,7 +144,7 @@ def test_every_sequence_is_on_its_own(backend):
 
 
 @pytest.mark.parametrize("labels", [np.array([1, -100, 0]), np.array([0.5, -100, -2.0])], ids=["classes", "numbers"])
-def test_shards_with_the_count_of_the_whole_add_up(labels, backend):
+def test_gradients_of_shards_add_up(labels, backend):
     model = tiny(num_labels=2 if labels.dtype == np.int64 else 1).to(backend)
 
     def gradient(parts):
@@ -157,20 +157,20 @@ def test_shards_with_the_count_of_the_whole_add_up(labels, backend):
             total += float(loss)
         return total, np.concatenate([ml.to_numpy(p.grad).ravel() for _, p in model.parameters()])
 
-    whole, parts = gradient([(0, 3)]), gradient([(0, 1), (1, 2), (2, 3)])  # the second has no label at all
-    assert whole[0] == pytest.approx(parts[0], rel=1e-12)
-    np.testing.assert_allclose(whole[1], parts[1], atol=1e-14)
-    assert np.abs(whole[1]).max() > 1e-3
+    complete, parts = gradient([(0, 3)]), gradient([(0, 1), (1, 2), (2, 3)])  # the second has no label
+    assert complete[0] == pytest.approx(parts[0], rel=1e-12)
+    np.testing.assert_allclose(complete[1], parts[1], atol=1e-14)
+    assert np.abs(complete[1]).max() > 1e-3
 
 
-def test_the_mean_is_pooled_where_the_configuration_says_so():
+def test_mean_pooling_by_configuration():
     model = tiny(pooling="mean")
     W, b = model.classifier.weight.data, model.classifier.bias.data
     np.testing.assert_allclose(model.forward(IDS, keep=False, offsets=OFFSETS)[0], model.embed(IDS, OFFSETS) @ W + b, rtol=1e-12)
     assert ml.BertConfig.from_json(model.config.to_json(), "here").pooling == "mean"
 
 
-def test_dropout_is_off_unless_asked_for_and_in_inference():
+def test_dropout_is_off_by_default_and_in_inference():
     labels = np.array([1, 0, 1])
     assert len({float(tiny().loss(IDS, labels, OFFSETS)[0]) for _ in range(3)}) == 1
     model = tiny(dropout=0.5)
@@ -178,7 +178,7 @@ def test_dropout_is_off_unless_asked_for_and_in_inference():
     assert len({float(model.loss(IDS, labels, OFFSETS, keep=False)[0]) for _ in range(3)}) == 1
 
 
-def test_a_sequence_may_fill_the_positions_and_not_more():
+def test_a_sequence_may_have_at_most_all_positions():
     assert tiny().forward(IDS[:4], keep=False)[0].shape == (1, 2)
     with pytest.raises(ValueError, match="a sequence of 7 tokens is longer than the model's 4 positions"):
         tiny().forward(IDS, keep=False)
@@ -228,7 +228,7 @@ def test_bad_configurations(case):
     assert str(caught.value).startswith("config.json")
 
 
-def test_the_number_of_labels_says_what_the_loss_is():
+def test_the_number_of_labels_selects_the_loss():
     one, three = (ml.BertConfig.from_json({"id2label": {str(i): "x" for i in range(n)}}, "here") for n in (1, 3))
     assert one.regression
     assert not three.regression

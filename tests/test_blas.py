@@ -1,11 +1,11 @@
-"""Products on the device: every layout that a matrix may have, against NumPy, through cuBLAS's raw calls and through CuPy's own."""
+"""Matrix products on the device: every layout against NumPy, with raw cuBLAS calls and with CuPy's own."""
 
 import inspect
 
+import fakecupy
 import ml_dtypes
 import numpy as np
 import pytest
-import standin
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +15,8 @@ from minilora.kernels.cuda import blas
 LAYOUTS = ("rows", "columns", "part of a wider one", "every other row", "every other column")
 
 
-def laid_out(x, layout):
-    """x (..., m, n) on the device, lying there as `layout` says."""
+def with_layout(x, layout):
+    """x (..., m, n) on the device in the memory layout `layout`."""
     there = import_cupy().asarray
     if layout == "columns":
         return there(np.ascontiguousarray(x.swapaxes(-1, -2))).swapaxes(-1, -2)
@@ -51,14 +51,14 @@ def way(request, gpu, monkeypatch):
 def test_all_layouts(way, sizes, stack, layouts, dtype, alpha, beta):
     (m, k, n), rng = sizes, np.random.default_rng(0)
     a, b, c = (rng.standard_normal((*stack, *shape)).astype(dtype) for shape in ((m, k), (k, n), (m, n)))
-    out = laid_out(c, layouts[2])
-    assert blas.gemm(laid_out(a, layouts[0]), laid_out(b, layouts[1]), out, alpha, beta) is out
+    out = with_layout(c, layouts[2])
+    assert blas.gemm(with_layout(a, layouts[0]), with_layout(b, layouts[1]), out, alpha, beta) is out
     np.testing.assert_allclose(out.get(), alpha * (a @ b) + beta * c, rtol=1e-5, atol=1e-5)
-    new = blas.gemm(laid_out(a, layouts[0]), laid_out(b, layouts[1]), alpha=alpha)
+    new = blas.gemm(with_layout(a, layouts[0]), with_layout(b, layouts[1]), alpha=alpha)
     np.testing.assert_allclose(new.get(), alpha * (a @ b), rtol=1e-5, atol=1e-5, strict=True)
 
 
-def test_what_is_not_asked_for_is_not_touched(way):
+def test_memory_outside_the_result_is_not_written(way):
     xp = import_cupy()
     wide = xp.asarray(np.full((3, 9), 7.0))
     blas.gemm(xp.ones((3, 2)), xp.ones((2, 4)), wide[:, 1:5])
@@ -67,27 +67,27 @@ def test_what_is_not_asked_for_is_not_touched(way):
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("stack", [(), (2, 3)])
-def test_sixteen_bits_may_give_thirty_two(way, dtype, stack):
-    """Of the factors' rounding alone: sums are taken in float32, and what they give is not rounded again."""
+def test_half_precision_factors_with_a_float32_result(way, dtype, stack):
+    """Only the factors are rounded: sums are float32, and the results are not rounded again."""
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((*stack, *shape)).astype(dtype) for shape in ((4, 100), (100, 3)))
     exact = a.astype("float64") @ b.astype("float64")
     there = [import_cupy().asarray(x) for x in (a, b)]
     same, wide = blas.gemm(*there), blas.gemm(*there, dtype="float32")
     assert (same.dtype, wide.dtype) == (dtype, np.float32)
-    if blas.bindings() is not None:  # CuPy rounds to 16 bits first
+    if blas.bindings() is not None:  # CuPy first rounds to half precision
         np.testing.assert_allclose(wide.get(), exact, rtol=0, atol=1e-4)
     np.testing.assert_allclose(same.get().astype("float64"), exact, rtol=float(ml_dtypes.finfo(dtype).eps), atol=0.02)
 
 
-def test_empty_sums_and_results(way):
+def test_empty_dimensions(way):
     zeros, xp = import_cupy().zeros, import_cupy()
     assert blas.gemm(zeros((2, 0)), zeros((0, 3))).get().tolist() == [[0, 0, 0]] * 2
     assert blas.gemm(zeros((2, 0)), zeros((0, 3)), xp.ones((2, 3)), beta=0.5).get().tolist() == [[0.5] * 3] * 2
     assert blas.gemm(zeros((0, 4)), zeros((4, 3))).shape == (0, 3)
 
 
-def test_what_does_not_fit_is_refused(way):
+def test_mismatched_shapes_are_refused(way):
     xp = import_cupy()
     for a, b in (
         (xp.ones((2, 3)), xp.ones((4, 2))),
@@ -100,31 +100,31 @@ def test_what_does_not_fit_is_refused(way):
 
 def test_views_are_not_copied(fake_cupy):
     """Queries, keys and values are columns of one matrix; CuPy's products would copy each."""
-    qkv = standin.module.asarray(np.random.default_rng(0).standard_normal((6, 12)))
+    qkv = fakecupy.module.asarray(np.random.default_rng(0).standard_normal((6, 12)))
     for a, b in ((qkv[:, :4], qkv[:, 4:8].T), (qkv[:, :4].T, qkv[:, 8:])):
-        with standin.count() as c:
+        with fakecupy.count() as c:
             blas.gemm(a, b)
         assert c.launches == 1
 
 
-def test_the_bindings_are_those_that_the_stand_in_plays():
+def test_the_fake_bindings_match_the_real_ones():
     cublas = pytest.importorskip("nvmath.bindings.cublas", reason="compares with NVIDIA's bindings; it needs nvmath-python, but no GPU")
     for name in ("create", "destroy", "set_stream", "set_workspace", "gemm_ex", "gemm_strided_batched_ex"):
         signature = getattr(cublas, name).__doc__.partition("(")[2].partition(")")[0]
-        played = [p for p in inspect.signature(getattr(standin.blas, name)).parameters.values() if p.default is p.empty]
+        played = [p for p in inspect.signature(getattr(fakecupy.blas, name)).parameters.values() if p.default is p.empty]
         assert len(signature.split(",") if signature else []) == len(played), name
     kinds = cublas.ComputeType
     assert (kinds.COMPUTE_32F, kinds.COMPUTE_32F_FAST_TF32, kinds.COMPUTE_64F) == (blas._FLOAT32, blas._TF32, blas._FLOAT64)
     assert cublas.GemmAlgo.DEFAULT == blas._DEFAULT_ALGORITHM
 
 
-def test_bindings_that_cannot_be_used_are_left_alone(fake_cupy, monkeypatch):
-    """As where the driver, or cuBLAS itself, is not found."""
+def test_unusable_bindings_fall_back_to_cupy(fake_cupy, monkeypatch):
+    """As on a machine without the driver or without cuBLAS."""
 
     def create():
         raise RuntimeError("CUDA driver is not found")
 
-    monkeypatch.setattr(standin.blas, "create", create)
+    monkeypatch.setattr(fakecupy.blas, "create", create)
     with pytest.warns(UserWarning, match=r"CuPy's own calls, .* CUDA driver is not found"):
         assert blas.bindings() is None
     blas.bindings.cache_clear()

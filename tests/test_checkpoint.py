@@ -34,7 +34,7 @@ def is_mapped(x):
 
 
 def edit(folder, change):
-    """Change the tensors of a folder."""
+    """Change the tensors of a folder with `change`."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -56,7 +56,7 @@ def shards(folder, **changes):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_are_mapped_and_a_mapped_model_does_all_that_others_do(name, tmp_path):
+def test_a_memory_mapped_model_supports_everything(name, tmp_path):
     folder = oracle.write_checkpoint(name, tmp_path / "m", "float32")
     model = ml.load_model(folder, "numpy")
     assert all(is_mapped(p.data) and not p.data.flags.writeable for _, p in model.parameters())
@@ -64,7 +64,7 @@ def test_weights_are_mapped_and_a_mapped_model_does_all_that_others_do(name, tmp
     assert model.origin.source == str(folder)
     assert not model.trainable
     before = logits(model, name)
-    assert oracle.deviation(before, oracle.GOLDEN[f"{name}.logits"]) > 1e-3  # the golden logits are with the adapter
+    assert oracle.deviation(before, oracle.GOLDEN[f"{name}.logits"]) > 1e-3  # the golden logits include the adapter
 
     ids, labels, offsets = oracle.batch(name)
     ml.inject(model, ml.LoraConfig(r=2, init_lora_weights=False), rng=0)
@@ -79,12 +79,12 @@ def test_weights_are_mapped_and_a_mapped_model_does_all_that_others_do(name, tmp
     full.loss_backward(saved)
     optimizer.step()
     assert np.abs(logits(full, name) - before).max() > 1e-3
-    ml.save_model(full, folder)  # onto the file that `model` is mapped from
+    ml.save_model(full, folder)  # overwrites the file that `model` maps
     np.testing.assert_array_equal(logits(model.to("numpy", "float32"), name), adapted)
     np.testing.assert_array_equal(logits(ml.load_model(folder, "numpy"), name), logits(full, name))
 
 
-def test_no_memory_is_taken_for_weights_that_are_mapped(tmp_path):
+def test_mapped_weights_take_no_memory(tmp_path):
     """In a subprocess, to measure nothing else: 40 MB of weights, and Python allocates less than 4 MB."""
     model = ml.BertClassifier(ml.BertConfig(vocab_size=30000, hidden_size=320, num_hidden_layers=1, num_attention_heads=4), rng=0)
     ml.save_model(model, tmp_path / "m")
@@ -100,10 +100,10 @@ print(tracemalloc.get_traced_memory()[1])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_shards_are_one_model(name, tmp_path):
-    whole = ml.load_model(oracle.write_checkpoint(name, tmp_path / "m"), "numpy", "float64")
+def test_shards_load_as_one_model(name, tmp_path):
+    single = ml.load_model(oracle.write_checkpoint(name, tmp_path / "m"), "numpy", "float64")
     again = ml.load_model(shards(oracle.write_checkpoint(name, tmp_path / "s")), "numpy", "float64")
-    np.testing.assert_array_equal(logits(whole, name), logits(again, name))
+    np.testing.assert_array_equal(logits(single, name), logits(again, name))
 
 
 def bare(folder, pooler=True):
@@ -121,7 +121,7 @@ def bare(folder, pooler=True):
     return edit(folder, change)
 
 
-def test_a_bare_bert_gets_a_classifier_and_says_so(tmp_path, capsys):
+def test_a_bare_bert_gets_a_classifier_and_reports_it(tmp_path, capsys):
     expected = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "w"), "numpy", "float64")
     assert capsys.readouterr().err == ""
     folder = bare(oracle.write_checkpoint("bert", tmp_path / "m"))
@@ -140,7 +140,7 @@ def test_a_bare_bert_gets_a_classifier_and_says_so(tmp_path, capsys):
     assert "no bert.pooler.dense and no classifier" in capsys.readouterr().err
 
 
-def test_names_of_the_first_berts_and_heads_for_other_tasks(tmp_path, capsys):
+def test_old_bert_names_and_heads_of_other_tasks(tmp_path, capsys):
     folder = oracle.write_checkpoint("bert", tmp_path / "m", architectures=["BertForMaskedLM"])
     expected = logits(ml.load_model(folder, "numpy"), "bert")
 
@@ -154,7 +154,7 @@ def test_names_of_the_first_berts_and_heads_for_other_tasks(tmp_path, capsys):
     assert "the head for another task (cls.predictions.bias, ...) is ignored" in capsys.readouterr().err
 
 
-def test_gpt2s_buffers_are_ignored_and_its_head_may_be_there_if_it_is_the_embedding(tmp_path):
+def test_gpt2_buffers_are_ignored_and_a_head_must_equal_the_embedding(tmp_path):
     folder = oracle.write_checkpoint("gpt2", tmp_path / "m")
     expected = logits(ml.load_model(folder, "numpy"), "gpt2")
     edit(folder, lambda t: t.update({"transformer.h.0.attn.bias": np.ones((1, 1, 13, 13)), "lm_head.weight": t["transformer.wte.weight"]}))
@@ -170,10 +170,10 @@ def raw_file(path, header, data=b"", length=None):
     return path
 
 
-def test_bfloat16_is_the_upper_half_of_float32_and_odd_places_are_read(tmp_path):
+def test_bfloat16_and_unaligned_tensors_are_read(tmp_path):
     x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
     half = (x.view(np.uint32) >> 16).astype(np.uint16)
-    entry = {"dtype": "BF16", "shape": [3, 4], "data_offsets": [1, 25]}  # one byte before it: not aligned
+    entry = {"dtype": "BF16", "shape": [3, 4], "data_offsets": [1, 25]}  # preceded by one byte: not aligned
     path = raw_file(tmp_path / "x", {"a": {"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}, "x": entry}, b"\1" + half.tobytes())
     tensors, _ = map_tensors(path)
     assert tensors["x"].dtype == np.float32
@@ -181,7 +181,7 @@ def test_bfloat16_is_the_upper_half_of_float32_and_odd_places_are_read(tmp_path)
     np.testing.assert_array_equal(tensors["x"].view(np.uint32), x.view(np.uint32) & 0xFFFF0000)
 
 
-def test_a_gguf_file_is_read_by_its_own_module(tmp_path, monkeypatch):
+def test_gguf_files_use_the_gguf_reader(tmp_path, monkeypatch):
     weights = oracle.part("bert", "weights")
     raw = {"model_type": "bert", **make_models.CONFIGS["bert"], "num_labels": 3}
     with pytest.raises(FileNotFoundError, match="there is no file"):
@@ -196,7 +196,7 @@ def test_a_gguf_file_is_read_by_its_own_module(tmp_path, monkeypatch):
 # -- the hub ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_cache_and_the_offline_switch_of_the_hub_are_respected(tmp_path):
+def test_hub_cache_and_offline_mode_are_respected(tmp_path):
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install 'minilora[hf]'")
     home = tmp_path / "models--org--name"
     (home / "snapshots" / "abc").mkdir(parents=True)
@@ -219,7 +219,7 @@ except FileNotFoundError as error:
     assert len(out) == 2
 
 
-def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatch):
+def test_hub_requests_and_errors(tmp_path, monkeypatch):
     requested = {}
     hub = types.ModuleType("huggingface_hub")
 
@@ -245,7 +245,7 @@ def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatc
         "nowhere",
         str(tmp_path / "nowhere"),
         tmp_path / "nowhere",
-    ):  # not ids
+    ):  # not hub ids
         with pytest.raises(FileNotFoundError, match="there is no model at"):
             ml.load_model(path, "numpy")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -254,7 +254,7 @@ def test_what_is_asked_of_the_hub_and_what_goes_wrong_there(tmp_path, monkeypatc
     oracle.write_checkpoint("gpt2", tmp_path / "name").rename(tmp_path / "org")
     (tmp_path / "org").rename(tmp_path / "name")
     monkeypatch.chdir(tmp_path.parent)
-    assert ml.load_model(f"{tmp_path.name}/name", "numpy").origin.hub_id is None  # a folder that looks like an id
+    assert ml.load_model(f"{tmp_path.name}/name", "numpy").origin.hub_id is None  # a folder whose name looks like a hub id
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------
@@ -276,9 +276,9 @@ LLAMA = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs are not ours
+@pytest.mark.filterwarnings("ignore")  # warnings of transformers
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_transformers_writes_is_read_and_what_is_written_transformers_reads(family, tmp_path):
+def test_round_trip_with_transformers(family, tmp_path):
     torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
     transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
     name, options = FAMILIES[family]
@@ -291,12 +291,12 @@ def test_what_transformers_writes_is_read_and_what_is_written_transformers_reads
     theirs.save_pretrained(tmp_path / "theirs")
     ids = np.random.default_rng(0).integers(0, 53, 9)
 
-    def judge(model):
+    def check_round_trip(model):
         with torch.no_grad():
             return model(input_ids=torch.tensor(ids[None])).logits.numpy().reshape(-1, 3 if model_type == "bert" else 53)
 
     ours = ml.load_model(tmp_path / "theirs", "numpy")
-    assert oracle.deviation(ours.forward(ids, keep=False)[0], judge(theirs)) < 1e-5
+    assert oracle.deviation(ours.forward(ids, keep=False)[0], check_round_trip(theirs)) < 1e-5
     ml.inject(ours, ml.LoraConfig(r=2, init_lora_weights=False), rng=0)
     ml.merge(ours)
     ml.save_model(ours, tmp_path / "ours")
@@ -304,8 +304,8 @@ def test_what_transformers_writes_is_read_and_what_is_written_transformers_reads
     assert not any(info[key] for key in info), info
     assert again.dtype == torch.float32
     merged = ours.forward(ids, keep=False)[0]
-    assert np.abs(merged - judge(theirs)).max() > 0.1
-    assert oracle.deviation(merged, judge(again.eval())) < 1e-5
+    assert np.abs(merged - check_round_trip(theirs)).max() > 0.1
+    assert oracle.deviation(merged, check_round_trip(again.eval())) < 1e-5
     written, result = load_file(tmp_path / "ours" / "model.safetensors"), read_json(tmp_path / "ours" / "config.json")
     assert ("lm_head.weight" in written) == (family == "llama, free head")
     assert result["architectures"] == [name]
@@ -315,7 +315,7 @@ def test_what_transformers_writes_is_read_and_what_is_written_transformers_reads
         assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").config.num_labels == 3
 
 
-def test_the_tokenizer_goes_with_the_model(tmp_path):
+def test_the_tokenizer_is_saved_with_the_model(tmp_path):
     folder = oracle.write_checkpoint("bert", tmp_path / "m")
     for name in ("tokenizer.json", "vocab.txt", "notes.txt"):
         (folder / name).write_text(name)
@@ -326,7 +326,7 @@ def test_the_tokenizer_goes_with_the_model(tmp_path):
     assert read_json(tmp_path / "out" / "config.json")["id2label"] == {"0": "L0", "1": "L1", "2": "L2"}
 
 
-# -- what can be wrong ------------------------------------------------------------------------------------------------------
+# -- broken checkpoints -----------------------------------------------------------------------------------------------------
 
 W = "bert.encoder.layer.1.output.dense.weight"
 
@@ -442,7 +442,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_a_header_that_lies(case, tmp_path):
+def test_a_wrong_header(case, tmp_path):
     header, data, length, message = BAD_FILES[case]
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"") if header is None else raw_file(path, header, data, length)
@@ -456,7 +456,7 @@ def test_a_header_that_lies(case, tmp_path):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 250), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 40))
-def test_a_damaged_file_is_read_or_refused_and_nothing_else(tmp_path_factory, changes, cut):
+def test_a_damaged_file_is_read_or_refused(tmp_path_factory, changes, cut):
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     write_tensors(path, {"a": np.ones((3, 2)), "b": np.arange(4, dtype=np.float32), "c": np.zeros((0, 5))})
     content = bytearray(path.read_bytes())

@@ -31,7 +31,7 @@ QUICK = [
     "--warmup",
     "1",
 ]
-BIASES, NORMS = 4 * (384 + 128 + 512 + 128), 9 * 2 * 128  # of linear layers; gains and biases
+BIASES, NORMS = 4 * (384 + 128 + 512 + 128), 9 * 2 * 128  # parameters of linear layers, and of gains and biases
 TRAINED = {"lora": 65536 + BIASES + NORMS, "full": 858880, "bitfit": BIASES + NORMS // 2, "layer-norm": NORMS}
 TRAINED["bottleneck"] = 8 * (2 * 128 * 8 + 8 + 128) + NORMS
 
@@ -57,7 +57,7 @@ def finetune(capsys, *argv):
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "bottleneck", "bitfit", "layer-norm"])
-def test_finetune_leaves_a_whole_run_folder(method, cwd, text, capsys):
+def test_finetune_writes_a_complete_run_folder(method, cwd, text, capsys):
     out = finetune(capsys, "--method", method, "--data", text)
     folder = cwd / "runs" / f"{method}-1"
     made = "model" if method == "full" else "adapter"
@@ -77,7 +77,7 @@ def test_finetune_leaves_a_whole_run_folder(method, cwd, text, capsys):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_run_twice_gives_the_same_files(cwd, text, capsys):
+def test_equal_runs_write_equal_files(cwd, text, capsys):
     for out in ("a", "b"):
         finetune(capsys, "--data", text, "--out", out, "--threads", "2")
     for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl", "samples.txt"):
@@ -86,7 +86,7 @@ def test_the_same_run_twice_gives_the_same_files(cwd, text, capsys):
     assert (cwd / "a" / "metrics.jsonl").read_bytes() != (cwd / "c" / "metrics.jsonl").read_bytes()
 
 
-def test_generate_merge_and_info_work_on_what_finetune_wrote(cwd, text, capsys):
+def test_generate_merge_and_info_on_a_run_folder(cwd, text, capsys):
     finetune(capsys, "--data", text, "--out", "run", "--r", "2", "--target-modules", "c_attn,c_fc", "--lr", "0.05")
     status, out, _ = run(capsys, "info", "run")
     assert status == 0
@@ -117,7 +117,7 @@ def test_generate_merge_and_info_work_on_what_finetune_wrote(cwd, text, capsys):
         (["--init", "loftq"], "LoRA (loftq) r=8"),
     ],
 )
-def test_methods_of_the_family(flags, method, cwd, text, capsys):
+def test_lora_variants(flags, method, cwd, text, capsys):
     out = finetune(capsys, "--data", text, "--out", "run", "--lr", "0.003", *flags)
     assert method in out
     results = json.loads((cwd / "run" / "run.json").read_text())["results"]
@@ -132,7 +132,7 @@ def test_methods_of_the_family(flags, method, cwd, text, capsys):
     assert json.loads(losses[1])["loss"] == pytest.approx(json.loads(losses[0])["loss"], rel=1e-5)
 
 
-def test_other_adapters_are_known_to_generate_merge_and_info(cwd, text, capsys):
+def test_generate_merge_and_info_on_other_adapters(cwd, text, capsys):
     finetune(capsys, "--data", text, "--out", "norms", "--method", "layer-norm", "--lr", "0.05")
     finetune(capsys, "--data", text, "--out", "necks", "--method", "bottleneck", "--reduction-factor", "32", "--lr", "0.05")
     assert "adapter     layer norms: 2,304 parameters, 0.3% of the model" in run(capsys, "info", "norms")[1]
@@ -152,7 +152,7 @@ def test_other_adapters_are_known_to_generate_merge_and_info(cwd, text, capsys):
     assert not (cwd / "no").exists()
 
 
-def test_generate_and_info_know_the_bundled_model_and_full_runs(cwd, text, capsys):
+def test_generate_and_info_on_the_bundled_model_and_full_runs(cwd, text, capsys):
     assert "858,880: 3.4 MB in float32" in run(capsys, "info")[1]
     finetune(capsys, "--data", text, "--out", "full", "--method", "full")
     assert run(capsys, "generate", "full", "--bytes", "5", "--backend", "numpy")[0] == 0
@@ -161,7 +161,7 @@ def test_generate_and_info_know_the_bundled_model_and_full_runs(cwd, text, capsy
     assert "has no adapter to merge" in err
 
 
-def test_gradcheck_prints_a_table_and_fails_when_a_gradient_is_wrong(capsys, monkeypatch):
+def test_gradcheck_prints_a_table_and_fails_on_a_wrong_gradient(capsys, monkeypatch):
     monkeypatch.setattr(
         "minilora.checking.catalogue.catalogue", lambda: [("Linear", ml.Linear(3, 2, rng=0, dtype="float64"), np.ones((4, 3)), {})]
     )
@@ -169,7 +169,7 @@ def test_gradcheck_prints_a_table_and_fails_when_a_gradient_is_wrong(capsys, mon
     assert status == 0
     assert "Linear" in out
     assert "all 1 agree" in out
-    monkeypatch.setattr("minilora.functional.linear_backward", lambda dy, x, W, need: (dy @ W.T, 2 * x.T @ dy, dy.sum(axis=0)))
+    monkeypatch.setattr("minilora.kernels.linear_backward", lambda dy, saved, x, W, need: (dy @ W.T, 2 * x.T @ dy, dy.sum(axis=0)))
     status, out, err = run(capsys, "gradcheck", "--backend", "numpy")
     assert status == 1
     assert "is 2 times the true gradient" in out
@@ -180,11 +180,11 @@ def poison(path):
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(path / "model.safetensors")
-    tensors["transformer.wpe.weight"][0] = 3e38  # finite, but its square is not
+    tensors["transformer.wpe.weight"][0] = 3e38  # finite, but its square overflows
     save_file({k: v.astype(np.float32) for k, v in tensors.items()}, path / "model.safetensors")
 
 
-def test_a_diverged_run_says_where_and_keeps_what_was_good(cwd, text, capsys):
+def test_a_diverged_run_reports_the_step_and_keeps_the_last_good_state(cwd, text, capsys):
     status, _, err = run(capsys, "finetune", *QUICK, "--data", text, "--lr", "1e30", "--out", "run", "--method", "full", "--clip", "1e30")
     assert status == 1
     assert "is not finite at step" in err
@@ -199,7 +199,7 @@ def bad(name):
     return lambda d: ["finetune", *QUICK, "--out", "new", *name]
 
 
-def in_use(d):
+def folder_in_use(d):
     (d / "used").mkdir()
     (d / "used" / "thesis.txt").write_text("years of work")
     return ["finetune", *QUICK, "--out", "used"]
@@ -233,7 +233,7 @@ def broken_adapter(d):
 def adapter_of_another_model(d):
     model = ml.GPT2(ml.GPT2Config(vocab_size=256, n_positions=8, n_embd=6, n_layer=1, n_head=1), rng=0)
     ml.inject(model, ml.LoraConfig(r=2))
-    model.origin = Origin("pydoc")  # which it is not
+    model.origin = Origin("pydoc")  # a wrong base
     ml.save_adapter(model, d / "adapter")
     return ["merge", "adapter", "--out", "merged"]
 
@@ -263,14 +263,14 @@ BAD = {
     "threads": (bad(["--threads", "-1"]), "threads must be at least 0"),
     "rate": (bad(["--lr", "nan"]), "lr must be a number of at least 0"),
     "no such model": (bad(["--model", "gpt5"]), "there is no model at gpt5"),
-    "used run folder": (in_use, "used is in use"),
+    "used run folder": (folder_in_use, "used is in use"),
     "a file as run folder": (a_file_as_run_folder, "file is in use"),
     "unwritable": (bad(["--out", "/proc/run"]), "/proc/run"),
     "truncated adapter": (broken_adapter, "not a readable safetensors file"),
     "adapter of another model": (adapter_of_another_model, "other weights"),
     "nothing to merge": (lambda d: ["merge", "pydoc", "--out", "m"], "pydoc has no adapter to merge"),
     "empty prompt": (lambda d: ["generate", "--prompt", "", "--backend", "numpy"], "the prompt is empty"),
-    "tokens below 0": (lambda d: ["generate", "--tokens", "-1", "--backend", "numpy"], "-1 tokens are to be written"),
+    "tokens below 0": (lambda d: ["generate", "--tokens", "-1", "--backend", "numpy"], "n is -1; it must be at least 0"),
     "prompt of a broken shell": (
         lambda d: ["generate", "--prompt", "a\udcff", "--backend", "numpy"],
         "unpaired surrogate at character 1",
@@ -282,7 +282,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence_and_leaves_nothing_behind(case, cwd, capsys):
+def test_bad_input_is_one_sentence_and_writes_nothing(case, cwd, capsys):
     make, message = BAD[case]
     argv = make(cwd)
     before = {p: p.read_bytes() for p in cwd.rglob("*") if p.is_file()}
@@ -296,7 +296,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(case, cwd, capsys):
     assert not (cwd / "new").exists()
 
 
-def test_an_adapter_that_never_moved_is_pointed_out(cwd, capsys):
+def test_an_untrained_adapter_is_reported(cwd, capsys):
     model = ml.load_model("pydoc", "numpy")
     ml.inject(model, ml.LoraConfig(r=2))
     ml.save_adapter(model, cwd / "adapter")
@@ -305,7 +305,7 @@ def test_an_adapter_that_never_moved_is_pointed_out(cwd, capsys):
     assert "16 adapters are still zero" in err
 
 
-def test_the_command_and_the_module_are_the_same_and_unknown_verbs_are_refused():
+def test_command_and_module_are_equal_and_unknown_verbs_are_refused():
     for command in ([sys.executable, "-m", "minilora"], [os.path.join(os.path.dirname(sys.executable), "minilora")]):
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
         assert done.stdout == f"minilora {ml.__version__}\n"
@@ -314,7 +314,7 @@ def test_the_command_and_the_module_are_the_same_and_unknown_verbs_are_refused()
     assert "Traceback" not in done.stderr
 
 
-def test_the_standard_librarys_source_is_there_and_its_halves_are_apart():
+def test_the_halves_of_the_standard_library_source_do_not_overlap():
     train, held_out = stdlib_source(held_out=False), stdlib_source(held_out=True)
     assert len(train) > 1_500_000
     assert len(held_out) > 66_000
@@ -329,8 +329,8 @@ def test_bytes_and_text():
     assert tokenizer.decode([104, 105, 0xE2]) == "hi\ufffd"
 
 
-def test_every_verb_has_its_help_and_a_wrong_flag_its_line(capsys):
-    """Each flag once, none of them turned into a word without dashes, and no traceback."""
+def test_every_verb_has_help_and_a_wrong_flag_one_line(capsys):
+    """Each flag once, each with its dashes, and no traceback."""
     words = {"compare": ["first", "second"], **{key: ["model"] for key in ("evaluate", "generate", "merge", "extract", "info")}}
     for name, p in make_parser()[1].items():
         assert [action.dest for action in p._actions if not action.option_strings] == words.get(name, [])

@@ -1,4 +1,4 @@
-"""The command line on published kinds of models, in small: a BERT and a Llama with tokenizers, records, chats, settings files."""
+"""The command line on published kinds of models at small scale: a BERT and a Llama with tokenizers, records, chats, settings files."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ FILMS = [
 
 @pytest.fixture
 def run(capsys):
-    """`run(*argv)` is what a verb prints on standard output; `run(*argv, json=True)` the one JSON object that it may print there."""
+    """`run(*argv)` returns the standard output of a verb; `run(*argv, json=True)` the one JSON object that it prints."""
 
     def run(*argv, json=False):
         status = main([str(word) for word in argv] + ["--json"] * json)
@@ -65,7 +65,7 @@ def write_films(folder):
 # ---- classification ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_classifier_from_its_data_to_a_folder_of_its_own(bert, cwd, run):
+def test_a_classifier_from_data_to_a_merged_folder(bert, cwd, run):
     films = write_films(cwd / "films")
     result = run("finetune", *QUICK, "--model", "bert", "--data", "films", "--task", "classify", "--out", "run", json=True)
     assert result["headline"] == "accuracy"
@@ -82,13 +82,13 @@ def test_a_classifier_from_its_data_to_a_folder_of_its_own(bert, cwd, run):
         assert result[name] == pytest.approx(result["run"], abs=1e-5), name
 
 
-def test_full_fine_tuning_keeps_the_names_of_the_classes(bert, cwd, run):
+def test_full_fine_tuning_keeps_class_names(bert, cwd, run):
     films = write_films(cwd / "films")
     run("finetune", *QUICK, "--model", "bert", "--data", films, "--task", "classify", "--method", "full", "--out", "run")
     assert read_json(cwd / "run" / "model" / "config.json")["id2label"] == {"0": "dish", "1": "none", "2": "tale"}
 
 
-def test_a_merged_classifier_loads_in_transformers_under_its_names(bert, cwd, run):
+def test_a_merged_classifier_loads_in_transformers(bert, cwd, run):
     torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
     transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
     run("finetune", *QUICK, "--model", "bert", "--data", write_films(cwd / "films"), "--task", "classify", "--lr", 0.1, "--out", "run")
@@ -103,7 +103,7 @@ def test_a_merged_classifier_loads_in_transformers_under_its_names(bert, cwd, ru
     np.testing.assert_allclose(open_model("run", "numpy").forward(np.array(ids), keep=False)[0], expected, atol=1e-5)
 
 
-def test_a_run_works_from_anywhere_and_says_when_its_base_is_gone(bert, cwd, run, capsys, monkeypatch):
+def test_a_run_works_from_any_folder_and_reports_a_missing_base(bert, cwd, run, capsys, monkeypatch):
     films = write_films(cwd / "films")
     run("finetune", *QUICK, "--model", "bert", "--data", "films", "--task", "classify", "--out", "run")
     (cwd / "elsewhere").mkdir()
@@ -120,7 +120,7 @@ def test_a_run_works_from_anywhere_and_says_when_its_base_is_gone(bert, cwd, run
 CHATS = [{"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": answer}]} for answer in ("sat", "is", "of")]
 
 
-def test_chats_from_a_csv_or_a_folder_to_an_answer(llama, cwd, run):
+def test_chats_from_csv_or_folder_to_a_generated_answer(llama, cwd, run):
     write_jsonl(cwd / "chats.jsonl", CHATS * 4)
     (cwd / "pairs.csv").write_text('completion,prompt\n" mat",the cat sat on the\n"Paris",the capital is\n')
     learn = [*QUICK, "--window", 64, "--model", "llama", "--lr", 0.05, "--r", 2]
@@ -138,7 +138,7 @@ def test_chats_from_a_csv_or_a_folder_to_an_answer(llama, cwd, run):
     assert {"loss", "tokens", "perplexity"} < losses[0].keys()
 
 
-def test_a_template_that_tries_to_leave_its_sandbox_trains_and_writes_nothing(llama, cwd, capsys):
+def test_a_template_that_leaves_the_sandbox_writes_nothing(llama, cwd, capsys):
     (llama / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     write_jsonl(cwd / "chats.jsonl", CHATS)
     for argv in (["finetune", "--model", "llama", "--data", "chats.jsonl", "--out", "new"], ["generate", "llama", "--chat"]):
@@ -147,7 +147,7 @@ def test_a_template_that_tries_to_leave_its_sandbox_trains_and_writes_nothing(ll
     assert not (cwd / "new").exists()
 
 
-def test_plain_text_moves_a_published_model_at_the_rate_for_published_models():
+def test_plain_text_uses_the_learning_rate_of_published_models():
     """The rates of the bundled model, 0.8 M parameters, are far too high for others."""
     rates = {}
     for model, task in (("pydoc", "lm"), ("llama", "lm")):
@@ -158,7 +158,7 @@ def test_plain_text_moves_a_published_model_at_the_rate_for_published_models():
 # ---- settings ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_flags_win_over_the_settings_file_which_may_use_any_name_of_a_flag(bert, cwd, run):
+def test_flags_override_settings_files(bert, cwd, run):
     write_films(cwd / "films")
     (cwd / "a.toml").write_text(
         'model = "bert"\ndata = "films"\ntask = "classify"\nthreads = 1\nsteps = 2\nwarmup = 0\nrank = 2\nalpha = 3\nlr = 1\n'
@@ -186,7 +186,7 @@ def test_bad_settings(text, message, cwd, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_verbs_without_a_model_of_their_own_print_one_object_too(run, cwd, monkeypatch):
+def test_verbs_without_a_model_print_one_object(run, cwd, monkeypatch):
     layer = ("Linear", ml.Linear(3, 2, rng=0, dtype="float64"), np.ones((4, 3)), {})
     monkeypatch.setattr("minilora.checking.catalogue.catalogue", lambda: [layer])
     assert run("gradcheck", "--backend", "numpy", json=True)["checked"] == 1
@@ -194,7 +194,7 @@ def test_verbs_without_a_model_of_their_own_print_one_object_too(run, cwd, monke
     assert run("generate", "--tokens", 2, "--backend", "numpy", json=True)["tokens"] == 2
 
 
-# ---- what does not go together -------------------------------------------------------------------------------------------------------
+# ---- inconsistent input --------------------------------------------------------------------------------------------------------------
 
 
 def other_adapter(cwd):
@@ -246,7 +246,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_does_not_go_together_is_one_sentence_and_leaves_nothing_behind(case, bert, llama, cwd, capsys, monkeypatch):
+def test_inconsistent_input_is_one_sentence_and_writes_nothing(case, bert, llama, cwd, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     write_films(cwd / "films")
     argv, message = BAD[case]

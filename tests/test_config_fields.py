@@ -28,7 +28,7 @@ SMALL["llama"] = SMALL["qwen2"] = {**SMALL["bert"], "hidden_size": 8, "num_key_v
 IDS = np.array([3, 1, 4, 1, 5, 9])
 
 
-# -- live: what transformers has -------------------------------------------------------------------------------------------------
+# -- live: the fields of transformers --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +37,8 @@ def transformers():
     return pytest.importorskip("transformers", reason="the live comparison needs transformers: pip install 'minilora[oracle]'")
 
 
-def theirs(transformers, kind, **changes):
-    """Their configuration class, filled."""
+def filled_config(transformers, kind, **changes):
+    """A filled configuration of transformers."""
     import warnings
 
     name = {"gpt2": "GPT2", "bert": "Bert", "llama": "Llama", "qwen2": "Qwen2"}[kind] + "Config"
@@ -49,15 +49,15 @@ def theirs(transformers, kind, **changes):
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_field_of_transformers_is_known(kind, transformers, capsys):
-    """Those of the class, inherited ones, other names, and those of generation: at their defaults they do nothing and say nothing."""
-    config = theirs(transformers, kind)
+    """Fields of the class, inherited fields, aliases, and those of generation: at their defaults they change nothing silently."""
+    config = filled_config(transformers, kind)
     raw = json.loads(config.to_json_string(use_diff=False))
     raw |= {alias: raw[name] for alias, name in config.attribute_map.items()}
     for name in transformers.GenerationConfig._get_default_generation_params():
         raw.setdefault(name, None)
     raw |= {field.name: getattr(config, field.name) for field in fields(config) if field.name not in raw}
     assert len(raw) > 50
-    capsys.readouterr()  # what transformers itself had to say
+    capsys.readouterr()  # output of transformers
     made = CLASSES[kind].from_json(raw, "config.json")
     assert capsys.readouterr() == ("", "")
     for name, value in SMALL[kind].items():
@@ -66,33 +66,33 @@ def test_every_field_of_transformers_is_known(kind, transformers, capsys):
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_defaults_are_those_of_the_architecture(kind, transformers):
-    """An empty config.json is transformers' default model, in all that is honoured."""
+    """An empty config.json gives transformers' default model, in all honoured fields."""
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = type(theirs(transformers, kind))()
+        config = type(filled_config(transformers, kind))()
     made = CLASSES[kind].from_json({"model_type": kind}, "config.json")
     for field in fields(made):
         if field.name not in ("dropout", "pooling", "id2label", "rope_theta") and hasattr(config, field.name):
             assert getattr(made, field.name) == getattr(config, field.name), field.name
 
 
-def other(value):
-    """Another value of the same type; None where there is none to think of."""
+def other_value(value):
+    """Another value of the same type, or None."""
     return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else 0.5 if isinstance(value, float) else None
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_what_is_called_neutral_is_neutral_in_transformers(kind, transformers):
-    """Every neutral field of theirs, at another value: the same logits, from the same weights."""
+def test_neutral_fields_are_neutral_in_transformers(kind, transformers):
+    """Every neutral field of transformers at another value gives the same logits from the same weights."""
     import torch
 
     classes = {"gpt2": "GPT2LMHeadModel", "bert": "BertForSequenceClassification", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
     def logits(weights, **changes):
         torch.manual_seed(0)
-        model = getattr(transformers, classes[kind])(theirs(transformers, kind, **changes)).eval()
+        model = getattr(transformers, classes[kind])(filled_config(transformers, kind, **changes)).eval()
         model.load_state_dict(weights or model.state_dict())
         with torch.no_grad():
             return model.state_dict(), model(torch.tensor(IDS[None]), return_dict=True).logits.numpy()
@@ -101,14 +101,14 @@ def test_what_is_called_neutral_is_neutral_in_transformers(kind, transformers):
     neutral = set(" ".join(NEUTRAL.values()).split()) | {"pretraining_tp", "max_window_layers", "reorder_and_upcast_attn"}
     ours = {field.name for field in fields(CLASSES[kind])}
     tried = 0
-    for name, value in theirs(transformers, kind).to_dict().items():
-        if name in neutral - ours - {"return_dict"} and other(value) is not None:  # without return_dict their own models fail
-            np.testing.assert_allclose(logits(weights, **{name: other(value)})[1], usual, atol=1e-6, err_msg=name)
+    for name, value in filled_config(transformers, kind).to_dict().items():
+        if name in neutral - ours - {"return_dict"} and other_value(value) is not None:  # without return_dict, transformers' models fail
+            np.testing.assert_allclose(logits(weights, **{name: other_value(value)})[1], usual, atol=1e-6, err_msg=name)
             tried += 1
     assert tried >= 5
 
 
-# -- what published files say -----------------------------------------------------------------------------------------------------
+# -- published files --------------------------------------------------------------------------------------------------------------
 
 PUBLISHED = {
     "gpt2": """activation_function=gelu_new architectures attn_pdrop=0.1 bos_token_id=50256 embd_pdrop=0.1 eos_token_id=50256
@@ -150,7 +150,7 @@ def parsed(text):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_what_published_files_say_is_taken_without_a_word(name, capsys):
+def test_published_files_are_accepted_silently(name, capsys):
     raw = parsed(PUBLISHED[name])
     CLASSES[raw["model_type"]].from_json(raw, "config.json")
     assert capsys.readouterr() == ("", "")
@@ -176,12 +176,12 @@ def test_an_unknown_field_is_named_in_one_line(capsys):
         ("llama", {"rope_interleaved": True}, "rope_interleaved True"),
     ],
 )
-def test_what_would_change_the_result_is_refused(kind, change, message):
+def test_fields_that_would_change_the_result_are_refused(kind, change, message):
     with pytest.raises(ValueError, match=f"here.json.*{message}"):
         CLASSES[kind].from_json({"model_type": kind, **change}, "here.json")
 
 
-def test_gpt2_has_transformers_other_names(tmp_path):
+def test_gpt2_accepts_the_aliases_of_transformers(tmp_path):
     folder = oracle.write_checkpoint("gpt2", tmp_path / "m")
     ids, _, offsets = oracle.batch("gpt2")
     expected = ml.load_model(folder, "numpy").forward(ids, keep=False, offsets=offsets)[0]
@@ -207,16 +207,16 @@ def folder_of(kind, folder):
 
 
 def is_refused(load, folder, what):
-    """Is it refused, in one line that names the file? Otherwise the logits have to be finite."""
+    """Whether loading fails with one line that names the file; otherwise the logits must be finite."""
     try:
         model = load()
     except ValueError as error:
-        said = str(error)
+        error_text = str(error)
     else:
         assert np.isfinite(model.forward(IDS[:4] % 5, keep=False)[0]).all(), what
         return False
-    assert str(folder) in said, what
-    assert "\n" not in said, what
+    assert str(folder) in error_text, what
+    assert "\n" not in error_text, what
     return True
 
 
@@ -252,14 +252,14 @@ def test_any_value_of_any_field_of_an_adapter_is_refused_or_runs(what, tmp_path)
     for name in sorted(raw.keys() | extra):
         for value in VALUES:
             if (name, value) in (("lora_alpha", 1e30), ("lora_alpha", 10**30)):
-                continue  # they mean what they say
+                continue  # these values are valid
             (tmp_path / "adapter_config.json").write_text(json.dumps({**raw, name: value}))
             model = ml.GPT2(small, rng=0)
             refused += is_refused(lambda model=model: (ml.load_adapter(model, tmp_path), model)[1], tmp_path, (name, value))
     assert refused > 50
 
 
-def test_no_alpha_is_an_error(tmp_path):
+def test_a_missing_alpha_is_an_error(tmp_path):
     model = ml.GPT2(ml.GPT2Config(**SMALL["gpt2"]), rng=0)
     ml.inject(model, ml.LoraConfig(r=2), rng=0)
     ml.save_adapter(model, tmp_path)
@@ -269,7 +269,7 @@ def test_no_alpha_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["n_layer", "n_embd", "n_inner", "vocab_size", "n_head"])
-def test_sizes_beyond_the_file_are_refused_before_anything_is_built(name, tmp_path):
+def test_sizes_beyond_the_file_are_refused_before_building(name, tmp_path):
     folder = oracle.write_checkpoint("gpt2", tmp_path / "m")
     size = make_models.CONFIGS["gpt2"]["n_head"] * 10**8
     write_json(folder / "config.json", {**read_json(folder / "config.json"), name: size})
@@ -284,7 +284,7 @@ def test_sizes_beyond_the_file_are_refused_before_anything_is_built(name, tmp_pa
     [b'{"a": ' + b"1" * 4301 + b"}", b"[" * 10**5 + b"]" * 10**5, b'"\xff"', b"\xef\xbb\xbf{}", b"", b"3"],
     ids=["digits", "nested", "not UTF-8", "with a mark", "empty", "a number"],
 )
-def test_what_is_no_json_is_refused_by_name(content, tmp_path):
+def test_invalid_json_is_refused_by_name(content, tmp_path):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.json (is not valid JSON|must hold a JSON object)") as caught:
         read_json(tmp_path / "x.json")

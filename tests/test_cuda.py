@@ -1,13 +1,13 @@
-"""The CUDA sources: compiled where there is a compiler, run on the CPU with real threads, equal to the pairs they stand for."""
+"""The CUDA sources: compiled if there is a compiler, run on the CPU with real threads, equal to the reference implementations."""
 
 import re
 import shutil
 import subprocess
 
+import fakecupy
 import numpy as np
 import pytest
-import standin
-from standin import cuda as emulator
+from fakecupy import cuda as emulator
 
 import minilora as ml
 from minilora import functional as F
@@ -21,10 +21,11 @@ from minilora.kernels.cuda import losses as losses_module
 FILES = {"activations": 4, "adamw": 1, "dropout": 1, "elementwise": 4, "flash": 3, "norm": 2, "rotary": 1, "softmax": 3}
 VARIANTS = [(file, dtype, ()) for file in FILES for dtype in cuda.REAL if file != "flash"]
 VARIANTS += [("flash", dtype, (f"-DD={d}",)) for dtype in cuda.REAL if dtype != "float64" for d in flash.HEADS]
-needs_gpp = pytest.mark.skipif(emulator.COMPILER is None, reason="the fake CuPy runs CUDA sources through g++, which is not installed")
+off = emulator.COMPILER is None or not cuda.ENABLED
+needs_gpp = pytest.mark.skipif(off, reason="CUDA sources run through g++ here, and not with MINILORA_KERNELS=plain")
 
 
-def test_every_source_is_here_and_its_kernels_are_used():
+def test_every_source_is_listed_and_its_kernels_are_used():
     folder = cuda._HERE
     assert {path.stem for path in folder.glob("*.cu")} == set(FILES)
     python = "".join(path.read_text() for path in folder.parent.rglob("*.py"))
@@ -62,13 +63,13 @@ def test_the_sources_compile_for_a_gpu(file, dtype, options, tmp_path):
 
 @pytest.fixture(params=[1, 4, 32, 64])
 def threads(request, monkeypatch, fake_cupy):
-    """So many real threads a block."""
+    """Run blocks with this number of real threads."""
     monkeypatch.setattr(emulator, "THREADS", request.param)
     return request.param
 
 
 def device(*shape, dtype="float64", seed=0):
-    return standin.module.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+    return fakecupy.module.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
 
 
 def close(a, b, tolerance=1e-12):
@@ -91,7 +92,7 @@ def test_rows_are_summed_by_many_threads(threads):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("offsets", [[0, 7, 14, 21], [0, 3, 12, 21]])
 def test_attention(threads, causal, offsets, monkeypatch):
-    monkeypatch.setattr(grouped, "KEPT", 8)  # of some sequences the probabilities are kept, of others computed again
+    monkeypatch.setattr(grouped, "KEPT", 8)  # probabilities of some sequences are kept, others are recomputed
     q, k, v, do = device(21, 24), device(21, 12, seed=1), device(21, 12, seed=2), device(21, 24, seed=3)
     for rows in (None, np.array([2, 6, 9, 20])):
         q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
@@ -100,7 +101,7 @@ def test_attention(threads, causal, offsets, monkeypatch):
         close(o, expected)
         got = K.attention_backward(do_, q_, k, v, saved, 6, offsets, 3, rows=rows)
         pair = F.attention_backward(do_, q_, k, v, P, 6, offsets, 3, rows=rows)
-        if rows is None:  # the pair leaves dk and dv of a sequence without a query unset
+        if rows is None:  # the reference leaves dk and dv of a sequence without a query unset
             for a, b in zip(got, pair, strict=True):
                 close(a, b)
         else:
@@ -118,7 +119,7 @@ def test_the_loss_in_blocks_of_the_vocabulary(threads, monkeypatch):
 
 
 @needs_gpp
-def test_masks_are_those_of_numpy_to_the_bit(threads):
+def test_dropout_masks_match_numpy_bit_for_bit(threads):
     x = device(37, 11, dtype="float32")
     for p, key in ((0.1, 5), (0.5, 2**64 - 3), (0, 1)):
         np.testing.assert_array_equal(K.dropout(x, p, key)[0].get(), F.dropout(x.get(), p, key))
@@ -139,7 +140,7 @@ def test_adamw_in_one_launch(threads, kind, vectors):
             for i, (_, p) in enumerate(model.parameters()):
                 p.grad = None
                 p.add_grad(ml.to_backend(np.random.default_rng(7 * step + i).standard_normal(p.data.shape), backend_name(p.data)))
-        with standin.count() as counted:
+        with fakecupy.count() as counted:
             optimizers[0].step()
         assert counted.launches == 1
         optimizers[1].step()
@@ -148,7 +149,7 @@ def test_adamw_in_one_launch(threads, kind, vectors):
 
 
 @needs_gpp
-def test_a_wrong_argument_is_refused_by_the_stand_in(fake_cupy):
+def test_the_fake_cupy_refuses_wrong_arguments(fake_cupy):
     module = fake_cupy.RawModule(code=cuda.source_of("dropout"), options=("-DREAL=float",))
     launch = module.get_function("dropout")
     x = device(4, dtype="float32")
@@ -163,7 +164,7 @@ def test_a_wrong_argument_is_refused_by_the_stand_in(fake_cupy):
 
 
 @needs_gpp
-def test_without_the_sources_the_pairs_run_on_the_device(monkeypatch, fake_cupy):
+def test_without_the_sources_the_reference_runs_on_the_device(monkeypatch, fake_cupy):
     x, gamma = device(4, 6), device(6, seed=1)
     run = lambda: (K.gelu(x), K.rms_norm(x, gamma), K.dropout(x, 0.5, 3))  # noqa: E731
     with_them = run()
@@ -174,7 +175,7 @@ def test_without_the_sources_the_pairs_run_on_the_device(monkeypatch, fake_cupy)
 
 
 @needs_gpp
-def test_what_does_not_fit_goes_to_the_pair(fake_cupy):
+def test_unsupported_shapes_use_the_reference(fake_cupy):
     x, short, none = device(4, 8), device(4), device(0, 8)
     for call in (lambda: K.layer_norm(x, short, short), lambda: K.rms_norm(x, short), lambda: K.rotary(x, device(3, 2), device(3, 2))):
         with pytest.raises(ValueError, match="shape"):

@@ -32,7 +32,7 @@ def one(tmp_path, record, tokenizer=BPE, max_length=400, **options):
     return example
 
 
-def learnt(example, tokenizer=BPE):
+def labelled(example, tokenizer=BPE):
     return tokenizer.decode(example.labels[example.labels != -100])
 
 
@@ -40,29 +40,29 @@ def texts(*words):
     return [{"text": word} for word in words]
 
 
-# ---- what is learnt ------------------------------------------------------------------------------------------------------------------
+# ---- labels --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_of_a_text_every_token_is_learnt_from_those_before(tmp_path):
+def test_every_token_of_a_text_has_a_label(tmp_path):
     example = one(tmp_path, {"text": "abcd", "source": "ignored"}, BYTES)
     assert example.ids.tolist() == [97, 98, 99]
     assert example.labels.tolist() == [98, 99, 100]
     assert not example.cut
 
 
-def test_of_a_prompt_and_completion_only_the_completion_and_its_end_are_learnt(tmp_path):
+def test_only_the_completion_and_its_end_have_labels(tmp_path):
     record = {"prompt": "the capital of France is", "completion": " Paris"}
     example = one(tmp_path, record)
     assert BPE.decode(example.ids) == "the capital of France is Paris"
-    assert learnt(example) == " Paris<|end|>"
+    assert labelled(example) == " Paris<|end|>"
     first = int(np.flatnonzero(example.labels != -100)[0])
-    assert BPE.decode(example.ids[: first + 1]) == record["prompt"]  # the row of the prompt's last token predicts the first of the answer
+    assert BPE.decode(example.ids[: first + 1]) == record["prompt"]  # the row of the last prompt token predicts the first answer token
     everything = one(tmp_path, record, mask_prompt=False)
-    assert learnt(everything) == "the capital of France is Paris<|end|>".removeprefix(BPE.decode(everything.ids[:1]))
-    assert learnt(one(tmp_path, {**record, "completion": " Paris<|end|>"})) == " Paris<|end|>"  # not twice
+    assert labelled(everything) == "the capital of France is Paris<|end|>".removeprefix(BPE.decode(everything.ids[:1]))
+    assert labelled(one(tmp_path, {**record, "completion": " Paris<|end|>"})) == " Paris<|end|>"  # only once
 
 
-def begun():
+def bpe_with_begin_token():
     """BPE with a begin token that its tokenizer.json adds."""
     import tokenizers
 
@@ -71,8 +71,8 @@ def begun():
     return HFTokenizer(library, bos_id=1, eos_id=0, chat_template=CHATML)
 
 
-@pytest.mark.parametrize("tokenizer", [BYTES, BPE, begun()], ids=["bytes", "bpe", "bos"])
-def test_a_prompt_is_read_as_generation_will_read_it(tokenizer, tmp_path_factory):
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE, bpe_with_begin_token()], ids=["bytes", "bpe", "bos"])
+def test_a_prompt_is_tokenized_as_in_generation(tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "one.jsonl"
     end = tokenizer.token(tokenizer.eos_id)
 
@@ -83,24 +83,24 @@ def test_a_prompt_is_read_as_generation_will_read_it(tokenizer, tmp_path_factory
         (example,) = load_examples(write_jsonl(path, [{"prompt": prompt, "completion": completion}]), "lm", tokenizer, 100)
         requested = tokenizer.encode(prompt)
         assert np.array_equal(example.ids[: len(requested)], requested)
-        whole = np.append(example.ids, example.labels[-1])
-        assert tokenizer.decode(whole) == tokenizer.decode(tokenizer.prefix) + prompt + completion + end
-        expected = np.where(np.arange(len(example.ids)) + 1 < len(requested), -100, whole[1:])
+        tokens = np.append(example.ids, example.labels[-1])
+        assert tokenizer.decode(tokens) == tokenizer.decode(tokenizer.prefix) + prompt + completion + end
+        expected = np.where(np.arange(len(example.ids)) + 1 < len(requested), -100, tokens[1:])
         assert example.labels.tolist() == expected.tolist()
 
     check()
 
 
-def test_a_boundary_that_a_merge_would_cross():
+def test_no_merge_crosses_the_boundary():
     ids, n = encode_pair(BPE, "the capital is ", "Paris")
     assert ids.tolist() == [*BPE.encode("the capital is "), *BPE.encode("Paris")]
     assert len(BPE.encode("the capital is Paris")) < len(ids)
     assert n == len(BPE.encode("the capital is "))
 
 
-def test_of_messages_what_the_assistant_wrote_is_learnt(tmp_path):
+def test_messages_of_the_assistant_have_labels(tmp_path):
     example = one(tmp_path, {"messages": TALK}, chat_template=CHATML.replace("<|im_end|>", "<|end|>"))
-    assert learnt(example) == "Hello!<|end|>\nSo <b>long</b><|end|>"
+    assert labelled(example) == "Hello!<|end|>\nSo <b>long</b><|end|>"
     assert BPE.decode(example.ids).startswith("<|im_start|>user\nHi<|end|>\n<|im_start|>assistant\nHello!<|end|>\n<|im_start|>user")
     everything = one(tmp_path, {"messages": TALK}, mask_prompt=False)
     assert (everything.labels != -100).all()
@@ -108,7 +108,7 @@ def test_of_messages_what_the_assistant_wrote_is_learnt(tmp_path):
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
-def test_whatever_is_said_only_the_assistants_words_are_learnt(tokenizer, tmp_path_factory):
+def test_only_messages_of_the_assistant_have_labels(tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "one.jsonl"
 
     @given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text(max_size=6)), min_size=1, max_size=5))
@@ -117,21 +117,21 @@ def test_whatever_is_said_only_the_assistants_words_are_learnt(tokenizer, tmp_pa
             return
         messages = [{"role": role, "content": content} for role, content in turns]
         (example,) = load_examples(write_jsonl(path, [{"messages": messages}]), "lm", tokenizer, 2000, chat_template=CHATML)
-        end = "<|im_end|>\n"  # here no end token of the tokenizer's
-        assert learnt(example, tokenizer) == "".join(content + end for role, content in turns if role == "assistant")
+        end = "<|im_end|>\n"  # here without the end token of the tokenizer
+        assert labelled(example, tokenizer) == "".join(content + end for role, content in turns if role == "assistant")
 
     check()
 
 
-def test_messages_without_a_template_say_how_to_give_one(tmp_path):
+def test_messages_without_a_template_explain_how_to_pass_one(tmp_path):
     with pytest.raises(ValueError, match=r"one\.jsonl, line 1: this model has no chat template; put one into chat_template\.jinja"):
         one(tmp_path, {"messages": TALK}, BYTES)
 
 
-# ---- what is cut ---------------------------------------------------------------------------------------------------------------------
+# ---- truncation ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_long_text_loses_its_end(tmp_path):
+def test_a_long_text_is_truncated_at_its_end(tmp_path):
     example = one(tmp_path, {"text": "abcdefgh"}, BYTES, 4)
     assert (bytes(example.ids.tolist()), bytes(example.labels.tolist()), example.cut) == (b"abcd", b"bcde", True)
     assert not one(tmp_path, {"text": "abcde"}, BYTES, 4).cut
@@ -141,36 +141,36 @@ def test_a_long_text_loses_its_end(tmp_path):
     ("prompt", "completion", "ids", "cut"),
     [
         ("0123", "abcd", "0123abc", False),
-        ("0123456789", "abc", "3456789ab", True),  # of the prompt the end
-        ("0123", "abcdefghijklmn", "0123abcde", True),  # of the completion the beginning
-        ("0123456789", "abcdefghijklmn", "56789abcd", True),  # half and half
+        ("0123456789", "abc", "3456789ab", True),  # the end of the prompt
+        ("0123", "abcdefghijklmn", "0123abcde", True),  # the beginning of the completion
+        ("0123456789", "abcdefghijklmn", "56789abcd", True),  # half of each
         ("", "abcdefghijklmn", "abcdefghi", True),
     ],
 )
-def test_of_a_long_prompt_and_completion_the_middle_is_kept(prompt, completion, ids, cut, tmp_path):
+def test_a_long_prompt_and_completion_keep_the_middle(prompt, completion, ids, cut, tmp_path):
     example = one(tmp_path, {"prompt": prompt, "completion": completion}, BYTES, 9)
     assert bytes(example.ids.tolist()).decode() == ids
     assert example.cut == cut
     letters = "".join(c for c in ids if c.isalpha())
-    assert learnt(example, BYTES) == completion[: len(letters) + 1][0 if prompt else 1 :]
+    assert labelled(example, BYTES) == completion[: len(letters) + 1][0 if prompt else 1 :]
 
 
-def test_the_begin_token_survives_the_cut(tmp_path):
-    tokenizer = begun()
+def test_the_begin_token_survives_truncation(tmp_path):
+    tokenizer = bpe_with_begin_token()
     record = {"prompt": "the cat sat on the mat " * 9, "completion": "the cat " * 9}
     example = one(tmp_path, record, tokenizer, 10)
     assert example.ids[0] == 1
     assert len(example.ids) == 10
-    assert learnt(example).startswith("the")
-    assert 0 not in example.labels  # the end was cut off: it is not learnt in the middle
+    assert labelled(example).startswith("the")
+    assert 0 not in example.labels  # the end was cut off: no label in the middle
 
 
-def test_messages_of_which_no_answer_is_left_are_refused(tmp_path):
+def test_messages_without_a_remaining_answer_are_refused(tmp_path):
     with pytest.raises(ValueError, match="line 1: nothing to learn is left within 6 tokens"):
         one(tmp_path, {"messages": TALK}, max_length=6)
 
 
-def test_for_classification_a_cut_text_keeps_the_special_tokens_around_it(tmp_path):
+def test_a_truncated_text_keeps_its_special_tokens(tmp_path):
     tokenizer = HFTokenizer(library_wordpiece())
     file = write_jsonl(tmp_path / "one.jsonl", [{"text": "A man eating food.", "label": "b"}, {"text": "food", "label": "a"}])
     long, short = load_examples(file, "classify", tokenizer, 5, labels=["a", "b"])
@@ -200,7 +200,7 @@ def test_classes_are_the_sorted_labels_of_the_training_data(labels, names, tmp_p
     assert [e.labels.tolist() for e in same] == [e.labels.tolist() for e in data.train]
 
 
-def test_a_saved_model_brings_its_own_classes(tmp_path):
+def test_a_saved_model_keeps_its_classes(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", [{"text": "a b", "label": "y"}])
     data = load_dataset(tmp_path, "classify", BPE, 20, labels=["z", "y", "x"])
     assert (data.test[0].labels.tolist(), data.labels, data.train, data.valid) == ([1], ["z", "y", "x"], [], [])
@@ -211,17 +211,17 @@ def test_a_saved_model_brings_its_own_classes(tmp_path):
 # ---- files and splits ----------------------------------------------------------------------------------------------------------------
 
 
-def test_csv_by_its_header_with_quotes_commas_and_lines(tmp_path):
+def test_csv_with_quotes_commas_and_newlines(tmp_path):
     (tmp_path / "a.csv").write_bytes('\ufeffid,completion,prompt\n1,"b, ""c""\nd",a\n\n2,f,e\n'.encode())
     assert list(read_records(tmp_path / "a.csv")) == [
         (2, {"id": "1", "completion": 'b, "c"\nd', "prompt": "a"}),
         (5, {"id": "2", "completion": "f", "prompt": "e"}),
     ]
     examples = load_examples(tmp_path / "a.csv", "lm", BYTES, 20)
-    assert [learnt(e, BYTES) for e in examples] == ['b, "c"\nd', "f"]
+    assert [labelled(e, BYTES) for e in examples] == ['b, "c"\nd', "f"]
 
 
-def test_a_folder_gives_its_files_as_splits(tmp_path):
+def test_files_of_a_folder_are_splits(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", texts("aaa", "bbb"))
     write_jsonl(tmp_path / "valid.jsonl", texts("ccc"))
     (tmp_path / "test.csv").write_text("text\nddd\neee\n")
@@ -235,23 +235,23 @@ def test_a_folder_gives_its_files_as_splits(tmp_path):
 
 
 @pytest.mark.parametrize("as_folder", [False, True])
-def test_what_has_no_validation_data_is_split_the_same_way_each_time(as_folder, tmp_path):
+def test_data_without_a_validation_split_are_split_deterministically(as_folder, tmp_path):
     file = write_jsonl(tmp_path / "train.jsonl", texts(*(f"number {i % 50}" for i in range(100))))
     path = tmp_path if as_folder else file
     data = load_dataset(path, "lm", BYTES, 20)
-    kept, held = whole(data.train), whole(data.valid)
+    kept, held = full_texts(data.train), full_texts(data.valid)
     assert (len(kept), len(held)) == (90, 10)
-    assert not set(kept) & set(held)  # the second copy of a text is on the side of the first
-    assert whole(load_dataset(path, "lm", BYTES, 20).valid) == held
-    assert whole(load_dataset(path, "lm", BYTES, 20, seed=1).valid) != held
+    assert not set(kept) & set(held)  # copies of a text are in one split
+    assert full_texts(load_dataset(path, "lm", BYTES, 20).valid) == held
+    assert full_texts(load_dataset(path, "lm", BYTES, 20, seed=1).valid) != held
 
 
-def whole(examples):
+def full_texts(examples):
     """The texts of examples; the last token of each is only a label."""
     return [BYTES.decode([*e.ids, e.labels[-1]]) for e in examples]
 
 
-def test_a_class_may_fall_wholly_on_one_side_of_a_split(tmp_path):
+def test_a_class_may_be_in_one_split_only(tmp_path):
     records = [{"text": f"number {i}", "label": "rare" if i == 0 else i % 2} for i in range(12)]
     file = write_jsonl(tmp_path / "all.jsonl", records)
     for seed in range(12):
@@ -307,7 +307,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_used_is_told_with_its_file_and_line(case, tmp_path):
+def test_bad_records_are_reported_with_file_and_line(case, tmp_path):
     name, content, task, message = BAD[case]
     (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=message) as caught:
@@ -322,7 +322,7 @@ def test_a_label_that_training_has_not_seen_is_refused(tmp_path):
         load_dataset(tmp_path, "classify", BYTES, 20)
 
 
-def test_folders_that_are_no_datasets(tmp_path):
+def test_folders_without_a_dataset(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no records in .*: expected train\.jsonl"):
         load_dataset(tmp_path, "lm", BYTES, 20)
     with pytest.raises(FileNotFoundError, match="there is no file or folder"):
@@ -333,7 +333,7 @@ def test_folders_that_are_no_datasets(tmp_path):
         load_dataset(tmp_path, "lm", BYTES, 20)
 
 
-def test_sequences_that_are_measured_and_learnt_are_counted(tmp_path, capsys):
+def test_sequences_in_both_splits_are_counted(tmp_path, capsys):
     write_jsonl(tmp_path / "train.jsonl", [{"text": f"text {i}"} for i in range(9)])
     write_jsonl(tmp_path / "dev.jsonl", [{"text": "text 3"}, {"text": "text 8"}, {"text": "other"}])
     load_dataset(tmp_path, "lm", BYTES, 20)
@@ -356,7 +356,7 @@ def sequences(batch):
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 64), st.none() | st.integers(0, 5))
-def test_packed_batches_hold_every_example_once_and_no_more_than_the_limit(lengths, limit, seed):
+def test_packed_batches_hold_every_example_once_within_the_limit(lengths, limit, seed):
     rng = None if seed is None else np.random.default_rng(seed)
     batches = list(packed_batches(examples_of(lengths), limit, rng))
     assert sorted(s for batch in batches for s in sequences(batch)) == list(enumerate(lengths))
@@ -385,7 +385,7 @@ def test_epochs_differ_and_are_the_same_for_the_same_seed():
 
     first, second = epochs(0)
     assert sorted(s for batch in first for s in batch) == sorted(sequences(collate(examples)))
-    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}  # other company, not only another order
+    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}  # different batches, not only another order
     assert epochs(0) == (first, second)
     assert epochs(1)[0] != first
     with pytest.raises(ValueError, match="nothing to train on"):
@@ -393,7 +393,7 @@ def test_epochs_differ_and_are_the_same_for_the_same_seed():
 
 
 @given(st.integers(0, 30), st.integers(1, 9), st.booleans())
-def test_batches_of_a_number_hold_every_example_once(n, size, shuffled):
+def test_fixed_size_batches_hold_every_example_once(n, size, shuffled):
     examples = examples_of([1 + i % 3 for i in range(n)])
     batches = list(batches_of(examples, size, np.random.default_rng(0) if shuffled else None))
     seen = [s for batch in batches for s in sequences(batch)]
@@ -403,13 +403,13 @@ def test_batches_of_a_number_hold_every_example_once(n, size, shuffled):
         assert [i for i, _ in seen] == list(range(n))
 
 
-def test_batches_of_nothing_are_refused():
+def test_batches_without_examples_are_refused():
     for wrong in (lambda: batches_of(examples_of([1]), 0), lambda: packed_batches(examples_of([1]), 0)):
         with pytest.raises(ValueError, match="must be at least 1, got 0"):
             next(wrong())
 
 
-def test_hold_out_keeps_the_order_and_takes_at_least_one():
+def test_hold_out_keeps_the_order_and_at_least_one_example():
     examples = examples_of([3] * 5)
     train, held = hold_out(examples, "x.jsonl")
     assert len(held) == 1

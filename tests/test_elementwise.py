@@ -1,10 +1,10 @@
 """Sums, products, rows of a bias and casts by packs of 16 bytes: equal to the operator to the bit, whatever the length and the address."""
 
+import fakecupy
 import ml_dtypes
 import numpy as np
 import pytest
-import standin
-from standin import cuda as emulator
+from fakecupy import cuda as emulator
 
 import minilora as ml
 from minilora import kernels as K
@@ -39,9 +39,9 @@ def equal(result, expected):
 @pytest.mark.parametrize("first", [0, 1])
 def test_sums_and_products(n, first, dtype, gpu, threads):
     x, y = drawn(n, dtype, gpu, 0, first), drawn(n, dtype, gpu, 1)
-    with standin.count() as c:
+    with fakecupy.count() as c:
         z, p = K.add(x, y), multiply(x, y)
-    assert gpu is not standin.module or c.launches == (2 if n else 0)
+    assert gpu is not fakecupy.module or c.launches == (2 if n else 0)
     equal(z, x + y)
     equal(p, x * y)
 
@@ -65,9 +65,9 @@ def test_rows_of_a_bias(rows, n, dtype, gpu, threads):
 def test_two_matrices_are_cast_in_one_launch(dtype, gpu, threads):
     like = drawn(1, dtype, gpu)
     A, B = (drawn(n, cuda.real_of(like), gpu, n).reshape(-1, 3) for n in (9, 33))
-    with standin.count() as c:
+    with fakecupy.count() as c:
         a, b = cast_two(A, B, like)
-    assert gpu is not standin.module or c.launches == (dtype.itemsize == 2)
+    assert gpu is not fakecupy.module or c.launches == (dtype.itemsize == 2)
     for result, matrix in ((a, A), (b, B)):
         equal(result, matrix.astype(dtype))
     for result, matrix in zip(cast_two(A.T, B, like), (A.T, B), strict=True):

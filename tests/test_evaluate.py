@@ -1,4 +1,4 @@
-"""`evaluate` measures a run as the run was measured: the same data, split, window, mask and sample, and figures equal to the last digit."""
+"""`evaluate` measures a run as `finetune` did: the same data, split, window, mask and sample, and figures equal to the last digit."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def cwd(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(capsys):
-    """`run(*argv)` is the JSON object that a verb prints; `run.err` what it said on standard error."""
+    """`run(*argv)` is the JSON object that a verb prints; `run.err` its standard error."""
 
     def run(*argv, status=0):
         assert main([*map(str, argv), "--json"]) == status
@@ -85,7 +85,7 @@ def test_evaluate_equals_finetune_to_the_last_digit(what, method, seed, bert, ll
     result = run("finetune", *RUNS[what][0], *FAST, "--method", method, "--seed", seed, "--out", "run")
     assert run("evaluate", "run", "--backend", "numpy") == result["after"]
     assert "differs from the run" not in run.err
-    if "--data" in RUNS[what][0]:  # and so it does on a copy of the data, under another name
+    if "--data" in RUNS[what][0]:  # also on a copy of the data under another name
         data = RUNS[what][0][RUNS[what][0].index("--data") + 1]
         if "." in data:
             copy = "copy." + data.split(".")[1]
@@ -93,29 +93,29 @@ def test_evaluate_equals_finetune_to_the_last_digit(what, method, seed, bert, ll
             assert run("evaluate", "run", "--data", copy, "--backend", "numpy", "--threads", 1) == result["after"]
 
 
-def test_what_is_learnt_is_not_measured_unless_asked_for(bert, data, run):
+def test_training_data_are_evaluated_on_request_only(bert, data, run):
     result = run("finetune", *RUNS["classes"][0], *FAST, "--seed", 3, "--out", "run")["after"]
-    assert 3 <= result["sequences"] <= 20  # a tenth of the different texts, with their copies
+    assert 3 <= result["sequences"] <= 20  # a tenth of the distinct texts, with their copies
     everything = run("evaluate", "run", "--data", "films.jsonl", "--all")
     assert everything["sequences"] == 60
     assert "all of films.jsonl, of which the run may have learnt all but what it held out" in run.err
     assert run("evaluate", "run", "--split", "train")["sequences"] == 60 - result["sequences"]
     write_jsonl(bert.parent / "others.jsonl", texts(9, seed=5))
-    assert run("evaluate", "run", "--data", "others.jsonl")["sequences"] == 9  # data that it has never seen: all of them
+    assert run("evaluate", "run", "--data", "others.jsonl")["sequences"] == 9  # new data: all records
     run("finetune", *RUNS["classes, a folder"][0], *FAST, "--out", "run2")
     assert "the run was trained on all of films/train.jsonl" in run("evaluate", "run2", "--data", "films/train.jsonl", status=1)
     assert run("evaluate", "run2", "--data", "films/train.jsonl", "--all")["sequences"] == 40
     assert run("evaluate", "run2", "--data", "films/dev.jsonl") == run("evaluate", "run2", "--data", "films")
 
 
-def test_a_run_finds_its_data_from_anywhere(bert, data, run, monkeypatch):
+def test_a_run_finds_its_data_from_any_folder(bert, data, run, monkeypatch):
     result = run("finetune", *RUNS["classes"][0], *FAST, "--out", "run")
     (bert.parent / "elsewhere").mkdir()
     monkeypatch.chdir(bert.parent / "elsewhere")
     assert run("evaluate", "../run", "--backend", "numpy") == result["after"]
 
 
-def test_what_is_overridden_and_what_is_cut_is_said(bert, data, run, capsys):
+def test_overrides_and_truncations_are_reported(bert, data, run, capsys):
     run("finetune", *RUNS["classes"][0], *FAST, "--seed", 3, "--out", "run")
     longer = run("evaluate", "run", "--window", 11, "--seed", 4)
     assert "differs from the run: window 11 (the run had 7), seed 4 (the run had 3)" in run.err
@@ -130,8 +130,8 @@ def test_what_is_overridden_and_what_is_cut_is_said(bert, data, run, capsys):
     assert "is not a run, which would know its data; give --data" in run("evaluate", "bert", status=1)
 
 
-def test_another_window_or_mask_measures_the_records_that_were_held_out(bert, llama, data, run, monkeypatch):
-    """Cut at 4 tokens, many texts are equal and stay on one side; at 11 all differ, and a tenth of those would be other ones."""
+def test_another_window_or_mask_uses_the_same_held_out_records(bert, llama, data, run, monkeypatch):
+    """Truncated at 4 tokens, many texts are equal and stay in one split; at 11 all differ, and the tenth held out would be another one."""
     made, measured = datasets.example_maker, []
 
     @dataclass
@@ -143,8 +143,8 @@ def test_another_window_or_mask_measures_the_records_that_were_held_out(bert, ll
         return lambda file, line, record: Lined(**vars(make(file, line, record)), line=line)
 
     monkeypatch.setattr(datasets, "example_maker", spy)
-    whole = tasks._measured
-    monkeypatch.setattr(tasks, "_measured", lambda what, examples, *args: measured.append(examples) or whole(what, examples, *args))
+    original = tasks._measured
+    monkeypatch.setattr(tasks, "_measured", lambda what, examples, *args: measured.append(examples) or original(what, examples, *args))
     cases = {"classes": (4, ["--window", 11]), "pairs": (9, ["--window", 60]), "pairs, prompts too": (9, ["--mask-prompt", "--window", 20])}
     for n, (what, (window, other)) in enumerate(cases.items()):
         run("finetune", *RUNS[what][0], *FAST, "--window", window, "--seed", 1, "--out", f"run{n}")
@@ -153,7 +153,7 @@ def test_another_window_or_mask_measures_the_records_that_were_held_out(bert, ll
         assert held == again, what
 
 
-def test_data_that_have_changed_since_the_run_are_not_measured_as_held_out(bert, llama, data, run):
+def test_changed_data_are_not_treated_as_held_out(bert, llama, data, run):
     for n, (what, file) in enumerate([("classes", "films.jsonl"), ("text", "poem.txt")]):
         run("finetune", *RUNS[what][0], *FAST, "--out", f"run{n}")
         with open(file, "a") as f:
@@ -163,11 +163,11 @@ def test_data_that_have_changed_since_the_run_are_not_measured_as_held_out(bert,
         run("evaluate", f"run{n}", "--all")
         assert "all of " in run.err
         record = read_json(f"run{n}/run.json")
-        write_json(f"run{n}/run.json", {name: value for name, value in record.items() if name != "trained_on"})  # of an older version
+        write_json(f"run{n}/run.json", {name: value for name, value in record.items() if name != "trained_on"})  # an older version
         assert "is not as the run read it" in run("evaluate", f"run{n}", status=1)
 
 
-def test_sizes_that_are_given_hold_for_any_data(bert, llama, data, run):
+def test_explicit_sizes_apply_to_any_data(bert, llama, data, run):
     run("finetune", *RUNS["classes, few"][0], *FAST, "--out", "run")
     write_jsonl(bert.parent / "others.jsonl", texts(30, seed=5))
     assert run("evaluate", "run", "--data", "others.jsonl")["sequences"] == 30
@@ -178,19 +178,19 @@ def test_sizes_that_are_given_hold_for_any_data(bert, llama, data, run):
 
 
 @pytest.mark.parametrize("folder", ["model", "."])
-def test_the_settings_of_a_run_are_those_of_the_folder_that_a_model_lies_in(folder, bert, data, run, monkeypatch):
+def test_the_settings_of_a_run_come_from_the_folder_of_the_model(folder, bert, data, run, monkeypatch):
     result = run("finetune", *RUNS["classes"][0], *FAST, "--method", "full", "--out", "run")["after"]
     monkeypatch.chdir(bert.parent / "run" / ("model" if folder == "." else ""))
     assert run("evaluate", folder, "--backend", "numpy") == result
-    monkeypatch.chdir(bert.parent / "run")  # the bundled model is not of this run
+    monkeypatch.chdir(bert.parent / "run")  # the bundled model is not part of this run
     assert "bits_per_byte" in run("evaluate", "--data", "../poem.txt", "--window", 16)
 
 
 @pytest.mark.parametrize("record", [{}, {"configuration": []}, {"configuration": {"model": 3}}, {"labels": ["a", "b", "c", "d"]}])
-def test_a_damaged_run_json_ends_in_a_sentence_or_does_not_matter(record, bert, data, run):
+def test_a_damaged_run_json_is_reported_or_ignored(record, bert, data, run):
     result = run("finetune", *RUNS["classes"][0], *FAST, "--method", "full", "--out", "run")["after"]
     write_json("run/run.json", read_json("run/run.json") | record if "labels" in record else record)
-    if "labels" in record:  # the model has its own names: its head is not replaced
+    if "labels" in record:  # the model has its own class names: the head is not replaced
         assert run("evaluate", "run", "--backend", "numpy") == result
     else:
         assert run("extract", "run", "--out", "x", status=1)
@@ -202,11 +202,11 @@ def test_a_quantized_base_with_a_head_is_evaluated(bert, data, run):
     assert run("evaluate", "run", "--backend", "numpy") == result
 
 
-def test_run_json_holds_null_for_what_json_has_not(cwd, run):
+def test_run_json_holds_null_for_nan(cwd, run):
     model = ml.BertClassifier(ml.BertConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1), rng=0)
     ml.save_model(model, cwd / "scorer")
     library_wordpiece().save(str(cwd / "scorer" / "tokenizer.json"))
-    write_jsonl(cwd / "x.jsonl", [{"text": row["text"], "label": 0.5} for row in texts(9)])  # no correlation with what is constant
+    write_jsonl(cwd / "x.jsonl", [{"text": row["text"], "label": 0.5} for row in texts(9)])  # correlation with a constant is undefined
     how = ["--model", "scorer", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST]
     assert run("finetune", *how, "--out", "run")["after"]["pearson"] is None
     assert "NaN" not in (cwd / "run" / "run.json").read_text()
@@ -240,13 +240,13 @@ def test_epochs_read_every_text_and_take_the_steps_of_transformers(n, size, accu
     how = ["--batch-size", size, "--accumulate", accumulate, "--epochs", epochs, "--warmup", 0, "--backend", "numpy", "--no-cache"]
     run("finetune", "--model", "bert", "--data", "x", "--task", "classify", "--window", 9, *how, "--out", "run")
     steps = [json.loads(line) for line in (bert.parent / "run" / "metrics.jsonl").read_text().splitlines()]
-    each = math.ceil(math.ceil(n / size) / accumulate)  # transformers: ceil(batches of an epoch / accumulate), times the epochs, rounded up
+    each = math.ceil(math.ceil(n / size) / accumulate)  # transformers: ceil(batches per epoch / accumulate) times the epochs, rounded up
     assert len(steps) == math.ceil(epochs * each)
     per_text = len(library_wordpiece().encode("a man eating").ids)
     assert sum(step["tokens"] for step in steps[:each]) == n * per_text
 
 
-def test_a_setting_that_the_data_do_not_read_is_named(bert, llama, data, run):
+def test_a_setting_without_effect_on_the_data_is_named(bert, llama, data, run):
     run("finetune", *RUNS["classes"][0], *FAST, "--out", "run", "--eval-bytes", 100, "--mask-prompt")
     assert "--eval-bytes has no effect on texts with a class.\n--mask-prompt has no effect on texts with a class.\n" in run.err
     run("finetune", *RUNS["pairs"][0], *FAST, "--out", "run2", "--batch-size", 4)
@@ -267,7 +267,7 @@ def classifier(folder, names=None, n=3, **config):
 
 
 def test_a_published_head_keeps_the_order_of_its_classes(cwd, data, run):
-    """Data that are labelled by the model itself: its accuracy is 1 by construction, before a step and in every way of measuring."""
+    """The model itself labels the data: the accuracy is 1 by construction, before training and with every verb."""
     model = ml.load_model(classifier(cwd / "named", ["yes", "so", "no"]), "numpy")
     rows = texts(60)
     for row in rows:
@@ -296,12 +296,12 @@ def test_a_head_for_other_classes_is_replaced_on_request_only(cwd, run):
     assert "the head for good, bad, ugly is replaced by one for no, so, yes" in run.err
     assert read_json(cwd / "run" / "run.json")["labels"] == ["no", "so", "yes"]
     assert run("evaluate", "run", "--backend", "numpy") == result["after"]
-    write_jsonl(cwd / "two.jsonl", [row | {"label": i % 2} for i, row in enumerate(texts(30))])  # and for another number of them
+    write_jsonl(cwd / "two.jsonl", [row | {"label": i % 2} for i, row in enumerate(texts(30))])  # and for another number of classes
     result = run("finetune", "--model", "named", "--data", "two.jsonl", *tiny, "--out", "run2", "--new-head")
     assert run("evaluate", "run2", "--backend", "numpy") == result["after"]
 
 
-def test_a_head_that_names_no_classes_takes_those_of_the_data_and_says_so(cwd, run):
+def test_a_head_without_class_names_takes_those_of_the_data_and_reports_it(cwd, run):
     classifier(cwd / "plain", num_labels=3)
     write_jsonl(cwd / "x.jsonl", texts(30))
     result = run("finetune", "--model", "plain", "--data", "x.jsonl", "--task", "classify", "--window", 11, *FAST, "--out", "run")
@@ -310,7 +310,7 @@ def test_a_head_that_names_no_classes_takes_those_of_the_data_and_says_so(cwd, r
     assert "none of the classes: LABEL_0, LABEL_1, LABEL_2" in run("evaluate", "plain", "--data", "x.jsonl", status=1)
 
 
-def test_scores_are_learnt_by_a_model_of_one_output(cwd, run):
+def test_scores_are_predicted_by_a_model_with_one_output(cwd, run):
     model = ml.BertClassifier(ml.BertConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1), rng=0)
     ml.save_model(model, cwd / "scorer")
     library_wordpiece().save(str(cwd / "scorer" / "tokenizer.json"))
@@ -335,7 +335,7 @@ def test_the_seed_reaches_the_head(bert, data, cwd, run):
     assert np.abs(heads[0] - heads[1]).max() > 1e-3
 
 
-# ---- damaged runs, and runs that do not end well -------------------------------------------------------------------------------------
+# ---- damaged runs, and runs that fail ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -362,9 +362,9 @@ def test_a_damaged_run_json_is_named_with_its_field(change, message, bert, data,
 
 
 @pytest.mark.parametrize("rate", [1e10, 1e38])
-def test_a_run_never_ends_well_with_parameters_that_give_no_loss(rate, cwd, run):
+def test_a_run_with_a_non_finite_loss_fails(rate, cwd, run):
     err = run("finetune", "--steps", 1, "--warmup", 0, "--window", 24, "--eval-bytes", 200, "--lr", rate, "--out", "run", status=1)
     assert "not finite after the last update (step 1)" in err
-    record = json.loads((cwd / "run" / "run.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    record = json.loads((cwd / "run" / "run.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     assert record["results"] == {"stopped_after_step": 0}
     assert run("evaluate", "run", "--eval-bytes", 200)["loss"] < 3

@@ -1,4 +1,4 @@
-"""Every example runs as a user would start it, warnings being errors, and the figures it prints are what its text claims.
+"""Every example runs as a user would run it, with warnings as errors, and prints the figures that its text states.
 
 On NumPy each draws its picture. On the fake CuPy (or on a GPU, with `--backend cupy`) the same files run unchanged; the run on the
 fake CuPy has no matplotlib, so the line that replaces the picture is tested too.
@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fakecupy
 import pytest
-import standin
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -21,13 +21,13 @@ NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 def run(script: str, *args: str, cwd: Path, without: tuple[str, ...] = (), fake_cupy: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run examples/<script>.py in a process of its own, as if the modules in `without` were not installed."""
+    """Run examples/<script>.py in its own process, as if the modules in `without` were not installed."""
     path = str(EXAMPLES / f"{script}.py")
     command = [path, *args]
     if without or fake_cupy:
         lines = ["import runpy, sys", *(f"sys.modules[{name!r}] = None" for name in without)]
         if fake_cupy:
-            lines += [f"sys.path.insert(0, {str(ROOT / 'tests')!r})", "import standin", "sys.modules |= standin.modules"]
+            lines += [f"sys.path.insert(0, {str(ROOT / 'tests')!r})", "import fakecupy", "sys.modules |= fakecupy.modules"]
         lines += [f"sys.argv = {command!r}", f"runpy.run_path({path!r}, run_name='__main__')"]
         command = ["-c", "\n".join(lines)]
     one_thread = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -38,7 +38,7 @@ def run(script: str, *args: str, cwd: Path, without: tuple[str, ...] = (), fake_
 
 
 class Printed:
-    """What an example wrote; `row(label)` are the numbers in the one line that begins so, after the label."""
+    """The output of an example; `row(label)` returns the numbers after the label in the only line that begins with it."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -51,10 +51,10 @@ class Printed:
 
 @pytest.fixture
 def printed(backend, tmp_path):
-    """`printed("02_mlp_boundary", picture=True)`: run it on the backend under test, look at its streams and its picture."""
+    """`printed("02_mlp_boundary", picture=True)`: run it on the backend under test and check its streams and its picture."""
 
     def of(script: str, picture: bool = False) -> Printed:
-        fake = sys.modules.get("cupy") is standin.module
+        fake = sys.modules.get("cupy") is fakecupy.module
         if picture and not fake:
             pytest.importorskip("matplotlib")
         folder = tmp_path / "new" / "folder"
@@ -70,7 +70,7 @@ def printed(backend, tmp_path):
             assert str(folder / f"{script}.png") in done.stdout
             assert (folder / f"{script}.png").read_bytes().startswith(b"\x89PNG")
             assert (folder / f"{script}.png").stat().st_size > 10_000
-        assert len(list(tmp_path.rglob("*.*"))) == (picture and not fake)  # and nothing else was left behind
+        assert len(list(tmp_path.rglob("*.*"))) == (picture and not fake)  # and no other file was written
         return Printed(done.stdout)
 
     return of
@@ -78,16 +78,16 @@ def printed(backend, tmp_path):
 
 def test_01_dense_layer_by_hand(printed):
     out = printed("01_dense_layer_by_hand")
-    table = Printed(out.text.partition("three mistakes")[0])
+    table = Printed(out.text.partition("three common mistakes")[0])
     for name in ("dW", "db", "dx"):
         by_hand, by_difference, relative = table.row(name)
         assert by_hand != 0
         assert abs(by_hand - by_difference) < 1e-7 * abs(by_hand)
         assert relative < 1e-7
-    for mistake in ("dW without the 2 / N", "db from the first row only", "dx with T, the rows, in place of N = T n"):
+    for mistake in ("dW without the 2 / N", "db from the first row only", "dx divided by T instead of N = T n"):
         (relative,) = out.row(mistake)
         assert relative > 0.5, "the check does not see this mistake"
-    assert out.row("ml.Linear beside the lines above")[0] < 1e-14
+    assert out.row("ml.Linear against the lines above")[0] < 1e-14
     assert "Linear: ok" in out.text
 
 
@@ -102,25 +102,25 @@ def test_02_mlp_boundary(printed):
 
 def test_03_the_seeds_layer(printed):
     out = printed("03_the_seeds_layer", picture=True)
-    assert out.row("x @ (W + A @ B) beside x W + (x A) B")[0] < 1e-13
-    assert out.row("trained, of all parameters")[:2] == [20_000, 1_020_000]
+    assert out.row("x @ (W + A @ B) against x W + (x A) B       relative difference")[0] < 1e-13
+    assert out.row("trainable parameters")[:2] == [20_000, 1_020_000]
     lines = [line for line in out.text.splitlines() if line.startswith("  A")]
     (seed, zero_B, nothing), (seed_run, zero_run) = ([Printed(line) for line in part] for part in (lines[:3], lines[3:]))
     ratio, dA, dB = seed.row("A, B ~ N(0, 1)")
-    assert 50 < ratio < 66  # known answer 1: about 58
+    assert 50 < ratio < 66  # sqrt(r d) = 55.4
     assert dA > 1
     assert dB > 1
     ratio, dA, dB = zero_B.row("A Kaiming, B = 0")
     assert (ratio, dA) == (0, 0)
     assert dB > 0
     assert nothing.row("A = 0, B = 0") == [0, 0, 0]
-    (untouched,) = out.row("mean squared error on new data, the untouched W")
+    (frozen,) = out.row("mean squared error on new data, frozen W")
     _, first, last, _ = seed_run.row("A, B ~ N(0, 1)")
-    assert first > 1000 * untouched
-    assert last > 10 * untouched  # it never comes back to where it could have begun
+    assert first > 1000 * frozen
+    assert last > 10 * frozen  # training never undoes the initial perturbation
     _, first, last, training = zero_run.row("A Kaiming, B = 0")
-    assert first == untouched
-    assert last < 0.8 * untouched
+    assert first == frozen
+    assert last < 0.8 * frozen
     assert training < 1e-6
 
 
@@ -128,7 +128,7 @@ def test_04_planted_low_rank_shift(printed):
     out = printed("04_planted_low_rank_shift", picture=True)
     for rank in (1, 2, 3):
         reached, whitened, plain, excess = out.row(f"{rank}    ")
-        assert reached == pytest.approx(whitened, rel=2e-6)  # to the digits printed
+        assert reached == pytest.approx(whitened, rel=2e-6)  # to the printed digits
         assert abs(excess) < 1e-9
         assert reached < 0.99 * plain
     for rank in (4, 8, 32):
@@ -137,7 +137,7 @@ def test_04_planted_low_rank_shift(printed):
     assert min(first_four) >= 0.99
     assert all_eight < 0.7
     assert max(out.row("before training")) < 0.25
-    assert out.row("expected of random") == [0.12] * 4
+    assert out.row("expected at random") == [0.12] * 4
 
 
 def test_05_digits_pretrain_adapt(printed):
@@ -151,7 +151,7 @@ def test_05_digits_pretrain_adapt(printed):
     assert all(row[3] == base_old for row in lora)
     assert out.row("with the adapter off, the outputs differ from the base's by at most") == [0]
     accuracies = [row[1] for row in lora]
-    assert accuracies[0] + 0.03 < accuracies[-1]  # rank helps
+    assert accuracies[0] + 0.03 < accuracies[-1]  # a higher rank helps
     trained, full, old_after_full = out.row("full  ")
     assert trained == 25_477
     assert old_after_full < 0.6
@@ -170,7 +170,7 @@ def test_06_switch_to_gpu(printed, backend):
         assert float(row[4]) < 1e-4
 
 
-def test_06_without_cupy_says_so_and_goes_on(tmp_path):
+def test_06_without_cupy_reports_it_and_runs_on_numpy(tmp_path):
     done = run("06_switch_to_gpu", cwd=tmp_path, without=("cupy",))
     assert done.returncode == 0
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("NumPy only: ")]
@@ -185,7 +185,7 @@ def test_06_without_cupy_says_so_and_goes_on(tmp_path):
         ("05_digits_pretrain_adapt", ("--backend", "numpy"), "sklearn", "pip install scikit-learn"),
     ],
 )
-def test_what_cannot_be_done_without_is_named_in_one_line(tmp_path, script, args, missing, command):
+def test_missing_packages_are_named_in_one_line(tmp_path, script, args, missing, command):
     done = run(script, *args, cwd=tmp_path, without=(missing,))
     assert done.returncode == 1
     assert done.stdout == ""

@@ -1,4 +1,4 @@
-"""LoRA's family: what each method promises, on NumPy and on the stand-in. Their gradients are in the catalogue (test_gradients)."""
+"""LoRA variants: their properties on NumPy and the fake CuPy. Their gradients are checked in test_gradients."""
 
 from pathlib import Path
 
@@ -17,8 +17,7 @@ from examples.preconditioned import (
     lora_pro,
     riemannian,
 )
-from minilora.lora import adaptation, lora_layers
-from minilora.lora.adapted import adapter_parameters
+from minilora.lora import adaptation, adapter_parameters, lora_layers
 from minilora.lora.variants.vera import Projections, VeraConfig
 from minilora.optim.loraplus import create_loraplus_optimizer
 
@@ -35,8 +34,8 @@ def injected(model=None, **config):
     return model
 
 
-def shake(model, scale=0.3):
-    """What the adapters train, away from where it starts."""
+def perturb(model, scale=0.3):
+    """Perturb the parameters of the adapters."""
     rng = np.random.default_rng(5)
     for p in adapter_parameters(model).values():
         p.data = (p.data + scale * rng.standard_normal(p.data.shape)).astype(p.data.dtype)
@@ -54,7 +53,7 @@ def distance(a, b):
     return float(abs(a - b).max()) / float(abs(b).max())
 
 
-# -- what all of them promise ------------------------------------------------------------------------------------------------
+# -- properties of all variants ----------------------------------------------------------------------------------------------
 
 METHODS = {
     "DoRA": {"use_dora": True},
@@ -72,12 +71,12 @@ METHODS = {
     "DoRA, PiSSA": {"use_dora": True, "init_lora_weights": "pissa"},
     "embedding": {"target_modules": ["wte", "wpe", "c_fc"], "use_rslora": True, "lora_alpha": 2},
     "VeRA": {"vera": True, "r": 9, "projection_prng_key": 3},
-    "VeRA, drawn anew": {"vera": True, "r": 4, "save_projection": False, "vera_dropout": 0.2, "bias": "vera_only"},
+    "VeRA, random projections": {"vera": True, "r": 4, "save_projection": False, "vera_dropout": 0.2, "bias": "vera_only"},
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_fresh_adapter_changes_nothing(method, backend):
+def test_a_fresh_adapter_does_not_change_the_output(method, backend):
     base = logits(gpt2().to(backend))
     assert distance(logits(injected(gpt2().to(backend), **METHODS[method])), base) < 1e-5
 
@@ -85,17 +84,17 @@ def test_a_fresh_adapter_changes_nothing(method, backend):
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_unmerged_and_disabled(method, backend):
     base = logits(gpt2().to(backend))
-    model = shake(injected(**METHODS[method])).to(backend)
-    apart = logits(model)
-    assert distance(apart, base) > 1e-2
+    model = perturb(injected(**METHODS[method])).to(backend)
+    unmerged = logits(model)
+    assert distance(unmerged, base) > 1e-2
     changes = ml.merge(model)
     assert all(change > 0 for change in changes.values())
-    assert distance(logits(model), apart) < 1e-5
-    for _ in range(2):  # merged, and not
+    assert distance(logits(model), unmerged) < 1e-5
+    for _ in range(2):  # merged and unmerged
         with ml.disabled(model):
             assert float(abs(logits(model) - base).max()) == 0
         ml.unmerge(model)
-    assert float(abs(logits(model) - apart).max()) == 0
+    assert float(abs(logits(model) - unmerged).max()) == 0
     ml.merge(model)
     with pytest.raises(RuntimeError, match=r"is merged and cannot be trained"):
         model.loss(IDS, LABELS)
@@ -103,7 +102,7 @@ def test_merged_unmerged_and_disabled(method, backend):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_and_loaded(method, tmp_path):
-    model = shake(injected(**METHODS[method]))
+    model = perturb(injected(**METHODS[method]))
     ml.save_adapter(model, tmp_path)
     again = gpt2()
     ml.load_adapter(again, tmp_path)
@@ -112,7 +111,7 @@ def test_saved_and_loaded(method, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_replica_has_the_same_gradient_and_shares_the_weights(method, backend):
-    model = shake(injected(**{**METHODS[method], "vera_dropout" if "vera" in METHODS[method] else "lora_dropout": 0})).to(backend)
+    model = perturb(injected(**{**METHODS[method], "vera_dropout" if "vera" in METHODS[method] else "lora_dropout": 0})).to(backend)
     replica = model.replica()
     for path, g in gradients(model).items():
         assert float(abs(gradients(replica)[path] - g).max()) == 0
@@ -131,7 +130,7 @@ def golden_llama(backend="numpy"):
 
 
 @pytest.mark.parametrize("what", ["dora", "embedding", "vera"])
-def test_golden_adapters_give_pefts_logits_and_gradients(what, backend):
+def test_golden_adapters_match_peft(what, backend):
     model = golden_llama(backend)
     ml.load_adapter(model, GOLDEN / "family" / what)
     ids, offsets = make_adapters.IDS[0], [0, 7, 14]
@@ -146,7 +145,7 @@ def test_golden_adapters_give_pefts_logits_and_gradients(what, backend):
         assert distance(found[path], g) < 1e-5, path
 
 
-def test_golden_start_of_pissa():
+def test_golden_initial_values_of_pissa():
     model = golden_llama()
     ml.inject(model, ml.LoraConfig(r=3, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"))
     tensors = load_file(GOLDEN / "family" / "pissa.safetensors")
@@ -160,8 +159,8 @@ def test_golden_start_of_pissa():
 # -- DoRA --------------------------------------------------------------------------------------------------------------------
 
 
-def test_dora_keeps_the_lengths_of_the_columns_apart_from_their_direction(on, backend):
-    model = shake(injected(ml.MLP([7, 5], rng=0, dtype="float64"), use_dora=True)).to(backend)
+def test_dora_separates_magnitude_and_direction_of_columns(on, backend):
+    model = perturb(injected(ml.MLP([7, 5], rng=0, dtype="float64"), use_dora=True)).to(backend)
     layer = model.layers[0]
     V = layer.weight.data + layer.scaling * layer.lora_A.data @ layer.lora_B.data
     m, c = layer.lora_magnitude_vector.data, (V * V).sum(axis=0) ** 0.5
@@ -171,16 +170,16 @@ def test_dora_keeps_the_lengths_of_the_columns_apart_from_their_direction(on, ba
     assert distance(lengths, abs(m)) < 1e-14
 
 
-def test_only_the_exact_gradient_of_dora_is_blind_to_the_lengths_of_the_columns():
-    """y depends on the direction of V's columns alone; where A is square, B can lengthen column j: no gradient along that."""
+def test_only_the_exact_gradient_of_dora_is_orthogonal_to_column_scaling():
+    """y depends only on the direction of V's columns. With A square, B can scale column j: the gradient in that direction is zero."""
     slopes, dm = {}, {}
     for value in (True, "exact"):
-        layer = shake(injected(ml.MLP([5, 7], rng=0, dtype="float64"), r=5, use_dora=value)).layers[0]
+        layer = perturb(injected(ml.MLP([5, 7], rng=0, dtype="float64"), r=5, use_dora=value)).layers[0]
         x, dy = np.random.default_rng(1).standard_normal((2, 9, 7))
         layer.backward(dy, layer.forward(x[:, :5])[1])
         A, B, s = layer.lora_A.data, layer.lora_B.data, layer.scaling
-        lengthen = np.linalg.solve(s * A, layer.weight.data + s * A @ B)  # s A (B + t lengthen_j) is V_j (1 + t) in column j
-        slopes[value] = (layer.lora_B.grad * lengthen).sum(axis=0)
+        scale_column = np.linalg.solve(s * A, layer.weight.data + s * A @ B)  # s A (B + t lengthen_j) is V_j (1 + t) in column j
+        slopes[value] = (layer.lora_B.grad * scale_column).sum(axis=0)
         dm[value] = layer.lora_magnitude_vector.grad
     np.testing.assert_allclose(slopes["exact"], 0, atol=1e-12)
     assert np.abs(slopes[True]).min() > 1e-2
@@ -191,7 +190,7 @@ def test_only_the_exact_gradient_of_dora_is_blind_to_the_lengths_of_the_columns(
 
 
 def one_layer(m=9, n=7, **config):
-    """(the layer, its weight) of a single Linear, adapted with r = 3."""
+    """(layer, weight) of a single Linear with an adapter of r = 3."""
     model = ml.MLP([m, n], rng=0, dtype="float64")
     x, dy = np.random.default_rng(1).standard_normal((2, 40, max(m, n)))
 
@@ -204,7 +203,7 @@ def one_layer(m=9, n=7, **config):
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_300"])
-def test_pissa_begins_with_the_principal_part(init):
+def test_pissa_initialises_with_the_principal_components(init):
     layer, W = one_layer(init_lora_weights=init)
     U, S, Vt = np.linalg.svd(W, full_matrices=False)
     np.testing.assert_allclose(layer.scaling * layer.lora_A.data @ layer.lora_B.data, (U[:, :3] * S[:3]) @ Vt[:3], atol=1e-10)
@@ -213,22 +212,22 @@ def test_pissa_begins_with_the_principal_part(init):
     np.testing.assert_array_equal(layer.weight.data, W)
 
 
-def test_olora_begins_with_orthonormal_rows():
+def test_olora_initialises_with_orthonormal_rows():
     layer, W = one_layer(init_lora_weights="olora")
     B = layer.lora_B.data
     np.testing.assert_allclose(B @ B.T, np.eye(3), atol=1e-14)
-    np.testing.assert_allclose(layer.lora_A.data, W @ B.T, atol=1e-14)  # W^T = Q R, so that Q^T W^T = R
+    np.testing.assert_allclose(layer.lora_A.data, W @ B.T, atol=1e-14)  # W^T = Q R, hence Q^T W^T = R
 
 
-def test_orthogonal_factors_both_learn_from_the_first_step():
+def test_orthogonal_factors_both_have_gradients_at_the_first_step():
     model = injected(init_lora_weights="orthogonal", r=4)
     for path, g in gradients(model).items():
         assert np.abs(g).max() > 0, path
     assert all(np.abs(layer.lora_A.data).max() > 0.05 and np.abs(layer.delta()).max() < 1e-7 for _, layer in lora_layers(model))
 
 
-def test_eva_finds_what_varies_and_gives_it_the_rank():
-    """Two layers side by side: one reads inputs that vary in three directions, the other in one."""
+def test_eva_assigns_ranks_by_explained_variance():
+    """Two parallel layers: one reads inputs that vary in three directions, the other in one."""
     rng = np.random.default_rng(0)
     directions, _ = np.linalg.qr(rng.standard_normal((8, 3)))
     x = 5 + rng.standard_normal((200, 3)) * [4, 2, 1] @ directions.T + 1e-3 * rng.standard_normal((200, 8))
@@ -248,8 +247,8 @@ def test_eva_finds_what_varies_and_gives_it_the_rank():
     assert not many.lora_B.data.any()
 
 
-def test_eva_leaves_out_a_layer_that_explains_too_little(tmp_path):
-    """One layer reads six directions, each a sixth of what there is; the other two, each a half."""
+def test_eva_skips_a_layer_that_explains_too_little(tmp_path):
+    """One layer reads six directions with a sixth of the variance each; the two others each explain half."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((300, 6))
 
@@ -264,8 +263,8 @@ def test_eva_leaves_out_a_layer_that_explains_too_little(tmp_path):
     assert (adaptation(model).config.target_modules, config.target_modules) == (["layers.1"], ["0", "1"])
 
 
-def test_lora_ga_begins_where_full_fine_tuning_would_go():
-    """With "unit", A B^T are singular vectors of the gradient: the first step of B is along its largest."""
+def test_lora_ga_follows_the_gradient_of_full_fine_tuning():
+    """With "unit", A B^T are singular vectors of the gradient: the first step of B follows the largest."""
     layer, W = one_layer(init_lora_weights="lora_ga", lora_ga_config={"scale": "unit"})
     x, dy = np.random.default_rng(1).standard_normal((2, 40, 9))
     U, S, Vt = np.linalg.svd(x.T @ dy[:, :7], full_matrices=False)
@@ -276,7 +275,7 @@ def test_lora_ga_begins_where_full_fine_tuning_would_go():
     np.testing.assert_allclose(stable.lora_B.data, layer.lora_B.data * 7**0.25 / 2, atol=1e-11)
 
 
-def test_looking_at_data_leaves_no_trace():
+def test_data_driven_initialisers_leave_the_model_unchanged():
     model, trained = gpt2(), []
     model.transformer.wte.freeze()
     with pytest.raises(ZeroDivisionError):
@@ -289,24 +288,24 @@ def test_looking_at_data_leaves_no_trace():
 # -- embeddings --------------------------------------------------------------------------------------------------------------
 
 
-def test_an_adapted_embedding_moves_the_rows_that_are_read(backend):
+def test_an_adapted_embedding_updates_only_the_rows_read(backend):
     model = injected(target_modules=["wte"]).to(backend)
     layer = model.transformer.wte
     gradients(model)
     dA = ml.to_numpy(layer.lora_embedding_A.grad)
-    assert set(np.flatnonzero(np.abs(dA).sum(axis=1))) == set(IDS[:-1].tolist())  # the last has no label, and nothing after it
+    assert set(np.flatnonzero(np.abs(dA).sum(axis=1))) == set(IDS[:-1].tolist())  # the last row has no label and no successor
     assert not ml.to_numpy(layer.lora_embedding_B.grad).any()  # A is still zero
     layer.lora_embedding_A.data += 1
     assert float(abs(model.head - layer.weight.data.T).max()) == 0  # tied to the table, not to its adapter
 
 
 def test_a_tied_head_is_not_merged_with_the_embedding(tmp_path):
-    model = shake(injected(target_modules=["wte", "c_fc"]))
+    model = perturb(injected(target_modules=["wte", "c_fc"]))
     ml.merge(model)
     with pytest.raises(ValueError, match=r"the head is tied to transformer\.wte"):
         ml.save_model(model, tmp_path / "m")
     free = ml.Llama(ml.LlamaConfig(vocab_size=11, hidden_size=6, intermediate_size=9, num_hidden_layers=1, num_attention_heads=3), rng=0)
-    shake(injected(free, target_modules=["embed_tokens"]))
+    perturb(injected(free, target_modules=["embed_tokens"]))
     ml.merge(free)
     ml.save_model(free, tmp_path / "free")
     assert distance(logits(ml.load_model(tmp_path / "free", "numpy")), logits(free)) < 1e-6
@@ -315,32 +314,32 @@ def test_a_tied_head_is_not_merged_with_the_embedding(tmp_path):
 # -- VeRA --------------------------------------------------------------------------------------------------------------------
 
 
-def test_vera_trains_two_vectors_a_layer_and_shares_the_rest(backend):
-    model = shake(injected(vera=True, r=5)).to(backend)
+def test_vera_trains_two_vectors_per_layer_and_shares_the_rest(backend):
+    model = perturb(injected(vera=True, r=5)).to(backend)
     layers = [layer for _, layer in lora_layers(model)]
     assert sum(p.data.size for _, p in model.parameters() if p.trainable) == sum(5 + layer.out_features for layer in layers)
-    gradients(model)  # puts the two matrices where they are needed, once
+    gradients(model)  # creates the two shared matrices
     there = [layer.projections.like(layer.vera_lambda_d.data, 24, 24) for layer in (*layers, model.replica().transformer.h[0].mlp.c_fc)]
     assert len({id(layer.projections) for layer in layers}) == 1
-    assert {(A.shape, B.shape) for A, B in there} == {((24, 5), (5, 24))}  # as the widest layers ask for
+    assert {(A.shape, B.shape) for A, B in there} == {((24, 5), (5, 24))}  # of the size of the widest layers
     layer = model.transformer.h[0].mlp.c_fc
     A, B = layer.projections.like(layer.weight.data, 6, 24)
     expected = (A * layer.vera_lambda_d.data) @ B * layer.vera_lambda_b.data
     assert distance(layer.delta(), expected) < 1e-6
 
 
-def test_veras_matrices_come_from_the_key():
-    """Known answers: those of PEFT 0.21.2, which draws with torch."""
+def test_vera_draws_its_matrices_from_the_key():
+    """Known answers of PEFT 0.21.2, which draws with torch."""
     shared = Projections.drawn(3, 4, 2, 0)
     assert shared.A.T[0].tolist() == [-0.010587962344288826, 0.75864577293396, -1.1639615297317505]
     assert shared.B.T[3].tolist() == [-1.6547120809555054, -1.1471062898635864]
     assert np.abs(Projections.drawn(3, 4, 2, 1).A - shared.A).max() > 0.1
 
 
-def test_vera_takes_the_matrices_of_the_file(tmp_path):
+def test_vera_loads_the_matrices_of_the_file(tmp_path):
     from safetensors.numpy import save_file
 
-    model = shake(injected(vera=True, r=5))
+    model = perturb(injected(vera=True, r=5))
     ml.save_adapter(model, tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -359,11 +358,11 @@ def test_vera_takes_the_matrices_of_the_file(tmp_path):
             ml.load_adapter(gpt2(), tmp_path)
 
 
-# -- optimizers that know A and B --------------------------------------------------------------------------------------------
+# -- optimizers for A and B --------------------------------------------------------------------------------------------------
 
 
-def test_lora_plus_gives_b_its_own_rate_and_spares_biases_and_norms_the_decay(backend):
-    model = shake(injected(bias="all", modules_to_save=["ln_f"], use_dora=True)).to(backend)
+def test_lora_plus_sets_the_rate_of_b_and_excludes_biases_and_norms_from_decay(backend):
+    model = perturb(injected(bias="all", modules_to_save=["ln_f"], use_dora=True)).to(backend)
     model.transformer.wpe.unfreeze()
     before = {path: ml.to_numpy(p.data).copy() for path, p in model.parameters() if p.trainable}
     options = {"lr": 0.1, "loraplus_lr_ratio": 4, "loraplus_weight_decay": 0.5}
@@ -379,7 +378,7 @@ def test_lora_plus_gives_b_its_own_rate_and_spares_biases_and_norms_the_decay(ba
 
 
 def factors(p=1.0):
-    """A, B, their gradients, the full gradient and a scaling; A longer and B shorter by p, their product the same."""
+    """A, B, their gradients, the full gradient and a scaling; A scaled by p and B by 1 / p, with an equal product."""
     rng = np.random.default_rng(2)
     A, B, G, s = p * rng.standard_normal((7, 3)), rng.standard_normal((3, 5)) / p, rng.standard_normal((7, 5)), 1.7
     return A, B, s * G @ B.T, s * A.T @ G, G, s
@@ -391,7 +390,7 @@ def onto(M):
 
 
 @pytest.mark.parametrize("method", [riemannian, lora_pro])
-def test_preconditioned_steps_do_not_see_how_length_is_shared(method):
+def test_preconditioned_steps_do_not_depend_on_the_scales_of_a_and_b(method):
     def step(p):
         A, B, gA, gB, _, s = factors(p)
         gA, gB = method(A, B, gA, gB, s, 0)
@@ -399,21 +398,21 @@ def test_preconditioned_steps_do_not_see_how_length_is_shared(method):
 
     np.testing.assert_allclose(step(5.0), step(1.0), rtol=1e-9)
     A, B, gA, gB, *_ = factors(5.0)
-    assert np.abs(gA @ B + A @ gB - step(1.0)).max() > 1  # the plain ones do
+    assert np.abs(gA @ B + A @ gB - step(1.0)).max() > 1  # plain steps depend on it
 
 
-def test_lora_pro_is_the_nearest_step_along_the_tangent_of_the_full_gradient():
+def test_lora_pro_is_the_projection_of_the_full_gradient_onto_the_tangent_space():
     A, B, gA, gB, G, s = factors()
     hA, hB = lora_pro(A, B, gA, gB, s, 0)
     P, Q = onto(A), onto(B.T)
     np.testing.assert_allclose(s * (hA @ B + A @ hB), P @ G + G @ Q - P @ G @ Q, atol=1e-12)
-    away = lambda X: ((hA + A @ X - gA) ** 2).sum() + ((hB - X @ B - gB) ** 2).sum()  # noqa: E731  (the same step, for any X)
+    away = lambda X: ((hA + A @ X - gA) ** 2).sum() + ((hB - X @ B - gB) ** 2).sum()  # noqa: E731  (the same step for any X)
     for X in 1e-3 * np.random.default_rng(0).standard_normal((9, 3, 3)):
         assert away(X) > away(0 * X)
-    assert not lora_pro(A, 0 * B, 0 * gA, gB, s, 1e-8)[0].any()  # B = 0, as at the start
+    assert not lora_pro(A, 0 * B, 0 * gA, gB, s, 1e-8)[0].any()  # B = 0, the initial value
 
 
-def test_lora_fa_keeps_no_x_and_steps_nearest_to_the_full_gradient(backend):
+def test_lora_fa_saves_no_x_and_projects_the_full_gradient(backend):
     A, B, _, gB, G, s = factors()
     np.testing.assert_allclose(s * A @ lora_fa(A, B, None, gB, s, 0)[1], onto(A) @ G, atol=1e-12)
     model = injected(modules_to_save=["ln_f"]).to(backend)
@@ -475,7 +474,7 @@ def test_refused_before_anything_is_changed(case):
     assert all(p.trainable for _, p in model.parameters())
 
 
-def test_dora_refuses_a_column_without_direction():
+def test_dora_refuses_a_zero_column():
     model = gpt2()
     model.transformer.h[1].mlp.c_fc.weight.data[:, 3] = 0
     with pytest.raises(ValueError, match="column of the weight is zero"):
@@ -484,7 +483,7 @@ def test_dora_refuses_a_column_without_direction():
 
 @pytest.mark.parametrize("create", [create_riemannian_optimizer, create_lora_pro_optimizer])
 def test_preconditioning_in_training(create, backend):
-    """It learns, other parameters take AdamW's own step, and there must be something to precondition."""
+    """The loss falls, other parameters take AdamW's step, and a model without A and B is refused."""
     model, plain = (injected(modules_to_save=["ln_f"]).to(backend) for _ in range(2))
     optimizers = create(model, ml.AdamW, lr=1e-2), ml.AdamW(plain.parameters(), lr=1e-2)
     losses = []
@@ -501,6 +500,6 @@ def test_preconditioning_in_training(create, backend):
         create(gpt2(), ml.AdamW, lr=1e-2)
 
 
-def test_lora_plus_refuses_a_ratio_that_is_none():
+def test_lora_plus_refuses_an_invalid_ratio():
     with pytest.raises(ValueError, match="loraplus_lr_ratio must be a positive number, got 0"):
         create_loraplus_optimizer(injected(), ml.AdamW, lr=1e-2, loraplus_lr_ratio=0)

@@ -1,4 +1,4 @@
-"""LoRA's family against PEFT, live: gradients here; adapters both ways in test_peft, whose options the methods share."""
+"""LoRA variants against PEFT, live: gradients here; adapters in both directions in test_peft, which shares the cases."""
 
 import json
 
@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from golden.make_adapters import IDS, LABELS, adapted, base, logits, losses, options, quietly
 from safetensors.numpy import load_file
-from test_peft import bases, deviation, our_logits, our_losses, ours  # noqa: F401  (fixtures)
+from test_peft import bases, deviation, minilora_model, our_logits, our_losses  # noqa: F401  (fixtures)
 
 import minilora as ml
 from examples.preconditioned import create_lorafa_optimizer, create_riemannian_optimizer
-from minilora.lora import lora_layers
-from minilora.lora.adapted import adapter_parameters
+from minilora.lora import adapter_parameters, lora_layers
 from minilora.lora.variants.vera import VeraConfig
 from minilora.models import BertClassifier
 from minilora.optim.loraplus import create_loraplus_optimizer
@@ -33,13 +32,13 @@ def our_backward(model):
 
 
 def our_gradients(model):
-    """{path: gradient}, as PEFT has it."""
+    """{path: gradient} under PEFT's names."""
     our_backward(model)
     return {path: p.grad.T.copy() for path, p in adapter_parameters(model).items()}
 
 
 def their_backward(model):
-    """The same, of a model of transformers or PEFT."""
+    """Forward and backward of a model of transformers or PEFT on the same batch."""
     import torch
 
     ids, labels = torch.from_numpy(IDS[0]), torch.from_numpy(LABELS[0])
@@ -66,21 +65,21 @@ METHODS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_are_pefts(kind, method, peft, bases, tmp_path):  # noqa: F811
+def test_gradients_match_peft(kind, method, peft, bases, tmp_path):  # noqa: F811
     theirs = adapted(kind, options(kind)["embedding adapted" if method == "embedding" else "names"] | METHODS[method])
     quietly(theirs.save_pretrained, tmp_path)
-    model = ours(bases / kind)
+    model = minilora_model(bases / kind)
     ml.load_adapter(model, tmp_path)
     found, expected = our_gradients(model), their_gradients(theirs)
     assert found.keys() == expected.keys()
     for path, g in expected.items():
         if kind == "bert" and path.endswith("embedding_A"):
-            found[path][:, 0] = 0  # to transformers, 0 is padding, which learns nothing; here nothing is padded
+            found[path][:, 0] = 0  # in transformers, 0 is padding, which gets no gradient; here nothing is padded
         assert deviation(found[path], g, f"gradient, {kind}, {method}, {path}") < 1e-5
 
 
-def test_exact_dora_is_pefts_forward_and_another_gradient(peft, bases, tmp_path):  # noqa: F811
-    model = ours(bases / "llama")
+def test_exact_dora_has_pefts_forward_and_another_gradient(peft, bases, tmp_path):  # noqa: F811
+    model = minilora_model(bases / "llama")
     fields = options("llama")["names"]
     ml.inject(model, ml.LoraConfig(**fields, use_dora="exact"), rng=0)
     rng = np.random.default_rng(3)
@@ -99,7 +98,7 @@ def test_exact_dora_is_pefts_forward_and_another_gradient(peft, bases, tmp_path)
 
 
 def products(model):
-    """{path: scaling A B}, (in, out), of either side's model; no sign of a singular vector is in it."""
+    """{path: scaling A B}, (in, out), of a model of either library; independent of the signs of singular vectors."""
     if isinstance(model, ml.Layer):
         return {path: layer.scaling * layer.lora_A.data @ layer.lora_B.data for path, layer in lora_layers(model)}
     found = {}
@@ -113,11 +112,11 @@ def products(model):
 @pytest.mark.parametrize(
     ("kind", "init"),
     [*((kind, init) for kind in KINDS for init in ("pissa", "pissa_niter_400")), ("bert", "olora"), ("llama", "olora")],
-)  # PEFT's OLoRA does not know GPT-2's orientation
-def test_starts_that_are_taken_off_the_weight(kind, init, peft, bases, tmp_path):  # noqa: F811
+)  # PEFT's OLoRA ignores GPT-2's orientation
+def test_initialisers_that_change_the_weight(kind, init, peft, bases, tmp_path):  # noqa: F811
     fields = options(kind)["names"] | {"init_lora_weights": init, "r": 3, "lora_alpha": 4, "use_rslora": True}
     theirs = adapted(kind, fields, seed=None)
-    model = ours(bases / kind)
+    model = minilora_model(bases / kind)
     untouched = our_logits(model)
     ml.inject(model, ml.LoraConfig(**fields), rng=0)
     found, expected = products(model), products(theirs)
@@ -125,7 +124,7 @@ def test_starts_that_are_taken_off_the_weight(kind, init, peft, bases, tmp_path)
     for path, change in expected.items():
         assert deviation(found[path], change, f"{init}, {kind}, {path}") < (1e-4 if "niter" not in init else 1e-3)
     assert deviation(our_logits(model), logits(theirs), f"{init}, {kind}, at the start") < 1e-5
-    if "niter" not in init:  # a random subspace is another one there
+    if "niter" not in init:  # PEFT draws another random subspace
         expected = losses(theirs)
         assert deviation(our_losses(model), expected, f"{init}, {kind}, 30 losses") < 1e-4
 
@@ -143,35 +142,35 @@ def test_starts_that_are_taken_off_the_weight(kind, init, peft, bases, tmp_path)
     "ga", [{}, {"direction": "A2rBr", "scale": "weight_svd"}, {"direction": "ArBr", "scale": "gd_scale"}, {"scale": "unit"}], ids=str
 )
 def test_lora_ga(kind, ga, peft, bases):  # noqa: F811
-    """Each singular vector up to its sign, which is nobody's choice."""
+    """Singular vectors are compared up to their sign, which is arbitrary."""
     if kind == "gpt2" and ga.get("scale", "stable") == "stable":
-        ga = ga | {"scale": "unit"}  # PEFT takes a Conv1D's rows for its outputs there
+        ga = ga | {"scale": "unit"}  # PEFT takes the rows of a Conv1D for outputs here
     fields = options(kind)["names"] | {"init_lora_weights": "lora_ga", "r": 3, "lora_ga_config": ga, "layers_to_transform": 0}
     config = quietly(peft.LoraConfig, **fields | {"lora_ga_config": peft.LoraGAConfig(**ga)})
     theirs = base(kind)
     quietly(peft.tuners.lora.preprocess_loraga, theirs, config, lambda: their_backward(theirs))
     theirs = quietly(peft.get_peft_model, theirs, config).eval()
-    model = ours(bases / kind)
+    model = minilora_model(bases / kind)
     ml.inject(model, ml.LoraConfig(**fields), rng=0, train_step=lambda: our_backward(model))
     assert deviation(our_logits(model), logits(theirs), f"LoRA-GA, {kind}, at the start") < 1e-5
     expected = {name: p.detach().numpy() for name, p in theirs.named_parameters() if ".lora_" in name}
     for path, p in adapter_parameters(model).items():
         value = expected[f"base_model.model.{path}.default.weight"].T
-        rough = 1e-2 if ga.get("scale") == "weight_svd" else 1e-3  # PEFT's singular value of W is of a random subspace
+        rough = 1e-2 if ga.get("scale") == "weight_svd" else 1e-3  # PEFT's singular value of W depends on a random subspace
         assert deviation(np.abs(p.data), np.abs(value), f"LoRA-GA, {kind}, {path}") < rough
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eva", [{"rho": 1.0}, {"rho": 2.0}, {"rho": 2.0, "adjust_scaling_factors": False}], ids=str)
 def test_eva(kind, eva, peft, bases, tmp_path):  # noqa: F811
-    """The ranks are PEFT's, and so are the directions, as far as its incremental SVD finds them."""
+    """Ranks equal PEFT's; directions agree to the precision of its incremental SVD."""
     import torch
 
     fields = options(kind)["names"] | {"init_lora_weights": "eva", "r": 3, "eva_config": eva}
     theirs = quietly(peft.get_peft_model, base(kind), quietly(peft.LoraConfig, **fields | {"eva_config": peft.EvaConfig(tau=1, **eva)}))
     data = [{"input_ids": torch.from_numpy(IDS[0]), "attention_mask": torch.ones(IDS[0].shape, dtype=torch.int64)}]
     quietly(peft.initialize_lora_eva_weights, theirs, data, show_progress_bar=False)
-    model = ours(bases / kind)
+    model = minilora_model(bases / kind)
     found = ml.inject(model, ml.LoraConfig(**fields), rng=0, train_step=lambda: our_logits(model))
     expected = {name.removeprefix("base_model.model."): m for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
     assert set(found) == set(expected)
@@ -191,7 +190,7 @@ def test_eva(kind, eva, peft, bases, tmp_path):  # noqa: F811
 
 
 def lorafa(optimizers, model):
-    """PEFT's, with an eps that is next to nothing: it adds eps before it corrects the bias, and torch's AdamW after."""
+    """PEFT's, with a negligible eps: it adds eps before the bias correction, and torch's AdamW after it."""
     optimizer = optimizers.create_lorafa_optimizer(model, 3, 8, 1e-2)
     optimizer.param_groups[0]["eps"] = 1e-12
     return optimizer
@@ -212,13 +211,13 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", OPTIMIZERS)
-def test_thirty_steps_are_pefts(kind, method, peft, bases, tmp_path, monkeypatch):  # noqa: F811
+def test_thirty_steps_match_peft(kind, method, peft, bases, tmp_path, monkeypatch):  # noqa: F811
     import torch
 
-    monkeypatch.setattr("peft.optimizers.lorafa.is_bf16_available", lambda: False)  # else it takes products of half precision
+    monkeypatch.setattr("peft.optimizers.lorafa.is_bf16_available", lambda: False)  # otherwise it computes products in half precision
     theirs = adapted(kind, options(kind)["all linear layers"] | {"bias": "all", "use_dora": method == "LoRA+"}, seed=None)
     quietly(theirs.save_pretrained, tmp_path)
-    model = ours(bases / kind)
+    model = minilora_model(bases / kind)
     ml.load_adapter(model, tmp_path)
     ours_of, theirs_of = OPTIMIZERS[method]
     expected = losses(theirs, quietly(theirs_of, peft.optimizers, theirs, torch.optim.AdamW))
@@ -234,7 +233,8 @@ def vera_options(kind):
     norm = options(kind)["a norm whole"]["modules_to_save"]
     return {
         "names": usual,
-        "all linear layers, drawn anew": usual | {"target_modules": "all-linear", "save_projection": False, "projection_prng_key": 7},
+        "all linear layers, random projections": usual
+        | {"target_modules": "all-linear", "save_projection": False, "projection_prng_key": 7},
         "biases, a norm, one layer": usual | {"bias": "vera_only", "modules_to_save": norm, "layers_to_transform": [1]},
         "all biases, not zero": usual | {"bias": "all", "init_weights": False, "d_initial": 0.5, "r": 40},
     }
@@ -254,10 +254,10 @@ def vera_of_peft(kind, what, peft):
 
 
 @pytest.mark.parametrize(("kind", "what"), [(kind, what) for kind in KINDS for what in vera_options(kind)])
-def test_vera_both_ways(kind, what, peft, bases, tmp_path):  # noqa: F811
+def test_vera_in_both_directions(kind, what, peft, bases, tmp_path):  # noqa: F811
     theirs = vera_of_peft(kind, what, peft)
     quietly(theirs.save_pretrained, tmp_path / "theirs")
-    model = ours(bases / kind)
+    model = minilora_model(bases / kind)
     ml.load_adapter(model, tmp_path / "theirs")
     assert deviation(our_logits(model), logits(theirs), f"VeRA, PEFT -> here, {kind}, {what}") < 1e-5
     found, expected = our_gradients(model), their_gradients(theirs)
@@ -277,16 +277,16 @@ def test_vera_both_ways(kind, what, peft, bases, tmp_path):  # noqa: F811
     assert result[1].keys() <= result[0].keys()
 
 
-def test_veras_matrices_are_pefts_to_the_bit(peft, bases):  # noqa: F811
-    theirs = vera_of_peft("llama", "all linear layers, drawn anew", peft)
-    model = ours(bases / "llama")
-    ml.inject(model, VeraConfig(**vera_options("llama")["all linear layers, drawn anew"]))
+def test_the_matrices_of_vera_match_peft_bit_for_bit(peft, bases):  # noqa: F811
+    theirs = vera_of_peft("llama", "all linear layers, random projections", peft)
+    model = minilora_model(bases / "llama")
+    ml.inject(model, VeraConfig(**vera_options("llama")["all linear layers, random projections"]))
     shared = lora_layers(model)[0][1].projections
     np.testing.assert_array_equal(shared.A.T, theirs.base_model.vera_A["default"].numpy())
     np.testing.assert_array_equal(shared.B.T, theirs.base_model.vera_B["default"].numpy())
 
 
-def test_every_field_of_veras_configuration(peft):
+def test_every_field_of_the_configuration_of_vera(peft):
     import dataclasses
 
     of_both = {field.name for field in dataclasses.fields(peft.PeftConfig)}

@@ -1,12 +1,12 @@
-"""Attention on tensor cores: the fragments of every lane, played by fibers on the CPU, against the pair."""
+"""Attention on tensor cores: the fragments of all lanes, emulated by fibers on the CPU, against the reference implementation."""
 
 from itertools import pairwise
 from types import SimpleNamespace
 
+import fakecupy
 import ml_dtypes
 import numpy as np
 import pytest
-import standin
 
 import minilora as ml
 from minilora import functional as F
@@ -31,18 +31,18 @@ def dtype(request, gpu, monkeypatch):
 
 
 def tolerance(dtype, gpu):
-    return TF32 if dtype == np.float32 and gpu is not standin.module else TOLERANCE[dtype.name]
+    return TF32 if dtype == np.float32 and gpu is not fakecupy.module else TOLERANCE[dtype.name]
 
 
 def column_blocks(T, widths, dtype, seed):
-    """Matrices that lie beside each other in one, as a fused projection leaves them."""
-    whole = np.random.default_rng(seed).standard_normal((T, sum(widths))).astype(dtype)
-    there = import_cupy().asarray(whole)
+    """Column blocks of one matrix, as a fused projection returns them."""
+    matrix = np.random.default_rng(seed).standard_normal((T, sum(widths))).astype(dtype)
+    there = import_cupy().asarray(matrix)
     ends = np.cumsum([0, *widths])
     return [there[:, a:b] for a, b in pairwise(ends)]
 
 
-def wide(x):
+def in_float32(x):
     return ml.to_numpy(x).astype("float64")
 
 
@@ -56,7 +56,7 @@ CASES = {  # offsets, rows, causal, heads, groups
 
 
 @pytest.mark.parametrize(("d", "case"), [(d, case) for case in CASES for d in (32, 64, 128) if d == 64 or case in ("several", "short")])
-def test_against_the_pair(dtype, d, case, gpu):
+def test_against_the_reference(dtype, d, case, gpu):
     offsets, rows, causal, heads, groups = CASES[case]
     T = offsets[-1]
     q, k, v = column_blocks(T, (heads * d, groups * d, groups * d), dtype, seed=0)
@@ -65,22 +65,22 @@ def test_against_the_pair(dtype, d, case, gpu):
         q = q[import_cupy().asarray(rows)]
     do = column_blocks(len(q), (heads * d,), dtype, seed=1)[0]
     assert flash.fits(q, k, v, heads)
-    with standin.count() as c:
+    with fakecupy.count() as c:
         o, saved = flash.attention(q, k, v, heads, offsets, causal, n_kv_head=groups, rows=rows)
         got = flash.attention_backward(do, q, k, v, saved, heads, offsets, groups, {"dq", "dk", "dv"}, rows)
-    assert gpu is not standin.module or (c.launches, c.syncs) == (3, 0)
-    here = [wide(x) for x in (q, k, v)]
+    assert gpu is not fakecupy.module or (c.launches, c.syncs) == (3, 0)
+    here = [in_float32(x) for x in (q, k, v)]
     expected, P = F.attention(*here, heads, offsets, causal, n_kv_head=groups, rows=rows)
-    pair = F.attention_backward(wide(do), *here, P, heads, offsets, groups, rows=rows)
-    if rows is not None:  # the pair leaves dk and dv of a sequence without a query unset
+    reference = F.attention_backward(in_float32(do), *here, P, heads, offsets, groups, rows=rows)
+    if rows is not None:  # the reference leaves dk and dv of a sequence without a query unset
         requested = np.unique(np.searchsorted(offsets, rows, side="right") - 1)
         unread = np.setdiff1d(np.arange(len(offsets) - 1), requested)
-        for x in pair[1:]:
+        for x in reference[1:]:
             for i in unread:
                 x[offsets[i] : offsets[i + 1]] = 0
-    for name, a, b in zip(("o", "dq", "dk", "dv"), (o, *got), (expected, *pair), strict=True):
+    for name, a, b in zip(("o", "dq", "dk", "dv"), (o, *got), (expected, *reference), strict=True):
         assert a.dtype == dtype
-        np.testing.assert_allclose(wide(a), b, rtol=0, atol=tolerance(dtype, gpu) * max(1, np.abs(b).max()), err_msg=name)
+        np.testing.assert_allclose(in_float32(a), b, rtol=0, atol=tolerance(dtype, gpu) * max(1, np.abs(b).max()), err_msg=name)
 
 
 def test_gradients_side_by_side_in_one_array(dtype, gpu):
@@ -89,25 +89,25 @@ def test_gradients_side_by_side_in_one_array(dtype, gpu):
     for rows in (None, np.array([2, 40, 69])):
         q_, do_ = (q, do) if rows is None else (q[:3], do[:3])
         _, saved = K.attention(q_, k, v, 2, [0, 3, 70], rows=rows)
-        with standin.count() as c:
+        with fakecupy.count() as c:
             joined = K.attention_backward_joined(do_, q_, k, v, saved, 2, [0, 3, 70], rows)
-        assert gpu is not standin.module or rows is not None or c.launches == 2
+        assert gpu is not fakecupy.module or rows is not None or c.launches == 2
         dq, dk, dv = K.attention_backward(do_, q_, k, v, saved, 2, [0, 3, 70], rows=rows)
-        apart = [wide(x) for x in (F.take_rows_backward(dq, rows, 70), dk, dv)]
-        np.testing.assert_array_equal(wide(joined), np.concatenate(apart, axis=1))
+        apart = [in_float32(x) for x in (F.take_rows_backward(dq, rows, 70), dk, dv)]
+        np.testing.assert_array_equal(in_float32(joined), np.concatenate(apart, axis=1))
 
 
 def test_large_scores_do_not_overflow(dtype, gpu):
     q, k, v = (20 * x for x in column_blocks(40, (64, 64, 64), dtype, seed=2))
     o, _ = flash.attention(q, k, v, 1)
-    expected, _ = F.attention(wide(q), wide(k), wide(v), 1)
-    np.testing.assert_allclose(wide(o), expected, atol=40 * tolerance(dtype, gpu))
+    expected, _ = F.attention(in_float32(q), in_float32(k), in_float32(v), 1)
+    np.testing.assert_allclose(in_float32(o), expected, atol=40 * tolerance(dtype, gpu))
 
 
-def test_what_there_is_no_kernel_for(fake_cupy, monkeypatch):
+def test_inputs_without_a_kernel(fake_cupy, monkeypatch):
     q, k, v = column_blocks(8, (64, 64, 64), np.dtype("float32"), seed=0)
     monkeypatch.delenv("CUPY_TF32", raising=False)
-    assert not flash.fits(q, k, v, 1)  # float32 means float32
+    assert not flash.fits(q, k, v, 1)  # float32 without TF32
     monkeypatch.setenv("CUPY_TF32", "1")
     assert flash.fits(q, k, v, 1)
     assert not flash.fits(q, k, v, 4)  # heads of 16
@@ -121,7 +121,7 @@ def test_what_there_is_no_kernel_for(fake_cupy, monkeypatch):
 
 @pytest.mark.parametrize("name", ["bfloat16", "tf32"])
 def test_a_model_takes_the_same_steps(name, gpu, monkeypatch):
-    """Three steps of a decoder with heads of 32, against the same on NumPy: by these kernels on one side, by the pairs on the other."""
+    """Three steps of a decoder with heads of 32 features, by these kernels on one side and by the reference on NumPy."""
     monkeypatch.setenv("CUPY_TF32", "1")
     launched = []
     launch = flash._launch
@@ -137,6 +137,6 @@ def test_a_model_takes_the_same_steps(name, gpu, monkeypatch):
         run = train(model, ml.AdamW(model.parameters(), 1e-2), batches, 3, lambda step: 1.0, cuda_graph=False)
         return [step.loss for step in run]
 
-    np.testing.assert_allclose(losses("cupy"), losses("numpy"), rtol=5e-3 if name == "bfloat16" or gpu is not standin.module else 1e-5)
-    # Of two blocks and three steps; and forward once more, as the last update is looked at.
+    np.testing.assert_allclose(losses("cupy"), losses("numpy"), rtol=5e-3 if name == "bfloat16" or gpu is not fakecupy.module else 1e-5)
+    # two blocks and three steps, and one more forward, which checks the last update
     assert {x: launched.count(x) for x in launched} == {"flash_forward": 8, "flash_dq": 6, "flash_dkv": 6}

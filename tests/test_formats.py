@@ -1,4 +1,4 @@
-"""Model and adapter folders: round trips, PEFT's layout, and everything that can be wrong with a file."""
+"""Model and adapter folders: round trips, PEFT's layout, and broken files."""
 
 import json
 import struct
@@ -34,12 +34,12 @@ def adapter(tmp_path):
     return tmp_path / "adapter"
 
 
-def test_a_model_comes_back_as_it_was(base):
+def test_round_trip_of_a_model(base):
     np.testing.assert_array_equal(logits(ml.load_model(base, "numpy")), logits(ml.GPT2(CONFIG, rng=0)))
     assert not ml.load_model(base, "numpy").trainable
 
 
-def test_the_names_of_the_published_gpt2_are_understood(base):
+def test_the_names_of_the_published_gpt2_are_accepted(base):
     tensors = {name.removeprefix("transformer."): value for name, value in load_file(base / "model.safetensors").items()}
     save_file(tensors, base / "model.safetensors")
     np.testing.assert_array_equal(logits(ml.load_model(base, "numpy")), logits(ml.GPT2(CONFIG, rng=0)))
@@ -56,7 +56,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_an_adapter_comes_back_as_it_was(config, tmp_path, backend):
+def test_round_trip_of_an_adapter(config, tmp_path, backend):
     model = adapted(**config)
     rng = np.random.default_rng(1)
     for _, p in model.parameters():
@@ -89,10 +89,10 @@ def test_the_bundled_model_is_small_and_knows_english():
     assert sum(p.data.size for _, p in model.parameters()) <= 1_000_000
     text = np.frombuffer(b"The with statement is used to wrap the execution of a block with methods", dtype=np.uint8).astype(np.int64)
     nats, _ = model.loss(text[:-1], text[1:], keep=False)
-    assert float(nats) / np.log(2) < 2  # a byte chosen at random has 8 bits
+    assert float(nats) / np.log(2) < 2  # a uniformly random byte has 8 bits
 
 
-# -- what can be wrong -----------------------------------------------------------------------------------------------------
+# -- broken files ----------------------------------------------------------------------------------------------------------
 
 
 def edit_config(folder, **changes):
@@ -112,7 +112,7 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-50])
 
 
-def lie_about_the_header(folder):
+def wrong_header(folder):
     path = next(folder.glob("*.safetensors"))
     path.write_bytes(struct.pack("<Q", 2**60) + path.read_bytes()[8:])
 
@@ -124,7 +124,7 @@ def foreign(folder):
 WTE = "transformer.wte.weight"
 BAD_MODELS = {
     "truncated": (truncate, "not a readable safetensors file"),
-    "header lies": (lie_about_the_header, "not a readable safetensors file"),
+    "header lies": (wrong_header, "not a readable safetensors file"),
     "foreign": (foreign, "not a readable safetensors file"),
     "no tensors": (lambda f: (f / "model.safetensors").unlink(), "there is no file"),
     "no config": (lambda f: (f / "config.json").unlink(), "there is no model at"),
@@ -172,7 +172,7 @@ BAD_ADAPTERS = {
 
 
 @pytest.mark.parametrize("case", BAD_ADAPTERS)
-def test_a_bad_adapter_leaves_the_model_alone(case, adapter):
+def test_a_bad_adapter_leaves_the_model_unchanged(case, adapter):
     spoil, message = BAD_ADAPTERS[case]
     spoil(adapter)
     model = ml.GPT2(CONFIG, rng=0)
@@ -188,7 +188,7 @@ def test_an_adapter_of_a_model_with_other_weights_is_refused(adapter):
         ml.load_adapter(ml.GPT2(CONFIG, rng=1), adapter)
 
 
-def test_the_fingerprint_is_of_the_base_whatever_its_dtype_or_adapter():
+def test_the_fingerprint_does_not_depend_on_dtype_or_adapter():
     plain = ml.GPT2(CONFIG, rng=0)
     assert fingerprint(plain) == fingerprint(adapted()) == fingerprint(ml.GPT2(CONFIG, rng=0).to(dtype="float16"))
     assert fingerprint(plain) != fingerprint(ml.GPT2(CONFIG, rng=1))
@@ -200,14 +200,14 @@ def test_an_adapter_for_another_size_is_refused(adapter):
         ml.load_adapter(other, adapter)
 
 
-def test_neutral_fields_of_peft_do_no_harm(adapter):
+def test_neutral_fields_of_peft_are_accepted(adapter):
     edit_config(
         adapter, use_dora=False, loftq_config={}, megatron_config=None, layer_replication=None, peft_version="0.21.2", eva_config=None
     )
     assert read_adapter_config(adapter).r == 2
 
 
-def test_saving_without_adapters_or_unmerged(tmp_path):
+def test_saving_without_adapters_or_unmerged_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no LoRA layers"):
         ml.save_adapter(ml.GPT2(CONFIG, rng=0), tmp_path / "a")
     with pytest.raises(ValueError, match="unmerged adapter"):
@@ -223,7 +223,7 @@ def test_a_merged_model_is_saved_merged(tmp_path):
     np.testing.assert_allclose(logits(ml.load_model(tmp_path / "m", "numpy")), expected, atol=1e-6)
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"old": 1})
 

@@ -1,4 +1,4 @@
-"""What the pairs compute, beside what their definition says, and how they refuse what makes no sense."""
+"""The reference implementations against their definitions, and the errors that they raise."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora import functional as F
-from minilora.functional.erf import erf
+from minilora.functional.activations import erf
 
 
 def test_erf_is_exact_to_rounding(on):
@@ -55,8 +55,8 @@ def test_blocked_cross_entropy_equals_the_plain_one(T, d, V, block, seed):
     np.testing.assert_allclose(dW, x.T @ dz, atol=1e-12)
 
 
-def test_the_logits_of_a_whole_batch_never_exist(monkeypatch):
-    """With a vocabulary in blocks of 8, no product has more than 8 columns of logits."""
+def test_the_logits_of_a_complete_batch_are_never_formed(monkeypatch):
+    """With blocks of 8 vocabulary entries, no product has more than 8 columns of logits."""
     shapes = []
 
     class Watched(np.ndarray):
@@ -85,12 +85,12 @@ def test_rows_labelled_minus_100_do_not_count(on):
     assert not d[~kept].any()
 
 
-def test_attention_end_to_end_equals_one_sequence_at_a_time(on):
+def test_packed_attention_equals_one_sequence_at_a_time(on):
     rng = np.random.default_rng(0)
     q, k, v = (on(rng.standard_normal((9, 6))) for _ in range(3))
     together, _ = F.attention(q, k, v, 3, [0, 3, 4, 9])
-    apart = [F.attention(q[a:b], k[a:b], v[a:b], 3)[0] for a, b in ((0, 3), (3, 4), (4, 9))]
-    np.testing.assert_allclose(ml.to_numpy(together), np.concatenate([ml.to_numpy(o) for o in apart]), rtol=1e-13)
+    separate = [F.attention(q[a:b], k[a:b], v[a:b], 3)[0] for a, b in ((0, 3), (3, 4), (4, 9))]
+    np.testing.assert_allclose(ml.to_numpy(together), np.concatenate([ml.to_numpy(o) for o in separate]), rtol=1e-13)
 
 
 def test_causal_attention_does_not_look_ahead(on):
@@ -117,7 +117,7 @@ def test_dropout_masks_of_different_keys_are_independent(xp):
     assert abs(np.mean(a[:-1] * a[1:])) < 0.01
 
 
-def test_embedding_rows_read_twice_collect_twice(on):
+def test_gradients_of_repeated_embedding_rows_accumulate(on):
     ids = np.array([2, 0, 2])
     dE = F.embedding_backward(on(np.array([[1.0], [10.0], [100.0]])), ids, on(np.zeros((4, 1))))
     assert ml.to_numpy(dE).ravel().tolist() == [10, 0, 101, 0]
@@ -155,6 +155,6 @@ def test_refused_with_one_clear_sentence(case):
 
 
 @pytest.mark.parametrize("ids", [np.array([0.0]), np.array([[1]])])
-def test_ids_must_be_a_row_of_integers(ids):
+def test_ids_must_be_a_vector_of_integers(ids):
     with pytest.raises(TypeError, match="one-dimensional integer array"):
         F.embedding(ids, np.ones((5, 2)))

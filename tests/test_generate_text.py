@@ -30,7 +30,7 @@ class Parrot(Decoder):
         return np.eye(self.size)[self.ids.pop(0) if self.ids else 32]
 
 
-def written(text, stop=(), tokenizer=BYTES, n=50):
+def generated(text, stop=(), tokenizer=BYTES, n=50):
     """(the pieces shown, the result) of a model that generates `text`."""
     pieces = []
     model = Parrot(tokenizer.encode(text, add_special=False), tokenizer.vocab_size)
@@ -40,11 +40,11 @@ def written(text, stop=(), tokenizer=BYTES, n=50):
 
 
 @given(st.text("ab\u2603\n", max_size=12), st.lists(st.text("ab\u2603\n", min_size=1, max_size=4), max_size=3))
-def test_a_text_to_stop_at_is_never_shown_in_part(text, stop):
+def test_no_part_of_a_stop_text_is_shown(text, stop):
     n = len(text.encode())
     first = min((at for at in (text.find(mark) for mark in stop) if at >= 0), default=len(text))
-    result = written(text, stop, n=n)[1]
-    # of two that overlap, the one that is complete first counts, as a person who reads along would see it
+    result = generated(text, stop, n=n)[1]
+    # of two overlapping texts, the one that is complete first counts, in reading order
     complete = min(((text.find(mark) + len(mark), text.find(mark)) for mark in stop if mark in text), default=(0, first))[0]
     assert result["ended"] == ("stop" if complete else "length")
     assert text.startswith(result["text"])
@@ -53,10 +53,10 @@ def test_a_text_to_stop_at_is_never_shown_in_part(text, stop):
         assert result == {"text": text, "tokens": n, "ended": "length"}
 
 
-def test_what_may_become_a_text_to_stop_at_waits():
-    assert written("one\n\ntwo", ["\n\n"])[0] == ["o", "n", "e", ""]
-    assert written("one\ntwo", ["\n\n"], n=7)[0] == ["o", "n", "e", "\nt", "w", "o", ""]
-    assert written("User", ["User:"], n=4)[1] == {"text": "User", "tokens": 4, "ended": "length"}
+def test_a_possible_stop_text_is_held_back():
+    assert generated("one\n\ntwo", ["\n\n"])[0] == ["o", "n", "e", ""]
+    assert generated("one\ntwo", ["\n\n"], n=7)[0] == ["o", "n", "e", "\nt", "w", "o", ""]
+    assert generated("User", ["User:"], n=4)[1] == {"text": "User", "tokens": 4, "ended": "length"}
 
 
 def test_the_space_before_the_first_word_is_shown():
@@ -66,20 +66,20 @@ def test_the_space_before_the_first_word_is_shown():
     assert result["text"] == " sat on"
 
 
-def test_special_tokens_are_texts_to_stop_at_and_empty_ones_are_none():
-    assert written("the cat<|im_end|>sat", ["</s>"], HFTokenizer(byte_level_bpe(), eos_id=0), n=9)[1]["text"].startswith("the catsat")
-    assert written("the cat<|im_end|>sat", ["<|im_end|>"], HFTokenizer(byte_level_bpe(), eos_id=0))[1] == {
+def test_special_tokens_are_valid_stop_texts_and_empty_texts_are_not():
+    assert generated("the cat<|im_end|>sat", ["</s>"], HFTokenizer(byte_level_bpe(), eos_id=0), n=9)[1]["text"].startswith("the catsat")
+    assert generated("the cat<|im_end|>sat", ["<|im_end|>"], HFTokenizer(byte_level_bpe(), eos_id=0))[1] == {
         "text": "the cat",
         "tokens": 2,
         "ended": "stop",
     }
     with pytest.raises(ValueError, match=r"--stop\) is empty"):
-        written("x", [""])
+        generated("x", [""])
     with pytest.raises(ValueError, match="holds a special token; give that token alone"):
-        written("x", ["x<|im_end|>"], BPE)
+        generated("x", ["x<|im_end|>"], BPE)
 
 
-# ---- which tokens end a text ---------------------------------------------------------------------------------------------------------
+# ---- tokens that end a text ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_the_token_that_ends_an_answer_is_found_in_the_template(template, token)
     assert turn_end(template, ["<|im_start|>", "<|im_end|>", "</s>"], eos_token="</s>") == token
 
 
-def test_a_text_ends_at_each_token_that_the_files_name(tmp_path):
+def test_a_text_ends_at_every_end_token_of_the_files(tmp_path):
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": CHATML}
     made = {"generation_config": {"eos_token_id": [3, -1]}, "config": {"eos_token_id": 0, "bos_token_id": -1}}
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "a", byte_level_bpe(), settings, **made), 400)
@@ -114,7 +114,7 @@ def test_a_text_ends_at_each_token_that_the_files_name(tmp_path):
     assert (again.eos_id, again.stop_ids) == (4, {4, 3, 0, 2})
 
 
-def test_a_prompt_to_go_on_from_is_encoded_as_in_training():
+def test_a_prompt_is_encoded_as_in_training():
     tokenizer = HFTokenizer(sentencepiece_bpe("<s> $A </s>"), 1, 2)
     requested = tokenizer.encode_prompt("the cat")
     assert tokenizer.encode("the cat").tolist() == [*requested, 2]
@@ -123,7 +123,7 @@ def test_a_prompt_to_go_on_from_is_encoded_as_in_training():
     assert example.ids[: len(requested)].tolist() == requested.tolist()
     assert (example.labels[len(requested) - 1], example.labels[-1]) == (example.ids[len(requested)], 2)
     cut = example_maker("lm", tokenizer, 8, True, None, None)("f", 1, {"prompt": "<s>" + "the cat " * 9, "completion": " sat"})
-    assert (cut.cut, cut.ids[0], len(cut.ids)) == (True, 1, 8)  # what is cut off is not the begin token
+    assert (cut.cut, cut.ids[0], len(cut.ids)) == (True, 1, 8)  # the begin token survives truncation
 
 
 # ---- conversations -------------------------------------------------------------------------------------------------------------------
@@ -134,14 +134,14 @@ def answers(template, messages, **more):
     return [text[a:b] for a, b in spans]
 
 
-def test_what_the_user_says_next_is_never_learnt():
+def test_the_next_user_message_has_no_labels():
     plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert answers(plain, [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "my secret"}], eos_token="</s>") == ["Hi"]
     assert answers(CHATML, TALK, eos_token="</s>", ends=["<|im_end|>"]) == ["Hello!<|im_end|>", "\nSo <b>long</b><|im_end|>"]
 
 
-def test_answers_are_found_where_a_template_writes_more_or_less_around_them():
-    """SmolLM2 writes a system prompt before a first message; Phi-3 ends the last turn with one more token; Qwen3 forgets thinking."""
+def test_answers_are_found_in_templates_with_extra_or_missing_text():
+    """SmolLM2 adds a system prompt before the first message; Phi-3 ends the last turn with an extra token; Qwen3 drops thinking."""
     talk = [*TALK[:2], TALK[2], {"role": "assistant", "content": "So <b>long</b>"}]
     smollm2 = "{% if messages and messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are SmolLM<|im_end|>\n' }}{% endif %}" + CHATML
     assert answers(smollm2, talk[1:], ends=["<|im_end|>"]) == ["Hello!<|im_end|>", "So <b>long</b><|im_end|>"]
@@ -156,7 +156,7 @@ def test_answers_are_found_where_a_template_writes_more_or_less_around_them():
     assert answers(qwen3, thought, ends=["<|im_end|>"]) == ["Hello!<|im_end|>", "<think>Bye<|im_end|>"]
 
 
-def test_a_message_may_be_left_out_of_what_is_learnt():
+def test_a_message_may_be_excluded_from_the_labels():
     for field, value in (("weight", 0), ("train", False)):
         messages = [TALK[0], {**TALK[1], field: value}, *TALK[2:]]
         marked = "{% for m in messages if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
@@ -170,7 +170,7 @@ def test_a_message_may_be_left_out_of_what_is_learnt():
         make("f", 1, {"messages": [TALK[0], {**TALK[1], "weight": 0}, *TALK[2:]]})
 
 
-def test_tools_have_a_template_of_their_own(tmp_path):
+def test_tools_have_a_separate_template(tmp_path):
     both = [{"name": "default", "template": "\n{{ messages | length }}\n"}, {"name": "tool_use", "template": "{{ tools | length }} tools"}]
     write_tokenizer(tmp_path, byte_level_bpe(), {"chat_template": both})
     template = find_chat_template(tmp_path)
@@ -183,7 +183,7 @@ def test_tools_have_a_template_of_their_own(tmp_path):
         find_chat_template(tmp_path)
 
 
-def test_of_a_long_conversation_only_what_fits_is_looked_at():
+def test_only_the_part_of_a_long_conversation_that_fits_is_rendered():
     make = example_maker("lm", BYTES, 64, True, None, "{% for m in messages %}{{ m.content }}{% endfor %}")
     talk = [{"role": ("user", "assistant")[i % 2], "content": "words "} for i in range(4000)]
     broken = [*talk[:200], {"role": "assistant", "content": "x", "weight": 1}]
@@ -210,7 +210,7 @@ def test_of_a_long_conversation_only_what_fits_is_looked_at():
         ({"extra_special_tokens": {"messages": "<x>"}}, "cannot have the name 'messages'"),
     ],
 )
-def test_settings_that_cannot_be_applied_are_refused(settings, message, tmp_path):
+def test_inapplicable_settings_are_refused(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         load_tokenizer(write_tokenizer(tmp_path, byte_level_bpe(), settings), 1000)
     assert str(tmp_path) in str(caught.value)
@@ -227,7 +227,7 @@ def test_a_broken_table_does_not_reach_the_library(charsmap, tmp_path):
             load_tokenizer(folder, 1000)
 
 
-def test_text_that_is_no_unicode_is_an_error_of_one_sentence():
+def test_invalid_unicode_is_an_error_of_one_sentence():
     for tokenizer in (BPE, ByteTokenizer()):
         with pytest.raises(ValueError, match="unpaired surrogate at character 1"):
             tokenizer.encode_prompt("a\ud800")

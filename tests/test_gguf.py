@@ -1,4 +1,4 @@
-"""GGUF files: names, orientation, the order of rotary pairs, quantized weights, the tokenizer's metadata, and broken files."""
+"""GGUF files: names, orientation, order of rotary pairs, quantized weights, tokenizer metadata, and broken files."""
 
 import json
 import struct
@@ -59,7 +59,7 @@ def interleaved(W, n_head):
 
 
 def write(path, model, kinds=(), meta=(), leave_out=(), more=()):
-    """The model as llama.cpp's converter writes it. kinds: {part of a published name: Type}; meta: metadata that wins."""
+    """The model as llama.cpp's converter writes it. kinds: {part of a published name: Type}; meta: overriding metadata."""
     c = model.config
     writer, a = gguf.GGUFWriter(path, c.model_type), c.model_type
     values = {
@@ -130,7 +130,7 @@ def model_of(path):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_was_written_is_read(name, tmp_path):
+def test_round_trip(name, tmp_path):
     model = random_model(small(**VARIANTS[name]))
     path = write(tmp_path / "a.gguf", model)
     again = model_of(path)
@@ -156,14 +156,14 @@ def test_transformers_reads_the_same_model(name, tmp_path):
     assert abs(logits - expected).max() < 1e-5 * abs(expected).max()
 
 
-def test_the_order_of_rotary_pairs_is_put_back_only_where_it_was_changed():
+def test_the_order_of_rotary_pairs_is_restored_only_where_it_was_changed():
     W = np.arange(24.0).reshape(12, 2)
     np.testing.assert_array_equal(in_halves(interleaved(W, 3), 3), W)
     assert (interleaved(W, 3) != W).any()
 
 
-def test_quantized_weights_are_near_their_source(tmp_path):
-    """Each value is within half a step of what was written: the steps are range / 15 (Q4_1) and largest / 127 (Q8_0) of 32 values."""
+def test_quantized_weights_are_close_to_their_source(tmp_path):
+    """Each value is within half a step of the source: the step is range / 15 (Q4_1) or largest / 127 (Q8_0) of 32 values."""
     model = random_model(small())
     kinds = {"q_proj.weight": Type.Q4_1, "gate_proj.weight": Type.Q4_1, "k_proj.weight": Type.Q8_0, "embed": Type.Q8_0, "down": Type.F16}
     _, tensors = read_gguf(write(tmp_path / "a.gguf", model, kinds))
@@ -186,7 +186,7 @@ def test_other_dtypes_and_mapped_arrays(tmp_path):
     _, tensors = read_gguf(path, "float64")
     assert {t.dtype for t in tensors.values()} == {np.dtype("float64")}
     _, tensors = read_gguf(path)
-    assert not tensors["model.norm.weight"].flags.writeable  # a view of the file
+    assert not tensors["model.norm.weight"].flags.writeable  # a view into the file
 
 
 def test_tokenizer_metadata(tmp_path):
@@ -207,10 +207,10 @@ def test_tokenizer_metadata(tmp_path):
 
 
 @pytest.mark.parametrize("part", [0, 3, 10, 20, 100, 0.1, 0.3, 0.6, 0.9, -1])
-def test_a_file_that_is_cut_off(part, tmp_path):
+def test_a_truncated_file(part, tmp_path):
     path = write(tmp_path / "a.gguf", random_model(small(num_hidden_layers=1)))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(part * len(whole)) if isinstance(part, float) else part])
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content)) if isinstance(part, float) else part])
     with pytest.raises(ValueError, match=r"a\.gguf is not a readable GGUF file"):
         read_gguf(path)
 
@@ -218,11 +218,11 @@ def test_a_file_that_is_cut_off(part, tmp_path):
 def test_every_single_wrong_byte_of_the_header_is_read_or_refused(tmp_path):
     """Never another exception, and never a hang. Wrong lengths are among them."""
     path = write(tmp_path / "a.gguf", random_model(small(num_hidden_layers=1)), meta={"tokenizer.ggml.tokens": ["a"] * 67})
-    whole = path.read_bytes()
-    end = whole.index(b"output_norm.weight") + 60
+    content = path.read_bytes()
+    end = content.index(b"output_norm.weight") + 60
     messages = []
     for at in np.random.default_rng(0).choice(end, 150, replace=False):
-        path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+        path.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
         try:
             read_gguf(path)
         except ValueError as error:
@@ -231,18 +231,18 @@ def test_every_single_wrong_byte_of_the_header_is_read_or_refused(tmp_path):
     assert [message for message in messages if "a.gguf" not in message] == []
 
 
-def test_a_length_that_lies_is_not_followed(tmp_path):
+def test_a_wrong_length_is_refused(tmp_path):
     """An array of 2^61 numbers in a file of a few kilobytes."""
     path = write(tmp_path / "a.gguf", random_model(small(num_hidden_layers=1)))
-    whole = path.read_bytes()
-    at = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8
-    assert struct.unpack_from("<Q", whole, at)[0] == 67
-    path.write_bytes(whole[:at] + struct.pack("<Q", 2**61) + whole[at + 8 :])
+    content = path.read_bytes()
+    at = content.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8
+    assert struct.unpack_from("<Q", content, at)[0] == 67
+    path.write_bytes(content[:at] + struct.pack("<Q", 2**61) + content[at + 8 :])
     with pytest.raises(ValueError, match="is not a readable GGUF file"):
         read_gguf(path)
 
 
-def test_something_else(tmp_path):
+def test_files_of_another_format(tmp_path):
     path = tmp_path / "a.gguf"
     path.write_bytes(b"{}" * 100)
     with pytest.raises(ValueError, match="is not a readable GGUF file"):
@@ -286,7 +286,7 @@ def test_without_the_library(tmp_path, monkeypatch):
         ({"more": {"extra.weight": np.ones(4, np.float32)}}, r"has a tensor 'extra\.weight', which is not part"),
     ],
 )
-def test_what_is_not_supported_is_refused(changes, message, tmp_path):
+def test_unsupported_settings_are_refused(changes, message, tmp_path):
     path = write(tmp_path / "a.gguf", random_model(small()), **changes)
     with pytest.raises(ValueError, match=rf"a\.gguf.*{message}"):
         ml.load_model(path, "numpy")
@@ -299,13 +299,13 @@ def test_another_architecture_is_refused(tmp_path):
         read_gguf(path)
 
 
-def test_a_quantization_that_is_not_supported_is_refused(tmp_path):
+def test_an_unsupported_quantization_is_refused(tmp_path):
     """Q8_1 is for intermediate results; the library only knows its name."""
     path = write(tmp_path / "a.gguf", random_model(small()), kinds={"embed": Type.Q8_0})
-    whole = path.read_bytes()
-    at = whole.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 16
-    assert struct.unpack_from("<I", whole, at)[0] == Type.Q8_0
-    path.write_bytes(whole[:at] + struct.pack("<I", Type.Q8_1) + whole[at + 4 :])
+    content = path.read_bytes()
+    at = content.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 16
+    assert struct.unpack_from("<I", content, at)[0] == Type.Q8_0
+    path.write_bytes(content[:at] + struct.pack("<I", Type.Q8_1) + content[at + 4 :])
     with pytest.raises(ValueError, match=r"a\.gguf: token_embd\.weight is quantized as Q8_1, which is not supported"):
         read_gguf(path)
 
@@ -327,7 +327,7 @@ def test_the_model_trains_with_adapters(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.BF16])
-def test_an_adapter_of_a_quantized_file_goes_onto_the_model_that_it_was_made_from_and_back(kind, tmp_path, capsys):
+def test_adapters_move_between_a_quantized_file_and_its_source(kind, tmp_path, capsys):
     source = random_model(small())
     ml.save_model(source, tmp_path / "folder")
     path = write(tmp_path / "a.gguf", source, kinds={"self_attn": kind})
@@ -345,7 +345,7 @@ def test_an_adapter_of_a_quantized_file_goes_onto_the_model_that_it_was_made_fro
         ml.load_adapter(ml.Llama(source.config, rng=77), tmp_path / "adapter")
 
 
-def test_a_merged_model_brings_its_tokenizer(tmp_path):
+def test_a_merged_model_includes_its_tokenizer(tmp_path):
     vocabulary = json.loads(BPE.library.to_str())["model"]
     tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
     meta = {
@@ -365,7 +365,7 @@ def test_a_merged_model_brings_its_tokenizer(tmp_path):
     assert (tokenizer.stop_ids, tokenizer.chat_template) == ({0}, CHATML)
 
 
-def test_a_tokenizer_that_cannot_be_read_is_said_to_be_missing(tmp_path, capsys):
+def test_an_unreadable_tokenizer_is_reported_as_missing(tmp_path, capsys):
     model = ml.load_model(write(tmp_path / "m.gguf", random_model(small()), meta={"tokenizer.ggml.model": "llama"}), "numpy")
     ml.save_model(model, tmp_path / "out")
     assert "out has no readable tokenizer: " in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""GPT-2 against transformers and PEFT, by golden files and live."""
+"""GPT-2 against transformers and PEFT, with golden files and live."""
 
 import numpy as np
 import oracle
@@ -10,7 +10,7 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_logits_loss_and_adapter_gradients_are_the_oracles(dtype, backend, tmp_path):
+def test_logits_loss_and_adapter_gradients_match_the_oracles(dtype, backend, tmp_path):
     model = oracle.adapted("gpt2", tmp_path / "m", dtype, backend)
     ids, labels, offsets = oracle.batch("gpt2")
     logits, _ = model.forward(ids, keep=False, offsets=offsets)
@@ -22,14 +22,14 @@ def test_logits_loss_and_adapter_gradients_are_the_oracles(dtype, backend, tmp_p
     assert oracle.deviation(oracle.gradients(model), oracle.part("gpt2", "grads")) < TOLERANCE[dtype]
 
 
-def test_thirty_steps_of_adamw_are_the_oracles(tmp_path):
+def test_thirty_steps_of_adamw_match_the_oracles(tmp_path):
     model = oracle.adapted("gpt2", tmp_path / "m", "float32")
     assert oracle.deviation(oracle.train(model, "gpt2"), oracle.GOLDEN["gpt2.run"]) < 1e-4
     after = oracle.as_peft(model, {path: p.data for path, p in model.parameters() if p.trainable})
     assert oracle.deviation(after, oracle.part("gpt2", "after")) < 1e-4
 
 
-def test_the_golden_file_is_what_the_oracles_say_now():
+def test_the_golden_file_matches_the_installed_oracles():
     for package in ("torch", "transformers", "peft"):
         pytest.importorskip(package, reason=f"the oracle {package} is not installed: pip install 'minilora[oracle]'")
     now = oracle.live("gpt2")
@@ -49,7 +49,7 @@ def test_options_that_would_change_the_result_are_refused(tmp_path):
             ml.load_model(oracle.write_checkpoint("gpt2", tmp_path / "m", **{option: value}), "numpy")
 
 
-def test_a_sequence_may_fill_the_positions_and_not_more():
+def test_a_sequence_may_have_at_most_all_positions():
     model = ml.GPT2(ml.GPT2Config(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=2), rng=0)
     assert model.forward(np.zeros(8, np.int64), keep=False, offsets=[0, 4, 8])[0].shape == (8, 5)
     with pytest.raises(ValueError, match="a sequence of 5 tokens is longer than the model's 4 positions"):

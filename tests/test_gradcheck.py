@@ -1,4 +1,4 @@
-"""The checker itself: it calls right what is right, wrong what is wrong, and says where it cannot tell."""
+"""The gradient checker: right gradients pass, wrong ones fail, and undecidable ones are reported as such."""
 
 import threading
 from types import SimpleNamespace
@@ -15,14 +15,14 @@ X = np.random.default_rng(1).standard_normal((5, 4))
 
 
 class P:
-    """As little as a parameter may be."""
+    """The minimal interface of a parameter."""
 
     def __init__(self, data):
         self.data, self.grad = data, None
 
 
 class Dense:
-    """y = x W + x, with the three documented methods and nothing else. Tests break it in one place each."""
+    """y = x W + x with the three documented methods and nothing else. Each test breaks it in one place."""
 
     def __init__(self):
         self.W = P(np.random.default_rng(2).standard_normal((4, 4)))
@@ -42,19 +42,19 @@ class Dense:
 
 
 def failures(layer, x=X, **options):
-    """{name: (verdict, remark)} of what is not ok."""
+    """{name: (verdict, remark)} of all results that are not ok."""
     report = ml.gradcheck(layer, x, **options)
     assert report.ok == (not report.failures) == (report.verdict == "ok")
     return {e.name: (e.verdict(report.tol), e.remark) for e in report.failures}
 
 
 def broken(**methods):
-    """A Dense with other methods."""
+    """A Dense with replaced methods."""
     return type("Broken", (Dense,), methods)()
 
 
 def gradient(change, **methods):
-    """A Dense whose dW is changed."""
+    """A Dense with a changed dW."""
     return broken(add=lambda self, p, g: Dense.add(self, p, change(g)), **methods)
 
 
@@ -64,8 +64,8 @@ def test_a_layer_with_the_three_documented_methods_is_right():
     assert [e.name for e in report.entries] == ["dx", "W", "(all, one direction)"]
 
 
-def test_no_number_is_both_input_parameter_and_cotangent():
-    """Where x is the cotangent, a backward that takes the one for the other is right."""
+def test_inputs_parameters_and_cotangents_are_distinct():
+    """If x were the cotangent, a backward that confuses the two would pass."""
     for seed in (0, 1):
         for name, layer, x, options in catalogue(seed):
             check = Check(layer, x, 1e-7, seed, 1, options)
@@ -76,10 +76,10 @@ def test_no_number_is_both_input_parameter_and_cotangent():
             assert len(np.unique(numbers)) == len(numbers), name
 
 
-# -- what is not finite -------------------------------------------------------------------------------------------------
+# -- non-finite values --------------------------------------------------------------------------------------------------
 
 
-def spoilt(value, at):
+def non_finite(value, at):
     def change(g):
         g = g.copy()
         g[at] = value
@@ -89,20 +89,20 @@ def spoilt(value, at):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_gradient_that_is_not_finite_is_wrong(value):
+def test_a_non_finite_gradient_is_wrong(value):
     for at, count, place in (((2, 1), 1, "[2, 1]"), (slice(None), 16, "[0, 0]")):
         expected = f"{count} of 16 values are NaN or infinite, the first at {place}"
-        assert failures(gradient(spoilt(value, at))) == {"W": ("WRONG", expected)}
-        assert failures(gradient(spoilt(value, at)), max_coordinates=1)["W"] == ("WRONG", expected)
+        assert failures(gradient(non_finite(value, at))) == {"W": ("WRONG", expected)}
+        assert failures(gradient(non_finite(value, at)), max_coordinates=1)["W"] == ("WRONG", expected)
 
 
-def test_dx_that_is_not_finite_is_wrong():
+def test_a_non_finite_dx_is_wrong():
     layer = broken(backward=lambda self, dy, saved: Dense.backward(self, dy, saved) * np.nan)
     assert failures(layer)["dx"] == ("WRONG", "20 of 20 values are NaN or infinite, the first at [0, 0]")
 
 
-def test_a_second_gradient_that_is_not_finite_is_wrong():
-    """NaN compares false with everything, so that it hid behind every "is the difference too large?"."""
+def test_a_non_finite_second_gradient_is_wrong():
+    """NaN compares false with everything, so it passed every "is the difference too large?"."""
 
     def add(self, p, g):
         p.grad = g if p.grad is None else p.grad * np.nan
@@ -130,19 +130,19 @@ class Root:
         return []
 
 
-def test_where_forward_is_not_finite_nothing_is_said_to_be_right():
+def test_a_non_finite_forward_never_passes():
     x = 1 + np.arange(6.0).reshape(2, 3)
     assert ml.gradcheck(Root(), x).ok
-    x[1, 1] = 1e-9  # nearer to 0 than any step
+    x[1, 1] = 1e-9  # closer to 0 than any step
     assert failures(Root(), x) == {"dx": ("inconclusive", "y is NaN or infinite within a step from here; choose another x")}
     x[1, 1] = -1
     assert failures(Root(), x) == {"y": ("inconclusive", "1 of 6 values are NaN or infinite, the first at [1, 1]; nothing can be compared")}
 
 
-# -- what cannot be run -------------------------------------------------------------------------------------------------
+# -- errors while running -----------------------------------------------------------------------------------------------
 
 
-def test_what_forward_or_backward_raises_is_reported_with_its_place():
+def test_errors_of_forward_or_backward_are_reported_with_their_place():
     def fails(self, *args):
         raise KeyError("gone")
 
@@ -151,8 +151,8 @@ def test_what_forward_or_backward_raises_is_reported_with_its_place():
         assert failures(broken(**{method: fails})) == {method: ("WRONG", f"raised KeyError: 'gone' ({__file__}:{line})")}
 
 
-def test_a_type_error_of_the_layer_is_its_own():
-    """It is no sign that the layer takes no need_dx."""
+def test_a_type_error_of_the_layer_is_reported():
+    """It does not mean that the layer lacks need_dx."""
 
     def backward(self, dy, saved, need_dx=True):
         if not need_dx:
@@ -172,14 +172,14 @@ def test_a_type_error_of_the_layer_is_its_own():
         (lambda x: (1.0, x), "inconclusive", "returned y of float; a check needs an array of float64"),
     ],
 )
-def test_what_forward_returns(y, verdict, remark):
+def test_invalid_results_of_forward(y, verdict, remark):
     found = failures(broken(forward=lambda self, x: y(x)))["forward"]
     assert found[0] == verdict
     assert found[1].startswith(remark)
 
 
 @pytest.mark.parametrize("x", [[1, 2], X + 0j, np.array(["a"]), X > 0])
-def test_x_of_another_kind_is_refused(x):
+def test_an_invalid_x_is_refused(x):
     with pytest.raises(ValueError, match="gradcheck: x is of"):
         ml.gradcheck(Dense(), x)
     with pytest.raises(ValueError, match="max_coordinates is 0"):
@@ -192,7 +192,7 @@ def test_a_forward_that_draws_random_numbers_is_named():
     assert failures(layer) == {"forward": ("WRONG", "returns another y for the same x: it draws random numbers, or keeps state")}
 
 
-def test_with_nothing_to_check_that_is_what_is_said():
+def test_nothing_to_check_is_reported():
     model = ml.GPT2(ml.GPT2Config(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=2), rng=0).freeze()
     report = ml.gradcheck(model, np.array([1, 2, 3]))
     assert (report.ok, report.verdict, report.failures) == (False, "nothing to check", [])
@@ -203,7 +203,7 @@ def test_with_nothing_to_check_that_is_what_is_said():
     assert ml.gradcheck(model, np.array([1, 2, 3])).ok
 
 
-# -- remarks: a fact, or nothing ----------------------------------------------------------------------------------------
+# -- remarks: true, or none ---------------------------------------------------------------------------------------------
 
 
 class Wide(Dense):
@@ -241,14 +241,14 @@ REMARKS = [
     (gradient(lambda g: 2 * g), "W", "is 2 times the true gradient"),
     (gradient(lambda g: -g), "W", "is -1 times the true gradient"),
     (gradient(lambda g: g * (1 + 2e-5)), "W", "is 1.00002 times the true gradient"),
-    (gradient(lambda g: g * (1 + 4e-7)), "W", ""),  # six digits of this are 1
+    (gradient(lambda g: g * (1 + 4e-7)), "W", ""),  # six digits of this value are 1
     (gradient(lambda g: g.T), "W", "is transposed"),
     (gradient(lambda g: g * 0), "W", "is zero, and the true gradient is not"),
     (gradient(lambda g: g.astype("float16")), "W", "is float16, and its array is float64: precision is lost"),
     (gradient(lambda g: g + NOISE), "W", ""),
     (gradient(lambda g: g + 1e-6 * NOISE), "W", ""),
     (gradient(lambda g: g + np.eye(4)), "W", "4 of 16 coordinates are wrong, the first at [0, 0]"),
-    (gradient(spoilt(0, (3, 2))), "W", "1 of 16 coordinates are wrong, the first at [3, 2]"),
+    (gradient(non_finite(0, (3, 2))), "W", "1 of 16 coordinates are wrong, the first at [3, 2]"),
     (gradient(lambda g: g.tolist()), "W", "is a list instead of an array"),
     (broken(add=lambda self, p, g: None), "W", "no gradient was written"),
     (
@@ -274,11 +274,11 @@ def test_a_remark_is_true(layer, name, remark):
     assert found[name][0] == "WRONG"
     assert found[name][1].startswith(remark) if remark else found[name][1] == ""
     if "shape" in remark:
-        assert found[name][1] == remark  # and no more
+        assert found[name][1] == remark  # no other remark
     assert set(found) <= {name, "(all, one direction)"}
 
 
-def test_a_factor_is_not_found_in_what_has_none():
+def test_no_factor_is_reported_without_one():
     """Half a gradient is wrong, and no remark about state, a factor or a transposition explains it."""
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -300,7 +300,7 @@ def test_a_loss_that_forgets_dy_is_wrong():
     assert "times the true gradient" in remark
 
 
-def test_state_in_the_layer_is_told_from_a_plain_mistake():
+def test_state_in_the_layer_is_distinguished_from_a_plain_mistake():
     class Stale(Dense):
         def forward(self, x):
             self.x = x
@@ -323,8 +323,8 @@ def test_state_in_the_layer_is_told_from_a_plain_mistake():
 
 
 @pytest.mark.parametrize("factor", [1, 3])
-def test_functions_that_hold_on_to_a_parameter_are_checked_with_it(factor):
-    """A copy of the parameter would never be read: whatever backward wrote would be "ok". The layer is afterwards as it was."""
+def test_functions_that_hold_a_parameter_are_checked_with_it(factor):
+    """A copy of the parameter would never be read, and any backward would pass. The layer is unchanged afterwards."""
     W = P(Dense().W.data.astype("float32"))
     backward = lambda dy, x: (Dense.add(None, W, factor * (x.T @ dy)), dy @ W.data.T)[1]  # noqa: E731
     layer = SimpleNamespace(forward=lambda x: (x @ W.data, x), backward=backward, parameters=lambda: [("W", W)])
@@ -335,14 +335,14 @@ def test_functions_that_hold_on_to_a_parameter_are_checked_with_it(factor):
         ml.gradcheck(SimpleNamespace(**vars(layer), lock=threading.Lock()), X)
 
 
-def test_a_small_gradient_is_looked_at_as_closely_as_a_large_one():
-    """dW is small where x is, and as wrong: gradients compare by what a step in proportion to the array changes."""
+def test_small_gradients_are_checked_as_strictly_as_large_ones():
+    """dW is small where x is small, and equally wrong: the check compares changes proportional to the array."""
     found = failures(gradient(lambda g: 1.005 * g), 1e-8 * X)
     assert found["W"] == ("WRONG", "is 1.005 times the true gradient")
 
 
-def test_a_write_that_a_second_call_would_not_repeat_is_seen():
-    """relu_(x) writes in the first forward alone: afterwards there is nothing below zero."""
+def test_a_write_in_the_first_call_only_is_detected():
+    """relu_(x) writes in the first forward only: afterwards no element is negative."""
 
     def relu_(self, x):
         np.maximum(x, 0, out=x)
@@ -409,11 +409,11 @@ def test_need_dx_false_must_not_compute_dx():
     assert [(e.name, e.remark) for e in report.failures] == [("dx", "need_dx=False still computes dx")]
 
 
-def test_where_all_is_a_kink_nothing_is_said_to_be_right():
+def test_kinks_everywhere_never_pass():
     assert failures(ml.ReLU(), np.zeros((2, 3))) == {"dx": ("inconclusive", "every coordinate has a kink here; choose another x")}
 
     class Least:
-        """y = x_0 + min(|x_0|, |x_1|): at 0 it is smooth along each axis, and along nothing else."""
+        """y = x_0 + min(|x_0|, |x_1|): smooth at 0 along each axis, and in no other direction."""
 
         def forward(self, x):
             return x[:, 0] + abs(x).min(axis=1), x
@@ -428,11 +428,11 @@ def test_where_all_is_a_kink_nothing_is_said_to_be_right():
     assert failures(Least(), np.zeros((3, 2))) == {"(all, one direction)": expected}
 
 
-# -- large values: what rounding explains, and what it does not ----------------------------------------------------------
+# -- large values: rounding errors and real mistakes ---------------------------------------------------------------------
 
 
 class Scaled:
-    """A layer whose gradients are all 1.001 times too large."""
+    """A layer whose gradients are all too large by a factor of 1.001."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -470,7 +470,7 @@ def test_large_values_give_no_false_alarm_and_hide_no_mistake(name, size):
     assert "ok" in verdicts or (name == "Tanh" and size > 30), verdicts
 
 
-def test_where_rounding_swamps_everything_the_check_says_so():
+def test_dominant_rounding_errors_are_reported():
     report = ml.gradcheck(ml.Tanh(), np.array([[-12.0, 150, 200], [90, 180, -100]]))
     assert (report.ok, report.verdict) == (False, "inconclusive")
     assert "finite differences are good to" in str(report)
@@ -480,15 +480,15 @@ def test_where_rounding_swamps_everything_the_check_says_so():
     assert "every gradient is zero here; choose another x" in str(report)
 
 
-def test_a_whole_model_is_right():
-    """The bundled model: 858,880 parameters, 22 x 256 logits, whose rounding was taken for a mistake."""
+def test_a_complete_model_passes():
+    """The bundled model: 858,880 parameters, 22 x 256 logits, whose rounding errors once failed the check."""
     model = ml.load_model("pydoc", "numpy").unfreeze()
     ids = np.frombuffer(b"def f(x): return x + 1", dtype=np.uint8).astype(np.int64)
     report = ml.gradcheck(model, ids, max_coordinates=2)
     assert report.ok, str(report)
 
 
-def test_the_tolerance_is_the_callers():
+def test_the_caller_sets_the_tolerance():
     layer = gradient(lambda g: g * (1 + 1e-5))
     assert ml.gradcheck(layer, X, tol=1e-4).ok
     assert all(e.remark == "" for e in ml.gradcheck(layer, X, tol=1e-4).entries)

@@ -31,7 +31,7 @@ def test_every_coordinate_of_a_tiny_gpt2():
     assert report.ok, str(report)
 
 
-BLOCKS = {  # what is beyond one block of rows (2^17 numbers), of queries (128), or kept (192 keys)
+BLOCKS = {  # sizes above one block of rows (2^17 numbers), of queries (128), or of kept probabilities (192 keys)
     "LoRALinear": (lambda d: ml.LoRALinear(ml.Linear(32, 40, **d), r=2, **d), (3500, 32)),
     "LoRALinear, no bias": (lambda d: ml.LoRALinear(ml.Linear(32, 40, bias=False, **d), r=2, **d), (3500, 32)),
     "LayerNorm": (lambda d: ml.LayerNorm(40, dtype="float64"), (3500, 40)),
@@ -50,16 +50,16 @@ def test_gradients_beyond_one_block(name):
     layer = shaken(make({"rng": rng, "dtype": "float64"}), rng)
     options = {}
     if "Attention" in name:
-        options = {"offsets": [0, 40, 250, 262, 270], "rows": np.array([3, *range(60, 249), 261])}  # the last has no query
+        options = {"offsets": [0, 40, 250, 262, 270], "rows": np.array([3, *range(60, 249), 261])}  # the last sequence has no query
     report = ml.gradcheck(layer, rng.standard_normal(shape), max_coordinates=8, **options)
     assert report.ok, str(report)
 
 
-# -- deliberately wrong backward passes: each must be caught, and the right gradient named ------------------------------
+# -- wrong backward passes: each must be caught and the wrong gradient named --------------------------------------------
 
 
 class Dense(Layer):
-    """y = s (x W) + b + x, with a backward that tests break in one place each. Right as it stands."""
+    """y = s (x W) + b + x with a correct backward that each test breaks in one place."""
 
     s = 0.5
 
@@ -169,7 +169,7 @@ WRONG = [
 ]
 
 
-def test_the_layer_that_is_then_broken_is_right():
+def test_the_unbroken_layer_passes():
     x = np.random.default_rng(1).standard_normal((5, 4))
     assert ml.gradcheck(Dense(), x).ok
 
@@ -182,7 +182,7 @@ def test_wrong_backward_is_caught_and_named(broken, name, remark):
     failed = {entry.name: entry.remark for entry in report.failures}
     assert name in failed
     assert remark in failed[name]
-    assert set(failed) <= {name, "(all, one direction)"}  # what is right is not accused
+    assert set(failed) <= {name, "(all, one direction)"}  # correct gradients pass
     assert "WRONG" in str(report)
 
 
@@ -209,9 +209,9 @@ def test_a_frozen_parameter_with_a_gradient_is_caught():
     assert ("W", "is frozen but has a gradient") in [(e.name, e.remark) for e in report.failures]
 
 
-def test_a_kink_is_left_out_and_said():
+def test_a_kink_is_skipped_and_reported():
     x = np.random.default_rng(0).standard_normal((3, 4))
-    x[1, 2] = 1e-7  # nearer to ReLU's kink than the step
+    x[1, 2] = 1e-7  # closer to ReLU's kink than the step
     report = ml.gradcheck(ml.ReLU(), x)
     assert report.ok
     assert "left out 1 of 12: at a kink" in str(report)
@@ -231,7 +231,7 @@ def test_any_object_with_the_contract_can_be_checked():
     assert ml.gradcheck(Square(), np.random.default_rng(0).standard_normal((2, 3))).ok
 
 
-def test_the_layer_given_is_not_touched():
+def test_the_layer_is_unchanged():
     layer = ml.Linear(3, 2, rng=0)
     before = layer.weight.data.copy()
     ml.gradcheck(layer, np.ones((2, 3)))
@@ -240,15 +240,15 @@ def test_the_layer_given_is_not_touched():
     np.testing.assert_array_equal(layer.weight.data, before)
 
 
-def test_a_plain_sum_would_test_nothing_for_softmax(xp, on):
-    """Why the cotangent is random: the outputs of a softmax sum to one, whatever x is."""
+def test_a_cotangent_of_ones_would_test_nothing_for_softmax(xp, on):
+    """The reason for random cotangents: the outputs of a softmax sum to one for all x."""
     x = on(np.random.default_rng(0).standard_normal((3, 5)))
     dx = F.softmax_backward(xp.ones_like(x), F.softmax(x))
     assert float(abs(dx).max()) < 1e-15
 
 
 def test_offsets_separate_the_sequences(on):
-    """No gradient crosses from one sequence to another."""
+    """No gradient flows from one sequence to another."""
     rng = np.random.default_rng(0)
     q, k, v = (on(rng.standard_normal((9, 6))) for _ in range(3))
     do = on(np.concatenate([np.ones((3, 6)), np.zeros((6, 6))]))

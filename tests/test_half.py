@@ -29,7 +29,7 @@ def test_products_are_those_of_the_rounded_weight_whatever_the_chunk(kind, scale
     assert not ml.to_numpy(x[:0] @ H).size
 
 
-def test_what_does_not_fit_is_refused(monkeypatch):
+def test_mismatched_operands_are_refused(monkeypatch):
     model = ml.MLP([2, 2])
     with pytest.raises(ValueError, match="float16 or bfloat16"):
         to_half_precision(model, "float8")

@@ -1,4 +1,4 @@
-"""The fast twins agree with the pairs they serve, on both backends, in both dtypes, on shapes that no block fits."""
+"""The optimised kernels against the reference implementations, on both backends, in both dtypes, on shapes that no block divides."""
 
 from importlib import import_module
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora import functional as F
 from minilora import kernels as K
+from minilora.backend import forget_constants
 
 MODULES = ("grouped", "numpy.attention", "numpy.blocks", "numpy.lora", "numpy.losses")
 grouped, attention_module, blocks_module, lora_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in MODULES)
@@ -17,8 +18,8 @@ TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Blocks so small that every loop runs more than once."""
+def use_small_blocks(monkeypatch):
+    """Use blocks so small that every loop runs more than once."""
     for module in (blocks_module, lora_module):
         monkeypatch.setattr(module, "BLOCK", 23)
     monkeypatch.setattr(losses_module, "LOGITS", 2600)
@@ -71,11 +72,11 @@ def test_the_gate(draw):
 @pytest.mark.parametrize("need", [("dx", "dgamma", "dbeta"), ("dx",), ("dgamma",), ("dbeta",)])
 def test_norms(need, draw):
     x, gamma, beta, dy = draw(9, 7) + 2, draw(7), draw(7), draw(9, 7)
-    for kernel, pair in (
+    for kernel, reference in (
         (K.layer_norm(x, gamma, beta), F.layer_norm(x, gamma, beta)),
         (K.rms_norm(x, gamma), F.rms_norm(x, gamma)),
     ):
-        for a, b in zip((kernel[0], *kernel[1].value), (pair[0], *pair[1]), strict=True):
+        for a, b in zip((kernel[0], *kernel[1].value), (reference[0], *reference[1]), strict=True):
             close(a, b, draw.dtype)
     for name, parameters in (("layer_norm", (gamma, beta)), ("rms_norm", (gamma,))):
         saved = {module: getattr(module, name)(x, *parameters)[1] for module in (F, K)}
@@ -98,7 +99,7 @@ def test_lora(bias, need, draw, on):
             close(a, e, draw.dtype)
         u = (x if m is None else x * m) @ A
         expected = F.lora_linear_backward(dy, x, u, W, A, B, 0.7, m)
-        read = x if "dA" in need else None  # what is not needed was not saved
+        read = x if "dA" in need else None  # values that are not needed are not saved
         u, saved = (u, saved) if "dB" in need else (None, saved._replace(value=None))
         for f, inner in ((K.lora_linear_backward, saved), (F.lora_linear_backward, u)):
             for name, a, e in zip(("dx", "dA", "dB"), f(dy, read, inner, W, A, B, 0.7, m, need), expected, strict=True):
@@ -131,7 +132,7 @@ def check_attention(lengths, heads, causal, rows, need, draw, d=3):
     q, k, v, do = draw(R, H * d), draw(T, G * d), draw(T, G * d), draw(R, H * d)
     wide = draw(T, 2 * G * d)
     wide[:, : G * d] = k
-    k = wide[:, : G * d]  # as the columns of a fused projection: not contiguous
+    k = wide[:, : G * d]  # columns of a fused projection: not contiguous
     options = {"n_kv_head": G, "rows": rows}
     o, saved = K.attention(q, k, v, H, offsets, causal, **options)
     expected, P = F.attention(q, k, v, H, offsets, causal, **options)
@@ -150,7 +151,7 @@ def check_attention(lengths, heads, causal, rows, need, draw, d=3):
 def test_attention(causal, heads, lengths, limits, draw, monkeypatch):
     for name, value in zip(("QUERIES", "SCORES", "KEPT"), limits, strict=True):
         monkeypatch.setattr(grouped, name, value)
-    grouped._grouped.cache_clear()
+    forget_constants()
     T = sum(lengths)
     last = np.cumsum(lengths) - 1
     some = np.flatnonzero(np.random.default_rng(2).random(T) < 0.4)
@@ -158,10 +159,10 @@ def test_attention(causal, heads, lengths, limits, draw, monkeypatch):
         check_attention(lengths, heads, causal, rows, ("dq", "dk", "dv"), draw)
     for need in (("dq",), ("dk",), ("dv",), ("dq", "dv")):
         check_attention(lengths, heads, causal, some if len(some) else last, need, draw)
-    grouped._grouped.cache_clear()
+    forget_constants()
 
 
-def test_the_gradient_of_the_values_alone_does_not_pass_the_softmax(draw, monkeypatch):
+def test_the_gradient_of_the_values_alone_skips_the_softmax(draw, monkeypatch):
     q, k, v, do = (draw(7, 4) for _ in range(4))
     for f, module, name in (
         (F, import_module("minilora.functional.attention"), "softmax_backward"),
@@ -173,12 +174,12 @@ def test_the_gradient_of_the_values_alone_does_not_pass_the_softmax(draw, monkey
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
-def test_far_out_the_slopes_are_zero_and_one(name, on, draw):
+def test_derivatives_of_large_arguments_are_zero_and_one(name, on, draw):
     x = on(np.array([-1e5, -1e3, -40.0, 40.0, 1e3, 1e5]), draw.dtype)
     y, saved = getattr(K, name)(x)
     np.testing.assert_allclose(ml.to_numpy(y), np.maximum(ml.to_numpy(x), 0), rtol=0, atol=1e-12)
-    slope = getattr(K, f"{name}_backward")(on(np.ones(6), draw.dtype), saved)
-    np.testing.assert_allclose(ml.to_numpy(slope), [0, 0, 0, 1, 1, 1], atol=1e-12)
+    derivative = getattr(K, f"{name}_backward")(on(np.ones(6), draw.dtype), saved)
+    np.testing.assert_allclose(ml.to_numpy(derivative), [0, 0, 0, 1, 1, 1], atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)

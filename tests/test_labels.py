@@ -1,4 +1,4 @@
-"""What a label means depends neither on sorting, nor on the machine, nor on the run; and what is held out is a fair sample."""
+"""The class of a label depends neither on sorting, nor on the machine, nor on the run; and the held-out part is a fair sample."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def read(classes, label):
     [
         (["b", "a", "b"], ["a", "b"]),
         ([10, 9, 2], ["2", "9", "10"]),
-        (["1", "01", "001", "7", "007", "2"], ["001", "01", "1", "2", "007", "7"]),  # equal numbers by their text
+        (["1", "01", "001", "7", "007", "2"], ["001", "01", "1", "2", "007", "7"]),  # equal numbers are ordered by their text
         ([3, "x", -1, "10"], ["-1", "3", "10", "x"]),
         ([" x ", "x", "y\n"], ["x", "y"]),
         (["9" * 5000, 1], ["1", "9" * 5000]),
@@ -42,7 +42,7 @@ def read(classes, label):
         (["nano", "inf", "1e"], ["1e", "inf", "nano"]),
     ],
 )
-def test_classes_come_in_one_order(labels, expected):
+def test_classes_have_a_fixed_order(labels, expected):
     assert names(labels) == expected
     for seed in range(5):
         random.Random(seed).shuffle(labels)
@@ -59,12 +59,12 @@ def test_the_order_of_classes_does_not_depend_on_the_process():
     assert {run.stdout for run in runs} == {"['001', '01', '1', '007', '7', 'a', 'b']\n"}
 
 
-def test_a_label_is_looked_up_by_name_and_a_number_is_an_index_where_no_class_is_a_number():
+def test_a_label_is_a_name_or_an_index_if_no_class_is_a_number():
     heads = ["positive", "negative", "neutral"]
     assert [read(heads, label) for label in ("negative", " positive ", 2, "0")] == [1, 0, 2, 0]
     assert [read(["LABEL_0", "LABEL_1"], label) for label in ("LABEL_1", 0, "1")] == [1, 0, 1]
     assert [read(["0", "2"], label) for label in ("2", 0)] == [1, 0]
-    assert [read(["0.5", "1.5", " true"], label) for label in ("1.5", "true")] == [1, 2]  # names of a head, whatever they look like
+    assert [read(["0.5", "1.5", " true"], label) for label in ("1.5", "true")] == [1, 2]  # names of a published head
     for classes, label in ((heads, "Positive"), (heads, 3), (heads, "01"), (["0", "2"], 1), (heads, -1)):
         with pytest.raises(ValueError, match=r"x\.jsonl, line 3: the label .* is none of the classes"):
             read(classes, label)
@@ -73,12 +73,12 @@ def test_a_label_is_looked_up_by_name_and_a_number_is_an_index_where_no_class_is
 
 
 @pytest.mark.parametrize("label", [0.5, "0.5", "1.0", "1e-3", True, None, ["x"], float("nan"), "NaN", "", " ", {"a": 1}])
-def test_scores_booleans_and_what_is_missing_are_no_classes(label):
+def test_scores_booleans_and_missing_values_are_not_classes(label):
     with pytest.raises(ValueError, match=r"x\.jsonl, line 3: the label .*"):
         read(["a", "b"], label)
 
 
-def test_for_a_model_of_one_output_labels_are_values():
+def test_labels_of_a_model_with_one_output_are_values():
     assert [read(["LABEL_0"], label) for label in (0.5, 3, "-1.25", " 2 ", "1e-3", 0)] == [0.5, 3.0, -1.25, 2.0, 0.001, 0.0]
     for label in ("good", True, None, float("nan"), "inf", -100, "-100.0"):
         with pytest.raises(ValueError, match=r"x\.jsonl, line 3: this model has one output, so the label must be a number"):
@@ -101,19 +101,19 @@ def test_a_published_head_keeps_its_order_or_refuses_with_both_lists(tmp_path):
     assert [e.labels.tolist() for e in load_examples(file, "classify", BYTES, 20, labels=["negative", "positive"])] == [[0], [1]] * 10
 
 
-# ---- what is held out ----------------------------------------------------------------------------------------------------------------
+# ---- the held-out part ---------------------------------------------------------------------------------------------------------------
 
 
 def labelled(counts):
-    """Different examples, counts[c] of class c, one class after the other."""
+    """Distinct examples, counts[c] of class c, ordered by class."""
     classes = np.repeat(np.arange(len(counts)), counts)
     return [Example(np.array([i, 7]), np.array([c]), per_sequence=True) for i, c in enumerate(classes)]
 
 
 @pytest.mark.parametrize("counts", [[100, 100], [180, 20], [9, 9, 9, 9, 9], [29, 1], [40, 3, 1, 1], [2, 2]])
-def test_over_fifty_seeds_every_class_gives_its_share_and_none_is_held_out_as_a_whole(counts):
+def test_over_fifty_seeds_every_class_has_its_share_and_none_is_held_out_completely(counts):
     examples, total = labelled(counts), max(1, round(sum(counts) / 10))
-    drawn, first = Counter(), set()
+    held_counts, first = Counter(), set()
     for seed in range(50):
         train, held = hold_out(examples, "x", seed)
         assert len(train) + len(held) == len(examples)
@@ -121,18 +121,18 @@ def test_over_fifty_seeds_every_class_gives_its_share_and_none_is_held_out_as_a_
         kept = Counter(int(e.labels[0]) for e in train)
         assert set(kept) == set(range(len(counts)))
         for c, n in enumerate(counts):
-            assert abs(n - kept[c] - n * total / sum(counts)) < 1 + 1e-9  # its share, as near as whole examples allow
-        drawn.update(int(e.ids[0]) for e in held)
+            assert abs(n - kept[c] - n * total / sum(counts)) < 1 + 1e-9  # its share, rounded to complete examples
+        held_counts.update(int(e.ids[0]) for e in held)
         first.add(tuple(sorted(int(e.ids[0]) for e in held)))
         assert [int(e.ids[0]) for e in held] == [int(e.ids[0]) for e in hold_out(examples, "x", seed)[1]]
     assert len(first) > (1 if sum(counts) < 10 else 10)  # other examples for another seed
-    if min(counts) >= 9:  # nobody is held out far more often than others: 50 draws of a tenth, 5 each on average
-        assert max(drawn.values()) <= 17
-        assert len(drawn) > 0.9 * len(examples)
+    if min(counts) >= 9:  # no example is held out far more often than others: 50 draws of a tenth, 5 on average
+        assert max(held_counts.values()) <= 17
+        assert len(held_counts) > 0.9 * len(examples)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 200), st.integers(0, 99))
-def test_a_sample_has_its_size_and_of_each_class_its_share(counts, size, seed):
+def test_a_sample_has_the_size_and_the_class_shares(counts, size, seed):
     examples = labelled(counts)
     chosen = sample(examples, size, seed)
     assert len(chosen) == len(set(chosen)) == min(size, len(examples))
@@ -142,7 +142,7 @@ def test_a_sample_has_its_size_and_of_each_class_its_share(counts, size, seed):
         assert abs(got[c] - min(size, len(examples)) * n / len(examples)) < 1 + 1e-9
 
 
-def test_values_are_no_classes_to_be_spread():
+def test_values_are_not_stratified():
     examples = [Example(np.array([i, 7]), np.array([i / 3]), per_sequence=True) for i in range(30)]
     assert len(hold_out(examples, "x")[1]) == 3
 

@@ -1,4 +1,4 @@
-"""The contract of layers: what is saved, what is computed, and for whom."""
+"""The contract of layers: what is saved and what is computed."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ LABELS = np.array([5, 2, 10, -100, 7, 7, -100])
 
 
 def arrays_in(saved):
-    """Every array in a nest of saved values."""
+    """All arrays in nested saved values."""
     if isinstance(saved, Saved):
         return arrays_in(saved.values)
     if isinstance(saved, (tuple, list)):
@@ -40,7 +40,7 @@ def test_a_layer_may_be_applied_twice(on, backend):
     x1, x2, dy = (on(np.random.default_rng(i).standard_normal((4, 3))) for i in range(3))
     _, s1 = layer.forward(x1)
     _, s2 = layer.forward(x2)
-    layer.forward(x2 * 9, keep=False)  # an evaluation in the middle changes nothing
+    layer.forward(x2 * 9, keep=False)  # an evaluation in between changes nothing
     layer.backward(dy, s1)
     layer.backward(dy, s2)
     np.testing.assert_allclose(ml.to_numpy(layer.weight.grad), ml.to_numpy((x1 + x2).T @ dy), rtol=1e-12)
@@ -62,7 +62,7 @@ def test_changing_trainable_between_forward_and_backward_raises(freeze):
             layer.backward(np.ones_like(y), saved)
 
 
-def test_backward_without_saved_or_against_its_forward_raises():
+def test_backward_without_saved_or_with_other_flags_raises():
     layer, x = ml.Linear(3, 2, rng=0), np.ones((4, 3), np.float32)
     y, saved = layer.forward(x, keep=False)
     with pytest.raises(RuntimeError, match="keep=True"):
@@ -79,7 +79,7 @@ def model_with_lora(**config):
 
 
 def test_nothing_below_the_lowest_trainable_parameter_is_saved_or_run(monkeypatch):
-    """With LoRA in the last block alone, the two blocks below leave nothing behind, and run no backward."""
+    """With LoRA in the last block alone, the two blocks below save nothing and run no backward."""
     model = model_with_lora(target_modules=["c_proj"], layers_to_transform=[2])
     calls = []
     for i, block in enumerate(model.transformer.h):
@@ -114,10 +114,10 @@ def test_no_step_forms_the_dW_of_a_frozen_weight(monkeypatch):
 
     full = ml.GPT2(CONFIG, rng=0)
     full.loss_backward(full.loss(IDS, LABELS, OFFSETS)[1])
-    assert len(formed) == 4 * CONFIG.n_layer  # the count is not always zero
+    assert len(formed) == 4 * CONFIG.n_layer  # the count can be positive
 
 
-def test_gradients_of_the_loss_are_those_of_the_logits():
+def test_gradients_of_the_loss_match_those_of_the_logits():
     """loss / loss_backward, which never hold the logits, against forward / cross_entropy / backward, which do."""
     one, two = (ml.GPT2(CONFIG, rng=0, dtype="float64") for _ in range(2))
     loss, saved = one.loss(IDS, LABELS, OFFSETS)
@@ -130,16 +130,16 @@ def test_gradients_of_the_loss_are_those_of_the_logits():
         np.testing.assert_allclose(p.grad, q.grad, atol=1e-13, err_msg=path)
 
 
-def test_sequences_end_to_end_do_not_see_each_other():
+def test_packed_sequences_do_not_affect_each_other():
     model = ml.GPT2(CONFIG, rng=0, dtype="float64")
     together, _ = model.forward(IDS, keep=False, offsets=OFFSETS)
-    apart = [model.forward(IDS[a:b], keep=False)[0] for a, b in ((0, 4), (4, 7))]
-    np.testing.assert_allclose(together, np.concatenate(apart), rtol=1e-12)
+    separate = [model.forward(IDS[a:b], keep=False)[0] for a, b in ((0, 4), (4, 7))]
+    np.testing.assert_allclose(together, np.concatenate(separate), rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_dtypes_are_held(dtype, backend, on):
-    """No silent promotion: outputs, input gradients and parameter gradients have the layer's dtype."""
+def test_dtypes_are_kept(dtype, backend, on):
+    """No silent promotion: outputs, input gradients and parameter gradients have the dtype of the layer."""
     for name, layer, x, options in catalogue():
         layer.to(backend, dtype)
         x = on(x.astype(dtype)) if x.dtype.kind == "f" else x
@@ -165,7 +165,7 @@ def test_a_replica_shares_weights_and_owns_gradients():
     assert replica.transformer.h[0].attn is not model.transformer.h[0].attn
 
 
-def test_dropout_is_a_function_of_seed_and_call_and_off_in_inference():
+def test_dropout_depends_on_seed_and_call_and_is_off_in_inference():
     layer, x = ml.Dropout(0.5), np.ones((20, 20))
     first, second = layer.forward(x)[0], layer.forward(x)[0]
     assert (first != second).any()
@@ -187,7 +187,7 @@ def test_paths_are_those_of_the_published_checkpoint():
     assert len(paths) == len(set(paths)) == 2 + 12 * CONFIG.n_layer + 2
 
 
-def test_lora_keeps_the_paths_of_what_it_wraps():
+def test_lora_keeps_the_paths_of_wrapped_layers():
     base = {path for path, _ in ml.GPT2(CONFIG, rng=0).parameters()}
     adapted = {path for path, _ in model_with_lora().parameters()}
     assert base < adapted

@@ -26,37 +26,37 @@ def case(name):
     return {key.partition("|")[2]: value for key, value in GOLDEN.items() if key.startswith(f"{name}|")}
 
 
-def under(golden, prefix):
+def by_prefix(golden, prefix):
     return {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
 
 
 def assign(model, tensors, dtype):
-    """Set parameters from a state dict, (out, in) turned to (in, out). Every tensor has to find its parameter."""
+    """Set parameters from a state dict, transposing (out, in) to (in, out). Every tensor must find its parameter."""
     parameters = dict(model.parameters())
     for path, value in tensors.items():
-        turned = value.T if value.ndim == 2 and not path.endswith("embed_tokens.weight") else value
-        assert parameters[path].data.shape == turned.shape, path
-        parameters[path].data = turned.astype(dtype)
+        transposed = value.T if value.ndim == 2 and not path.endswith("embed_tokens.weight") else value
+        assert parameters[path].data.shape == transposed.shape, path
+        parameters[path].data = transposed.astype(dtype)
 
 
 def adapted(name, golden, config, dtype="float64"):
     """Our model with the weights and the adapters of a case."""
     model = Llama(LlamaConfig.from_json(config), rng=0, dtype=dtype)
-    base = under(golden, "base:")
-    assert {path for path, _ in model.parameters()} == base.keys()  # our paths are those of the checkpoint
+    base = by_prefix(golden, "base:")
+    assert {path for path, _ in model.parameters()} == base.keys()  # minilora's paths equal those of the checkpoint
     assign(model, base, dtype)
-    targets = [path.rpartition(".")[0] for path in under(golden, "lora:")] if "adapted head" in name else "all-linear"
+    targets = [path.rpartition(".")[0] for path in by_prefix(golden, "lora:")] if "adapted head" in name else "all-linear"
     ml.inject(model, ml.LoraConfig(r=3, lora_alpha=5, target_modules=targets), rng=0)
-    lora = under(golden, "lora:")
+    lora = by_prefix(golden, "lora:")
     assert {path for path, p in model.parameters() if p.trainable} == lora.keys()
     assign(model, lora, dtype)
     return model
 
 
 def deviations(model, golden, backend):
-    """{what: largest deviation relative to the largest value} of logits, loss and the gradients of all adapters."""
+    """{name: largest deviation relative to the largest value} of logits, loss and the gradients of all adapters."""
     model.to(backend)
-    expected = {"logits": golden["logits"], "loss": golden["loss"][0], **under(golden, "grad:")}
+    expected = {"logits": golden["logits"], "loss": golden["loss"][0], **by_prefix(golden, "grad:")}
     logits, _ = model.forward(golden["ids"], keep=False, offsets=OFFSETS)
     loss, saved = model.loss(golden["ids"], golden["labels"], OFFSETS)
     model.loss_backward(saved)
@@ -77,7 +77,7 @@ def test_golden(name, dtype, backend):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_live(name):
-    """The oracles themselves, if they are installed: in float64, and in float32 just as transformers computes it."""
+    """The installed oracles: in float64, and in float32 as transformers computes it."""
     for module in ("torch", "transformers", "peft"):
         pytest.importorskip(module, reason=f"{module} is not installed: pip install 'minilora[oracle]'")
     from golden import make_llama
@@ -105,7 +105,7 @@ def test_transformers_reads_the_config_that_is_written(name):
     assert LlamaConfig.from_json(theirs) == config == LlamaConfig.from_json(config.to_json())
 
 
-# -- what is computed, and for whom ---------------------------------------------------------------------------------------
+# -- saved and computed values --------------------------------------------------------------------------------------------
 
 
 def small(tied=False, **options):
@@ -129,8 +129,8 @@ ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 @pytest.mark.parametrize("alone", ADAPTED)
-def test_one_adapter_alone_gets_the_gradient_that_it_gets_among_all(alone, monkeypatch):
-    """Frozen adapters around it are neither computed nor saved, and nothing below its block runs backward."""
+def test_one_trainable_adapter_gets_the_same_gradient_as_among_all(alone, monkeypatch):
+    """Frozen adapters around it are neither computed nor saved, and backward stops at its block."""
     model = with_lora(Llama(small(), rng=0, dtype="float64"))
     model.loss_backward(model.loss(IDS, LABELS, BOUNDS)[1])
     (path,) = (path for path, _ in lora_layers(model) if ".1." in path and path.endswith(alone))
@@ -153,7 +153,7 @@ def test_one_adapter_alone_gets_the_gradient_that_it_gets_among_all(alone, monke
 
 @pytest.mark.parametrize("labels", [LABELS, np.array([5, 2, 10, 0, 7, 7, 1])], ids=["some rows", "all rows"])
 @pytest.mark.parametrize("kind", ["tied", "free", "head only", "adapted head", "adapted head only"])
-def test_gradients_of_the_loss_are_those_of_the_logits(kind, labels, on, backend):
+def test_gradients_of_the_loss_match_those_of_the_logits(kind, labels, on, backend):
     """loss / loss_backward, which never hold the logits, against forward / cross_entropy / backward; half of a larger batch."""
 
     def build():
@@ -181,8 +181,8 @@ def test_gradients_of_the_loss_are_those_of_the_logits(kind, labels, on, backend
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head"]])
-def test_a_share_without_a_labelled_row_adds_nothing(targets):
-    """A replica's part of a batch may have no labels at all."""
+def test_a_part_without_labels_adds_nothing(targets):
+    """The part of a batch that a replica gets may have no labels."""
     model = with_lora(Llama(small(), rng=0), targets)
     loss, saved = model.loss(IDS, np.full(7, -100), BOUNDS, count=5)
     model.loss_backward(saved)
@@ -199,17 +199,17 @@ def test_rotated_products_depend_on_the_distance_alone(on):
     products = []
     for s, t in ((0, 0), (9, 9), (3, 1), (12, 10), (1, 3)):
         cos, sin = F.rotary_tables(np.array([s, t]), 8, 100.0, on(q))
-        turned = ml.to_numpy(F.rotary(on(np.stack([q, k])), cos, sin))
-        products.append(float(turned[0] @ turned[1]))
+        rotated = ml.to_numpy(F.rotary(on(np.stack([q, k])), cos, sin))
+        products.append(float(rotated[0] @ rotated[1]))
     assert products[0] == pytest.approx(q @ k)
     assert products[1] == pytest.approx(products[0])
     assert products[3] == pytest.approx(products[2])
-    assert abs(products[4] - products[2]) > 0.1  # ahead is not behind
+    assert abs(products[4] - products[2]) > 0.1  # ahead differs from behind
     assert abs(products[0] - products[2]) > 0.1
 
 
-def test_the_two_layouts_are_one_model_with_its_rows_in_another_order(on):
-    """Reordering the rows of a projection from interleaved to halves and turning halves is turning interleaved pairs."""
+def test_the_two_rotary_layouts_differ_by_the_order_of_rows(on):
+    """Reordering the rows of a projection from interleaved to halves and rotating halves equals rotating interleaved pairs."""
     x = np.random.default_rng(0).standard_normal((5, 12))
     cos, sin = F.rotary_tables(np.arange(5), 4, 100.0, on(x))
     order = in_halves(np.arange(12), 3)
@@ -220,8 +220,8 @@ def test_the_two_layouts_are_one_model_with_its_rows_in_another_order(on):
     np.testing.assert_allclose(ml.to_numpy(F.rotary_backward(on(halves), cos, sin)), x[:, order], rtol=1e-12)
 
 
-def test_angles_far_out_are_exact_in_float32():
-    """In float32 alone, the angle of position 100,000 would be wrong by 0.004."""
+def test_angles_of_distant_positions_are_exact_in_float32():
+    """Computed in float32 alone, the angle of position 100,000 would be wrong by 0.004."""
     position = np.array([100_003])
     cos, sin = F.rotary_tables(position, 6, 10000.0, np.zeros(1, np.float32))
     angles = 100_003 * 10000.0 ** (-np.array([0, 2, 4]) / 6)
@@ -234,7 +234,7 @@ def test_angles_far_out_are_exact_in_float32():
 
 @pytest.mark.parametrize("how", ["base", "adapted", "merged"])
 @pytest.mark.parametrize("kind", ["gpt2", "tied", "free", "qwen2"])
-def test_decoding_token_by_token_is_the_forward_of_all(kind, how, backend):
+def test_decoding_token_by_token_equals_one_forward(kind, how, backend):
     if kind == "gpt2":
         model = GPT2(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=4), rng=0, dtype="float64")
     else:
@@ -249,14 +249,14 @@ def test_decoding_token_by_token_is_the_forward_of_all(kind, how, backend):
         ml.merge(model)
     expected = ml.to_numpy(model.forward(IDS, keep=False)[0])
 
-    cache = KVCache(block=3)  # grows twice on the way
+    cache = KVCache(block=3)  # grows twice
     for a, b in ((0, 2), (2, 3), (3, 6), (6, 7)):
         logits = model.decode(IDS[a:b], cache)
         assert logits.shape == (11,)
         np.testing.assert_allclose(ml.to_numpy(logits), expected[b - 1], rtol=1e-11)
         assert cache.length == b
 
-    cache.length = 3  # forget the last four
+    cache.length = 3  # drops the last four tokens
     np.testing.assert_allclose(ml.to_numpy(model.decode(IDS[3:5], cache)), expected[4], rtol=1e-11)
 
     with pytest.raises(ValueError, match="9 tokens is longer than the model's 8 positions"):
@@ -267,13 +267,13 @@ def test_decoding_token_by_token_is_the_forward_of_all(kind, how, backend):
 # -- configurations -------------------------------------------------------------------------------------------------------
 
 
-def test_both_ways_of_writing_the_rotary_base():
+def test_both_notations_of_the_rotary_base():
     assert LlamaConfig.from_json({"rope_theta": 500.0, "rope_scaling": None}).rope_theta == 500.0
     assert LlamaConfig.from_json({"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}).rope_theta == 500.0
     assert LlamaConfig.from_json({"rope_theta": 500.0, "rope_scaling": {"type": "default"}}).rope_theta == 500.0
 
 
-def test_qwen2_has_biases_on_q_k_and_v_and_llama_where_it_says():
+def test_qwen2_has_biases_on_q_k_and_v_and_llama_by_configuration():
     def biases(**options):
         return {path.split(".")[-2] for path, _ in Llama(small(**options), rng=0).parameters() if path.endswith("bias")}
 
@@ -304,12 +304,12 @@ def test_qwen2_has_biases_on_q_k_and_v_and_llama_where_it_says():
         ({"model_type": "qwen2", "attention_bias": True}, "a qwen2 has biases on q, k and v and nowhere else"),
     ],
 )
-def test_what_is_not_supported_is_refused(raw, message):
+def test_unsupported_fields_are_refused(raw, message):
     with pytest.raises(ValueError, match=f"here.json.*{message}"):
         LlamaConfig.from_json({"model_type": "llama", **raw}, "here.json")
 
 
-def test_what_is_inactive_is_accepted():
+def test_inactive_fields_are_accepted():
     LlamaConfig.from_json({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 128, "layer_types": ["full_attention"]})
 
 

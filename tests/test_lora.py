@@ -18,8 +18,8 @@ def injected(model=None, rng=0, **config):
     return model
 
 
-def shake(model, scale=0.3):
-    """Adapters away from zero."""
+def perturb(model, scale=0.3):
+    """Move the adapters away from zero."""
     rng = np.random.default_rng(5)
     for _, layer in lora_layers(model):
         layer.lora_B.data = (scale * rng.standard_normal(layer.lora_B.data.shape)).astype(layer.lora_B.data.dtype)
@@ -29,7 +29,7 @@ def shake(model, scale=0.3):
 # -- known answers (float64, computed before this code existed) -----------------------------------------------------------
 
 
-def test_known_answer_1_the_seeds_init_drowns_the_weight():
+def test_known_answer_1_the_normal_init_dominates_the_weight():
     """A, B ~ N(0, 1), d = 384, r = 8, W ~ N(0, 1 / d): ||x A B|| / ||x W|| is about 58; with B = 0 it is exactly 0."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((256, 384))
@@ -58,7 +58,7 @@ def test_known_answer_1_with_both_zero_nothing_ever_moves():
 
 
 @pytest.mark.parametrize("r", [1, 2, 4, 6])
-def test_known_answer_2_lora_lands_on_the_whitened_eckart_young_floor(r):
+def test_known_answer_2_lora_reaches_the_whitened_eckart_young_floor(r):
     """Linear regression with a planted rank-4 shift: rank r reaches the discarded singular values of L dW, not those of dW."""
     rng = np.random.default_rng(0)
     d, T = 16, 400
@@ -87,11 +87,11 @@ def test_known_answer_2_lora_lands_on_the_whitened_eckart_young_floor(r):
         assert float(loss) < 1e-14
     else:
         assert float(loss) == pytest.approx(floor, rel=1e-4)
-        assert abs(plain_floor / floor - 1) > 0.05  # the two floors are told apart
+        assert abs(plain_floor / floor - 1) > 0.05  # the two floors differ
 
 
-def test_known_answer_4_adam_does_not_see_how_the_scale_is_shared():
-    """eps = 0: alpha / (pq), A's init and rate times p, B's rate times q leave the trajectory unchanged to rounding."""
+def test_known_answer_4_adam_does_not_depend_on_the_scales_of_a_and_b():
+    """eps = 0: alpha / (pq), the initial A and its rate times p, and B's rate times q leave the trajectory unchanged to rounding."""
     p, q = 3.0, 0.2
     rng = np.random.default_rng(0)
     x, target = rng.standard_normal((20, 6)), rng.standard_normal((20, 5))
@@ -106,7 +106,7 @@ def test_known_answer_4_adam_does_not_see_how_the_scale_is_shared():
             loss, dy = ml.mse(y, target)
             layer.backward(dy, saved)
             for optimizer in optimizers:
-                if losses or optimizer is optimizers[1]:  # at the first step dA = 0, and 0 / 0 without eps
+                if losses or optimizer is optimizers[1]:  # at the first step dA = 0, which gives 0 / 0 without eps
                     optimizer.step()
                 optimizer.zero_grad()
             losses.append(float(loss))
@@ -120,7 +120,7 @@ def test_known_answer_4_adam_does_not_see_how_the_scale_is_shared():
 
 
 def trajectory_without_rates(x, target, p, q):
-    """The same, with the rates left alone: now the trajectory does change."""
+    """With unchanged rates, the trajectory changes."""
     layer = ml.LoRALinear(ml.Linear(6, 5, rng=1, dtype="float64"), r=2, alpha=8 / (p * q), rng=2)
     layer.lora_A.data *= p
     optimizer, losses = ml.AdamW(layer.parameters(), 0.01), []
@@ -136,7 +136,7 @@ def trajectory_without_rates(x, target, p, q):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 7), st.integers(1, 7), st.data())
-def test_known_answer_6_factorize_is_the_best_there_is(m, n, data):
+def test_known_answer_6_factorize_is_optimal(m, n, data):
     r = data.draw(st.integers(1, min(m, n)))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     dW, x = rng.standard_normal((m, n)), rng.standard_normal((3 * m + 2, m)) * np.linspace(0.3, 3, m)
@@ -247,7 +247,7 @@ def test_injecting_twice_is_refused():
         injected(injected())
 
 
-def test_verbs_without_adapters_say_so():
+def test_functions_without_adapters_report_it():
     for verb in (ml.merge, ml.unmerge):
         with pytest.raises(ValueError, match="no LoRA layers"):
             verb(gpt2())
@@ -259,27 +259,27 @@ def test_verbs_without_adapters_say_so():
 
 
 def test_merged_and_unmerged_agree(backend):
-    model = shake(injected()).to(backend)
+    model = perturb(injected()).to(backend)
     model_of_base = gpt2().to(backend)
-    apart, _ = model.forward(IDS, keep=False)
+    unmerged, _ = model.forward(IDS, keep=False)
     changes = ml.merge(model)
     together, _ = model.forward(IDS, keep=False)
-    scale = float(abs(apart).max())
-    assert float(abs(together - apart).max()) < 1e-6 * scale
+    scale = float(abs(unmerged).max())
+    assert float(abs(together - unmerged).max()) < 1e-6 * scale
     assert all(change > 0 for change in changes.values())
     ml.unmerge(model)
     again, _ = model.forward(IDS, keep=False)
-    assert float(abs(again - apart).max()) == 0
+    assert float(abs(again - unmerged).max()) == 0
     base, _ = model_of_base.forward(IDS, keep=False)
-    assert float(abs(base - apart).max()) > 1e-2 * scale  # there was something to merge
+    assert float(abs(base - unmerged).max()) > 1e-2 * scale  # merging changed something
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_disabled_is_the_base_model_to_the_bit(merged, backend):
+def test_disabled_adapters_give_the_base_model_bit_for_bit(merged, backend):
     base, _ = gpt2().to(backend).forward(IDS, keep=False)
-    model = shake(injected(bias="all", modules_to_save=["ln_f"])).to(backend)
+    model = perturb(injected(bias="all", modules_to_save=["ln_f"])).to(backend)
     optimizer = ml.SGD(model.parameters(), 0.5)
-    for _ in range(2):  # biases and the layer norm move as well
+    for _ in range(2):  # biases and layer norm also change
         model.loss_backward(model.loss(IDS, np.append(IDS[1:], -100))[1])
         optimizer.step()
     if merged:
@@ -293,8 +293,8 @@ def test_disabled_is_the_base_model_to_the_bit(merged, backend):
     assert float(abs(after - base).max()) > 0
 
 
-def test_disabled_ends_with_an_exception_too():
-    model = shake(injected())
+def test_disabled_ends_with_an_exception():
+    model = perturb(injected())
     with pytest.raises(KeyError), ml.disabled(model):
         raise KeyError
     assert all(layer.enabled for _, layer in lora_layers(model))
@@ -307,8 +307,8 @@ def test_training_a_merged_model_is_refused():
         model.loss(IDS, np.append(IDS[1:], -100))
 
 
-def test_merging_leaves_the_base_weights_alone():
-    model = shake(injected())
+def test_merging_leaves_the_base_weights_unchanged():
+    model = perturb(injected())
     before = {path: p.data.copy() for path, p in model.parameters()}
     ml.merge(model)
     for path, p in model.parameters():
@@ -316,7 +316,7 @@ def test_merging_leaves_the_base_weights_alone():
 
 
 def test_two_thin_products_are_w_plus_sab(on, backend):
-    layer = shake(injected(ml.MLP([7, 5], rng=0, dtype="float64"), r=3, lora_alpha=5)).layers[0].to(backend)
+    layer = perturb(injected(ml.MLP([7, 5], rng=0, dtype="float64"), r=3, lora_alpha=5)).layers[0].to(backend)
     x = on(np.random.default_rng(0).standard_normal((4, 7)))
     y, _ = layer.forward(x)
     expected = x @ (layer.weight.data + 5 / 3 * layer.lora_A.data @ layer.lora_B.data) + layer.bias.data
@@ -337,7 +337,7 @@ def test_the_initial_values():
     assert ml.LoRALinear(base, r=20, init=False, rng=0).lora_B.data.any()
 
 
-def test_find_targets_leaves_the_output_head_out_of_all_linear():
+def test_all_linear_excludes_the_output_head():
     class WithHead(ml.Sequential):
         output_head = "layers.1"
 

@@ -1,4 +1,4 @@
-"""Metrics, with scikit-learn and SciPy as judges."""
+"""Metrics against scikit-learn and SciPy."""
 
 import math
 import warnings
@@ -16,10 +16,10 @@ pairs = st.integers(2, 5).flatmap(lambda k: st.lists(st.tuples(st.integers(0, k 
 
 
 @given(pairs)
-def test_classification_as_in_scikit_learn(drawn):
-    predicted, labels = np.array(drawn).T
+def test_classification_metrics_match_scikit_learn(rows):
+    predicted, labels = np.array(rows).T
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of classes that do not occur
+        warnings.simplefilter("ignore")  # it warns about classes that do not occur
         assert accuracy(predicted, labels) == pytest.approx(judge.accuracy_score(labels, predicted))
         assert f1(predicted, labels) == pytest.approx(judge.f1_score(labels, predicted, average="macro", zero_division=0))
         assert matthews(predicted, labels) == pytest.approx(judge.matthews_corrcoef(labels, predicted), abs=1e-12)
@@ -28,17 +28,17 @@ def test_classification_as_in_scikit_learn(drawn):
 
 
 def test_known_values():
-    labels, predicted = np.array([1, 1, 1, 1, 0, 0]), np.array([1, 1, 1, 0, 1, 0])  # 3 true, 1 false positive, 1 missed, 1 right no
+    labels, predicted = np.array([1, 1, 1, 1, 0, 0]), np.array([1, 1, 1, 0, 1, 0])  # TP 3, FP 1, FN 1, TN 1
     result = classification_metrics(predicted, labels, 2)
     assert result == {"accuracy": pytest.approx(4 / 6), "f1": 0.75, "f1_macro": pytest.approx((0.75 + 0.5) / 2), "matthews": 0.25}
     assert classification_metrics(predicted, labels, 3)["f1"] == result["f1_macro"]
 
 
 @given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=3, max_size=20))
-def test_correlations_as_in_scipy(drawn):
-    x, y = np.array(drawn).T
+def test_correlations_match_scipy(rows):
+    x, y = np.array(rows).T
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of constants
+        warnings.simplefilter("ignore")  # it warns about constants
         assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-9, nan_ok=True)
 
 

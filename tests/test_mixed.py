@@ -1,13 +1,13 @@
-"""Activations in 16 bits: every kernel equals the float32 pair on the same rounded numbers, to the type's own rounding."""
+"""Half-precision activations: every kernel against the float32 reference on the same rounded numbers, to the rounding of the type."""
 
 import json
 import sys
 from importlib import import_module
 
+import fakecupy
 import ml_dtypes
 import numpy as np
 import pytest
-import standin
 
 import minilora as ml
 from minilora import functional as F
@@ -16,7 +16,7 @@ from minilora.cli import main
 from minilora.data.batches import Batch
 from minilora.formats.atomic import read_json
 from minilora.kernels import cuda
-from minilora.models.cache import KVCache
+from minilora.models.attention import KVCache
 from minilora.models.generate import generate
 from minilora.optim.flat import clip_grad_norm
 from minilora.quantization.half import to_half_precision
@@ -41,15 +41,15 @@ def kind(request):
 
 @pytest.fixture
 def draw(kind, on):
-    """draw(5, 3) is of 16 bits, draw(5, 3, dtype="float32") is not; both are on the backend under test."""
+    """draw(5, 3) is half precision, draw(5, 3, dtype="float32") is not; both are on the backend under test."""
     rng = np.random.default_rng(0)
     return lambda *shape, dtype=None, scale=1.0: on((scale * rng.standard_normal(shape)).astype(dtype or KINDS[kind]))
 
 
-def wide(value):
-    """The same in float32, on the host."""
+def in_float32(value):
+    """The values in float32 on the host."""
     if isinstance(value, (tuple, list)):
-        return type(value)(map(wide, value))
+        return type(value)(map(in_float32, value))
     return ml.to_numpy(value).astype("float32") if hasattr(value, "dtype") and value.dtype.itemsize == 2 else value_on_host(value)
 
 
@@ -64,7 +64,7 @@ def check(kind, got, expected, dtypes, ulps=4.0):
             assert g is None
             continue
         assert g.dtype == (KINDS[kind] if dtype == "half" else np.dtype(dtype))
-        g, w = wide(g), wide(w)
+        g, w = in_float32(g), in_float32(w)
         assert g.shape == w.shape
         np.testing.assert_allclose(g, w, rtol=0, atol=ulps * EPS[kind] * max(float(np.abs(w).max(initial=0)), 1e-6))
 
@@ -72,18 +72,20 @@ def check(kind, got, expected, dtypes, ulps=4.0):
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear(kind, bias, draw):
     x, W, b, dy = draw(6, 12), draw(12, 7), draw(7, dtype="float32") if bias else None, draw(6, 7)
-    check(kind, [K.linear(x, W, b)[0], K.product(x, W)], [F.linear(*wide([x, W, b])), wide(x) @ wide(W)], ["half", "half"])
-    x_32 = draw(6, 12, dtype="float32")  # a weight of 16 bits does not narrow what is wider
-    check(kind, [K.linear(x_32, W, b)[0]], [F.linear(*wide([x_32, W, b]))], ["float32"], ulps=1e-2)
+    check(
+        kind, [K.linear(x, W, b)[0], K.product(x, W)], [F.linear(*in_float32([x, W, b])), in_float32(x) @ in_float32(W)], ["half", "half"]
+    )
+    x_32 = draw(6, 12, dtype="float32")  # a half-precision weight does not downcast a wider input
+    check(kind, [K.linear(x_32, W, b)[0]], [F.linear(*in_float32([x_32, W, b]))], ["float32"], ulps=1e-2)
     dx, dW, db = K.linear_backward(dy, K.linear(x, W, b)[1], None, W, ("dx", "db"))
-    check(kind, [dx, dW, db], F.linear_backward(wide(dy), None, wide(W), ("dx", "db")), ["half", None, "float32"])
+    check(kind, [dx, dW, db], F.linear_backward(in_float32(dy), None, in_float32(W), ("dx", "db")), ["half", None, "float32"])
 
 
-def test_a_head_of_float32_gives_float32_and_takes_gradients_back_to_16_bits(kind, draw):
+def test_a_float32_head_returns_float32_and_half_precision_gradients(kind, draw):
     x, W, b, dy = draw(6, 12), draw(12, 7, dtype="float32"), draw(7, dtype="float32"), draw(6, 7, dtype="float32")
     y, saved = K.linear(x, W, b)
-    check(kind, [y], [F.linear(*wide([x, W, b]))], ["float32"], ulps=1e-2)
-    check(kind, K.linear_backward(dy, saved, x, W), F.linear_backward(*wide([dy, x, W])), ["half", "float32", "float32"])
+    check(kind, [y], [F.linear(*in_float32([x, W, b]))], ["float32"], ulps=1e-2)
+    check(kind, K.linear_backward(dy, saved, x, W), F.linear_backward(*in_float32([dy, x, W])), ["half", "float32", "float32"])
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -94,32 +96,32 @@ def test_lora(kind, masked, need, draw, on):
     mask = on((np.arange(72).reshape(6, 12) % 3 > 0).astype("float32") * 1.5) if masked else None
     y, saved = K.lora_linear(x, W, b, A, B, 0.7, mask)
     u = saved.value
-    expected, expected_u = F.lora_linear(*wide([x, W, b, A, B]), 0.7, wide(mask))
+    expected, expected_u = F.lora_linear(*in_float32([x, W, b, A, B]), 0.7, in_float32(mask))
     check(kind, [y, u], [expected, expected_u], ["half", "half"])
     got = K.lora_linear_backward(dy, x, saved, W, A, B, 0.7, mask, need)
-    pair = F.lora_linear_backward(*wide([dy, x, u, W, A, B]), 0.7, wide(mask), need)
-    check(kind, got, pair, ["half" if "dx" in need else None, *("float32" if name in need else None for name in ("dA", "dB"))])
+    reference = F.lora_linear_backward(*in_float32([dy, x, u, W, A, B]), 0.7, in_float32(mask), need)
+    check(kind, got, reference, ["half" if "dx" in need else None, *("float32" if name in need else None for name in ("dA", "dB"))])
 
 
 def test_norms(kind, draw):
     x, dy, gamma, beta = draw(5, 70), draw(5, 70), draw(70, dtype="float32"), draw(70, dtype="float32")
-    for f, given in (("layer_norm", (gamma, beta)), ("rms_norm", (gamma,))):
-        y, inner = getattr(K, f)(x, *given)
+    for f, arguments in (("layer_norm", (gamma, beta)), ("rms_norm", (gamma,))):
+        y, inner = getattr(K, f)(x, *arguments)
         xhat, rstd = inner.value
-        expected, saved = getattr(F, f)(*wide([x, *given]))
+        expected, saved = getattr(F, f)(*in_float32([x, *arguments]))
         check(kind, [y, xhat, rstd], [expected, *saved], ["half", "half", "float32"])
         got = getattr(K, f"{f}_backward")(dy, inner, gamma)
-        pair = getattr(F, f"{f}_backward")(wide(dy), wide((xhat, rstd)), wide(gamma))
-        check(kind, got, pair, ["half", *["float32"] * len(given)])
+        reference = getattr(F, f"{f}_backward")(in_float32(dy), in_float32((xhat, rstd)), in_float32(gamma))
+        check(kind, got, reference, ["half", *["float32"] * len(arguments)])
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
 def test_activations(kind, name, draw):
     x, dy = draw(5, 9, scale=3.0), draw(5, 9)
-    y, slope = getattr(K, name)(x)
-    dx = getattr(K, f"{name}_backward")(dy, slope)
-    pair = getattr(F, name)(wide(x)), getattr(F, f"{name}_backward")(wide(dy), wide(x))
-    check(kind, [y, slope.value, dx], [pair[0], wide(slope.value), pair[1]], ["half"] * 3)
+    y, derivative = getattr(K, name)(x)
+    dx = getattr(K, f"{name}_backward")(dy, derivative)
+    reference = getattr(F, name)(in_float32(x)), getattr(F, f"{name}_backward")(in_float32(dy), in_float32(x))
+    check(kind, [y, derivative.value, dx], [reference[0], in_float32(derivative.value), reference[1]], ["half"] * 3)
     assert getattr(K, name)(x, keep=False)[1] is None
 
 
@@ -127,16 +129,16 @@ def test_plain_activations(kind, draw):
     x, dy = draw(5, 9), draw(5, 9)
     for layer in (ml.ReLU(), ml.Tanh()):
         y, saved = layer.forward(x)
-        expected, pair = layer.forward(wide(x))
-        check(kind, [y, layer.backward(dy, saved)], [expected, layer.backward(wide(dy), pair)], ["half"] * 2)
+        expected, reference = layer.forward(in_float32(x))
+        check(kind, [y, layer.backward(dy, saved)], [expected, layer.backward(in_float32(dy), reference)], ["half"] * 2)
 
 
 def test_the_gate(kind, draw):
     g, u, dy = draw(5, 9), draw(5, 9), draw(5, 9)
     y, saved = K.swiglu(g, u)
-    expected, pair = K.swiglu(wide(g), wide(u))
+    expected, reference = K.swiglu(in_float32(g), in_float32(u))
     got = [y, *saved.value, *K.swiglu_backward(dy, saved)]
-    check(kind, got, [expected, *pair.value, *K.swiglu_backward(wide(dy), pair)], ["half"] * 5)
+    check(kind, got, [expected, *reference.value, *K.swiglu_backward(in_float32(dy), reference)], ["half"] * 5)
     assert K.swiglu(g, u, keep=False)[1] is None
 
 
@@ -145,46 +147,53 @@ def test_rotary(kind, interleaved, draw, on):
     x, angles = draw(5, 24), np.random.default_rng(1).standard_normal((5, 4))
     tables = on(np.cos(angles), "float32"), on(np.sin(angles), "float32")
     y, saved = K.rotary(x, *tables, interleaved)
-    check(kind, [y], [F.rotary(*wide([x, *tables]), interleaved)], ["half"])
-    got, pair = K.rotary_backward(x, saved, *tables, interleaved), F.rotary_backward(*wide([x, *tables]), interleaved)
-    check(kind, [got], [pair], ["half"])
+    check(kind, [y], [F.rotary(*in_float32([x, *tables]), interleaved)], ["half"])
+    got, reference = K.rotary_backward(x, saved, *tables, interleaved), F.rotary_backward(*in_float32([x, *tables]), interleaved)
+    check(kind, [got], [reference], ["half"])
 
 
-def test_dropout_draws_the_masks_of_float32(kind, draw):
+def test_dropout_masks_match_float32(kind, draw):
     x = draw(37, 11)
     y = K.dropout(x, 0.1, 5)[0]
-    check(kind, [y], [F.dropout(wide(x), 0.1, 5)], ["half"], ulps=1)
-    assert (wide(y) == 0).sum() == (F.dropout(wide(x), 0.1, 5) == 0).sum()
+    check(kind, [y], [F.dropout(in_float32(x), 0.1, 5)], ["half"], ulps=1)
+    assert (in_float32(y) == 0).sum() == (F.dropout(in_float32(x), 0.1, 5) == 0).sum()
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("offsets", [[0, 7, 14, 21], [0, 3, 12, 21]])
 def test_attention(kind, causal, offsets, draw, monkeypatch):
-    monkeypatch.setattr(grouped, "KEPT", 8)  # of some sequences what is saved is computed again
+    monkeypatch.setattr(grouped, "KEPT", 8)  # some sequences recompute saved values
     q, k, v, do = draw(21, 24), draw(21, 24)[:, :12], draw(21, 12), draw(21, 24)
     for rows in (None, np.array([2, 6, 9, 20])):
         q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
         o, saved = K.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
-        expected, pair = K.attention(*wide([q_, k, v]), 6, offsets, causal, n_kv_head=3, rows=rows)
+        expected, reference = K.attention(*in_float32([q_, k, v]), 6, offsets, causal, n_kv_head=3, rows=rows)
         check(kind, [o], [expected], ["half"])
-        kept = [part[0] for _, parts in saved.value for part in parts if part is not None]
-        assert kept
-        assert all(E.dtype == KINDS[kind] for E in kept)
+        if saved.by.where != "reference":
+            kept = [part[0] for _, parts in saved.value for part in parts if part is not None]
+            assert kept
+            assert all(E.dtype == KINDS[kind] for E in kept)
         got = K.attention_backward(do_, q_, k, v, saved, 6, offsets, 3, rows=rows)
-        check(kind, got, K.attention_backward(*wide([do_, q_, k, v]), pair, 6, offsets, 3, rows=rows), ["half"] * 3, ulps=8)
+        check(kind, got, K.attention_backward(*in_float32([do_, q_, k, v]), reference, 6, offsets, 3, rows=rows), ["half"] * 3, ulps=8)
 
 
-def test_scores_are_of_float32(kind, draw):
-    """Large ones, which the softmax would make errors of a quarter of."""
+def test_scores_are_float32(kind, draw):
+    """With large scores, rounding before the softmax would give errors of a quarter."""
     q, k, v, do = draw(21, 8, scale=6.0), draw(21, 8, scale=6.0), draw(21, 8), draw(21, 8)
     o, saved = K.attention(q, k, v, 2)
-    expected, pair = K.attention(*wide([q, k, v]), 2)
+    expected, reference = K.attention(*in_float32([q, k, v]), 2)
     check(kind, [o], [expected], ["half"])
-    check(kind, K.attention_backward(do, q, k, v, saved, 2), K.attention_backward(*wide([do, q, k, v]), pair, 2), ["half"] * 3, ulps=8)
+    check(
+        kind,
+        K.attention_backward(do, q, k, v, saved, 2),
+        K.attention_backward(*in_float32([do, q, k, v]), reference, 2),
+        ["half"] * 3,
+        ulps=8,
+    )
 
 
-def test_masks_and_angles_are_of_float32(kind, backend):
-    """1 / (1 - p) is no number of 16 bits, nor is the cosine of an angle."""
+def test_masks_and_angles_are_float32(kind, backend):
+    """Neither 1 / (1 - p) nor the cosine of an angle is exact in half precision."""
     layer = adapted("gpt2", kind, backend, lora_dropout=0.1).transformer.h[0].attn.c_attn
     mask = layer.mask(layer.weight.data, 3)
     assert float(mask.max()) == np.float32(1 / 0.9)
@@ -198,25 +207,25 @@ def test_the_loss_over_the_vocabulary(kind, head, draw, monkeypatch):
     for module in losses_modules:
         monkeypatch.setattr(module, "LOGITS", 5 * 256)
     x, W, labels = draw(5, 8), draw(8, 700, dtype=None if head == "half" else head), np.array([0, 699, 256, 255, 3])
-    got, pair = K.linear_cross_entropy(x, W, labels, 9, {"dx"}), F.linear_cross_entropy(*wide([x, W]), labels, 9, {"dx"})
-    check(kind, got[:1], pair[:1], ["float32"], ulps=1e-2)
-    check(kind, got[1:], pair[1:], ["half", None])
+    got, reference = K.linear_cross_entropy(x, W, labels, 9, {"dx"}), F.linear_cross_entropy(*in_float32([x, W]), labels, 9, {"dx"})
+    check(kind, got[:1], reference[:1], ["float32"], ulps=1e-2)
+    check(kind, got[1:], reference[1:], ["half", None])
     assert K.linear_cross_entropy(x, W, labels, 9, ())[1] is None
     if head == "float32":
-        got, pair = K.linear_cross_entropy(x, W, labels), F.linear_cross_entropy(*wide([x, W]), labels)
-        check(kind, got, pair, ["float32", "half", "float32"])
+        got, reference = K.linear_cross_entropy(x, W, labels), F.linear_cross_entropy(*in_float32([x, W]), labels)
+        check(kind, got, reference, ["float32", "half", "float32"])
     z = draw(5, 7)
-    check(kind, K.cross_entropy(z, labels % 7), F.cross_entropy(wide(z), labels % 7), ["float32", "half"])
+    check(kind, K.cross_entropy(z, labels % 7), F.cross_entropy(in_float32(z), labels % 7), ["float32", "half"])
 
 
-def test_rounding_is_to_the_nearest_even_and_keeps_what_is_no_number(kind, fake_cupy):
+def test_rounding_is_to_nearest_even_and_keeps_nan(kind, fake_cupy):
     """The sources convert by themselves. Every number of the type is read, multiplied and written (by dropout)."""
     if not cuda.ENABLED:
-        pytest.skip("the stand-in runs CUDA sources through g++")
+        pytest.skip("the fake CuPy runs CUDA sources through g++")
     every = np.arange(2**16, dtype=np.uint16).view(KINDS[kind])  # all numbers of the type, read and written
-    x = standin.module.asarray(every)
+    x = fakecupy.module.asarray(every)
     with np.errstate(all="ignore"):
-        for p in (0.0, 0.75, 1 - 1 / 1.1):  # times 1, 4 (some beyond the largest) and 1.1, in float32, where it is kept
+        for p in (0.0, 0.75, 1 - 1 / 1.1):  # times 1, 4 (some overflow) and 1.1, in float32, where it is kept
             got = K.dropout(x, p, 3)[0].get()
             kept = F.dropout_mask(every.shape, p, 3, np, "float32") > 0
             expected = np.where(kept, every.astype("float32") * np.float32(1 / (1 - p)), np.float32(0)).astype(KINDS[kind])
@@ -238,19 +247,19 @@ BERT |= {"max_position_embeddings": 32, "num_labels": 3}
 IDS, OFFSETS = np.random.default_rng(0).integers(0, 60, 21), np.array([0, 9, 14, 21])
 
 
-def narrowed(name, kind):
+def half_model(name, kind):
     model = MODELS[name]()
     to_half_precision(model, kind)
     return model
 
 
-def adapted(name, kind, backend, narrow=True, **options):
-    """A small model with weights of 16 bits, or with the same numbers in float32, and LoRA with B away from zero."""
+def adapted(name, kind, backend, half=True, **options):
+    """A small model with half-precision weights, or with the same values in float32, and LoRA with B away from zero."""
     model = MODELS[name]()
     for _, p in model.parameters():
-        p.data = p.data * 3 if p.data.ndim == 2 else p.data  # activations of a size that tells right from wrong
+        p.data = p.data * 3 if p.data.ndim == 2 else p.data  # activations large enough to reveal errors
     to_half_precision(model, kind)
-    if not narrow:
+    if not half:
         model.to(dtype="float32")
     model.to(backend)
     options = {"r": 2, "target_modules": "all-linear", "task_type": "SEQ_CLS" if name == "bert" else None, **options}
@@ -270,43 +279,43 @@ def gradients(model, name):
 
 @pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2, "bias": "all"}, {"modules_to_save": None}])
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_of_a_model_are_those_of_float32(name, kind, options, backend):
+def test_gradients_of_a_model_match_float32(name, kind, options, backend):
     if "modules_to_save" in options:
         options = {"modules_to_save": {"gpt2": ["ln_1"], "llama": ["norm"], "bert": ["pooler.dense", "LayerNorm"]}[name]}
     loss, grads = gradients(adapted(name, kind, backend, **options), name)
-    wanted_loss, expected = gradients(adapted(name, kind, backend, narrow=False, **options), name)
+    expected_loss, expected = gradients(adapted(name, kind, backend, half=False, **options), name)
     assert loss.dtype == np.float32
-    assert float(loss) == pytest.approx(float(wanted_loss), rel=EPS[kind])
+    assert float(loss) == pytest.approx(float(expected_loss), rel=EPS[kind])
     assert grads.keys() == expected.keys()
     assert all(g.dtype == np.float32 for g in grads.values())
     norm = np.linalg.norm
     lengths = {path: norm(ml.to_numpy(w)) for path, w in expected.items()}
-    apart = {path: norm(ml.to_numpy(g) - ml.to_numpy(expected[path])) for path, g in grads.items()}
-    assert norm(list(apart.values())) <= 5 * EPS[kind] * norm(list(lengths.values()))
-    least = 0.01 * max(lengths.values())  # of BERT's key.bias the gradient is zero
+    differences = {path: norm(ml.to_numpy(g) - ml.to_numpy(expected[path])) for path, g in grads.items()}
+    assert norm(list(differences.values())) <= 5 * EPS[kind] * norm(list(lengths.values()))
+    least = 0.01 * max(lengths.values())  # the gradient of BERT's key.bias is zero
     for path, length in lengths.items():
-        assert apart[path] <= 16 * EPS[kind] * (length + least), path
+        assert differences[path] <= 16 * EPS[kind] * (length + least), path
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_tokens_are_generated(name, kind, backend):
-    """decode, token by token, gives the logits of the whole sequence; both are of 16 bits."""
+    """decode, token by token, gives the logits of the complete sequence; both are half precision."""
     model, cache = adapted(name, kind, backend), KVCache(block=4)
     logits, _ = model.forward(IDS, keep=False)
     assert logits.dtype == KINDS[kind]
     for part in (IDS[:5], IDS[5:6], IDS[6:13], IDS[13:]):
         last = model.decode(part, cache)
-    check(kind, [last], [wide(logits)[-1]], ["half"], ulps=8)
+    check(kind, [last], [in_float32(logits)[-1]], ["half"], ulps=8)
     assert len(list(generate(model, IDS, 5))) == 5
 
 
 @pytest.mark.parametrize("config", [ml.BottleneckConfig(reduction_factor=4), ml.PartialConfig(train=["bias", "norm"])])
 def test_other_adapters(config, kind, backend):
-    """What is trained is of float32, the rest of the model goes on in 16 bits."""
+    """Trainable parameters are float32, the rest of the model stays in half precision."""
     grads = []
-    for narrow in (True, False):
-        model = narrowed("bert", kind)
-        model.to(backend, None if narrow else "float32")
+    for half in (True, False):
+        model = half_model("bert", kind)
+        model.to(backend, None if half else "float32")
         ml.inject(model, config, rng=0)
         grads.append(gradients(model, "bert")[1])
     assert all(g.dtype == np.float32 for g in grads[0].values())
@@ -314,23 +323,23 @@ def test_other_adapters(config, kind, backend):
     assert np.linalg.norm(got - expected) <= 6 * EPS[kind] * np.linalg.norm(expected)
 
 
-def test_what_is_saved_takes_half(kind, backend):
+def test_saved_values_take_half_the_memory(kind, backend):
     def size(value):
         if hasattr(value, "nbytes"):
             return value.nbytes
         return sum(map(size, value.values() if isinstance(value, dict) else value)) if isinstance(value, (tuple, list, dict)) else 0
 
-    saved = [size(adapted("gpt2", kind, backend, narrow).loss(IDS, IDS, OFFSETS)[1]) for narrow in (True, False)]
+    saved = [size(adapted("gpt2", kind, backend, half).loss(IDS, IDS, OFFSETS)[1]) for half in (True, False)]
     assert 0.5 <= saved[0] / saved[1] < 0.55
 
 
-def test_a_step_neither_waits_nor_has_more_products(kind, fake_cupy):
+def test_a_step_neither_synchronises_nor_has_more_products(kind, fake_cupy):
     counts = []
-    for narrow in (True, False):
-        model = adapted("gpt2", kind, "cupy", narrow)
+    for half in (True, False):
+        model = adapted("gpt2", kind, "cupy", half)
         optimizer = ml.AdamW(model.parameters(), lr=1e-3)
         assert optimizer.flat.data.dtype == optimizer.m.dtype == np.float32
-        with standin.count() as c:
+        with fakecupy.count() as c:
             loss, saved = model.loss(IDS, IDS, OFFSETS)
             model.loss_backward(saved)
             clip_grad_norm(optimizer.flat, 1.0, 2.0**15)
@@ -338,7 +347,7 @@ def test_a_step_neither_waits_nor_has_more_products(kind, fake_cupy):
         assert (c.syncs, c.to_host, loss.dtype) == (0, 0, np.float32)
         counts.append(c)
     assert counts[0].products == counts[1].products
-    assert counts[0].launches < 1.35 * counts[1].launches  # A and B are narrowed, some results too
+    assert counts[0].launches < 1.35 * counts[1].launches  # A and B are downcast, and some results
 
 
 # -- training -----------------------------------------------------------------------------------------------------------------
@@ -350,8 +359,8 @@ def run(folder, **fields):
     return finetune(Recipe(**{**SMALL, **fields}), folder, say=lambda line: None)
 
 
-def test_a_run_ends_where_that_on_float32_does(tmp_path):
-    """Held-out loss within 1 %; what is saved is opened as it was made, measures the same, and is merged in float32."""
+def test_a_run_matches_float32(tmp_path):
+    """Held-out loss within 1 %; the saved adapter is opened with the same dtypes, gives the same figures, and is merged in float32."""
     ends = {dtype: run(tmp_path / dtype, dtype=dtype) for dtype in ("float32", *KINDS)}
     for kind, dtype in KINDS.items():
         assert ends[kind]["after"]["loss"] == pytest.approx(ends["float32"]["after"]["loss"], rel=0.01)
@@ -370,12 +379,12 @@ def test_a_run_ends_where_that_on_float32_does(tmp_path):
 
 def test_the_flag(tmp_path):
     flags = {name: value for name, value in SMALL.items() if name != "steps"}
-    given = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    assert main(["finetune", "--steps", "2", "--dtype", "bfloat16", "--out", str(tmp_path / "run"), *given]) == 0
+    arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["finetune", "--steps", "2", "--dtype", "bfloat16", "--out", str(tmp_path / "run"), *arguments]) == 0
     assert read_json(tmp_path / "run" / "run.json")["configuration"]["dtype"] == "bfloat16"
 
 
-def test_frozen_blocks_are_kept_in_16_bits(kind, tmp_path):
+def test_cached_frozen_blocks_are_half_precision(kind, tmp_path):
     model = adapted("gpt2", kind, "numpy", target_modules=["c_attn"], layers_to_transform=[1])
     batch = Batch(IDS, IDS, OFFSETS)
     expected = model.prefix(IDS, OFFSETS)
@@ -384,7 +393,7 @@ def test_frozen_blocks_are_kept_in_16_bits(kind, tmp_path):
         for _ in range(2):
             found = cache(model, batch)
             assert found.x.dtype == KINDS[kind]
-            np.testing.assert_array_equal(wide(found.x), wide(expected.x))
+            np.testing.assert_array_equal(in_float32(found.x), in_float32(expected.x))
 
 
 def flat_of(model):
@@ -399,7 +408,7 @@ def batches(count=None):
 def test_an_overflow_halves_the_scale_and_changes_nothing_else(backend):
     model = adapted("gpt2", "float16", backend)
     optimizer, arrays = flat_of(model)
-    scale = LossScale(2.0**30)  # what the loss gives overflows for certain
+    scale = LossScale(2.0**30)  # the gradient of the loss certainly overflows
     before = [ml.to_numpy(x).copy() for x in arrays]
     steps = train(model, optimizer, batches(), 40, lambda step: 1.0, loss_scale=scale)
     first = next(steps)
@@ -416,10 +425,10 @@ def test_an_overflow_halves_the_scale_and_changes_nothing_else(backend):
 
 
 def test_the_scale_does_not_change_the_gradient(backend):
-    """Nor the loss, nor the norm: in float32 by not a bit, as it is a power of two."""
+    """Loss and norm are unchanged, too: bit for bit in float32, as the scale is a power of two."""
     result = []
     for value in (1.0, 2.0**15):
-        model = adapted("gpt2", "float16", backend, narrow=False)
+        model = adapted("gpt2", "float16", backend, half=False)
         optimizer, (data, *_) = flat_of(model)
         step = next(train(model, optimizer, batches(), 1, lambda step: 1.0, loss_scale=LossScale(value)))
         result.append((step.loss, step.grad_norm, ml.to_numpy(data)))
@@ -428,20 +437,20 @@ def test_the_scale_does_not_change_the_gradient(backend):
 
 
 def test_small_gradients_do_not_vanish(backend):
-    """Of a loss that is divided by a million labels, float16 sees little; scaled, it is the gradient of float32 but for rounding."""
-    apart = {}
+    """Divided by a million labels, gradients underflow in float16; scaled, they equal those of float32 up to rounding."""
+    differences = {}
     for value in (1.0, 2.0**15):
         found = []
-        for narrow in (True, False):
-            model = adapted("gpt2", "float16", backend, narrow)
+        for half in (True, False):
+            model = adapted("gpt2", "float16", backend, half)
             _, saved = model.loss(IDS, IDS[::-1].copy(), OFFSETS, 10**6 / value)
             model.loss_backward(saved)
             found.append(np.concatenate([ml.to_numpy(p.grad).ravel() for _, p in model.parameters() if p.trainable]) / value)
-        apart[value] = np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[1])
-    assert apart[2.0**15] < 5 * EPS["float16"] < apart[1.0]
+        differences[value] = np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[1])
+    assert differences[2.0**15] < 5 * EPS["float16"] < differences[1.0]
 
 
-def test_the_scale_grows_gives_up_and_goes_on_from_its_state():
+def test_the_loss_scale_grows_gives_up_and_resumes_from_its_state():
     scale = LossScale()
     for _ in range(LossScale.PATIENCE - 1):
         scale.update(True)
@@ -461,7 +470,7 @@ def test_the_scale_grows_gives_up_and_goes_on_from_its_state():
     assert LossScale.of(adapted("gpt2", "float16", "numpy")).value == 2.0**15
 
 
-def test_what_no_scale_can_help_diverges(backend):
+def test_a_loss_that_no_scale_can_fix_diverges(backend):
     model = adapted("gpt2", "float16", backend)
     model.transformer.ln_f.weight.data[...] = np.nan
     optimizer, _ = flat_of(model)
@@ -472,10 +481,10 @@ def test_what_no_scale_can_help_diverges(backend):
     np.testing.assert_array_equal(ml.to_numpy(optimizer.flat.data), before)
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------------------
+# -- refused ------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_is_told_in_a_sentence(kind, monkeypatch):
+def test_invalid_combinations_are_reported_in_one_sentence(kind, monkeypatch):
     with pytest.raises(ValueError, match="dtype is 'float8'; choose float32, float64, float16 or bfloat16"):
         ml.load_model("pydoc", "numpy", "float8")
     with pytest.raises(ValueError, match=f"dtype {kind} and quantize 'nf4' exclude each other"):
@@ -489,7 +498,7 @@ def test_what_cannot_be_is_told_in_a_sentence(kind, monkeypatch):
     model = ml.load_model("pydoc", "numpy", kind)
     with pytest.raises(ValueError, match=f"wte.weight is {kind}, in which small steps are lost"):
         ml.AdamW(model.unfreeze().parameters(), 1e-3)
-    bert = narrowed("bert", kind)
+    bert = half_model("bert", kind)
     with pytest.raises(ValueError, match=r"to train bert\.embeddings\.word_embeddings needs weights of float32; load the model"):
         ml.inject(bert, ml.LoraConfig(target_modules=["query"], modules_to_save=["word_embeddings"]))
     for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"target_modules": ["wpe"]}):
@@ -507,7 +516,7 @@ def test_numbers_beyond_float16_and_a_missing_extra(monkeypatch):
     model.transformer.wpe.weight.data[0, 0] = -1e5
     with pytest.raises(ValueError, match=r"wpe.weight has numbers beyond float16's 65504; choose bfloat16"):
         to_half_precision(model, "float16")
-    assert model.transformer.wte.weight.data.dtype == np.float32  # nothing was changed
+    assert model.transformer.wte.weight.data.dtype == np.float32  # nothing changed
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(ImportError, match=r"minilora\[bf16\]"):
         ml.load_model("pydoc", "numpy", "bfloat16")

@@ -1,4 +1,4 @@
-"""NF4: the numbers of bitsandbytes, the products, the sizes in memory and on disk, and LoftQ's start."""
+"""NF4: the values of bitsandbytes, products, sizes in memory and on disk, and LoftQ's initialisation."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from minilora.quantization.quantize import quantize_model
 GOLDEN = load_file(make_nf4.FILE)
 
 
-def theirs(name, backend="numpy"):
-    """What bitsandbytes made of a weight, as ours."""
+def of_bitsandbytes(name, backend="numpy"):
+    """The result of bitsandbytes for a weight, as a minilora array."""
     out, fan_in = make_nf4.SHAPES[name]
     codes, absmax, nested, offset = (GOLDEN[f"{name}.{part}"] for part in ("codes", "absmax", "nested_absmax", "offset"))
     return NF4((fan_in, out), codes, absmax, nested, float(offset[0]), nested_code=GOLDEN["nested_code"]).to_backend(backend)
@@ -29,19 +29,19 @@ def random(m, n, seed=0):
 
 
 @pytest.mark.parametrize("name", make_nf4.SHAPES)
-def test_dequantized_to_the_bit_as_bitsandbytes_does(name, backend):
-    np.testing.assert_array_equal(ml.to_numpy(theirs(name, backend).dense()).T, GOLDEN[f"{name}.dequantized"])
+def test_dequantization_matches_bitsandbytes_bit_for_bit(name, backend):
+    np.testing.assert_array_equal(ml.to_numpy(of_bitsandbytes(name, backend).dense()).T, GOLDEN[f"{name}.dequantized"])
 
 
 @pytest.mark.parametrize("name", make_nf4.SHAPES)
-def test_quantized_as_bitsandbytes_does(name):
-    """The four bits are the same; of the magnitudes' eight, its CPU code now and then takes the second nearest."""
-    found, expected = NF4.of(make_nf4.weight(name).T), theirs(name)
+def test_quantization_matches_bitsandbytes(name):
+    """The 4-bit codes are equal; of the 8-bit magnitudes, its CPU code sometimes takes the second nearest."""
+    found, expected = NF4.of(make_nf4.weight(name).T), of_bitsandbytes(name)
     np.testing.assert_array_equal(found.codes, expected.codes)
     np.testing.assert_array_equal(GOLDEN["code"], nf4.CODE)
     np.testing.assert_allclose(GOLDEN["nested_code"], nf4.DYNAMIC, rtol=3e-7)
     steps = np.abs(found.absmax.astype(int) - expected.absmax)
-    if name != "one block":  # less its mean, that is 0, and all the 256 fractions of 0 are the same
+    if name != "one block":  # minus its mean this is 0, and all 256 fractions of 0 are equal
         assert steps.max() <= 1
         assert (steps > 0).mean() < 0.05
     np.testing.assert_allclose(found.nested_absmax, expected.nested_absmax, rtol=1e-6)
@@ -50,7 +50,7 @@ def test_quantized_as_bitsandbytes_does(name):
 
 
 def test_the_codebook_on_normal_numbers():
-    """Mean squared error .00845, where fractions at equal distances, k / 7, have .0116."""
+    """Mean squared error .00845; equidistant fractions k / 7 have .0116."""
     values = np.random.default_rng(0).standard_normal(2**20).astype(np.float32)
 
     def error(code):
@@ -60,12 +60,12 @@ def test_the_codebook_on_normal_numbers():
     assert error(nf4.CODE) == pytest.approx(0.00845, abs=5e-5)
     assert error(np.linspace(-1, 1, 15, dtype=np.float32)) == pytest.approx(0.01148, rel=0.02)
     dense = NF4.of(values.reshape(2048, -1)).dense()
-    assert float(np.mean((dense.ravel() - values) ** 2)) == pytest.approx(0.00845, abs=1e-4)  # double quantization costs next to nothing
+    assert float(np.mean((dense.ravel() - values) ** 2)) == pytest.approx(0.00845, abs=1e-4)  # double quantization adds almost no error
 
 
 @pytest.mark.parametrize(("m", "n"), [(64, 48), (7, 13), (3, 200), (130, 66), (1, 5)])
 @pytest.mark.parametrize("chunk", [1, 1000, nf4.CHUNK])
-def test_products_are_those_of_the_dense_matrix(m, n, chunk, backend, on, monkeypatch):
+def test_products_match_the_dense_matrix(m, n, chunk, backend, on, monkeypatch):
     monkeypatch.setattr(nf4, "CHUNK", chunk)
     W = NF4.of(on(random(m, n)))
     dense = W.dense()
@@ -86,7 +86,7 @@ LABELS = np.append(IDS[1:], -100)
 
 
 def model(**options):
-    """A model with layers of some size, as tiny ones have more magnitudes than numbers."""
+    """A model with fairly large layers: tiny ones have more magnitudes than weights."""
     sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
     return ml.Llama(ml.LlamaConfig(**sizes), rng=0, **options)
 
@@ -101,18 +101,18 @@ def linear(model):
 
 def test_sizes_in_memory_and_on_disk(tmp_path):
     plain, quantized = ml.load_model("pydoc", "numpy"), ml.load_model("pydoc", "numpy", quantize="nf4")
-    whole = sum(W.nbytes for W in linear(plain).values())
+    total = sum(W.nbytes for W in linear(plain).values())
     assert all(isinstance(W, NF4) for W in linear(quantized).values())
-    assert sum(W.nbytes for W in linear(quantized).values()) <= 0.14 * whole
+    assert sum(W.nbytes for W in linear(quantized).values()) <= 0.14 * total
     for name, m in (("plain", plain), ("quantized", quantized)):
         ml.save_model(m, tmp_path / name)
     sizes = [os.path.getsize(tmp_path / name / "model.safetensors") for name in ("plain", "quantized")]
-    rest = sizes[0] - whole
-    assert sizes[1] - rest <= 0.14 * whole
+    rest = sizes[0] - total
+    assert sizes[1] - rest <= 0.14 * total
 
 
 def test_the_bundled_model_loses_little():
-    """Held out, of 2.79 bits a byte: 0.016 more in four bits."""
+    """Held out, of 2.79 bits per byte: 0.016 more with 4-bit weights."""
     from minilora.formats.tokenizer import ByteTokenizer
     from minilora.runs.recipe import Recipe
     from minilora.runs.tasks import measure, training_task
@@ -123,13 +123,13 @@ def test_the_bundled_model_loses_little():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_what_is_quantized_is_saved_and_read_as_it_is(family, tmp_path, backend):
+def test_quantized_weights_round_trip_unchanged(family, tmp_path, backend):
     m = model() if family == "llama" else ml.GPT2(ml.GPT2Config(200, 40, 64, 1, 4), rng=0)
     quantize_model(m)
     ml.save_model(m, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
     again = ml.load_model(tmp_path, backend)
-    assert float(abs(logits(again) - logits(m.to(backend))).max()) < 1e-6  # the head lies the other way round in memory
+    assert float(abs(logits(again) - logits(m.to(backend))).max()) < 1e-6  # the head is transposed in memory
     for path, W in linear(m).items():
         assert path == "lm_head" or float(abs(linear(again)[path].dense() - W.dense()).max()) == 0
     if family == "llama":
@@ -148,7 +148,7 @@ def test_a_quantized_layer_cannot_be_trained():
 
 @pytest.mark.parametrize("config", [{}, {"use_dora": "exact"}, {"init_lora_weights": "pissa"}], ids=str)
 def test_adapters_on_quantized_weights(config, tmp_path, backend):
-    """As on the dense matrix that the weights stand for: logits, gradients, merged, saved."""
+    """Equal to the dense matrix of the quantized weights: logits, gradients, merged, saved."""
     quantized, dense = model(), model()
     quantize_model(quantized)
     for path, W in linear(quantized).items():
@@ -165,16 +165,16 @@ def test_adapters_on_quantized_weights(config, tmp_path, backend):
         m.to(backend)
         m.loss_backward(m.loss(IDS, LABELS)[1])
         gradients = {path: ml.to_numpy(p.grad) for path, p in m.parameters() if p.trainable}
-        apart = ml.to_numpy(logits(m))
+        unmerged = ml.to_numpy(logits(m))
         ml.merge(m)
-        found[m] = gradients, apart, ml.to_numpy(logits(m))
+        found[m] = gradients, unmerged, ml.to_numpy(logits(m))
         ml.unmerge(m)
     for a, b in zip(found[quantized][1:], found[dense][1:], strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
     for path, g in found[dense][0].items():
         np.testing.assert_allclose(found[quantized][0][path], g, atol=1e-4 * np.abs(g).max(), err_msg=path)
     ml.save_adapter(quantized, tmp_path)
-    for base in (quantize_model, lambda m: None):  # the adapter also goes onto the weights as they were
+    for base in (quantize_model, lambda m: None):  # the adapter also loads onto the original weights
         again = model()
         base(again)
         ml.load_adapter(again.to(backend), tmp_path)
@@ -200,7 +200,7 @@ def loftq(m, rounds=5):
     return m
 
 
-def test_loftq_begins_nearer_to_the_weight_than_quantization_alone():
+def test_loftq_is_closer_to_the_weight_than_quantization_alone():
     def error(rounds):
         m, W = model(), linear(model())
         return sum(
@@ -211,7 +211,7 @@ def test_loftq_begins_nearer_to_the_weight_than_quantization_alone():
     assert error(5) < error(1) < 0.95 * alone
 
 
-def test_a_loftq_adapter_goes_with_its_base_and_no_other(tmp_path):
+def test_a_loftq_adapter_loads_onto_its_base_only(tmp_path):
     m = loftq(model())
     ml.save_adapter(m, tmp_path / "adapter")
     with ml.disabled(m):

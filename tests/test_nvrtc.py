@@ -14,7 +14,7 @@ def test_nvrtc_compiles_the_sources(file, dtype, options):
     assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS
     (error,) = nvrtc.nvrtcCompileProgram(program, len(result), result)
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = bytes(size + 1)  # not of one byte, which Python shares with everybody
+    log = bytes(size + 1)  # not of one byte, which Python shares between objects
     nvrtc.nvrtcGetProgramLog(program, log)
     assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
-    assert not log.strip(b" \0"), log.decode()  # no warning either
+    assert not log.strip(b" \0"), log.decode()  # no warnings

@@ -1,4 +1,4 @@
-"""The re-runs of the papers: each runs in small, and the page says what the results say."""
+"""The reproductions of papers: each script runs with --quick, and the page matches the results."""
 
 import json
 import os
@@ -11,11 +11,11 @@ import pytest
 from examples.papers import shown
 
 ROOT = Path(__file__).resolve().parents[1]
-OF_THE_BUNDLED_MODEL = [name for name in shown.SCRIPTS if name not in ("methods", "few_sample", "latency", "learning_rate")]
+ON_THE_BUNDLED_MODEL = [name for name in shown.SCRIPTS if name not in ("methods", "few_sample", "latency", "learning_rate")]
 
 
-@pytest.mark.parametrize("name", OF_THE_BUNDLED_MODEL)
-def test_it_runs_in_small(name, tmp_path):
+@pytest.mark.parametrize("name", ON_THE_BUNDLED_MODEL)
+def test_a_quick_run(name, tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, "-m", f"examples.papers.{name}", "--quick", "--out", str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -26,11 +26,11 @@ def test_it_runs_in_small(name, tmp_path):
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_is_made_of_the_results():
+def test_the_page_matches_the_results():
     assert (ROOT / "examples" / "papers" / "README.md").read_text() == shown.page()
 
 
-def test_every_script_has_its_results_and_its_picture():
+def test_every_script_has_results_and_a_picture():
     for name in shown.SCRIPTS:
         assert (shown.RESULTS / f"{name}.json").is_file(), name
         assert (shown.RESULTS / f"{name}.png").is_file(), name

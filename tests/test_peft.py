@@ -1,6 +1,6 @@
-"""PEFT both ways: adapters made there and used here, made here and used there, trained on both sides.
+"""PEFT in both directions: adapters made there and used here, made here and used there, trained on both sides.
 
-The golden files of make_adapters.py are always compared; where torch, transformers and peft are installed, all options are, live.
+The golden files of make_adapters.py are always compared; all cases run live where torch, transformers and peft are installed.
 """
 
 import json
@@ -18,8 +18,8 @@ from minilora.models import BertClassifier
 KINDS = ("bert", "gpt2", "llama")
 
 
-def ours(folder):
-    """The model in a folder of transformers', frozen."""
+def minilora_model(folder):
+    """The model of a transformers folder, frozen."""
     return ml.load_model(folder, "numpy")
 
 
@@ -43,7 +43,7 @@ def our_losses(model, optimizer=None):
 
 
 def deviation(a, b, what):
-    """The largest difference, relative to the largest value; written down where MINILORA_MEASURE names a file."""
+    """The largest difference, relative to the largest value; also written to the file that MINILORA_MEASURE names."""
     assert a.shape == b.shape
     found = float(np.abs(a.astype(np.float64) - b).max() / np.abs(b).max())
     if "MINILORA_MEASURE" in os.environ:
@@ -52,15 +52,15 @@ def deviation(a, b, what):
     return found
 
 
-# -- golden files, with no torch ---------------------------------------------------------------------------------------------
+# -- golden files, without torch ---------------------------------------------------------------------------------------------
 
 GOLDEN = [(kind.name, path.parent.name) for kind in sorted(FOLDER.iterdir()) for path in sorted(kind.glob("*/adapter_config.json"))]
 
 
 @pytest.mark.parametrize(("kind", "what"), [case for case in GOLDEN if case[1] != "start"])
-def test_golden_adapters_of_peft_give_its_logits(kind, what, backend):
+def test_golden_adapters_of_peft_match_its_logits(kind, what, backend):
     expected = load_file(FOLDER / kind / "expected.safetensors")
-    model = ours(FOLDER / kind / "base")
+    model = minilora_model(FOLDER / kind / "base")
     assert deviation(our_logits(model.to(backend)), expected["base"], f"golden, {kind}, base") < 1e-5
     ml.load_adapter(model, FOLDER / kind / what)
     assert deviation(our_logits(model), expected[what], f"golden, {kind}, {what}") < 1e-5
@@ -70,16 +70,16 @@ def test_golden_adapters_of_peft_give_its_logits(kind, what, backend):
 @pytest.mark.parametrize("kind", KINDS)
 def test_golden_trajectory(kind):
     expected = load_file(FOLDER / kind / "expected.safetensors")["losses"]
-    model = ours(FOLDER / kind / "base")
+    model = minilora_model(FOLDER / kind / "base")
     ml.load_adapter(model, FOLDER / kind / "start")
     assert deviation(our_losses(model), expected, f"golden, {kind}, 30 losses") < 1e-4
-    assert np.ptp(expected) > 0.1 * expected[0]  # there was something to follow
+    assert np.ptp(expected) > 0.1 * expected[0]  # the losses change
 
 
 @pytest.mark.parametrize(("kind", "what"), GOLDEN)
-def test_what_was_read_is_written_as_it_was(kind, what, tmp_path):
-    """The tensors to the bit, under the same keys, and every field of the configuration that is known here."""
-    model = ours(FOLDER / kind / "base")
+def test_round_trip_of_golden_adapters(kind, what, tmp_path):
+    """Tensors bit for bit under the same keys, and every known field of the configuration."""
+    model = minilora_model(FOLDER / kind / "base")
     ml.load_adapter(model, FOLDER / kind / what)
     ml.save_adapter(model, tmp_path)
     before, after = load_file(FOLDER / kind / what / "adapter_model.safetensors"), load_file(tmp_path / "adapter_model.safetensors")
@@ -98,7 +98,7 @@ def test_what_was_read_is_written_as_it_was(kind, what, tmp_path):
 
 @pytest.fixture(scope="session")
 def bases(peft, tmp_path_factory):
-    """Folders of transformers' models, by kind."""
+    """Folders of transformers models by kind."""
     folder = tmp_path_factory.mktemp("bases")
     for kind in SIZES:
         quietly(base(kind).save_pretrained, folder / kind)
@@ -106,7 +106,7 @@ def bases(peft, tmp_path_factory):
 
 
 def known_to_peft(kind):
-    """What PEFT offers and `inject` does not, but `load_adapter` takes: how training began does not matter."""
+    """Fields that `inject` refuses but `load_adapter` accepts: the initialisation of a trained adapter does not matter."""
     usual = options(kind)["names"]
     more = {
         "orthogonal": {"init_lora_weights": "orthogonal"},
@@ -120,10 +120,10 @@ def known_to_peft(kind):
 
 
 @pytest.mark.parametrize(("kind", "what"), [(kind, what) for kind in SIZES for what in known_to_peft(kind)])
-def test_an_adapter_of_peft_works_here(kind, what, peft, bases, tmp_path):
+def test_an_adapter_of_peft_works_in_minilora(kind, what, peft, bases, tmp_path):
     theirs = adapted(kind, known_to_peft(kind)[what])
     quietly(theirs.save_pretrained, tmp_path)
-    model = ours(bases / kind)
+    model = minilora_model(bases / kind)
     untouched = our_logits(model)
     ml.load_adapter(model, tmp_path)
     expected = logits(theirs)
@@ -133,8 +133,8 @@ def test_an_adapter_of_peft_works_here(kind, what, peft, bases, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "what"), [(kind, what) for kind in SIZES for what in options(kind)])
-def test_an_adapter_made_here_works_in_peft(kind, what, peft, bases, tmp_path):
-    model = ours(bases / kind)
+def test_an_adapter_of_minilora_works_in_peft(kind, what, peft, bases, tmp_path):
+    model = minilora_model(bases / kind)
     ml.inject(model, ml.LoraConfig(**options(kind)[what]), rng=0)
     rng = np.random.default_rng(7)
     for _, p in model.parameters():
@@ -143,7 +143,7 @@ def test_an_adapter_made_here_works_in_peft(kind, what, peft, bases, tmp_path):
     ml.save_adapter(model, tmp_path)
     theirs = quietly(peft.PeftModel.from_pretrained, base(kind), tmp_path).eval()
     assert deviation(our_logits(model), logits(theirs), f"here -> PEFT, {kind}, {what}") < 1e-5
-    # PEFT passes over keys that it does not know: so what it has read is compared, too
+    # PEFT ignores unknown keys, so the tensors it has read are compared, too
     read, written = quietly(peft.get_peft_model_state_dict, theirs), load_file(tmp_path / "adapter_model.safetensors")
     assert written.keys() == {key for key in read if not any(s in key for s in ("original_module", "modules_to_save", "base_layer.weight"))}
     for key, value in written.items():
@@ -151,10 +151,10 @@ def test_an_adapter_made_here_works_in_peft(kind, what, peft, bases, tmp_path):
 
 
 @pytest.mark.parametrize("kind", SIZES)
-def test_thirty_steps_of_adamw_are_pefts(kind, peft, bases, tmp_path):
+def test_thirty_steps_of_adamw_match_peft(kind, peft, bases, tmp_path):
     theirs = adapted(kind, options(kind)["all linear layers"], seed=None)
     quietly(theirs.save_pretrained, tmp_path)
-    model = ours(bases / kind)
+    model = minilora_model(bases / kind)
     ml.load_adapter(model, tmp_path)
     expected = losses(theirs)
     assert deviation(our_losses(model), expected, f"30 losses, {kind}") < 1e-4
@@ -163,10 +163,10 @@ def test_thirty_steps_of_adamw_are_pefts(kind, peft, bases, tmp_path):
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_merged_folder_works_in_transformers(kind, peft, bases, tmp_path):
-    """With biases and a norm that were trained: all of it is in the folder."""
+    """With trained biases and norm: all are in the folder."""
     import transformers
 
-    model = ours(bases / kind)
+    model = minilora_model(bases / kind)
     quietly(adapted(kind, options(kind)["bias all, a norm whole"]).save_pretrained, tmp_path / "a")
     ml.load_adapter(model, tmp_path / "a")
     expected = our_logits(model)
@@ -186,18 +186,18 @@ def test_an_adapter_of_half_precision(dtype, peft, bases, tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     files.save_file({key: value.to(getattr(torch, dtype)) for key, value in files.load_file(path).items()}, path)
     theirs = quietly(peft.PeftModel.from_pretrained, base("llama"), tmp_path).eval()
-    model = ours(bases / "llama")
+    model = minilora_model(bases / "llama")
     ml.load_adapter(model, tmp_path)
     assert deviation(our_logits(model), logits(theirs), f"{dtype} on file") < 1e-5
 
 
 def trained_here(model):
-    """Paths of what is trainable."""
+    """Paths of the trainable parameters."""
     return {path for path, p in model.parameters() if p.trainable}
 
 
 def trained_there(model):
-    """The same of a PEFT model, under our names."""
+    """The same paths of a PEFT model, under minilora's names."""
     names = {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
     for old, new in ((".default.weight", ""), (".modules_to_save.default", ""), (".base_layer", "")):
         names = {name.replace(old, new) if old != ".default.weight" or ".lora_" in name else name for name in names}
@@ -263,13 +263,13 @@ TRICKY = {
 
 @pytest.mark.parametrize(("kind", "fields"), [(kind, fields) for kind, cases in TRICKY.items() for fields in cases], ids=str)
 def test_the_same_modules_are_adapted(kind, fields, peft, bases):
-    """The same set, or neither takes it."""
+    """The same set, or both refuse."""
     try:
         theirs = quietly(peft.get_peft_model, base(kind), peft.LoraConfig(r=2, **fields))
         expected = set(theirs.base_model.targeted_module_names)
     except (ValueError, TypeError):
         expected = None
-    model = ours(bases / kind)
+    model = minilora_model(bases / kind)
     if expected is None:
         with pytest.raises(ValueError, match=r"target_modules|modules_to_save|layers_to_transform|fully trained"):
             ml.inject(model, ml.LoraConfig(r=2, **fields), strict=False)
@@ -281,28 +281,28 @@ def test_the_same_modules_are_adapted(kind, fields, peft, bases):
 @pytest.mark.parametrize(
     ("kind", "name"), [("gpt2", "wte"), ("gpt2", "lm_head"), ("tied llama", "embed_tokens"), ("tied llama", "lm_head")]
 )
-def test_tied_weights_are_not_trained_apart(kind, name, peft, bases, tmp_path):
-    """PEFT trains a copy of the one and leaves the other: a model that is not there here."""
+def test_tied_weights_are_not_trained_separately(kind, name, peft, bases, tmp_path):
+    """PEFT trains a copy of one tied weight and leaves the other: a model that does not exist here."""
     quietly(adapted(kind, options(kind)["names"] | {"modules_to_save": [name]}).save_pretrained, tmp_path)
     with pytest.raises(ValueError, match=f"modules_to_save: .*{name} cannot be fully trained"):
-        ml.load_adapter(ours(bases / kind), tmp_path)
+        ml.load_adapter(minilora_model(bases / kind), tmp_path)
     with pytest.raises(ValueError, match="share"):
-        ml.LoraConfig(modules_to_save=["transformer" if kind == "gpt2" else "model"]).full_modules(ours(bases / kind))
+        ml.LoraConfig(modules_to_save=["transformer" if kind == "gpt2" else "model"]).full_modules(minilora_model(bases / kind))
     with pytest.raises(ValueError, match="share"):
-        ml.LoraConfig(r=2, target_modules=[options(kind)["names"]["target_modules"][0], "lm_head"]).targets(ours(bases / kind))
+        ml.LoraConfig(r=2, target_modules=[options(kind)["names"]["target_modules"][0], "lm_head"]).targets(minilora_model(bases / kind))
 
 
-def test_embeddings_that_peft_writes_along(peft, bases, tmp_path):
-    """With save_embedding_layers=True the frozen embeddings are in the file, too: fine, if they are the model's own."""
+def test_embeddings_that_peft_adds_to_the_file(peft, bases, tmp_path):
+    """With save_embedding_layers=True the frozen embeddings are in the file; they are accepted if they equal the model's."""
     theirs = adapted("llama", options("llama")["names"])
     quietly(theirs.save_pretrained, tmp_path, save_embedding_layers=True)
-    model = ours(bases / "llama")
+    model = minilora_model(bases / "llama")
     ml.load_adapter(model, tmp_path)
     assert deviation(our_logits(model), logits(theirs), "embeddings written along") < 1e-5
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     tensors["base_model.model.model.embed_tokens.weight"] += 1
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    model = ours(bases / "llama")
+    model = minilora_model(bases / "llama")
     ml.load_adapter(model, tmp_path)
     again = quietly(peft.PeftModel.from_pretrained, base("llama"), tmp_path).eval()
     assert deviation(our_logits(model), logits(again), "other embeddings written along") < 1e-5
@@ -310,22 +310,22 @@ def test_embeddings_that_peft_writes_along(peft, bases, tmp_path):
 
 @pytest.mark.parametrize(("kind", "names"), [("llama", ["embed_tokens", "lm_head"]), ("bert", ["word_embeddings", "pooler"])])
 def test_trained_embeddings_that_peft_writes_three_times(kind, names, peft, bases, tmp_path):
-    """With save_embedding_layers=True what modules_to_save names is there as trained, again, and as it was."""
+    """With save_embedding_layers=True the file holds modules_to_save as trained, a second copy, and the original."""
     theirs = adapted(kind, options(kind)["names"] | {"modules_to_save": names})
     quietly(theirs.save_pretrained, tmp_path, save_embedding_layers=True)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert any(".modules_to_save." in key for key in tensors)
-    model = ours(bases / kind)
+    model = minilora_model(bases / kind)
     ml.load_adapter(model, tmp_path)
     assert deviation(our_logits(model), logits(theirs), f"trained embeddings three times, {kind}") < 1e-5
     key = next(key for key in tensors if ".modules_to_save." in key)
     save_file({**tensors, key: tensors[key] + 1}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="differs from what it is a copy of"):
-        ml.load_adapter(ours(bases / kind), tmp_path)
+        ml.load_adapter(minilora_model(bases / kind), tmp_path)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
-def test_what_changed_the_base_weights_is_refused_until_converted(init, peft, bases, tmp_path):
+def test_initialisers_that_change_the_base_are_refused_until_converted(init, peft, bases, tmp_path):
     theirs = adapted("llama", options("llama")["names"] | {"init_lora_weights": init}, seed=None)
     quietly(theirs.save_pretrained, tmp_path / "start")
     import torch
@@ -336,18 +336,18 @@ def test_what_changed_the_base_weights_is_refused_until_converted(init, peft, ba
                 p.add_(0.3)
     quietly(theirs.save_pretrained, tmp_path / "raw")
     with pytest.raises(ValueError, match=f"init_lora_weights='{init}' is not supported"):
-        ml.load_adapter(ours(bases / "llama"), tmp_path / "raw")
+        ml.load_adapter(minilora_model(bases / "llama"), tmp_path / "raw")
     expected = logits(theirs)
     start = json.loads((tmp_path / "start" / "adapter_config.json").read_text())
     (tmp_path / "start" / "adapter_config.json").write_text(json.dumps(start | {"init_lora_weights": True}))
     quietly(theirs.save_pretrained, tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    model = ours(bases / "llama")
+    model = minilora_model(bases / "llama")
     ml.load_adapter(model, tmp_path / "converted")
     assert deviation(our_logits(model), expected, f"{init}, converted") < 1e-5
 
 
-def test_every_field_of_peft_is_either_known_or_judged(peft):
-    """No field may be passed over because it was forgotten."""
+def test_every_field_of_peft_is_known_or_classified(peft):
+    """No field may be ignored because it was forgotten."""
     import dataclasses
 
     theirs = {field.name for field in dataclasses.fields(peft.LoraConfig)}
@@ -357,7 +357,7 @@ def test_every_field_of_peft_is_either_known_or_judged(peft):
         assert getattr(peft.LoraConfig(), name) == getattr(ml.LoraConfig(), name), name
 
 
-# -- what is not supported ------------------------------------------------------------------------------------------------------
+# -- unsupported fields ---------------------------------------------------------------------------------------------------------
 
 UNSUPPORTED = {
     "use_qalora": True,
@@ -419,8 +419,8 @@ def edited(source, folder, **changes):
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_is_not_supported_is_refused_by_name(message, tmp_path):
-    model = ours(FOLDER / "gpt2" / "base")
+def test_unsupported_fields_are_refused_by_name(message, tmp_path):
+    model = minilora_model(FOLDER / "gpt2" / "base")
     before = our_logits(model)
     pattern = message.replace("[", r"\[").replace("{", r"\{")
     with pytest.raises(ValueError, match=pattern) as caught:
@@ -430,8 +430,8 @@ def test_what_is_not_supported_is_refused_by_name(message, tmp_path):
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_what_is_neutral_is_taken(name, tmp_path):
-    model = ours(FOLDER / "gpt2" / "base")
+def test_neutral_values_are_accepted(name, tmp_path):
+    model = minilora_model(FOLDER / "gpt2" / "base")
     ml.load_adapter(model, edited(FOLDER / "gpt2" / "patterns", tmp_path / "a", **{name: NEUTRAL[name]}))
     assert deviation(our_logits(model), load_file(FOLDER / "gpt2" / "expected.safetensors")["patterns"], name) < 1e-5
 
@@ -439,11 +439,11 @@ def test_what_is_neutral_is_taken(name, tmp_path):
 def test_an_adapter_of_another_kind_of_model_or_of_none(tmp_path):
     for kind, other in (("gpt2", "llama"), ("llama", "bert"), ("bert", "gpt2")):
         with pytest.raises(ValueError, match=r"does not fit this model: target_modules: .* there are|did you mean"):
-            ml.load_adapter(ours(FOLDER / kind / "base"), FOLDER / other / "patterns")
+            ml.load_adapter(minilora_model(FOLDER / kind / "base"), FOLDER / other / "patterns")
     folder = edited(FOLDER / "gpt2" / "patterns", tmp_path / "a")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="a pickle, which is never read"):
-        ml.load_adapter(ours(FOLDER / "gpt2" / "base"), folder)
+        ml.load_adapter(minilora_model(FOLDER / "gpt2" / "base"), folder)
 
 
 @pytest.mark.parametrize("cut", [1, 100, 3000])
@@ -452,35 +452,35 @@ def test_a_truncated_adapter(cut, tmp_path):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
-        ml.load_adapter(ours(FOLDER / "gpt2" / "base"), folder)
+        ml.load_adapter(minilora_model(FOLDER / "gpt2" / "base"), folder)
 
 
-# -- our side of it -------------------------------------------------------------------------------------------------------------
+# -- minilora's side ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_head_trained_whole_does_not_change_the_fingerprint(tmp_path):
-    """The head of a base model is drawn anew at each start; and it is not the base that was trained."""
-    model = ours(FOLDER / "bert" / "base")
+def test_a_fully_trained_head_does_not_change_the_fingerprint(tmp_path):
+    """The head of a base model is drawn at random at each load, so the trained head is not that of the base."""
+    model = minilora_model(FOLDER / "bert" / "base")
     ml.inject(model, ml.LoraConfig(r=2, task_type="SEQ_CLS"), rng=0)
     model.classifier.weight.data = model.classifier.weight.data + 1
     ml.save_adapter(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["classifier", "score"])
-    again = ours(FOLDER / "bert" / "base")
+    again = minilora_model(FOLDER / "bert" / "base")
     again.classifier.weight.data = again.classifier.weight.data * 0
     ml.load_adapter(again, tmp_path)
     np.testing.assert_array_equal(our_logits(again), our_logits(model))
 
 
-def test_a_rank_beyond_a_classifier_says_what_to_do():
+def test_a_rank_above_the_number_of_classes_explains_what_to_do():
     with pytest.raises(ValueError, match="rank 8 is beyond classifier, which is 12 x 3; task_type='SEQ_CLS' fully trains"):
-        ml.inject(ours(FOLDER / "bert" / "base"), ml.LoraConfig(r=8))
+        ml.inject(minilora_model(FOLDER / "bert" / "base"), ml.LoraConfig(r=8))
 
 
-def test_what_was_trained_by_hand_is_not_lost_in_silence(tmp_path):
-    model = ours(FOLDER / "gpt2" / "base")
+def test_manually_trained_parameters_are_not_lost_silently(tmp_path):
+    model = minilora_model(FOLDER / "gpt2" / "base")
     ml.inject(model, ml.LoraConfig(r=2, target_modules=["c_attn"], bias="lora_only"), rng=0)
-    model.freeze()  # after training; what the configuration names is written all the same
+    model.freeze()  # after training, named parameters are still written
     ml.save_adapter(model, tmp_path / "a")
     assert "base_model.model.transformer.h.1.attn.c_attn.base_layer.bias" in load_file(tmp_path / "a" / "adapter_model.safetensors")
     model.transformer.ln_f.unfreeze()
@@ -499,6 +499,6 @@ def test_what_was_trained_by_hand_is_not_lost_in_silence(tmp_path):
         ({"target_modules": ["c_attn", "ln_1"]}, r"transformer\.h\.0\.ln_1 is not linear, but LayerNorm"),
     ],
 )
-def test_what_would_have_no_effect_is_refused(fields, message):
+def test_fields_without_effect_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        ml.inject(ours(FOLDER / "gpt2" / "base"), ml.LoraConfig(**{"r": 2, **fields}))
+        ml.inject(minilora_model(FOLDER / "gpt2" / "base"), ml.LoraConfig(**{"r": 2, **fields}))

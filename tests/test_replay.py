@@ -1,10 +1,10 @@
-"""Steps that are recorded once and launched whole: the same numbers, next to no launches, and no harm where it cannot be."""
+"""Steps that are captured once and replayed as a CUDA graph: the same numbers, few launches, and a fallback where capture is impossible."""
 
 import warnings
 
+import fakecupy
 import numpy as np
 import pytest
-import standin
 
 import minilora as ml
 from minilora.backend import forget_constants
@@ -30,7 +30,7 @@ def model_of(config, dropout=0.0):
 
 
 def losses(config, record, steps=9, dropout=0.0, batches=None, recompute=False, **options):
-    """(loss, norm) of each step, and the trained numbers at the end."""
+    """(loss, norm) of each step, and the trained parameters at the end."""
     model = model_of(config, dropout)
     if recompute:
         model.transformer.recompute = True
@@ -42,8 +42,8 @@ def losses(config, record, steps=9, dropout=0.0, batches=None, recompute=False, 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["GPT-2", "Llama"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_recorded_run_is_the_same_run(config, accumulate, gpu):
-    """Other data, another rate and another bias correction in every step; of some rows no label."""
+def test_a_replayed_run_equals_a_plain_run(config, accumulate, gpu):
+    """Other data, another rate and another bias correction in every step; some rows have no label."""
 
     def batches():
         rng = np.random.default_rng(3)
@@ -52,38 +52,38 @@ def test_a_recorded_run_is_the_same_run(config, accumulate, gpu):
             yield batch
 
     plain, recorded = (losses(config, record, batches=batches(), accumulate=accumulate) for record in (False, True))
-    rtol = 0 if gpu is standin.module else 1e-4  # to the bit, but that a GPU's products may take another way while recorded
+    rtol = 0 if gpu is fakecupy.module else 1e-4  # to the bit, but that a GPU's products may take another way while recorded
     np.testing.assert_allclose(plain[0], recorded[0], rtol=rtol)
     np.testing.assert_allclose(plain[1], recorded[1], rtol=rtol, atol=rtol)
 
 
-def test_what_a_recorded_step_asks_of_the_device(fake_cupy):
-    """Counted as what ten more steps cost, read at the end alone."""
+def test_the_cost_of_a_replayed_step(fake_cupy):
+    """The cost of ten more steps, read only at the end."""
 
     def counted(steps):
         forget_constants()
         model = model_of(GPT2)
         batches = random_windows(TEXT, 8, 3, np.random.default_rng(2))
-        with standin.count() as c:
+        with fakecupy.count() as c:
             list(train(model, ml.AdamW(model.parameters(), 1e-2), batches, steps, lambda step: 1.0, check_every=steps))
         return c
 
     few, more = counted(9), counted(19)
     assert more.syncs - few.syncs == 20  # the losses and norms of ten steps
-    assert (more.launches - few.launches) / 10 <= 6  # ids and labels to their places, the graph, copies of loss and norm, AdamW
+    assert (more.launches - few.launches) / 10 <= 6  # ids and labels into place, the graph, copies of loss and norm, AdamW
     assert (more.to_device - few.to_device) / 10 == 2  # ids and labels
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_masks_are_new_in_every_step_and_those_of_an_unrecorded_run(recompute, fake_cupy, monkeypatch):
-    monkeypatch.setattr("minilora.training.replicas.SHARD_ON_DEVICE", 12)  # shards of one sequence: a layer draws several masks a step
+def test_masks_change_in_every_step_and_match_a_plain_run(recompute, fake_cupy, monkeypatch):
+    monkeypatch.setattr("minilora.training.replicas.SHARD_ON_DEVICE", 12)  # shards of one sequence: a layer draws several masks per step
     plain, recorded = (losses(GPT2, record, dropout=0.3, recompute=recompute) for record in (False, True))
     assert plain[0] == recorded[0]
     np.testing.assert_array_equal(plain[1], recorded[1])
     assert losses(GPT2, False)[0] != plain[0]
 
 
-def test_shapes_that_do_not_repeat_are_not_recorded(fake_cupy):
+def test_shapes_that_do_not_repeat_are_not_captured(fake_cupy):
     def batches():
         for length in (5, 6, 7, 8, 5, 6, 7, 8, 5):
             ids = TEXT[: 2 * length]
@@ -92,8 +92,8 @@ def test_shapes_that_do_not_repeat_are_not_recorded(fake_cupy):
     assert losses(GPT2, True, batches=batches())[0] == losses(GPT2, False, batches=batches())[0]
 
 
-def test_a_bad_id_is_found_before_a_launch(fake_cupy):
-    """CuPy would wrap it silently, and a recording looks at nothing."""
+def test_a_bad_id_is_refused_before_the_launch(fake_cupy):
+    """CuPy would wrap it silently, and a replay checks nothing."""
 
     def batches():
         for i, batch in enumerate(random_windows(TEXT, 8, 3, np.random.default_rng(2))):
@@ -105,7 +105,7 @@ def test_a_bad_id_is_found_before_a_launch(fake_cupy):
 
 
 @pytest.mark.filterwarnings("default")
-def test_without_the_bindings_steps_run_as_they_are(fake_cupy, monkeypatch):
+def test_without_the_bindings_steps_are_not_captured(fake_cupy, monkeypatch):
     expected = losses(GPT2, False)
     monkeypatch.setattr(blas, "bindings", lambda: None)
     plain = losses(GPT2, True)
@@ -121,8 +121,8 @@ def test_without_the_bindings_steps_run_as_they_are(fake_cupy, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["counts", "waits", "reads the host"])
-def test_work_that_must_not_be_recorded_is_found_out(wrong, fake_cupy):
-    """A number that changes, a value that is read, an array of the host: the recording is dropped, the results stay right."""
+def test_work_that_cannot_be_replayed_is_detected(wrong, fake_cupy):
+    """A changing number, a synchronisation, a host array: the graph is dropped, the results stay right."""
     replay, calls = Replay(), []
 
     def work(x):
@@ -143,27 +143,27 @@ def test_work_that_must_not_be_recorded_is_found_out(wrong, fake_cupy):
     assert replay.captured is None
 
 
-def test_memory_of_a_recording_is_counted_and_freed(fake_cupy, monkeypatch):
+def test_memory_of_a_graph_is_counted_and_freed(fake_cupy, monkeypatch):
     monkeypatch.setattr("minilora.kernels.memory._most_held", 0)
     replay = Replay()
     before = peak_memory("cupy")
     for _ in range(AFTER):
         replay(0, lambda x: (x + 1,), [np.ones(3)])
-    assert peak_memory("cupy") - before == standin.POOL_BYTES
+    assert peak_memory("cupy") - before == fakecupy.POOL_BYTES
     pool = replay.captured[1].pool
-    for _ in range(AFTER):  # another recording takes its place
+    for _ in range(AFTER):  # another graph replaces it
         replay(1, lambda x: (x + 2,), [np.ones(4)])
     assert pool.freed
-    assert peak_memory("cupy") - before == standin.POOL_BYTES
+    assert peak_memory("cupy") - before == fakecupy.POOL_BYTES
     pool = replay.captured[1].pool
     replay.close()
     assert pool.freed
     assert not POOL_OWNERS
-    assert peak_memory("cupy") - before == standin.POOL_BYTES  # a peak
+    assert peak_memory("cupy") - before == fakecupy.POOL_BYTES  # the peak
 
 
-def test_a_run_frees_its_recording(fake_cupy, monkeypatch):
-    """However it ends."""
+def test_a_run_frees_its_graph(fake_cupy, monkeypatch):
+    """Also if the run is closed early."""
     made = []
     monkeypatch.setattr(fake_cupy.cuda, "MemoryPool", lambda pool=fake_cupy.cuda.MemoryPool: made.append(pool()) or made[-1])
     losses(GPT2, True)
@@ -177,17 +177,17 @@ def test_a_run_frees_its_recording(fake_cupy, monkeypatch):
     assert [pool.freed for pool in made] == [True, True]
 
 
-def test_where_memory_runs_out_the_recording_makes_room(fake_cupy):
+def test_the_graph_is_freed_if_memory_runs_out(fake_cupy):
     replay = Replay()
     for _ in range(AFTER):
         replay(0, lambda x: (x + 1,), [np.ones(3)])
 
-    def hungry(x):
+    def needs_free_memory(x):
         if POOL_OWNERS:
             raise MemoryError("out of memory")
         return (x + 3,)
 
-    (y,) = replay("another shape", hungry, [np.ones(4)])
+    (y,) = replay("another shape", needs_free_memory, [np.ones(4)])
     assert y.get().tolist() == [4] * 4
     with pytest.raises(MemoryError):
         replay("a third", lambda x: (_ for _ in ()).throw(MemoryError()), [np.ones(5)])

@@ -40,7 +40,7 @@ def test_settings_are_read_with_their_types(read):
         (b"model = '\xff'", "is not valid TOML"),
     ],
 )
-def test_what_is_wrong_is_named(read, text, message):
+def test_errors_are_named(read, text, message):
     with pytest.raises(ValueError, match=rf"run\.toml.*{message}"):
         read(text)
 

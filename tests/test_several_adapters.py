@@ -1,4 +1,4 @@
-"""Several adapters on one model, their sums (PEFT is the judge), and a fine-tuned model as a LoRA of its base."""
+"""Several adapters on one model, their sums (against PEFT), and the LoRA of a fine-tuned model relative to its base."""
 
 import json
 from itertools import pairwise
@@ -21,7 +21,7 @@ def base(kind, dtype="float64"):
 
 
 def adapted(base, config, seed):
-    """A replica with an adapter away from its start."""
+    """A replica with a perturbed adapter."""
     replica, rng = base.replica(), np.random.default_rng(seed)
     ml.inject(replica, config, rng=seed)
     for _, p in replica.parameters():
@@ -45,11 +45,11 @@ CONFIGS = {
 }
 
 
-# -- one model, several adapters --------------------------------------------------------------------------------------------------
+# -- one model with several adapters ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_each_sequence_of_a_mixed_batch_is_answered_by_its_own_adapter(kind, backend):
+def test_each_sequence_of_a_mixed_batch_uses_its_adapter(kind, backend):
     model = base(kind).to(backend)
     models = [model, *(adapted(model, config, i) for i, config in enumerate(CONFIGS[kind]))]
     rows = np.arange(4) if kind == "bert" else np.repeat(np.arange(4), np.diff(OFFSETS))
@@ -61,7 +61,7 @@ def test_each_sequence_of_a_mixed_batch_is_answered_by_its_own_adapter(kind, bac
         np.testing.assert_allclose(together, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_switching_costs_the_adapters_alone():
+def test_switching_copies_only_the_adapters():
     model = base("gpt2")
     one, two = (adapted(model, CONFIGS["gpt2"][0], seed) for seed in (0, 1))
     for (path, p), (_, q) in zip(one.parameters(), two.parameters(), strict=True):
@@ -71,7 +71,7 @@ def test_switching_costs_the_adapters_alone():
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_gradients_of_a_mixed_batch(kind):
-    """By finite differences, and each adapter gets what its own sequences alone would give it."""
+    """By finite differences; each adapter gets the gradient of its own sequences."""
     shared = base(kind)
     models = [adapted(shared, config, i) for i, config in enumerate(CONFIGS[kind])]
     which = [0, 2, 1, 0]
@@ -140,7 +140,7 @@ def test_cat_is_the_sum_and_svd_is_the_best_of_its_rank(backend):
     for path, d in deltas(exact).items():
         np.testing.assert_allclose(d, expected[path], atol=1e-12)
     assert {layer.r for _, layer in lora_layers(exact)} == {2, 3}
-    best = ml.combine(model, [one, two], [0.7, -1.3])  # svd of rank 2, the largest of theirs
+    best = ml.combine(model, [one, two], [0.7, -1.3])  # svd of rank 2, their largest rank
     for path, d in deltas(best).items():
         left = np.linalg.svd(expected[path], compute_uv=False)[2:]
         assert np.linalg.norm(d - expected[path]) == pytest.approx(np.linalg.norm(left), abs=1e-10)
@@ -149,10 +149,10 @@ def test_cat_is_the_sum_and_svd_is_the_best_of_its_rank(backend):
     assert adaptation(model).config is None
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs are not ours
+@pytest.mark.filterwarnings("ignore")  # warnings of PEFT
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize(("how", "r"), [("cat", None), ("linear", None), ("svd", None), ("svd", 3)])
-def test_sums_are_pefts(kind, how, r, tmp_path):
+def test_sums_match_peft(kind, how, r, tmp_path):
     peft = pytest.importorskip("peft", reason="the oracle peft is not installed: pip install 'minilora[oracle]'")
     torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
     transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
@@ -183,9 +183,9 @@ def test_sums_are_pefts(kind, how, r, tmp_path):
         expected = theirs.eval()(torch.tensor(IDS[None, :7])).logits[0].numpy()
         plain_logits = model.forward(IDS[:7], keep=False)[0]
     found = ours.forward(IDS[:7], keep=False)[0]
-    assert np.abs(found - plain_logits).max() > 3e-3  # the sum does something
+    assert np.abs(found - plain_logits).max() > 3e-3  # the sum has an effect
     np.testing.assert_allclose(found, expected, atol=1e-5 if kind == "llama" else 1e-6)
-    ml.save_adapter(ours, tmp_path / "sum")  # and PEFT reads what came of it
+    ml.save_adapter(ours, tmp_path / "sum")  # and PEFT reads the saved sum
     again = peft.PeftModel.from_pretrained(theirs.unload(), tmp_path / "sum").double().eval()
     with torch.no_grad():
         np.testing.assert_allclose(again(torch.tensor(IDS[None, :7])).logits[0].numpy(), found, atol=1e-5)
@@ -208,7 +208,7 @@ def test_bad_sums(case):
         ml.combine(model, [adapted(model, ml.LoraConfig(r=n), n) for n in (1, 2)], weights, how, r)
 
 
-def test_what_has_no_sum():
+def test_adapters_without_a_sum():
     model, other = base("bert"), base("bert")
     other.bert.pooler.dense.weight.data = other.bert.pooler.dense.weight.data + 1
     lora = adapted(model, ml.LoraConfig(r=1), 0)
@@ -227,8 +227,8 @@ def test_what_has_no_sum():
 # -- extraction -------------------------------------------------------------------------------------------------------------------
 
 
-def tuned_from(model, rank=None, seed=0, everything=False):
-    """All dense weights changed, by products of a rank or fully; with `everything`, biases, norms and embeddings too."""
+def fine_tuned(model, rank=None, seed=0, everything=False):
+    """Change all dense weights by products of a rank, or fully; with `everything` also biases, norms and embeddings."""
     rng, replica = np.random.default_rng(seed), model.replica()
     for path, layer in replica.modules():
         if isinstance(layer, ml.Linear) and path != model.output_head:
@@ -242,9 +242,9 @@ def tuned_from(model, rank=None, seed=0, everything=False):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_tune_of_low_rank_comes_out_whole(kind, backend):
+def test_a_low_rank_change_is_extracted_exactly(kind, backend):
     model = base(kind).to(backend)
-    tuned = tuned_from(model, 2)
+    tuned = fine_tuned(model, 2)
     adapter, layers = ml.extract(model, tuned, 2)
     np.testing.assert_allclose(logits(adapter), logits(tuned), atol=1e-9)
     assert max(layer.largest_error for layer in layers) < 1e-12
@@ -254,11 +254,11 @@ def test_a_tune_of_low_rank_comes_out_whole(kind, backend):
 
 def test_the_rank_is_the_lowest_that_keeps_the_energy():
     model = base("gpt2")
-    adapter, layers = ml.extract(model, tuned_from(model), energy=0.8)
+    adapter, layers = ml.extract(model, fine_tuned(model), energy=0.8)
     ranks = {layer.path: layer.rank for layer in layers}
     assert len(set(ranks.values())) > 1
     for path, layer in lora_layers(adapter):
-        S = np.linalg.svd(dict(tuned_from(model).modules())[path].weight.data - layer.weight.data, compute_uv=False)
+        S = np.linalg.svd(dict(fine_tuned(model).modules())[path].weight.data - layer.weight.data, compute_uv=False)
         kept = (S**2).cumsum() / (S**2).sum()
         assert kept[layer.r - 1] >= 0.8 > (kept[layer.r - 2] if layer.r > 1 else 0)
         assert layer.r == ranks[path]
@@ -266,10 +266,10 @@ def test_the_rank_is_the_lowest_that_keeps_the_energy():
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_with_inputs_it_is_closest_in_what_layers_put_out(kind, backend):
-    """Whitened with data, the output error on these data is smaller, that in the weights larger."""
+def test_with_inputs_the_outputs_are_closest(kind, backend):
+    """Whitened with data, the output error on these data is smaller and the error in the weights larger."""
     model = base(kind).to(backend)
-    tuned = tuned_from(model)
+    tuned = fine_tuned(model)
     rng = np.random.default_rng(3)
     batches = [Batch(rng.integers(0, 11, 60), np.zeros(60, int), np.arange(0, 66, 6)) for _ in range(3)]
     roots = ml.input_roots(tuned, batches)
@@ -284,7 +284,7 @@ def test_with_inputs_it_is_closest_in_what_layers_put_out(kind, backend):
         assert out[1] <= out[0] * (1 + 1e-9)
         assert weight[0] <= weight[1] * (1 + 1e-9)
         compared += out[1] < 0.9 * out[0]
-        if path.endswith(("c_attn", "query")):  # x^T x / T of the layer's inputs, and the ridge; factorize divides by the rows
+        if path.endswith(("c_attn", "query")):  # x^T x / T of the layer's inputs plus the ridge; factorize divides by the rows
             x = collected(tuned, path, batches)
             C = x.T @ x / len(x)
             np.testing.assert_allclose(R[path].T @ R[path] / len(C), C + 1e-6 * np.trace(C) / len(C) * np.eye(len(C)), atol=1e-10)
@@ -292,7 +292,7 @@ def test_with_inputs_it_is_closest_in_what_layers_put_out(kind, backend):
 
 
 def collected(model, path, batches):
-    """All inputs of one layer, by another way than the code under test: a forward that writes them down."""
+    """All inputs of one layer, collected by a wrapped forward, independently of the code under test."""
     replica, seen = model.replica(), []
     layer = dict(replica.modules())[path]
     plain = layer.forward
@@ -302,9 +302,9 @@ def collected(model, path, batches):
     return np.concatenate(seen)
 
 
-def test_biases_norms_and_a_classifiers_head_go_along_and_embeddings_do_not(tmp_path):
+def test_biases_norms_and_head_are_extracted_and_embeddings_are_not(tmp_path):
     model = base("bert")
-    tuned = tuned_from(model, 2, everything=True)
+    tuned = fine_tuned(model, 2, everything=True)
     tuned.classifier.weight.data = tuned.classifier.weight.data + 1
     adapter, _ = ml.extract(model, tuned, 2)
     np.testing.assert_allclose(logits(adapter), logits(tuned), atol=1e-9)
@@ -322,7 +322,7 @@ def test_biases_norms_and_a_classifiers_head_go_along_and_embeddings_do_not(tmp_
     assert adaptation(ml.extract(model, tuned, 2)[0]).config.modules_to_save.count("classifier") == 1
 
 
-def test_an_adapter_gets_another_rank():
+def test_changing_the_rank_of_an_adapter():
     model = base("llama")
     first = adapted(model, ml.LoraConfig(r=3, lora_alpha=7), 0)
     second, layers = ml.extract(model, first, 1)
@@ -337,9 +337,9 @@ def test_an_adapter_gets_another_rank():
 
 
 BAD = {
-    "rank": (lambda m: ml.extract(m, tuned_from(m), 7), "rank 7 is beyond transformer.h.0.attn.c_attn, which is 6 x 18"),
-    "no rank": (lambda m: ml.extract(m, tuned_from(m), 0), "the rank must be at least 1"),
-    "energy": (lambda m: ml.extract(m, tuned_from(m), energy=1.5), "the energy to keep is 1.5"),
+    "rank": (lambda m: ml.extract(m, fine_tuned(m), 7), "rank 7 is beyond transformer.h.0.attn.c_attn, which is 6 x 18"),
+    "no rank": (lambda m: ml.extract(m, fine_tuned(m), 0), "the rank must be at least 1"),
+    "energy": (lambda m: ml.extract(m, fine_tuned(m), energy=1.5), "the energy to keep is 1.5"),
     "nothing": (lambda m: ml.extract(m, m.replica(), 2), "no linear layer differs"),
     "another": (lambda m: ml.extract(m, base("bert"), 2), "not of one kind: transformer.wte.weight is missing in the second"),
     "bottleneck": (lambda m: ml.extract(m, adapted(m, ml.BottleneckConfig(), 0), 2), "down.weight is missing in the first"),

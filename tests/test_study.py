@@ -1,4 +1,4 @@
-"""Few-sample fine-tuning, and studies: what a run changes, what is kept of it, how an interrupted study goes on."""
+"""Few-sample fine-tuning and studies: effects of the options, results kept, and resuming an interrupted study."""
 
 import json
 import math
@@ -32,14 +32,14 @@ def model_folder(tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    """Sentences that say "man", or not."""
+    """Sentences with or without the word "man"."""
     rng = np.random.default_rng(0)
     words = np.array(["a", "eating", "food", "."])
     lines = []
     for i in range(80):
-        said = list(rng.choice(words, 5))
-        said[int(rng.integers(5))] = "man" if i % 2 else "food"
-        lines.append(json.dumps({"text": " ".join(said), "label": ["no", "yes"][i % 2]}))
+        chosen = list(rng.choice(words, 5))
+        chosen[int(rng.integers(5))] = "man" if i % 2 else "food"
+        lines.append(json.dumps({"text": " ".join(chosen), "label": ["no", "yes"][i % 2]}))
     (tmp_path / "data.jsonl").write_text("\n".join(dict.fromkeys(lines)))
     return tmp_path / "data.jsonl"
 
@@ -55,11 +55,11 @@ def quiet(*_):
     pass
 
 
-# -- the cures ------------------------------------------------------------------------------------------------------------------
+# -- the remedies ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 3])
-def test_the_pooler_and_the_top_blocks_begin_anew_and_nothing_else_does(blocks, backend):
+def test_only_the_pooler_and_the_top_blocks_are_reinitialised(blocks, backend):
     model = ml.BertClassifier(ml.BertConfig(**{**BERT, "hidden_size": 40}), rng=0).to(backend)
     for _, p in model.parameters():
         p.data = p.data + 1
@@ -76,19 +76,19 @@ def test_the_pooler_and_the_top_blocks_begin_anew_and_nothing_else_does(blocks, 
             assert not after[path].any()
         elif "LayerNorm" in path:
             assert (after[path] == 1).all()
-    drawn = np.concatenate([after[path].ravel() for path in new if after[path].ndim == 2])
-    assert drawn.std() == pytest.approx(0.02, rel=0.05)
-    assert abs(drawn.mean()) < 0.002
+    initial_weights = np.concatenate([after[path].ravel() for path in new if after[path].ndim == 2])
+    assert initial_weights.std() == pytest.approx(0.02, rel=0.05)
+    assert abs(initial_weights.mean()) < 0.002
     for path, p in shared.parameters():
         np.testing.assert_array_equal(ml.to_numpy(p.data), before[path])
 
 
-def test_more_blocks_than_there_are_cannot_begin_anew():
+def test_reinitialising_more_blocks_than_exist_is_refused():
     with pytest.raises(ValueError, match="has 3 blocks, not 4"):
         reinitialise(ml.BertClassifier(ml.BertConfig(**BERT), rng=0), 4)
 
 
-def test_pulled_weights_go_back_to_where_they_began(on):
+def test_l2_sp_returns_weights_to_their_initial_values(on):
     start, away = np.array([1.0, -2.0, 0.5]), np.array([3.0, 3.0, -4.0])
     p = Parameter(on(start))
     optimizer = AdamWL2SP([p], lr=0.1, l2_sp=2.0)
@@ -100,7 +100,7 @@ def test_pulled_weights_go_back_to_where_they_began(on):
     np.testing.assert_allclose(ml.to_numpy(p.data), start + (1 - 0.1 * 2.0) ** 3 * (away - start), rtol=1e-12)
 
 
-def test_few_examples_are_among_the_many_and_every_class_must_be_there():
+def test_few_examples_are_a_subset_and_every_class_must_occur():
     examples = [Example(np.array([i]), np.array([int(i >= 38)]), per_sequence=True) for i in range(40)]
     small, large = ([int(e.ids[0]) for e in few(examples, n, ["common", "rare"], seed=1)] for n in (20, 30))
     assert large[:20] == small
@@ -110,7 +110,7 @@ def test_few_examples_are_among_the_many_and_every_class_must_be_there():
     assert len(few(examples, 50, ["common", "rare"])) == 40
 
 
-def test_a_share_of_the_run_may_be_warm_up():
+def test_warm_up_as_a_share_of_the_run():
     for warmup, steps in ((0.1, 4), (7, 7), (0, 0), (None, 10)):
         assert Recipe(steps=40, warmup=warmup).resolve(lambda *_: None).warmup == steps
 
@@ -138,7 +138,7 @@ def test_bad_recipes(case):
 # -- the study ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_study_goes_on_where_it_was_and_a_seed_is_always_the_same_run(recipe, tmp_path, monkeypatch):
+def test_a_study_resumes_and_equal_seeds_give_equal_runs(recipe, tmp_path, monkeypatch):
     rows = rows_named(["lora", "re-init", "uncorrected", "head"])
     whole = study(recipe, rows, 2, tmp_path / "whole", quiet)
     lines = (tmp_path / "whole" / "runs.jsonl").read_text().splitlines()
@@ -159,7 +159,7 @@ def test_a_study_goes_on_where_it_was_and_a_seed_is_always_the_same_run(recipe, 
     assert len((tmp_path / "parts" / "runs.jsonl").read_text().splitlines()) == 3
     left[0] = 5
     parts = study(recipe, rows, 2, tmp_path / "parts", quiet)
-    assert left[0] == 0  # the other five, and no more
+    assert left[0] == 0  # only the other five
 
     def without_times(table):
         return [{**vars(line), "seconds": 0} for line in table]
@@ -168,15 +168,15 @@ def test_a_study_goes_on_where_it_was_and_a_seed_is_always_the_same_run(recipe, 
     assert {line.row: line.trained for line in whole}["head"] == 2 * 8 + 2
     values = {(r["row"], r["seed"]): r["value"] for r in map(json.loads, lines)}
     losses = {(r["row"], r["seed"]): r["measured"]["loss"] for r in map(json.loads, lines)}
-    assert len(set(losses.values())) == 8  # the seed changes a run, and so does the row
+    assert len(set(losses.values())) == 8  # the seed changes the run, and its row
     assert whole[0].mean == pytest.approx((values["lora", 0] + values["lora", 1]) / 2)
 
     left[0] = 4
-    assert study(recipe, rows, 3, tmp_path / "parts", quiet)[0].runs == 3  # a seed is added
+    assert study(recipe, rows, 3, tmp_path / "parts", quiet)[0].runs == 3  # one more seed
     assert left[0] == 0
 
 
-def test_the_shared_model_is_left_as_it_is(recipe, tmp_path, monkeypatch):
+def test_the_shared_model_is_unchanged(recipe, tmp_path, monkeypatch):
     opened = study_module.open_recipe(recipe)
     before = {path: p.data.copy() for path, p in opened[0].parameters()}
     monkeypatch.setattr(study_module, "open_recipe", lambda recipe: opened)
@@ -192,11 +192,11 @@ def test_the_figures_of_a_row():
     assert (line.runs, line.failed, line.worst, line.best) == (4, 2, 0.5, 0.9)
     assert line.mean == pytest.approx(0.7)
     assert line.std == pytest.approx(0.2)
-    assert summarise("x", records, "perplexity").worst == 0.9  # there, less is better
+    assert summarise("x", records, "perplexity").worst == 0.9  # for losses, less is better
     assert math.isnan(summarise("x", records[2:3], "accuracy").mean)
 
 
-def test_a_run_that_diverges_or_learns_nothing_has_failed(recipe, tmp_path):
+def test_a_run_that_diverges_or_learns_nothing_counts_as_failed(recipe, tmp_path):
     rows = {"wild": {"method": "full", "lr": 1e30, "schedule": "constant"}, "still": {"method": "full", "lr": 0.0}}
     wild, still = study(recipe, rows, 2, tmp_path / "s", quiet)
     assert (wild.failed, wild.runs) == (2, 2)
@@ -225,7 +225,7 @@ def test_the_command_prints_a_table(recipe, tmp_path, capsys, monkeypatch):
     assert out.out.splitlines()[2].split() == "accuracy mean std worst best failed trained steps seconds".split()
 
 
-def spoil(d, text):
+def damage_file(d, text):
     (d / "runs.jsonl").write_text(text)
 
 
@@ -233,10 +233,14 @@ RECORD = '{"row": "head", "seed": 0, "value": 0.5, "failed": true, "trained": 1,
 BAD_STUDIES = {
     "another version": (lambda d: (d / "study.json").write_text('{"version": 2}'), {}, "is of version 2, this minilora writes 1"),
     "no recipe": (lambda d: (d / "study.json").write_text('{"version": 1}'), {}, "is damaged: it has no recipe"),
-    "no JSON": (lambda d: spoil(d, RECORD + '{"row": "head", "se'), {}, "runs.jsonl, line 2: this record is damaged"),
-    "a field missing": (lambda d: spoil(d, '{"row": "head", "seed": 0}\n'), {}, "line 1: this record is damaged, its value is not valid"),
-    "no record": (lambda d: spoil(d, "[1]\n"), {}, "line 1: this record is damaged"),
-    "twice": (lambda d: spoil(d, RECORD * 2), {}, "line 2: 'head' with seed 0 is there twice"),
+    "no JSON": (lambda d: damage_file(d, RECORD + '{"row": "head", "se'), {}, "runs.jsonl, line 2: this record is damaged"),
+    "a field missing": (
+        lambda d: damage_file(d, '{"row": "head", "seed": 0}\n'),
+        {},
+        "line 1: this record is damaged, its value is not valid",
+    ),
+    "no record": (lambda d: damage_file(d, "[1]\n"), {}, "line 1: this record is damaged"),
+    "twice": (lambda d: damage_file(d, RECORD * 2), {}, "line 2: 'head' with seed 0 is there twice"),
     "another recipe": (lambda d: None, {"lr": 0.5}, "holds a study with lr 0.02, not 0.5"),
     "other data": (lambda d: None, {"train_size": 9}, "holds a study with train_size None, not 9"),
 }
@@ -251,7 +255,7 @@ def test_bad_folders(case, recipe, tmp_path):
         study(Recipe(**{**vars(recipe), **change}), rows_named(["head"]), 1, tmp_path / "s", quiet)
 
 
-def test_changed_data_are_not_mixed_into_one_table_and_a_study_that_cannot_begin_leaves_nothing(recipe, data, tmp_path):
+def test_changed_data_are_refused_and_a_study_that_cannot_start_writes_nothing(recipe, data, tmp_path):
     study(recipe, rows_named(["head"]), 1, tmp_path / "s", quiet)
     with data.open("a") as f:
         f.write('\n{"text": "a man eating", "label": "yes"}')
@@ -267,10 +271,10 @@ def test_changed_data_are_not_mixed_into_one_table_and_a_study_that_cannot_begin
         assert not (tmp_path / "t").exists()
 
 
-def test_each_seed_draws_all_that_no_file_held(recipe, tmp_path, monkeypatch):
-    """A bare encoder without a pooler: pooler and classifier are drawn, and they differ from seed to seed."""
+def test_each_seed_draws_the_weights_that_no_file_holds(recipe, tmp_path, monkeypatch):
+    """A bare encoder without a pooler: pooler and classifier are initialised at random and differ between seeds."""
     opened, pooled = study_module.open_recipe(recipe), []
-    opened[0].origin = Origin(drawn=("bert.pooler.dense", "classifier"))
+    opened[0].origin = Origin(initial_weights=("bert.pooler.dense", "classifier"))
     monkeypatch.setattr(study_module, "open_recipe", lambda recipe: opened)
     prepare = study_module.prepare
 

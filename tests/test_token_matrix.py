@@ -120,7 +120,7 @@ def auto():
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_ids_and_texts_are_those_of_transformers(name, auto, tmp_path):
+def test_ids_and_texts_match_transformers(name, auto, tmp_path):
     library, config, files = FOLDERS[name]
     folder = write_tokenizer(tmp_path / "a", library(), config, **files)
     ours, theirs = load_tokenizer(folder, 1000), auto(folder)
@@ -159,7 +159,7 @@ TEMPLATES = {
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n\n' }}{% endif %}",
     "words": "{% for m in messages %}{{ m.role.upper() + ': ' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}",
-    "nothing but what is said": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "messages only": "{% for m in messages %}{{ m.content }}{% endfor %}",
     "pad, unk, documents": "{{ pad_token }}{{ unk_token }}{{ documents | length if documents else 0 }}" + CHATML,
     "marked": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}",
@@ -173,7 +173,7 @@ TALKS = {
     "the assistant begins": [("assistant", "help"), ("user", "foobar"), ("assistant", "the")],
     "the user ends": [("user", "a"), ("assistant", "b"), ("user", "my secret")],
 }
-CHATTERS = {
+CHAT_TOKENIZERS = {
     name: FOLDERS[name]
     for name in ("gpt2", "gpt2, prefix space", "llama", "llama, legacy", "llama, taken as it is", "qwen2", "plain, digits")
 }
@@ -184,10 +184,10 @@ def messages_of(talk):
 
 
 @pytest.fixture(scope="module")
-def chatters(tmp_path_factory):
+def chat_tokenizers(tmp_path_factory):
     """{name: folder} of the tokenizers of decoders, each with a pad, a begin and an end token."""
     made = {}
-    for name, (library, config, files) in CHATTERS.items():
+    for name, (library, config, files) in CHAT_TOKENIZERS.items():
         config = {"bos_token": "<s>", "pad_token": "<|endoftext|>", **config}
         made[name] = write_tokenizer(tmp_path_factory.mktemp("chat") / "t", library(), config, **files)
     return made
@@ -202,28 +202,28 @@ def example_of(tokenizer, record, template=None, **options):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("name", CHATTERS)
-def test_conversations_are_those_of_apply_chat_template(name, template, chatters, auto):
-    ours, theirs = load_tokenizer(chatters[name], 1000), auto(chatters[name])
+@pytest.mark.parametrize("name", CHAT_TOKENIZERS)
+def test_conversations_match_apply_chat_template(name, template, chat_tokenizers, auto):
+    ours, theirs = load_tokenizer(chat_tokenizers[name], 1000), auto(chat_tokenizers[name])
     for key, talk in TALKS.items():
         messages = messages_of(talk)
-        beside = {"tools": [{"name": "f"}], "documents": [{"title": "a", "text": "b"}]}
-        requested = dict(chat_template=TEMPLATES[template], **beside)
+        extra = {"tools": [{"name": "f"}], "documents": [{"title": "a", "text": "b"}]}
+        requested = dict(chat_template=TEMPLATES[template], **extra)
         for prompt in (False, True):
             ours.chat_template = TEMPLATES[template]
-            assert ours.render(messages, prompt, **beside) == theirs.apply_chat_template(
+            assert ours.render(messages, prompt, **extra) == theirs.apply_chat_template(
                 messages, add_generation_prompt=prompt, tokenize=False, **requested
             )
-        want = theirs.apply_chat_template(
+        expected = theirs.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask="{% generation %}" in TEMPLATES[template], **requested
         )
-        if not any(want.get("assistant_masks", [1, 1])[1:]):
+        if not any(expected.get("assistant_masks", [1, 1])[1:]):
             continue
-        ids, learnt = example_of(ours, {"messages": messages, **beside}, TEMPLATES[template])
-        known = ids[:-1] if ids[-1] < 0 else ids  # of what is not learnt at the end, the last token is no one's
-        assert known.tolist() == want["input_ids"][: len(known)], (key, ours.decode(known), theirs.decode(want["input_ids"]))
-        if "assistant_masks" in want:
-            assert learnt.tolist()[1:] == [bool(m) for m in want["assistant_masks"]][1 : len(learnt)], key
+        ids, labelled = example_of(ours, {"messages": messages, **extra}, TEMPLATES[template])
+        known = ids[:-1] if ids[-1] < 0 else ids  # an unlabelled last token belongs to no message
+        assert known.tolist() == expected["input_ids"][: len(known)], (key, ours.decode(known), theirs.decode(expected["input_ids"]))
+        if "assistant_masks" in expected:
+            assert labelled.tolist()[1:] == [bool(m) for m in expected["assistant_masks"]][1 : len(labelled)], key
 
 
 PIECES = [
@@ -248,14 +248,14 @@ PIECES = [
     "\t",
     "A",
 ]
-ANY = st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1")  # which mark answers, and are refused
+ANY = st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1")  # templates that mark answers, and are refused
 TEXT = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(ANY, max_size=8)
 
 
-@pytest.mark.parametrize("name", ["bytes", *CHATTERS])
-def test_the_ids_spell_the_record(name, chatters):
+@pytest.mark.parametrize("name", ["bytes", *CHAT_TOKENIZERS])
+def test_the_ids_decode_to_the_record(name, chat_tokenizers):
     """For any text, also where a merge, a prefix space or a normalizer reaches across a boundary."""
-    tokenizer = ByteTokenizer() if name == "bytes" else load_tokenizer(chatters[name], 1000)
+    tokenizer = ByteTokenizer() if name == "bytes" else load_tokenizer(chat_tokenizers[name], 1000)
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     usual = [key for key in TEMPLATES if name != "bytes" or "s_token" not in TEMPLATES[key]]  # bytes have no begin or end token to write
 
@@ -275,29 +275,29 @@ def test_the_ids_spell_the_record(name, chatters):
     @given(TEXT, TEXT, TEXT, TEXT, st.sampled_from(usual))
     def check(a, b, c, d, template):
         for record, text, behind in (({"text": a}, a, []), ({"prompt": a, "completion": b}, a + b, end)):
-            ids, learnt = usable(record)
+            ids, labelled = usable(record)
             if ids is not None:
                 assert tokenizer.decode(ids) == spelled(text, behind)
-                requested, first = tokenizer.encode_prompt(a), np.flatnonzero(learnt)[0]
-                if "prompt" in record and first >= len(requested):  # else a normalizer composed a character across the boundary
+                requested, first = tokenizer.encode_prompt(a), np.flatnonzero(labelled)[0]
+                if "prompt" in record and first >= len(requested):  # otherwise a normalizer composed a character across the boundary
                     assert np.array_equal(ids[: len(requested)], requested)
         messages = messages_of([("user", a), ("assistant", b), ("user", c), ("assistant", d), ("user", "the end")])
         tokenizer.chat_template = TEMPLATES[template]
         text = tokenizer.render(messages)
-        ids, learnt = usable({"messages": messages}, TEMPLATES[template], mask=False)
+        ids, labelled = usable({"messages": messages}, TEMPLATES[template], mask=False)
         assert ids is None or np.array_equal(ids, tokenizer.encode(text, add_special=False))
-        ids, learnt = usable({"messages": messages}, TEMPLATES[template])
+        ids, labelled = usable({"messages": messages}, TEMPLATES[template])
         if ids is not None:
-            past = tokenizer.offsets(text)[: len(ids)][learnt][:, 1].max()
-            assert past <= len(tokenizer.render(messages[:4]))  # "the end" is the user's
+            past = tokenizer.offsets(text)[: len(ids)][labelled][:, 1].max()
+            assert past <= len(tokenizer.render(messages[:4]))  # "the end" belongs to the user
 
     check()
 
 
-@pytest.mark.parametrize("name", [*CHATTERS, "cleaned up"])
-def test_streams_are_what_decode_gives(name, chatters):
-    tokenizer = load_tokenizer(chatters[name if name in chatters else "gpt2"], 1000)
-    tokenizer.clean_up = name not in chatters
+@pytest.mark.parametrize("name", [*CHAT_TOKENIZERS, "cleaned up"])
+def test_streams_match_decode(name, chat_tokenizers):
+    tokenizer = load_tokenizer(chat_tokenizers[name if name in chat_tokenizers else "gpt2"], 1000)
+    tokenizer.clean_up = name not in chat_tokenizers
     ids = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=9) | TEXT.map(lambda text: tokenizer.encode(text).tolist())
 
     @settings(max_examples=150, deadline=None)

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates: bytes, tokenizer.json, GGUF's metadata, jinja2 in its sandbox."""
+"""Tokenizers and chat templates: bytes, tokenizer.json, GGUF metadata, sandboxed jinja2."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def metadata(**changed):
 
 @pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
 @given(text=st.text())
-def test_decode_undoes_encode_and_streams_the_same(tokenizer, text):
+def test_decode_inverts_encode_and_streams_match(tokenizer, text):
     ids = tokenizer.encode(text, add_special=False)
     assert ids.dtype == np.int64
     assert ids.ndim == 1
@@ -47,20 +47,20 @@ def test_decode_undoes_encode_and_streams_the_same(tokenizer, text):
 
 @pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
 @given(raw=st.binary(max_size=12))
-def test_a_stream_of_broken_characters_is_what_decode_makes_of_them(tokenizer, raw):
+def test_a_stream_of_broken_characters_matches_decode(tokenizer, raw):
     alphabet = {byte: BPE.library.token_to_id(char) for byte, char in byte_characters().items()}
     ids = [b if tokenizer is BYTES else alphabet[b] for b in raw]
     assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids) == raw.decode("utf-8", errors="replace")
 
 
 def byte_characters():
-    """GPT-2's character for every byte: printable ones stand for themselves, the others follow from 256 on."""
+    """GPT-2's character for every byte: printable ones map to themselves, the others to 256 and up."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
 
 
-def test_a_stream_gives_whole_characters_as_soon_as_they_are_whole():
+def test_a_stream_yields_characters_once_complete():
     assert list(BYTES.stream(BYTES.encode("a☃é"))) == ["a", "☃", "é"]
     seen = []
 
@@ -76,7 +76,7 @@ def test_a_stream_gives_whole_characters_as_soon_as_they_are_whole():
 
 
 def test_a_stream_keeps_the_spaces_between_words():
-    """Some decoders drop the space before the first token they see: the stream must not decode a token by itself."""
+    """Some decoders drop the space before the first token: the stream must not decode a token alone."""
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁the": 0, "▁cat": 1, "s": 2}, unk_token="s"))
     library.decoder = tokenizers.decoders.Metaspace()
     tokenizer = HFTokenizer(library)
@@ -84,7 +84,7 @@ def test_a_stream_keeps_the_spaces_between_words():
     assert tokenizer.decode([1]) == "cat"
 
 
-def test_special_tokens_are_read_in_texts_and_left_out_on_request():
+def test_special_tokens_are_encoded_and_skipped_on_request():
     ids = BPE.encode("the<|end|>")
     assert ids[-1] == 0
     assert BPE.decode(ids) == "the<|end|>"
@@ -96,7 +96,7 @@ def test_special_tokens_are_read_in_texts_and_left_out_on_request():
 # ---- tokenizer.json ------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_file_says_about_padding_and_truncation_does_not_apply(tmp_path):
+def test_padding_and_truncation_of_the_file_are_ignored(tmp_path):
     library = library_wordpiece()
     library.enable_padding(length=16)
     library.enable_truncation(4)
@@ -107,10 +107,10 @@ def test_what_the_file_says_about_padding_and_truncation_does_not_apply(tmp_path
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.prefix) == (None, None, (2,))
 
 
-def test_special_ids_come_from_the_files_beside_the_tokenizer(tmp_path):
+def test_special_ids_come_from_the_tokenizer_settings(tmp_path):
     config = {"vocab_size": 400, "bos_token_id": 2, "eos_token_id": 1}
     only = load_tokenizer(folder_of(tmp_path / "a", library_bpe(), config=config), 400)
-    assert (only.bos_id, only.eos_id, only.stop_ids) == (None, 1, {1})  # a begin token is the tokenizer's alone, as in transformers
+    assert (only.bos_id, only.eos_id, only.stop_ids) == (None, 1, {1})  # only the tokenizer adds a begin token, as in transformers
     both = load_tokenizer(
         folder_of(
             tmp_path / "b",
@@ -127,7 +127,7 @@ def test_special_ids_come_from_the_files_beside_the_tokenizer(tmp_path):
     assert not both.prefix
 
 
-def test_a_begin_token_that_the_tokenizer_adds_is_known(tmp_path):
+def test_a_begin_token_added_by_the_tokenizer_is_detected(tmp_path):
     library = library_bpe()
     library.post_processor = tokenizers.processors.TemplateProcessing(single="<|user|> $A", special_tokens=[("<|user|>", 1)])
     tokenizer = load_tokenizer(folder_of(tmp_path, library), 400)
@@ -139,7 +139,7 @@ def test_a_model_of_bytes_needs_no_file(tmp_path):
     assert isinstance(load_tokenizer(tmp_path, 256), ByteTokenizer)
 
 
-def test_what_is_no_tokenizer_is_refused(tmp_path):
+def test_invalid_tokenizers_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json"):
         load_tokenizer(tmp_path, 300)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
@@ -173,7 +173,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
 
 
 @given(text=st.text() | st.sampled_from(["the capital of France is 2024", "<|user|>naïve<|end|> ☃"]))
-def test_a_gguf_vocabulary_is_the_tokenizer_it_was_made_from(text):
+def test_a_gguf_vocabulary_matches_its_source_tokenizer(text):
     tokenizer = gguf_tokenizer(metadata(), 400)
     assert tokenizer.encode(text).tolist() == BPE.encode(text).tolist()
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -194,7 +194,7 @@ def test_gguf_metadata_give_special_tokens_digits_and_the_begin_token():
     assert begun.encode("the", add_special=False).tolist() == tokenizer.encode("the").tolist()
 
 
-def test_qwen2s_way_of_splitting_is_transformers():
+def test_the_splitting_of_qwen2_matches_transformers():
     vocabulary = metadata(pre="qwen2")
     ours = gguf_tokenizer(vocabulary, 400)
     qwen2 = pytest.importorskip(
@@ -238,7 +238,7 @@ def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(made, tmp_path):
         ({"eos_token_id": 7000}, "eos is token 7000"),
     ],
 )
-def test_gguf_metadata_that_do_not_fit_are_refused(changed, message):
+def test_inconsistent_gguf_metadata_are_refused(changed, message):
     with pytest.raises(ValueError, match=f"model.gguf: .*{message}"):
         gguf_tokenizer(metadata(**changed), 400, "model.gguf")
 
@@ -246,7 +246,7 @@ def test_gguf_metadata_that_do_not_fit_are_refused(changed, message):
 # ---- chat templates ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_template_is_found_where_it_is_kept(tmp_path):
+def test_templates_are_found_in_all_places(tmp_path):
     assert find_chat_template(tmp_path) is None
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"chat_template": "from config"}))
@@ -340,7 +340,7 @@ def test_a_template_cannot_leave_its_sandbox(template):
         (None, "has no chat template; put one into"),
     ],
 )
-def test_a_broken_template_is_told_in_one_sentence(template, message):
+def test_a_broken_template_is_reported_in_one_sentence(template, message):
     with pytest.raises(ValueError, match=message) as caught:
         render_chat(template, TALK)
     assert "\n" not in str(caught.value)
@@ -352,12 +352,12 @@ def test_messages_are_objects_with_role_and_content(wrong):
         render_chat(CHATML, [TALK[0], wrong])
 
 
-def test_objects_with_methods_do_not_reach_a_template():
+def test_objects_with_methods_are_not_passed_to_a_template():
     with pytest.raises(ValueError, match="must consist of strings"):
         render_chat(CHATML, [{**TALK[0], "image": np.zeros(2)}])
 
 
-# ---- what the assistant wrote --------------------------------------------------------------------------------------------------------
+# ---- messages of the assistant -------------------------------------------------------------------------------------------------------
 
 
 def spans_of(template, messages=TALK, eos="<|im_end|>"):
@@ -365,7 +365,7 @@ def spans_of(template, messages=TALK, eos="<|im_end|>"):
     return [text[a:b] for a, b in spans]
 
 
-def test_the_assistants_words_end_with_the_end_token_and_not_after_it():
+def test_messages_of_the_assistant_end_with_the_end_token():
     assert spans_of(CHATML) == ["Hello!<|im_end|>", "\nSo <b>long</b><|im_end|>"]
     assert spans_of(CHATML, eos="") == ["Hello!<|im_end|>\n", "\nSo <b>long</b><|im_end|>\n"]
     assert spans_of(CHATML, TALK[:1]) == []

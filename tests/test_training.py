@@ -41,7 +41,7 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("name", GOLDEN["runs"])
-def test_optimizers_step_as_torchs(name, backend, on):
+def test_optimizer_steps_match_torch(name, backend, on):
     run, target = GOLDEN["runs"][name], on(np.array(GOLDEN["target"]))
     kind = {"sgd": ml.SGD, "adam": ml.Adam, "adamw": ml.AdamW}[name.split()[0]]
     p = Parameter(on(np.array(GOLDEN["start"])))
@@ -51,10 +51,10 @@ def test_optimizers_step_as_torchs(name, backend, on):
         clip_grad_norm(optimizer.flat, 0.5)
         optimizer.step()
         optimizer.zero_grad()
-        np.testing.assert_allclose(ml.to_numpy(p.data), expected, rtol=2e-6)  # both add 1e-6 to the norm, torch elsewhere
+        np.testing.assert_allclose(ml.to_numpy(p.data), expected, rtol=2e-6)  # both add 1e-6 to the norm, torch at another place
 
 
-def test_bias_correction_makes_the_steps_of_the_paper():
+def test_bias_correction_matches_the_paper():
     """The ratio of the steps is (1 - b1^t) / sqrt(1 - b2^t): 3.16 at t = 1, 6.57 at t = 12, 1.26 at t = 1000."""
     seen = {}
     corrected, raw = Parameter(np.zeros(1)), Parameter(np.zeros(1))
@@ -72,7 +72,7 @@ def test_bias_correction_makes_the_steps_of_the_paper():
     assert seen[1000] == pytest.approx(1.26, abs=0.005)
 
 
-def test_the_flat_buffer_is_what_the_parameters_look_into(backend):
+def test_parameters_are_views_of_the_flat_buffer(backend):
     model = tiny().to(backend)
     flat = ml.AdamW(model.parameters()).flat
     trainable = [p for _, p in model.parameters() if p.trainable]
@@ -85,10 +85,10 @@ def test_the_flat_buffer_is_what_the_parameters_look_into(backend):
     assert all(float(abs(p.grad - 3).max()) == 0 for p in trainable)
 
 
-def test_a_parameter_without_a_gradient_counts_as_zero():
+def test_a_missing_gradient_counts_as_zero():
     p, q = Parameter(np.ones(2)), Parameter(np.ones(3))
     optimizer = ml.SGD([p, q], 1.0)
-    for _ in range(2):  # the second time the buffer still holds the first gradient
+    for _ in range(2):  # in the second round the buffer still holds the first gradient
         p.add_grad(np.ones(2))
         q.add_grad(np.ones(3))
         optimizer.zero_grad()
@@ -99,7 +99,7 @@ def test_a_parameter_without_a_gradient_counts_as_zero():
     assert q.data.tolist() == [1, 1, 1]
 
 
-def test_an_optimizer_notices_that_its_parameters_moved_away():
+def test_an_optimizer_detects_replaced_parameters():
     for change in (lambda m: m.to(dtype="float32"), lambda m: m.freeze()):
         model = tiny()
         optimizer = ml.SGD(model.parameters(), 0.1)
@@ -133,7 +133,7 @@ def test_parameters_of_two_dtypes_are_refused():
         FlatBuffer([Parameter(np.ones(1)), Parameter(np.ones(1, np.float32))])
 
 
-def test_clipping_scales_to_the_norm_and_leaves_small_gradients_alone(on, xp):
+def test_clipping_scales_to_the_norm_and_keeps_small_gradients(on, xp):
     p, q = Parameter(on(np.zeros(2))), Parameter(on(np.zeros(1)))
     flat = FlatBuffer([p, q])
     p.add_grad(on(np.array([3.0, 0.0])))
@@ -152,7 +152,7 @@ def test_schedules():
 
 
 def test_accumulation_equals_the_large_batch_weighted_by_tokens():
-    """Three batches with different numbers of labels, one after the other or end to end: the same gradient."""
+    """Three batches with different numbers of labels, accumulated or packed into one: the same gradient."""
     parts = [some_batch([2, 3], 1), some_batch([7], 2), some_batch([1, 1, 6], 3)]
     whole = Batch(
         np.concatenate([b.ids for b in parts]),
@@ -172,21 +172,21 @@ def test_accumulation_equals_the_large_batch_weighted_by_tokens():
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
-def test_replicas_give_the_gradient_of_the_whole_batch(threads):
+def test_replicas_give_the_gradient_of_the_batch(threads):
     batch = some_batch([3, 1, 5, 2, 4])
     model = tiny(lora=False)
     model.loss_backward(model.loss(batch.ids, batch.labels, batch.offsets)[1])
     expected = gradients(model)
     flat = FlatBuffer(model.parameters())
     with Replicas(model, flat, threads) as replicas:
-        for _ in range(2):  # the second time the buffers hold old gradients
+        for _ in range(2):  # in the second round the buffers hold old gradients
             replicas.gradients([batch])
     for path, g in gradients(model).items():
         np.testing.assert_allclose(g, expected[path], atol=1e-14, err_msg=path)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_same_run_twice_is_the_same_to_the_bit(threads):
+def test_equal_runs_are_equal_bit_for_bit(threads):
     def run():
         model = tiny(dropout=0.2, dtype="float32")
         optimizer = ml.AdamW(model.parameters(), 1e-2)
@@ -201,8 +201,8 @@ def test_the_same_run_twice_is_the_same_to_the_bit(threads):
     assert losses[-1] != losses[0]
 
 
-def test_both_backends_train_alike(backend):
-    """The same losses, and with dropout: masks and batches do not depend on the backend."""
+def test_training_is_equal_on_both_backends(backend):
+    """Equal losses, also with dropout: masks and batches do not depend on the backend."""
 
     def losses(where):
         model = tiny(dropout=0.3).to(where)
@@ -229,7 +229,7 @@ def test_training_learns_a_pattern(backend):
 
 
 def learner():
-    """A small model, its optimizer, and batches without end; always the same."""
+    """A small model, its optimizer, and endless batches; always the same."""
     model = tiny(lora=False)
     text = np.random.default_rng(3).integers(0, 11, 400)
     return model, ml.SGD(model.parameters(), 0.1), random_windows(text, 8, 4, np.random.default_rng(4))
@@ -245,12 +245,12 @@ def states(steps):
 
 
 @pytest.mark.parametrize(("check_every", "kept"), [(1, 5), (4, 3)])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state_whose_own_loss_was_finite(check_every, kept):
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_state_with_a_finite_loss(check_every, kept):
     model, optimizer, batches = learner()
 
     def poisoned():
         for i, batch in enumerate(batches):
-            if i == 6:  # as if step 6 had made a parameter that gives no loss
+            if i == 6:  # as if step 6 had produced a parameter without a finite loss
                 model.transformer.wpe.weight.data[3, 2] = np.nan
             yield batch
 
@@ -261,8 +261,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state_whose_
     np.testing.assert_array_equal(optimizer.flat.data, states(kept)[kept])
 
 
-@pytest.mark.parametrize("value", [np.nan, 1e200])  # the loss of finite parameters may not be finite either
-def test_the_last_update_is_looked_at(value):
+@pytest.mark.parametrize("value", [np.nan, 1e200])  # finite parameters may give a loss that is not finite
+def test_the_last_update_is_checked(value):
     model, optimizer, batches = learner()
     update = optimizer.step
     made = []
@@ -280,7 +280,7 @@ def test_the_last_update_is_looked_at(value):
     np.testing.assert_array_equal(optimizer.flat.data, states(2)[2])
 
 
-def test_a_step_takes_no_batches_of_two_epochs():
+def test_a_step_does_not_span_two_epochs():
     model, optimizer, batches = learner()
     five = [next(batches) for _ in range(5)]
     stream = endless(lambda rng: iter(five))
@@ -288,7 +288,7 @@ def test_a_step_takes_no_batches_of_two_epochs():
     assert [s.tokens for s in steps] == [64, 64, 32] * 2
 
 
-def test_the_data_may_not_end_early():
+def test_data_that_end_early_are_refused():
     model = tiny()
     with pytest.raises(ValueError, match="ended at step 3 of 5"):
         list(train(model, ml.SGD(model.parameters(), 0.1), iter([some_batch([8])] * 2), 5, ml.schedule("constant", 5)))
@@ -301,7 +301,7 @@ def test_a_batch_without_labels_is_refused():
         next(train(model, ml.SGD(model.parameters(), 0.1), iter([batch]), 1, ml.schedule("constant", 1)))
 
 
-def test_evaluation_is_the_mean_over_labelled_tokens_whatever_the_threads():
+def test_evaluation_is_the_mean_over_labelled_tokens_for_any_threads():
     model, batches = tiny(), [some_batch([4, 3], 1), some_batch([8], 2)]
     total = sum(float(model.loss(b.ids, b.labels, b.offsets, keep=False)[0]) * b.labelled for b in batches)
     count = sum(b.labelled for b in batches)
@@ -318,35 +318,35 @@ def test_windows_and_splits():
     seen = np.concatenate([b.ids for b in held_out_windows(text, 7, 2)])
     assert seen.tolist() == list(range(49))
     assert [b.ids[0] for b in held_out_windows(text, 7, 1, most=3)] == [0, 21, 42]
-    for n in (2, 7, 8, 9, 30, 50):  # whatever the length, each token but the first is predicted once
+    for n in (2, 7, 8, 9, 30, 50):  # for any length, each token but the first is predicted once
         assert np.concatenate([b.labels for b in held_out_windows(text[:n], 7, 2)]).tolist() == list(range(1, n))
     shards = some_batch([5, 1, 1, 5, 4]).split(3)
     assert [int(s.offsets[-1]) for s in shards] == [5, 7, 4]
     assert len(some_batch([5]).split(4)) == 1
     starts = {int(b.ids[0]) for b in islice(random_windows(text, 7, 1, np.random.default_rng(0)), 300)}
-    assert starts == set(range(43))  # every window, the last one too
+    assert starts == set(range(43))  # every window, including the last
 
 
-# -- memory runs out ------------------------------------------------------------------------------------------------------------
+# -- out of memory --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("most", "advice"), [(2, "2 of a batch's 8 sequences fit: --batch-size 2"), (0, "not one of 8 sequences fits")])
-def test_when_memory_runs_out_the_run_says_what_fits_and_keeps_what_it_has(most, advice, backend, tmp_path, monkeypatch):
+def test_out_of_memory_reports_what_fits_and_keeps_the_results(most, advice, backend, tmp_path, monkeypatch):
     from minilora.models import GPT2
     from minilora.runs.finetune import finetune
     from minilora.runs.recipe import Recipe
 
     steps, loss = 0, GPT2.loss
 
-    def hungry(self, ids, labels, offsets=None, *args, **kwargs):
+    def limited_loss(self, ids, labels, offsets=None, *args, **kwargs):
         nonlocal steps
         keep = kwargs.get("keep", True)
         steps += keep
-        if keep and steps > (4 if backend == "numpy" else 2) and len(offsets) - 1 > most:  # two steps have room
+        if keep and steps > (4 if backend == "numpy" else 2) and len(offsets) - 1 > most:  # memory for two steps
             raise MemoryError("out of memory")
         return loss(self, ids, labels, offsets, *args, **kwargs)
 
-    monkeypatch.setattr(GPT2, "loss", hungry)
+    monkeypatch.setattr(GPT2, "loss", limited_loss)
     recipe = Recipe(steps=9, window=256, eval_bytes=512, sample_bytes=0, threads=1, backend=backend)
     with pytest.raises(MemoryError, match=advice) as result:
         finetune(recipe, tmp_path / "run", say=lambda line: None)

@@ -1,10 +1,10 @@
-"""Fine-tuning BERT on few samples: three cures for runs that fail (arXiv 2006.05987)
+"""Fine-tuning BERT on few samples: three remedies for failed runs (arXiv 2006.05987)
 
     python -m examples.papers.few_sample [--quick]      about 10 minutes
 
-Full fine-tuning of MiniLM on 100 questions of six classes, five seeds of each: three epochs as usual; the pooler and the top
-block begun anew; ten times as many epochs; both; and as usual without Adam's bias correction. Measured on 1,000 other texts. Needs two
-packages with the model and the texts (tests/assets.py). `minilora study --rows few-sample` does the same with a folder of your own.
+Full fine-tuning of MiniLM on 100 questions of six classes, five seeds each: three epochs (standard); pooler and top block
+re-initialised; ten times as many epochs; both; and standard without Adam's bias correction. Evaluated on 1,000 other texts. Needs two
+packages with the model and the texts (tests/assets.py). `minilora study --rows few-sample` runs the same study on your own data.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from examples.papers.shown import BLUE, GREEN, GREY, RED, Claim, flags, real_texts, tell
+from examples.papers.shown import BLUE, GREEN, GREY, RED, Claim, flags, real_texts, write_results
 from minilora.runs.recipe import Recipe
 from minilora.runs.study import rows_named, study
 
-# MNLI with 1,000 examples, of the paper's table: mean and standard deviation of 20 runs of BERT-large
+# the paper's table for MNLI with 1,000 examples: mean and standard deviation of 20 runs of BERT-large
 CLAIMED = {"standard": (52.2, 4.2), "re-init": (66.4, 0.6), "longer": (67.5, 1.1), "both": (68.8, 0.5)}
 
 
@@ -33,27 +33,32 @@ def main() -> None:
         )
         table = {line.row: line for line in study(recipe, rows_named(["few-sample"]), seeds, Path(temporary) / "study")}
 
-    def seen(*rows: str) -> str:
+    def measured(*rows: str) -> str:
         return "questions: " + ", ".join(f"{row} {table[row].mean:.3f} ± {table[row].std:.3f}" for row in rows)
 
     def better(row: str) -> bool:
         return table[row].mean > table["standard"].mean
 
-    told = {row: f"{mean} ± {std}" for row, (mean, std) in CLAIMED.items()}
-    usual = f"MNLI-1k: {told['standard']}, "
-    without, usually = table["uncorrected"], table["standard"]
-    steadier = table["longer"].std < usually.std
+    published = {row: f"{mean} ± {std}" for row, (mean, std) in CLAIMED.items()}
+    standard = f"MNLI-1k: {published['standard']}, "
+    uncorrected, corrected = table["uncorrected"], table["standard"]
+    steadier = table["longer"].std < corrected.std
     best = table["both"].mean >= max(line.mean for line in table.values())
     claims = [
-        Claim("longer training is better", usual + f"longer {told['longer']}", seen("standard", "longer"), better("longer")),
-        Claim("longer training is steadier", usual + f"longer {told['longer']}", seen("standard", "longer"), steadier),
-        Claim("re-initialised top layers are better", usual + f"re-init {told['re-init']}", seen("standard", "re-init"), better("re-init")),
-        Claim("both together are best", f"MNLI-1k: {told['both']}", seen("both", "longer", "re-init"), best),
+        Claim("longer training is better", standard + f"longer {published['longer']}", measured("standard", "longer"), better("longer")),
+        Claim("longer training is steadier", standard + f"longer {published['longer']}", measured("standard", "longer"), steadier),
         Claim(
-            "without bias correction runs fail",
+            "re-initialised top layers are better",
+            standard + f"re-init {published['re-init']}",
+            measured("standard", "re-init"),
+            better("re-init"),
+        ),
+        Claim("both together are best", f"MNLI-1k: {published['both']}", measured("both", "longer", "re-init"), best),
+        Claim(
+            "runs fail without bias correction",
             "many of 50 runs on RTE do (section 4)",
-            f"questions: {without.failed} of {without.runs}, with it {usually.failed}",
-            without.failed > usually.failed,
+            f"questions: {uncorrected.failed} of {uncorrected.runs} failed, with it {corrected.failed}",
+            uncorrected.failed > corrected.failed,
         ),
     ]
 
@@ -67,7 +72,7 @@ def main() -> None:
         axes.invert_yaxis()
         axes.set(xlabel="held-out accuracy: mean and s.d.; bars from worst to best", title=f"{train} questions, {seeds} seeds")
 
-    tell("few_sample", args.out, claims, {"questions": {row: vars(line) for row, line in table.items()}}, draw, (7, 3.6))
+    write_results("few_sample", args.out, claims, {"questions": {row: vars(line) for row, line in table.items()}}, draw, (7, 3.6))
 
 
 if __name__ == "__main__":

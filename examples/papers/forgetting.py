@@ -1,10 +1,10 @@
-"""What is learned and what is forgotten ("LoRA Learns Less and Forgets Less", arXiv 2405.09673)
+"""What LoRA learns and what it forgets ("LoRA Learns Less and Forgets Less", arXiv 2405.09673)
 
     python -m examples.papers.forgetting [--quick]      about 5 minutes
 
-The bundled model, which knows the English of Python's help, learns Python source. Measured on both: source that was held out (what is
-learned) and help that was held out of its pretraining (what is forgotten), both before and after. LoRA of several ranks, full
-fine-tuning, bias and layer norms alone; each method at its own learning rate, and full fine-tuning at a lower one as well.
+The bundled model, pretrained on the English of Python's help, is fine-tuned on Python source. Two losses, before and after: held-out
+source (learning) and help that was held out of pretraining (forgetting). LoRA of several ranks, full fine-tuning, biases and layer
+norms alone; each method at its own learning rate, and full fine-tuning also at a lower one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from examples.papers.shown import BLUE, GREEN, RED, Claim, adapted, flags, tell
+from examples.papers.shown import BLUE, GREEN, RED, Claim, adapted, flags, write_results
 from minilora.data.batches import held_out_windows
 from minilora.formats.checkpoint import load_model
 from minilora.runs.run_file import open_model
@@ -31,7 +31,7 @@ METHODS = {
 
 
 def held_out_help() -> np.ndarray:
-    """What examples/07_pretrain_the_bundled_model.py held out."""
+    """The text that examples/07_pretrain_the_bundled_model.py holds out."""
     text = np.frombuffer("\n\n\n".join(topics[key] for key in sorted(topics)).encode(), dtype=np.uint8)
     return text[: len(text) // 20]
 
@@ -44,15 +44,15 @@ def main() -> None:
     def on_help(model: object) -> float:
         return evaluate(model, old, 2)[0] / math.log(2)  # type: ignore[arg-type]
 
-    known = on_help(load_model("pydoc", "numpy"))
+    help_before = on_help(load_model("pydoc", "numpy"))
     points = {}
     for name, fields in METHODS.items():
         with adapted(steps=steps, **fields) as (folder, results):
-            at = results["before"]["bits_per_byte"], results["after"]["bits_per_byte"]
+            before, after = results["before"]["bits_per_byte"], results["after"]["bits_per_byte"]
             points[name] = {
                 "trained": results["trainable_parameters"],
-                "learned": at[0] - at[1],
-                "forgotten": on_help(open_model(folder, "numpy")) - known,
+                "learned": before - after,
+                "forgotten": on_help(open_model(folder, "numpy")) - help_before,
             }
     full, lora = points["full"], points["LoRA, r = 8"]
     gentle = points["full, a quarter of the rate"]
@@ -60,13 +60,13 @@ def main() -> None:
         Claim("LoRA learns less than full fine-tuning", "stated", _pair(lora, full, "learned"), lora["learned"] < full["learned"]),
         Claim("LoRA forgets less", "stated", _pair(lora, full, "forgotten"), lora["forgotten"] < full["forgotten"]),
         Claim(
-            "the more is learned, the more is forgotten, whatever the method",
+            "what is forgotten grows with what is learned, for all methods",
             "one frontier",
             f"rank correlation {_rank_correlation(points):.2f} over {len(points)} runs",
             _rank_correlation(points) > 0.7,
         ),
         Claim(
-            "full fine-tuning that has learned as much has forgotten more",
+            "full fine-tuning forgets more than LoRA at equal learning",
             "mostly",
             f"full at a quarter of its rate: learned {gentle['learned']:.3f}, forgot {gentle['forgotten']:.3f}; "
             f"LoRA r = 8: {lora['learned']:.3f}, {lora['forgotten']:.3f}",
@@ -79,14 +79,14 @@ def main() -> None:
         for name, p in points.items():
             colour = RED if name.startswith("full") else BLUE if name.startswith("LoRA") else GREEN
             axes.plot(p["learned"], p["forgotten"], "o", color=colour, markersize=8)
-            below = name in ("biases", "LoRA, r = 8")  # others are near
-            place = (p["learned"], p["forgotten"]), (6, -14 if below else -1)
-            axes.annotate(name, place[0], xytext=place[1], textcoords="offset points", fontsize=9)
-        axes.set(xlabel="learned: bits per byte less on Python source", ylabel="forgotten: bits per byte more on Python's help")
+            below = name in ("biases", "LoRA, r = 8")  # avoids overlapping labels
+            point, offset = (p["learned"], p["forgotten"]), (6, -14 if below else -1)
+            axes.annotate(name, point, xytext=offset, textcoords="offset points", fontsize=9)
+        axes.set(xlabel="learned: fewer bits per byte on Python source", ylabel="forgotten: more bits per byte on Python's help")
         axes.margins(x=0.25, y=0.1)
         axes.axhline(0, color="black", linewidth=0.5)
 
-    tell("forgetting", args.out, claims, {"points": points, "help_before": known, "steps": steps}, draw, (7, 4.5))
+    write_results("forgetting", args.out, claims, {"points": points, "help_before": help_before, "steps": steps}, draw, (7, 4.5))
 
 
 def _pair(lora: dict, full: dict, what: str) -> str:
@@ -94,7 +94,7 @@ def _pair(lora: dict, full: dict, what: str) -> str:
 
 
 def _rank_correlation(points: dict) -> float:
-    """Spearman's."""
+    """Spearman's rank correlation of learned and forgotten."""
     ranks = [np.argsort(np.argsort([p[what] for p in points.values()])) for what in ("learned", "forgotten")]
     return float(np.corrcoef(*ranks)[0, 1])
 

@@ -1,13 +1,14 @@
-"""The learning rate of LoRA against that of full fine-tuning, and over ranks ("LoRA Without Regret", 2025)
+"""The best learning rate of LoRA and of full fine-tuning, for several ranks ("LoRA Without Regret", 2025)
 
     python -m examples.papers.learning_rate [--quick]   about 5 minutes
 
-The bundled model learns Python source, 60 steps, over one grid of rates that doubles, for full fine-tuning and for LoRA of three ranks.
+The bundled model is trained on Python source for 60 steps, with full fine-tuning and with LoRA of three ranks. All share one grid of
+learning rates, each twice the one before.
 """
 
 from __future__ import annotations
 
-from examples.papers.shown import BLUE, GREEN, GREY, RED, Claim, bits_after, flags, tell
+from examples.papers.shown import BLUE, GREEN, GREY, RED, Claim, bits_after, flags, write_results
 
 METHODS = {"full": {"method": "full"}, "LoRA, r = 1": {"r": 1}, "LoRA, r = 8": {"r": 8}, "LoRA, r = 64": {"r": 64}}
 
@@ -26,7 +27,7 @@ def main() -> None:
             5 <= ratio <= 20,
         ),
         Claim(
-            "with alpha / r LoRA's best rate hardly depends on the rank",
+            "with the scale alpha / r, LoRA's best rate hardly depends on the rank",
             "the same within a factor of 2",
             ", ".join(f"{lr:g} at {name.removeprefix('LoRA, ')}" for name, lr in best.items() if name != "full"),
             max(lr for name, lr in best.items() if name != "full") <= 2 * min(lr for name, lr in best.items() if name != "full"),
@@ -41,9 +42,9 @@ def main() -> None:
         axes.set(xscale="log", xlabel="learning rate", ylabel="held-out bits per byte after training")
         low = min(min(values.values()) for values in after.values())
         axes.set_ylim(low - 0.02, low + 0.8)
-        axes.legend(frameon=False, title="circled: the best")
+        axes.legend(frameon=False, title="circle: best rate")
 
-    tell("learning_rate", args.out, claims, {"after": after, "best": best, "steps": steps}, draw, (6.5, 4.2))
+    write_results("learning_rate", args.out, claims, {"after": after, "best": best, "steps": steps}, draw, (6.5, 4.2))
 
 
 if __name__ == "__main__":

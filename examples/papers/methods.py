@@ -2,11 +2,11 @@
 (LoRA, arXiv 2106.09685, tables 2 and 16; adapters, 1902.00751, section 3 and figure 4)
 
     python -m examples.papers.methods [--quick]         20 to 30 minutes
-    python -m examples.papers.methods --choose          how RATES was chosen, on texts that are used for nothing else
+    python -m examples.papers.methods --choose          the search behind RATES, on texts that are used for nothing else
 
-MiniLM learns 200 film snippets (2 classes) and 200 questions (6 classes) from six passes over them, and is measured on 1,000 others;
-five seeds each. "On par": no more than two standard errors of the difference below. Needs two packages with the model and the texts
-(tests/assets.py). `minilora study --rows methods` does the same with a folder of your own.
+MiniLM is trained for six epochs on 200 film snippets (2 classes) and 200 questions (6 classes), and evaluated on 1,000 others;
+five seeds each. "On par": at most two standard errors of the difference below. Needs two packages with the model and the texts
+(tests/assets.py). `minilora study --rows methods` runs the same study on your own data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from examples.papers.shown import BLUE, GREEN, GREY, RED, Claim, flags, real_texts, tell
+from examples.papers.shown import BLUE, GREEN, GREY, RED, Claim, flags, real_texts, write_results
 from minilora.runs.recipe import Recipe
 from minilora.runs.study import Summary, study
 
@@ -31,7 +31,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "layer norms": {"method": "layer-norm"},
     "head alone": {"method": "head"},
 }
-LOOKS = dict(zip(ROWS, zip([RED, BLUE, BLUE, GREEN, GREEN, GREY, GREY, GREY], "Dv^v^osX", strict=True), strict=True))
+STYLES = dict(zip(ROWS, zip([RED, BLUE, BLUE, GREEN, GREEN, GREY, GREY, GREY], "Dv^v^osX", strict=True), strict=True))
 GRID = {
     "full": [5e-5, 1e-4, 2e-4],
     "lora": [5e-4, 1e-3, 2e-3],
@@ -54,7 +54,7 @@ def run(data: Path, rows: dict[str, dict[str, Any]], seeds: int, folder: Path, e
 
 
 def choose(folder: Path, seeds: int = 1) -> None:
-    """Print the best rate of each method, on texts for choosing."""
+    """Print the best learning rate of each method, on the texts for choosing."""
     for name in RATES:
         data = real_texts(name, folder / "data", TRAIN, 500, choose=True)
         rows = {f"{method} {lr:g}": {"method": method, "lr": lr} for method, rates in GRID.items() for lr in rates}
@@ -64,7 +64,7 @@ def choose(folder: Path, seeds: int = 1) -> None:
 
 
 def main() -> None:
-    args = flags(__doc__, choose={"action": "store_true", "help": "try GRID, and report nothing"})
+    args = flags(__doc__, choose={"action": "store_true", "help": "search GRID and print the best learning rates"})
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if args.choose:
@@ -79,17 +79,17 @@ def main() -> None:
 
 
 def report(tables: dict[str, dict[str, Summary]], out: Path) -> None:
-    """Claimed and seen. On par is what is no more than two standard errors of the difference below."""
+    """Compare the claims with the measurements. On par: at most two standard errors of the difference below."""
 
     def both(*rows: str) -> str:
-        told = (" against ".join(f"{t[row].mean:.3f} ± {t[row].std:.3f}" for row in rows) for t in tables.values())
-        return "; ".join(f"{name} {line}" for name, line in zip(tables, told, strict=True))
+        lines = (" against ".join(f"{t[row].mean:.3f} ± {t[row].std:.3f}" for row in rows) for t in tables.values())
+        return "; ".join(f"{name} {line}" for name, line in zip(tables, lines, strict=True))
 
     def on_par(row: str, other: str) -> bool:
         pairs = [(t[row], t[other]) for t in tables.values()]
         return all(a.mean > b.mean - 2 * math.sqrt(a.std**2 / a.runs + b.std**2 / b.runs) for a, b in pairs)
 
-    def apart(row: str, other: str) -> list[float]:
+    def differences(row: str, other: str) -> list[float]:
         return [t[row].mean - t[other].mean for t in tables.values()]
 
     any_table = tables["films"]
@@ -105,7 +105,7 @@ def report(tables: dict[str, dict[str, Summary]], out: Path) -> None:
             "with few labels LoRA is better than full fine-tuning (LoRA, table 16: MNLI with 100 labels)",
             "63.8 against 60.2",
             both("LoRA, r = 8", "full"),
-            min(apart("LoRA, r = 8", "full")) > 0,
+            min(differences("LoRA, r = 8", "full")) > 0,
         ),
         Claim(
             "bottleneck adapters are on par with full fine-tuning, with 3.6 % of its parameters (adapters, table 1)",
@@ -117,10 +117,10 @@ def report(tables: dict[str, dict[str, Summary]], out: Path) -> None:
             "layer norms alone lose 3 to 4 points (adapters, figure 4)",
             "3 to 4 points",
             both("layer norms", "full"),
-            max(apart("layer norms", "full")) < -0.02,
+            max(differences("layer norms", "full")) < -0.02,
         ),
         Claim(
-            "biases alone are on par with full fine-tuning where there is little data (BitFit, arXiv 2106.10199)",
+            "biases alone are on par with full fine-tuning on small data (BitFit, arXiv 2106.10199)",
             "stated",
             both("biases", "full"),
             on_par("biases", "full"),
@@ -131,12 +131,12 @@ def report(tables: dict[str, dict[str, Summary]], out: Path) -> None:
         panels = figure.subplots(1, 2)
         for axes, (name, table) in zip(panels, tables.items(), strict=True):
             for row, line in table.items():
-                colour, marker = LOOKS[row]
+                colour, marker = STYLES[row]
                 axes.errorbar(line.trained, line.mean, line.std, fmt=marker, color=colour, capsize=3, markersize=8, label=row)
             axes.set(xscale="log", xlabel="trained parameters", ylabel="held-out accuracy", title=f"{TRAIN} {name}: mean and s.d.")
         panels[1].legend(frameon=False, loc="lower right")
 
-    tell("methods", out, claims, {n: {r: vars(line) for r, line in t.items()} for n, t in tables.items()}, draw, (12, 4.8))
+    write_results("methods", out, claims, {n: {r: vars(line) for r, line in t.items()} for n, t in tables.items()}, draw, (12, 4.8))
 
 
 if __name__ == "__main__":

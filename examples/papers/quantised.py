@@ -1,9 +1,9 @@
-"""Quantised against not: LoRA on frozen weights of four bits (QLoRA, arXiv 2305.14314; LoftQ, 2310.08659)
+"""LoRA on frozen 4-bit weights against frozen float32 weights (QLoRA, arXiv 2305.14314; LoftQ, 2310.08659)
 
     python -m examples.papers.quantised [--quick]       about 3 minutes
 
-The bundled model, its linear weights in float32 or in NF4 with double quantization, learns Python source. LoftQ quantizes as well, and
-lets A B begin with what that loses.
+The bundled model, with linear weights in float32 or in NF4 with double quantization, is trained on Python source. LoftQ also quantizes,
+and initialises A B with an approximation of the quantization error.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from examples.papers.shown import BLUE, GREEN, RED, Claim, adapted, flags, tell
+from examples.papers.shown import BLUE, GREEN, RED, Claim, adapted, flags, write_results
 from minilora.formats.checkpoint import load_model
 from minilora.quantization.nf4 import is_nf4
 
@@ -20,7 +20,7 @@ BASES: dict[str, dict[str, Any]] = {"float32": {}, "NF4": {"quantize": "nf4"}, L
 
 
 def share() -> float:
-    """Bytes of the quantized weights over those of the same weights in float32."""
+    """Size of the quantized weights, as a share of their size in float32."""
     model = load_model("pydoc", "numpy", quantize="nf4")
     weights = [p.data for _, p in model.parameters() if is_nf4(p.data)]
     return sum(W.nbytes for W in weights) / sum(4 * W.size for W in weights)
@@ -40,19 +40,19 @@ def main() -> None:
     lost = before["NF4"] - before["float32"]
     claims = [
         Claim(
-            "four bits and double quantization: 4.127 bits a weight (QLoRA, section 3)",
+            "NF4 with double quantization takes 4.127 bits per weight (QLoRA, section 3)",
             f"{4.127 / 32:.3f} of float32",
             f"{share():.3f} of float32",
             share() < 0.14,
         ),
         Claim(
-            "fine-tuned on NF4 the model is as good as fine-tuned at full precision (table 4)",
+            "fine-tuning on NF4 is as good as at full precision (table 4)",
             "MMLU 53.1 against 53.0",
             f"{middle['NF4']:.3f} bits per byte, {middle['float32']:.3f} on float32; untrained {lost:+.3f}",
             middle["NF4"] - middle["float32"] < 0.01,
         ),
         Claim(
-            "LoftQ's start is better than LoRA's on quantized weights (section 4)",
+            "LoftQ's initialisation is better than LoRA's on quantized weights (section 4)",
             "stated",
             f"{middle[LOFTQ]:.3f} against {middle['NF4']:.3f}",
             middle[LOFTQ] < middle["NF4"],
@@ -70,7 +70,7 @@ def main() -> None:
         axes.set(xlabel="held-out bits per byte: x before, o after", ylim=(-0.5, len(BASES) - 0.4))
 
     figures = {"before": before, "after": after, "share_of_float32": share(), "steps": steps}
-    tell("quantised", args.out, claims, figures, draw, (7, 2.8))
+    write_results("quantised", args.out, claims, figures, draw, (7, 2.8))
 
 
 if __name__ == "__main__":

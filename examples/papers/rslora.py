@@ -1,9 +1,9 @@
-"""The scale of LoRA over ranks: alpha / r against alpha / sqrt(r) (rsLoRA, arXiv 2312.03732; known answer 5 has it on a regression)
+"""The scale of LoRA over ranks: alpha / r against alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)
 
     python -m examples.papers.rslora [--quick]          about 6 minutes
 
-The bundled model learns Python source with r = 1 to 128. One learning rate for all ranks, the best of a grid for r = 8 and
-alpha / r; alpha is such that both scales agree at r = 8, so that what differs is the rank alone.
+The bundled model is trained on Python source with r = 1 to 128. All ranks use one learning rate, the best of a grid for r = 8 and
+alpha / r. alpha is chosen so that both scales agree at r = 8: only the rank differs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 
-from examples.papers.shown import BLUE, RED, Claim, bits_after, flags, tell
+from examples.papers.shown import BLUE, RED, Claim, bits_after, flags, write_results
 
 ALPHA, AGREE = 32.0, 8
 FROZEN = {"bias": "none", "modules_to_save": []}
@@ -33,7 +33,7 @@ def main() -> None:
     gain, gain_rs = plain[AGREE] - plain[top], stable[AGREE] - stable[top]
     claims = [
         Claim(
-            "with alpha / r a larger rank brings next to nothing (figure 1)",
+            "with alpha / r a larger rank brings almost no gain (figure 1)",
             "one perplexity for all ranks from 4 to 2048",
             f"{plain[AGREE]:.3f} bits per byte at r = {AGREE}, {plain[top]:.3f} at r = {top}",
             gain < 0.01,
@@ -54,7 +54,7 @@ def main() -> None:
         axes.set_xticks(ranks, list(map(str, ranks)))
         axes.legend(frameon=False)
 
-    tell("rslora", args.out, claims, {"after": after, "seeds": seeds, "steps": steps}, draw, (6, 4))
+    write_results("rslora", args.out, claims, {"after": after, "seeds": seeds, "steps": steps}, draw, (6, 4))
 
 
 if __name__ == "__main__":

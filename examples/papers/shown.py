@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: flags, runs of the bundled model, real texts with a class, the table of claimed and seen."""
+"""Shared by the scripts of this folder: flags, runs of the bundled model, labelled texts, the table of claims and measurements."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 
 @dataclass
 class Claim:
-    """A line of the table: what is claimed and where, the figure there, the figure here, and whether it was seen here as well."""
+    """A row of the table: the claim and its source, the published figure, the figure measured here, and whether they agree."""
 
     says: str
     claimed: str
@@ -32,9 +32,9 @@ class Claim:
 
 
 def flags(doc: str, **own: dict[str, Any]) -> argparse.Namespace:
-    """--quick, --out, and what a script adds of its own."""
+    """Parse --quick, --out and the options of the script: {name: keywords of add_argument}."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="in small: to see that it runs, not for its figures")
+    parser.add_argument("--quick", action="store_true", help="a short run to test the script; its figures mean nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the picture and the figures")
     for name, keywords in own.items():
         parser.add_argument(f"--{name}", **keywords)
@@ -47,7 +47,7 @@ def flags(doc: str, **own: dict[str, Any]) -> argparse.Namespace:
 
 @contextmanager
 def adapted(**fields: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(run folder, results) of the main job: the bundled model learns Python source, or what `fields` of the recipe say."""
+    """(run folder, results) of the main job, the bundled model trained on Python source. `fields` override those of the recipe."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         recipe = Recipe(**{"sample_bytes": 0, "backend": "numpy", **fields, **SMALL})
@@ -55,13 +55,13 @@ def adapted(**fields: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def bits_after(**fields: Any) -> float:
-    """Held-out bits per byte after such a run."""
+    """Held-out bits per byte after a run as in `adapted`."""
     with adapted(**fields) as (_, results):
         return float(results["after"]["bits_per_byte"])
 
 
 def write_texts(folder: Path, train: Sequence[tuple[str, Any]], valid: Sequence[tuple[str, Any]]) -> Path:
-    """Texts with a class as a folder that `minilora` reads."""
+    """Write (text, label) pairs to train.jsonl and valid.jsonl in `folder`; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", train), ("valid", valid)):
         lines = (json.dumps({"text": text, "label": str(label)}) + "\n" for text, label in part)
@@ -70,7 +70,7 @@ def write_texts(folder: Path, train: Sequence[tuple[str, Any]], valid: Sequence[
 
 
 def real_texts(name: str, folder: Path, train: int, valid: int, choose: bool = False) -> Path:
-    """ "films" (2 classes) or "questions" (6) in such a folder. Settings are chosen (`choose`) on texts that are used for nothing else."""
+    """A folder with the texts "films" (2 classes) or "questions" (6). choose: the half that is used only to choose settings."""
     from tests import assets
 
     texts: list[tuple[str, Any]] = assets.movie_snippets() if name == "films" else list(assets.questions())
@@ -82,19 +82,19 @@ def real_texts(name: str, folder: Path, train: int, valid: int, choose: bool = F
 
 
 def table(claims: Sequence[dict[str, Any]]) -> str:
-    """Claims as kept in a file, as a table."""
-    lines = ["| claim | claimed | seen here | holds here |", "|---|---|---|---|"]
+    """The claims of a results file as a Markdown table."""
+    lines = ["| claim | published | measured here | confirmed |", "|---|---|---|---|"]
     return "\n".join(lines + [f"| {c['says']} | {c['claimed']} | {c['seen']} | {'yes' if c['holds'] else '**no**'} |" for c in claims])
 
 
-def tell(
+def write_results(
     name: str, out: Path, claims: Sequence[Claim], figures: dict[str, Any], draw: Callable[[Any], None], size: tuple[float, float]
 ) -> None:
-    """Print the table, keep it with the figures in NAME.json, and draw NAME.png."""
-    told = {"claims": [{**asdict(claim), "holds": bool(claim.holds)} for claim in claims], "figures": figures}
-    print("\n" + table(told["claims"]))
+    """Print the table, write it and the figures to NAME.json, and draw NAME.png."""
+    results = {"claims": [{**asdict(claim), "holds": bool(claim.holds)} for claim in claims], "figures": figures}
+    print("\n" + table(results["claims"]))
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+    (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -109,19 +109,19 @@ def tell(
     print(f"\nwritten to {out / name}.json and .png")
 
 
-# -- README.md of this folder: python -m examples.papers.shown writes it from the results ------------------------------------------
+# -- README.md of this folder, written from the results by python -m examples.papers.shown ------------------------------------------
 
 SCRIPTS = "methods few_sample rank learning_rate rslora subspace forgetting quantised latency".split()
-HEAD = """# The papers, re-run in small
+HEAD = """# The papers, reproduced at small scale
 
-Each script trains, prints what is claimed beside what is seen, and leaves the figures and a picture in `results/`:
+Each script trains, prints the published claims next to the measurements, and writes the figures and a picture to `results/`:
 
     pip install -e '.[plot]'
-    python -m examples.papers.rank                    # from the top of the repository; --quick to see that it runs
+    python -m examples.papers.rank                    # from the root of the repository; --quick: a short test run
 
-`methods` and `few_sample` adapt MiniLM to real texts, and fetch both by name (`tests/assets.py`); the others use the
-bundled model, which has 0.86 M parameters. That a claim about large models is **not** seen here is a result too, and no more than that.
-Measured on two cores. This page is made from the results by `python -m examples.papers.shown`.
+`methods` and `few_sample` adapt MiniLM to real texts and download both by name (`tests/assets.py`); the others use the bundled
+model of 0.86 M parameters. **no** means that this small model does not show the effect; it does not refute a claim about large models.
+Measured on two cores. `python -m examples.papers.shown` writes this page from the results.
 """
 
 

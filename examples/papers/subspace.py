@@ -1,13 +1,13 @@
-"""Which directions does LoRA find? (LoRA, arXiv 2106.09685, sections 7.2 and 7.3)
+"""The directions that LoRA finds (LoRA, arXiv 2106.09685, sections 7.2 and 7.3)
 
     python -m examples.papers.subspace [--quick]        about 2 minutes
 
-Two ranks and two seeds of LoRA on the bundled model, which learns Python source. With A = U S V^T (A is (in, r), so U are directions of
-the layer's input), the similarity of the first i and j directions of two adapters is
+LoRA of two ranks and two seeds on the bundled model, trained on Python source. With A = U S V^T (A is (in, r), so U are directions of
+the layer's input), the similarity of the first i directions of one adapter and the first j of another is
 
-    phi(i, j) = ||U_i^T U'_j||_F^2 / min(i, j)        1: one lies in the other; about max(i, j) / in by chance
+    phi(i, j) = ||U_i^T U'_j||_F^2 / min(i, j)        1: one subspace contains the other; about max(i, j) / in at random
 
-and the amplification is how much larger the change is than what W has in its directions, dW = U S V^T of rank r:
+The amplification compares dW = U S V^T of rank r with the part of W in the same directions:
 
     ||dW||_F / ||U^T W V||_F
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.papers.shown import Claim, adapted, flags, tell
+from examples.papers.shown import Claim, adapted, flags, write_results
 from minilora.lora import lora_layers
 from minilora.runs.run_file import open_model
 
@@ -27,12 +27,12 @@ SMALL, LARGE = 8, 64
 
 
 def directions(A: np.ndarray) -> np.ndarray:
-    """The left singular vectors of A (in, r), the largest first."""
+    """The left singular vectors of A (in, r), by decreasing singular value."""
     return np.linalg.svd(A, full_matrices=False)[0]
 
 
 def similarity(U: np.ndarray, V: np.ndarray) -> np.ndarray:
-    """phi (columns of U, columns of V)."""
+    """phi(i, j) for all i and j: (columns of U, columns of V)."""
     squares = (U.T @ V) ** 2
     i, j = np.ogrid[1 : U.shape[1] + 1, 1 : V.shape[1] + 1]
     return squares.cumsum(0).cumsum(1) / np.minimum(i, j)
@@ -63,12 +63,12 @@ def main() -> None:
     within = statistics.median(p[0, -1] for p in phi.values())
     across = statistics.median(p[3, 3] for p in seeds.values())
     factors = {r: statistics.median(of.values()) for r, of in amplified.items()}
-    shown = max(phi, key=lambda path: phi[path][0, 0])
+    example = max(phi, key=lambda path: phi[path][0, 0])
     claims = [
         Claim(
-            f"the first direction of r = {SMALL} is found at r = {LARGE} too (figure 3)",
+            f"the first direction of r = {SMALL} is also found at r = {LARGE} (figure 3)",
             "phi above 0.5 for the first",
-            f"phi(1, 1) {first:.2f}, phi(1, {LARGE}) {within:.2f} (median of {len(paths)} layers; {LARGE / 128:.2f} by chance)",
+            f"phi(1, 1) {first:.2f}, phi(1, {LARGE}) {within:.2f} (median of {len(paths)} layers; {LARGE / 128:.2f} at random)",
             first > 0.5,
         ),
         Claim(
@@ -84,7 +84,7 @@ def main() -> None:
             across > 3 * chance[3, 3],
         ),
         Claim(
-            "what is learned is amplified, what W emphasises is not repeated; less so at a large rank (table 7)",
+            "dW amplifies directions that W does not emphasise, less so at a large rank (table 7)",
             "21.5 at r = 4, 1.9 at r = 64",
             f"{factors[SMALL]:.1f} at r = {SMALL}, {factors[LARGE]:.1f} at r = {LARGE}",
             factors[SMALL] > factors[LARGE] and factors[SMALL] > 1,
@@ -93,12 +93,12 @@ def main() -> None:
 
     def draw(figure: Any) -> None:
         panels = figure.subplots(1, 3, width_ratios=[1.6, 1, 1])
-        pictures = (
-            (f"{shown}: r = {SMALL} and r = {LARGE}", phi[shown][:, :16]),
-            ("r = 64, two seeds", seeds[shown][:8, :8]),
+        images = (
+            (f"{example}: r = {SMALL} and r = {LARGE}", phi[example][:, :16]),
+            ("r = 64, two seeds", seeds[example][:8, :8]),
             ("two random matrices", chance[:8, :8]),
         )
-        for axes, (title, values) in zip(panels, pictures, strict=True):
+        for axes, (title, values) in zip(panels, images, strict=True):
             rows, columns = values.shape
             image = axes.imshow(values, vmin=0, vmax=1, origin="lower", extent=(0.5, columns + 0.5, 0.5, rows + 0.5), aspect="auto")
             axes.set_title(title, fontsize=10)
@@ -111,7 +111,7 @@ def main() -> None:
         "amplification": amplified,
         "steps": steps,
     }
-    tell("subspace", args.out, claims, figures, draw, (11, 3.6))
+    write_results("subspace", args.out, claims, figures, draw, (11, 3.6))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 from minilora.adapters.partial import PartialConfig
 from minilora.backend import Array, Rng, backend_name, generator
 from minilora.layers import GELU, Activation, Layer, Linear, ReLU, Saved, SiLU, Tanh
-from minilora.lora.adapted import trained_dtype
+from minilora.lora.layer import trained_dtype
 from minilora.lora.targets import CLASSIFIERS, find_targets
 
 PROJECTIONS = ("output.dense", "c_proj", "o_proj", "down_proj")  # into the residual stream, two a block: BERT, GPT-2, and both of Llama

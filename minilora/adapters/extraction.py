@@ -15,8 +15,8 @@ from typing import Any
 from minilora.adapters.sums import with_lora
 from minilora.backend import Array, get_xp
 from minilora.layers import Embedding, Layer, LayerNorm, Linear, RMSNorm, Saved
-from minilora.lora import LoraConfig, adaptation, factorize, lora_layers
-from minilora.lora.adapted import Adapted, adapter_parameters
+from minilora.lora import LoraConfig, adaptation, adapter_parameters, factorize, lora_layers
+from minilora.lora.layer import Adapted
 from minilora.lora.targets import CLASSIFIERS
 from minilora.quantization.residual import dense
 
@@ -53,13 +53,11 @@ def extract(
         raise ValueError(f"extract: the rank must be at least 1, got {r}.")
     changed = largest_changes(base, tuned)
     head = getattr(base, "output_head", "") or ""
-    head = head if head.endswith(CLASSIFIERS) else ""
+    head = head if head.endswith(CLASSIFIERS) else ""  # fully trained, as it is new
     ours, theirs = dict(base.modules()), dict(tuned.modules())
     products, result = {}, []
-    for path, layer in ours.items():
-        if not isinstance(layer, Linear) or not changed[f"{path}.weight"] or path == head:
-            continue
-        dW = _weight(theirs[path]).astype("float64") - dense(layer.weight.data).astype("float64")
+    for path in [path for path, layer in ours.items() if isinstance(layer, Linear) and changed[f"{path}.weight"] and path != head]:
+        dW = _weight(theirs[path]).astype("float64") - _weight(ours[path]).astype("float64")
         if energy is None and r > min(dW.shape):
             raise ValueError(f"extract: rank {r} is beyond {path}, which is {dW.shape[0]} x {dW.shape[1]}.")
         A, B = factorize(dW, min(dW.shape), (inputs or {}).get(path))
@@ -91,9 +89,9 @@ def largest_changes(base: Layer, tuned: Layer) -> dict[str, float]:
     Raises ValueError when the models do not have the same weights, or have bottlenecks.
     """
     first, second = _weights(base), _weights(tuned)
-    for here, there, which in ((first, second, "second"), (second, first, "first")):
-        if missing := [path for path in here if path not in there]:
-            raise ValueError(f"the models are not of one kind: {missing[0]} is missing in the {which}.")
+    for path in {**first, **second}:
+        if path not in first or path not in second:
+            raise ValueError(f"the models are not of one kind: {path} is missing in the {'second' if path in first else 'first'}.")
     changes = {}
     for path, W in first.items():
         ours, theirs = W(), second[path]()
@@ -105,9 +103,9 @@ def largest_changes(base: Layer, tuned: Layer) -> dict[str, float]:
 
 def _weights(model: Layer) -> dict[str, Callable[[], Array]]:
     """{path: function that returns the weight, its adapter included}, so that one at a time is formed."""
-    layers, own = dict(lora_layers(model)), adapter_parameters(model)
+    own = adapter_parameters(model)
     found: dict[str, Callable[[], Array]] = {path: partial(dense, p.data) for path, p in model.parameters() if path not in own}
-    return found | {f"{path}.weight": partial(_weight, layer) for path, layer in layers.items()}
+    return found | {f"{path}.weight": partial(_weight, layer) for path, layer in lora_layers(model)}
 
 
 def _weight(layer: Any) -> Array:
@@ -121,13 +119,12 @@ class _Watched(Layer):
     """Runs a Linear, and sums x^T x over its inputs, in float64."""
 
     def __init__(self, layer: Linear) -> None:
-        self.watched = layer
+        self.watched, self.count = layer, 0
         self.gram: Any = 0.0
-        self.count = 0
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
-        wide = x.astype("float64")
-        self.gram = self.gram + wide.T @ wide
+        z = x.astype("float64")
+        self.gram = self.gram + z.T @ z
         self.count += len(x)
         return self.watched.forward(x, keep, need_dx)
 
@@ -144,15 +141,15 @@ def input_roots(model: Layer, batches: Iterable[Any]) -> dict[str, Array]:
         replica.replace(path, layer)
     for batch in batches:
         replica.forward(batch.ids, keep=False, offsets=batch.offsets)  # type: ignore[call-arg]  # models take offsets
-    roots = {}
-    for path, layer in watched.items():
-        if layer.count:
-            C = layer.gram / layer.count
-            xp, m = get_xp(C), len(C)
-            one = xp.eye(m)
-            ridge = _RIDGE * float((C * one).sum()) / m or 1.0
-            roots[path] = xp.linalg.cholesky(C + ridge * one).T * math.sqrt(m)  # factorize divides by the number of rows, here m
-    return roots
+    return {path: _root(layer.gram / layer.count) for path, layer in watched.items() if layer.count}
+
+
+def _root(C: Array) -> Array:
+    """Upper triangular R with R^T R / m = C (m, m) + the ridge: factorize divides by the number of rows, here m."""
+    xp, m = get_xp(C), len(C)
+    one = xp.eye(m)
+    ridge = _RIDGE * float((C * one).sum()) / m or 1.0
+    return xp.linalg.cholesky(C + ridge * one).T * math.sqrt(m)
 
 
 def embeddings_changed(base: Layer, changes: dict[str, float]) -> list[str]:

@@ -11,6 +11,7 @@ from minilora.layers import Layer, Linear
 from minilora.lora import LoraConfig, LoRALinear, adaptation, factorize, inject, lora_layers
 from minilora.quantization.residual import dense
 
+_KEPT = ("lora_dropout", "bias", "modules_to_save", "task_type", "base_model_name_or_path")  # fields that a sum takes over
 Part = tuple[float, Array, Array]  # w s, A (m, r), B (r, n)
 
 
@@ -60,14 +61,7 @@ def combine(base: Layer, models: Sequence[Layer], weights: Sequence[float], how:
             what = f"fully trained {min(values)}" if values else "has no LoRA adapter"
             raise ValueError(f"combine: a model {what}; only LoRA adapters have a sum.")
         for path, layer in lora_layers(model):
-            W = layer.weight.data
-            own: Any = plain.get(path)
-            same = (
-                isinstance(own, Linear)
-                and own.weight.data.shape == W.shape
-                and (own.weight.data is W or bool((dense(own.weight.data) == dense(W)).all()))
-            )
-            if type(layer) is not LoRALinear or not same:
+            if type(layer) is not LoRALinear or not _is_weight_of(plain.get(path), layer.weight.data):
                 raise ValueError(f"combine: {path} is no plain LoRA, or was made for other weights than those of the base model.")
             A, B = (layer.lora_A.data, layer.lora_B.data) if layer.offset is None else layer.offset.joined(layer).values()
             parts.setdefault(path, []).append((w * layer.scaling, A, B))
@@ -77,24 +71,20 @@ def combine(base: Layer, models: Sequence[Layer], weights: Sequence[float], how:
     return with_lora(base, sums, adaptation(models[0]).config)
 
 
+def _is_weight_of(layer: Any, W: Array) -> bool:
+    """Whether the layer is a Linear with the weight W."""
+    if not isinstance(layer, Linear) or layer.weight.data.shape != W.shape:
+        return False
+    return layer.weight.data is W or bool((dense(layer.weight.data) == dense(W)).all())
+
+
 def with_lora(base: Layer, products: dict[str, tuple[Array, Array]], like: LoraConfig | None = None) -> Layer:
     """A replica of the base with LoRA layers of scale 1 that add these products {path: (A, B)}; `like` has its other fields."""
     ranks = {path: int(A.shape[1]) for path, (A, _) in products.items()}
     r = max(ranks.values())
     other = {path: rank for path, rank in ranks.items() if rank != r}
-    like = like or LoraConfig()
-    config = LoraConfig(
-        r=r,
-        lora_alpha=r,
-        target_modules=list(products),
-        rank_pattern=other,
-        alpha_pattern=dict(other),
-        lora_dropout=like.lora_dropout,
-        bias=like.bias,
-        modules_to_save=like.modules_to_save,
-        task_type=like.task_type,
-        base_model_name_or_path=like.base_model_name_or_path,
-    )
+    kept = {name: getattr(like or LoraConfig(), name) for name in _KEPT}
+    config = LoraConfig(r=r, lora_alpha=r, target_modules=list(products), rank_pattern=other, alpha_pattern=dict(other), **kept)
     adapted = base.replica()
     inject(adapted, config, rng=0, strict=False)
     for path, layer in lora_layers(adapted):

@@ -1,25 +1,33 @@
-"""Everything that has a gradient here, ready to be checked: what `minilora gradcheck` and the tests check."""
+"""Everything that has a gradient here, ready to be checked: what `minilora gradcheck` and the tests check.
+
+Pairs and layers are in files of their own; here are the models, trained and adapted in every way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
+from minilora.adapters import BottleneckConfig, PartialConfig, inject, mixed
 from minilora.backend import to_backend
 from minilora.checking.catalogue_layers import adapters, layers
-from minilora.checking.catalogue_models import models
 from minilora.checking.catalogue_pairs import pairs
 from minilora.checking.gradcheck import gradcheck
 from minilora.checking.report import Report
-from minilora.checking.subjects import Subject
+from minilora.checking.subjects import OFFSETS, LossOf, Subject, shaken
+from minilora.lora import LoraConfig, lora_layers
+from minilora.models import GPT2, BertClassifier, BertConfig, GPT2Config, Llama, LlamaConfig
+from minilora.models.bert import BertLayer
+
+Change = Callable[[Any], object] | LoraConfig | BottleneckConfig | PartialConfig | None  # what to do with a model, or inject into it
 
 
 def catalogue(seed: int = 0) -> Iterator[Subject]:
     """(name, object, x, forward options) of every pair, layer and model, on small odd shapes, in float64 on NumPy."""
     rng = np.random.default_rng(seed)
-    yield from ((pair.name, pair, x, {}) for pair, x in pairs(rng))
-    for part in (layers, adapters, models):
+    for part in (pairs, layers, adapters, models):
         yield from part(rng)
 
 
@@ -28,3 +36,97 @@ def check_all(backend: str = "numpy", tol: float = 1e-7) -> Iterator[tuple[str, 
     for name, layer, x, options in catalogue():
         on_device = x if x.dtype.kind != "f" else to_backend(x, backend)
         yield name, gradcheck(layer.to(backend), on_device, tol=tol, max_coordinates=40, **options)
+
+
+def models(rng: np.random.Generator) -> Iterator[Subject]:
+    """Every model, with and without its loss, on three short sequences."""
+    d: dict[str, Any] = {"rng": rng, "dtype": "float64"}
+    ids, at = rng.integers(0, 7, 9), {"offsets": OFFSETS}
+    labels = np.where(rng.random(9) < 0.3, -100, rng.integers(0, 7, 9))
+
+    def changed(model: Any, change: Change) -> Any:
+        shaken(model, rng)
+        if callable(change):
+            change(model)
+        elif change is not None:
+            inject(model, change, rng=rng)
+        return model
+
+    for name, change in _GPT2_VARIANTS.items():
+        gpt2 = changed(GPT2(GPT2Config(**_GPT2, n_layer=2, dropout=0.1), **d), change)
+        yield f"GPT2, {name}", gpt2, ids, at
+        yield f"GPT2.loss, {name}", LossOf(gpt2, labels), ids, at
+    dora = GPT2(GPT2Config(**_GPT2, n_layer=1), **d)
+    inject(dora, LoraConfig(r=2, use_dora="exact"), rng=rng)
+    yield "GPT2, DoRA", dora, ids[:6], {}
+    tied = changed(GPT2(GPT2Config(**_GPT2, n_layer=1), **d), LoraConfig(r=2, target_modules=["wte", "wpe", "c_fc"]))
+    for _, layer in lora_layers(tied):
+        shaken(layer, rng, layer.trains)
+    yield "GPT2.loss, embeddings adapted, head tied", LossOf(tied, np.append(ids[1:6], -100)), ids[:6], {}
+
+    classifier: Any = None
+    for name, change in _BERT_VARIANTS.items():
+        classifier = changed(BertClassifier(BertConfig(**_BERT, num_labels=3), **d), change)
+        yield f"BertClassifier.loss, {name}", LossOf(classifier, np.array([2, -100, 0])), ids, at
+    yield "BertClassifier, head only", classifier, ids, at
+    yield "BertLayer", shaken(BertLayer(BertConfig(**_BERT), **d), rng), rng.standard_normal((9, 6)), at
+    regression = BertConfig(**_BERT, num_labels=1, pooling="mean", hidden_act="relu")
+    number = changed(BertClassifier(regression, **d), LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"]))
+    yield "BertClassifier.loss, regression on the mean", LossOf(number, np.array([0.7, -100, -1.2])), ids, at
+
+    base = changed(BertClassifier(BertConfig(**_BERT, num_labels=3), **d), None).freeze()
+    several = [base, base.replica(), base.replica()]
+    for replica in several[1:]:
+        inject(replica, LoraConfig(r=2, target_modules=["query", "intermediate.dense"], layers_to_transform=[1]), rng=rng)
+    yield "BertClassifier, mixed, LoRA on the last layer", mixed(several, [1, 0, 2], OFFSETS), ids, at
+
+    for name, (options, change) in _LLAMA_VARIANTS.items():
+        llama = changed(Llama(LlamaConfig(**{**_LLAMA, **options}), **d), change)
+        yield f"Llama, {name}", llama, ids, at
+        yield f"Llama.loss, {name}", LossOf(llama, labels), ids, at
+
+
+_GPT2: dict[str, Any] = {"vocab_size": 7, "n_positions": 6, "n_embd": 6, "n_head": 3, "n_inner": 9}
+_SIZES: dict[str, Any] = {"vocab_size": 7, "hidden_size": 6, "intermediate_size": 9, "num_hidden_layers": 2, "max_position_embeddings": 6}
+_BERT: dict[str, Any] = {**_SIZES, "num_attention_heads": 3, "dropout": 0.1}
+_LLAMA: dict[str, Any] = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+
+_ALL_LINEAR = LoraConfig(r=2, lora_dropout=0.2)
+_BOTTLENECK = BottleneckConfig(reduction_factor=3, init_std=0.5)
+_LAST = BottleneckConfig(reduction_factor=2, init_std=0.5, train=[], target_modules=r".*\.1\..*(output\.dense|mlp\.c_proj|o_proj)")
+
+_GPT2_VARIANTS: dict[str, Change] = {
+    "all trained": None,
+    "LoRA on all linear layers": _ALL_LINEAR,
+    "LoRA on the last block": LoraConfig(r=2, target_modules=["c_attn", "c_fc"], layers_to_transform=[1]),
+    "recomputed": lambda model: setattr(model.body, "recompute", True),
+    "biases only": PartialConfig(train=["bias"]),
+    "bottlenecks": _BOTTLENECK,
+    "bottleneck on the last mlp": _LAST,
+}
+_BERT_VARIANTS: dict[str, Change] = {
+    "all trained": None,
+    "LoRA on query and value": LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"]),
+    "LoRA on all linear layers": _ALL_LINEAR,
+    "LoRA on the last layer": LoraConfig(r=2, target_modules=["key", "intermediate.dense"], layers_to_transform=[1]),
+    "last intermediate only": lambda model: model.freeze().bert.encoder.layer[1].intermediate.unfreeze(),
+    "bottlenecks": _BOTTLENECK,
+    "bottlenecks in the last layer": _LAST,
+    "biases only": PartialConfig(train=["bias"]),
+    "norms only": PartialConfig(train=["norm"]),
+    "head only": PartialConfig(train=["head"]),
+}
+_LLAMA_VARIANTS: dict[str, tuple[dict[str, Any], Change]] = {
+    "all trained, tied": ({"tie_word_embeddings": True}, None),
+    "all trained, free head, biases": ({"attention_bias": True, "mlp_bias": True}, None),
+    "LoRA on all linear layers, qwen2": ({"model_type": "qwen2", "num_hidden_layers": 1}, _ALL_LINEAR),
+    "LoRA on the last v and gate, tied": (
+        {"tie_word_embeddings": True},
+        LoraConfig(r=1, target_modules=["v_proj", "gate_proj"], layers_to_transform=[1]),
+    ),
+    "LoRA on k and the head": ({}, LoraConfig(r=2, target_modules=["k_proj", "lm_head"])),
+    "head only": ({}, PartialConfig(train=["head"])),
+    "bottlenecks": ({"mlp_bias": True}, _BOTTLENECK),
+    "bottleneck on the last o_proj": ({}, _LAST),
+    "norms only": ({}, PartialConfig(train=["norm"])),
+}

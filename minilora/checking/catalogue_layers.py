@@ -64,57 +64,45 @@ def adapters(rng: np.random.Generator) -> Iterator[Subject]:
     def base() -> L.Linear:
         return L.Linear(5, 4, **d)
 
-    def shaken_lora(layer: Any) -> Any:
-        return shaken(layer, rng, layer.trains)
+    def moved(layer: Any) -> Any:
+        return shaken(layer, rng, getattr(layer, "trains", None))
 
-    def shaken_vera(r: int, projections: Projections, dropout: float = 0.0) -> Any:
-        return shaken_lora(VeRALinear(base(), VeraConfig(r=r, vera_dropout=dropout), projections))
+    def vera(r: int, dropout: float = 0.0) -> Any:
+        return moved(VeRALinear(base(), VeraConfig(r=r, vera_dropout=dropout), Projections.drawn(6, 5, r, 1)))
 
-    only_A = shaken_lora(HeldNorms(base(), 2, 8, 0.3, **d))
+    only_A = moved(HeldNorms(base(), 2, 8, 0.3, **d))
     only_A.lora_B.trainable = only_A.lora_magnitude_vector.trainable = False
-    bottleneck = _bias_trained(shaken(BottleneckLinear(base(), 2, rng=rng), rng))
-    several = [base(), LoRALinear(base(), r=2, **d), bottleneck]
+    bottleneck = moved(BottleneckLinear(base(), 2, rng=rng))
     groups = {6: [np.array(rows, dtype=int) for rows in ([0, 3], [1, 2, 5], [4])]}
     subjects = {
         "Linear, watched": Watched(base()),
         "LoRALinear": LoRALinear(base(), r=2, **d),
         "LoRALinear, rsLoRA, dropout": LoRALinear(base(), 3, 8, 0.3, True, **d),
         "LoRALinear, normal init": LoRALinear(base(), r=2, init="normal", **d),
-        "LoRALinear, pissa": shaken_lora(LoRALinear(base(), 2, 3, 0.2, init="pissa", **d)),
-        "LoRALinear, olora": shaken_lora(LoRALinear(base(), 2, 3, 0.2, init="olora", **d)),
-        "DoRALinear, norms held": shaken_lora(HeldNorms(base(), r=2, **d)),
+        "LoRALinear, pissa": moved(LoRALinear(base(), 2, 3, 0.2, init="pissa", **d)),
+        "LoRALinear, olora": moved(LoRALinear(base(), 2, 3, 0.2, init="olora", **d)),
+        "DoRALinear, norms held": moved(HeldNorms(base(), r=2, **d)),
         "DoRALinear, norms held, dropout, only A trained": only_A,
-        "DoRALinear, exact": shaken_lora(DoRALinear(base(), r=2, exact=True, **d)),
-        "DoRALinear, exact, rsLoRA, dropout": shaken_lora(DoRALinear(base(), 3, 8, 0.3, True, exact=True, **d)),
-        "DoRALinear, exact, pissa": shaken_lora(DoRALinear(base(), r=2, init="pissa", exact=True, **d)),
-        "VeRALinear, r = 7": shaken_vera(7, Projections.drawn(6, 5, 7, 1)),
-        "VeRALinear, r = 3": shaken_vera(3, Projections.drawn(6, 5, 3, 1), dropout=0.3),
-        "BottleneckLinear, GELU": shaken(BottleneckLinear(base(), 3, L.GELU(), **d), rng),
-        "BottleneckLinear, ReLU": shaken(BottleneckLinear(base(), 3, L.ReLU(), **d), rng),
+        "DoRALinear, exact": moved(DoRALinear(base(), r=2, exact=True, **d)),
+        "DoRALinear, exact, rsLoRA, dropout": moved(DoRALinear(base(), 3, 8, 0.3, True, exact=True, **d)),
+        "DoRALinear, exact, pissa": moved(DoRALinear(base(), r=2, init="pissa", exact=True, **d)),
+        "VeRALinear, r = 7": vera(7),
+        "VeRALinear, r = 3": vera(3, dropout=0.3),
+        "BottleneckLinear, GELU": moved(BottleneckLinear(base(), 3, L.GELU(), **d)),
+        "BottleneckLinear, ReLU": moved(BottleneckLinear(base(), 3, L.ReLU(), **d)),
         "BottleneckLinear, the bias trained": bottleneck,
-        "BottleneckLinear, off": _off(BottleneckLinear(base(), 2, rng=rng)),
-        "PerSequence": PerSequence(several, groups),
+        "BottleneckLinear, off": moved(BottleneckLinear(base(), 2, rng=rng)),
+        "PerSequence": PerSequence([base(), LoRALinear(base(), r=2, **d), bottleneck], groups),
     }
-    for mode, switch in {"the bias trained": _bias_trained, "off": _off, "merged": _merged}.items():
-        subjects[f"LoRALinear, {mode}"] = switch(shaken(LoRALinear(base(), r=2, **d), rng))
-        subjects[f"DoRALinear, exact, {mode}"] = switch(shaken_lora(DoRALinear(base(), r=2, exact=True, **d)))
-        projections = Projections(rng.standard_normal((5, 3)), rng.standard_normal((3, 4)))
-        subjects[f"VeRALinear, {mode}"] = switch(shaken_vera(3, projections))
-    yield from ((name, layer, x, {}) for name, layer in subjects.items())
-    yield "LoRAEmbedding", shaken_lora(LoRAEmbedding(L.Embedding(6, 5, **d), 2, 5, rng=rng)), ids, {}
-
-
-def _bias_trained(layer: Any) -> Any:
-    """As with bias="all"."""
-    layer.bias.trainable = True
-    return layer
-
-
-def _off(layer: Any) -> Any:
-    layer.enabled = False
-    return _bias_trained(layer)
-
-
-def _merged(layer: Any) -> Any:
-    layer.freeze().merge()
-    return _bias_trained(layer)
+    for mode in ("the bias trained", "off", "merged"):
+        subjects[f"LoRALinear, {mode}"] = moved(LoRALinear(base(), r=2, **d))
+        subjects[f"DoRALinear, exact, {mode}"] = moved(DoRALinear(base(), r=2, exact=True, **d))
+        subjects[f"VeRALinear, {mode}"] = vera(3)
+    for name, layer in subjects.items():
+        if name.endswith(("the bias trained", "off", "merged")):
+            if name.endswith("merged"):
+                layer.freeze().merge()
+            layer.bias.trainable = True  # as with bias="all"
+            layer.enabled = not name.endswith("off")
+        yield name, layer, x, {}
+    yield "LoRAEmbedding", moved(LoRAEmbedding(L.Embedding(6, 5, **d), 2, 5, rng=rng)), ids, {}

@@ -2,130 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import numpy as np
 
 from minilora import functional as F
-from minilora.backend import Array, as_like
-from minilora.checking.subjects import OFFSETS, Pair
+from minilora.backend import Array
+from minilora.checking.subjects import OFFSETS, Subject
+from minilora.layers import Layer, Parameter, Saved
+from minilora.layers.block import Output
 from minilora.lora.variants import dora, embedding, vera
 
-Functions = tuple[Callable[..., Any], Callable[..., Any]]
-_S = 0.7  # alpha / r
+
+class Pair(Layer):
+    """`name` and `name_backward` of a module, with the contract of a layer. (What follows a comma in the name is a remark.)
+
+    arguments: of `name`, the first of which is x. Other arrays of floats are parameters, without a gradient if `frozen` names them.
+    returns: what `name` returns, y first, under the names that `name_backward` has for it; a loss returns its gradients.
+    """
+
+    def __init__(self, module: Any, name: str, returns: str = "y", frozen: str = "", **arguments: Any) -> None:
+        self.name, self.returns = name, returns.split()
+        function = name.partition(",")[0]
+        self.f, self.f_backward = getattr(module, function), getattr(module, f"{function}_backward", None)
+        (self.x_name, self.x), *others = arguments.items()
+        self.constants = {}
+        for key, value in others:
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                setattr(self, key, Parameter(value, key not in frozen.split()))
+            else:
+                self.constants[key] = value
+
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
+        known = {self.x_name: x, **self.constants, **{key: p.data for key, p in self.parameters()}}
+        result = self.f(**known)
+        known |= zip(self.returns, result if len(self.returns) > 1 else [result], strict=True)
+        return known[self.returns[0]], self.save(need_dx, known) if keep else None
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
+        (known,) = self.load(saved, need_dx)
+        if self.f_backward is None:
+            grads = [dy * known[name] for name in self.returns[1:]]
+        else:
+            grads = self.f_backward(dy, **{key: known[key] for key in signature(self.f_backward).parameters if key in known})
+        dx, *others = grads if isinstance(grads, (list, tuple)) else [grads]
+        for p, g in zip((p for _, p in self.parameters() if p.trainable), others, strict=True):
+            p.add_grad(g)
+        return dx if need_dx else None
 
 
-def pairs(rng: np.random.Generator) -> Iterator[tuple[Pair, np.ndarray]]:
-    """(pair, x) of every functional pair that layers are made of."""
+def pairs(rng: np.random.Generator) -> Iterator[Subject]:
+    """Every functional pair that layers are made of."""
+    yield from ((pair.name, pair, pair.x, {}) for pair in _pairs(rng))
 
+
+def _pairs(rng: np.random.Generator) -> Iterator[Pair]:
     def draw(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape)
 
-    x = draw(6, 5)
-    yield Pair("linear", *_linear(), W=draw(5, 4), b=draw(4)), x
+    x, ids, labels = draw(6, 5), rng.integers(0, 6, 9), np.array([0, 3, -100, 1, 4, 4])
+    yield Pair(F, "linear", x=x, W=draw(5, 4), b=draw(4))
     for name in ("relu", "gelu", "gelu_tanh", "silu", "tanh", "softmax"):
-        yield Pair(name, *_elementwise(name, saves_y=name in ("tanh", "softmax"))), x
-    yield Pair("layer_norm", F.layer_norm, lambda dy, s, x, g, b: F.layer_norm_backward(dy, s, g), gamma=draw(5), beta=draw(5)), x
-    yield Pair("rms_norm", F.rms_norm, lambda dy, s, x, g: F.rms_norm_backward(dy, s, g), gamma=draw(5)), x
-    yield Pair("dropout", lambda x: (F.dropout(x, 0.4, 11), None), lambda dy, s, x: [F.dropout_backward(dy, 0.4, 11)]), x
-    ids = rng.integers(0, 6, 9)
-    yield Pair("embedding", lambda E: (F.embedding(ids, E), None), lambda dy, s, E: [F.embedding_backward(dy, ids, E)]), x
-    yield Pair("attention, causal", *_attention(3, OFFSETS), k=draw(9, 6), v=draw(9, 6)), draw(9, 6)
-    yield Pair("attention, both ways", *_attention(3, OFFSETS, causal=False), k=draw(9, 6), v=draw(9, 6)), draw(9, 6)
-    yield Pair("attention, one sequence", *_attention(3), k=draw(9, 6), v=draw(9, 6)), draw(9, 6)
-    yield Pair("attention, grouped heads", *_attention(6, OFFSETS, n_kv_head=2), k=draw(9, 4), v=draw(9, 4)), draw(9, 12)
-    yield Pair("rotary, halves", *_rotary(interleaved=False)), draw(9, 12)
-    yield Pair("rotary, interleaved", *_rotary(interleaved=True)), draw(9, 12)
-    labels = np.array([0, 3, -100, 1, 4, 4])
-    yield Pair("mse", lambda x: F.mse(x, x * 0 + 0.3), lambda dy, dx, x: [dy * dx]), x
-    yield Pair("cross_entropy", lambda x: F.cross_entropy(x, labels), lambda dy, dx, x: [dy * dx]), x
-    yield Pair("linear_cross_entropy", *_linear_cross_entropy(labels[labels != -100]), W=draw(5, 7)), draw(5, 5)
+        yield Pair(F, name, x=x)
+    yield Pair(F, "swiglu", "y saved", g=x, u=draw(6, 5))
+    yield Pair(F, "layer_norm", "y saved", x=x, gamma=draw(5), beta=draw(5))
+    yield Pair(F, "rms_norm", "y saved", x=x, gamma=draw(5))
+    yield Pair(F, "dropout", x=x, p=0.4, key=11)
+    yield Pair(F, "embedding", E=x, ids=ids)
+    for remark, offsets, causal in (("causal", OFFSETS, True), ("both ways", OFFSETS, False), ("one sequence", None, True)):
+        q, k, v = draw(9, 6), draw(9, 6), draw(9, 6)
+        yield Pair(F, f"attention, {remark}", "y saved", q=q, k=k, v=v, n_head=3, offsets=offsets, causal=causal)
+    q, k, v = draw(9, 12), draw(9, 4), draw(9, 4)
+    yield Pair(F, "attention, grouped heads", "y saved", q=q, k=k, v=v, n_head=6, n_kv_head=2, offsets=OFFSETS)
+    cos, sin = F.rotary_tables(F.positions(9, OFFSETS, 9), 4, 100.0, x)
+    for remark, interleaved in (("halves", False), ("interleaved", True)):
+        yield Pair(F, f"rotary, {remark}", frozen="cos sin", x=draw(9, 12), cos=cos, sin=sin, interleaved=interleaved)
+    yield Pair(F, "mse", "loss dy", frozen="target", y=x, target=np.full(x.shape, 0.3))
+    yield Pair(F, "cross_entropy", "loss dy", logits=x, labels=labels)
+    yield Pair(F, "linear_cross_entropy", "loss dx dW", x=draw(5, 5), W=draw(5, 7), labels=labels[labels != -100], block=2)
 
-    W, A, B = draw(5, 4), draw(5, 2), draw(2, 4)
-    yield Pair("lora_linear", *_lora_linear(W), A=A, B=B), x
-    yield Pair("column_norms", *_column_norms(W), A=A, B=B), x
-    yield Pair("dora_linear", *_dora_linear(W), A=A, B=B, m=draw(4), c=draw(4)), x
-    yield Pair("vera_linear", *_vera_linear(W, draw(5, 7), draw(7, 4)), d=draw(7), e=draw(4)), x
-    yield Pair("lora_embedding", *_lora_embedding(draw(6, 5), ids), B=draw(2, 5)), draw(6, 2)
-
-
-def _linear() -> Functions:
-    return lambda x, W, b: (F.linear(x, W, b), None), lambda dy, s, x, W, b: F.linear_backward(dy, x, W)
-
-
-def _elementwise(name: str, saves_y: bool) -> Functions:
-    """A function that saves its input, or its output y."""
-    f, f_backward = getattr(F, name), getattr(F, f"{name}_backward")
-    return (lambda x: (y := f(x), y if saves_y else x)), lambda dy, saved, x: [f_backward(dy, saved)]
-
-
-def _attention(n_head: int, offsets: Any = None, causal: bool = True, n_kv_head: int | None = None) -> Functions:
-    return (
-        lambda q, k, v: F.attention(q, k, v, n_head, offsets, causal, n_kv_head=n_kv_head),
-        lambda dy, P, q, k, v: F.attention_backward(dy, q, k, v, P, n_head, offsets, n_kv_head=n_kv_head),
-    )
-
-
-def _rotary(interleaved: bool) -> Functions:
-    """With 3 heads of 4 features."""
-
-    def tables(x: Array) -> tuple[Array, Array]:
-        return F.rotary_tables(F.positions(9, OFFSETS, 9), 4, 100.0, x)
-
-    return (
-        lambda x: (F.rotary(x, *tables(x), interleaved), None),
-        lambda dy, s, x: [F.rotary_backward(dy, *tables(x), interleaved)],
-    )
-
-
-def _linear_cross_entropy(labels: np.ndarray) -> Functions:
-    return lambda x, W: _first(F.linear_cross_entropy(x, W, labels, block=2)), lambda dy, grads, x, W: [dy * g for g in grads]
-
-
-def _lora_linear(W: np.ndarray) -> Functions:
-    return (
-        lambda x, A, B: F.lora_linear(x, _like(W, x), None, A, B, _S),
-        lambda dy, u, x, A, B: F.lora_linear_backward(dy, x, u, _like(W, x), A, B, _S),
-    )
-
-
-def _column_norms(W: np.ndarray) -> Functions:
-    """It reads no x, whose gradient is zero."""
-
-    def forward(x: Array, A: Array, B: Array) -> tuple[Array, tuple[Array, Array]]:
-        c, K = dora.column_norms(_like(W, x), A, B, _S, (_like(W, x) ** 2).sum(axis=0))
-        return c, (c, K)
-
-    return forward, lambda dc, s, x, A, B: [x * 0, *dora.column_norms_backward(dc, s[0], s[1], _like(W, x), A, B, _S)]
-
-
-def _dora_linear(W: np.ndarray) -> Functions:
-    return (
-        lambda x, A, B, m, c: _first(dora.dora_linear(x, _like(W, x), None, A, B, m, c, _S)),
-        lambda dy, s, x, A, B, m, c: dora.dora_linear_backward(dy, x, s[0], s[1], _like(W, x), A, B, m, c, _S),
-    )
-
-
-def _vera_linear(W: np.ndarray, A: np.ndarray, B: np.ndarray) -> Functions:
-    return (
-        lambda x, d, e: vera.vera_linear(x, _like(W, x), None, _like(A, x), _like(B, x), d, e),
-        lambda dy, u, x, d, e: vera.vera_linear_backward(dy, u, _like(W, x), _like(A, x), _like(B, x), d, e),
-    )
-
-
-def _lora_embedding(E: np.ndarray, ids: np.ndarray) -> Functions:
-    return (
-        lambda A, B: embedding.lora_embedding(ids, _like(E, A), A, B, _S),
-        lambda dy, u, A, B: embedding.lora_embedding_backward(dy, ids, u, A, B, _S),
-    )
-
-
-def _like(W: np.ndarray, x: Array) -> Array:
-    """A frozen array, where x is and in its dtype."""
-    return as_like(W, x).astype(x.dtype)
-
-
-def _first(values: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """(y, saved) of a function that returns y and what it saves in one tuple."""
-    return values[0], values[1:]
+    W: dict[str, Any] = {"frozen": "W", "W": draw(5, 4), "b": None, "s": 0.7}
+    A, B = draw(5, 2), draw(2, 4)
+    yield Pair(F, "lora_linear", "y u", x=x, A=A, B=B, **W)
+    squares = (W["W"] ** 2).sum(axis=0)
+    yield Pair(dora, "column_norms", "c AtV", frozen="W squares", A=A, B=B, W=W["W"], s=0.7, squares=squares)
+    yield Pair(dora, "dora_linear", "y z u", x=x, A=A, B=B, m=draw(4), c=draw(4), **W)
+    vera_W = {"frozen": "W A B", "W": W["W"], "b": None, "A": draw(5, 7), "B": draw(7, 4)}
+    yield Pair(vera, "vera_linear", "y u", x=x, d=draw(7), e=draw(4), **vera_W)
+    yield Pair(embedding, "lora_embedding", "y u", frozen="E", A=draw(6, 2), B=draw(2, 5), E=draw(6, 5), ids=ids, s=0.7)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.backend import Array, backend_name, get_xp, to_backend
+from minilora.backend import Array, backend_name, get_xp, to_backend, to_numpy
 from minilora.checking.diagnose import diagnose, misshapen, not_finite
 from minilora.checking.differences import Derivative, derivative, relative_error
 from minilora.checking.report import Broken, Entry, Report
@@ -61,11 +61,11 @@ def gradcheck(layer: Any, x: Array, *, tol: float = 1e-7, seed: int = 0, max_coo
     with np.errstate(all="ignore"):  # values that are not finite are reported by name
         try:
             check = Check(layer, x, tol, seed, max_coordinates, forward)
-            entries += check.gradients()
+            entries += check.comparisons()
             wrong = {e.name for e in entries if e.verdict(tol) != "ok"}  # one entry each is enough
             entries += [e for e in check.contract() if e.name not in wrong]
         except Broken as broken:
-            entries.append(broken.entry)
+            entries += broken.args
         finally:
             for p, name, value in kept:
                 setattr(p, name, value)
@@ -98,7 +98,10 @@ class Check:
             if _trainable(p) and not p.data.any():
                 p.data = p.data + self.draw(p.data.shape) * 0.1
         self.floating = dtype.kind == "f"
-        self.input: Any = SimpleNamespace(data=_strided(to_backend(x, backend_name(x), "float64")) if self.floating else x, grad=None)
+        if self.floating:  # with gaps between the values in memory: a backward that assumes contiguous input fails
+            x = to_backend(x, backend_name(x), "float64")
+            x = get_xp(x).stack([x, x], axis=-1)[..., 0]
+        self.input: Any = SimpleNamespace(data=x, grad=None)
         checked = {"dx": self.input} if self.floating else {}
         checked |= {path: p for path, p in self.params.items() if _trainable(p)}
         self.checked = {name: p for name, p in checked.items() if p.data.size}
@@ -123,21 +126,19 @@ class Check:
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             place = "" if at.filename == __file__ else f" ({at.filename}:{at.lineno})"
-            raise Broken(method, f"raised {type(error).__name__}: {error}{place}") from error
-
-    def takes(self, method: str, option: str) -> bool:
-        return option in signature(getattr(self.layer, method)).parameters
+            raise Broken(Entry(method, f"raised {type(error).__name__}: {error}{place}")) from error
 
     def forward(self, **options: Any) -> tuple[Array, Any]:
         if isinstance(self.layer, Layer):
             reseed(self.layer, 0)  # every forward draws the same dropout masks
         result = self.call("forward", self.x, **self.options, **options)
         if not isinstance(result, tuple) or len(result) != 2:
-            raise Broken("forward", f"returned {type(result).__name__} instead of the pair (y, saved)")
+            raise Broken(Entry("forward", f"returned {type(result).__name__} instead of the pair (y, saved)"))
         y, saved = result
         if getattr(y, "dtype", None) != np.float64:
             kind = getattr(y, "dtype", type(y).__name__)
-            raise Broken("forward", f"returned y of {kind}; a check needs an array of float64, as x and the parameters are", _INF)
+            remark = f"returned y of {kind}; a check needs an array of float64, as x and the parameters are"
+            raise Broken(Entry("forward", remark, precision=_INF))
         return y, saved
 
     def backward(self, saved: Any, **options: Any) -> Array | None:
@@ -149,26 +150,22 @@ class Check:
         for p in self.params.values():
             p.grad = None
 
-    def once(self) -> dict[str, Any]:
-        """The analytic gradients of a backward right after its forward."""
-        return self.collect(self.backward(self.forward()[1]))
-
-    def collect(self, dx: Any) -> dict[str, Any]:
-        """{name: gradient} of everything that is checked, copied."""
-        self.input.grad = dx
+    def gradients(self, saved: Any) -> dict[str, Any]:
+        """{name: analytic gradient} of everything that is checked, copied."""
+        self.input.grad = self.backward(saved)
         return {name: p.grad.copy() if hasattr(p.grad, "copy") else p.grad for name, p in self.checked.items()}
 
     def analyse(self) -> None:
         """The analytic gradients, with another call in between: it would overwrite state that is kept in the layer."""
         y, saved = self.forward()
         if bad := not_finite(y):
-            raise Broken("y", f"{bad}; nothing can be compared", _INF)
+            raise Broken(Entry("y", f"{bad}; nothing can be compared", precision=_INF))
         self.c = self.draw(y.shape)
-        if not relative_error(_host(self.forward()[0]), _host(y), 0) < 1e-9:
-            raise Broken("forward", "returns another y for the same x: it draws random numbers, or keeps state")
-        self.alone = self.once()
+        if not relative_error(to_numpy(self.forward()[0]), to_numpy(y), 0) < 1e-9:
+            raise Broken(Entry("forward", "returns another y for the same x: it draws random numbers, or keeps state"))
+        self.alone = self.gradients(self.forward()[1])
         self.moved({name: p.data for name, p in self.checked.items()}, -0.1)
-        self.analytic = self.collect(self.backward(saved))
+        self.analytic = self.gradients(saved)
         self.rounding = _ROUNDING * float(np.finfo(np.float64).eps) * float(abs(self.c * y).sum())
 
     # -- finite differences -------------------------------------------------------------------------------------------
@@ -192,34 +189,31 @@ class Check:
         """That of L along a direction."""
         return derivative(lambda t: self.moved(direction, t), self.c, self.rounding)
 
-    def coordinates(self, name: str) -> np.ndarray:
-        """All, or `max_coordinates` of them: half at random, half where the analytic gradient is largest."""
-        size, most, g = self.checked[name].data.size, self.max_coordinates, self.analytic[name]
-        if size <= most:
-            return np.arange(size)
-        at = self.rng.permutation(size)
-        if getattr(g, "size", None) == size:
-            largest = np.argsort(-abs(_host(g).ravel()), kind="stable")[: most // 2]
-            at = np.concatenate([largest, at[~np.isin(at, largest)]])
-        return np.sort(at[:most])
-
     def numeric(self, name: str) -> tuple[np.ndarray, np.ndarray, float]:
-        """The checked coordinates, without those at a kink; the derivatives there, and the norm of their errors."""
-        value, scale = self.checked[name].data, self.scale(name)
-        at = self.coordinates(name)
+        """Coordinates without those at a kink, the derivatives there, and the norm of their errors.
+
+        At most `max_coordinates`: half where the analytic gradient is largest, half at random.
+        """
+        value, scale, g = self.checked[name].data, self.scale(name), self.analytic[name]
+        at = np.arange(value.size)
+        if len(at) > self.max_coordinates:
+            at = self.rng.permutation(value.size)
+            if getattr(g, "size", None) == value.size:
+                largest = np.argsort(-abs(to_numpy(g).ravel()), kind="stable")[: self.max_coordinates // 2]
+                at = np.concatenate([largest, at[~np.isin(at, largest)]])
+            at = np.sort(at[: self.max_coordinates])
         found = []
         for i in at:
             one = np.zeros(value.size)
             one[i] = scale
             found.append(self.derivative({name: to_backend(one.reshape(value.shape), self.home)}))
-        kink = np.array([d.kink for d in found], dtype=bool)
-        self.kinks[name] = at[kink]
-        values, noise = (np.array([getattr(d, field) for d in found])[~kink] / scale for field in ("value", "error"))
-        return at[~kink], values, float(np.linalg.norm(noise))
+        values, errors, kinks = (np.array(column) for column in zip(*found, strict=True))
+        self.kinks[name] = at[kinks]
+        return at[~kinks], values[~kinks] / scale, float(np.linalg.norm(errors[~kinks] / scale))
 
     # -- comparisons --------------------------------------------------------------------------------------------------
 
-    def gradients(self) -> Iterator[Entry]:
+    def comparisons(self) -> Iterator[Entry]:
         numeric = {name: self.numeric(name) for name in self.checked}
         norms = [float(np.linalg.norm(n)) * self.scale(name) for name, (_, n, _) in numeric.items()]
         self.largest = max((n for n in norms if np.isfinite(n)), default=0.0)
@@ -236,26 +230,26 @@ class Check:
         """The entry of one gradient, with `coordinates` 0 where nothing could be compared."""
         g, shape = self.analytic[name], tuple(self.checked[name].data.shape)
         if not len(at):
-            return Entry(name, _INF, 0, "every coordinate has a kink here; choose another x", _INF)
+            return Entry(name, "every coordinate has a kink here; choose another x", precision=_INF)
         if not np.isfinite(n).all():
-            return Entry(name, _INF, 0, "y is NaN or infinite within a step from here; choose another x", _INF)
+            return Entry(name, "y is NaN or infinite within a step from here; choose another x", precision=_INF)
         if g is None:
             if name != "dx" and not n.any():
-                return Entry(name, 0.0, len(at), "no gradient was written; y does not depend on it")
-            return Entry(name, _INF, 0, "backward returned None" if name == "dx" else "no gradient was written")
+                return Entry(name, "no gradient was written; y does not depend on it", 0.0, len(at))
+            return Entry(name, "backward returned None" if name == "dx" else "no gradient was written")
         if not hasattr(g, "shape"):
-            return Entry(name, _INF, 0, f"is a {type(g).__name__} instead of an array")
-        if tuple(g.shape) != shape:
-            return Entry(name, _INF, 0, misshapen(_host(g), shape, n, at))
-        if bad := not_finite(g):
-            return Entry(name, _INF, 0, bad)
-        a = _host(g).ravel()[at]
-        size = max(float(np.linalg.norm(a)), float(np.linalg.norm(n)), self.floor(name))
-        entry = Entry(name, relative_error(a, n, self.floor(name)), len(at), precision=noise / size if size else _INF)
+            return Entry(name, f"is a {type(g).__name__} instead of an array")
+        g = to_numpy(g)
+        if remark := misshapen(g, shape, n, at) or not_finite(g):
+            return Entry(name, remark)
+        a, floor = g.ravel()[at], self.floor(name)
+        size = max(float(np.linalg.norm(a)), float(np.linalg.norm(n)), floor)
+        entry = Entry(name, "", relative_error(a, n, floor), len(at), noise / size if size else _INF)
         skipped = len(self.kinks[name])
         if entry.verdict(self.tol) == "WRONG":
             precision = max(0.01 * self.tol, entry.precision)
-            entry.remark = diagnose(name, _host(g), n, at, precision, _host(self.c), self.alone[name], lambda: self.once()[name])
+            alone = self.alone[name], lambda: self.gradients(self.forward()[1])[name]
+            entry.remark = diagnose(name, g, n, at, precision, to_numpy(self.c), *alone)
         elif not size:
             entry.remark = "every gradient is zero here; choose another x"
         elif skipped:
@@ -265,83 +259,64 @@ class Check:
     def joint_direction(self) -> Entry:
         """One random direction through everything at once: it also covers the coordinates that were not sampled."""
         for _ in range(5):
-            direction = {name: self.direction(name) for name in self.checked}
+            direction = {}
+            for name, p in self.checked.items():  # in proportion to the array's size, and zero where a kink was found
+                v = self.scale(name) * self.rng.standard_normal(p.data.shape)
+                v.reshape(-1)[self.kinks[name]] = 0
+                direction[name] = to_backend(v, self.home)
             n, noise, kink = self.derivative(direction)
             if not kink and np.isfinite(n):
                 break
         else:
-            return Entry(_ALL, _INF, 0, "a kink in each of five directions; choose another x", _INF)
+            return Entry(_ALL, "a kink in each of five directions; choose another x", precision=_INF)
         grads = {name: g for name, g in self.analytic.items() if g is not None}
         a = sum(float((g * direction[name]).sum()) for name, g in grads.items())
         norm = float(np.sqrt(sum(float((g * g).sum()) * self.scale(name) ** 2 for name, g in grads.items())))
         size = max(norm, abs(n))
-        return Entry(_ALL, abs(a - n) / size if size else 0.0, 1, precision=noise / size if size else _INF)
-
-    def direction(self, name: str) -> Array:
-        """Random, in proportion to the array's size, and zero where a kink was found."""
-        v = self.rng.standard_normal(self.checked[name].data.shape)
-        v.reshape(-1)[self.kinks[name]] = 0
-        return to_backend(self.scale(name) * v, self.home)
+        return Entry(_ALL, "", abs(a - n) / size if size else 0.0, 1, noise / size if size else _INF)
 
     # -- the promises that are not numbers ----------------------------------------------------------------------------
 
     def contract(self) -> Iterator[Entry]:
         """An entry for each broken promise."""
-
-        def broke(name: str, remark: str) -> Entry:
-            return Entry(name, _INF, 0, remark)
-
         c = self.c.copy()
         self.zero_grad()
         for dy in (c, self.c.copy()):
             self.call("backward", dy, self.forward()[1])
         if not _same(c, self.c):
-            yield broke("dy", "backward wrote into its argument")
+            yield Entry("dy", "backward wrote into its argument")
         if not _same(self.x, self.before["x"]):
-            yield broke("x", "was written to")
+            yield Entry("x", "was written to")
         for path, p in self.params.items():
-            if not _same(dense(p.data), dense(self.before[path])):
-                yield broke(path, "the parameter itself was written to")
+            if not _same(p.data, self.before[path]):
+                yield Entry(path, "the parameter itself was written to")
             if not _trainable(p):
                 if p.grad is not None:
-                    yield broke(path, "is frozen but has a gradient")
-            elif not self.matches(path, p.grad, 2):
-                once = self.matches(path, p.grad, 1)
-                yield broke(path, f"two backward passes do not add up{': += is missing' if once else ''}")
-        if not self.takes("backward", "need_dx"):
-            return
-        for options in ({}, {"need_dx": False}) if self.takes("forward", "need_dx") else ({},):
+                    yield Entry(path, "is frozen but has a gradient")
+            elif not self.matches(path, 2):
+                yield Entry(path, f"two backward passes do not add up{': += is missing' if self.matches(path, 1) else ''}")
+        takes = {method: "need_dx" in signature(getattr(self.layer, method)).parameters for method in ("forward", "backward")}
+        for options in [{}, {"need_dx": False}][: 1 + takes["forward"]] if takes["backward"] else []:
             dx = self.backward(self.forward(**options)[1], need_dx=False)
             if dx is not None:
-                yield broke("dx", "need_dx=False still computes dx")
-            changed = [path for path, p in self.params.items() if _trainable(p) and not self.matches(path, p.grad, 1)]
-            yield from (broke(path, "need_dx=False changes this gradient") for path in changed)
+                yield Entry("dx", "need_dx=False still computes dx")
+            changed = [path for path, p in self.params.items() if _trainable(p) and not self.matches(path, 1)]
+            yield from (Entry(path, "need_dx=False changes this gradient") for path in changed)
             if changed or dx is not None:
                 return
 
-    def matches(self, path: str, grad: Any, factor: float) -> bool:
-        """Whether this gradient is `factor` times the analytic one; also True if that one was reported as missing or misshapen."""
+    def matches(self, path: str, factor: float) -> bool:
+        """Whether this gradient is now `factor` times the analytic one; also True if that one was reported as missing or misshapen."""
+        g: Any = self.params[path].grad
         one: Any = self.analytic.get(path)
         if getattr(one, "shape", None) != self.params[path].data.shape:
             return True
-        return getattr(grad, "shape", None) == one.shape and relative_error(_host(grad), factor * _host(one), self.floor(path)) < 1e-9
+        return getattr(g, "shape", None) == one.shape and relative_error(to_numpy(g), factor * to_numpy(one), self.floor(path)) < 1e-9
 
 
 def _trainable(p: Any) -> bool:
     return getattr(p, "trainable", True)
 
 
-def _host(x: Array) -> np.ndarray:
-    return to_backend(x, "numpy")
-
-
 def _same(a: Array, b: Array) -> bool:
-    """Whether the values are the same. NaN equals itself."""
-    return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _strided(x: Array) -> Array:
-    """The same values with gaps between them in memory: a backward that assumes contiguous input fails on it."""
-    wide = get_xp(x).zeros((*x.shape, 2), dtype=x.dtype)
-    wide[..., 0] = x
-    return wide[..., 0]
+    return np.array_equal(to_numpy(dense(a)), to_numpy(dense(b)), equal_nan=True)

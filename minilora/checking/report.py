@@ -7,32 +7,31 @@ from dataclasses import dataclass
 CONCLUSIVE = 1e-4  # finite differences less precise than this would hide the mistakes that a check should find
 
 
+_INF = float("inf")
+
+
 @dataclass
 class Entry:
-    """One gradient: its name ("dx" or a parameter's path), its relative error, and a remark on what is wrong.
+    """One gradient: its name ("dx" or a parameter's path), a remark on what is wrong, and its relative error over `coordinates`.
 
     `precision` is that of the finite differences, relative to the gradient: rounding of y, mostly. Infinite: nothing could be compared.
     """
 
     name: str
-    error: float
-    coordinates: int
     remark: str = ""
+    error: float = _INF
+    coordinates: int = 0
     precision: float = 0.0
 
     def verdict(self, tol: float) -> str:
         """ "ok", "WRONG", or "inconclusive" where a mistake would not be seen."""
-        if not self.error < max(tol, self.precision) and self.precision < float("inf"):
+        if not self.error < max(tol, self.precision) and self.precision < _INF:
             return "WRONG"
         return "ok" if self.precision <= max(tol, CONCLUSIVE) else "inconclusive"
 
 
 class Broken(Exception):
-    """The check cannot continue; `entry` says why."""
-
-    def __init__(self, name: str, remark: str, precision: float = 0.0) -> None:
-        super().__init__(name, remark)
-        self.entry = Entry(name, float("inf"), 0, remark, precision)
+    """The check cannot continue; the entry, its one argument, says why."""
 
 
 @dataclass
@@ -72,7 +71,7 @@ class Report:
         lines = [f"{self.what}: {self.verdict}, worst relative error {self.worst:.1e} (tolerance {self.tol:.0e})"]
         for e in self.entries:
             verdict, remarks = e.verdict(self.tol), [e.remark] if e.remark else []
-            if self.tol < e.precision < float("inf"):
+            if self.tol < e.precision < _INF:
                 advice = "; choose smaller values" if verdict == "inconclusive" else ""
                 remarks.append(f"finite differences are good to {e.precision:.0e} here{advice}")
             lines.append("  ".join([f"  {e.name:<{width}}", f"{e.error:8.1e}", verdict, *remarks]))

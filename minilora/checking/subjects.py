@@ -1,8 +1,8 @@
-"""Functional pairs and losses with the contract of a layer, so that they can be checked like one; and helpers of the catalogue."""
+"""What the parts of the catalogue share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,30 +13,6 @@ from minilora.layers.block import Offsets, Output
 
 OFFSETS = [0, 3, 4, 9]  # three sequences, of 3, 1 and 5 tokens
 Subject = tuple[str, Any, Array, dict[str, Any]]  # name, object, x, forward options
-
-
-class Pair(Layer):
-    """A functional pair with the contract of a layer; `arrays` are its parameters.
-
-    forward(x, *arrays) -> y, saved        backward(dy, saved, x, *arrays) -> dx, d(array) for each array
-    """
-
-    def __init__(self, name: str, forward: Callable[..., Any], backward: Callable[..., Any], **arrays: Array) -> None:
-        self.name, self.f, self.f_backward = name, forward, backward
-        self.names = list(arrays)
-        for key, value in arrays.items():
-            setattr(self, key, Parameter(value))
-
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
-        y, saved = self.f(x, *(getattr(self, key).data for key in self.names))
-        return y, self.save(need_dx, x, saved) if keep else None
-
-    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        x, inner = self.load(saved, need_dx)
-        dx, *grads = self.f_backward(dy, inner, x, *(getattr(self, key).data for key in self.names))
-        for key, g in zip(self.names, grads, strict=True):
-            getattr(self, key).add_grad(g)
-        return dx if need_dx else None
 
 
 class LossOf(Layer):

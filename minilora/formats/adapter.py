@@ -31,8 +31,7 @@ from minilora.formats.origin import origin
 from minilora.formats.tensors import holds_bfloat16, read_tensors, rounded, write_tensors
 from minilora.kernels.half import upcast
 from minilora.layers import Layer, Linear
-from minilora.lora import LoraConfig, adaptation, inject, lora_layers
-from minilora.lora.adapted import adapter_parameters
+from minilora.lora import LoraConfig, adaptation, adapter_parameters, inject, lora_layers
 
 _PREFIX = "base_model.model."
 _SHARED = "base_model."  # the prefix of what all layers share
@@ -51,7 +50,7 @@ def save_adapter(model: Layer, folder: str | Path, config: Any = None) -> int:
     if config is None or (isinstance(config, LoraConfig) and not adapted):
         raise ValueError("save_adapter: this model has no LoRA layers; call inject first.")
     trained = config.trained(model, adapted, strict=False) | adapter_parameters(model).keys() | bottleneck_parameters(model)
-    if odd := sorted(path for path, p in model.parameters() if p.trainable and path not in trained):
+    if odd := [path for path, p in model.parameters() if p.trainable and path not in trained]:
         raise ValueError(f"save_adapter: {odd[0]} is trainable, but the configuration does not name it; add its layer to modules_to_save.")
     bare = _bare_prefix(model, trained) if getattr(config, "task_type", None) == BARE else ""
     mark = mark_of(model, _not_the_base(model, trained), getattr(config, "init_lora_weights", None) == "loftq")
@@ -170,7 +169,7 @@ def _without_copies(layout: _Layout, tensors: dict[str, np.ndarray]) -> dict[str
         if (copy := _COPY.search(key)) is not None:
             others = [key[: copy.start()] + tail for tail in (copy[2], re.sub(r"^\.[^.]+", "", copy[2]))]  # PEFT may leave its own name in
             if copy[1] == "modules_to_save" and not any(np.array_equal(tensors.get(name, 0), value) for name in others):
-                raise ValueError(f"{key} differs from the tensor that it is a copy of.")
+                raise ValueError(f"{key} differs from what it is a copy of.")
         elif not layout.is_of_the_base(key, value):
             found[key] = value
     return found

@@ -25,8 +25,7 @@ from minilora.formats.origin import Origin, origin
 from minilora.formats.tensors import stored_dtypes, write_tensors
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.layers import Embedding
-from minilora.lora import lora_layers
-from minilora.lora.adapted import adapter_parameters
+from minilora.lora import adapter_parameters, lora_layers
 from minilora.quantization.half import KINDS, to_half_precision
 from minilora.quantization.nf4 import is_nf4
 from minilora.quantization.quantize import check_kind, quantize_model

@@ -17,7 +17,7 @@ import numpy as np
 
 from minilora.formats.origin import origin
 from minilora.layers import Layer, Linear
-from minilora.lora.adapted import adapter_parameters
+from minilora.lora import adapter_parameters
 from minilora.models.registry import ARCHITECTURES as FAMILIES
 from minilora.models.registry import Architecture as Family
 from minilora.quantization.nf4 import is_nf4

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention over packed sequences (arXiv 1706.03762, section 3.2.1)."""
+"""Softmax, and scaled dot-product attention over packed sequences (arXiv 1706.03762, section 3.2.1)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,20 @@ from itertools import pairwise
 import numpy as np
 
 from minilora.backend import Array, as_like, get_xp
-from minilora.functional.softmax import softmax, softmax_backward
+
+
+def softmax(x: Array) -> Array:
+    """y_i = exp(x_i) / sum_j exp(x_j), over the last axis; any shape.
+
+    The row's maximum is subtracted first: the result is the same and exp never overflows. y is saved.
+    """
+    e = get_xp(x).exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def softmax_backward(dy: Array, y: Array) -> Array:
+    """dx_i = y_i (dy_i - sum_j dy_j y_j): raising one input lowers all the other outputs."""
+    return y * (dy - (dy * y).sum(axis=-1, keepdims=True))
 
 
 def attention(
@@ -40,9 +53,9 @@ def attention(
     o = get_xp(q, k, v).empty_like(q)
     saved = []
     for at, seq, places in sequences(offsets, k.shape[0], rows):
-        Q, K, V = _stacked(q[at], n_head, G), _split(k[seq], G), _split(v[seq], G)
+        Q, K, V = _heads(q[at], n_head, G), _heads(k[seq], G, G), _heads(v[seq], G, G)
         P = _probabilities(Q, K, n_head, causal, places)  # (G, n t, s)
-        o[at] = _concatenated(P @ V, n_head)
+        o[at] = _columns(P @ V, n_head)
         if keep:
             saved.append(P)
     return o, saved
@@ -72,28 +85,33 @@ def attention_backward(
     xp = get_xp(do, q)
     dq, dk, dv = (xp.empty_like(z) if name in need else None for name, z in (("dq", q), ("dk", k), ("dv", v)))
     for (at, seq, _), P in zip(sequences(offsets, k.shape[0], rows), saved, strict=True):
-        Q, K, V, dO = _stacked(q[at], n_head, G), _split(k[seq], G), _split(v[seq], G), _stacked(do[at], n_head, G)
+        (Q, dO), (K, V) = (_heads(z[at], n_head, G) for z in (q, do)), (_heads(z[seq], G, G) for z in (k, v))
         if dv is not None:
-            dv[seq] = _join(P.transpose(0, 2, 1) @ dO)  #           O = P @ V
+            dv[seq] = _columns(P.transpose(0, 2, 1) @ dO, G)  #           O = P @ V
         if dq is None and dk is None:
             continue
         dS = softmax_backward(dO @ V.transpose(0, 2, 1), P)  #      P = softmax(S)
         dS *= _scale(Q)  #                                          S = Q @ K^T * scale
         if dq is not None:
-            dq[at] = _concatenated(dS @ K, n_head)
+            dq[at] = _columns(dS @ K, n_head)
         if dk is not None:
-            dk[seq] = _join(dS.transpose(0, 2, 1) @ Q)
+            dk[seq] = _columns(dS.transpose(0, 2, 1) @ Q, G)
     return dq, dk, dv
 
 
 def positions(tokens: int, offsets: Sequence[int] | None, limit: int) -> np.ndarray:
     """(tokens,) 0, 1, 2, ... from the start of each sequence, on the host. Raises ValueError for a sequence beyond `limit`."""
     check_offsets(offsets, tokens)
-    bounds = np.array([0, tokens] if offsets is None else offsets)
+    bounds = bounds_of(offsets, tokens)
     lengths = np.diff(bounds)
     if lengths.max() > limit:
         raise ValueError(f"a sequence of {lengths.max()} tokens is longer than the model's {limit} positions.")
     return np.arange(tokens) - np.repeat(bounds[:-1], lengths)
+
+
+def bounds_of(offsets: Sequence[int] | None, tokens: int) -> np.ndarray:
+    """The bounds of the sequences, (their number + 1,): offsets, or those of one sequence."""
+    return np.array([0, tokens] if offsets is None else offsets, dtype=np.int64)
 
 
 def check_offsets(offsets: Sequence[int] | None, tokens: int) -> None:
@@ -109,8 +127,8 @@ def sequences(
     offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | None = None
 ) -> Iterator[tuple[slice, slice, np.ndarray | None]]:
     """(its rows of q, its rows of k and v, the places of the former among the latter or None for all) of each sequence."""
-    bounds = [0, tokens] if offsets is None else [int(i) for i in offsets]
-    cuts = bounds if rows is None else [int(i) for i in np.searchsorted(rows, bounds)]
+    bounds = bounds_of(offsets, tokens)
+    cuts = bounds if rows is None else np.searchsorted(rows, bounds)
     for (a, b), (first, last) in zip(pairwise(bounds), pairwise(cuts), strict=True):
         yield slice(first, last), slice(a, b), None if rows is None else rows[first:last] - a
 
@@ -140,26 +158,16 @@ def _probabilities(Q: Array, K: Array, n_head: int, causal: bool, places: np.nda
     return softmax(S)
 
 
-def _split(x: Array, n_head: int) -> Array:
-    """(t, H d) -> (H, t, d), a view."""
-    return x.reshape(x.shape[0], n_head, x.shape[1] // n_head).transpose(1, 0, 2)
+def _heads(x: Array, n_head: int, n_kv_head: int) -> Array:
+    """(t, H d) -> (G, n t, d): one matrix for each of the G key heads, the n = H / G heads that share it stacked. A view if n is 1."""
+    t, d = x.shape[0], x.shape[1] // n_head
+    return x.reshape(t, n_head, d).transpose(1, 0, 2).reshape(n_kv_head, -1, d)
 
 
-def _join(x: Array) -> Array:
-    """(H, t, d) -> (t, H d), the inverse of `_split`."""
-    H, t, d = x.shape
-    return x.transpose(1, 0, 2).reshape(t, H * d)
-
-
-def _stacked(x: Array, n_head: int, n_kv_head: int) -> Array:
-    """(t, H d) -> (G, n t, d): the n = H / G heads of a group stacked. A view if n is 1."""
-    return _split(x, n_head).reshape(n_kv_head, n_head // n_kv_head * x.shape[0], x.shape[1] // n_head)
-
-
-def _concatenated(x: Array, n_head: int) -> Array:
-    """(G, n t, d) -> (t, H d), the inverse of `_stacked`."""
-    G, rows, d = x.shape
-    return _join(x.reshape(n_head, G * rows // n_head, d))
+def _columns(x: Array, n_head: int) -> Array:
+    """(G, n t, d) -> (t, H d), the inverse of `_heads`."""
+    d = x.shape[2]
+    return x.reshape(n_head, -1, d).transpose(1, 0, 2).reshape(-1, n_head * d)
 
 
 def _scale(Q: Array) -> float:

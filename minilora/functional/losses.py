@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora.backend import Array, as_like, get_xp
-from minilora.functional.embedding import check_ids
-from minilora.functional.rows import take_rows, take_rows_backward
+from minilora.functional.embedding import check_ids, take_rows, take_rows_backward
 
 IGNORE = -100  # the label that says "no loss here", as in PyTorch and transformers
 

@@ -12,23 +12,19 @@ from typing import Any
 
 from minilora import functional as F
 from minilora.backend import Array, get_xp
-from minilora.kernels import cuda
-from minilora.kernels.cuda import attention as cu_attention
+from minilora.kernels import cuda, grouped
 from minilora.kernels.cuda import flash
 from minilora.kernels.cuda import linear as cu_linear
-from minilora.kernels.cuda import lora as cu_lora
 from minilora.kernels.cuda import losses as cu_losses
 from minilora.kernels.cuda import norm as cu_norm
 from minilora.kernels.cuda import pointwise as cu_pointwise
 from minilora.kernels.dispatch import ANY, Kernel, function, operation
 from minilora.kernels.dispatch import TABLE as TABLE
 from minilora.kernels.half import upcast as upcast
-from minilora.kernels.numpy import activations as np_activations
-from minilora.kernels.numpy import adamw as np_adamw
-from minilora.kernels.numpy import attention as np_attention
 from minilora.kernels.numpy import lora as np_lora
 from minilora.kernels.numpy import losses as np_losses
 from minilora.kernels.numpy import norm as np_norm
+from minilora.kernels.numpy import pointwise as np_pointwise
 
 
 def _adamw_in_place(w: Array, g: Array, m: Array, v: Array, *rest: Any) -> None:
@@ -43,29 +39,6 @@ def _dropout_mask(like: Array, shape: tuple[int, ...], p: float, key: int) -> Ar
     return F.dropout_mask(shape, p, key, get_xp(like), like.dtype)
 
 
-# Conditions of CUDA kernels, which read memory as of one dtype. Parameters have the dtype in which sums over x are taken.
-
-
-def _weight(x: Array, W: Array, *parameters: Any) -> bool:
-    return cuda.alike(x, W) and cuda.real(x, *parameters)
-
-
-def _head(x: Array, W: Array, *_: Any) -> bool:
-    return cuda.alike(x, W)
-
-
-def _gate(g: Array, u: Array) -> bool:
-    return cuda.alike(g, u) and g.shape == u.shape
-
-
-def _heads(q: Array, k: Array, v: Array, *_: Any) -> bool:
-    return cuda.alike(q, k, v)
-
-
-def _flash(q: Array, k: Array, v: Array, n_head: int, *_: Any) -> bool:
-    return flash.fits(q, k, v, n_head)
-
-
 NUMPY, CUDA = partial(Kernel, "numpy"), partial(Kernel, "cuda", dtypes=ANY)
 SLOPE = "f(x) and f'(x) in one pass; backward is one product"
 DTYPES = "the dtypes of the arguments agree"
@@ -75,24 +48,25 @@ DTYPES = "the dtypes of the arguments agree"
 relu, relu_backward = operation("relu", F.relu, F.relu_backward, saves="x", dtypes=ANY)
 tanh, tanh_backward = operation("tanh", F.tanh, F.tanh_backward, saves="y", dtypes=ANY)
 gelu, gelu_backward = operation("gelu", F.gelu, F.gelu_backward,
-    NUMPY(np_activations.gelu, np_activations.activation_backward, SLOPE, ("float32",), when="x is of float32"),
-    CUDA(cu_pointwise.gelu, cu_pointwise.activation_backward, SLOPE), saves="x", keep=True)
+    NUMPY(np_pointwise.gelu, np_pointwise.activation_backward, SLOPE, ("float32",), when="x is of float32"),
+    CUDA(cu_pointwise.gelu, cu_pointwise.activation_backward, SLOPE), saves="x")
 gelu_tanh, gelu_tanh_backward = operation("gelu_tanh", F.gelu_tanh, F.gelu_tanh_backward,
-    NUMPY(np_activations.gelu_tanh, np_activations.activation_backward, SLOPE),
-    CUDA(cu_pointwise.gelu_tanh, cu_pointwise.activation_backward, SLOPE), saves="x", keep=True)
+    NUMPY(np_pointwise.gelu_tanh, np_pointwise.activation_backward, SLOPE),
+    CUDA(cu_pointwise.gelu_tanh, cu_pointwise.activation_backward, SLOPE), saves="x")
 silu, silu_backward = operation("silu", F.silu, F.silu_backward,
-    NUMPY(np_activations.silu, np_activations.activation_backward, SLOPE),
-    CUDA(cu_pointwise.silu, cu_pointwise.activation_backward, SLOPE), saves="x", keep=True)
+    NUMPY(np_pointwise.silu, np_pointwise.activation_backward, SLOPE),
+    CUDA(cu_pointwise.silu, cu_pointwise.activation_backward, SLOPE), saves="x")
 swiglu, swiglu_backward = operation("swiglu", F.swiglu, F.swiglu_backward,
-    NUMPY(np_activations.swiglu, np_activations.swiglu_backward, SLOPE),
-    CUDA(cu_pointwise.swiglu, cu_pointwise.swiglu_backward, SLOPE, fits=_gate, when=DTYPES),
-    saves="saved", keep=True, activations=(0, 1))
+    NUMPY(np_pointwise.swiglu, np_pointwise.swiglu_backward, SLOPE),
+    CUDA(cu_pointwise.swiglu, cu_pointwise.swiglu_backward, SLOPE, fits=cu_pointwise.of_one_shape, when=DTYPES),
+    saves="saved", activations=(0, 1))
 linear, linear_backward = operation("linear", F.linear, F.linear_backward,
-    CUDA(cu_linear.linear, cu_linear.linear_backward, "cuBLAS reads transposed factors in place", fits=_weight, when=DTYPES))
+    CUDA(cu_linear.linear, cu_linear.linear_backward, "cuBLAS reads transposed factors in place", fits=cu_linear.fits, when=DTYPES))
 lora_linear, lora_linear_backward = operation("lora_linear", F.lora_linear, F.lora_linear_backward,
     NUMPY(np_lora.lora_linear, np_lora.lora_linear_backward, "the update is added block by block, with the bias",
           fits=np_lora.fits, when="x and y hold at least 2^17 numbers"),
-    CUDA(cu_lora.lora_linear, cu_lora.lora_linear_backward, "scale and sum are part of products", fits=_weight, when=DTYPES), saves="u")
+    CUDA(cu_linear.lora_linear, cu_linear.lora_linear_backward, "scale and sum are part of products",
+         fits=cu_linear.fits, when=DTYPES), saves="u")
 layer_norm, layer_norm_backward = operation("layer_norm", F.layer_norm, F.layer_norm_backward,
     NUMPY(np_norm.layer_norm, np_norm.layer_norm_backward, "blocks of rows that stay in the cache"),
     CUDA(cu_norm.layer_norm, cu_norm.layer_norm_backward, "one launch", fits=cuda.real, when=DTYPES), saves="saved")
@@ -104,20 +78,20 @@ rotary, rotary_backward = operation("rotary", F.rotary, F.rotary_backward,
 dropout, dropout_backward = operation("dropout", F.dropout, F.dropout_backward,
     CUDA(cu_pointwise.dropout, cu_pointwise.dropout_backward, "the mask is drawn and applied in one launch"))
 attention, attention_backward = operation("attention", F.attention, F.attention_backward,
-    NUMPY(np_attention.attention, np_attention.attention_backward, "many short sequences at once, half of a causal square"),
+    NUMPY(grouped.attention, grouped.attention_backward, "many short sequences at once, half of a causal square"),
     CUDA(flash.attention, flash.attention_backward, "tensor cores, without scores in memory",
-         fits=_flash, when="half precision, or float32 with CUPY_TF32=1; heads of 32, 64 or 128"),
-    CUDA(cu_attention.attention, cu_attention.attention_backward, "many short sequences at once", fits=_heads, when=DTYPES),
-    saves="saved", keep=True, activations=(0, 1, 2))
+         fits=flash.fits, when="half precision, or float32 with CUPY_TF32=1; heads of 32, 64 or 128"),
+    CUDA(grouped.attention, grouped.attention_backward, "many short sequences at once", fits=cuda.agree(3), when=DTYPES),
+    saves="saved", activations=(0, 1, 2))
 # without a backward
 add = function("add", operator.add, CUDA(cu_pointwise.add, None, "16 bytes a thread", fits=cu_pointwise.of_two, when=DTYPES), dtypes=ANY)
 cross_entropy = function("cross_entropy", _cross_entropy)
 linear_cross_entropy = function("linear_cross_entropy", F.linear_cross_entropy,
     NUMPY(np_losses.linear_cross_entropy, None, "one buffer, every step in place", fits=np_losses.fits, when="the head is frozen"),
-    CUDA(cu_losses.linear_cross_entropy, None, "one launch for each block of the vocabulary", fits=_head, when=DTYPES))
+    CUDA(cu_losses.linear_cross_entropy, None, "one launch for each block of the vocabulary", fits=cuda.agree(2), when=DTYPES))
 dropout_mask = function("dropout_mask", _dropout_mask, CUDA(cu_pointwise.dropout_mask, None, "one launch"))
 adamw = function("adamw", _adamw_in_place,
-    NUMPY(np_adamw.adamw, None, "in place, in blocks that stay in the cache"),
+    NUMPY(np_pointwise.adamw, None, "in place, in blocks that stay in the cache"),
     CUDA(cu_pointwise.adamw, None, "one launch", fits=cuda.alike, when=DTYPES))
 # fmt: on
 take_rows, take_rows_backward = F.take_rows, F.take_rows_backward  # these two copy rows: the reference is all there is

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minilora.kernels import cuda
-from minilora.kernels.half import Upcast, downcast, is_half, upcast
+from minilora.kernels.half import HALF, Upcast, downcast, is_half, upcast
 
 PLAIN = os.environ.get("MINILORA_KERNELS") == "plain"  # run references only
 REAL = ("float32", "float64")
-ANY = (*REAL, "float16", "bfloat16")
+ANY = (*REAL, *HALF)
 Function = Callable[..., Any]
 
 
@@ -42,6 +43,15 @@ class Kernel(NamedTuple):
     when: str = ""
 
 
+class Operation(NamedTuple):
+    """An operation and its implementations in order of preference; the last is the reference."""
+
+    name: str
+    kernels: tuple[Kernel, ...]
+    weight: int  # the place of W among the arguments of forward; -1: there is none
+    activations: tuple[int, ...]  # the gradients that have the dtype of activations; those of parameters have float32
+
+
 class Saved(NamedTuple):
     """What forward leaves for backward: the implementation that ran, what it saved, x's dtype, and whether that was upcast."""
 
@@ -51,45 +61,33 @@ class Saved(NamedTuple):
     upcast: bool
 
 
-class Operation(NamedTuple):
-    """An operation and its implementations in order of preference; the last is the reference."""
-
-    name: str
-    kernels: tuple[Kernel, ...]
-    weight: tuple[int, int]  # the places of W among the arguments of forward, and of backward after dy; -1: there is none
-    activations: tuple[int, ...]  # the gradients that have the dtype of activations; those of parameters have float32
-    found: dict[Any, tuple[Kernel, ...]]  # the implementations for a type and dtype
-
-
 TABLE: dict[str, Operation] = {}
 observers: list[Callable[[Operation, Kernel, tuple[Any, ...]], None]] = []  # called at each choice (report.py)
 
 
-def choose(op: Operation, args: tuple[Any, ...]) -> Kernel | None:
-    """The first implementation that takes these arguments; None where they have to be upcast first."""
-    x = args[0]
-    key = (type(x), x.dtype) if op.weight[0] < 0 else (type(x), x.dtype, args[op.weight[0]].dtype)
-    kernels = op.found.get(key)
-    if kernels is None:
-        kernels = op.found[key] = _candidates(op, args)
-    for kernel in kernels:
+def choose(op: Operation, args: tuple[Any, ...]) -> tuple[Kernel, tuple[Any, ...], bool]:
+    """The first implementation that takes these arguments, the arguments, and whether they had to be upcast for it."""
+    x, W = args[0], None if op.weight < 0 else args[op.weight].dtype
+    here = "numpy" if isinstance(x, (np.ndarray, np.generic)) else "cuda"
+    for kernel in _candidates(op.name, here, x.dtype, W):
         if kernel.where != "reference" and (PLAIN or (kernel.where == "cuda" and not cuda.ENABLED)):
             continue
         if kernel.fits is None or kernel.fits(*args):
             for observe in observers:
                 observe(op, kernel, args)
-            return kernel
-    return None
+            return kernel, args, False
+    return *choose(op, _upcast(args, op.weight))[:2], True
 
 
-def _candidates(op: Operation, args: tuple[Any, ...]) -> tuple[Kernel, ...]:
-    x = args[0]
-    if op.weight[0] >= 0 and is_half(args[op.weight[0]]) and not is_half(x):
-        return ()  # a half-precision weight beside x in float32
-    here = "numpy" if isinstance(x, (np.ndarray, np.generic)) else "cuda"
-    fitting = [k for k in op.kernels if k.where == here and x.dtype.name in k.dtypes]
-    reference = op.kernels[-1]
-    return (*fitting, *([] if is_half(x) and x.dtype.name not in reference.dtypes else [reference]))
+@cache
+def _candidates(name: str, here: str, dtype: Any, weight: Any) -> tuple[Kernel, ...]:
+    """The implementations for x of a backend and dtype, beside a weight of a dtype."""
+    half = dtype.name in HALF
+    if weight is not None and weight.name in HALF and not half:
+        return ()
+    *kernels, reference = TABLE[name].kernels
+    fitting = [k for k in kernels if k.where == here and dtype.name in k.dtypes]
+    return (*fitting, *([] if half and dtype.name not in reference.dtypes else [reference]))
 
 
 def operation(
@@ -98,7 +96,6 @@ def operation(
     backward: Function,
     *kernels: Kernel,
     saves: str = "",
-    keep: bool = False,
     activations: tuple[int, ...] = (0,),
     dtypes: tuple[str, ...] = REAL,
 ) -> tuple[Function, Function]:
@@ -108,34 +105,41 @@ def operation(
     after dy where the reference saves nothing.
 
     saves   the parameter of `backward` that takes what forward saved: "x" its first argument, "y" its result, else what it returns beside y
-    keep    whether implementations compute less where nothing has to be saved: they take `keep`
     """
-    reference = Kernel("reference", _saving(forward, saves, keep), backward, dtypes=dtypes)
-    op = _add(name, forward, backward, (*kernels, reference), activations)
-    place = _place(backward, saves) - 1 if saves else 0
+    takes_keep = any("keep" in signature(kernel.forward).parameters for kernel in kernels)  # and computes less where nothing is saved
+    reference_takes_keep = "keep" in signature(forward).parameters
+
+    def reference(*args: Any, **options: Any) -> tuple[Any, Any]:
+        if not reference_takes_keep:
+            options.pop("keep", None)
+        result = forward(*args, **options)
+        beside = {"": None, "x": args[0], "y": result}
+        return (result, beside[saves]) if saves in beside else result
+
+    op = _add(name, forward, (*kernels, Kernel("reference", reference, backward, dtypes=dtypes)), activations)
+    place, weight = _place(backward, saves) - 1 if saves else 0, _place(backward, "W") - 1
 
     def run(*args: Any, keep: bool = True, **options: Any) -> tuple[Any, Saved | None]:
-        kernel = choose(op, args)
+        kernel, inputs, was_upcast = choose(op, args)
         if takes_keep:
             options["keep"] = keep
-        if kernel is None:
-            y, saved = _upcast_forward(op, args, options)
-        else:
-            y, value = kernel.forward(*args, **options)
-            saved = Saved(kernel, value, args[0].dtype, False)
-        return y, saved if keep else None
+        y, value = kernel.forward(*inputs, **options)
+        if was_upcast:
+            with np.errstate(over="ignore"):  # beyond float16 there is infinity; training checks for it
+                value = downcast(value, args[0].dtype)
+                if op.weight < 0 or is_half(args[op.weight]):  # beside a weight of float32, y is of float32
+                    y = y.astype(args[0].dtype, copy=False)
+        return y, Saved(kernel, value, args[0].dtype, was_upcast) if keep else None
 
     def run_backward(dy: Any, *args: Any, **options: Any) -> Any:
         kernel, value, dtype, was_upcast = args[place]
         args = (*args[:place], value, *args[place + 1 :]) if saves else args[1:]
         if was_upcast:
-            gradients = kernel.backward(upcast(dy), *_upcast(args, op.weight[1]), **options)
-            return _downcast(gradients, op.activations, dtype)
+            return _downcast(kernel.backward(upcast(dy), *_upcast(args, weight), **options), op.activations, dtype)
         if dy.dtype.itemsize == 2 and dy.dtype != dtype:  # y was downcast after this operation
             dy = upcast(dy)
         return kernel.backward(dy, *args, **options)
 
-    takes_keep = keep
     return run, run_backward
 
 
@@ -143,57 +147,23 @@ def function(
     name: str, reference: Function, *kernels: Kernel, activations: tuple[int, ...] = (1,), dtypes: tuple[str, ...] = REAL
 ) -> Function:
     """As `operation`, for what has no backward: a loss, which returns its gradients beside it, or a step of an optimizer."""
-    op = _add(name, reference, None, (*kernels, Kernel("reference", reference, dtypes=dtypes)), activations)
+    op = _add(name, reference, (*kernels, Kernel("reference", reference, dtypes=dtypes)), activations)
 
     def run(*args: Any, **options: Any) -> Any:
-        kernel = choose(op, args)
-        if kernel is not None:
-            return kernel.forward(*args, **options)
-        upcast_args = _upcast(args, op.weight[0])
-        return _downcast(choose(op, upcast_args).forward(*upcast_args, **options), op.activations, args[0].dtype)  # type: ignore[union-attr]
+        kernel, inputs, was_upcast = choose(op, args)
+        results = kernel.forward(*inputs, **options)
+        return _downcast(results, op.activations, args[0].dtype) if was_upcast else results
 
     return run
 
 
-def _add(name: str, forward: Function, backward: Function | None, kernels: tuple[Kernel, ...], activations: tuple[int, ...]) -> Operation:
-    weight = _place(forward, "W"), -1 if backward is None else max(_place(backward, "W") - 1, -1)
-    TABLE[name] = Operation(name, kernels, weight, activations, {})
-    return TABLE[name]
+def _add(name: str, forward: Function, kernels: tuple[Kernel, ...], activations: tuple[int, ...]) -> Operation:
+    return TABLE.setdefault(name, Operation(name, kernels, _place(forward, "W"), activations))
 
 
 def _place(f: Function, parameter: str) -> int:
     names = list(signature(f).parameters)
     return names.index(parameter) if parameter in names else -1
-
-
-def _saving(forward: Function, saves: str, keep: bool) -> Function:
-    """The reference as implementations are: it returns (y, what its backward reads)."""
-    if keep and "keep" not in signature(forward).parameters:
-        saving = _saving(forward, saves, False)
-        return lambda *args, keep=True, **options: saving(*args, **options)
-    if not saves:
-        return lambda *args, **options: (forward(*args, **options), None)
-    if saves == "x":
-        return lambda *args, **options: (forward(*args, **options), args[0])
-    if saves == "y":
-        return lambda *args, **options: ((y := forward(*args, **options)), y)
-    return forward
-
-
-# -- half precision that no implementation takes ------------------------------------------------------------------------------
-
-
-def _upcast_forward(op: Operation, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Saved]:
-    """The operation in float32; y is of x's dtype, but of float32 beside a weight of float32."""
-    dtype, at = args[0].dtype, op.weight[0]
-    upcast_args = _upcast(args, at)
-    kernel = choose(op, upcast_args)
-    assert kernel is not None
-    y, value = kernel.forward(*upcast_args, **options)
-    with np.errstate(over="ignore"):  # beyond float16 there is infinity; training checks for it
-        if at < 0 or is_half(args[at]):
-            y = y.astype(dtype, copy=False)
-        return y, Saved(kernel, downcast(value, dtype), dtype, True)
 
 
 def _upcast(args: tuple[Any, ...], weight: int) -> tuple[Any, ...]:
@@ -202,6 +172,7 @@ def _upcast(args: tuple[Any, ...], weight: int) -> tuple[Any, ...]:
 
 
 def _downcast(results: Any, which: tuple[int, ...], dtype: Any) -> Any:
+    """The results in x's dtype, or those of a tuple that `which` names."""
     with np.errstate(over="ignore"):
         if not isinstance(results, tuple):
             return results.astype(dtype, copy=False)

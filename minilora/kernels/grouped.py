@@ -1,4 +1,6 @@
-"""Attention that takes many short sequences at once, and long ones in blocks of queries; numpy/ and cuda/attention.py call it.
+"""Attention that takes many short sequences at once, and long ones in blocks of queries.
+
+The steps that NumPy and CUDA take in different ways are in numpy/attention.py and cuda/attention.py, under the same names.
 
 Sequences of about one length make a group: their matrices are stacked in one (n, G, t, s) array, the shorter ones padded. A block of
 queries sees the keys up to the last that one of them may see, so that half of a causal square is never computed.
@@ -14,32 +16,20 @@ length of a sequence. In half precision, on a GPU, E is P itself, and nothing is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minilora import functional as F
 from minilora.backend import Array, get_xp, kept_on_device
+from minilora.kernels.cuda import attention as on_gpu
+from minilora.kernels.numpy import attention as on_cpu
 
 QUERIES = 128  # in a block, at most
 SCORES = 2**21  # in a block, or a group: at most about so many
 ON_DEVICE = 8, 2**6  # there both are larger by these: what counts is how few launches there are
 KEPT = 192
-
-
-class Steps(NamedTuple):
-    """The steps that NumPy and CUDA take in different ways.
-
-    product, scores    a @ b of stacked matrices; scores gives float32 of half precision
-    weights            (S, group, block of queries) -> E (n, G, H / G t, e) and 1 / sum (..., 1), or P and None
-    through_softmax    (dS, E, 1 / sum) -> E (dS - D')
-    """
-
-    product: Callable[[Array, Array], Array]
-    scores: Callable[[Array, Array], Array]
-    weights: Callable[..., tuple[Array, Array | None]]
-    through_softmax: Callable[..., Array]
 
 
 class Places(NamedTuple):
@@ -51,7 +41,7 @@ class Places(NamedTuple):
 
 
 class Group(NamedTuple):
-    """n sequences of up to s keys and t queries each. A query sees the keys 0 to limit (n, t), on the host and where the arrays are."""
+    """n sequences of up to s keys and t queries each. A query sees the keys 0 to limit (n, t); `seen` is the same where the arrays are."""
 
     keys: Places
     queries: Places
@@ -60,7 +50,6 @@ class Group(NamedTuple):
 
 
 def attention(
-    steps: Steps,
     q: Array,
     k: Array,
     v: Array,
@@ -72,16 +61,16 @@ def attention(
     rows: np.ndarray | None = None,
 ) -> tuple[Array, list]:
     """As functional.attention. Saved: for each group and block of queries E and 1 / sum, or None where they are computed again."""
-    xp, G = get_xp(q, k, v), n_kv_head or n_head
+    xp, G, steps = get_xp(q, k, v), n_kv_head or n_head, _steps(q)
     F.check_attention(q, k, v, n_head, G, offsets, rows)
     o, saved = xp.empty(q.shape, dtype=q.dtype), []
-    for group in _groups(offsets, k.shape[0], rows, causal, n_head, xp):
+    for group in _groups(F.bounds_of(offsets, len(k)), rows, causal, n_head, xp):
         sizes = len(group.limit), G, k.shape[1] // G
         Q, K, V = _take(q, group.queries, *sizes), _take(k, group.keys, *sizes), _take(v, group.keys, *sizes)
         O = _room(o, group.queries, *sizes)
         parts = []
         for at, e in _blocks(group, n_head, xp):
-            E, inverse = _weights(steps, _scaled(Q[..., at, :]), K, group, at, e)
+            E, inverse = _weights(_scaled(Q[..., at, :]), K, group, at, e)
             part = steps.product(E, V[:, :, 0, :e])
             into = O[..., at, :]
             part = part.reshape(into.shape)
@@ -97,7 +86,6 @@ def attention(
 
 
 def attention_backward(
-    steps: Steps,
     do: Array,
     q: Array,
     k: Array,
@@ -110,11 +98,11 @@ def attention_backward(
     rows: np.ndarray | None = None,
 ) -> tuple[Array, Array, Array]:
     """As functional.attention_backward."""
-    xp, G = get_xp(do, q), n_kv_head or n_head
+    xp, G, steps = get_xp(do, q), n_kv_head or n_head, _steps(q)
     unread = xp.empty if rows is None else xp.zeros  # a sequence without a query gets no gradient
     dq = xp.empty(q.shape, dtype=q.dtype) if "dq" in need else None
     dk, dv = (unread(k.shape, dtype=k.dtype) if name in need else None for name in ("dk", "dv"))
-    groups = _groups(offsets, k.shape[0], rows, saved[0][0], n_head, xp) if saved else []
+    groups = _groups(F.bounds_of(offsets, len(k)), rows, saved[0][0], n_head, xp) if saved else []
     for group, (_, parts) in zip(groups, saved, strict=True):
         sizes = len(group.limit), G, k.shape[1] // G
         Q, K, V = _take(q, group.queries, *sizes), _take(k, group.keys, *sizes), _take(v, group.keys, *sizes)
@@ -126,7 +114,7 @@ def attention_backward(
         blocks = list(zip(_blocks(group, n_head, xp), parts, strict=True))
         for i, ((at, e), kept) in enumerate(reversed(blocks)):  # the last sees the most keys
             Q_at = _scaled(Q[..., at, :])
-            E, inverse = kept or _weights(steps, Q_at, K, group, at, e)
+            E, inverse = kept or _weights(Q_at, K, group, at, e)
             dO_at = dO[..., at, :].reshape(Q_at.shape)
             if inverse is not None:
                 dO_at = dO_at * inverse
@@ -161,9 +149,20 @@ def _collect(total: Array, part: Array, first: bool) -> None:
         unseen[...] = 0
 
 
-def _weights(steps: Steps, Q: Array, K: Array, group: Group, at: slice, e: int) -> tuple[Array, Array | None]:
+def _steps(q: Array) -> Any:
+    """The module that holds
+
+    product, scores    a @ b of stacked matrices; scores gives float32 of half precision
+    weights            (S, group.seen of the queries, dtype of Q) -> E (n, G, H / G t, e) and 1 / sum (..., 1), or P and None
+    through_softmax    (dS, E, 1 / sum) -> E (dS - D')
+    """
+    return on_cpu if get_xp(q) is np else on_gpu
+
+
+def _weights(Q: Array, K: Array, group: Group, at: slice, e: int) -> tuple[Array, Array | None]:
     """E = exp(S - max) (n, G, H / G t, e) and 1 / sum (..., 1), or P and None; S = Q K^T where a query may look; Q is scaled."""
-    return steps.weights(steps.scores(Q, K[:, :, 0, :e].swapaxes(2, 3)), group, at, Q.dtype)
+    steps = _steps(Q)
+    return steps.weights(steps.scores(Q, K[:, :, 0, :e].swapaxes(2, 3)), group.seen[:, at], Q.dtype)
 
 
 def _blocks(group: Group, n_head: int, xp: Any) -> Iterator[tuple[slice, int]]:
@@ -184,16 +183,10 @@ def _sizes(xp: Any) -> tuple[int, int]:
 # -- groups ------------------------------------------------------------------------------------------------------------------
 
 
-def _groups(offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | None, causal: bool, n_head: int, xp: Any) -> list[Group]:
-    bounds = np.array([0, tokens] if offsets is None else offsets, dtype=np.int64)
-    return _grouped(bounds.tobytes(), None if rows is None else np.asarray(rows, dtype=np.int64).tobytes(), causal, n_head, xp)
-
-
 @kept_on_device
-def _grouped(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, n_head: int, xp: Any) -> list[Group]:
+def _groups(bounds: np.ndarray, rows: np.ndarray | None, causal: bool, n_head: int, xp: Any) -> list[Group]:
     """The groups, from the longest sequences to the shortest."""
-    bounds = np.frombuffer(bounds_bytes, dtype=np.int64)
-    rows = np.arange(bounds[-1]) if rows_bytes is None else np.frombuffer(rows_bytes, dtype=np.int64)
+    rows = np.arange(bounds[-1]) if rows is None else rows
     cuts = np.searchsorted(rows, bounds)
     lengths, queried = np.diff(bounds), np.diff(cuts)
     order = [int(i) for i in np.argsort(-lengths, kind="stable") if queried[i]]

@@ -11,6 +11,7 @@ import numpy as np
 
 from minilora.backend import Array, Matrix, get_xp
 
+HALF = ("float16", "bfloat16")
 CHUNK = 2**19  # numbers of a weight that are upcast at a time
 
 

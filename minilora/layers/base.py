@@ -24,11 +24,9 @@ Self = TypeVar("Self", bound="Layer")
 class Parameter:
     """An array that may be trained: `data`, `grad` (None until a backward has written it) and `trainable`.
 
-    `home` is the view of the flat gradient buffer that belongs to this parameter, once an optimizer has made one (docs/flat-buffer.md).
-
-    `changes` counts, over the whole process, how often a parameter was created, frozen or unfrozen, and a layer replaced. While it does not
-    change, what a layer has found out about `trainable` below it holds: a lookup in every forward and backward would add a third to the
-    Python time of a step.
+    `home` is its part of the flat gradient buffer, once an optimizer has made one (docs/flat-buffer.md). `changes` counts, over the whole
+    process, how often a parameter was made, frozen or unfrozen, and a layer replaced: until then, layers remember what is trainable below
+    them, since a lookup in every call would add a third to the Python time of a step.
     """
 
     __slots__ = ("_trainable", "data", "grad", "home")
@@ -38,8 +36,7 @@ class Parameter:
         self.data = data
         self.grad: Array | None = None
         self.home: Array | None = None
-        self._trainable = trainable
-        Parameter.changes += 1
+        self.trainable = trainable
 
     @property
     def trainable(self) -> bool:
@@ -52,14 +49,14 @@ class Parameter:
         if not value:  # a frozen parameter has no gradient array at all
             self.grad = self.home = None
 
-    def add_grad(self, g: Array) -> None:
-        """grad += g; the first write after `zero_grad` assigns, so nothing is ever filled with zeros."""
+    def add_grad(self, g: Array | None) -> None:
+        """grad += g; the first write after `zero_grad` assigns, so nothing is filled with zeros. None is a gradient not needed."""
+        if g is None:
+            return
         if not self._trainable:
             raise RuntimeError("a gradient was computed for a frozen parameter.")
-        if g.shape != self.data.shape:
-            raise ValueError(f"the gradient has shape {g.shape}, its parameter {self.data.shape}.")
-        if g.dtype != self.data.dtype:
-            raise TypeError(f"the gradient is {g.dtype}, its parameter {self.data.dtype}.")
+        if g.shape != self.data.shape or g.dtype != self.data.dtype:
+            raise ValueError(f"the gradient is {g.dtype} of shape {g.shape}, its parameter {self.data.dtype} of shape {self.data.shape}.")
         if self.grad is not None:
             self.grad += g
         elif self.home is not None:
@@ -68,12 +65,16 @@ class Parameter:
         else:
             self.grad = g
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
-        """A copy has no gradient."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:  # without the gradient
         return Parameter(copy.deepcopy(self.data, memo), self._trainable)
 
     def __repr__(self) -> str:
         return f"Parameter(shape={tuple(self.data.shape)}, dtype={self.data.dtype}, trainable={self.trainable})"
+
+
+def needed(**names: bool) -> set[str]:
+    """The names whose value is true: which gradients a backward is to compute."""
+    return {name for name, yes in names.items() if yes}
 
 
 class Saved(NamedTuple):
@@ -95,8 +96,6 @@ class Layer:
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         raise NotImplementedError(f"{type(self).__name__} has no backward.")
-
-    # -- walking ------------------------------------------------------------------------------------------------
 
     def children(self) -> Iterator[tuple[str, Any]]:
         """(name, Parameter or Layer) of the direct attributes; a list of layers gives "name.0", "name.1", ..."""
@@ -139,8 +138,6 @@ class Layer:
         """Whether any parameter here or below is trainable."""
         return True in self._flags()
 
-    # -- changing all parameters --------------------------------------------------------------------------------
-
     def freeze(self: Self) -> Self:
         """Freeze every parameter: no gradient is computed, and nothing is saved for one."""
         for _, p in self.parameters():
@@ -148,7 +145,7 @@ class Layer:
         return self
 
     def unfreeze(self: Self) -> Self:
-        """Make every parameter trainable."""
+        """The reverse of `freeze`."""
         for _, p in self.parameters():
             p.trainable = True
         return self
@@ -159,7 +156,7 @@ class Layer:
             p.grad = None
 
     def to(self: Self, backend: str | None = None, dtype: Any = None) -> Self:
-        """Move the parameters to a backend ("numpy", "cupy") and/or a floating dtype. Gradients are dropped.
+        """Move the parameters to a backend ("numpy", "cupy") and/or a floating dtype, without their gradients.
 
         Make the optimizer afterwards: it keeps references to the arrays that it was made from.
         """
@@ -174,18 +171,12 @@ class Layer:
         arrays = [p.data for _, p in self.parameters()] + [v for v in values if hasattr(v, "dtype")]
         return copy.deepcopy(self, memo={id(a): a for a in arrays})  # deepcopy finds them in its memo: already "copied"
 
-    # -- for the authors of layers ------------------------------------------------------------------------------
-
     def save(self, need_dx: bool, *values: Any) -> Saved:
         """Pack what backward will read. A value that it will not need is None."""
         return Saved(self._flags(), need_dx, values)
 
     def load(self, saved: Saved | None, need_dx: bool) -> tuple[Any, ...]:
-        """Unpack what `save` packed, after checking that it still fits.
-
-        Raises RuntimeError when nothing was saved, when dx is requested that forward declined, or when a parameter was frozen or
-        unfrozen in between.
-        """
+        """Unpack what `save` packed. Raises RuntimeError when it does not fit this call."""
         name = type(self).__name__
         if saved is None:
             raise RuntimeError(f"{name}.backward: nothing was saved; call forward with keep=True.")
@@ -203,5 +194,5 @@ class Layer:
         return known[1]
 
     def __repr__(self) -> str:
-        lines = [f"{path}: {tuple(p.data.shape)} {p.data.dtype}{'' if p.trainable else ' frozen'}" for path, p in self.parameters()]
-        return f"{type(self).__name__}({'' if not lines else chr(10) + '  ' + (chr(10) + '  ').join(lines) + chr(10)})"
+        lines = [f"  {path}: {tuple(p.data.shape)} {p.data.dtype}{'' if p.trainable else ' frozen'}" for path, p in self.parameters()]
+        return "\n".join([f"{type(self).__name__}(", *lines, ")"]) if lines else f"{type(self).__name__}()"

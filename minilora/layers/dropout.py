@@ -28,12 +28,10 @@ class Dropout(Layer):
 
     def next_key(self) -> Any:
         """The key of the next mask."""
-        if self.placed is not None:
-            self.calls += 1
-            return self.placed[self.calls - 1]
-        key = np.random.SeedSequence((*self.seed, self.calls)).generate_state(1, np.uint64)[0]
         self.calls += 1
-        return int(key)
+        if self.placed is not None:
+            return self.placed[self.calls - 1]
+        return int(np.random.SeedSequence((*self.seed, self.calls - 1)).generate_state(1, np.uint64)[0])
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
         if not keep:

@@ -9,7 +9,7 @@ import numpy as np
 
 from minilora import kernels as K
 from minilora.backend import Array, Rng, generator
-from minilora.layers.base import Layer, Parameter, Saved
+from minilora.layers.base import Layer, Parameter, Saved, needed
 
 
 def uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float, dtype: Any) -> np.ndarray:
@@ -24,15 +24,7 @@ class Linear(Layer):
     layer saves nothing.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        rng: Rng = None,
-        dtype: Any = "float32",
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, rng: Rng = None, dtype: Any = "float32") -> None:
         if in_features < 1 or out_features < 1:
             raise ValueError(f"Linear({in_features}, {out_features}): both sizes must be at least 1.")
         rng = generator(rng)
@@ -54,14 +46,9 @@ class Linear(Layer):
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         inner, x = self.load(saved, need_dx)
-        need = {"dx"} if need_dx else set()
-        if self.weight.trainable:
-            need.add("dW")
-        if self.bias is not None and self.bias.trainable:
-            need.add("db")
+        need = needed(dx=need_dx, dW=self.weight.trainable, db=self.bias is not None and self.bias.trainable)
         dx, dW, db = K.linear_backward(dy, inner, x, self.weight.data, need)
-        if dW is not None:
-            self.weight.add_grad(dW)
-        if db is not None and self.bias is not None:
+        self.weight.add_grad(dW)
+        if self.bias is not None:
             self.bias.add_grad(db)
         return dx

@@ -9,11 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from minilora.layers.base import Layer
-from minilora.lora.initialise import check_initialiser, initialisers
-from minilora.lora.registry import VARIANTS, load
+from minilora.lora.registry import DATA_INITIALISERS, VARIANTS, check_initialiser, initialiser, load
 from minilora.lora.targets import CLASSIFIERS, biases, check_names, find_modules, find_targets, fits, nearest
-
-TASKS = (None, "CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
 
 
 @dataclass
@@ -44,6 +41,12 @@ class LoraConfig:
 
     peft_type: ClassVar[str] = "LORA"
     not_in_file: ClassVar[tuple[str, ...]] = ()  # fields that PEFT's configuration of this type does not have
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "use_rslora": (True, False),
+        "use_dora": (True, False, "exact"),
+        "bias": ("none", "all", "lora_only"),
+        "task_type": (None, "CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"),
+    }
     r: int = 8
     lora_alpha: float = 8
     target_modules: str | Sequence[str] = "all-linear"
@@ -66,54 +69,52 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
+        who = type(self).__name__
         for r in (self.r, *self.rank_pattern.values()):
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise ValueError(f"LoraConfig: the rank r must be an integer of at least 1, got {r!r} (in r or rank_pattern).")
+            if type(r) is not int or r < 1:
+                raise ValueError(f"{who}: the rank r must be an integer of at least 1, got {r!r} (in r or rank_pattern).")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
-                raise ValueError(f"LoraConfig: lora_alpha must be a positive number, got {alpha!r} (in lora_alpha or alpha_pattern).")
+                raise ValueError(f"{who}: lora_alpha must be a positive number, got {alpha!r} (in lora_alpha or alpha_pattern).")
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"LoraConfig: lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1.")
-        if not isinstance(self.use_rslora, bool):
-            raise ValueError(f"LoraConfig: use_rslora is {self.use_rslora!r}; it must be true or false.")
-        if self.use_dora not in (True, False, "exact"):
-            raise ValueError(f"LoraConfig: use_dora is {self.use_dora!r}; choose True, False or 'exact'.")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"LoraConfig: bias is {self.bias!r}; choose 'none', 'all' or 'lora_only'.")
-        if self.task_type not in TASKS:
-            raise ValueError(f"LoraConfig: task_type is {self.task_type!r}; choose one of {', '.join(map(repr, TASKS))}.")
+            raise ValueError(f"{who}: lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1.")
+        for name, choices in self.choices.items():
+            if getattr(self, name) not in choices:
+                *first, last = map(repr, choices)
+                raise ValueError(f"{who}: {name} is {getattr(self, name)!r}; choose {', '.join(first)} or {last}.")
         check_initialiser(self.init_lora_weights, {name: value for name, value in vars(self).items() if name.endswith("_config")})
-        self._check_names()
-        self._check_layers()
+        self._check_names(who)
+        self._check_layers(who)
 
-    def _check_names(self) -> None:
+    def _check_names(self, who: str) -> None:
         """Turn collections of names into lists, and check names and expressions."""
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             self.target_modules = "all-linear"
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if value is not None and (name == "modules_to_save" or not isinstance(value, str)):
-                setattr(self, name, check_names("LoraConfig", name, value))
+                setattr(self, name, check_names(who, name, value))
         if not self.target_modules:
-            raise ValueError("LoraConfig: target_modules is empty; name at least one module, or 'all-linear'.")
+            raise ValueError(f"{who}: target_modules is empty; name at least one module, or 'all-linear'.")
         for name in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_pattern"):
-            value = getattr(self, name)
-            if isinstance(value, str) or name not in ("target_modules", "exclude_modules"):  # lists of these are plain names
-                _check_expressions(name, [value] if isinstance(value, str) else value or ())
+            value = getattr(self, name) or ()
+            for expression in [value] if isinstance(value, str) else value:
+                try:
+                    re.compile(expression)
+                except (re.error, TypeError) as error:
+                    raise ValueError(f"{who}: {name}={expression!r} is not a regular expression ({error}).") from None
 
-    def _check_layers(self) -> None:
+    def _check_layers(self, who: str) -> None:
         """Check that layers_to_transform and layers_pattern come with a list of names."""
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise ValueError(f"LoraConfig: {name} needs a list of names in target_modules, which is {self.target_modules!r}.")
+                raise ValueError(f"{who}: {name} needs a list of names in target_modules, which is {self.target_modules!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("LoraConfig: layers_pattern says where layers_to_transform counts, which is missing.")
-        layers = self.layers_to_transform
-        if layers is not None:
-            layers = [layers] if isinstance(layers, int) else list(layers)
-            if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
-                raise ValueError(f"LoraConfig: layers_to_transform is {layers!r}; it must hold numbers of blocks.")
-            self.layers_to_transform = layers
+            raise ValueError(f"{who}: layers_pattern says where layers_to_transform counts, which is missing.")
+        if isinstance(self.layers_to_transform, int):
+            self.layers_to_transform = [self.layers_to_transform]
+        if not all(type(block) is int for block in self.layers_to_transform or ()):
+            raise ValueError(f"{who}: layers_to_transform is {self.layers_to_transform!r}; it must hold numbers of blocks.")
 
     # -- what `inject` asks for (see Config in injection.py) --------------------------------------------------------------------------
 
@@ -124,7 +125,7 @@ class LoraConfig:
             model,
             self.target_modules,
             exclude=self.exclude_modules,
-            blocks=self.layers_to_transform or (),  # type: ignore[arg-type]  # a list since __post_init__
+            blocks=self.layers_to_transform,  # type: ignore[arg-type]  # a list, or None, since __post_init__
             blocks_in=self.layers_pattern,
             saved=self.saved_modules,
             adapt_head=head.endswith(CLASSIFIERS) and self.task_type != "SEQ_CLS",  # to PEFT, it is a head only with this task
@@ -136,10 +137,10 @@ class LoraConfig:
 
     def full_modules(self, model: Layer, strict: bool = True) -> dict[str, Layer]:
         """{path: layer} of the fully trained modules. Raises ValueError as `find_modules`, and for a SEQ_CLS without a head."""
-        classifier = self.task_type == "SEQ_CLS"
-        if classifier and not any(path.endswith(CLASSIFIERS) for path, _ in model.modules()):
+        heads = find_modules(model, CLASSIFIERS, strict=False) if self.task_type == "SEQ_CLS" else {}
+        if self.task_type == "SEQ_CLS" and not heads:
             raise ValueError("task_type='SEQ_CLS' fully trains the head, but no module is called 'classifier' or 'score'.")
-        return find_modules(model, self.saved_modules, strict, CLASSIFIERS if classifier else ())
+        return heads | find_modules(model, self.modules_to_save or (), strict)
 
     def trained(self, model: Layer, adapted: Collection[str], strict: bool = True) -> set[str]:
         """The paths of the model's own parameters that are trained, together with adapters at the paths `adapted`."""
@@ -149,9 +150,17 @@ class LoraConfig:
         return paths | {path for path in biases(model) if self.bias == "all" or path.removesuffix(".bias") in adapted}
 
     def adapters(self, model: Layer, targets: dict[str, Any], rng: Any, train_step: Callable[[], Any] | None) -> tuple[Any, dict[str, Any]]:
-        """This configuration, with ranks from data if the initialiser finds them, and {path: layer}."""
+        """This configuration, and {path: layer}. An initialiser that reads data may change ranks, and leave targets out."""
         classes = {path: self.layer_class(layer) for path, layer in targets.items()}
-        config, inits = initialisers(model, targets, self, train_step)
+        init = self.init_lora_weights
+        options = getattr(self, f"{init}_config", None) or {}
+        config, inits = self, {}
+        if init not in DATA_INITIALISERS:
+            inits = dict.fromkeys(targets, initialiser(init, **options))
+        elif train_step is None:
+            raise ValueError(f"init_lora_weights={init!r} reads data: pass a train_step to inject, which runs the model on some.")
+        else:
+            config, inits = load(DATA_INITIALISERS[init])(model, targets, self, train_step, **options)
         return config, {path: classes[path].of(targets[path], config, path, init, rng=rng) for path, init in inits.items()}
 
     def layer_class(self, layer: Layer) -> Any:
@@ -167,11 +176,8 @@ class LoraConfig:
         return VARIANTS[self._variant()]
 
     def _variant(self) -> str:
-        """The field that selects a variant, or "". Raises ValueError when there are two."""
-        selected = [name for name in VARIANTS if name and getattr(self, name)]
-        if len(selected) > 1:
-            raise ValueError(f"{' and '.join(selected)} exclude each other; choose one.")
-        return "".join(selected)
+        """The field that selects a variant, or ""."""
+        return next((name for name in VARIANTS if name and getattr(self, name)), "")
 
     # -- single layers ------------------------------------------------------------------------------------------------------------
 
@@ -207,11 +213,3 @@ class LoraConfig:
             for key in getattr(self, name):
                 if not any(fits(key, path) for path in targets):
                     raise ValueError(f"{name}: {key!r} matches none of the adapted layers; {nearest(key, targets)}.")
-
-
-def _check_expressions(name: str, expressions: Iterable[str]) -> None:
-    for expression in expressions:
-        try:
-            re.compile(expression)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"LoraConfig: {name}={expression!r} is not a regular expression ({error}).") from None

@@ -21,27 +21,30 @@ def factorize(dW: Array, r: int, x: Array | None = None) -> tuple[Array, Array]:
 
     Raises ValueError unless 1 <= r <= min(m, n).
     """
-    if dW.ndim != 2 or not 1 <= r <= min(dW.shape):
-        raise ValueError(f"factorize: rank {r} does not fit a matrix of shape {dW.shape}.")
+    check_rank(dW, r)
     xp = get_xp(dW, x)
-    L = None  # with L^T L = x^T x / T; upper triangular
-    if x is not None:
-        if x.ndim != 2 or x.shape[1] != dW.shape[0] or x.shape[0] < x.shape[1]:
-            raise ValueError(f"factorize: x has shape {x.shape}; expected (tokens, {dW.shape[0]}) with at least {dW.shape[0]} tokens.")
-        L = _cholesky(x.T @ x / x.shape[0])
+    L = None if x is None else _whitening(x, dW.shape[0])
     U, S, Vt = xp.linalg.svd(dW if L is None else L @ dW, full_matrices=False)
     root = xp.sqrt(S[:r])
     A, B = U[:, :r] * root, root[:, None] * Vt[:r]
     return (A if L is None else xp.linalg.solve(L, A)), B
 
 
-def _cholesky(C: Array) -> Array:
-    """Upper triangular L with L^T L = C. Raises ValueError when C is singular: NumPy raises LinAlgError, CuPy nothing."""
-    xp = get_xp(C)
+def check_rank(W: Array, r: int) -> None:
+    """Raise ValueError unless W is a matrix with a product of rank r."""
+    if W.ndim != 2 or not 1 <= r <= min(W.shape):
+        raise ValueError(f"factorize: rank {r} does not fit a matrix of shape {W.shape}.")
+
+
+def _whitening(x: Array, m: int) -> Array:
+    """Upper triangular L with L^T L = x^T x / T. Raises ValueError when it is singular: NumPy raises LinAlgError, CuPy nothing."""
+    if x.ndim != 2 or x.shape[1] != m or x.shape[0] < m:
+        raise ValueError(f"factorize: x has shape {x.shape}; expected (tokens, {m}) with at least {m} tokens.")
+    xp = get_xp(x)
     try:
-        L = xp.linalg.cholesky(C).T
+        L = xp.linalg.cholesky(x.T @ x / x.shape[0]).T
     except np.linalg.LinAlgError:
-        L = C * math.nan
+        L = x * math.nan
     if not bool(xp.isfinite(L).all()):
         raise ValueError("factorize: the columns of x are not linearly independent; pass more, or more varied, inputs.")
     return L

@@ -4,25 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from minilora.backend import Rng, backend_name, generator, to_backend
+from minilora.backend import Array, Rng, backend_name, generator, to_backend
 from minilora.kernels.half import upcast
-from minilora.layers.base import Layer
-from minilora.lora.adapted import Adaptation, adaptation, lora_layers
+from minilora.layers.base import Layer, Parameter
+from minilora.lora.layer import Adapted
 
 
 class Config(Protocol):
     """What `inject` needs of a configuration: LoraConfig, VeraConfig, BottleneckConfig, PartialConfig, or another one."""
 
     def targets(self, model: Layer, strict: bool = True) -> dict[str, Any]:
-        """{path: layer} to replace."""
+        """{path: layer} to replace. Raises ValueError when a name matches nothing."""
 
     def trained(self, model: Layer, adapted: Collection[str], strict: bool = True) -> set[str]:
         """The paths of the model's own parameters that are trained, where the layers at the paths `adapted` are replaced."""
 
     def adapters(self, model: Layer, targets: dict[str, Any], rng: Any, train_step: Callable[[], Any] | None) -> tuple[Any, dict[str, Any]]:
         """The configuration, with what was found from data, and {path: the layer that replaces the target}."""
+
+
+@dataclass
+class Adaptation:
+    """What `inject` did to a model, which keeps it as its attribute `adaptation`."""
+
+    config: Any = None
+    base_values: dict[str, Array] = field(default_factory=dict)  # {path: array}: the model's own trained parameters, before training
+
+
+def adaptation(model: Layer) -> Adaptation:
+    """What `inject` did to the model; an empty Adaptation if nothing."""
+    return getattr(model, "adaptation", None) or Adaptation()
+
+
+def lora_layers(model: Layer) -> list[tuple[str, Any]]:
+    """(path, layer) of every Adapted layer in the model."""
+    return [(path, layer) for path, layer in model.modules() if isinstance(layer, Adapted)]
+
+
+def adapter_parameters(model: Layer) -> dict[str, Parameter]:
+    """{path: parameter} that the adapters in the model train."""
+    return {f"{path}.{name}": getattr(layer, name) for path, layer in lora_layers(model) for name in layer.trains}
 
 
 def inject(model: Layer, config: Config, *, rng: Rng = None, strict: bool = True, train_step: Callable[[], Any] | None = None) -> list[str]:
@@ -39,8 +63,8 @@ def inject(model: Layer, config: Config, *, rng: Rng = None, strict: bool = True
     Raises ValueError, before anything is changed, when a name or a pattern matches nothing (with the nearest names), when a rank does not
     fit, or when the model has been adapted already.
     """
-    if (before := adaptation(model).config) is not None or lora_layers(model):
-        what = "LoRA layers" if before is None or getattr(before, "peft_type", "") == "LORA" else "been adapted"
+    if adaptation(model).config is not None or lora_layers(model):
+        what = "LoRA layers" if lora_layers(model) else "been adapted"
         raise ValueError(f"inject: this model has {what} already; load the base model again.")
     own = {path for path, _ in model.parameters()}
     targets = config.targets(model, strict)
@@ -75,9 +99,9 @@ def merge(model: Layer) -> dict[str, float]:
 
 
 def unmerge(model: Layer) -> None:
-    """Undo `merge`, exactly."""
+    """Undo `merge`, exactly, since the weights were not touched."""
     for _, layer in _adapters(model, "unmerge"):
-        layer.unmerge()
+        layer.merged = None
 
 
 @contextmanager
@@ -86,8 +110,8 @@ def disabled(model: Layer) -> Iterator[Layer]:
 
     The model's own trained parameters (biases, modules_to_save) have their values before training, too.
     """
-    layers: list[Any] = [layer for _, layer in model.modules() if hasattr(layer, "enabled")]
     base_values = adaptation(model).base_values
+    layers: list[Any] = [layer for _, layer in model.modules() if hasattr(layer, "enabled")]
     if not layers and not base_values:
         _adapters(model, "disabled")
     before = [layer.enabled for layer in layers]
@@ -106,7 +130,6 @@ def disabled(model: Layer) -> Iterator[Layer]:
 
 
 def _adapters(model: Layer, verb: str) -> list[tuple[str, Any]]:
-    layers = lora_layers(model)
-    if not layers:
+    if not (layers := lora_layers(model)):
         raise ValueError(f"{verb}: this model has no LoRA layers; call inject or load_adapter first.")
     return layers

@@ -1,16 +1,104 @@
-"""LoRALinear: a frozen dense layer and a trainable low-rank update of its weight (arXiv 2106.09685)."""
+"""LoRALinear, and what it shares with every other adapter: a frozen weight, and trained parameters that can be merged or switched off."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import numpy as np
+
 from minilora import kernels as K
-from minilora.backend import Array, Rng, backend_name, generator, to_backend
-from minilora.layers.base import Parameter
+from minilora.backend import Array, Rng, as_like, backend_name, generator, to_backend
+from minilora.kernels.half import is_half
+from minilora.layers.base import Layer, Parameter, Saved, needed
+from minilora.layers.dropout import Dropout
 from minilora.layers.linear import Linear
-from minilora.lora.adapted import AdaptedLinear, trained_dtype
-from minilora.lora.initialise import Initialiser, initialiser
+from minilora.lora.registry import Initialiser, initialiser
+
+INSTEAD = "load the model with dtype='float32', or with quantize='nf4'."
+
+
+class Adapted(Layer):
+    """Base of the layers that `inject` puts in place of others: the original weight, frozen, and what is trained in addition."""
+
+    weight: Parameter
+    trains: tuple[str, ...] = ("lora_A", "lora_B")  # the names of the trained parameters
+    enabled = True
+    merged: Array | None = None  # weight + delta, while merged; the weight itself is never written to
+
+    def delta(self) -> Array:
+        """What the adapter adds to the weight, in the shape of the weight."""
+        raise NotImplementedError(f"{type(self).__name__} has no delta.")
+
+    def merge(self) -> float:
+        """Use weight + delta from now on, at the cost of the base layer. Returns the largest change of a weight.
+
+        Raises ValueError for half-precision weights, in which small changes would be lost.
+        """
+        check_float32(self.weight.data, "merge")
+        delta = self.delta()
+        self.merged = (self.weight.data + delta).astype(self.weight.data.dtype)
+        return float(abs(delta).max())
+
+    def alone(self, keep: bool) -> Array | None:
+        """The weight to use without the adapter: the merged one, or the base's own where the adapter is off; else None."""
+        W = self.weight.data
+        if not self.enabled or self.merged is None:
+            return None if self.enabled else W
+        if keep and any(getattr(self, name).trainable for name in self.trains):
+            raise RuntimeError(f"this {type(self).__name__} is merged and cannot be trained; call minilora.unmerge(model) first.")
+        self.merged = as_like(self.merged, W).astype(W.dtype, copy=False)  # the layer may have moved
+        return self.merged
+
+    def shared(self) -> dict[str, Array]:
+        """{name: array} that all layers of a model share, and that a file holds once."""
+        return {}
+
+
+class AdaptedLinear(Adapted, Linear):
+    """A Linear with an adapter. Takes over the weight and bias of `base` (their paths stay those of the checkpoint) and freezes them.
+
+    A method implements `adapted_forward`, which returns y and what backward needs, and `adapted_backward`, which returns dx and adds to
+    the gradients of what is trained. While the adapter is merged or off, both are a plain Linear's. Saved: the weight then; else what
+    `adapted_forward` returned.
+    """
+
+    def __init__(self, base: Linear, dropout: float = 0.0) -> None:
+        self.weight, self.bias = base.weight, base.bias
+        self.freeze()
+        self.dropout = Dropout(dropout)
+
+    def adapted_forward(self, x: Array, b: Array | None, keep: bool) -> tuple[Array, tuple[Any, ...]]:
+        raise NotImplementedError(f"{type(self).__name__} has no adapted_forward.")
+
+    def adapted_backward(self, dy: Array, saved: list[Any], need_dx: bool) -> Array | None:
+        raise NotImplementedError(f"{type(self).__name__} has no adapted_backward.")
+
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+        b = None if self.bias is None else self.bias.data
+        if (W := self.alone(keep)) is not None:
+            y, inner = K.linear(x, W, b)
+            return y, self.save(need_dx, W, inner) if keep else None
+        y, values = self.adapted_forward(x, b, keep)
+        return y, self.save(need_dx, None, *values) if keep else None
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
+        W, *values = self.load(saved, need_dx)
+        if self.bias is not None and self.bias.trainable:  # LoraConfig(bias="all" or "lora_only")
+            self.bias.add_grad(K.upcast(dy).sum(axis=0))
+        if W is None:
+            return self.adapted_backward(dy, values, need_dx)
+        return K.linear_backward(dy, values[0], None, W, {"dx"})[0] if need_dx else None
+
+    def next_key(self, keep: bool) -> Any:
+        """The key of the next dropout mask, or None without dropout."""
+        return self.dropout.next_key() if keep and self.dropout.p > 0 else None
+
+    def mask(self, x: Array, key: Any) -> Array | None:
+        """The dropout mask (rows of x, in) of a key, or None without."""
+        if key is None:
+            return None
+        return K.dropout_mask(getattr(self, self.trains[0]).data, (x.shape[0], self.in_features), self.dropout.p, key)
 
 
 class LoRALinear(AdaptedLinear):
@@ -34,11 +122,10 @@ class LoRALinear(AdaptedLinear):
         rng: Rng = None,
         dtype: Any = None,
     ) -> None:
-        m, n = base.in_features, base.out_features
         if r < 1:
-            raise ValueError(f"LoRALinear: rank {r} does not fit a layer of {m} x {n}; choose 1 to {min(m, n)}.")
+            raise ValueError(f"LoRALinear: the rank must be at least 1, got {r}.")
         super().__init__(base, dropout)
-        self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
+        self.r, self.alpha, self.scaling = r, alpha, scaling(alpha, r, use_rslora)
         self.offset: Any = None  # the initial scaling A B, where it is subtracted from the weight (PiSSA); see W
         home, dtype = backend_name(base.weight.data), dtype or trained_dtype(base.weight.data)
         A, B = initialiser(init)(self, generator(rng))
@@ -54,10 +141,6 @@ class LoRALinear(AdaptedLinear):
         """The frozen matrix beside A B: the weight, or the weight less the initial A B (PiSSA), which is never formed."""
         return self.weight.data if self.offset is None else self.offset.off(self.weight.data)
 
-    @property
-    def scaling(self) -> float:
-        return scaling(self.alpha, self.r, self.use_rslora)
-
     def delta(self) -> Array:
         """scaling A B, (in, out), less the initial one where that is subtracted from the weight."""
         delta = self.scaling * (self.lora_A.data @ self.lora_B.data)
@@ -71,15 +154,26 @@ class LoRALinear(AdaptedLinear):
 
     def adapted_backward(self, dy: Array, saved: list[Any], need_dx: bool) -> Array | None:
         (x, u, key), A, B = saved, self.lora_A, self.lora_B
-        need = {name for name, needed in (("dx", need_dx), ("dA", A.trainable), ("dB", B.trainable)) if needed}
+        need = needed(dx=need_dx, dA=A.trainable, dB=B.trainable)
         dx, dA, dB = K.lora_linear_backward(dy, x, u, self.W, A.data, B.data, self.scaling, self.mask(dy, key), need)
-        if dA is not None:
-            A.add_grad(dA)
-        if dB is not None:
-            B.add_grad(dB)
+        A.add_grad(dA)
+        B.add_grad(dB)
         return dx
 
 
 def scaling(alpha: float, r: int, use_rslora: bool) -> float:
     """alpha / r, or alpha / sqrt(r) with use_rslora."""
     return alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def trained_dtype(W: Array) -> Any:
+    """The dtype of an adapter's parameters: that of the weight, but float32 for weights in half precision."""
+    return np.dtype("float32") if is_half(W) else W.dtype
+
+
+def check_float32(W: Array, what: str) -> None:
+    """Raise ValueError if W is of half precision, where `what` reads the weight itself."""
+    if is_half(W):
+        raise ValueError(
+            f"{what} needs weights of float32, these are of {W.dtype}; load the model with dtype='float32', or quantize='nf4'."
+        )

@@ -5,7 +5,11 @@ The tables name what is elsewhere as "module:name". It is loaded when a configur
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
+from inspect import Parameter, signature
 from typing import Any
 
 METHODS = {  # peft_type: the configuration, which says what it adapts and trains (`Config` in injection.py)
@@ -25,16 +29,18 @@ INITIALISERS = {  # init_lora_weights: f(layer, generator, **options) -> (A, B)
     False: "minilora.lora.init.initial:both_uniform",
     "gaussian": "minilora.lora.init.initial:gaussian",
     "normal": "minilora.lora.init.initial:normal",
-    "pissa": "minilora.lora.init.pissa:pissa",
-    "olora": "minilora.lora.init.olora:olora",
+    "pissa": "minilora.lora.init.weight:pissa",
+    "olora": "minilora.lora.init.weight:olora",
     "loftq": "minilora.lora.init.loftq:loftq",
-    "orthogonal": "minilora.lora.init.orthogonal:orthogonal",
+    "orthogonal": "minilora.lora.init.initial:orthogonal",
 }
 
 DATA_INITIALISERS = {  # init_lora_weights: f(model, targets, config, train_step, **options) -> (config, {path: an initialiser as above})
     "eva": "minilora.lora.init.eva:eva",
     "lora_ga": "minilora.lora.init.lora_ga:lora_ga",
 }
+
+Initialiser = Callable[[Any, Any], tuple[Any, Any]]  # (layer, generator) -> A (in, r) and B (r, out)
 
 
 def load(where: Any) -> Any:
@@ -48,3 +54,29 @@ def load(where: Any) -> Any:
 def config_classes() -> dict[str, Any]:
     """{peft_type: class of its configuration}."""
     return {peft_type: load(where) for peft_type, where in METHODS.items()}
+
+
+def initialiser(init: Any, **options: Any) -> Initialiser:
+    """The initialiser that a value of init_lora_weights names; a function is one itself. Raises ValueError for an unknown name."""
+    if callable(init):
+        return init
+    if init == "seed":
+        raise ValueError("init_lora_weights='seed' has a new name: 'normal'.")
+    name = init
+    if match := re.fullmatch(r"pissa_niter_(\d+)", str(init)):
+        name, options["niter"] = "pissa", int(match[1])
+    if name not in INITIALISERS:
+        known = ", ".join(map(repr, [*INITIALISERS, *DATA_INITIALISERS]))
+        raise ValueError(f"init_lora_weights is {init!r}; choose one of {known}.")
+    return partial(load(INITIALISERS[name]), **options)
+
+
+def check_initialiser(init: Any, options: dict[str, dict[str, Any] | None]) -> None:
+    """Raise ValueError for an unknown init_lora_weights, and for options {"<name>_config": {...}} that it does not have."""
+    function = load(DATA_INITIALISERS[init]) if init in DATA_INITIALISERS else initialiser(init)
+    known = [key for key, p in signature(function).parameters.items() if p.kind is Parameter.KEYWORD_ONLY]
+    for field, values in options.items():
+        if values and field != f"{init}_config":
+            raise ValueError(f"{field} goes with init_lora_weights={field.removesuffix('_config')!r}, not with {init!r}.")
+        if unknown := set(values or ()) - set(known):
+            raise ValueError(f"{field}: there is no option {min(unknown)!r}; known: {', '.join(known)}.")

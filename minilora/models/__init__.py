@@ -1,7 +1,7 @@
 """One model, one file, module names as in its published checkpoint; registry.py lists the architectures. Models know nothing of LoRA."""
 
+from minilora.models.attention import KVCache
 from minilora.models.bert import BertConfig
-from minilora.models.cache import KVCache
 from minilora.models.classifier import BertClassifier
 from minilora.models.decoder import Decoder
 from minilora.models.gpt2 import GPT2, GPT2Config

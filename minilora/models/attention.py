@@ -1,18 +1,48 @@
-"""Self-attention with separate projections of queries, keys and values, as in BERT and Llama. (Fused: layers/attention.py.)"""
+"""Self-attention with separate projections of queries, keys and values, as in BERT and Llama, and the cache of keys and values.
+
+The fused projection of GPT-2 is in layers/attention.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from minilora import kernels as K
-from minilora.backend import Array
+from minilora.backend import Array, get_xp
 from minilora.layers import Layer, Saved
 from minilora.layers.block import Offsets, Output, Rows
-from minilora.models.cache import Extend
 
 Tables = tuple[Array, Array]  # cos and sin of the rotary angles, (T, head_dim / 2) each
+Extend = Callable[[Array, Array], tuple[Array, Array]]  # `KVCache.extend` for one layer
+
+
+class KVCache:
+    """The keys and values, in each layer, of the `length` tokens of one sequence that `model.decode(ids, cache)` has read.
+
+    A new token then costs one row of products instead of a forward over the whole sequence. The arrays grow by `block` tokens at a
+    time. To forget the last tokens, lower `length`; the next ones overwrite them.
+    """
+
+    def __init__(self, block: int = 256) -> None:
+        self.block, self.length = block, 0
+        self._kept: dict[int, Array] = {}  # layer: keys and values, (2, capacity, n_kv_head d)
+
+    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+        """Append k and v (t, n_kv_head d) of new tokens to those of this layer; returns all, (length + t, n_kv_head d), as views.
+
+        The model adds t to `length` once all its layers have been extended.
+        """
+        end, kept = self.length + len(k), self._kept.get(layer)
+        if kept is None or kept.shape[1] < end:
+            grown = get_xp(k).empty((2, -(-end // self.block) * self.block, k.shape[1]), dtype=k.dtype)
+            if kept is not None:
+                grown[:, : self.length] = kept[:, : self.length]
+            self._kept[layer] = kept = grown
+        kept[0, self.length : end], kept[1, self.length : end] = k, v
+        return kept[0, :end], kept[1, :end]
 
 
 class SelfAttention(Layer):
@@ -32,26 +62,38 @@ class SelfAttention(Layer):
         raise NotImplementedError(f"{type(self).__name__} has no projections.")
 
     def forward(
-        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Offsets = None, rows: Rows = None, rope: Tables | None = None
+        self,
+        x: Array,
+        keep: bool = True,
+        need_dx: bool = True,
+        offsets: Offsets = None,
+        rows: Rows = None,
+        rope: Tables | None = None,
+        extend: Extend | None = None,
     ) -> Output:
+        """extend: in inference, appends k and v of the next tokens of one sequence to the earlier ones, and returns all."""
         to_q, to_k, to_v = self.projections()
         need = {name for name, layer in (("dq", to_q), ("dk", to_k), ("dv", to_v)) if need_dx or layer.trainable}
-        q, s_q = to_q.forward(K.take_rows(x, rows), keep=keep and "dq" in need, need_dx=need_dx)
-        k, s_k = to_k.forward(x, keep=keep and "dk" in need, need_dx=need_dx)
-        v, s_v = to_v.forward(x, keep=keep and "dv" in need, need_dx=need_dx)
+        through = keep and bool(need)
+        q, s_q = to_q.forward(K.take_rows(x, rows), keep=through, need_dx=need_dx)
+        k, s_k = to_k.forward(x, keep=through, need_dx=need_dx)
+        v, s_v = to_v.forward(x, keep=through, need_dx=need_dx)
         r_q = r_k = None
         if rope is not None:
             (q, r_q), (k, r_k) = K.rotary(q, *_take(rope, rows)), K.rotary(k, *rope)
-        o, P = K.attention(q, k, v, self.n_head, offsets, self.causal, keep=keep and bool(need), n_kv_head=self.n_kv_head, rows=rows)
+        if extend is not None:
+            k, v = extend(k, v)
+            rows = np.arange(len(k) - len(q), len(k))
+        o, P = K.attention(q, k, v, self.n_head, offsets, self.causal, keep=through, n_kv_head=self.n_kv_head, rows=rows)
         if not keep:
             return o, None
-        return o, self.save(need_dx, need, (q, k, v, P, offsets, rows, rope, r_q, r_k) if need else None, s_q, s_k, s_v)
+        return o, self.save(need_dx, (need, q, k, v, P, offsets, rows, rope, r_q, r_k) if through else None, s_q, s_k, s_v)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        need, through, s_q, s_k, s_v = self.load(saved, need_dx)
-        if not need:
+        through, s_q, s_k, s_v = self.load(saved, need_dx)
+        if through is None:
             return None
-        q, k, v, P, offsets, rows, rope, r_q, r_k = through
+        need, q, k, v, P, offsets, rows, rope, r_q, r_k = through
         to_q, to_k, to_v = self.projections()
         dx_q: Any = None
         dx_k: Any = None
@@ -60,21 +102,16 @@ class SelfAttention(Layer):
         if "dv" in need:
             dx_v = to_v.backward(dv, s_v, need_dx=need_dx)  #                           v = x W_v
         if "dk" in need:
-            dk = dk if rope is None else K.rotary_backward(dk, r_k, *rope)  #                k = rotary(x W_k)
+            dk = dk if rope is None else K.rotary_backward(dk, r_k, *rope)  #           k = rotary(x W_k)
             dx_k = to_k.backward(dk, s_k, need_dx=need_dx)
         if "dq" in need:
-            dq = dq if rope is None else K.rotary_backward(dq, r_q, *_take(rope, rows))  #   q = rotary(x[rows] W_q)
+            dq = dq if rope is None else K.rotary_backward(dq, r_q, *_take(rope, rows))  # q = rotary(x[rows] W_q)
             dx_q = to_q.backward(dq, s_q, need_dx=need_dx)
         return K.add(K.add(K.take_rows_backward(dx_q, rows, len(k)), dx_k), dx_v) if need_dx else None  # x feeds all three
 
-    def decode(self, x: Array, extend: Extend, rope: Tables | None = None) -> Array:
+    def decode(self, x: Array, extend: Extend, **inputs: Any) -> Array:
         """Inference for the next tokens of one sequence, see PreNormBlock.decode."""
-        q, k, v = (layer.forward(x, keep=False)[0] for layer in self.projections())
-        if rope is not None:
-            q, k = K.rotary(q, *rope)[0], K.rotary(k, *rope)[0]
-        k, v = extend(k, v)
-        last = np.arange(len(k) - len(q), len(k))
-        return K.attention(q, k, v, self.n_head, keep=False, n_kv_head=self.n_kv_head, rows=last)[0]
+        return self.forward(x, keep=False, extend=extend, **inputs)[0]
 
 
 def _take(rope: Tables, rows: Rows) -> list[Array]:

@@ -29,11 +29,6 @@ _ACTIVATIONS: dict[str, Callable[[], Layer]] = {
     "gelu_pytorch_tanh": lambda: GELU("tanh"),
     "relu": ReLU,
 }
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": tuple(_ACTIVATIONS),
-    "problem_type": (None, "single_label_classification", "regression"),
-    "pooling": ("first", "mean"),
-}
 
 
 @dataclass
@@ -62,16 +57,18 @@ class BertConfig(ModelConfig):
     pad_token_id: int | None = None
     dropout: float = 0.0
 
+    choices: ClassVar = {
+        "hidden_act": tuple(_ACTIVATIONS),
+        "problem_type": (None, "single_label_classification", "regression"),
+        "pooling": ("first", "mean"),
+    }
     fixed: ClassVar = {"position_embedding_type": ("absolute",), "is_decoder": (False,), "is_causal": (False,)}
     neutral: ClassVar = """tie_word_embeddings
         directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type"""
 
     def __post_init__(self) -> None:
-        self.check("layer_norm_eps")
+        self.check()
         self.check_multiple("hidden_size", "num_attention_heads")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"BertConfig: {name} is {getattr(self, name)!r}; supported: {', '.join(map(str, allowed))}.")
         if self.id2label is not None and sorted(self.id2label) != list(range(self.num_labels)):
             raise ValueError(f"BertConfig: id2label must name the labels 0 to {self.num_labels - 1}, got {sorted(self.id2label)[:8]}.")
         if self.problem_type is not None and (self.problem_type == "regression") != self.regression:
@@ -105,39 +102,6 @@ class BertConfig(ModelConfig):
         result = {name: value for name, value in super().to_json().items() if name not in left_out}
         labels = {"id2label": {str(i): name for i, name in enumerate(self.class_names)}}
         return {"model_type": "bert", **result, **labels, "label2id": {name: i for i, name in enumerate(self.class_names)}}
-
-
-class BertEmbeddings(Layer):
-    """x = dropout(LN(word[ids] + position[place] + token_type[type])).   ids (T,) -> x (T, d)."""
-
-    def __init__(self, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
-        self.word_embeddings = Embedding(c.vocab_size, c.hidden_size, c.pad_token_id, rng=rng, dtype=dtype)
-        self.position_embeddings = Embedding(c.max_position_embeddings, c.hidden_size, rng=rng, dtype=dtype)
-        self.token_type_embeddings = Embedding(c.type_vocab_size, c.hidden_size, rng=rng, dtype=dtype)
-        self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, dtype=dtype)
-        self.dropout = Dropout(c.dropout)
-
-    def forward(  # type: ignore[override]
-        self, x: Array, keep: bool = True, need_dx: bool = False, *, places: np.ndarray, token_types: np.ndarray | None = None
-    ) -> Output:
-        """x are token ids, token_types (T,) are 0 by default. There is no dx: ids are integers."""
-        types = np.zeros(len(x), dtype=np.int64) if token_types is None else token_types
-        at_sum = self.word_embeddings.trainable or self.position_embeddings.trainable or self.token_type_embeddings.trainable
-        w, s_word = self.word_embeddings.forward(x, keep=keep and at_sum)
-        p, s_place = self.position_embeddings.forward(constant(places, w), keep=keep and at_sum)
-        t, s_type = self.token_type_embeddings.forward(types, keep=keep and at_sum)
-        h, s_ln = self.LayerNorm.forward(w + p + t, keep=keep, need_dx=at_sum)
-        h, s_drop = self.dropout.forward(h, keep=keep)
-        return h, self.save(need_dx, at_sum, s_word, s_place, s_type, s_ln, s_drop) if keep else None
-
-    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
-        at_sum, s_word, s_place, s_type, s_ln, s_drop = self.load(saved, need_dx)
-        dh: Any = self.dropout.backward(dy, s_drop)
-        dsum: Any = self.LayerNorm.backward(dh, s_ln, need_dx=at_sum)
-        if at_sum:  # word + position + token_type: all three get all of it
-            self.token_type_embeddings.backward(dsum, s_type)
-            self.position_embeddings.backward(dsum, s_place)
-            self.word_embeddings.backward(dsum, s_word)
 
 
 class BertSelfAttention(SelfAttention):
@@ -228,7 +192,7 @@ class BertLayer(Layer):
         dh: Any = inter.dense.backward(dm, s_dense_i, need_dx=at_h)
         if not at_h:
             return None
-        dh = K.add(dz_2, dh)  #                                          h feeds z_2 twice: directly, and through m
+        dh = K.add(dz_2, dh)  #                                         h feeds z_2 twice: directly, and through m
 
         dz_1: Any = out_1.LayerNorm.backward(dh, s_ln_1, need_dx=at_z_1)  # h = LN_1(z_1)
         if not at_z_1:
@@ -241,38 +205,40 @@ class BertLayer(Layer):
         return K.add(K.take_rows_backward(dz_1, rows, T), dx) if need_dx else None  # x feeds z_1 twice
 
 
-class BertPooler(Layer):
-    """p = tanh(f W_p + b_p).   f (n, d), the first row of each sequence -> p (n, d). Saved: p, and f if W_p is trained."""
-
-    def __init__(self, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
-        self.dense = Linear(c.hidden_size, c.hidden_size, rng=rng, dtype=dtype)
-        self.act = Tanh()
-
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
-        z, s_dense = self.dense.forward(x, keep=keep, need_dx=need_dx)
-        p, s_act = self.act.forward(z, keep=keep)
-        return p, self.save(need_dx, s_dense, s_act) if keep else None
-
-    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        s_dense, s_act = self.load(saved, need_dx)
-        dz: Any = self.act.backward(dy, s_act)  #                 p = tanh(z)
-        return self.dense.backward(dz, s_dense, need_dx=need_dx)  # z = f W_p + b_p
-
-
 class Bert(Body):
-    """ids (T,) -> hidden states h (T, d). The pooler is here as in the checkpoint; the classifier runs it."""
+    """ids (T,) -> hidden states h (T, d). The pooler is here as in the checkpoint; the classifier runs its layers."""
 
     def __init__(self, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
         super().__init__(c)
-        self.embeddings = BertEmbeddings(c, rng, dtype)
+        self.embeddings: Any = Names(
+            word_embeddings=Embedding(c.vocab_size, c.hidden_size, c.pad_token_id, rng=rng, dtype=dtype),
+            position_embeddings=Embedding(c.max_position_embeddings, c.hidden_size, rng=rng, dtype=dtype),
+            token_type_embeddings=Embedding(c.type_vocab_size, c.hidden_size, rng=rng, dtype=dtype),
+            LayerNorm=LayerNorm(c.hidden_size, c.layer_norm_eps, dtype=dtype),
+            dropout=Dropout(c.dropout),
+        )
         self.encoder: Any = Names(layer=[BertLayer(c, rng, dtype) for _ in range(c.num_hidden_layers)])
-        self.pooler = BertPooler(c, rng, dtype)
+        self.pooler: Any = Names(dense=Linear(c.hidden_size, c.hidden_size, rng=rng, dtype=dtype), act=Tanh())
 
     def parts(self) -> Parts:
         return Parts([self.embeddings], self.encoder.layer)
 
-    def embed(self, ids: Array, places: np.ndarray, keep: bool, **inputs: Any) -> tuple[Array, Any]:
-        return self.embeddings.forward(ids, keep=keep, places=places, **inputs)
+    def embed(self, ids: Array, places: np.ndarray, keep: bool, token_types: np.ndarray | None = None) -> tuple[Array, Any]:
+        """x_0 = dropout(LN(word[ids] + position[place] + token_type[type])). token_types (T,) are 0 by default."""
+        e, types = self.embeddings, np.zeros(len(ids), dtype=np.int64) if token_types is None else token_types
+        at_sum = e.word_embeddings.trainable or e.position_embeddings.trainable or e.token_type_embeddings.trainable
+        w, s_word = e.word_embeddings.forward(ids, keep=keep and at_sum)
+        p, s_place = e.position_embeddings.forward(constant(places, w), keep=keep and at_sum)
+        t, s_type = e.token_type_embeddings.forward(types, keep=keep and at_sum)
+        h, s_ln = e.LayerNorm.forward(w + p + t, keep=keep, need_dx=at_sum)
+        h, s_drop = e.dropout.forward(h, keep=keep)
+        return h, (at_sum, s_word, s_place, s_type, s_ln, s_drop)
 
     def embed_backward(self, dx: Array, saved: Any) -> None:
-        self.embeddings.backward(dx, saved)
+        e, (at_sum, s_word, s_place, s_type, s_ln, s_drop) = self.embeddings, saved
+        dh = e.dropout.backward(dx, s_drop)
+        dsum = e.LayerNorm.backward(dh, s_ln, need_dx=at_sum)
+        if at_sum:  # word + position + token_type: all three get all of it
+            e.token_type_embeddings.backward(dsum, s_type)
+            e.position_embeddings.backward(dsum, s_place)
+            e.word_embeddings.backward(dsum, s_word)

@@ -17,7 +17,7 @@ from minilora.backend import Array, Rng, as_like, generator
 from minilora.layers import Dropout, Layer, Linear, Saved
 from minilora.layers.block import Offsets, Output
 from minilora.models.bert import Bert, BertConfig
-from minilora.models.stack import Prefix
+from minilora.models.stack import Prefix, initialise
 
 
 class BertClassifier(Layer):
@@ -33,10 +33,7 @@ class BertClassifier(Layer):
         self.bert = Bert(config, rng, dtype)
         self.dropout = Dropout(config.dropout)
         self.classifier = Linear(config.hidden_size, config.num_labels, rng=rng, dtype=dtype)
-        for _, layer in self.modules():
-            if isinstance(layer, Linear) and layer.bias is not None:
-                layer.weight.data = rng.normal(0, 0.02, layer.weight.data.shape).astype(dtype)
-                layer.bias.data[...] = 0
+        initialise(self, rng)
 
     def forward(
         self,
@@ -58,11 +55,12 @@ class BertClassifier(Layer):
 
         rows = None if pooler is None else bounds[:-1]
         h, s_bert = self.bert.forward(x, keep and at_h, offsets=offsets, rows=rows, prefix=prefix, token_types=token_types)
-        s_pool = None
         if pooler is None:
-            p = _means(h, bounds)
+            p, s_pool = K.product(_averages(bounds, h), h), None
         else:
-            p, s_pool = pooler.forward(h, keep=keep and at_p, need_dx=at_h)
+            z, s_dense = pooler.dense.forward(h, keep=keep and at_p, need_dx=at_h)
+            p, s_act = pooler.act.forward(z, keep=keep and at_p)
+            s_pool = s_dense, s_act
         p, s_drop = self.dropout.forward(p, keep=keep and at_p)
         logits, s_classifier = self.classifier.forward(p, keep=keep, need_dx=at_p)
         return logits, self.save(need_dx, at_h, at_p, bounds, s_bert, s_pool, s_drop, s_classifier) if keep else None
@@ -73,11 +71,12 @@ class BertClassifier(Layer):
         if not at_p:
             return
         dp = self.dropout.backward(dp, s_drop)
-        dh: Any
         if s_pool is None:
-            dh = _means_backward(dp, bounds)  #                          p = mean of each sequence
+            dh = K.product(_averages(bounds, dp).T, dp)  #               p = mean of each sequence
         else:
-            dh = self.bert.pooler.backward(dp, s_pool, need_dx=at_h)  #  p = pooler(h), h the first rows only
+            s_dense, s_act = s_pool
+            dz = self.bert.pooler.act.backward(dp, s_act)  #             p = tanh(z)
+            dh = self.bert.pooler.dense.backward(dz, s_dense, need_dx=at_h)  # z = f W_p + b_p, f the first rows of h
         if at_h:
             self.bert.backward(dh, s_bert)  #                            h = bert(ids)
 
@@ -110,8 +109,9 @@ class BertClassifier(Layer):
         if rows.size == 0:
             loss, dlogits = logits.sum() * 0, logits * 0
         elif self.config.regression:
-            loss, dlogits = _squares(K.upcast(logits), labels, rows, N)
-            dlogits = dlogits.astype(logits.dtype, copy=False)
+            z = K.upcast(logits)
+            error = (z - as_like(labels[:, None].astype(z.dtype), z)) * as_like((labels != F.IGNORE)[:, None], z)
+            loss, dlogits = (error * error).sum() / N, (error * (2 / N)).astype(logits.dtype, copy=False)
         else:
             loss, dlogits = K.cross_entropy(logits, labels, rows.size / N)
         return loss, self.save(False, dlogits, saved) if keep else None
@@ -124,7 +124,7 @@ class BertClassifier(Layer):
     def embed(self, ids: Array, offsets: Offsets = None) -> Array:
         """(n, d): the mean of the hidden states of each sequence, as in sentence encoders. Inference only; not normalised."""
         h, _ = self.bert.forward(ids, keep=False, offsets=offsets)
-        return _means(h, _bounds(offsets, len(ids)))
+        return K.product(_averages(_bounds(offsets, len(ids)), h), h)
 
 
 def _bounds(offsets: Offsets, tokens: int) -> np.ndarray:
@@ -133,23 +133,8 @@ def _bounds(offsets: Offsets, tokens: int) -> np.ndarray:
     return np.array([0, tokens] if offsets is None else offsets, dtype=np.int64)
 
 
-def _means(h: Array, bounds: np.ndarray) -> Array:
-    """p_i = mean of the rows of sequence i.   h (T, d) -> p (n, d), as one product with an (n, T) matrix of 1 / length."""
+def _averages(bounds: np.ndarray, like: Array) -> Array:
+    """The matrix (n, T) of which row i is 1 / length in the tokens of sequence i: its product with h (T, d) is the mean of each."""
     lengths = np.diff(bounds)
     M = (np.arange(len(lengths))[:, None] == np.repeat(np.arange(len(lengths)), lengths)) / lengths[:, None]
-    return K.product(as_like(M.astype(h.dtype), h), h)
-
-
-def _means_backward(dp: Array, bounds: np.ndarray) -> Array:
-    """dh_t = dp_i / length_i for every token t of sequence i."""
-    lengths = np.diff(bounds)
-    each = as_like((1 / lengths[:, None]).astype(dp.dtype), dp)
-    return (dp * each)[as_like(np.repeat(np.arange(len(lengths)), lengths), dp)]
-
-
-def _squares(logits: Array, labels: np.ndarray, rows: np.ndarray, N: int) -> tuple[Array, Array]:
-    """loss = sum over `rows` of (logit - label)^2 / N, and its gradient (n, 1)."""
-    counts = np.zeros((len(labels), 1), dtype=logits.dtype)
-    counts[rows] = 1
-    error = (logits - as_like(labels[:, None].astype(logits.dtype), logits)) * as_like(counts, logits)
-    return (error * error).sum() / N, error * (2 / N)
+    return as_like(M.astype(like.dtype), like)

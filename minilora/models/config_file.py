@@ -8,10 +8,10 @@ unknown    any other: named on standard error
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from types import NoneType, UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -57,8 +57,10 @@ class ModelConfig:
 
     It has max_position_embeddings and vocab_size, as a field or a property. The rest of config.json, beside the fields:
     fixed: {name: supported values}. neutral: names without effect. aliases: {another name: field}, as transformers' attribute_map.
+    choices: {field: supported values}.
     """
 
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     neutral: ClassVar[str] = ""
     aliases: ClassVar[Mapping[str, str]] = {}
@@ -92,10 +94,13 @@ class ModelConfig:
         """The fields as config.json keeps them."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OWN}
 
-    def check(self, positive: str = "") -> None:
-        """Check the type of every field, and that integers, and the fields named in `positive`, are above 0. Raises ValueError."""
-        sizes = [field.name for field in fields(self) if field.type in ("int", int)]
-        check_types(type(self), vars(self), type(self).__name__, " ".join([*sizes, positive]))
+    def check(self) -> None:
+        """Raise ValueError for a value of another type or not among the choices, and for a number, but an id or a rate, not above 0."""
+        where = type(self).__name__
+        check_types(type(self), vars(self), where, [name for name in vars(self) if name not in OWN and not name.endswith("_id")])
+        for name, allowed in self.choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{where}: {name} is {getattr(self, name)!r}; supported: {', '.join(map(str, allowed))}.")
         pad, rows = getattr(self, "pad_token_id", None), getattr(self, "vocab_size", 0)
         if pad is not None and not -rows <= pad < rows:  # a negative one counts from the end, as in torch
             raise ValueError(f"pad_token_id {pad} is no row of the embeddings, of which there are {rows}.")
@@ -115,18 +120,18 @@ def made(kind: Any, values: dict[str, Any], where: str) -> Any:
         raise ValueError(f"{where}: {error}") from None
 
 
-def check_types(kind: Any, values: Mapping[str, Any], where: str, positive: str = "") -> None:
+def check_types(kind: Any, values: Mapping[str, Any], where: str, positive: Collection[str] = ()) -> None:
     """Raise ValueError, naming `where` and the field, for a value that does not have the type that `kind` annotates.
 
-    A number is finite, an integer below 2^31, and neither is a truth value. `positive` names fields that must be above 0.
+    A number is finite, an integer below 2^31, and neither is a truth value. `positive`: fields in which a number must be above 0.
     """
-    hints = _hints(kind)
+    hints = get_type_hints(kind)
     for name, value in values.items():
-        above = name in positive.split() and value is not None
-        if not fits(value, hints[name]) or (above and not value > 0):
+        is_low = name in positive and fits(value, float) and value <= 0
+        if is_low or not fits(value, hints[name]):
             words = _in_words(hints[name])
-            if above:
-                words = words.replace("an integer", "a positive integer").replace("a number", "a positive number")
+            if name in positive:
+                words = re.sub("an? (integer|number)", r"a positive \1", words)
             raise ValueError(f"{where}: {name} must be {words}, got {value!r:.80}.")
 
 
@@ -150,8 +155,3 @@ def _in_words(hint: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(map(_in_words, args))
     return f"a list of which each is {_in_words(args[0])}" if origin in (list, Sequence) else _WORDS.get(origin or hint, str(hint))
-
-
-@lru_cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)

@@ -17,7 +17,7 @@ from minilora import kernels as K
 from minilora.backend import Array
 from minilora.layers import Layer, Linear, Saved
 from minilora.layers.block import Offsets, Output
-from minilora.models.cache import KVCache
+from minilora.models.attention import KVCache
 from minilora.models.stack import Body, Prefix
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import to_numpy
-from minilora.models.cache import KVCache
+from minilora.models.attention import KVCache
 from minilora.models.decoder import Decoder
 
 
@@ -58,14 +58,14 @@ def generate_text(
     temperature: float = 0.8,
     rng: np.random.Generator | int = 0,
     *,
-    top_k: int = 0,
-    top_p: float = 1.0,
     stop: Sequence[str] = (),
     show: Callable[[str], None] = lambda piece: None,
+    **limits: Any,
 ) -> dict[str, Any]:
     """Continue the prompt `ids` (T,), from `tokenizer.encode_prompt`, and show each piece of text as soon as it is certain.
 
     Ends after n tokens, before one of the tokenizer's stop_ids, or before a text in `stop`, no part of which is ever shown.
+    temperature, rng and `limits`, top_k and top_p, as in `generate`.
     Returns {"text": the continuation, "tokens": how many were drawn, "ended": "stop" or "length"}. Raises ValueError as `generate`,
     and for a stop text that is empty, or holds a special token among others.
     """
@@ -78,7 +78,7 @@ def generate_text(
     drawn: list[int] = []
 
     def counted() -> Iterator[int]:
-        for token in generate(model, ids, n, temperature, rng, top_k=top_k, top_p=top_p, stop=ends):
+        for token in generate(model, ids, n, temperature, rng, stop=ends, **limits):
             drawn.append(token)
             yield token
 

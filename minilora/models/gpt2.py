@@ -18,7 +18,7 @@ from minilora.backend import Array, Rng, constant, generator
 from minilora.layers import Block, Dropout, Embedding, LayerNorm
 from minilora.models.config_file import ModelConfig
 from minilora.models.decoder import Decoder
-from minilora.models.stack import Body, Parts
+from minilora.models.stack import Body, Parts, initialise
 
 
 @dataclass
@@ -50,7 +50,7 @@ class GPT2Config(ModelConfig):
     }
 
     def __post_init__(self) -> None:
-        self.check("n_inner layer_norm_epsilon")
+        self.check()
         self.check_multiple("n_embd", "n_head")
 
     @property
@@ -77,7 +77,7 @@ class GPT2Body(Body):
     def parts(self) -> Parts:
         return Parts([self.wte, self.wpe], self.h, self.ln_f)
 
-    def embed(self, ids: Array, places: np.ndarray, keep: bool) -> tuple[Array, Any]:  # type: ignore[override]
+    def embed(self, ids: Array, places: np.ndarray, keep: bool) -> tuple[Array, Any]:
         w, s_wte = self.wte.forward(ids, keep=keep)
         p, s_wpe = self.wpe.forward(constant(places, w), keep=keep)
         x, s_drop = self.drop.forward(w + p, keep=keep)
@@ -103,13 +103,7 @@ class GPT2(Decoder):
         self.config = config
         rng = generator(rng)
         self.transformer = GPT2Body(config, rng, dtype)
-        for path, p in self.parameters():
-            if path.endswith("c_proj.weight"):
-                p.data = rng.normal(0, 0.02 / math.sqrt(2 * config.n_layer), p.data.shape).astype(dtype)
-            elif path.endswith(("c_attn.weight", "c_fc.weight")):
-                p.data = rng.normal(0, 0.02, p.data.shape).astype(dtype)
-            elif path.endswith("bias"):
-                p.data[...] = 0
+        initialise(self, rng, {"c_proj": 0.02 / math.sqrt(2 * config.n_layer)})
 
     @property
     def body(self) -> Body:

@@ -18,11 +18,10 @@ from minilora import kernels as K
 from minilora.backend import Array, Rng, generator
 from minilora.layers import Embedding, Layer, Linear, RMSNorm, Saved
 from minilora.layers.block import Output, PreNormBlock
-from minilora.models.attention import SelfAttention, Tables
-from minilora.models.cache import Extend
+from minilora.models.attention import SelfAttention
 from minilora.models.config_file import ModelConfig
 from minilora.models.decoder import Decoder
-from minilora.models.stack import Body, Parts
+from minilora.models.stack import Body, Parts, initialise
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _DEFAULTS: dict[str, dict[str, Any]] = {  # of transformers, where they differ from LlamaConfig's
@@ -58,6 +57,7 @@ class LlamaConfig(ModelConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
+    choices: ClassVar = {"model_type": tuple(_CLASSES)}
     fixed: ClassVar = {
         "hidden_act": ("silu", "swish"),
         "is_causal": (True,),
@@ -69,15 +69,13 @@ class LlamaConfig(ModelConfig):
     neutral: ClassVar = "is_decoder pretraining_tp rope_parameters rope_scaling layer_types sliding_window max_window_layers"
 
     def __post_init__(self) -> None:
-        if self.model_type not in _CLASSES:
-            raise ValueError(f"LlamaConfig: model_type is {self.model_type!r}; supported: {', '.join(_CLASSES)}.")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        self.check("num_key_value_heads rms_norm_eps rope_theta")
+        self.check()
         if self.head_dim is None:
             self.check_multiple("hidden_size", "num_attention_heads")
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.head_dim < 2 or self.head_dim % 2:
+        if self.head_dim % 2:
             raise ValueError(f"LlamaConfig: head_dim must be a positive even number, got {self.head_dim!r}.")
         self.check_multiple("num_attention_heads", "num_key_value_heads")
         if self.model_type == "qwen2" and (self.attention_bias or self.mlp_bias):
@@ -135,9 +133,6 @@ class LlamaAttention(SelfAttention):
         do: Any = self.o_proj.backward(dy, s_y, need_dx=at_o)  #              y = o W_o
         return super().backward(do, s_o, need_dx=need_dx) if at_o else None  # o = attention(...)
 
-    def decode(self, x: Array, extend: Extend, rope: Tables | None = None) -> Array:
-        return self.o_proj.forward(super().decode(x, extend, rope), keep=False)[0]
-
 
 class LlamaMLP(Layer):
     """SwiGLU (arXiv 2002.05202): y = (silu(g) * u) W_down,   g = x W_gate,   u = x W_up.   x (T, d) -> y (T, d).
@@ -152,30 +147,22 @@ class LlamaMLP(Layer):
         self.down_proj = Linear(f, d, bias, rng=rng, dtype=dtype)
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
-        at_g, at_u = need_dx or self.gate_proj.trainable, need_dx or self.up_proj.trainable
-        below = at_g or at_u
-        g, s_gate = self.gate_proj.forward(x, keep=keep and at_g, need_dx=need_dx)
-        u, s_up = self.up_proj.forward(x, keep=keep and at_u, need_dx=need_dx)
-        a, gate = K.swiglu(g, u, keep=keep and below)
+        below = need_dx or self.gate_proj.trainable or self.up_proj.trainable
+        g, s_gate = self.gate_proj.forward(x, keep=keep and below, need_dx=need_dx)
+        u, s_up = self.up_proj.forward(x, keep=keep and below, need_dx=need_dx)
+        a, s_act = K.swiglu(g, u, keep=keep and below)
         y, s_down = self.down_proj.forward(a, keep=keep, need_dx=below)
-        if not keep:
-            return y, None
-        return y, self.save(need_dx, at_g, at_u, s_gate, s_up, gate if below else None, s_down)
+        return y, self.save(need_dx, below, s_gate, s_up, s_act, s_down) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        at_g, at_u, s_gate, s_up, gate, s_down = self.load(saved, need_dx)
-        da = self.down_proj.backward(dy, s_down, need_dx=gate is not None)  # y = down_proj(a)
-        if gate is None:
+        below, s_gate, s_up, s_act, s_down = self.load(saved, need_dx)
+        da = self.down_proj.backward(dy, s_down, need_dx=below)  #         y = down_proj(a)
+        if not below:
             return None
-        dx_g: Any = None
-        dx_u: Any = None
-        need = {name for name, at in (("dg", at_g), ("du", at_u)) if at}
-        dg, du = K.swiglu_backward(da, gate, need)  #                          a = silu(g) * u
-        if at_u:
-            dx_u = self.up_proj.backward(du, s_up, need_dx=need_dx)  #         u = up_proj(x)
-        if at_g:
-            dx_g = self.gate_proj.backward(dg, s_gate, need_dx=need_dx)  #     g = gate_proj(x)
-        return K.add(dx_g, dx_u) if need_dx else None  #                        x feeds both
+        dg, du = K.swiglu_backward(da, s_act)  #                           a = silu(g) * u
+        dx_u = self.up_proj.backward(du, s_up, need_dx=need_dx)  #         u = up_proj(x)
+        dx_g = self.gate_proj.backward(dg, s_gate, need_dx=need_dx)  #     g = gate_proj(x)
+        return K.add(dx_g, dx_u) if need_dx else None  #                   x feeds both
 
 
 class LlamaBlock(PreNormBlock):
@@ -203,12 +190,6 @@ class LlamaBody(Body):
     def parts(self) -> Parts:
         return Parts([self.embed_tokens], self.layers, self.norm)
 
-    def embed(self, ids: Array, places: np.ndarray, keep: bool) -> tuple[Array, Any]:  # type: ignore[override]
-        return self.embed_tokens.forward(ids, keep=keep)
-
-    def embed_backward(self, dx: Array, saved: Any) -> None:
-        self.embed_tokens.backward(dx, saved)
-
     def block_inputs(self, places: np.ndarray, like: Array) -> dict[str, Any]:
         """The rotary tables of these positions; float32 where the activations are in half precision."""
         return {"rope": F.rotary_tables(places, self.config.head_dim, self.config.rope_theta, K.upcast(like[:1]))}
@@ -225,11 +206,7 @@ class Llama(Decoder):
         self.model = LlamaBody(config, rng, dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, rng=rng, dtype=dtype)
-        for path, p in self.parameters():
-            if path.endswith(("_proj.weight", "lm_head.weight")):
-                p.data = rng.normal(0, 0.02, p.data.shape).astype(dtype)
-            elif path.endswith("bias"):
-                p.data[...] = 0
+        initialise(self, rng)
 
     @property
     def body(self) -> Body:

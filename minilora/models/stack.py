@@ -19,7 +19,7 @@ import numpy as np
 from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array
-from minilora.layers import Dropout, Layer, Saved
+from minilora.layers import Dropout, Layer, Linear, Saved
 from minilora.layers.block import Offsets, Output, Rows
 
 
@@ -38,8 +38,16 @@ class Prefix(NamedTuple):
     x: Array
 
 
+class Again(NamedTuple):
+    """In place of what a block saves: how to run it again."""
+
+    x: Array
+    options: dict[str, Any]
+    calls: dict[Dropout, int]  # before the block ran, so that it draws the same masks
+
+
 class Body(Layer):
-    """ids (T,) -> h (T, d), the hidden states that a head reads. A model states `parts`, `embed` and `embed_backward`."""
+    """ids (T,) -> h (T, d), the hidden states that a head reads. A model states its `parts`."""
 
     recompute = False  # True: less memory, more time
 
@@ -49,12 +57,12 @@ class Body(Layer):
     def parts(self) -> Parts:
         raise NotImplementedError(f"{type(self).__name__} has no parts.")
 
-    def embed(self, ids: Array, places: np.ndarray, keep: bool, **inputs: Any) -> tuple[Array, Any]:
+    def embed(self, ids: Array, places: np.ndarray, keep: bool) -> tuple[Array, Any]:
         """x_0 (T, d) and what `embed_backward` reads. places (T,): the position of each token in its sequence."""
-        raise NotImplementedError(f"{type(self).__name__} has no embed.")
+        return self.parts().embeddings[0].forward(ids, keep=keep)
 
     def embed_backward(self, dx: Array, saved: Any) -> None:
-        raise NotImplementedError(f"{type(self).__name__} has no embed_backward.")
+        self.parts().embeddings[0].backward(dx, saved)
 
     def block_inputs(self, places: np.ndarray, like: Array) -> dict[str, Any]:
         """Further arguments of every block, such as Llama's rotary tables, where the activations `like` are."""
@@ -79,24 +87,40 @@ class Body(Layer):
         rows: the rows of h to return, by default all. prefix: the result of `self.prefix` for these ids. inputs: for `embed`.
         """
         embeddings, blocks, norm = self.parts()
-        at_x, s_x, s_norm = any(layer.trainable for layer in embeddings), None, None
-        places = self.places(len(x), offsets)
+        needs, saves = [any(layer.trainable for layer in embeddings)], []  # needs[i]: whether the gradient of x_i is needed
+        places, s_x, s_norm = self.places(len(x), offsets), None, None
         if prefix is None:
-            h, s_x = self.embed(x, places, keep and at_x, **inputs)
+            h, s_x = self.embed(x, places, keep and needs[0], **inputs)
             prefix = Prefix(0, h)
         first, h = prefix
-        h, ran = run_blocks(blocks[first:], h, at_x, keep, rows, self.recompute, offsets=offsets, **self.block_inputs(places, h))
+        taken = None  # the rows to take of the last block's output, where it has to run on all of them
+        if any(layer.every_row for _, layer in blocks[-1].modules()):
+            rows, taken = None, rows
+        options = {"offsets": offsets, **self.block_inputs(places, h)}
+        for block in blocks[first:]:
+            needs.append(needs[-1] or block.trainable)
+            options |= {"need_dx": needs[-2], "rows": rows if block is blocks[-1] else None}
+            again = Again(h, dict(options), _calls(block)) if self.recompute and keep and needs[-1] else None
+            h, s_block = block.forward(h, keep=keep and needs[-1], **options)
+            saves.append(again or s_block)
+        h = K.take_rows(h, taken)
         if norm is not None:
-            h, s_norm = norm.forward(h, keep=keep, need_dx=ran.needs[-1])
-        return h, self.save(need_dx, first, s_x, ran, s_norm) if keep else None
+            h, s_norm = norm.forward(h, keep=keep, need_dx=needs[-1])
+        return h, self.save(need_dx, first, needs, (taken, len(x)), s_x, saves, s_norm) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
-        first, s_x, ran, s_norm = self.load(saved, need_dx)
+        first, needs, taken, s_x, saves, s_norm = self.load(saved, need_dx)
         _, blocks, norm = self.parts()
-        dh: Any = dy if norm is None else norm.backward(dy, s_norm, need_dx=ran.needs[-1])  # h = norm(x_L)
-        dx = run_blocks_backward(blocks[first:], dh, ran)  #                                  x_i = block_i(x_{i-1})
-        if dx is not None:
-            self.embed_backward(dx, s_x)  #                                                   x_0 = embed(ids)
+        dh: Any = dy if norm is None else norm.backward(dy, s_norm, need_dx=needs[-1])  # h = norm(x_L)
+        if needs[-1]:
+            dh = K.take_rows_backward(dh, *taken)
+        for i in reversed(range(len(saves))):
+            if not needs[i + 1]:
+                return
+            s_block = _run_again(blocks[first + i], saves[i]) if isinstance(saves[i], Again) else saves[i]
+            dh = blocks[first + i].backward(dh, s_block, need_dx=needs[i])  #            x_i = block_i(x_{i-1})
+        if needs[0]:
+            self.embed_backward(dh, s_x)  #                                              x_0 = embed(ids)
 
     def prefix(self, ids: Array, offsets: Offsets = None) -> Prefix | None:
         """The output of the frozen blocks at the bottom for these ids, None if there are none. The last block never counts as frozen."""
@@ -106,70 +130,32 @@ class Body(Layer):
             return None
         places = self.places(len(ids), offsets)
         x, _ = self.embed(ids, places, keep=False)
-        return Prefix(n, run_blocks(blocks[:n], x, False, False, offsets=offsets, **self.block_inputs(places, x))[0])
+        inputs = self.block_inputs(places, x)
+        for block in blocks[:n]:
+            x, _ = block.forward(x, keep=False, offsets=offsets, **inputs)
+        return Prefix(n, x)
 
 
-class Ran(NamedTuple):
-    """What backward reads of a run: needs[i] says whether the gradient of the input of block i is needed."""
-
-    needs: list[bool]
-    saves: list[Any]
-    taken: tuple[np.ndarray, int] | None  # (rows, T) where the last block ran on all T rows, and some were taken of its output
-
-
-class Again(NamedTuple):
-    """In place of what a block saves: how to run it again."""
-
-    x: Array
-    options: dict[str, Any]
-    calls: list[int]  # of its dropouts, so that they draw the same masks
-
-
-def run_blocks(
-    blocks: Sequence[Layer], x: Array, need_dx: bool, keep: bool, rows: Rows = None, recompute: bool = False, **inputs: Any
-) -> tuple[Array, Ran]:
-    """x (T, d) through all blocks -> y (T, d), or its `rows` (R, d). need_dx: whether the gradient of x will be needed."""
-    needs: list[bool] = [need_dx]
-    saves: list[Any] = []
-    taken = None
-    if rows is not None and any(layer.every_row for _, layer in blocks[-1].modules()):
-        taken, rows = (rows, len(x)), None
-    for i, block in enumerate(blocks):
-        needs.append(needs[-1] or block.trainable)
-        options = {"need_dx": needs[i], "rows": rows if i == len(blocks) - 1 else None, **inputs}
-        again = Again(x, options, [d.calls for d in _dropouts(block)]) if recompute and keep and needs[-1] else None
-        x, saved = block.forward(x, keep=keep and needs[-1], **options)
-        saves.append(again or saved)
-    if taken is not None:
-        x = K.take_rows(x, taken[0])
-    return x, Ran(needs, saves, taken)
-
-
-def run_blocks_backward(blocks: Sequence[Layer], dy: Array, ran: Ran) -> Array | None:
-    """dx of the input of the lowest block, or None where it is not needed."""
-    if ran.taken is not None and ran.needs[-1]:
-        dy = K.take_rows_backward(dy, *ran.taken)
-    for i in reversed(range(len(blocks))):
-        if not ran.needs[i + 1]:
-            return None
-        saved = ran.saves[i]
-        if isinstance(saved, Again):
-            saved = _run_again(blocks[i], saved)
-        dy = blocks[i].backward(dy, saved, need_dx=ran.needs[i])  # x_i = block_i(x_{i-1})
-    return dy if ran.needs[0] else None
+def _calls(block: Layer) -> dict[Dropout, int]:
+    return {layer: layer.calls for _, layer in block.modules() if isinstance(layer, Dropout)}
 
 
 def _run_again(block: Layer, again: Again) -> Saved | None:
     """Forward once more, with the dropout masks of the first time; afterwards the dropouts count on from where they were."""
-    dropouts = _dropouts(block)
-    now = [d.calls for d in dropouts]
-    for dropout, calls in zip(dropouts, again.calls, strict=True):
+    now = _calls(block)
+    for dropout, calls in again.calls.items():
         dropout.calls = calls
     _, saved = block.forward(again.x, keep=True, **again.options)
-    for dropout, calls in zip(dropouts, now, strict=True):
+    for dropout, calls in now.items():
         dropout.calls = calls
     return saved
 
 
-def _dropouts(block: Layer) -> list[Dropout]:
-    return [layer for _, layer in block.modules() if isinstance(layer, Dropout)]
+def initialise(model: Layer, rng: np.random.Generator, std: dict[str, float] | None = None) -> None:
+    """Linear layers: weights from N(0, 0.02^2), or the standard deviation that `std` has for a layer of that name, and biases zero."""
+    for path, layer in model.modules():
+        if isinstance(layer, Linear):
+            W = layer.weight.data
+            layer.weight.data = rng.normal(0, (std or {}).get(path.rpartition(".")[2], 0.02), W.shape).astype(W.dtype)
+            if layer.bias is not None:
+                layer.bias.data[...] = 0

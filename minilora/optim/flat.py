@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from minilora.backend import Array, get_xp
+from minilora.backend import Array, Matrix, get_xp
 from minilora.kernels.half import is_half
 from minilora.layers import Parameter
 
@@ -28,7 +28,7 @@ class FlatBuffer:
         if not named:
             raise ValueError("nothing is trainable: inject LoRA, or unfreeze some parameters, before making an optimizer.")
         for path, p in named:
-            if hasattr(p.data, "dense"):
+            if isinstance(p.data, Matrix):
                 raise ValueError(f"{path} is quantized and cannot be trained; load the model without, or leave it frozen.")
             if is_half(p.data):
                 raise ValueError(f"{path} is {p.data.dtype}, in which small steps are lost; train adapters, or load it in float32.")

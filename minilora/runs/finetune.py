@@ -12,11 +12,12 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from minilora.backend import allow_tf32, choose_backend
+from minilora.backend import choose_backend
 from minilora.formats.adapter import save_adapter
 from minilora.formats.atomic import write_json, write_text
 from minilora.formats.checkpoint import save_model
 from minilora.formats.tokenizer import Tokenizer
+from minilora.kernels.cuda.blas import allow_tf32
 from minilora.kernels.memory import peak_memory
 from minilora.lora import adaptation, disabled, lora_layers
 from minilora.models.generate import generate

@@ -7,6 +7,7 @@ from typing import Any
 
 from minilora.adapters import bottlenecks
 from minilora.formats.adapter import load_adapter
+from minilora.kernels.report import report
 from minilora.layers import Linear
 from minilora.lora import adaptation, lora_layers
 from minilora.runs import Say, silent
@@ -54,8 +55,6 @@ def describe(
                 say(f"held out    {name.replace('_', ' ')} {before:.3f} before, {after:.3f} after")
     say("adaptable   " + "; ".join(f"{name} ({v['layers']}: {', '.join(v['sizes'])})" for name, v in result["adaptable"].items()))
     if kernels:
-        from minilora.kernels.report import report
-
         rows = report(opened)
         result["kernels"] = [row._asdict() for row in rows]
         for row in rows:

@@ -1,8 +1,8 @@
-"""Write the folder peft: small base models, adapters that PEFT made of them, their logits, and 30 losses of training.
+"""Write the folder peft: small base models, adapters that PEFT makes for them, their logits, and 30 training losses.
 
 python tests/golden/make_adapters.py        (needs the extra `oracle`)
 
-What the files hold, and what tests/test_peft.py makes anew where torch is installed, is described here once.
+This module defines the contents of the files once; tests/test_peft.py recomputes them where torch is installed.
 """
 
 import copy
@@ -16,8 +16,8 @@ import numpy as np
 
 FOLDER = Path(__file__).with_name("peft")
 STEPS, ADAMW = 30, {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-IDS = np.random.default_rng(0).integers(0, 23, (STEPS, 2, 7))  # every step has two sequences of 7; logits are those of the first
-LABELS = np.random.default_rng(1).integers(0, 3, (STEPS, 2))  # of the sequences, for a classifier
+IDS = np.random.default_rng(0).integers(0, 23, (STEPS, 2, 7))  # two sequences of 7 tokens per step; the logits are those of step 0
+LABELS = np.random.default_rng(1).integers(0, 3, (STEPS, 2))  # one label per sequence, for a classifier
 
 SIZES = {
     "gpt2": {"vocab_size": 23, "n_positions": 9, "n_embd": 12, "n_layer": 2, "n_head": 3, "bos_token_id": 0, "eos_token_id": 0}
@@ -30,7 +30,7 @@ SIZES = {
 SIZES["tied llama"] = SIZES["llama"] | {"tie_word_embeddings": True, "attention_bias": False}
 
 TASK = {"gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "tied llama": "CAUSAL_LM", "bert": "SEQ_CLS"}
-NAMES = {  # the list of blocks, two linear layers, a norm, a module with linear layers in it, a whole path
+NAMES = {  # list of blocks, two linear layers, a norm, a module that contains linear layers, a full path
     "gpt2": ("h", "c_attn", "c_fc", "ln_f", "mlp", "transformer.h.0.attn.c_attn"),
     "llama": ("layers", "q_proj", "up_proj", "norm", "mlp", "model.layers.0.self_attn.q_proj"),
     "bert": ("layer", "query", "intermediate.dense", "embeddings.LayerNorm", "intermediate", "bert.encoder.layer.0.attention.self.query"),
@@ -41,7 +41,7 @@ GOLDEN = ("all linear layers", "patterns", "bias all", "modules with linear laye
 
 
 def options(kind: str) -> dict[str, dict]:
-    """{what is tried: fields of LoraConfig, for PEFT's and ours alike} for a kind of model."""
+    """{case: fields of LoraConfig, for PEFT and minilora} for a kind of model."""
     blocks, q, up, norm, part, whole = NAMES[kind]
     usual = {"r": 2, "lora_alpha": 8, "task_type": TASK[kind], "target_modules": [q, up], "fan_in_fan_out": kind == "gpt2"}
     result = {
@@ -96,19 +96,19 @@ def options(kind: str) -> dict[str, dict]:
 
 
 def slug(what: str) -> str:
-    """The name of an option as that of a folder."""
+    """The folder name of a case."""
     return re.sub(r"\W+", "-", what)
 
 
 def quietly(function, *args, **kwargs):
-    """The result of a call of torch's, transformers' or PEFT's, without their warnings."""
+    """Call a function of torch, transformers or PEFT without warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return function(*args, **kwargs)
 
 
 def base(kind: str):
-    """A transformers model with weights of some size, the same in each call."""
+    """A transformers model with fixed random weights."""
     import torch
     import transformers
 
@@ -125,11 +125,11 @@ def base(kind: str):
 
 
 def adapted(kind: str, fields: dict, seed: int | None = 5):
-    """A PEFT model of `base(kind)`; everything it trains is moved at random, unless seed is None."""
+    """A PEFT model of `base(kind)`, with all trainable parameters perturbed at random unless seed is None."""
     import peft
     import torch
 
-    torch.manual_seed(1)  # the initial values
+    torch.manual_seed(1)  # initial values of the adapter
     model = quietly(peft.get_peft_model, base(kind), quietly(peft.LoraConfig, **copy.deepcopy(fields)))
     generator = torch.Generator().manual_seed(seed or 0)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def adapted(kind: str, fields: dict, seed: int | None = 5):
 
 
 def logits(model, ids: np.ndarray = IDS[0]) -> np.ndarray:
-    """(2, labels), or (14, vocabulary) with the sequences end to end."""
+    """(2, labels), or (14, vocabulary) of the packed sequences."""
     import torch
 
     with torch.no_grad():
@@ -149,7 +149,7 @@ def logits(model, ids: np.ndarray = IDS[0]) -> np.ndarray:
 
 
 def losses(model, optimizer=None) -> np.ndarray:
-    """The losses of STEPS steps of AdamW, or of another optimizer of torch's, before each step."""
+    """Losses before each of STEPS steps of AdamW or of another torch optimizer."""
     import torch
 
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -184,7 +184,7 @@ def main() -> None:
         save_file(expected, FOLDER / kind / "expected.safetensors")
     for stray in [*FOLDER.rglob("README.md"), *FOLDER.rglob("generation_config.json")]:
         stray.unlink()
-    for path in FOLDER.rglob("adapter_config.json"):  # PEFT writes sets in any order
+    for path in FOLDER.rglob("adapter_config.json"):  # PEFT writes sets in arbitrary order
         config = json.loads(path.read_text())
         config["target_modules"] = (
             config["target_modules"] if isinstance(config["target_modules"], str) else sorted(config["target_modules"])

@@ -1,4 +1,4 @@
-"""Print the coefficients of minilora/functional/erf.py. Needs mpmath: pip install mpmath
+"""Print the coefficients of minilora/functional/activations.py. Needs mpmath: pip install mpmath
 
 G(t) = (1 + 2x) exp(x^2) erfc(x), with x = K (1 + t) / (1 - t), is smooth on [-1, 1]; it is interpolated at
 Chebyshev nodes in 50 digits and rewritten in powers of t.

@@ -1,4 +1,4 @@
-"""Write the folder family: adapters that PEFT made of the golden Llama by other methods than LoRA, with their logits and gradients.
+"""Write the folder family: adapters of other methods than LoRA, made by PEFT for the golden Llama, with their logits and gradients.
 
 python tests/golden/make_family.py        (needs the extra `oracle`)
 """
@@ -15,13 +15,13 @@ NAMES = options("llama")["names"]
 LORA = {
     "dora": NAMES | {"use_dora": True, "use_rslora": True},
     "embedding": options("llama")["embedding adapted"],
-    "pissa": NAMES | {"init_lora_weights": "pissa", "r": 3},  # not moved: what is compared is where it starts
+    "pissa": NAMES | {"init_lora_weights": "pissa", "r": 3},  # not perturbed: the comparison is about the initial values
 }
 VERA = {key: NAMES[key] for key in ("target_modules", "task_type", "fan_in_fan_out")} | {"r": 5, "save_projection": False}
 
 
 def gradients(model) -> dict[str, np.ndarray]:
-    """{path: gradient} of the mean loss of the next tokens of the first golden batch."""
+    """{path: gradient} of the mean next-token loss on the first golden batch."""
     import torch
 
     ids = torch.from_numpy(IDS[0])
@@ -33,7 +33,7 @@ def gradients(model) -> dict[str, np.ndarray]:
 
 
 def vera():
-    """A PEFT model with VeRA, moved at random."""
+    """A PEFT model with VeRA, perturbed at random."""
     import peft
     import torch
 
@@ -62,7 +62,7 @@ def main() -> None:
     shutil.rmtree(FOLDER / "pissa")
     for stray in FOLDER.rglob("README.md"):
         stray.unlink()
-    for path in FOLDER.rglob("adapter_config.json"):  # PEFT writes sets in any order
+    for path in FOLDER.rglob("adapter_config.json"):  # PEFT writes sets in arbitrary order
         config = json.loads(path.read_text())
         path.write_text(json.dumps(config | {"target_modules": sorted(config["target_modules"])}, indent=2) + "\n")
 

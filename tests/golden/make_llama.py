@@ -2,9 +2,9 @@
 
 python tests/golden/make_llama.py        (needs the extra `oracle`)
 
-Everything is float64. transformers computes the RMS norm and the rotary angles in float32 whatever the model's dtype is; here
-both are exchanged for float64 twins of the same equations, as otherwise nothing could be compared beyond 1e-7. Weights are
-rounded to float16, which keeps the file small and is exact in the wider types.
+Everything is float64. transformers computes the RMS norm and the rotary angles in float32 whatever the dtype of the model; both are
+replaced by float64 implementations of the same equations, as otherwise the comparison would be limited to 1e-7. Weights are rounded to
+float16, which keeps the file small and is exact in the wider types.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import save_file
 
 FILE = Path(__file__).with_name("llama.safetensors")
-OFFSETS = [0, 5, 6, 13]  # three sequences, of 5, 1 and 7 tokens; transformers sees each alone
+OFFSETS = [0, 5, 6, 13]  # three sequences of 5, 1 and 7 tokens; transformers runs each alone
 _SIZES: dict[str, Any] = {
     "vocab_size": 67,
     "hidden_size": 24,
@@ -30,7 +30,7 @@ _SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 16,
     "initializer_range": 0.15,
-    "attn_implementation": "sdpa",  # the eager one takes its softmax in float32
+    "attn_implementation": "sdpa",  # eager attention computes its softmax in float32
 }
 CASES: dict[str, dict[str, Any]] = {
     "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -81,13 +81,13 @@ class Rotary64(torch.nn.Module):
 
 
 def base_model(name: str, exact: bool = True) -> Any:
-    """The random base model of a case, in float64; `exact` exchanges what transformers computes in float32."""
+    """The random base model of a case, in float64; `exact` replaces the parts that transformers computes in float32."""
     torch.manual_seed(sorted(CASES).index(name))
     options = {**_SIZES, **CASES[name]}
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**options))
     for path, p in model.named_parameters():
         with torch.no_grad():
-            if path.endswith(("norm.weight", "bias")):  # away from 1 and 0, where mistakes hide
+            if path.endswith(("norm.weight", "bias")):  # away from 1 and 0, which hide mistakes
                 p += 0.3 * torch.randn(p.shape)
             p.copy_(p.half().float())
     model = model.double().eval()
@@ -102,7 +102,7 @@ def base_model(name: str, exact: bool = True) -> Any:
 
 
 def adapted_model(name: str, exact: bool = True) -> Any:
-    """The same with LoRA of rank 3 on all linear layers (and on the head, where the case says so), its B not zero."""
+    """The base model with LoRA of rank 3 on all linear layers (and the head, in that case), with B not zero."""
     head = ["lm_head"] if "adapted head" in name else []
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=projections + head, task_type="CAUSAL_LM")
@@ -115,7 +115,7 @@ def adapted_model(name: str, exact: bool = True) -> Any:
 
 
 def batch(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and labels (13,): labels are shifted already, -100 at the end of a sequence and in some other places."""
+    """ids and labels (13,): labels are already shifted, with -100 at the end of each sequence and in some other places."""
     generator = torch.Generator().manual_seed(len(name))
     ids = torch.randint(0, _SIZES["vocab_size"], (OFFSETS[-1],), generator=generator)
     labels = torch.roll(ids, -1)
@@ -134,7 +134,7 @@ def run(model: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 def tensors(name: str) -> dict[str, torch.Tensor]:
-    """All of a case: "base:" and "lora:" weights in float16, and what `run` gives in float64."""
+    """All tensors of a case: "base:" and "lora:" weights in float16, and the results of `run` in float64."""
     ids, labels = batch(name)
     base = {f"base:{path}": p.detach().half() for path, p in base_model(name).named_parameters()}
     model = adapted_model(name)
@@ -143,7 +143,7 @@ def tensors(name: str) -> dict[str, torch.Tensor]:
 
 
 def _path(path: str) -> str:
-    """PEFT's path of an adapter as minilora names it."""
+    """minilora's path for PEFT's path of an adapter."""
     return path.removeprefix("base_model.model.").removesuffix(".default.weight")
 
 

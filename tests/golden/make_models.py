@@ -1,8 +1,8 @@
-"""Write models.safetensors: logits, loss, gradients of LoRA and a short training run of small random models, by transformers and PEFT.
+"""Write models.safetensors: logits, loss, LoRA gradients and a short training run of small random models, by transformers and PEFT.
 
 Needs the extra `oracle`:   python tests/golden/make_models.py
-Every sequence is run alone, so no padding and no mask are involved; all is float64 but the training run, which is float32.
-Keys: <model>.weights.<name>, <model>.lora.<name> (as PEFT keeps them), <model>.grads.<name>, <model>.logits, <model>.loss, <model>.run.
+Every sequence runs alone, without padding or mask. All is float64 except the training run, which is float32.
+Keys: <model>.weights.<name>, <model>.lora.<name> (PEFT's layout), <model>.grads.<name>, <model>.logits, <model>.loss, <model>.run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LORA: dict[str, dict[str, Any]] = {
 
 
 def data(name: str) -> tuple[list[np.ndarray], np.ndarray]:
-    """The sequences of a model, and their labels: for gpt2 one a token (the next one, some ignored), for bert one a sequence."""
+    """(sequences, labels): for gpt2 one label per token (the next token, some ignored), for bert one per sequence."""
     rng = np.random.default_rng(7)
     ids = [rng.integers(0, CONFIGS[name]["vocab_size"], n) for n in LENGTHS[name]]
     if name == "bert":
@@ -42,7 +42,7 @@ def data(name: str) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def build(name: str) -> Any:
-    """The random model, in float64, dropout off; gains and biases away from 1 and 0."""
+    """The random model, in float64, without dropout; gains and biases away from 1 and 0."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
@@ -55,7 +55,7 @@ def build(name: str) -> Any:
     model = model.double().eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_((p + 0.2 * torch.randn(p.shape, dtype=p.dtype)).float())  # numbers that float32 holds exactly
+            p.copy_((p + 0.2 * torch.randn(p.shape, dtype=p.dtype)).float())  # values that are exact in float32
     return model
 
 
@@ -65,7 +65,7 @@ def adapt(model: Any, name: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT sets fan_in_fan_out itself, and says so
+        warnings.simplefilter("ignore")  # PEFT sets fan_in_fan_out and warns
         peft = get_peft_model(model, LoraConfig(**LORA[name], task_type="CAUSAL_LM" if name == "gpt2" else "SEQ_CLS"))
     peft = peft.double().eval()
     torch.manual_seed(4)
@@ -77,7 +77,7 @@ def adapt(model: Any, name: str) -> Any:
 
 
 def run(peft: Any, name: str) -> tuple[Any, Any]:
-    """(logits, loss) over all sequences, each alone; the loss is the mean over what is labelled."""
+    """(logits, loss) over all sequences, each run alone; the loss is the mean over the labelled rows."""
     import torch
 
     ids, labels = data(name)
@@ -86,7 +86,7 @@ def run(peft: Any, name: str) -> tuple[Any, Any]:
 
 
 def trained(peft: Any) -> dict[str, Any]:
-    """{path as in the base model: parameter} of what PEFT trains."""
+    """{path in the base model: parameter} of the parameters that PEFT trains."""
     named = {path: p for path, p in peft.named_parameters() if p.requires_grad}
     return {
         path.removeprefix("base_model.model.").replace(".modules_to_save.default", "").replace(".default", ""): p
@@ -95,7 +95,7 @@ def trained(peft: Any) -> dict[str, Any]:
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
-    """Everything there is to compare for one model."""
+    """All golden arrays of one model."""
     import torch
 
     model = build(name)

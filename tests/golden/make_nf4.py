@@ -1,6 +1,6 @@
-"""Write nf4.safetensors: small weights, and what bitsandbytes makes of them in NF4 with double quantization, on a CPU.
+"""Write nf4.safetensors: small weights, quantized to NF4 with double quantization by bitsandbytes on a CPU.
 
-pip install bitsandbytes==0.50.2 torch    (in an environment of its own: nothing else here needs it)
+pip install bitsandbytes==0.50.2 torch    (in a separate environment: nothing else needs it)
 python tests/golden/make_nf4.py
 """
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 FILE = Path(__file__).with_name("nf4.safetensors")
-SHAPES = {"square": (64, 64), "many blocks": (96, 200), "odd": (7, 13), "one block": (3, 5)}  # (out, in), as PyTorch keeps them
+SHAPES = {"square": (64, 64), "many blocks": (96, 200), "odd": (7, 13), "one block": (3, 5)}  # (out, in), PyTorch's orientation
 
 
 def weight(name: str) -> np.ndarray:
-    """(out, in), of the size that weights have; one row of zeros, and one large number."""
+    """(out, in), with the standard deviation of typical weights, one row of zeros and one large number."""
     W = np.random.default_rng(list(SHAPES).index(name)).standard_normal(SHAPES[name]).astype(np.float32) * 0.02
     W[0] = 0
     W[1, 2] = 1.5

@@ -1,4 +1,4 @@
-"""Write optimizers.json: 12 clipped steps of each of torch's optimizers. Needs the extra `oracle`.
+"""Write optimizers.json: 12 clipped steps of each torch optimizer. Needs the extra `oracle`.
 
 python tests/golden/make_optimizers.py
 """

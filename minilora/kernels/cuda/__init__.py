@@ -1,12 +1,13 @@
 """Optimised kernels on the GPU: the CUDA sources of this folder, their launch, and one family of operations a file.
 
-CuPy compiles the sources when they are first used (NVRTC: no compiler has to be installed). tests/standin runs them on a CPU, through g++.
+CuPy compiles the sources when they are first used (NVRTC: no compiler has to be installed). tests/fakecupy runs them on a CPU, through g++.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ _HERE = Path(__file__).parent
 def alike(x: Array, *args: Any) -> bool:
     """Whether the arrays among the arguments have x's dtype, as a kernel reads them. Raises TypeError where one lives elsewhere."""
     return _of(x.dtype, x, args)
+
+
+def agree(count: int) -> Callable[..., bool]:
+    """A condition: that the first `count` arguments have one dtype."""
+    return lambda *args: alike(*args[:count])
 
 
 def real(x: Array, *args: Any) -> bool:

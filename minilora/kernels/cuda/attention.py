@@ -1,4 +1,4 @@
-"""Attention by groups of sequences and blocks of queries (kernels/grouped.py) on the GPU (softmax.cu)."""
+"""The steps of grouped attention (kernels/grouped.py) on the GPU (softmax.cu)."""
 
 from __future__ import annotations
 
@@ -7,29 +7,21 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, get_xp
-from minilora.kernels import cuda, grouped
+from minilora.kernels import cuda
 from minilora.kernels.half import is_half
 
-
-def attention(*args: Any, **options: Any) -> tuple[Array, list]:
-    """As functional.attention; saved as kernels/grouped.py says."""
-    return grouped.attention(_STEPS, *args, **options)
+product = cuda.gemm
 
 
-def attention_backward(*args: Any, **options: Any) -> tuple[Array, Array, Array]:
-    """As functional.attention_backward."""
-    return grouped.attention_backward(_STEPS, *args, **options)
-
-
-def _scores(a: Array, b: Array) -> Array:
+def scores(a: Array, b: Array) -> Array:
     """a b, in float32 of factors of half precision."""
     return cuda.gemm(a, b, dtype=np.float32 if is_half(a) else a.dtype)
 
 
-def _weights(S: Array, group: grouped.Group, at: slice, dtype: Any) -> tuple[Array, Array | None]:
+def weights(S: Array, seen: Array, dtype: Any) -> tuple[Array, Array | None]:
     """E = exp(S - max) in place of S, and 1 / sum; of queries in half precision P, in their dtype, and None."""
-    xp, (n, G, rows, e), t = get_xp(S), S.shape, group.limit[:, at].shape[1]
-    args = S, xp.ascontiguousarray(group.seen[:, at]), np.int32(G * rows), np.int32(t), np.int32(e)
+    xp, (n, G, rows, e), t = get_xp(S), S.shape, seen.shape[1]
+    args = S, xp.ascontiguousarray(seen), np.int32(G * rows), np.int32(t), np.int32(e)
     if dtype != S.dtype:
         P = xp.empty(S.shape, dtype=dtype)
         cuda.rowwise("softmax", "masked_exp", n * G * rows, e, *args, cuda.NULL, P, like=P)
@@ -39,13 +31,10 @@ def _weights(S: Array, group: grouped.Group, at: slice, dtype: Any) -> tuple[Arr
     return S, inverse
 
 
-def _through_softmax(dS: Array, E: Array, inverse: Array | None) -> Array:
+def through_softmax(dS: Array, E: Array, inverse: Array | None) -> Array:
     """dS = E (dS - D'), D' = (row sum of E * dS) / sum, in place, or new where E is of half precision."""
     xp, n = get_xp(dS), dS.shape[-1]
     new = xp.empty(dS.shape, dtype=E.dtype) if inverse is None else None
     args = dS, E, cuda.NULL if inverse is None else inverse, np.int32(n), cuda.NULL if new is None else new
     cuda.rowwise("softmax", "softmax_backward", dS.size // n, n, *args, like=E)
     return dS if new is None else new
-
-
-_STEPS = grouped.Steps(cuda.gemm, _scores, _weights, _through_softmax)

@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
     limit: Array
 
 
-def fits(q: Array, k: Array, v: Array, n_head: int) -> bool:
+def fits(q: Array, k: Array, v: Array, n_head: int, *_: Any) -> bool:
     """Whether there is a kernel for these arrays."""
     kind = q.dtype.itemsize == 2 or (q.dtype == np.float32 and tf32())
     if not kind or not cuda.alike(q, k, v) or not _has_the_instructions(get_xp(q)):
@@ -72,7 +72,7 @@ def attention(
     """As functional.attention."""
     xp, G = get_xp(q), n_kv_head or n_head
     F.check_attention(q, k, v, n_head, G, offsets, rows)
-    tiles, sizes = _tiles_of(offsets, len(k), rows, causal, xp), _sizes(q, n_head)
+    tiles, sizes = _tiles(F.bounds_of(offsets, len(k)), rows, causal, xp), _sizes(q, n_head)
     o, log_sum = xp.empty(q.shape, dtype=q.dtype), xp.empty((len(q), n_head), dtype=xp.float32)
     args = (q, k, v, tiles.of_queries, tiles.limit, *_numbers(q, k, v, n_head, G))
     _launch("flash_forward", len(tiles.of_queries) * n_head, sizes, 1, 1, q, (*args, o, log_sum))
@@ -95,7 +95,7 @@ def attention_backward(
     """As functional.attention_backward. The gradients are new, or written `into` arrays, whose rows may lie apart."""
     xp, G = get_xp(q), n_kv_head or n_head
     do = xp.ascontiguousarray(do)
-    tiles, sizes = _tiles_of(offsets, len(k), rows, saved.causal, xp), _sizes(q, n_head)
+    tiles, sizes = _tiles(F.bounds_of(offsets, len(k)), rows, saved.causal, xp), _sizes(q, n_head)
     numbers = _numbers(q, k, v, n_head, G)
     delta = xp.empty(saved.log_sum.shape, dtype=xp.float32)
     dq, dk, dv = into
@@ -135,15 +135,9 @@ def _launch(name: str, blocks: int, sizes: tuple[int, int], straight: int, trans
         cuda.function(like, "flash", name, f"-DD={d}")((blocks,), (_THREADS,), args, shared_mem=4 * words)
 
 
-def _tiles_of(offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | None, causal: bool, xp: Any) -> Tiles:
-    bounds = np.array([0, tokens] if offsets is None else offsets, dtype=np.int64)
-    return _tiles(bounds.tobytes(), None if rows is None else np.asarray(rows, dtype=np.int64).tobytes(), causal, xp)
-
-
 @kept_on_device
-def _tiles(bounds_bytes: bytes, rows_bytes: bytes | None, causal: bool, xp: Any) -> Tiles:
-    bounds = np.frombuffer(bounds_bytes, dtype=np.int64)
-    rows = np.arange(bounds[-1]) if rows_bytes is None else np.frombuffer(rows_bytes, dtype=np.int64)
+def _tiles(bounds: np.ndarray, rows: np.ndarray | None, causal: bool, xp: Any) -> Tiles:
+    rows = np.arange(bounds[-1]) if rows is None else rows
     cuts = np.searchsorted(rows, bounds)
     of_row = np.repeat(np.arange(len(bounds) - 1), np.diff(cuts))  # the sequence of each query
     limit = rows - bounds[of_row] if causal else np.diff(bounds)[of_row] - 1

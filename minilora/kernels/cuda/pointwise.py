@@ -17,9 +17,14 @@ from minilora.backend import Array, get_xp
 from minilora.kernels import cuda
 
 
+def of_one_shape(x: Array, y: Array) -> bool:
+    """Whether `swiglu` has a kernel for these arrays."""
+    return cuda.alike(x, y) and x.shape == y.shape
+
+
 def of_two(x: Array, y: Array) -> bool:
     """Whether `add` and `multiply` have a kernel for these arrays."""
-    return cuda.alike(x, y) and x.shape == y.shape and x.flags.c_contiguous and y.flags.c_contiguous
+    return of_one_shape(x, y) and x.flags.c_contiguous and y.flags.c_contiguous
 
 
 def add(x: Array, y: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Attention by groups of sequences and blocks of queries (kernels/grouped.py), on NumPy."""
+"""The steps of grouped attention (kernels/grouped.py) on NumPy."""
 
 from __future__ import annotations
 
@@ -7,26 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from minilora.kernels import grouped
+product = scores = np.matmul
 
 
-def attention(*args: Any, **options: Any) -> tuple[np.ndarray, list]:
-    """As functional.attention; saved as kernels/grouped.py says."""
-    return grouped.attention(_steps(), *args, **options)
-
-
-def attention_backward(*args: Any, **options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As functional.attention_backward."""
-    return grouped.attention_backward(_steps(), *args, **options)
-
-
-def _steps() -> grouped.Steps:
-    return grouped.Steps(np.matmul, np.matmul, weights, through_softmax)
-
-
-def weights(S: np.ndarray, group: grouped.Group, at: slice, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+def weights(S: np.ndarray, limit: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """E = exp(S - max) in place of S, and 1 / sum, where a query may look."""
-    limit, (n, _, _, e) = group.limit[:, at], S.shape
+    n, _, _, e = S.shape
     first = int(limit.min()) + 1  # keys before this one are seen by every query
     if first < e:
         hidden = np.where(np.arange(first, e) > limit[:, :, None], -math.inf, 0).astype(S.dtype)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, Matrix
-from minilora.lora.adapted import check_float32
 from minilora.lora.factorization import factorize
+from minilora.lora.layer import check_float32
 from minilora.quantization.nf4 import NF4
 
 

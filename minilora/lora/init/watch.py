@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from minilora.layers import Layer, Linear
+from minilora.lora.layer import check_float32
 
 
 class Watched(Linear):
@@ -22,7 +23,14 @@ class Watched(Linear):
 
 @contextmanager
 def watching(model: Layer, targets: dict[str, Any], kind: Callable[[Any], Any]) -> Iterator[dict[str, Any]]:
-    """{path: kind(layer)} for the layers of `targets`, each in place of its layer inside the `with`. Clears all gradients."""
+    """{path: kind(layer)} for the layers of `targets`, each in place of its layer inside the `with`. Clears all gradients.
+
+    Raises ValueError for another layer than a Linear, and for half-precision weights.
+    """
+    for path, layer in targets.items():
+        if not isinstance(layer, Linear):
+            raise ValueError(f"initialisers that read data are for linear layers; {path} is of type {type(layer).__name__}.")
+        check_float32(layer.weight.data, "an initialiser that reads data")
     watchers = {path: kind(layer) for path, layer in targets.items()}
     trained = [(p, p.trainable) for _, p in model.parameters()]
     try:

@@ -15,8 +15,8 @@ from typing import Any
 from minilora import kernels as K
 from minilora.backend import Array, Rng, get_xp
 from minilora.layers import Linear, Parameter
-from minilora.lora.adapted import check_float32
-from minilora.lora.layer import LoRALinear
+from minilora.layers.base import needed
+from minilora.lora.layer import LoRALinear, check_float32
 from minilora.quantization.residual import column_squares, dense
 
 
@@ -142,13 +142,12 @@ class DoRALinear(LoRALinear):
     def adapted_backward(self, dy: Array, saved: list[Any], need_dx: bool) -> Array | None:
         x, z, u, c, AtV, key = saved
         A, B, m, s = self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling
-        needed = {"dx": need_dx, "dA": A.trainable, "dB": B.trainable, "dm": m.trainable, "dc": AtV is not None}
-        need, mask = {name for name, yes in needed.items() if yes}, self.mask(dy, key)
+        need = needed(dx=need_dx, dA=A.trainable, dB=B.trainable, dm=m.trainable, dc=AtV is not None)
+        mask = self.mask(dy, key)
         dx, dA, dB, dm, dc = dora_linear_backward(dy, x, z, u, self.W, A.data, B.data, m.data, c, s, mask, need)  # y = u m / c + b
         if dc is not None:
             more = column_norms_backward(dc, c, AtV, self.W, A.data, B.data, s)  # c = ||W + s A B||
             dA, dB = (g if g is None else g + h for g, h in zip((dA, dB), more, strict=True))
         for p, g in ((A, dA), (B, dB), (m, dm)):
-            if g is not None:
-                p.add_grad(g)
+            p.add_grad(g)
         return dx

@@ -14,8 +14,8 @@ from typing import Any
 from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, backend_name, generator, to_backend
 from minilora.layers import Embedding, Parameter, Saved
-from minilora.lora.adapted import Adapted, check_float32
-from minilora.lora.layer import scaling
+from minilora.layers.base import needed
+from minilora.lora.layer import Adapted, check_float32, scaling
 
 
 def lora_embedding(ids: Array, E: Array, A: Array, B: Array, s: float) -> tuple[Array, Array]:
@@ -98,9 +98,7 @@ class LoRAEmbedding(Adapted, Embedding):
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
         ids, u = self.load(saved, need_dx)
         A, B = self.lora_embedding_A, self.lora_embedding_B
-        need = {name for name, value in (("dA", ids), ("dB", u)) if value is not None}
+        need = needed(dA=ids is not None, dB=u is not None)
         dA, dB = lora_embedding_backward(dy, ids, u, A.data, B.data, self.scaling, need, self.padding_idx)
-        if dA is not None:
-            A.add_grad(dA)
-        if dB is not None:
-            B.add_grad(dB)
+        A.add_grad(dA)
+        B.add_grad(dB)

@@ -18,11 +18,12 @@ import numpy as np
 from minilora import kernels as K
 from minilora.backend import Array, Rng, backend_name, generator, to_backend, to_numpy
 from minilora.layers import Layer, Linear, Parameter
-from minilora.lora.adapted import AdaptedLinear, check_float32
+from minilora.layers.base import needed
 from minilora.lora.config import LoraConfig
+from minilora.lora.layer import AdaptedLinear, check_float32
 
-_OF_LORA = "lora_alpha lora_dropout use_rslora use_dora init_lora_weights eva_config lora_ga_config loftq_config".split()
-_OF_LORA += "rank_pattern alpha_pattern exclude_modules".split()
+_OF_LORA = """lora_alpha lora_dropout use_rslora use_dora init_lora_weights eva_config lora_ga_config loftq_config rank_pattern
+    alpha_pattern exclude_modules""".split()
 
 
 def vera_linear(
@@ -77,6 +78,7 @@ class VeraConfig(LoraConfig):
 
     peft_type: ClassVar[str] = "VERA"
     not_in_file: ClassVar[tuple[str, ...]] = tuple(_OF_LORA)
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = LoraConfig.choices | {"bias": ("none", "all", "vera_only")}
     r: int = 256
     projection_prng_key: int = 0
     save_projection: bool = True
@@ -85,11 +87,8 @@ class VeraConfig(LoraConfig):
     init_weights: bool = True
 
     def __post_init__(self) -> None:
-        bias, self.bias = self.bias, "all" if self.bias == "vera_only" else self.bias
-        if bias == "lora_only":
-            raise ValueError("VeraConfig: bias is 'lora_only'; choose 'none', 'all' or 'vera_only'.")
         super().__post_init__()
-        self.bias, usual = bias, LoraConfig()
+        usual = LoraConfig()
         for name in self.not_in_file:
             if getattr(self, name) != getattr(usual, name):
                 raise ValueError(f"VeraConfig: {name} and VeRA exclude each other; {name} is LoRA's.")
@@ -102,8 +101,8 @@ class VeraConfig(LoraConfig):
 
     def adapters(self, model: Layer, targets: dict[str, Any], rng: Any, train_step: Callable[[], Any] | None) -> tuple[Any, dict[str, Any]]:
         classes = {path: self.layer_class(layer) for path, layer in targets.items()}
-        shapes = [layer.weight.data.shape for layer in targets.values()]
-        shared = Projections.drawn(max(m for m, _ in shapes), max(n for _, n in shapes), self.r, self.projection_prng_key)
+        m, n = (max(layer.weight.data.shape[i] for layer in targets.values()) for i in (0, 1))
+        shared = Projections.drawn(m, n, self.r, self.projection_prng_key)
         return self, {path: kind(targets[path], self, shared, rng) for path, kind in classes.items()}
 
     def classes(self) -> dict[str, Any]:
@@ -197,11 +196,9 @@ class VeRALinear(AdaptedLinear):
         return y, (u if trained else u._replace(value=None), key)
 
     def adapted_backward(self, dy: Array, saved: list[Any], need_dx: bool) -> Array | None:
-        u, key = saved
-        vectors = {"dd": self.vera_lambda_d, "de": self.vera_lambda_b}
-        need = {name for name, p in vectors.items() if p.trainable} | ({"dx"} if need_dx else set())
-        dx, *grads = vera_linear_backward(dy, u, self.weight.data, *self.matrices(), self.mask(dy, key), need)
-        for p, g in zip(vectors.values(), grads, strict=True):
-            if g is not None:
-                p.add_grad(g)
+        (u, key), d, e = saved, self.vera_lambda_d, self.vera_lambda_b
+        need = needed(dx=need_dx, dd=d.trainable, de=e.trainable)
+        dx, dd, de = vera_linear_backward(dy, u, self.weight.data, *self.matrices(), self.mask(dy, key), need)
+        d.add_grad(dd)
+        e.add_grad(de)
         return dx

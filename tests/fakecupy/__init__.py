@@ -1,14 +1,14 @@
-"""A stand-in for CuPy, and for NVIDIA's bindings to cuBLAS, on machines without a GPU: `sys.modules |= standin.modules`.
+"""A fake CuPy, and fake NVIDIA bindings to cuBLAS, for machines without a GPU: `sys.modules |= fakecupy.modules`.
 
-It computes with NumPy and keeps CuPy's rules, as of CuPy 14.2 (docs.cupy.dev, "Differences between CuPy and NumPy"):
-nothing is converted to NumPy implicitly, operands on the host and on the device do not mix, reductions and single elements
-are 0-d arrays, index arrays wrap around, floating-point warnings and failed decompositions are silent. `count` tells what a
-GPU would have had to do.
+It computes with NumPy and follows the rules of CuPy 14.2 (docs.cupy.dev, "Differences between CuPy and NumPy"): nothing is
+converted to NumPy implicitly, operands on the host and on the device do not mix, reductions and single elements are 0-d
+arrays, index arrays wrap around, floating-point warnings and failed decompositions are silent. `count` counts the launches,
+synchronisations and transfers that a GPU would have made.
 
-Only what is listed below exists. Where CuPy itself is installed, a test compares the lists with it. On purpose the stand-in is
-stricter than CuPy in three places: NumPy's functions are refused (CuPy would take over `np.exp(x)`, which hides that `xp` was
-forgotten), index arrays and lists on the host are refused (CuPy would copy them to the device), and there are no random
-numbers (ours are drawn on the host).
+Only the names listed below exist. Where CuPy is installed, a test compares the lists with it. The fake CuPy is deliberately
+stricter than CuPy in three places: NumPy's functions are refused (CuPy would accept `np.exp(x)`, which hides a forgotten
+`xp`), index arrays and lists on the host are refused (CuPy would copy them to the device), and there are no random numbers
+(minilora draws on the host).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from standin import blas, cuda, recording
-from standin.arrays import argument, ndarray, offered, operand
-from standin.counting import Counts, count, note
-from standin.recording import perform, waits
+from fakecupy import blas, cuda, graph
+from fakecupy.arrays import argument, ndarray, offered, operand
+from fakecupy.counting import Counts, count, note
+from fakecupy.graph import perform, waits
 
 __all__ = ["CONSTANTS", "FUNCTIONS", "LACKS", "LINALG", "Counts", "blas", "count", "module", "modules", "ndarray"]
 
@@ -32,7 +32,7 @@ CONSTANTS = (
     "bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128 "
     "floating integer generic dtype finfo iinfo issubdtype promote_types inf nan newaxis pi e"
 )
-FUNCTIONS = {  # by kind, see standin.arrays.offered; "own" are those written out below
+FUNCTIONS = {  # by kind, see fakecupy.arrays.offered; "own": defined below
     "create": "arange eye full ones zeros",
     "empty": "empty empty_like",
     "launch": (
@@ -48,39 +48,39 @@ FUNCTIONS = {  # by kind, see standin.arrays.offered; "own" are those written ou
     "own": "array asarray asnumpy cuda get_array_module get_default_memory_pool is_available linalg ndarray result_type where",
 }
 LINALG = "cholesky eigh inv norm qr solve svd"
-LACKS = (  # what NumPy has and CuPy 14.2 has not, as far as anybody might reach for it
+LACKS = (  # names of NumPy that CuPy 14.2 lacks and that code might use
     "block bytes_ einsum_path errstate frompyfunc geomspace geterr insert longdouble matvec nanpercentile nanquantile ndenumerate "
     "nditer object_ seterr spacing str_ strings unstack vecdot vecmat"
 )
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # CuPy 14 has it where ml_dtypes is installed
-POOL_BYTES = 4096  # what the memory pool says it holds; there is none
-_DTYPES = "?bBhHiIlLqQefdFD" + BFLOAT16.char  # NumPy's characters for the dtypes that CuPy has
-_ATOMIC = "iILQefd"  # those of add.at; int64 is not among them
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # CuPy 14 supports it if ml_dtypes is installed
+POOL_BYTES = 4096  # the size that the fake memory pool reports
+_DTYPES = "?bBhHiIlLqQefdFD" + BFLOAT16.char  # NumPy's characters of the dtypes that CuPy supports
+_ATOMIC = "iILQefd"  # dtypes of add.at; int64 is missing in CuPy
 
 
 class CuPy(types.ModuleType):
-    """The module. For a missing name, the message tells whether CuPy lacks it or these lists do."""
+    """The module. The message for a missing name says whether CuPy lacks it or these lists do."""
 
     def __getattr__(self, name: str) -> Any:
         if name in LACKS.split():
             raise AttributeError(f"CuPy has no {name!r}; only NumPy has it.")
-        raise AttributeError(f"cupy.{name} is not in the stand-in's list; if CuPy has it, add it in tests/standin/__init__.py.")
+        raise AttributeError(f"cupy.{name} is not in the list of the fake CuPy; if CuPy has it, add it in tests/fakecupy/__init__.py.")
 
 
 def array(x: Any, dtype: Any = None) -> ndarray:
-    """A new array on the device. From the host it is copied, without waiting."""
+    """A new array on the device. A host array is copied asynchronously."""
     if isinstance(x, ndarray):
         return x.astype(x.dtype if dtype is None else dtype)
     host = np.array(x, dtype=dtype)
     if host.dtype.char not in _DTYPES:
         raise ValueError(f"Unsupported dtype {host.dtype}")
-    waits()  # while a step is recorded, memory of the host would be read again and again
+    waits()  # a captured graph would read the host memory again at every replay
     note(to_device=1, bytes=host.nbytes)
     return ndarray(host)
 
 
 def asarray(x: Any, dtype: Any = None) -> ndarray:
-    """x itself where it is on the device already and has the dtype."""
+    """x as a device array of the dtype; x itself if it already is one."""
     return x if isinstance(x, ndarray) and dtype in (None, x.dtype) else array(x, dtype)
 
 
@@ -95,17 +95,17 @@ def get_array_module(*arrays: Any) -> Any:
 
 
 def where(condition: ndarray, *choices: Any) -> Any:
-    """With one argument it is nonzero, and waits for the device."""
+    """With one argument this is nonzero, which synchronises."""
     return offered(np.where)(condition, *choices) if choices else condition.nonzero()
 
 
 def result_type(*arrays_and_dtypes: Any) -> np.dtype:
-    """NumPy's promotion; it looks at no value, so nothing is launched."""
+    """NumPy's promotion of dtypes. Values do not matter, so nothing is launched."""
     return np.result_type(*map(argument, arrays_and_dtypes))
 
 
 def add_at(a: ndarray, index: Any, value: Any) -> None:
-    """a[index] += value, where an index that comes twice adds twice."""
+    """a[index] += value; repeated indices accumulate."""
     if a.dtype.char not in _ATOMIC:
         raise TypeError(f"add.at only supports int32, uint32, uint64, float16, float32 and float64, got {a.dtype}.")
     _, _, mask = a._resolve(index)
@@ -115,7 +115,7 @@ def add_at(a: ndarray, index: Any, value: Any) -> None:
 
 
 def _solver(name: str) -> Callable:
-    """A function of linear algebra. Where NumPy raises LinAlgError, CuPy gives nonsense: to look at the status would be to wait."""
+    """A function of linear algebra. Where NumPy raises LinAlgError, CuPy returns garbage: reading the status would synchronise."""
     run = offered(getattr(np.linalg, name))
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -123,14 +123,14 @@ def _solver(name: str) -> Callable:
             return run(*args, **kwargs)
         except np.linalg.LinAlgError:
             easy = [(module.eye if a.ndim == 2 else module.ones)(*a.shape, dtype=a.dtype) for a in args]
-            results = run(*easy, **kwargs)  # tells the shapes of the results; a wrong shape raises again, as in CuPy
+            results = run(*easy, **kwargs)  # for the shapes of the results; a wrong shape raises again, as in CuPy
             return tuple(y * np.nan for y in results) if isinstance(results, tuple) else results * np.nan
 
     return call
 
 
 class MemoryPool:
-    """A pool of its own; `malloc` is only named."""
+    """A private memory pool; `malloc` is never called."""
 
     malloc = None
     freed = False
@@ -160,7 +160,7 @@ def _make_module() -> CuPy:
     pool = space(total_bytes=lambda: POOL_BYTES, used_bytes=lambda: POOL_BYTES // 2, free_all_blocks=lambda: None)
     cupy.get_default_memory_pool = lambda: pool
     runtime = space(getDeviceCount=lambda: 1, getDevice=lambda: 0)
-    cupy.cuda = space(runtime=runtime, get_current_stream=recording.current, Stream=recording.Stream, is_available=lambda: True)
+    cupy.cuda = space(runtime=runtime, get_current_stream=graph.current, Stream=graph.Stream, is_available=lambda: True)
     cupy.cuda.Device = lambda: space(compute_capability="90")
     cupy.cuda.MemoryPool, cupy.cuda.using_allocator = MemoryPool, lambda allocator: contextlib.nullcontext()
     return cupy
@@ -170,4 +170,4 @@ module = _make_module()
 nvmath = types.ModuleType("nvmath")
 nvmath.bindings = types.ModuleType("nvmath.bindings")
 nvmath.bindings.cublas = blas
-modules = {"cupy": module, "nvmath": nvmath, "nvmath.bindings": nvmath.bindings}  # sys.modules |= standin.modules
+modules = {"cupy": module, "nvmath": nvmath, "nvmath.bindings": nvmath.bindings}  # sys.modules |= fakecupy.modules

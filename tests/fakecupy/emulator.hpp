@@ -1,6 +1,6 @@
-// What CUDA has and C++ has not, in front of a source. The threads of a block are fibers of one thread of the CPU: each runs until it has to
-// wait for its warp or its block, and one warp gets ahead of the others as far as it may. So what is read before it was waited for is not
-// there, and what is overwritten too early is gone, every time.
+// CUDA features that C++ lacks, placed before a source. The threads of a block are fibers of one CPU thread: each runs until it has to
+// wait for its warp or its block, and one warp runs ahead of the others as far as it can. A missing synchronisation therefore gives a
+// wrong result every time: data are read before they are written, or overwritten before they are read.
 
 #include <algorithm>
 #include <cmath>
@@ -31,7 +31,7 @@ struct Fiber {
 };
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
-static int running = -1;  // no fibers: one thread, which waits for nobody
+static int running = -1;  // no fibers: one thread, which never waits
 static std::function<void()> body;
 
 static void wait_for(Waits whom) {
@@ -52,7 +52,7 @@ static void resume(int i) {
     swapcontext(&scheduler, &fibers[i].context);
 }
 
-// Run a warp until its threads wait for the block, or are over. False: some wait for others of the warp who do not come.
+// Run a warp until all its threads wait for the block or have ended. False: some wait for others of the warp that never arrive.
 static bool run_warp(int first, int end) {
     for (;;) {
         int together = 0, blocked = 0;
@@ -67,7 +67,7 @@ static bool run_warp(int first, int end) {
     }
 }
 
-// One block: a warp gets as far ahead of the others as it can, the first or, every other time, the last. False: some wait for ever.
+// Run a block: one warp runs ahead as far as it can, in odd blocks the last, else the first. False: some threads wait for ever.
 static bool run_block(int threads, bool backwards) {
     const int warps = (threads + 31) / 32;
     for (int over_now = 0; over_now < threads;) {
@@ -108,7 +108,7 @@ template <class F> static int launch_(F kernel, int grid, int threads) {
     return 0;
 }
 
-// A value of each lane, seen by all of its warp.
+// The value of lane `lane`, for all threads of the warp.
 template <class T> static T of_lane(T value, int lane) {
     static T values[1024];
     values[threadIdx.x] = value;
@@ -150,7 +150,7 @@ static void emulated_wait_for_copies() {
     copies[threadIdx.x].clear();
 }
 
-// mma.sync.m16n8k16 (two numbers of T to a word) or m16n8k8 (one), as PTX lays their operands over the lanes of a warp. No rounding to TF32.
+// mma.sync.m16n8k16 (two numbers of T per word) or m16n8k8 (one), with the operand layouts of PTX over the lanes. No rounding to TF32.
 template <class T> static void emulated_mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
     struct Words { unsigned a[4], b[2]; };
     static Words words[1024];

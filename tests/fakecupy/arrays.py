@@ -1,4 +1,4 @@
-"""`cupy.ndarray`, played by a wrapper around a NumPy array that nothing else can see."""
+"""A fake `cupy.ndarray`: a wrapper around a private NumPy array."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from standin.counting import note
-from standin.recording import perform, recording, refuse_product, waits
+from fakecupy.counting import note
+from fakecupy.graph import capturing, perform, refuse_product, waits
 
 
 class Flags(NamedTuple):
-    """The flags that CuPy has; there is no `writeable` among them."""
+    """The flags of CuPy arrays; CuPy has no `writeable`."""
 
     c_contiguous: bool
     f_contiguous: bool
@@ -21,19 +21,19 @@ class Flags(NamedTuple):
 
 
 class ndarray:
-    """A CuPy array. Not a subclass of numpy.ndarray: what NumPy does to its own kind by itself must fail here, as it does on a GPU."""
+    """A CuPy array. Not a subclass of numpy.ndarray: implicit conversions by NumPy must fail, as they do on a GPU."""
 
     __slots__ = ("_host",)
-    __array_ufunc__ = None  # so `numpy_array + this` asks this class, which refuses; NumPy scalars pass
+    __array_ufunc__ = None  # so `numpy_array + this` calls this class, which refuses; NumPy scalars pass
 
     def __init__(self, host: np.ndarray) -> None:
         if not isinstance(host, np.ndarray):
-            raise TypeError("the stand-in's arrays are made by asarray, zeros, ..., not by ndarray(shape).")
+            raise TypeError("the fake CuPy creates arrays with asarray, zeros, ..., not with ndarray(shape).")
         self._host = host
-        if (graph := recording()) is not None:
+        if (graph := capturing()) is not None:
             graph.kept.append(host)
 
-    # -- what NumPy would like to do, and must not ------------------------------------------------------------------
+    # -- implicit conversions, which raise --------------------------------------------------------------------------
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct a NumPy array explicitly.")
@@ -42,9 +42,11 @@ class ndarray:
         raise TypeError(f"numpy.{function.__name__} was called on a CuPy array; take the module from get_xp(x).")
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"cupy.ndarray.{name} is not in the stand-in's list; if CuPy has it, add it in tests/standin/arrays.py.")
+        raise AttributeError(
+            f"cupy.ndarray.{name} is not in the list of the fake CuPy; if CuPy has it, add it in tests/fakecupy/arrays.py."
+        )
 
-    # -- free of charge: the host knows shapes and dtypes -----------------------------------------------------------
+    # -- shapes and dtypes, which the host knows --------------------------------------------------------------------
 
     shape = property(lambda self: self._host.shape)
     dtype = property(lambda self: self._host.dtype)
@@ -67,7 +69,7 @@ class ndarray:
     def __iter__(self) -> Iterator[ndarray]:
         return (self[i] for i in range(len(self)))
 
-    # -- what makes the host wait -----------------------------------------------------------------------------------
+    # -- operations that synchronise --------------------------------------------------------------------------------
 
     def get(self) -> np.ndarray:
         """A copy on the host."""
@@ -102,9 +104,9 @@ class ndarray:
         resolved, gathers, mask = self._resolve(key)
         note(launches=gathers, syncs=mask)
         if not gathers:
-            return ndarray(self._host[resolved])  # an array even for one element, as the key holds an Ellipsis
+            return ndarray(self._host[resolved])  # an array even for one element, since the key contains an Ellipsis
         result = self._host[resolved].copy()
-        if recording() is not None:
+        if capturing() is not None:
             result = to_be_computed(lambda: self._host[self._resolve(key)[0]], result)
         return ndarray(result)
 
@@ -112,7 +114,7 @@ class ndarray:
         resolved, _, mask = self._resolve(key)
         note(launches=1, syncs=mask)
         value = operand(value)
-        if recording() is None:
+        if capturing() is None:
             self._host[resolved] = value
         else:
 
@@ -122,9 +124,9 @@ class ndarray:
             perform(run)
 
     def _resolve(self, key: Any) -> tuple[tuple[Any, ...], bool, bool]:
-        """(the key for NumPy, is there an index array in it, is there a mask in it).
+        """(the key for NumPy, whether it has an index array, whether it has a mask).
 
-        Index arrays wrap around silently, as CuPy's do: on a GPU nobody looks at them. Plain integers are checked.
+        Index arrays wrap around silently, as in CuPy, which does not check them on the device. Plain integers are checked.
         """
         keys = key if isinstance(key, tuple) else (key,)
         taken = [0 if k is None or k is Ellipsis else k.ndim if is_mask(k) else 1 for k in keys]
@@ -148,7 +150,7 @@ class ndarray:
         """Copy from the host."""
         waits()
         if not isinstance(host, np.ndarray) or host.shape != self.shape or host.dtype != self.dtype or not host.flags.c_contiguous:
-            raise TypeError(f"set: wanted a contiguous NumPy array of {self.shape} {self.dtype}.")
+            raise TypeError(f"set: expected a contiguous NumPy array of {self.shape} {self.dtype}.")
         note(to_device=1, bytes=host.nbytes)
         self._host[...] = host
 
@@ -166,28 +168,28 @@ ndarray.__module__ = "cupy"
 
 
 def is_mask(key: Any) -> bool:
-    """Is this an array of booleans?"""
+    """Whether `key` is a boolean device array."""
     return isinstance(key, ndarray) and key.dtype == bool
 
 
 def operand(value: Any) -> Any:
-    """What NumPy is given in place of an operand. Raises TypeError for anything but a CuPy array or a scalar."""
+    """The operand for NumPy. Raises TypeError for anything but a CuPy array or a scalar."""
     if isinstance(value, ndarray):
         return value._host
     if isinstance(value, (bool, int, float, complex, np.generic)):
         return value
-    raise TypeError(f"Unsupported type {type(value)}: operands are CuPy arrays and scalars; nothing is moved to the device unasked.")
+    raise TypeError(f"Unsupported type {type(value)}: operands are CuPy arrays and scalars; nothing is moved to the device implicitly.")
 
 
 def argument(value: Any) -> Any:
-    """What NumPy is given in place of any other argument: shapes, dtypes and lists of CuPy arrays may be among them, NumPy arrays not."""
+    """Any other argument for NumPy: shapes, dtypes and lists of CuPy arrays are allowed, NumPy arrays are not."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(argument, value))
     return operand(value) if isinstance(value, (ndarray, np.ndarray)) else value
 
 
 def device(result: Any) -> Any:
-    """NumPy's result as CuPy gives it: arrays, never scalars."""
+    """A NumPy result in CuPy's form: arrays, never scalars."""
     if isinstance(result, tuple):
         return tuple(map(device, result))
     return ndarray(np.asarray(result)) if isinstance(result, (np.ndarray, np.generic, bool)) else result
@@ -196,9 +198,9 @@ def device(result: Any) -> Any:
 def offered(function: Callable, kind: str = "launch") -> Callable:
     """A NumPy function as CuPy offers it.
 
-    Kinds: "launch"; "view", which launches only where it has to copy; "sync", whose result has a size that only the device
-    knows; "product", whose shape is remembered; "create", which needs no array among its arguments; "empty", which launches
-    nothing. No floating-point warnings: a GPU gives none.
+    Kinds: "launch"; "view", which launches only if it must copy; "sync", whose result has a size that only the device knows;
+    "product", whose shape is recorded in the counts; "create", which needs no array argument; "empty", which launches nothing.
+    There are no floating-point warnings, as on a GPU.
     """
     convert = operand if isinstance(function, np.ufunc) else argument
     name = function.__name__
@@ -226,7 +228,7 @@ def offered(function: Callable, kind: str = "launch") -> Callable:
             return out
         result = run()
         launches = kind != "empty" and not (kind == "view" and np.may_share_memory(result, inputs[0]))
-        if launches and recording() is not None:
+        if launches and capturing() is not None:
             result = to_be_computed(run, result)
         note(launches=launches, syncs=kind == "sync", products=[np.shape(result)] if kind == "product" else [])
         return device(result)
@@ -248,7 +250,7 @@ METHODS = {
 
 
 def to_be_computed(run: Callable[[], Any], result: Any) -> Any:
-    """While a step is recorded: in place of the result an array with nothing in it, and a note that it is to be filled."""
+    """During graph capture: return arrays without the values, and add the computation of the values to the graph."""
     arrays = [np.array(x) for x in (result if isinstance(result, tuple) else (result,))]
 
     def again() -> None:
@@ -263,12 +265,12 @@ def to_be_computed(run: Callable[[], Any], result: Any) -> Any:
 
 
 def _asks_first(other: Any) -> bool:
-    """Does the other operand of a product want to be asked, as CuPy finds out (NEP 13)?"""
+    """Whether the other operand of a product handles it, by the rule of CuPy (NEP 13)."""
     return not isinstance(other, ndarray) and getattr(other, "__array_ufunc__", ...) is None
 
 
 def _add_methods() -> None:
-    """Give `ndarray` its operators and methods, all made from NumPy's."""
+    """Add operators and methods to `ndarray`, all built from NumPy's."""
 
     def method(run: Callable) -> Callable:
         return lambda self, *args, **kwargs: run(self, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""What a GPU would have been asked to do: `with count() as c: ...; c.launches, c.syncs, c.products`."""
+"""The work that a GPU would have received: `with count() as c: ...; c.launches, c.syncs, c.products`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 class Counts:
     """Counts of one `with count()` block.
 
-    launches   kernels: one for each elementwise operation, reduction, product, copy, gather or scatter; a view launches nothing
-    syncs      times the host had to wait: get, item, float, int, bool, tolist, printing, and everything whose size only the
+    launches   kernels: one per elementwise operation, reduction, product, copy, gather or scatter; a view launches nothing
+    syncs      times the host waits: get, item, float, int, bool, tolist, printing, and everything whose size only the
                device knows (nonzero, boolean masks)
     to_device  copies of host arrays to the device; the host does not wait for them
-    to_host    copies back; each is a sync too
-    bytes      size of all those copies together
-    products   shapes of the results of all matrix products, in order: a test can say which product was never formed
+    to_host    copies to the host; each is also a sync
+    bytes      total size of these copies
+    products   shapes of the results of all matrix products, in order, so that a test can check which products were formed
     """
 
     launches: int = 0
@@ -38,7 +38,7 @@ _open: list[Counts] = []
 
 @contextmanager
 def count() -> Iterator[Counts]:
-    """Count what happens inside the block; blocks may be nested."""
+    """Count the work inside the block; blocks may be nested."""
     _open.append(Counts())
     try:
         yield _open[-1]
@@ -47,7 +47,7 @@ def count() -> Iterator[Counts]:
 
 
 def note(**counts: int | list[tuple[int, ...]]) -> None:
-    """Add to every open count: note(launches=1)."""
+    """Add to every open count, as in note(launches=1)."""
     for c in _open:
         for name, value in counts.items():
             setattr(c, name, getattr(c, name) + value)

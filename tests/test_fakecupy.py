@@ -4,12 +4,12 @@ import copy
 import math
 from importlib.util import find_spec
 
+import fakecupy
 import numpy as np
 import pytest
-import standin
-from standin.arrays import METHODS
+from fakecupy.arrays import METHODS
 
-cp = standin.module
+cp = fakecupy.module
 
 
 @pytest.fixture
@@ -22,25 +22,25 @@ def x(host):
     return cp.asarray(host)
 
 
-def test_the_lists_are_true_of_cupy():
+def test_the_lists_match_cupy():
     cupy = pytest.importorskip("cupy", reason="compares the lists with CuPy's own names; it needs CuPy, but no GPU")
-    names = [*standin.CONSTANTS.split(), *" ".join(standin.FUNCTIONS.values()).split()]
+    names = [*fakecupy.CONSTANTS.split(), *" ".join(fakecupy.FUNCTIONS.values()).split()]
     methods = [*" ".join(METHODS.values()).split(), *(n for n in vars(cp.ndarray) if not n.startswith("_"))]
     assert [name for name in names if not hasattr(cupy, name)] == []
     assert hasattr(cupy, "RawModule")
-    assert find_spec("cupy.cublas") is not None  # to import it takes CUDA's libraries
+    assert find_spec("cupy.cublas") is not None  # importing it needs the CUDA libraries
     assert hasattr(cupy.cuda.MemoryPool, "free_all_blocks")
     assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
-    assert [name for name in standin.LINALG.split() if not hasattr(cupy.linalg, name)] == []
+    assert [name for name in fakecupy.LINALG.split() if not hasattr(cupy.linalg, name)] == []
     assert [name for name in methods if not hasattr(cupy.ndarray, name)] == []
-    assert [name for name in standin.LACKS.split() if hasattr(cupy, name)] == []
+    assert [name for name in fakecupy.LACKS.split() if hasattr(cupy, name)] == []
     operators = {n for n in vars(cp.ndarray) if n.startswith("__")} - {"__slots__", "__getattr__"}
     assert [n for n in operators if not hasattr(cupy.ndarray, n)] == []
-    lacking = ("__index__", "__imatmul__", "__contains__")  # numpy.ndarray has these
+    lacking = ("__index__", "__imatmul__", "__contains__")  # of numpy.ndarray
     assert [n for n in lacking if hasattr(cupy.ndarray, n) or hasattr(cp.ndarray, n)] == []
 
 
-def test_it_is_an_array_of_its_own(x):
+def test_it_is_not_a_numpy_array(x):
     assert not isinstance(x, np.ndarray)
     assert type(x).__module__ == "cupy"
     assert (x.shape, x.dtype, x.ndim, x.size, x.nbytes, x.strides, len(x)) == ((2, 3), np.float32, 2, 6, 24, (12, 4), 2)
@@ -61,7 +61,7 @@ CONVERSIONS = {
 
 
 @pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
-def test_nothing_becomes_numpy_by_itself(convert, x):
+def test_no_implicit_conversion_to_numpy(convert, x):
     with pytest.raises(TypeError):
         convert(x)
 
@@ -99,10 +99,10 @@ def test_scalars_of_python_and_numpy_are_operands(x, host):
     np.testing.assert_array_equal((np.float32(1) - x / 2).get(), 1 - host / 2)
 
 
-def test_promotion_is_that_of_numpy_2(x):
+def test_promotion_follows_numpy_2(x):
     assert (x * 0.1).dtype == np.float32
     assert (x * np.float64(0.1)).dtype == np.float64
-    assert (x * cp.asarray(0.1)).dtype == np.float64  # a 0-d array is no Python number
+    assert (x * cp.asarray(0.1)).dtype == np.float64  # a 0-d array is not a Python number
     assert (x.astype("float16") * 2).dtype == np.float16
 
 
@@ -121,7 +121,7 @@ def test_an_element_is_a_view_and_in_place_operators_write(x):
     np.testing.assert_array_equal(x.get(), [[0, 0, 0], [3, 4, -15]])
 
 
-def test_copies_share_nothing(x, host):
+def test_copies_do_not_share_memory(x, host):
     host[...] = 9
     x.get()[...] = 9
     assert x.max().item() == 5
@@ -147,12 +147,12 @@ def test_index_arrays_wrap_around(x):
     x[cp.asarray([5])] = -1
     np.testing.assert_array_equal(x[1].get(), [-1, -1, -1])
     with pytest.raises(IndexError):
-        x[2]  # plain integers are checked, in CuPy too
+        x[2]  # plain integers are checked, as in CuPy
     with pytest.raises(IndexError):
         x[cp.asarray([0.0])]
 
 
-def test_add_at_collects_and_has_the_dtypes_of_atomic_add():
+def test_add_at_accumulates_and_has_the_dtypes_of_atomic_add():
     y = cp.zeros(3)
     cp.add.at(y, cp.asarray([0, 2, 3, 0]), cp.asarray([1.0, 2.0, 4.0, 8.0]))
     assert y.tolist() == [13, 0, 2]
@@ -160,14 +160,14 @@ def test_add_at_collects_and_has_the_dtypes_of_atomic_add():
         cp.add.at(cp.zeros(3, dtype="int64"), cp.asarray([0]), 1)
 
 
-def test_missing_names_say_why(x):
+def test_missing_names_explain_why(x):
     with pytest.raises(AttributeError, match="CuPy has no 'errstate'"):
         cp.errstate  # noqa: B018
     for name in ("random", "einsum_path", "trapezoid"):
         with pytest.raises(AttributeError):
             getattr(cp, name)
     for name in ("sort", "resize", "scatter_add", "anything"):
-        with pytest.raises(AttributeError, match="not in the stand-in's list"):
+        with pytest.raises(AttributeError, match="not in the list of the fake CuPy"):
             getattr(x, name)
     for name in ("reduceat", "reduce", "outer"):
         assert not hasattr(cp.add, name)
@@ -189,13 +189,13 @@ def test_arithmetic_and_linear_algebra_fail_silently():
         cp.linalg.cholesky(cp.ones((2, 3)))
 
 
-def test_linear_algebra_is_numpys(host, x):
+def test_linear_algebra_matches_numpy(host, x):
     U, S, Vt = cp.linalg.svd(x, full_matrices=False)
     np.testing.assert_allclose(((U * S) @ Vt).get(), host, atol=1e-6)
 
 
 def launches(f):
-    with standin.count() as c:
+    with fakecupy.count() as c:
         f()
     assert (c.syncs, c.transfers) == (0, 0)
     return c.launches
@@ -210,7 +210,7 @@ def test_launches_are_counted(x):
     assert launches(lambda: x[i]) == 1
     assert launches(lambda: x.__setitem__(i, 0)) == 1
     assert launches(lambda: cp.add.at(x, i, x)) == 1
-    assert launches(lambda: x.T.reshape(-1)) == 1  # has to copy
+    assert launches(lambda: x.T.reshape(-1)) == 1  # must copy
     assert launches(lambda: cp.zeros((2, 2))) == 1
     assert launches(lambda: x.astype("float64")) == 1
     assert launches(lambda: (x.reshape(-1), x.T, x[:, 1:], x[0, 0], x.transpose(1, 0), cp.empty(3), x.astype("float32", copy=False))) == 0
@@ -238,20 +238,20 @@ WAITS = {
 
 
 @pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
-def test_every_wait_is_counted(wait, x):
-    with standin.count() as c:
+def test_every_synchronisation_is_counted(wait, x):
+    with fakecupy.count() as c:
         wait(x)
     assert c.syncs == 1
 
 
-def test_three_argument_where_does_not_wait(x):
-    with standin.count() as c:
+def test_where_with_three_arguments_does_not_synchronise(x):
+    with fakecupy.count() as c:
         y = cp.where(x > 2, x, -math.inf)
     assert (c.syncs, c.launches, y.dtype) == (0, 2, np.float32)
 
 
 def test_transfers_are_counted_in_bytes(host):
-    with standin.count() as c:
+    with fakecupy.count() as c:
         x = cp.asarray(host)
         cp.asarray(x)
         assert (c.to_device, c.to_host, c.bytes, c.syncs) == (1, 0, 24, 0)
@@ -261,10 +261,10 @@ def test_transfers_are_counted_in_bytes(host):
     assert (c.to_device, c.to_host, c.transfers, c.bytes, c.syncs) == (1, 3, 4, 24 + 24 + 4 + 24, 3)
 
 
-def test_products_are_remembered(x):
-    with standin.count() as outer:
+def test_products_are_recorded(x):
+    with fakecupy.count() as outer:
         x @ x.T
-        with standin.count() as inner:
+        with fakecupy.count() as inner:
             x.T @ x
             cp.einsum("ij,ik->jk", x, x[:, :1])
             cp.outer(x[0], x[1])

@@ -1,7 +1,7 @@
-"""Activations that compute their derivative along with the value: y = f(x) and f'(x) in one pass, then dx = dy f'(x).
+"""Operations on each element, in blocks that stay in the cache (blocks.py): activations, and the step of AdamW.
 
-What is saved is the derivative in place of x: it takes no more memory, and backward is one multiplication. The arrays are walked through in
-blocks that stay in the cache (blocks.py).
+Activations compute their derivative along with the value, y = f(x) and f'(x) in one pass. It is saved in place of x: it takes no more
+memory, and backward is one multiplication, dx = dy f'(x).
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from functools import partial
+from typing import Any
 
 import numpy as np
 
+from minilora import functional as F
 from minilora.backend import get_xp
 from minilora.kernels.numpy.blocks import blocks, scratch
 
@@ -57,6 +59,22 @@ def swiglu_backward(
     """dg = dy u silu'(g),   du = dy silu(g)."""
     by_g, by_u = saved
     return dy * by_g if "dg" in need else None, dy * by_u if "du" in need else None
+
+
+def adamw(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, rates: Any, decays: Any, step: F.AdamStep) -> None:
+    """As functional.adamw, in place."""
+    _, weight_decay, b1, b2, c1, c2, eps, decoupled = step
+    for w_, g_, m_, v_, rate, decay in blocks(w, g, m, v, rates, decays):
+        lr = step.lr * rate
+        if weight_decay and decoupled:
+            w_ *= 1 - lr * weight_decay * decay
+        elif weight_decay:
+            g_ = g_ + weight_decay * decay * w_
+        m_ *= b1
+        m_ += (1 - b1) * g_
+        v_ *= b2
+        v_ += (1 - b2) * (g_ * g_)
+        w_ -= (lr / c1) * m_ / (np.sqrt(v_) / math.sqrt(c2) + eps)
 
 
 # -- one block each: x -> y, and the derivative where d is an array; a and t are scratch -------------------------------------

@@ -1,6 +1,6 @@
-"""cupy.cuda.Stream and Graph: what is launched between begin_capture and end_capture is not done, but noted, and done by graph.launch().
+"""Fake cupy.cuda.Stream and Graph: work between begin_capture and end_capture is not done but added to a graph; graph.launch() does it.
 
-As CUDA does, it refuses meanwhile whatever would make the host wait, and copies from the host; as CuPy does, it refuses its own products.
+During capture, everything that would make the host wait and copies from the host raise, as in CUDA; CuPy's own products raise, as in CuPy.
 """
 
 from __future__ import annotations
@@ -8,25 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from standin.counting import note
+from fakecupy.counting import note
 
 
 class Graph:
-    """What was recorded. It keeps the memory that its steps read and write, as CuPy's pool does where nobody else takes from it."""
+    """A captured graph. It holds the memory that its steps read and write, as a private pool of CuPy does."""
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], None]] = []
         self.kept: list[Any] = []
 
     def launch(self, stream: Any = None) -> None:
-        assert recording() is None
+        assert capturing() is None
         note(launches=1)
         for step in self.steps:
             step()
 
 
 class Stream:
-    """As far as it is used: `with stream:`, begin_capture, end_capture, synchronize, ptr."""
+    """The parts that minilora uses: `with stream:`, begin_capture, end_capture, synchronize, ptr."""
 
     _open: Graph | None = None
     _current: list[Stream] = []  # noqa: RUF012
@@ -43,7 +43,7 @@ class Stream:
 
     def begin_capture(self) -> None:
         if not self.non_blocking or Stream._open is not None:
-            raise RuntimeError("cudaErrorStreamCaptureUnsupported: the default stream cannot be recorded.")
+            raise RuntimeError("cudaErrorStreamCaptureUnsupported: the default stream cannot be captured.")
         Stream._open = Graph()
 
     def end_capture(self) -> Graph:
@@ -70,24 +70,24 @@ def current() -> Stream:
     return Stream._current[-1] if Stream._current else default
 
 
-def recording() -> Graph | None:
+def capturing() -> Graph | None:
     return Stream._open
 
 
 def perform(run: Callable[[], None]) -> None:
-    """Do it, or note it."""
-    if (graph := recording()) is None:
+    """Run now, or add to the graph that is being captured."""
+    if (graph := capturing()) is None:
         run()
     else:
         graph.steps.append(run)
 
 
 def waits() -> None:
-    """Raise where a recording forbids that the host waits, or reads its own memory."""
-    if recording() is not None:
+    """Raise during capture: the host may neither wait nor copy from its own memory."""
+    if capturing() is not None:
         raise RuntimeError("cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing")
 
 
 def refuse_product() -> None:
-    if recording() is not None:
+    if capturing() is not None:
         raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
