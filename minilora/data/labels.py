@@ -79,8 +79,7 @@ def _value(file: Path, line: int, record: Record) -> float:
 
 def _label(file: Path, line: int, record: Record) -> Any:
     if "label" not in record:
-        has = ", ".join(map(repr, record)) or "none"
-        raise ValueError(f'{file}, line {line}: expected the fields "text" and "label"; it has {has}.')
+        raise ValueError(f'{file}, line {line}: expected the fields "text" and "label"; it has {", ".join(map(repr, record)) or "none"}.')
     return record["label"]
 
 

@@ -84,8 +84,8 @@ def train(
 def _take(batches: Iterator[Batch], n: int, step: int, steps: int) -> list[Batch]:
     """The next n batches, fewer where an epoch ends. Raises ValueError when there are no more."""
     taken: list[Batch] = []
-    while len(taken) < n and not (taken and taken[-1].ends_epoch) and (batch := next(batches, None)) is not None:
+    while len(taken) < n and not (taken and taken[-1].ends_epoch):
+        if (batch := next(batches, None)) is None:
+            raise ValueError(f"the data ended at step {step} of {steps}.")
         taken.append(batch)
-    if not taken or (len(taken) < n and not taken[-1].ends_epoch):
-        raise ValueError(f"the data ended at step {step} of {steps}.")
     return taken
