@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from itertools import accumulate
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -128,36 +129,25 @@ def assistant_spans(template: str | None, messages: Messages, ends: Sequence[str
     A message with "weight": 0 or "train": false has no span. Raises ValueError as `render_chat`, and when a turn is not found.
     """
 
-    def render(messages: Messages, prompt: bool = False) -> str:
-        return _render(template, messages, prompt, more)[0]
-
     text, marked = _render(template, messages, False, more)
     trained = [_is_trained(i, message) for i, message in enumerate(messages)]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if marks_answers(template) and all(trained[i] for i in answers):
+        return text, iter(marked)
     if marks_answers(template):
-        answers = [trained[i] for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if all(answers):
-            return text, iter(marked)
         if len(answers) != len(marked):
             raise ValueError('the chat template does not mark every answer, so "weight" and "train" cannot be applied.')
-        return text, (span for span, train in zip(marked, answers, strict=True) if train)
+        return text, (span for i, span in zip(answers, marked, strict=True) if trained[i])
+
+    def render(messages: Messages, prompt: bool = False) -> str:
+        return _render(template, messages, prompt, more)[0]
 
     def past_mark(rest: str) -> int:
         """The index after the last special token; 0 where there is none."""
         return max((rest.rfind(mark) + len(mark) for mark in (more.get("eos_token"), *ends) if mark and mark in rest), default=0)
 
-    def after_prompt(i: int, through: str) -> int | None:
-        """Where answer i starts, after the text that introduces an answer; None where the template has no such text."""
-        try:
-            opened = render(messages[:i], prompt=True)
-            before = opened if through.startswith(opened) else render(messages[:i])
-        except ValueError:
-            return None
-        if not (through.startswith(before) and text.startswith(through)):
-            return None
-        return max(len(before), len(_common(opened, through)))  # the turn may open differently from the prompt
-
-    def within(i: int, through: str) -> tuple[Span, str]:
-        """(the span of answer i, the text that ends it), found by comparison with another answer in its place."""
+    def within(i: int, through: str) -> tuple[int, int, str]:
+        """(start, end, the text that ends it) of answer i, found by comparison with another answer in its place."""
         for letter in "axz":  # one of these is neither the first nor the last of the content
             short = [*messages[:i], {"role": "assistant", "content": letter}]
             other = render([*short, *messages[i + 1 :]])
@@ -166,35 +156,34 @@ def assistant_spans(template: str | None, messages: Messages, ends: Sequence[str
             if other[start : len(other) - after].strip() == letter:
                 end, rest = len(text) - after, _common(through[::-1], render(short)[::-1])[::-1]
                 shared = _common(rest, text[end:])
-                return (start, end), shared if shared == rest else shared[: past_mark(shared)]
+                return start, end, shared if shared == rest else shared[: past_mark(shared)]
         raise ValueError(
             f"the chat template changes message {i + 1}, so its tokens cannot be located; "
             "end every conversation after its first answer, or train on all of it (--no-mask-prompt)."
         )
 
-    def turns() -> Iterator[Span]:
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant" or not trained[i]:
-                continue
-            through = render(messages[: i + 1]) if i + 1 < len(messages) else text
-            start = after_prompt(i, through) if i else None  # an empty conversation lacks the system prompt that precedes a first message
-            if start is not None:
-                end, rest = start, through[start:]
-            else:
-                (start, end), rest = within(i, through)
-            past = past_mark(rest)
-            yield start, end + (past if past and not rest[past:].strip() else len(rest))
+    def turn(i: int) -> Span:
+        """The span of answer i and its end token. An empty conversation lacks the system prompt that precedes a first message."""
+        through = render(messages[: i + 1]) if i + 1 < len(messages) else text
+        try:
+            opened = render(messages[:i], prompt=True) if i else None
+            before = opened if opened is None or through.startswith(opened) else render(messages[:i])
+        except ValueError:
+            opened = before = None
+        if opened is not None and before is not None and through.startswith(before) and text.startswith(through):
+            start = end = max(len(before), len(_common(opened, through)))  # the turn may open differently from the prompt
+            rest = through[start:]
+        else:
+            start, end, rest = within(i, through)
+        past = past_mark(rest)
+        return start, end + (past if past and not rest[past:].strip() else len(rest))
 
-    return text, turns()
+    return text, (turn(i) for i in answers if trained[i])
 
 
 def _common(one: str, other: str) -> str:
-    """The common prefix of two strings, by bisection: comparing slices is much faster than comparing characters."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
-    return one[:low]
+    """The common prefix of two strings."""
+    return commonprefix([one, other])  # noqa: RUF071 - of strings, not of paths
 
 
 def _is_trained(i: int, message: dict[str, Any]) -> bool:

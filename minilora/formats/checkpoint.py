@@ -18,7 +18,7 @@ from minilora.backend import choose_backend, to_numpy
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.blank import Blank
 from minilora.formats.fetch import BUNDLED, is_hub_id, model_folder, read_weights, weight_files
-from minilora.formats.fitting import FAMILIES, check_sizes, classes_of, family_of, fill, named, oriented, warn_of_pooling
+from minilora.formats.fitting import FAMILIES, check_sizes, family_of, fill, named, oriented, warn_of_pooling
 from minilora.formats.gguf import read_gguf
 from minilora.formats.nf4 import CONFIG, is_nf4_config, packed, unpacked
 from minilora.formats.origin import Origin, origin
@@ -26,6 +26,8 @@ from minilora.formats.tensors import stored_dtypes, write_tensors
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.layers import Embedding
 from minilora.lora import adapter_parameters, lora_layers
+from minilora.models.bert import BertConfig
+from minilora.models.decoder import Decoder
 from minilora.quantization.half import KINDS, to_half_precision
 from minilora.quantization.nf4 import is_nf4
 from minilora.quantization.quantize import check_kind, quantize_model
@@ -80,9 +82,8 @@ def load_model(
     family = family_of(raw, where)
     if is_nf4_config(raw.get("quantization_config")):
         del raw["quantization_config"]
-    config_class, model_class = classes_of(family)
-    config = config_class.from_json(raw, where)
-    published = getattr(config, "class_names", [])
+    config: Any = family.config.from_json(raw, where)
+    published = config.class_names if isinstance(config, BertConfig) else []
     tensors = tensors or unpacked(read_weights(source), source)
     check_sizes(config, tensors, where)
     if labels is not None:
@@ -91,7 +92,7 @@ def load_model(
         tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
     elif isinstance(labels, Sequence) and "classifier.weight" in tensors and list(labels) != published and named(published):
         raise ValueError(f"{where}: the head is for {', '.join(published)}, not {', '.join(labels)}; new_head=True replaces it.")
-    model = model_class(config, rng=Blank(), dtype="float32")
+    model = family.model(config, rng=Blank(), dtype="float32")
     complete = family.architectures[0] in (raw.get("architectures") or ()) and not new_head
     drawn = fill(model, family, tensors, source, None if complete else seed)
     name = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # adapters name their base by it
@@ -105,7 +106,7 @@ def load_model(
 
 def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
     """The configuration with other classes: their names, or their number, which keeps the present names if it is theirs."""
-    if not hasattr(config, "num_labels"):
+    if not isinstance(config, BertConfig):
         raise ValueError(f"{where}: this model is not a classifier; labels need a BERT.")
     n, names = (labels, None) if isinstance(labels, int) else (len(labels), dict(enumerate(labels)))
     if n == config.num_labels:
@@ -168,7 +169,7 @@ def _save_tokenizer(model: Any, source: Path, folder: Path) -> None:
     """The tokenizer's files, with all tokens that end an answer for a decoder; a warning on standard error if they cannot be read."""
     if source.is_dir():
         _copy(source, folder, _TOKENIZER_FILES)
-        if not hasattr(model, "decode") or not (folder / "tokenizer.json").is_file():
+        if not isinstance(model, Decoder) or not (folder / "tokenizer.json").is_file():
             return
     try:
         tokenizer = load_tokenizer(source, model.config.vocab_size)

@@ -37,10 +37,6 @@ def family_of(raw: dict[str, Any], where: str) -> Family:
     return family
 
 
-def classes_of(family: Family) -> tuple[Any, Any]:
-    return family.config, family.model
-
-
 def named(classes: Sequence[str]) -> bool:
     """Whether these names were chosen: without names in config.json, transformers uses LABEL_0, LABEL_1, ..."""
     return list(classes) != [f"LABEL_{i}" for i in range(len(classes))]
@@ -60,18 +56,22 @@ def check_sizes(config: Any, tensors: dict[str, Any], where: str) -> None:
 
 
 def fill(model: Any, family: Family, tensors: dict[str, np.ndarray], source: Path, seed: int | None) -> tuple[str, ...]:
-    """Set every parameter to the tensor of its path, without a copy. With a seed, modules that the file lacks are initialised by it.
+    """Set every parameter to the tensor of its path, without a copy.
 
-    Returns the paths of those modules.
-
-    Raises ValueError as `check_fit`, and for a name that occurs twice or a tied head that differs from the embedding.
+    With a seed, modules of family.fresh that the file lacks are initialised: weights (out, in) from N(0, 0.02^2), biases zero. They are
+    reported on standard error, and their paths returned. Raises ValueError as `check_fit`, and for a name that occurs twice or a tied
+    head that differs from the embedding.
     """
-    tensors = _renamed(model, family, tensors, source)
-    drawn: tuple[str, ...] = ()
-    if seed is not None:
-        values, drawn = _initialised(model, family, tensors, source, seed)
-        tensors |= values
-    tensors, parameters = oriented(model, tensors), dict(model.parameters())
+    tensors, parameters = _renamed(model, family, tensors, source), dict(model.parameters())
+    fresh, rng = family.fresh if seed is not None else (), np.random.default_rng(seed)
+    drawn = tuple(name for name in fresh if not any(path.startswith(f"{name}.") for path in tensors))
+    for name in drawn:
+        W, b = parameters[f"{name}.weight"].data, parameters[f"{name}.bias"].data
+        tensors[f"{name}.weight"] = rng.normal(0, 0.02, W.shape).astype(W.dtype).T
+        tensors[f"{name}.bias"] = np.zeros(b.shape, b.dtype)
+    if drawn:
+        print(f"{source} has no {' and no '.join(drawn)}: initialised at random, to be trained or loaded.", file=sys.stderr)
+    tensors = oriented(model, tensors)
     check_fit(source, tensors, {path: p.data.shape for path, p in parameters.items()})
     for path, p in parameters.items():
         p.data = tensors[path]
@@ -102,21 +102,6 @@ def _renamed(model: Layer, family: Family, tensors: dict[str, np.ndarray], sourc
     return renamed
 
 
-def _initialised(
-    model: Any, family: Family, tensors: dict[str, np.ndarray], source: Path, seed: int
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Random values, weights (out, in) from N(0, 0.02^2), of the modules that the tensors lack, and their paths, which are reported."""
-    parameters, rng, values = dict(model.parameters()), np.random.default_rng(seed), {}
-    drawn = tuple(name for name in family.fresh if not any(path.startswith(f"{name}.") for path in tensors))
-    for name in drawn:
-        W, b = parameters[f"{name}.weight"].data, parameters[f"{name}.bias"].data
-        values[f"{name}.weight"] = rng.normal(0, 0.02, W.shape).astype(W.dtype).T
-        values[f"{name}.bias"] = np.zeros(b.shape, b.dtype)
-    if drawn:
-        print(f"{source} has no {' and no '.join(drawn)}: initialised at random, to be trained or loaded.", file=sys.stderr)
-    return values, drawn
-
-
 def drawn_parameters(model: Layer) -> list[str]:
     """The paths of the parameters, except adapters', of modules that were initialised at random (`Origin.drawn`)."""
     own = adapter_parameters(model)
@@ -133,12 +118,12 @@ def oriented(model: Layer, tensors: dict[str, Any]) -> dict[str, Any]:
 
 def check_fit(source: str | Path, tensors: dict[str, np.ndarray], expected: dict[str, tuple[int, ...]]) -> None:
     """Raise ValueError, naming the file or folder, for missing and unexpected tensors, wrong shapes, and values that are not finite."""
-    if missing := sorted(expected.keys() - tensors.keys()):
-        why = f"it lacks {missing[0]!r} ({len(missing)} tensors in all); was it made for another model?"
-        raise ValueError(f"{source} does not fit the model: {why}")
-    if extra := sorted(tensors.keys() - expected.keys()):
-        why = f"it has {extra[0]!r} ({len(extra)} tensors in all), which the model has no place for."
-        raise ValueError(f"{source} does not fit the model: {why}")
+    for what, keys, why in (
+        ("lacks", expected.keys() - tensors.keys(), "; was it made for another model?"),
+        ("has", tensors.keys() - expected.keys(), ", which the model has no place for."),
+    ):
+        if keys:
+            raise ValueError(f"{source} does not fit the model: it {what} {min(keys)!r} ({len(keys)} tensors in all){why}")
     for key, shape in expected.items():
         value = tensors[key]
         if value.shape != tuple(shape):

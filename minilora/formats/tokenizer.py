@@ -91,33 +91,22 @@ class Tokenizer(ABC):
             write_json(file, {**(read_json(file) if file.is_file() else {}), "eos_token_id": sorted(self.stop_ids)})
 
     def stream(self, ids: Iterable[int], skip_special: bool = False, after: Iterable[int] = ()) -> Iterator[str]:
-        """Decode ids as they arrive, in pieces that end at complete characters. The pieces joined are the decoded ids; with `after`,
-        the ids before them, they are what the ids add to the text of those.
+        """Decode ids as they arrive, in pieces that end at complete characters. The pieces joined are what the ids add to the text of
+        those in `after`.
 
         Part of a character decodes to replacement characters at the end: they are held back until the next token. So is a run of
-        single-byte tokens, which some decoders decode together. Only the tokens since the piece before the last are decoded again;
-        as decoders may drop the space before the first word, these must contain a word that has been shown.
+        single-byte tokens, which some decoders decode together. With clean_up each token may change the text before it: one piece.
         """
-        window = [int(id) for id in after]
-        context, shown, in_bytes = len(window), len(self.decode(window, skip_special)), False  # shown: of the text of window
-        if self.clean_up:  # each token may change the text before it: one piece
-            yield from filter(None, [self.decode([*window, *ids], skip_special)[shown:]])
-            return
+        seen, in_bytes = [int(id) for id in after], False
+        shown = len(self.decode(seen, skip_special))
         for id in map(int, ids):
-            window.append(id)
+            seen.append(id)
             in_bytes = id in self.byte_ids or (in_bytes and skip_special and id in self.special_ids)
-            if in_bytes:
-                continue
-            text = self.decode(window, skip_special)
-            complete = text.rstrip("\ufffd")
+            complete = "" if in_bytes or self.clean_up else self.decode(seen, skip_special).rstrip("\ufffd")
             if len(complete) > shown:
                 yield complete[shown:]
                 shown = len(complete)
-            if complete == text and self.decode(window[context:], skip_special).strip():  # drop the tokens before the last piece
-                window, context = window[context:], len(window) - context
-                shown = len(self.decode(window, skip_special))
-        rest = self.decode(window, skip_special)[shown:]
-        if rest:
+        if rest := self.decode(seen, skip_special)[shown:]:
             yield rest
 
 
