@@ -113,13 +113,13 @@ def _config(meta: dict[str, Any], stored: dict[str, Any], path: Path) -> dict[st
     architecture = meta.get("general.architecture")
     if architecture not in tuple(_CLASSES):
         raise ValueError(f"{path} is of architecture {architecture!r:.80}; supported: {', '.join(_CLASSES)}.")
-    required, number = object(), (int, float)
+    number = int, float
 
-    def get(name: str, kind: type | tuple[type, ...], default: Any = required) -> Any:
+    def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         value = meta.get(f"{architecture}.{name}", default)
-        if value is required:
+        if value is None:
             raise ValueError(f"{path} has no {architecture}.{name} in its metadata.")
-        if value is not default and (not isinstance(value, kind) or isinstance(value, bool)):
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{path}: {architecture}.{name} is {str(value)[:60]}, which is not supported.")
         return value
 
@@ -144,7 +144,8 @@ def _config(meta: dict[str, Any], stored: dict[str, Any], path: Path) -> dict[st
     if "token_embd.weight" not in stored or len(stored["token_embd.weight"].shape) != 2:
         raise ValueError(f"{path} lacks the tensor 'token_embd.weight', or it is not a matrix.")
 
-    config: dict[str, Any] = {
+    biases = {"attention_bias": "blk.0.attn_q.bias" in stored, "mlp_bias": "blk.0.ffn_gate.bias" in stored}
+    return {
         "model_type": architecture,
         "architectures": [_CLASSES[architecture]],
         "vocab_size": int(stored["token_embd.weight"].shape[-1]),  # GGUF lists dimensions in reverse
@@ -159,13 +160,10 @@ def _config(meta: dict[str, Any], stored: dict[str, Any], path: Path) -> dict[st
         "rope_theta": _short(get("rope.freq_base", number, 10000.0)),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in stored,
+        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+        **(biases if architecture == "llama" else {}),
     }
-    if architecture == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in stored
-        config["mlp_bias"] = "blk.0.ffn_gate.bias" in stored
-    for name in ("bos_token_id", "eos_token_id"):
-        config[name] = meta.get(f"tokenizer.ggml.{name}")
-    return config
 
 
 def _short(value: float) -> float:
