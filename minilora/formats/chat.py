@@ -30,15 +30,14 @@ def find_chat_template(folder: str | Path) -> str | None:
 
     Of several, "default", and "tool_use" where there are tools, as in transformers. Raises ValueError for one that is not text.
     """
-    folder = Path(folder)
-    files = [file for file in (folder / "chat_template.jinja",) if file.is_file()]
-    files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    named = {} if files else _templates_in_config(folder / "tokenizer_config.json")
-    for file in files:
+    folder, named = Path(folder), {}
+    for file in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
         try:
-            named["default" if file.parent == folder else file.stem] = file.read_text(encoding="utf-8")
+            if file.is_file():
+                named["default" if file.parent == folder else file.stem] = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
+    named = named or _templates_in_config(folder / "tokenizer_config.json")
     if "tool_use" in named:
         default = named.get("default", "{{ raise_exception('none of the templates is the default') }}")
         parts = "{% if tools is not none %}", named["tool_use"], "{% else %}", default, "{% endif %}"
@@ -48,15 +47,15 @@ def find_chat_template(folder: str | Path) -> str | None:
 
 def _templates_in_config(config: Path) -> dict[str, str]:
     """{name: template} in tokenizer_config.json: one string, or a list of {"name", "template"}."""
-    named = (read_json(config) if config.is_file() else {}).get("chat_template") or {}
+    found = (read_json(config) if config.is_file() else {}).get("chat_template") or {}
     try:
-        named = {entry["name"]: entry["template"] for entry in named} if isinstance(named, list) else named
+        found = {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else found
+        named = found if isinstance(found, dict) else {"default": found}
+        if all(isinstance(text, str) for text in named.values()):
+            return named
     except (TypeError, KeyError):
-        raise ValueError(f'{config}: chat_template must be a string or a list of {{"name", "template"}}.') from None
-    named = named if isinstance(named, dict) else {"default": named}
-    if wrong := [text for text in named.values() if not isinstance(text, str)]:
-        raise ValueError(f"{config}: chat_template must be a string, got {type(wrong[0]).__name__}.")
-    return named
+        pass
+    raise ValueError(f'{config}: chat_template must be a string or a list of {{"name", "template"}}.')
 
 
 def render_chat(template: str | None, messages: Messages, add_generation_prompt: bool = False, **more: Any) -> str:
@@ -77,38 +76,34 @@ def _render(template: str | None, messages: Messages, prompt: bool, more: dict[s
             "this model has no chat template; put one into chat_template.jinja in its folder (as transformers writes it), "
             'or use records of "prompt" and "completion" instead of "messages".'
         )
-    for i, message in enumerate(messages):
-        if not _is_message(message):
-            raise ValueError(f'message {i + 1} must be an object with the strings "role" and "content".')
+    plain = [_plain(i, message) for i, message in enumerate(messages)]
     for name in ("tools", "documents"):
         if not isinstance(value := more.get(name) or [], list) or not all(isinstance(item, dict) for item in value):
             raise ValueError(f'"{name}" must be a list of objects.')
     context = {"tools": None, "documents": None}  # templates test these
     context |= {name: value for name, value in more.items() if value not in (None, "")}
     try:
-        plain = json.dumps({**context, "messages": [_plain(message) for message in messages]}, ensure_ascii=False)
+        text = json.dumps({**context, "messages": plain}, ensure_ascii=False)
     except (TypeError, ValueError):
         raise ValueError("messages must consist of strings, numbers, lists and objects only.") from None
     compiled, marks = _compile(template), f"[{''.join(_MARKS)}]"
-    if (marked := marks_answers(template)) and re.search(marks, plain):
+    if (marked := marks_answers(template)) and re.search(marks, text):
         raise ValueError(f"messages must not contain the noncharacters {' and '.join(map(ascii, _MARKS))}.")
     with _in_one_sentence():
-        text = compiled.render(**json.loads(plain), add_generation_prompt=prompt)  # plain data: no Python objects
+        text = compiled.render(**json.loads(text), add_generation_prompt=prompt)  # plain data: no Python objects
     pieces = re.split(marks, text) if marked else [text]
     bounds = list(accumulate(map(len, pieces)))
     return "".join(pieces), list(zip(bounds[:-1:2], bounds[1:-1:2], strict=True))
 
 
-def _is_message(message: Any) -> bool:
-    """Whether this is an object with a role, and either text or calls of tools."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return False
-    return isinstance(message.get("content"), str) or (message.get("content") is None and message.get("tool_calls") is not None)
+def _plain(i: int, message: Any) -> dict[str, Any]:
+    """A message as transformers passes it to a template: without None values, and with reasoning under both of its names.
 
-
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as transformers passes it to a template: without None values, and with reasoning under both of its names."""
-    message = {key: value for key, value in message.items() if value is not None}
+    Raises ValueError for one without a role, or with neither text nor calls of tools.
+    """
+    message = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+    if not isinstance(message.get("role"), str) or not isinstance(message.get("content", "" if "tool_calls" in message else None), str):
+        raise ValueError(f'message {i + 1} must be an object with the strings "role" and "content".')
     reasoning = next((message[key] for key in _REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 

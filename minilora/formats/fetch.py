@@ -64,13 +64,13 @@ def weight_files(folder: Path) -> list[Path]:
     for name in places.values():
         if not isinstance(name, str) or name in ("", ".", "..") or PureWindowsPath(name).name != name:
             raise ValueError(f"{index} names the file {name!r:.80}, which is not the plain name of a file in its folder.")
-    shards = [folder / name for name in dict.fromkeys(places.values())]
-    for file in shards:
-        listed, held = {name for name, place in places.items() if place == file.name}, stored_dtypes(file).keys()
-        if odd := listed ^ held:
+    shards = {folder / name: stored_dtypes(folder / name) for name in dict.fromkeys(places.values())}
+    for file, held in shards.items():
+        listed = {name for name, place in places.items() if place == file.name}
+        if odd := listed ^ held.keys():
             where = "is not there" if min(odd) in listed else "is there, but not in the index"
             raise ValueError(f"{index} and {file.name} differ: {min(odd)!r:.80} {where}.")
-    return shards
+    return list(shards)
 
 
 def _snapshot(hub_id: str, download: bool) -> Path:

@@ -25,8 +25,7 @@ from minilora.quantization.nf4 import is_nf4
 
 def family_of(raw: dict[str, Any], where: str) -> Family:
     """The architecture that a config.json names. Raises ValueError, listing those supported, for another."""
-    family = FAMILIES.get(str(raw.get("model_type")))
-    if family is None:
+    if (family := FAMILIES.get(str(raw.get("model_type")))) is None:
         raise ValueError(f"{where} is of model_type {raw.get('model_type')!r:.80}; supported: {', '.join(FAMILIES)}.")
     names = raw.get("architectures") or []
     if not isinstance(names, list):
@@ -128,16 +127,10 @@ def check_fit(source: str | Path, tensors: dict[str, np.ndarray], expected: dict
         value = tensors[key]
         if value.shape != tuple(shape):
             raise ValueError(f"{source} does not fit the model: {key} has shape {value.shape}, the model expects {tuple(shape)}.")
-        if value.dtype.kind != "f" or not _finite(value):
+        with np.errstate(invalid="ignore"):  # min and max take no memory, unlike isfinite, and are NaN if one element is
+            low, high = (0, 0) if is_nf4(value) or value.size == 0 else (value.min(), value.max())  # NF4 is checked when it is read
+        if value.dtype.kind != "f" or not max(-low, high) <= np.finfo(np.float32).max:
             raise ValueError(f"{source}: {key} ({value.dtype}) holds values that are not finite floating-point numbers.")
-
-
-def _finite(x: np.ndarray) -> bool:
-    """Whether all values are finite in float32. min and max take no memory, unlike isfinite, and are NaN if one element is."""
-    if is_nf4(x):  # checked when it was read
-        return True
-    with np.errstate(invalid="ignore"):
-        return x.size == 0 or bool(max(-x.min(), x.max()) <= np.finfo(np.float32).max)
 
 
 def warn_of_pooling(model: Any, folder: Path) -> None:

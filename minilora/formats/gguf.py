@@ -48,14 +48,21 @@ def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any],
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     tensors = {}
     for tensor in stored.values():
-        name = _published(tensor.name, config["num_hidden_layers"], path)
+        stem, _, kind = tensor.name.rpartition(".")
+        block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+        if kind == "weight" and stem in _TOP:
+            name = _TOP[stem]
+        elif block and kind in ("weight", "bias") and block[2] in _BLOCK and int(block[1]) < config["num_hidden_layers"]:
+            name = f"model.layers.{block[1]}.{_BLOCK[block[2]]}"
+        else:
+            raise ValueError(f"{path} has a tensor {tensor.name!r}, which is not part of a supported model.")
         value = _dequantized(tensor, path)
-        projection = name.split(".")[-2]
-        if config["model_type"] == "llama" and projection in heads:
-            if len(value) % (2 * heads[projection]):
-                raise ValueError(f"{path}: {tensor.name} has {len(value)} rows, not a multiple of 2 x {heads[projection]} heads.")
-            value = in_halves(value, heads[projection])
-        tensors[name] = np.asarray(value, dtype)
+        n_head = heads.get(name.rpartition(".")[2])
+        if config["model_type"] == "llama" and n_head is not None:
+            if len(value) % (2 * n_head):
+                raise ValueError(f"{path}: {tensor.name} has {len(value)} rows, not a multiple of 2 x {n_head} heads.")
+            value = in_halves(value, n_head)
+        tensors[f"{name}.{kind}"] = np.asarray(value, dtype)
     return config, tensors
 
 
@@ -64,11 +71,9 @@ def read_gguf_tokenizer(path: str | Path) -> tuple[int, dict[str, Any]]:
 
     Raises as `read_gguf`.
     """
-    path = Path(path)
-    meta, stored = _open(path)
-    return _config(meta, stored, path)["vocab_size"], {
-        re.sub(r"^tokenizer\.(ggml\.)?", "", name): value for name, value in meta.items() if name.startswith("tokenizer.")
-    }
+    meta, stored = _open(Path(path))
+    found = {re.sub(r"^tokenizer\.(ggml\.)?", "", name): value for name, value in meta.items() if name.startswith("tokenizer.")}
+    return _config(meta, stored, Path(path))["vocab_size"], found
 
 
 def in_halves(W: np.ndarray, n_head: int) -> np.ndarray:
@@ -169,17 +174,6 @@ def _config(meta: dict[str, Any], stored: dict[str, Any], path: Path) -> dict[st
 def _short(value: float) -> float:
     """The shortest decimal number equal to this float32: 1e-5 rather than 9.999999747378752e-06."""
     return float(str(np.float32(value)))
-
-
-def _published(name: str, n_layer: int, path: Path) -> str:
-    """The name in transformers of a tensor in GGUF. Raises ValueError for a tensor that Llama does not have."""
-    stem, _, kind = name.rpartition(".")
-    block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if kind == "weight" and stem in _TOP:
-        return f"{_TOP[stem]}.weight"
-    if block and kind in ("weight", "bias") and block[2] in _BLOCK and int(block[1]) < n_layer:
-        return f"model.layers.{block[1]}.{_BLOCK[block[2]]}.{kind}"
-    raise ValueError(f"{path} has a tensor {name!r}, which is not part of a supported model.")
 
 
 def _dequantized(tensor: Any, path: Path) -> np.ndarray:

@@ -75,7 +75,7 @@ def _difference(mark: str, model: Layer, ours: np.ndarray) -> str | None:
 
 
 def fingerprint(model: Layer, without: Collection[str] = ()) -> tuple[str, np.ndarray]:
-    """16 hexadecimal digits for a base model: a hash of paths, shapes and a few values, as float16, of every dense weight; and 64 of these.
+    """(16 hexadecimal digits: a hash of paths, shapes and a few values, as float16, of every dense weight; 64 of these values).
 
     `without`: paths of modules to skip, as those that are fully trained do not belong to the base.
     """
