@@ -190,8 +190,8 @@ def test_an_adapter_of_a_model_with_other_weights_is_refused(adapter):
 
 def test_the_fingerprint_does_not_depend_on_dtype_or_adapter():
     plain = ml.GPT2(CONFIG, rng=0)
-    assert fingerprint(plain) == fingerprint(adapted()) == fingerprint(ml.GPT2(CONFIG, rng=0).to(dtype="float16"))
-    assert fingerprint(plain) != fingerprint(ml.GPT2(CONFIG, rng=1))
+    assert fingerprint(plain)[0] == fingerprint(adapted())[0] == fingerprint(ml.GPT2(CONFIG, rng=0).to(dtype="float16"))[0]
+    assert fingerprint(plain)[0] != fingerprint(ml.GPT2(CONFIG, rng=1))[0]
 
 
 def test_an_adapter_for_another_size_is_refused(adapter):

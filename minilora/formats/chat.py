@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from itertools import accumulate
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,14 @@ def find_chat_template(folder: str | Path) -> str | None:
 
     Of several, "default", and "tool_use" where there are tools, as in transformers. Raises ValueError for one that is not text.
     """
-    folder = Path(folder)
-    files = [file for file in (folder / "chat_template.jinja",) if file.is_file()]
-    files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    named = {} if files else _templates_in_config(folder / "tokenizer_config.json")
-    for file in files:
+    folder, named = Path(folder), {}
+    for file in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
         try:
-            named["default" if file.parent == folder else file.stem] = file.read_text(encoding="utf-8")
+            if file.is_file():
+                named["default" if file.parent == folder else file.stem] = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
+    named = named or _templates_in_config(folder / "tokenizer_config.json")
     if "tool_use" in named:
         default = named.get("default", "{{ raise_exception('none of the templates is the default') }}")
         parts = "{% if tools is not none %}", named["tool_use"], "{% else %}", default, "{% endif %}"
@@ -47,15 +47,15 @@ def find_chat_template(folder: str | Path) -> str | None:
 
 def _templates_in_config(config: Path) -> dict[str, str]:
     """{name: template} in tokenizer_config.json: one string, or a list of {"name", "template"}."""
-    named = (read_json(config) if config.is_file() else {}).get("chat_template") or {}
+    found = (read_json(config) if config.is_file() else {}).get("chat_template") or {}
     try:
-        named = {entry["name"]: entry["template"] for entry in named} if isinstance(named, list) else named
+        found = {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else found
+        named = found if isinstance(found, dict) else {"default": found}
+        if all(isinstance(text, str) for text in named.values()):
+            return named
     except (TypeError, KeyError):
-        raise ValueError(f'{config}: chat_template must be a string or a list of {{"name", "template"}}.') from None
-    named = named if isinstance(named, dict) else {"default": named}
-    if wrong := [text for text in named.values() if not isinstance(text, str)]:
-        raise ValueError(f"{config}: chat_template must be a string, got {type(wrong[0]).__name__}.")
-    return named
+        pass
+    raise ValueError(f'{config}: chat_template must be a string or a list of {{"name", "template"}}.')
 
 
 def render_chat(template: str | None, messages: Messages, add_generation_prompt: bool = False, **more: Any) -> str:
@@ -76,38 +76,34 @@ def _render(template: str | None, messages: Messages, prompt: bool, more: dict[s
             "this model has no chat template; put one into chat_template.jinja in its folder (as transformers writes it), "
             'or use records of "prompt" and "completion" instead of "messages".'
         )
-    for i, message in enumerate(messages):
-        if not _is_message(message):
-            raise ValueError(f'message {i + 1} must be an object with the strings "role" and "content".')
+    plain = [_plain(i, message) for i, message in enumerate(messages)]
     for name in ("tools", "documents"):
         if not isinstance(value := more.get(name) or [], list) or not all(isinstance(item, dict) for item in value):
             raise ValueError(f'"{name}" must be a list of objects.')
     context = {"tools": None, "documents": None}  # templates test these
     context |= {name: value for name, value in more.items() if value not in (None, "")}
     try:
-        plain = json.dumps({**context, "messages": [_plain(message) for message in messages]}, ensure_ascii=False)
+        text = json.dumps({**context, "messages": plain}, ensure_ascii=False)
     except (TypeError, ValueError):
         raise ValueError("messages must consist of strings, numbers, lists and objects only.") from None
     compiled, marks = _compile(template), f"[{''.join(_MARKS)}]"
-    if (marked := marks_answers(template)) and re.search(marks, plain):
+    if (marked := marks_answers(template)) and re.search(marks, text):
         raise ValueError(f"messages must not contain the noncharacters {' and '.join(map(ascii, _MARKS))}.")
     with _in_one_sentence():
-        text = compiled.render(**json.loads(plain), add_generation_prompt=prompt)  # plain data: no Python objects
+        text = compiled.render(**json.loads(text), add_generation_prompt=prompt)  # plain data: no Python objects
     pieces = re.split(marks, text) if marked else [text]
     bounds = list(accumulate(map(len, pieces)))
     return "".join(pieces), list(zip(bounds[:-1:2], bounds[1:-1:2], strict=True))
 
 
-def _is_message(message: Any) -> bool:
-    """Whether this is an object with a role, and either text or calls of tools."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return False
-    return isinstance(message.get("content"), str) or (message.get("content") is None and message.get("tool_calls") is not None)
+def _plain(i: int, message: Any) -> dict[str, Any]:
+    """A message as transformers passes it to a template: without None values, and with reasoning under both of its names.
 
-
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as transformers passes it to a template: without None values, and with reasoning under both of its names."""
-    message = {key: value for key, value in message.items() if value is not None}
+    Raises ValueError for one without a role, or with neither text nor calls of tools.
+    """
+    message = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+    if not isinstance(message.get("role"), str) or not isinstance(message.get("content", "" if "tool_calls" in message else None), str):
+        raise ValueError(f'message {i + 1} must be an object with the strings "role" and "content".')
     reasoning = next((message[key] for key in _REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
@@ -128,36 +124,25 @@ def assistant_spans(template: str | None, messages: Messages, ends: Sequence[str
     A message with "weight": 0 or "train": false has no span. Raises ValueError as `render_chat`, and when a turn is not found.
     """
 
-    def render(messages: Messages, prompt: bool = False) -> str:
-        return _render(template, messages, prompt, more)[0]
-
     text, marked = _render(template, messages, False, more)
     trained = [_is_trained(i, message) for i, message in enumerate(messages)]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if marks_answers(template) and all(trained[i] for i in answers):
+        return text, iter(marked)
     if marks_answers(template):
-        answers = [trained[i] for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if all(answers):
-            return text, iter(marked)
         if len(answers) != len(marked):
             raise ValueError('the chat template does not mark every answer, so "weight" and "train" cannot be applied.')
-        return text, (span for span, train in zip(marked, answers, strict=True) if train)
+        return text, (span for i, span in zip(answers, marked, strict=True) if trained[i])
+
+    def render(messages: Messages, prompt: bool = False) -> str:
+        return _render(template, messages, prompt, more)[0]
 
     def past_mark(rest: str) -> int:
         """The index after the last special token; 0 where there is none."""
         return max((rest.rfind(mark) + len(mark) for mark in (more.get("eos_token"), *ends) if mark and mark in rest), default=0)
 
-    def after_prompt(i: int, through: str) -> int | None:
-        """Where answer i starts, after the text that introduces an answer; None where the template has no such text."""
-        try:
-            opened = render(messages[:i], prompt=True)
-            before = opened if through.startswith(opened) else render(messages[:i])
-        except ValueError:
-            return None
-        if not (through.startswith(before) and text.startswith(through)):
-            return None
-        return max(len(before), len(_common(opened, through)))  # the turn may open differently from the prompt
-
-    def within(i: int, through: str) -> tuple[Span, str]:
-        """(the span of answer i, the text that ends it), found by comparison with another answer in its place."""
+    def within(i: int, through: str) -> tuple[int, int, str]:
+        """(start, end, the text that ends it) of answer i, found by comparison with another answer in its place."""
         for letter in "axz":  # one of these is neither the first nor the last of the content
             short = [*messages[:i], {"role": "assistant", "content": letter}]
             other = render([*short, *messages[i + 1 :]])
@@ -166,35 +151,34 @@ def assistant_spans(template: str | None, messages: Messages, ends: Sequence[str
             if other[start : len(other) - after].strip() == letter:
                 end, rest = len(text) - after, _common(through[::-1], render(short)[::-1])[::-1]
                 shared = _common(rest, text[end:])
-                return (start, end), shared if shared == rest else shared[: past_mark(shared)]
+                return start, end, shared if shared == rest else shared[: past_mark(shared)]
         raise ValueError(
             f"the chat template changes message {i + 1}, so its tokens cannot be located; "
             "end every conversation after its first answer, or train on all of it (--no-mask-prompt)."
         )
 
-    def turns() -> Iterator[Span]:
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant" or not trained[i]:
-                continue
-            through = render(messages[: i + 1]) if i + 1 < len(messages) else text
-            start = after_prompt(i, through) if i else None  # an empty conversation lacks the system prompt that precedes a first message
-            if start is not None:
-                end, rest = start, through[start:]
-            else:
-                (start, end), rest = within(i, through)
-            past = past_mark(rest)
-            yield start, end + (past if past and not rest[past:].strip() else len(rest))
+    def turn(i: int) -> Span:
+        """The span of answer i and its end token. An empty conversation lacks the system prompt that precedes a first message."""
+        through = render(messages[: i + 1]) if i + 1 < len(messages) else text
+        try:
+            opened = render(messages[:i], prompt=True) if i else None
+            before = opened if opened is None or through.startswith(opened) else render(messages[:i])
+        except ValueError:
+            opened = before = None
+        if opened is not None and before is not None and through.startswith(before) and text.startswith(through):
+            start = end = max(len(before), len(_common(opened, through)))  # the turn may open differently from the prompt
+            rest = through[start:]
+        else:
+            start, end, rest = within(i, through)
+        past = past_mark(rest)
+        return start, end + (past if past and not rest[past:].strip() else len(rest))
 
-    return text, turns()
+    return text, (turn(i) for i in answers if trained[i])
 
 
 def _common(one: str, other: str) -> str:
-    """The common prefix of two strings, by bisection: comparing slices is much faster than comparing characters."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
-    return one[:low]
+    """The common prefix of two strings."""
+    return commonprefix([one, other])  # noqa: RUF071 - of strings, not of paths
 
 
 def _is_trained(i: int, message: dict[str, Any]) -> bool:

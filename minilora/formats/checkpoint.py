@@ -18,7 +18,7 @@ from minilora.backend import choose_backend, to_numpy
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.blank import Blank
 from minilora.formats.fetch import BUNDLED, is_hub_id, model_folder, read_weights, weight_files
-from minilora.formats.fitting import FAMILIES, check_sizes, classes_of, family_of, fill, named, oriented, warn_of_pooling
+from minilora.formats.fitting import FAMILIES, check_sizes, family_of, fill, named, oriented, warn_of_pooling
 from minilora.formats.gguf import read_gguf
 from minilora.formats.nf4 import CONFIG, is_nf4_config, packed, unpacked
 from minilora.formats.origin import Origin, origin
@@ -26,6 +26,8 @@ from minilora.formats.tensors import stored_dtypes, write_tensors
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.layers import Embedding
 from minilora.lora import adapter_parameters, lora_layers
+from minilora.models.bert import BertConfig
+from minilora.models.decoder import Decoder
 from minilora.quantization.half import KINDS, to_half_precision
 from minilora.quantization.nf4 import is_nf4
 from minilora.quantization.quantize import check_kind, quantize_model
@@ -80,9 +82,8 @@ def load_model(
     family = family_of(raw, where)
     if is_nf4_config(raw.get("quantization_config")):
         del raw["quantization_config"]
-    config_class, model_class = classes_of(family)
-    config = config_class.from_json(raw, where)
-    published = getattr(config, "class_names", [])
+    config: Any = family.config.from_json(raw, where)
+    published = config.class_names if isinstance(config, BertConfig) else []
     tensors = tensors or unpacked(read_weights(source), source)
     check_sizes(config, tensors, where)
     if labels is not None:
@@ -91,7 +92,7 @@ def load_model(
         tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
     elif isinstance(labels, Sequence) and "classifier.weight" in tensors and list(labels) != published and named(published):
         raise ValueError(f"{where}: the head is for {', '.join(published)}, not {', '.join(labels)}; new_head=True replaces it.")
-    model = model_class(config, rng=Blank(), dtype="float32")
+    model = family.model(config, rng=Blank(), dtype="float32")
     complete = family.architectures[0] in (raw.get("architectures") or ()) and not new_head
     drawn = fill(model, family, tensors, source, None if complete else seed)
     name = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # adapters name their base by it
@@ -105,7 +106,7 @@ def load_model(
 
 def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
     """The configuration with other classes: their names, or their number, which keeps the present names if it is theirs."""
-    if not hasattr(config, "num_labels"):
+    if not isinstance(config, BertConfig):
         raise ValueError(f"{where}: this model is not a classifier; labels need a BERT.")
     n, names = (labels, None) if isinstance(labels, int) else (len(labels), dict(enumerate(labels)))
     if n == config.num_labels:
@@ -146,14 +147,17 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     values = {path: merged.get(path, p.data) for path, p in model.parameters() if path not in own}
     quantized = {path: value for path, value in values.items() if is_nf4(value)}
     tensors = {path: to_numpy(value) for path, value in values.items() if path not in quantized}
-    dtypes = _stored(model, tensors) if kind == STORED else dict.fromkeys(tensors, kind) if kind else {}
-    result = {"model_type": model.model_type, **model.config.to_json()}
-    result["architectures"] = [FAMILIES[result["model_type"]].architectures[0]]
-    result["torch_dtype"] = max((dtypes.get(path, value.dtype.name) for path, value in tensors.items()), key=lambda name: name[-2:])
     name = origin(model).source
-    source = Path(name) if name and name != BUNDLED else None
-    if source is not None and (source / "config.json").is_file():
-        result = {**{key: value for key, value in read_json(source / "config.json").items() if key in _COPIED}, **result}
+    source = model_folder() if name == BUNDLED else Path(name) if name else None
+    published = read_json(source / "config.json") if source and (source / "config.json").is_file() else {}
+    result = {key: value for key, value in published.items() if key in _COPIED}
+    result |= {"model_type": model.model_type, **model.config.to_json()}
+    family = FAMILIES[result["model_type"]]
+    result["architectures"] = [family.architectures[0]]
+    dtypes = dict.fromkeys(tensors, kind) if kind else {}
+    if kind == STORED:
+        dtypes = _stored(source, family.prefix, tensors) if source and published else {}
+    result["torch_dtype"] = max((dtypes.get(path, value.dtype.name) for path, value in tensors.items()), key=lambda name: name[-2:])
     tensors = oriented(model, tensors)
     for path, value in quantized.items():
         tensors, result["quantization_config"] = tensors | packed(path, value), CONFIG
@@ -165,42 +169,32 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
 
 
 def _save_tokenizer(model: Any, source: Path, folder: Path) -> None:
-    """The tokenizer's files, with all tokens that end an answer for a decoder; a warning on standard error if they cannot be read."""
+    """The tokenizer's files, with all tokens that end an answer for a decoder; a warning on standard error if they cannot be read.
+
+    Links to files elsewhere are not copied. The hub's cache consists of links within its own folder.
+    """
     if source.is_dir():
-        _copy(source, folder, _TOKENIZER_FILES)
-        if not hasattr(model, "decode") or not (folder / "tokenizer.json").is_file():
+        home = source.resolve()
+        home = home.parent.parent if home.parent.name == "snapshots" else home
+        for name in _TOKENIZER_FILES:
+            real = (source / name).resolve()
+            if not real.is_file() or real == (folder / name).resolve():
+                continue
+            if home in real.parents:
+                write_file(folder / name, partial(shutil.copyfile, real))
+            else:
+                print(f"{source / name} links to a file outside its folder, and is not copied into {folder}.", file=sys.stderr)
+        if not isinstance(model, Decoder) or not (folder / "tokenizer.json").is_file():
             return
     try:
         tokenizer = load_tokenizer(source, model.config.vocab_size)
-        if source.is_dir():
-            tokenizer.save_stop_ids(folder)
-        else:
-            tokenizer.save(folder)
+        (tokenizer.save_stop_ids if source.is_dir() else tokenizer.save)(folder)
     except (ValueError, ImportError, FileNotFoundError) as error:
         print(f"{folder} has no readable tokenizer: {error}", file=sys.stderr)
 
 
-def _stored(model: Any, tensors: dict[str, np.ndarray]) -> dict[str, str]:
-    """{path: dtype in the files that the model was loaded from}, by default the most frequent one there."""
-    name = origin(model).source
-    source = model_folder() if name == BUNDLED else Path(name or "")
-    if not (source / "config.json").is_file():
-        return {}
-    prefix = FAMILIES[model.model_type].prefix
+def _stored(source: Path, prefix: str, tensors: Iterable[str]) -> dict[str, str]:
+    """{path: dtype in the files of a folder}, by default the most frequent one there."""
     found = {name: dtype for file in weight_files(source) for name, dtype in stored_dtypes(file).items() if "float" in dtype}
     usual = max(found.values(), key=[*found.values()].count)
     return {path: found.get(path) or found.get(path.removeprefix(prefix), usual) for path in tensors}
-
-
-def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
-    """Copy the files of these names, except links to files elsewhere. The hub's cache consists of links within its own folder."""
-    home = source.resolve()
-    home = home.parent.parent if home.parent.name == "snapshots" else home
-    for name in names:
-        real = (source / name).resolve()
-        if not real.is_file() or real == (folder / name).resolve():
-            continue
-        if home in real.parents:
-            write_file(folder / name, partial(shutil.copyfile, real))
-        else:
-            print(f"{source / name} links to a file outside its folder, and is not copied into {folder}.", file=sys.stderr)

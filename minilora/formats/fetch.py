@@ -46,33 +46,30 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or those that an index names. Raises FileNotFoundError or ValueError."""
+    """The safetensors files of a folder: one, or those that an index names, which must be beside it and hold the tensors that it lists.
+
+    Raises FileNotFoundError or ValueError.
+    """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
-    if index.is_file():
-        return _shards(index)
-    pickled = sorted(p.name for suffix in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{suffix}"))
-    if pickled:
-        raise ValueError(f"{folder} has only a pickled checkpoint ({pickled[0]}), which is not supported; convert it to safetensors.")
-    raise FileNotFoundError(f"there is no file {folder}/model.safetensors, nor model.safetensors.index.json.")
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files that an index names, which must be beside it and hold the tensors that it lists."""
+    if not index.is_file():
+        pickled = sorted(p.name for suffix in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{suffix}"))
+        if pickled:
+            raise ValueError(f"{folder} has only a pickled checkpoint ({pickled[0]}), which is not supported; convert it to safetensors.")
+        raise FileNotFoundError(f"there is no file {folder}/model.safetensors, nor model.safetensors.index.json.")
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no weight_map.")
     for name in places.values():
         if not isinstance(name, str) or name in ("", ".", "..") or PureWindowsPath(name).name != name:
             raise ValueError(f"{index} names the file {name!r:.80}, which is not the plain name of a file in its folder.")
-    shards = {file: stored_dtypes(file) for file in dict.fromkeys(index.parent / name for name in places.values())}
+    shards = {folder / name: stored_dtypes(folder / name) for name in dict.fromkeys(places.values())}
     for file, held in shards.items():
         listed = {name for name, place in places.items() if place == file.name}
-        if listed != held.keys():
-            odd = min(listed ^ held.keys())
-            where = "is not there" if odd in listed else "is there, but not in the index"
-            raise ValueError(f"{index} and {file.name} differ: {odd!r:.80} {where}.")
+        if odd := listed ^ held.keys():
+            where = "is not there" if min(odd) in listed else "is there, but not in the index"
+            raise ValueError(f"{index} and {file.name} differ: {min(odd)!r:.80} {where}.")
     return list(shards)
 
 

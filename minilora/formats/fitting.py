@@ -25,8 +25,7 @@ from minilora.quantization.nf4 import is_nf4
 
 def family_of(raw: dict[str, Any], where: str) -> Family:
     """The architecture that a config.json names. Raises ValueError, listing those supported, for another."""
-    family = FAMILIES.get(str(raw.get("model_type")))
-    if family is None:
+    if (family := FAMILIES.get(str(raw.get("model_type")))) is None:
         raise ValueError(f"{where} is of model_type {raw.get('model_type')!r:.80}; supported: {', '.join(FAMILIES)}.")
     names = raw.get("architectures") or []
     if not isinstance(names, list):
@@ -35,10 +34,6 @@ def family_of(raw: dict[str, Any], where: str) -> Family:
         if name not in family.architectures:
             raise ValueError(f"{where} is of architecture {name!r}; supported: {', '.join(family.architectures)}.")
     return family
-
-
-def classes_of(family: Family) -> tuple[Any, Any]:
-    return family.config, family.model
 
 
 def named(classes: Sequence[str]) -> bool:
@@ -60,18 +55,22 @@ def check_sizes(config: Any, tensors: dict[str, Any], where: str) -> None:
 
 
 def fill(model: Any, family: Family, tensors: dict[str, np.ndarray], source: Path, seed: int | None) -> tuple[str, ...]:
-    """Set every parameter to the tensor of its path, without a copy. With a seed, modules that the file lacks are initialised by it.
+    """Set every parameter to the tensor of its path, without a copy.
 
-    Returns the paths of those modules.
-
-    Raises ValueError as `check_fit`, and for a name that occurs twice or a tied head that differs from the embedding.
+    With a seed, modules of family.fresh that the file lacks are initialised: weights (out, in) from N(0, 0.02^2), biases zero. They are
+    reported on standard error, and their paths returned. Raises ValueError as `check_fit`, and for a name that occurs twice or a tied
+    head that differs from the embedding.
     """
-    tensors = _renamed(model, family, tensors, source)
-    drawn: tuple[str, ...] = ()
-    if seed is not None:
-        values, drawn = _initialised(model, family, tensors, source, seed)
-        tensors |= values
-    tensors, parameters = oriented(model, tensors), dict(model.parameters())
+    tensors, parameters = _renamed(model, family, tensors, source), dict(model.parameters())
+    fresh, rng = family.fresh if seed is not None else (), np.random.default_rng(seed)
+    drawn = tuple(name for name in fresh if not any(path.startswith(f"{name}.") for path in tensors))
+    for name in drawn:
+        W, b = parameters[f"{name}.weight"].data, parameters[f"{name}.bias"].data
+        tensors[f"{name}.weight"] = rng.normal(0, 0.02, W.shape).astype(W.dtype).T
+        tensors[f"{name}.bias"] = np.zeros(b.shape, b.dtype)
+    if drawn:
+        print(f"{source} has no {' and no '.join(drawn)}: initialised at random, to be trained or loaded.", file=sys.stderr)
+    tensors = oriented(model, tensors)
     check_fit(source, tensors, {path: p.data.shape for path, p in parameters.items()})
     for path, p in parameters.items():
         p.data = tensors[path]
@@ -102,21 +101,6 @@ def _renamed(model: Layer, family: Family, tensors: dict[str, np.ndarray], sourc
     return renamed
 
 
-def _initialised(
-    model: Any, family: Family, tensors: dict[str, np.ndarray], source: Path, seed: int
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Random values, weights (out, in) from N(0, 0.02^2), of the modules that the tensors lack, and their paths, which are reported."""
-    parameters, rng, values = dict(model.parameters()), np.random.default_rng(seed), {}
-    drawn = tuple(name for name in family.fresh if not any(path.startswith(f"{name}.") for path in tensors))
-    for name in drawn:
-        W, b = parameters[f"{name}.weight"].data, parameters[f"{name}.bias"].data
-        values[f"{name}.weight"] = rng.normal(0, 0.02, W.shape).astype(W.dtype).T
-        values[f"{name}.bias"] = np.zeros(b.shape, b.dtype)
-    if drawn:
-        print(f"{source} has no {' and no '.join(drawn)}: initialised at random, to be trained or loaded.", file=sys.stderr)
-    return values, drawn
-
-
 def drawn_parameters(model: Layer) -> list[str]:
     """The paths of the parameters, except adapters', of modules that were initialised at random (`Origin.drawn`)."""
     own = adapter_parameters(model)
@@ -133,26 +117,20 @@ def oriented(model: Layer, tensors: dict[str, Any]) -> dict[str, Any]:
 
 def check_fit(source: str | Path, tensors: dict[str, np.ndarray], expected: dict[str, tuple[int, ...]]) -> None:
     """Raise ValueError, naming the file or folder, for missing and unexpected tensors, wrong shapes, and values that are not finite."""
-    if missing := sorted(expected.keys() - tensors.keys()):
-        why = f"it lacks {missing[0]!r} ({len(missing)} tensors in all); was it made for another model?"
-        raise ValueError(f"{source} does not fit the model: {why}")
-    if extra := sorted(tensors.keys() - expected.keys()):
-        why = f"it has {extra[0]!r} ({len(extra)} tensors in all), which the model has no place for."
-        raise ValueError(f"{source} does not fit the model: {why}")
+    for what, keys, why in (
+        ("lacks", expected.keys() - tensors.keys(), "; was it made for another model?"),
+        ("has", tensors.keys() - expected.keys(), ", which the model has no place for."),
+    ):
+        if keys:
+            raise ValueError(f"{source} does not fit the model: it {what} {min(keys)!r} ({len(keys)} tensors in all){why}")
     for key, shape in expected.items():
         value = tensors[key]
         if value.shape != tuple(shape):
             raise ValueError(f"{source} does not fit the model: {key} has shape {value.shape}, the model expects {tuple(shape)}.")
-        if value.dtype.kind != "f" or not _finite(value):
+        with np.errstate(invalid="ignore"):  # min and max take no memory, unlike isfinite, and are NaN if one element is
+            low, high = (0, 0) if is_nf4(value) or value.size == 0 else (value.min(), value.max())  # NF4 is checked when it is read
+        if value.dtype.kind != "f" or not max(-low, high) <= np.finfo(np.float32).max:
             raise ValueError(f"{source}: {key} ({value.dtype}) holds values that are not finite floating-point numbers.")
-
-
-def _finite(x: np.ndarray) -> bool:
-    """Whether all values are finite in float32. min and max take no memory, unlike isfinite, and are NaN if one element is."""
-    if is_nf4(x):  # checked when it was read
-        return True
-    with np.errstate(invalid="ignore"):
-        return x.size == 0 or bool(max(-x.min(), x.max()) <= np.finfo(np.float32).max)
 
 
 def warn_of_pooling(model: Any, folder: Path) -> None:

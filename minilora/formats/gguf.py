@@ -48,14 +48,21 @@ def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any],
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     tensors = {}
     for tensor in stored.values():
-        name = _published(tensor.name, config["num_hidden_layers"], path)
+        stem, _, kind = tensor.name.rpartition(".")
+        block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+        if kind == "weight" and stem in _TOP:
+            name = _TOP[stem]
+        elif block and kind in ("weight", "bias") and block[2] in _BLOCK and int(block[1]) < config["num_hidden_layers"]:
+            name = f"model.layers.{block[1]}.{_BLOCK[block[2]]}"
+        else:
+            raise ValueError(f"{path} has a tensor {tensor.name!r}, which is not part of a supported model.")
         value = _dequantized(tensor, path)
-        projection = name.split(".")[-2]
-        if config["model_type"] == "llama" and projection in heads:
-            if len(value) % (2 * heads[projection]):
-                raise ValueError(f"{path}: {tensor.name} has {len(value)} rows, not a multiple of 2 x {heads[projection]} heads.")
-            value = in_halves(value, heads[projection])
-        tensors[name] = np.asarray(value, dtype)
+        n_head = heads.get(name.rpartition(".")[2])
+        if config["model_type"] == "llama" and n_head is not None:
+            if len(value) % (2 * n_head):
+                raise ValueError(f"{path}: {tensor.name} has {len(value)} rows, not a multiple of 2 x {n_head} heads.")
+            value = in_halves(value, n_head)
+        tensors[f"{name}.{kind}"] = np.asarray(value, dtype)
     return config, tensors
 
 
@@ -64,11 +71,9 @@ def read_gguf_tokenizer(path: str | Path) -> tuple[int, dict[str, Any]]:
 
     Raises as `read_gguf`.
     """
-    path = Path(path)
-    meta, stored = _open(path)
-    return _config(meta, stored, path)["vocab_size"], {
-        re.sub(r"^tokenizer\.(ggml\.)?", "", name): value for name, value in meta.items() if name.startswith("tokenizer.")
-    }
+    meta, stored = _open(Path(path))
+    found = {re.sub(r"^tokenizer\.(ggml\.)?", "", name): value for name, value in meta.items() if name.startswith("tokenizer.")}
+    return _config(meta, stored, Path(path))["vocab_size"], found
 
 
 def in_halves(W: np.ndarray, n_head: int) -> np.ndarray:
@@ -113,13 +118,13 @@ def _config(meta: dict[str, Any], stored: dict[str, Any], path: Path) -> dict[st
     architecture = meta.get("general.architecture")
     if architecture not in tuple(_CLASSES):
         raise ValueError(f"{path} is of architecture {architecture!r:.80}; supported: {', '.join(_CLASSES)}.")
-    required, number = object(), (int, float)
+    number = int, float
 
-    def get(name: str, kind: type | tuple[type, ...], default: Any = required) -> Any:
+    def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         value = meta.get(f"{architecture}.{name}", default)
-        if value is required:
+        if value is None:
             raise ValueError(f"{path} has no {architecture}.{name} in its metadata.")
-        if value is not default and (not isinstance(value, kind) or isinstance(value, bool)):
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{path}: {architecture}.{name} is {str(value)[:60]}, which is not supported.")
         return value
 
@@ -144,7 +149,8 @@ def _config(meta: dict[str, Any], stored: dict[str, Any], path: Path) -> dict[st
     if "token_embd.weight" not in stored or len(stored["token_embd.weight"].shape) != 2:
         raise ValueError(f"{path} lacks the tensor 'token_embd.weight', or it is not a matrix.")
 
-    config: dict[str, Any] = {
+    biases = {"attention_bias": "blk.0.attn_q.bias" in stored, "mlp_bias": "blk.0.ffn_gate.bias" in stored}
+    return {
         "model_type": architecture,
         "architectures": [_CLASSES[architecture]],
         "vocab_size": int(stored["token_embd.weight"].shape[-1]),  # GGUF lists dimensions in reverse
@@ -159,29 +165,15 @@ def _config(meta: dict[str, Any], stored: dict[str, Any], path: Path) -> dict[st
         "rope_theta": _short(get("rope.freq_base", number, 10000.0)),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in stored,
+        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+        **(biases if architecture == "llama" else {}),
     }
-    if architecture == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in stored
-        config["mlp_bias"] = "blk.0.ffn_gate.bias" in stored
-    for name in ("bos_token_id", "eos_token_id"):
-        config[name] = meta.get(f"tokenizer.ggml.{name}")
-    return config
 
 
 def _short(value: float) -> float:
     """The shortest decimal number equal to this float32: 1e-5 rather than 9.999999747378752e-06."""
     return float(str(np.float32(value)))
-
-
-def _published(name: str, n_layer: int, path: Path) -> str:
-    """The name in transformers of a tensor in GGUF. Raises ValueError for a tensor that Llama does not have."""
-    stem, _, kind = name.rpartition(".")
-    block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if kind == "weight" and stem in _TOP:
-        return f"{_TOP[stem]}.weight"
-    if block and kind in ("weight", "bias") and block[2] in _BLOCK and int(block[1]) < n_layer:
-        return f"model.layers.{block[1]}.{_BLOCK[block[2]]}.{kind}"
-    raise ValueError(f"{path} has a tensor {name!r}, which is not part of a supported model.")
 
 
 def _dequantized(tensor: Any, path: Path) -> np.ndarray:

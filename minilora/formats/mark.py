@@ -31,7 +31,7 @@ _FAR = 0.5  # relative difference: about 0.1 after rounding to four bits, 1.4 be
 
 def mark_of(model: Layer, without: Collection[str], loftq: bool = False) -> dict[str, str]:
     """The metadata of an adapter for this base; `without`: paths of modules that do not belong to the base."""
-    digest, samples = _read(model, without)
+    digest, samples = fingerprint(model, without)
     return {KEY: f"{_LOFTQ * loftq}{digest}:{'quantized' * _quantized(model)}:{samples.tobytes().hex()}"}
 
 
@@ -42,7 +42,7 @@ def check_base(model: Layer, without: Collection[str], metadata: dict[str, str],
     """
     if (mark := metadata.get(KEY)) is None:
         return
-    digest, samples = _read(model, without)
+    digest, samples = fingerprint(model, without)
     if mark.removeprefix(_LOFTQ).partition(":")[0] == digest:
         return
     difference = None if mark.startswith(_LOFTQ) else _difference(mark, model, samples)
@@ -74,16 +74,11 @@ def _difference(mark: str, model: Layer, ours: np.ndarray) -> str | None:
     return None
 
 
-def fingerprint(model: Layer, without: Collection[str] = ()) -> str:
-    """16 hexadecimal digits for a base model: a hash of paths, shapes and a few values, as float16, of every dense weight.
+def fingerprint(model: Layer, without: Collection[str] = ()) -> tuple[str, np.ndarray]:
+    """(16 hexadecimal digits: a hash of paths, shapes and a few values, as float16, of every dense weight; 64 of these values).
 
     `without`: paths of modules to skip, as those that are fully trained do not belong to the base.
     """
-    return _read(model, without)[0]
-
-
-def _read(model: Layer, without: Collection[str]) -> tuple[str, np.ndarray]:
-    """(the fingerprint, 64 of the values that it reads)."""
     digest, values = hashlib.sha256(), np.zeros(0, "<f4")
     for path, layer in model.modules():
         if isinstance(layer, Linear) and not any(f"{path}.".startswith(f"{skipped}.") for skipped in without):

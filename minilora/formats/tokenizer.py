@@ -20,28 +20,18 @@ from minilora.formats.tokenizer_files import import_tokenizers, library_errors, 
 
 
 class Tokenizer(ABC):
-    """The interface of all tokenizers.
+    """The interface of all tokenizers."""
 
-    vocab_size      the largest id + 1
-    bos_id, eos_id  None where there are none
-    prefix          the ids that `encode` puts before a text
-    special_tokens  the special tokens available to a chat template, by name: {"bos_token": "<s>", ...}
-    added           {token: id} of the tokens that are matched before a text is split
-    special_ids     those that `decode` can skip
-    byte_ids        the tokens that stand for a single byte
-    clean_up        whether `decode` removes spaces before punctuation
-    """
-
-    vocab_size: int
+    vocab_size: int  # the largest id + 1
     bos_id: int | None = None
     eos_id: int | None = None
-    prefix: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()  # the ids that `encode` puts before a text
     chat_template: str | None = None
-    special_tokens: Mapping[str, str] = MappingProxyType({})
-    added: Mapping[str, int] = MappingProxyType({})
-    special_ids: frozenset[int] = frozenset()
-    byte_ids: frozenset[int] = frozenset()
-    clean_up: bool = False
+    special_tokens: Mapping[str, str] = MappingProxyType({})  # those available to a chat template: {"bos_token": "<s>", ...}
+    added: Mapping[str, int] = MappingProxyType({})  # {token: id} of the tokens that are matched before a text is split
+    special_ids: frozenset[int] = frozenset()  # those that `decode` can skip
+    byte_ids: frozenset[int] = frozenset()  # the tokens that stand for a single byte
+    clean_up: bool = False  # whether `decode` removes spaces before punctuation
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -72,10 +62,6 @@ class Tokenizer(ABC):
     def offsets(self, text: str) -> np.ndarray:
         """The character span [first, last + 1) of each token of encode(text, add_special=False), (T, 2)."""
 
-    def token(self, id: int | None) -> str:
-        """One token as it is written in a text; "" for None."""
-        return "" if id is None else self.decode([id])
-
     def render(self, messages: Messages, add_generation_prompt: bool = False, **more: Any) -> str:
         """The messages as text, by this tokenizer's chat template and special tokens; arguments and errors as in `render_chat`."""
         return render_chat(self.chat_template, messages, add_generation_prompt, **self.special_tokens, **more)
@@ -91,33 +77,22 @@ class Tokenizer(ABC):
             write_json(file, {**(read_json(file) if file.is_file() else {}), "eos_token_id": sorted(self.stop_ids)})
 
     def stream(self, ids: Iterable[int], skip_special: bool = False, after: Iterable[int] = ()) -> Iterator[str]:
-        """Decode ids as they arrive, in pieces that end at complete characters. The pieces joined are the decoded ids; with `after`,
-        the ids before them, they are what the ids add to the text of those.
+        """Decode ids as they arrive, in pieces that end at complete characters. The pieces joined are what the ids add to the text of
+        those in `after`.
 
         Part of a character decodes to replacement characters at the end: they are held back until the next token. So is a run of
-        single-byte tokens, which some decoders decode together. Only the tokens since the piece before the last are decoded again;
-        as decoders may drop the space before the first word, these must contain a word that has been shown.
+        single-byte tokens, which some decoders decode together. With clean_up each token may change the text before it: one piece.
         """
-        window = [int(id) for id in after]
-        context, shown, in_bytes = len(window), len(self.decode(window, skip_special)), False  # shown: of the text of window
-        if self.clean_up:  # each token may change the text before it: one piece
-            yield from filter(None, [self.decode([*window, *ids], skip_special)[shown:]])
-            return
+        seen, in_bytes = [int(id) for id in after], False
+        shown = len(self.decode(seen, skip_special))
         for id in map(int, ids):
-            window.append(id)
+            seen.append(id)
             in_bytes = id in self.byte_ids or (in_bytes and skip_special and id in self.special_ids)
-            if in_bytes:
-                continue
-            text = self.decode(window, skip_special)
-            complete = text.rstrip("\ufffd")
+            complete = "" if in_bytes or self.clean_up else self.decode(seen, skip_special).rstrip("\ufffd")
             if len(complete) > shown:
                 yield complete[shown:]
                 shown = len(complete)
-            if complete == text and self.decode(window[context:], skip_special).strip():  # drop the tokens before the last piece
-                window, context = window[context:], len(window) - context
-                shown = len(self.decode(window, skip_special))
-        rest = self.decode(window, skip_special)[shown:]
-        if rest:
+        if rest := self.decode(seen, skip_special)[shown:]:
             yield rest
 
 
@@ -149,7 +124,7 @@ class HFTokenizer(Tokenizer):
         library: Any,
         bos_id: int | None = None,
         eos_id: int | None = None,
-        stop_ids: Iterable[int] = (),
+        stop_ids: Iterable[int | None] = (),
         chat_template: str | None = None,
         tokens: dict[str, str] | None = None,
         clean_up: bool = False,
@@ -168,13 +143,13 @@ class HFTokenizer(Tokenizer):
         self.chat_template = chat_template
         named = {"bos_token": self.token(bos_id), "eos_token": self.token(eos_id)} if tokens is None else tokens
         self.special_tokens = {name: token for name, token in named.items() if token}
-        self.ends = frozenset(stop_ids) | {id for id in (eos_id,) if id is not None}
+        self.ends = frozenset(id for id in (eos_id, *stop_ids) if id is not None)
         probe, alone = self.encode("a"), self.encode("a", add_special=False)
         starts = (i for i in range(len(probe)) if np.array_equal(probe[i : i + len(alone)], alone))
         self.prefix = tuple(probe[: next(starts, 0)].tolist())
 
     @property
-    def stop_ids(self) -> frozenset[int]:
+    def stop_ids(self) -> frozenset[int]:  # rendering needs jinja2, and reading does not
         end = turn_end(self.chat_template, list(self.added), **self.special_tokens) if self.chat_template else None
         return self.ends | ({self.added[end]} if end else set())
 
@@ -195,21 +170,22 @@ class HFTokenizer(Tokenizer):
         return text
 
     def token(self, id: int | None) -> str:
+        """One token as it is written in a text; "" for None."""
         return "" if id is None else self.library.id_to_token(id) or ""
 
     def save(self, folder: str | Path) -> None:
-        options = {
-            "eos_token": self.token(self.eos_id) or None,
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self.special_tokens,
+            "eos_token": self.token(self.eos_id) or self.special_tokens.get("eos_token"),
             "chat_template": self.chat_template,
             "add_prefix_space": "add_prefix_space=True" in repr(self.library.pre_tokenizer) or None,  # Qwen2's class reads it from here
             "split_special_tokens": self.library.encode_special_tokens or None,
             "clean_up_tokenization_spaces": self.clean_up or None,
             _CLEAN_BPE: self.clean_up or None,
         }
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
-        settings |= {name: value for name, value in options.items() if value is not None}
         write_file(Path(folder) / "tokenizer.json", self.library.save)
-        write_json(Path(folder) / "tokenizer_config.json", settings)
+        write_json(Path(folder) / "tokenizer_config.json", {name: value for name, value in settings.items() if value is not None})
         self.save_stop_ids(folder)
 
 
@@ -233,15 +209,15 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     path = Path(path)
     if path.suffix == ".gguf":
         return gguf_tokenizer(read_gguf_tokenizer(path)[1], vocab_size, path)
-    folder, file = (path.parent, path) if path.suffix == ".json" else (path, path / "tokenizer.json")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder} to read a tokenizer from.")
+    file = path if path.suffix == ".json" else path / "tokenizer.json"
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {file.parent} to read a tokenizer from.")
     if file.is_file():
-        return _checked(_from_file(file), vocab_size, file)
+        return _from_file(file, vocab_size)
     if vocab_size == ByteTokenizer.vocab_size:
         return ByteTokenizer()
     raise FileNotFoundError(
-        f"{folder} has no tokenizer.json, and {vocab_size} tokens are not bytes; save the model's fast tokenizer there."
+        f"{file.parent} has no tokenizer.json, and {vocab_size} tokens are not bytes; save the model's fast tokenizer there."
     )
 
 
@@ -274,11 +250,12 @@ def gguf_tokenizer(vocabulary: dict[str, Any], vocab_size: int, path: str | Path
     for pair in pairs:
         if len(pair) != 2 or not all(part in ids for part in (*pair, "".join(pair))):
             raise ValueError(f"{path}: the merge {' '.join(pair)!r} does not join two tokens into a third.")
-    bos, eos, *ends = (get(f"{name}_token_id") for name in _ENDS)
-    for name, id in zip(_ENDS, (bos, eos, *ends), strict=True):
+    ends = {name: get(f"{name}_token_id") for name in ("bos", "eos", "eot", "eom")}  # eot ends a turn, eom a message
+    for name, id in ends.items():
         if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
             raise ValueError(f"{path}: {name} is token {id}, but there are {len(tokens)} tokens.")
 
+    bos, eos, *stop_ids = ends.values()
     library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=pairs))
     split_in_bytes(library, pre)
     added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
@@ -286,16 +263,14 @@ def gguf_tokenizer(vocabulary: dict[str, Any], vocab_size: int, path: str | Path
     if get("add_bos_token") and bos is not None:
         single = [tokens[bos], "$A"]
         library.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=[(tokens[bos], bos)])
-    stop_ids = [id for id in ends if id is not None]
     return _checked(HFTokenizer(library, bos, eos, stop_ids, template, where=path), vocab_size, path)
 
 
 _PRE = ("smollm", "gpt-2", "qwen2")
-_ENDS = ("bos", "eos", "eot", "eom")  # eot ends a turn, eom a message
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of token_type
 
 
-def _from_file(file: Path) -> HFTokenizer:
+def _from_file(file: Path, vocab_size: int) -> HFTokenizer:
     """tokenizer.json with the files beside it. Its own end token comes first, then the stop ids of the model's configuration."""
     library, tokens, config = read_tokenizer(file)
     bos, eos = (library.token_to_id(tokens[name]) if name in tokens else None for name in ("bos_token", "eos_token"))
@@ -305,7 +280,8 @@ def _from_file(file: Path) -> HFTokenizer:
         ends += ids if isinstance(ids, list) else [ids]
     ends = [id for id in ends if type(id) is int and 0 <= id < 2**32 and library.id_to_token(id) is not None]
     clean = bool(config.get("clean_up_tokenization_spaces")) and (type(library.model).__name__ != "BPE" or bool(config.get(_CLEAN_BPE)))
-    return HFTokenizer(library, bos, next(iter(ends), None), ends, find_chat_template(file.parent), tokens, clean, file)
+    tokenizer = HFTokenizer(library, bos, next(iter(ends), None), ends, find_chat_template(file.parent), tokens, clean, file)
+    return _checked(tokenizer, vocab_size, file)
 
 
 def _checked(tokenizer: HFTokenizer, vocab_size: int, path: str | Path) -> HFTokenizer:

@@ -11,7 +11,7 @@ model was trained on it.
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,13 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
 
     Raises ValueError, naming the file, for invalid or unsupported content; ImportError without the extra `hf`.
     """
-    library, raw = _load(file)
+    t, raw = import_tokenizers(), read_json(file)
+    for table in _charsmaps(raw):
+        size = int.from_bytes(table[:4], "little")  # the library does not check this size
+        if len(table) < 4 or size % 4 or size > len(table) - 4:
+            raise ValueError(f"{file}: the precompiled_charsmap of its normalizer is invalid.")
+    with library_errors(f"{file} is not a tokenizer that the tokenizers library can read"):
+        library = t.Tokenizer.from_file(str(file))
     config, where = _beside(file, "tokenizer_config"), file.parent / "tokenizer_config.json"
     kind = _kind(config, _beside(file, "config"), raw, where)
     found, extra, listed = _tokens_beside(config, raw, file)
@@ -59,32 +65,27 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
         if (value := found.get(name)) is not None:
             tokens[name] = (name in _NAMES and known.get(_content(value))) or _token(value, name, where)
     names = {name: _content(value) for name, value in tokens.items()}
+
     if kind:
         library = _built(kind, library, raw, config, names, file)
-    _add_tokens(library, listed, [*tokens.values(), *extra], names.values())
+    present = {repr(added): added.content for added in library.get_added_tokens_decoder().values()}
+    add = [added for _, added in sorted(listed.items()) if repr(added) not in present]  # also twice if the options differ
+    contents = {*present.values(), *map(_content, add)}
+    add += [value for value in dict.fromkeys([*tokens.values(), *extra]) if _content(value) not in contents]
+    add = [t.AddedToken(added, special=True) if isinstance(added, str) else added for added in add]
+    for added in add:
+        added.special = added.special or added.content in names.values()
+    library.add_tokens(add)
     if kind == "Qwen2Tokenizer":
-        t = import_tokenizers()
         library.add_tokens([t.AddedToken(content, special=True) for content in (*names.values(), *map(_content, extra))])
     if kind in _AROUND:  # replaces the post-processor of tokenizer.json
         around = [(token, library.token_to_id(token)) for name in _AROUND[kind] if (token := names.get(name))]
         if len(around) < 2:
             raise ValueError(f"{file}: {kind} needs {' and '.join(_AROUND[kind])}, which are not in the vocabulary.")
         single = f"{around[0][0]}:0 $A:0 {around[1][0]}:0"
-        library.post_processor = import_tokenizers().processors.TemplateProcessing(single=single, special_tokens=around)
+        library.post_processor = t.processors.TemplateProcessing(single=single, special_tokens=around)
     library.encode_special_tokens = bool(config.get("split_special_tokens"))
     return library, names, config
-
-
-def _add_tokens(library: Any, listed: dict[int, Any], more: list[Any], special: Collection[str]) -> None:
-    """Add the tokens that the library lacks: those listed, by id, then `more`, also twice if their options differ."""
-    present = {repr(added): added.content for added in library.get_added_tokens_decoder().values()}
-    add = [added for _, added in sorted(listed.items()) if repr(added) not in present]
-    contents = {*present.values(), *map(_content, add)}
-    add += [value for value in dict.fromkeys(more) if _content(value) not in contents]
-    add = [import_tokenizers().AddedToken(added, special=True) if isinstance(added, str) else added for added in add]
-    for added in add:
-        added.special = added.special or added.content in special
-    library.add_tokens(add)
 
 
 def _tokens_beside(config: dict[str, Any], raw: dict[str, Any], file: Path) -> tuple[dict[str, Any], list[Any], dict[int, Any]]:
@@ -228,17 +229,6 @@ def _id(value: Any, where: Path) -> int:
         return int(value)
     except (TypeError, ValueError):
         raise ValueError(f"{where}: {value!r:.60} is not a token id.") from None
-
-
-def _load(file: Path) -> tuple[Any, dict[str, Any]]:
-    """(the tokenizers library's object, the JSON) of a tokenizer.json."""
-    tokenizers, raw = import_tokenizers(), read_json(file)
-    for table in _charsmaps(raw):
-        size = int.from_bytes(table[:4], "little")  # the library does not check this size
-        if len(table) < 4 or size % 4 or size > len(table) - 4:
-            raise ValueError(f"{file}: the precompiled_charsmap of its normalizer is invalid.")
-    with library_errors(f"{file} is not a tokenizer that the tokenizers library can read"):
-        return tokenizers.Tokenizer.from_file(str(file)), raw
 
 
 def _charsmaps(raw: dict[str, Any]) -> Iterator[bytes]:

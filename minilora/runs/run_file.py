@@ -13,7 +13,7 @@ from minilora.formats.adapter_config import read_adapter_config
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import load_model
 from minilora.formats.fetch import model_folder, read_weights
-from minilora.formats.fitting import Family, classes_of, family_of, named
+from minilora.formats.fitting import Family, family_of, named
 from minilora.formats.gguf import read_gguf_tokenizer
 from minilora.formats.tensors import map_tensors
 from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
@@ -125,7 +125,7 @@ def published_classes(name: str | Path, download: bool = True) -> list[str] | No
     raw, family = _config(folder)
     if "classifier" not in family.fresh or not any(path.startswith("classifier.") for path in read_weights(folder)):
         return None
-    return list(classes_of(family)[0].from_json(raw, f"{folder}/config.json").class_names)
+    return list(family.config.from_json(raw, f"{folder}/config.json").class_names)
 
 
 def _config(folder: Path) -> tuple[dict[str, Any], Family]:
@@ -145,7 +145,7 @@ def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     raw, family = _config(folder)
     size: Any = vocab_size or raw.get("vocab_size")
     if type(size) is not int:
-        size = classes_of(family)[0].from_json(raw, f"{folder}/config.json").vocab_size
+        size = family.config.from_json(raw, f"{folder}/config.json").vocab_size
     return load_tokenizer(folder, size)
 
 
