@@ -316,7 +316,7 @@ def test_merging_leaves_the_base_weights_unchanged():
 
 
 def test_a_merged_model_moves_with_its_adapters(backend):
-    model = shake(injected())
+    model = perturb(injected())
     ml.merge(model)
     expected, _ = model.forward(IDS, keep=False)
     moved, _ = model.to(backend, "float64").forward(IDS, keep=False)
