@@ -274,7 +274,7 @@ def test_changed_data_are_refused_and_a_study_that_cannot_start_writes_nothing(r
 def test_each_seed_draws_the_weights_that_no_file_holds(recipe, tmp_path, monkeypatch):
     """A bare encoder without a pooler: pooler and classifier are initialised at random and differ between seeds."""
     opened, pooled = study_module.open_recipe(recipe), []
-    opened[0].origin = Origin(initial_weights=("bert.pooler.dense", "classifier"))
+    opened[0].origin = Origin(drawn=("bert.pooler.dense", "classifier"))
     monkeypatch.setattr(study_module, "open_recipe", lambda recipe: opened)
     prepare = study_module.prepare
 
