@@ -268,15 +268,11 @@ def _in_one_sentence() -> Iterator[None]:
     """Turn any exception of a template into a ValueError of one sentence."""
     from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 
+    kinds: dict[type[Exception], str] = {SecurityError: "tries to leave the sandbox", TemplateError: "refuses these messages"}
     try:
         yield
     except Exception as error:
-        if isinstance(error, SecurityError):
-            what = "tries to leave the sandbox"
-        elif isinstance(error, TemplateSyntaxError):
+        what = kinds.get(type(error), f"fails with {type(error).__name__}")
+        if isinstance(error, TemplateSyntaxError):
             what = f"is invalid at line {error.lineno}"
-        elif type(error) is TemplateError:
-            what = "refuses these messages"
-        else:
-            what = f"fails with {type(error).__name__}"
         raise ValueError(f"the chat template {what} ({str(error).rstrip('.')}).") from None

@@ -93,13 +93,12 @@ def _tokens_beside(config: dict[str, Any], raw: dict[str, Any], file: Path) -> t
 
     special_tokens_map.json, added_tokens.json and the added tokens of tokenizer.json count only without an added_tokens_decoder.
     """
-    fields, listed, where = dict(config), {}, file.parent / "tokenizer_config.json"
+    fields, where = dict(config), file.parent / "tokenizer_config.json"
     if "additional_special_tokens" in fields and not fields.get("extra_special_tokens"):
         fields["extra_special_tokens"] = fields.pop("additional_special_tokens")
     of_model = dict(fields.get("model_specific_special_tokens") or {}) | _pop_named(fields)
     if isinstance(decoder := config.get("added_tokens_decoder"), dict):
-        for key, value in decoder.items():
-            listed[_id(key, where)] = _token({} if isinstance(value, str) else value, "added_tokens_decoder", where)
+        found = [(id, {} if isinstance(value, str) else value, "added_tokens_decoder", where) for id, value in decoder.items()]
     else:
         special = set()
         for name, value in _beside(file, "special_tokens_map").items():
@@ -110,11 +109,17 @@ def _tokens_beside(config: dict[str, Any], raw: dict[str, Any], file: Path) -> t
                 fields[name] = {**value, "special": True} if isinstance(value, dict) else value
         of_model |= _pop_named(fields)
         special |= {text for text in (*fields.values(), *_tokens(fields.get("extra_special_tokens"), where)) if isinstance(text, str)}
-        added = file.parent / "added_tokens.json"
+        added, found = file.parent / "added_tokens.json", []
         for content, id in _beside(file, "added_tokens").items():
-            value = {"content": content, "special": content in special, "normalized": content not in special}
-            listed[_id(id, added)] = _token(value, "a key", added)
-        listed |= {value["id"]: _token(value, "added_tokens", file) for value in raw.get("added_tokens", ())}
+            found.append((id, {"content": content, "special": content in special, "normalized": content not in special}, "a key", added))
+        found += [(value["id"], value, "added_tokens", file) for value in raw.get("added_tokens", ())]
+    listed = {}
+    for id, value, name, source in found:
+        try:
+            number = int(id)
+        except (TypeError, ValueError):
+            raise ValueError(f"{source}: {id!r:.60} is not a token id.") from None
+        listed[number] = _token(value, name, source)
     extra = _tokens(fields.get("extra_special_tokens", fields.get("additional_special_tokens")), where)
     named = {name: value for name, value in fields.items() if name in _NAMES or (name.endswith("_token") and isinstance(value, str | dict))}
     if clash := of_model.keys() & {"template", "messages", "add_generation_prompt", "tools", "documents", "ends"}:
@@ -222,13 +227,6 @@ def _content(value: Any) -> str:
     """The text of a token; "" where it has none."""
     text = value.get("content") if isinstance(value, dict) else getattr(value, "content", value)
     return text if isinstance(text, str) else ""
-
-
-def _id(value: Any, where: Path) -> int:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: {value!r:.60} is not a token id.") from None
 
 
 def _charsmaps(raw: dict[str, Any]) -> Iterator[bytes]:
