@@ -29,7 +29,7 @@ def report(model: Any, tokens: int = 1024, length: int = 64) -> list[Row]:
     length = min(length, getattr(config, "n_positions", None) or config.max_position_embeddings)
     offsets = np.arange(0, tokens + 1, length)
     ids = np.zeros(int(offsets[-1]), dtype=np.int64)
-    labels = np.zeros(len(offsets) - 1, dtype=np.int64) if hasattr(config, "num_labels") else ids
+    labels = np.zeros(len(offsets) - 1, dtype=np.int64) if getattr(config, "num_labels", None) else ids
     rows: dict[Row, None] = {}
     half = next((p.data.dtype for _, p in model.parameters() if is_half(p.data)), None)
 

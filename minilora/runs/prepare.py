@@ -11,6 +11,7 @@ from minilora.data.records import listed, note
 from minilora.formats.checkpoint import load_model
 from minilora.formats.tokenizer import Tokenizer
 from minilora.lora.registry import config_classes
+from minilora.models.stack import Body
 from minilora.optim.loraplus import create_loraplus_optimizer
 from minilora.optim.optimizers import AdamW, AdamWL2SP
 from minilora.optim.schedules import schedule
@@ -63,7 +64,7 @@ def prepare(model: Any, recipe: ResolvedRecipe, task: Task) -> AdamW:
         options = {"reduction_factor": recipe.reduction_factor} if recipe.method == "bottleneck" else {}
         inject(model, METHODS[recipe.method](**options, modules_to_save=recipe.modules_to_save), rng=recipe.seed)
     for _, layer in model.modules():
-        if hasattr(layer, "recompute"):
+        if isinstance(layer, Body):
             layer.recompute = recipe.recompute
     kind = AdamWL2SP if recipe.l2_sp else AdamW
     l2_sp = {"l2_sp": recipe.l2_sp} if recipe.l2_sp else {}
