@@ -1,6 +1,7 @@
 """Tokenizers, their settings, templates and records, compared with transformers' AutoTokenizer."""
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -279,7 +280,8 @@ def test_the_ids_decode_to_the_record(name, chat_tokenizers):
             if ids is not None:
                 assert tokenizer.decode(ids) == spelled(text, behind)
                 requested, first = tokenizer.encode_prompt(a), np.flatnonzero(labelled)[0]
-                if "prompt" in record and first >= len(requested):  # otherwise a normalizer composed a character across the boundary
+                composed = not unicodedata.normalize("NFC", a + b).startswith(unicodedata.normalize("NFC", a))  # across the boundary
+                if "prompt" in record and first >= len(requested) and not composed:
                     assert np.array_equal(ids[: len(requested)], requested)
         messages = messages_of([("user", a), ("assistant", b), ("user", c), ("assistant", d), ("user", "the end")])
         tokenizer.chat_template = TEMPLATES[template]

@@ -1,4 +1,4 @@
-"""Print the coefficients of minilora/kernels/activations.py: erf(x / sqrt 2) = tanh(x P(x^2)) to float32 precision.
+"""Print the coefficients of minilora/kernels/numpy/pointwise.py: erf(x / sqrt 2) = tanh(x P(x^2)) to float32 precision.
 
 x P(x^2) = artanh(erf(x / sqrt 2)) is smooth. The fit of P minimises the error of x Phi(x): the weights are the derivative of tanh, and
 increase step by step where the error is large, until it is nearly uniform (Lawson's algorithm).
