@@ -17,7 +17,7 @@ from minilora.data.records import is_dataset
 from minilora.formats.fetch import BUNDLED
 from minilora.lora.registry import DATA_INITIALISERS, INITIALISERS
 from minilora.optim.schedules import SHAPES, schedule
-from minilora.quantization.quantize import PACK
+from minilora.quantization.quantize import check_kind
 
 DTYPES = ("float32", "bfloat16", "float16")
 BIASES = ("none", "all", "lora_only", "vera_only")
@@ -113,7 +113,7 @@ class Recipe:
     accumulate: int = _optimisation(1, "batches a step", metavar="N", least=1)
     seed: int = _optimisation(0, "seed of initial weights, batches and samples", least=0)
 
-    quantize: str = _memory("", "quantize the frozen weights of linear layers", choices=tuple(PACK))
+    quantize: str = _memory("", "quantize the frozen weights of linear layers: nf4", metavar="KIND", unset="no")
     dtype: str = _memory("float32", "dtype of activations and frozen matrices", choices=DTYPES)
     recompute: bool = _memory(False, "save less for the backward pass and compute more")
     cache: bool = _memory(True, "cache the outputs of frozen blocks over epochs", unset="on")
@@ -131,6 +131,8 @@ class Recipe:
             if least is not None and value is not None and not least <= value < math.inf:
                 finite = "" if isinstance(value, int) else " and finite"
                 raise ValueError(f"{f.name} must be at least {least}{finite}, got {value}.")
+        if self.quantize:
+            check_kind(self.quantize)
         classify, full, half = self.task == "classify", self.method == "full", self.dtype != "float32"
         epochs = 1 if self.epochs is None else self.epochs
         defaults = {f.name: f.default for f in fields(Recipe)}
