@@ -1,6 +1,6 @@
 """Chat templates: conversations as text, in the format a model was trained on. Rendered by jinja2 in its sandbox.
 
-A template comes from whoever published the model: it receives plain data only and cannot leave the sandbox.
+A template comes from the publisher of the model: it receives plain data only and cannot leave the sandbox.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-// y = f(x) and its slope f'(x) in one pass, where `slope` is not null; dx = dy f'(x) is then one product. See ../activations.py.
+// y = f(x) and its derivative f'(x) in one pass, where `dy_dx` is not null; dx = dy f'(x) is then one product. See ../activations.py.
 
 // A thread takes a pack (common.cuh). f(a, value, derivative) gives both.
 
-template <class F> __device__ void with_slope(const ACT* x, ACT* y, ACT* slope, long long n, F f) {
-    const long long packs = aligned(x) && aligned(y) && aligned(slope) ? n / PACK : 0;
+template <class F> __device__ void with_derivative(const ACT* x, ACT* y, ACT* dy_dx, long long n, F f) {
+    const long long packs = aligned(x) && aligned(y) && aligned(dy_dx) ? n / PACK : 0;
     REAL value, derivative;
     GRID_STRIDE(i, packs) {
         const Pack a = load_pack(x, i);
@@ -15,17 +15,17 @@ template <class F> __device__ void with_slope(const ACT* x, ACT* y, ACT* slope, 
             c.at[l] = derivative;
         }
         store_pack(y, i, b);
-        if (slope) store_pack(slope, i, c);
+        if (dy_dx) store_pack(dy_dx, i, c);
     }
     GRID_STRIDE(i, n - packs * PACK) {
         f(REAL(x[packs * PACK + i]), value, derivative);
         y[packs * PACK + i] = value;
-        if (slope) slope[packs * PACK + i] = derivative;
+        if (dy_dx) dy_dx[packs * PACK + i] = derivative;
     }
 }
 
-extern "C" __global__ void gelu(const ACT* x, ACT* y, ACT* slope, long long n) {
-    with_slope(x, y, slope, n, [](REAL a, REAL& value, REAL& derivative) {
+extern "C" __global__ void gelu(const ACT* x, ACT* y, ACT* dy_dx, long long n) {
+    with_derivative(x, y, dy_dx, n, [](REAL a, REAL& value, REAL& derivative) {
         const REAL r = REAL(0.70710678118654752440), c = REAL(0.39894228040143267794);  // 1 / sqrt 2, 1 / sqrt(2 pi)
         const REAL phi = REAL(0.5) * erfc(-a * r);  // Phi(a)
         value = a * phi;
@@ -33,8 +33,8 @@ extern "C" __global__ void gelu(const ACT* x, ACT* y, ACT* slope, long long n) {
     });
 }
 
-extern "C" __global__ void gelu_tanh(const ACT* x, ACT* y, ACT* slope, long long n) {
-    with_slope(x, y, slope, n, [](REAL a, REAL& value, REAL& derivative) {
+extern "C" __global__ void gelu_tanh(const ACT* x, ACT* y, ACT* dy_dx, long long n) {
+    with_derivative(x, y, dy_dx, n, [](REAL a, REAL& value, REAL& derivative) {
         const REAL c = REAL(0.79788456080286535588), k = REAL(0.044715);  // sqrt(2 / pi)
         const REAL t = tanh(c * (a + k * a * a * a));
         value = REAL(0.5) * a * (1 + t);
@@ -42,8 +42,8 @@ extern "C" __global__ void gelu_tanh(const ACT* x, ACT* y, ACT* slope, long long
     });
 }
 
-extern "C" __global__ void silu(const ACT* x, ACT* y, ACT* slope, long long n) {
-    with_slope(x, y, slope, n, [](REAL a, REAL& value, REAL& derivative) {
+extern "C" __global__ void silu(const ACT* x, ACT* y, ACT* dy_dx, long long n) {
+    with_derivative(x, y, dy_dx, n, [](REAL a, REAL& value, REAL& derivative) {
         const REAL s = 1 / (1 + exp(-a));
         value = a * s;
         derivative = s * (1 + a * (1 - s));

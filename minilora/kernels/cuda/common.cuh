@@ -1,5 +1,5 @@
 // What all kernels share. REAL is the type that is computed in (float or double), ACT that of activations: REAL itself unless given when
-// the source is compiled, or one of the two of 16 bits below. They turn into a float where they are read, and round where they are written.
+// the source is compiled, or one of the two half-precision types below. They turn into a float where they are read, and round where they are written.
 //
 // Elementwise kernels: a thread takes every (threads of the grid)th element. Kernels over rows: a block takes a row, its threads every
 // (threads of the block)th element, and what they have summed is joined in `shared`, which holds one number a thread.
@@ -26,7 +26,7 @@ struct bfloat16 {
     }
 };
 
-// IEEE's 16 bits. The device converts by instructions whose names the headers would have.
+// IEEE half precision. The device converts by instructions whose names the headers would have.
 struct float16 {
     unsigned short bits;
 

@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(128, RESIDENT) flash_forward(
             fetch(step);
         }
         wait_for_copies();
-        __syncthreads();  // the tile is there, and nobody reads the one before it any more
+        __syncthreads();  // the tile is there, and the one before it is no longer read
         if (STAGES == 2 && step + 1 < steps) fetch(step + 1);
         const unsigned *keys = shared + step % STAGES * size, *values = keys + TILE;
         const int j = step * LOOP;

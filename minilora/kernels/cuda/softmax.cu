@@ -1,7 +1,7 @@
 // Rows of scores, a block for each. See ../attention.py and ../losses.py.
 
 // In place: e = exp(s - max) where a query may look, else 0; and 1 / sum. scores (sequences, heads, t, n), limit (sequences, t): the query
-// sees the keys 0 to limit. heads_t is heads times t. With P, which is of 16 bits, the rows of it get e / sum, and `inverse` is not written.
+// sees the keys 0 to limit. heads_t is heads times t. With P, in half precision, the rows of it get e / sum, and `inverse` is not written.
 extern "C" __global__ void masked_exp(REAL* scores, const int* limit, int heads_t, int t, int n, REAL* inverse, ACT* P) {
     extern __shared__ REAL shared[];
     const long long row = (long long)blockIdx.x * n;
@@ -24,7 +24,7 @@ extern "C" __global__ void masked_exp(REAL* scores, const int* limit, int heads_
     }
 }
 
-// In place: dS = E (dS - D / sum), D = row sum of E dS. With `out`, which is of 16 bits, it goes there; `inverse` null: E is divided already.
+// In place: dS = E (dS - D / sum), D = row sum of E dS. With `out`, in half precision, it goes there; `inverse` null: E is divided already.
 extern "C" __global__ void softmax_backward(REAL* dS, const ACT* E, const REAL* inverse, int n, ACT* out) {
     extern __shared__ REAL shared[];
     const long long row = (long long)blockIdx.x * n;
@@ -40,7 +40,7 @@ extern "C" __global__ void softmax_backward(REAL* dS, const ACT* E, const REAL* 
 }
 
 // A block of `n` columns of the logits z, in place: e = exp(z - m) with m the largest so far, this block included; what was summed
-// before is to be shrunk by exp(m_before - m), and `total` is. (The online softmax, arXiv 1805.02867.) With `out`, of 16 bits, e goes there instead.
+// before is to be multiplied by exp(m_before - m), and `total` is. (The online softmax, arXiv 1805.02867.) With `out`, of 16 bits, e goes there instead.
 // Rows begin at multiples of 16 bytes, z_step and out_step numbers behind each other; what lies between their ends is written too. A thread keeps
 // what it has read: a row of up to KEPT blockDim vectors is read once.
 #define KEPT 8
