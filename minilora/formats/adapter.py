@@ -41,7 +41,7 @@ _LINEAR = ("lora_A", "lora_B")  # in PEFT these are layers: their keys end with 
 def save_adapter(model: Layer, folder: str | Path, config: Any = None) -> int:
     """Write what was trained: adapters, and the model's own parameters. Returns the size of the tensors' file in bytes.
 
-    A head or a pooler that no file of the base has is written too, as one of modules_to_save: the user who loads the adapter would draw another.
+    A head or a pooler that no file of the base has is written too, as one of modules_to_save: otherwise loading would draw another.
     `config` is what the model was injected with, by default the one that `inject` recorded. Raises ValueError when the model has no
     adapters, or has something trainable that the configuration does not name: the file would be without it.
     """

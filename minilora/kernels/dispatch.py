@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -51,6 +50,7 @@ class Operation(NamedTuple):
     kernels: tuple[Kernel, ...]
     weight: int  # the place of W among the arguments of forward; -1: there is none
     activations: tuple[int, ...]  # the gradients that have the dtype of activations; those of parameters have float32
+    found: dict[Any, tuple[Kernel, ...]]  # the implementations for a type and the dtypes of x and W
 
 
 class Saved(NamedTuple):
@@ -68,9 +68,12 @@ observers: list[Callable[[Operation, Kernel, tuple[Any, ...]], None]] = []  # ca
 
 def choose(op: Operation, args: tuple[Any, ...]) -> tuple[Kernel, tuple[Any, ...], bool]:
     """The first implementation that takes these arguments, the arguments, and whether they had to be upcast for it."""
-    x, W = args[0], None if op.weight < 0 else args[op.weight].dtype
-    here = "numpy" if isinstance(x, (np.ndarray, np.generic)) else "cuda"
-    for kernel in _candidates(op.name, here, x.dtype, W):
+    x = args[0]
+    key = type(x), x.dtype.num, None if op.weight < 0 else args[op.weight].dtype.num  # a number: dtypes are slow to hash
+    kernels = op.found.get(key)
+    if kernels is None:
+        kernels = op.found[key] = _candidates(op, x, None if op.weight < 0 else args[op.weight].dtype)
+    for kernel in kernels:
         if kernel.where != "reference" and (PLAIN or (kernel.where == "cuda" and not cuda.ENABLED)):
             continue
         if kernel.fits is None or kernel.fits(*args):
@@ -80,13 +83,13 @@ def choose(op: Operation, args: tuple[Any, ...]) -> tuple[Kernel, tuple[Any, ...
     return *choose(op, _upcast(args, op.weight))[:2], True
 
 
-@cache
-def _candidates(name: str, here: str, dtype: Any, weight: Any) -> tuple[Kernel, ...]:
-    """The implementations for x of a backend and dtype, beside a weight of a dtype."""
+def _candidates(op: Operation, x: Any, weight: Any) -> tuple[Kernel, ...]:
+    """The implementations for the backend and dtype of x, with a weight of a dtype."""
+    here, dtype = "numpy" if isinstance(x, (np.ndarray, np.generic)) else "cuda", x.dtype
     half = dtype.name in HALF
     if weight is not None and weight.name in HALF and not half:
         return ()
-    *kernels, reference = TABLE[name].kernels
+    *kernels, reference = op.kernels
     fitting = [k for k in kernels if k.where == here and dtype.name in k.dtypes]
     return (*fitting, *([] if half and dtype.name not in reference.dtypes else [reference]))
 
@@ -111,14 +114,14 @@ def operation(
     saves   the parameter of `backward` that takes what forward saved: "x" its first argument, "y" its result, else what it returns beside y
     """
     forward, backward = getattr(F, name), getattr(F, f"{name}_backward")
-    reference_takes_keep = "keep" in signature(forward).parameters
+    drops_keep = "keep" not in signature(forward).parameters
+    returns_saved = saves not in ("", "x", "y")
 
     def reference(*args: Any, **options: Any) -> tuple[Any, Any]:
-        if not reference_takes_keep:
+        if drops_keep and options:
             options.pop("keep", None)
         result = forward(*args, **options)
-        beside = {"": None, "x": args[0], "y": result}
-        return (result, beside[saves]) if saves in beside else result
+        return result if returns_saved else (result, args[0] if saves == "x" else result if saves == "y" else None)
 
     op = _add(name, forward, kernels, Kernel("reference", reference, backward, dtypes=dtypes), activations)
     takes_keep = any("keep" in signature(kernel.forward).parameters for kernel in op.kernels[:-1])  # and computes less without
@@ -163,7 +166,7 @@ def function(
 
 
 def _add(name: str, forward: Function, kernels: tuple[Callable[[str], Kernel], ...], reference: Kernel, activations: Any) -> Operation:
-    TABLE[name] = Operation(name, (*(kernel(name) for kernel in kernels), reference), _place(forward, "W"), activations)
+    TABLE[name] = Operation(name, (*(kernel(name) for kernel in kernels), reference), _place(forward, "W"), activations, {})
     return TABLE[name]
 
 
