@@ -17,6 +17,7 @@ from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array, Rng, generator
 from minilora.layers import Embedding, Layer, Linear, RMSNorm, Saved
+from minilora.layers.base import needed
 from minilora.layers.block import Output, PreNormBlock
 from minilora.models.attention import SelfAttention
 from minilora.models.config_file import ModelConfig
@@ -140,22 +141,26 @@ class LlamaMLP(Layer):
         self.down_proj = Linear(f, d, bias, rng=rng, dtype=dtype)
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
-        below = need_dx or self.gate_proj.trainable or self.up_proj.trainable
-        g, s_gate = self.gate_proj.forward(x, keep=keep and below, need_dx=need_dx)
-        u, s_up = self.up_proj.forward(x, keep=keep and below, need_dx=need_dx)
-        a, s_act = K.swiglu(g, u, keep=keep and below)
-        y, s_down = self.down_proj.forward(a, keep=keep, need_dx=below)
-        return y, self.save(need_dx, below, s_gate, s_up, s_act, s_down) if keep else None
+        need = needed(dg=need_dx or self.gate_proj.trainable, du=need_dx or self.up_proj.trainable)
+        g, s_gate = self.gate_proj.forward(x, keep=keep and "dg" in need, need_dx=need_dx)
+        u, s_up = self.up_proj.forward(x, keep=keep and "du" in need, need_dx=need_dx)
+        a, s_act = K.swiglu(g, u, keep=keep and bool(need))
+        y, s_down = self.down_proj.forward(a, keep=keep, need_dx=bool(need))
+        return y, self.save(need_dx, need, s_gate, s_up, s_act, s_down) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        below, s_gate, s_up, s_act, s_down = self.load(saved, need_dx)
-        da = self.down_proj.backward(dy, s_down, need_dx=below)  #         y = down_proj(a)
-        if not below:
+        need, s_gate, s_up, s_act, s_down = self.load(saved, need_dx)
+        da = self.down_proj.backward(dy, s_down, need_dx=bool(need))  #       y = down_proj(a)
+        if not need:
             return None
-        dg, du = K.swiglu_backward(da, s_act)  #                           a = silu(g) * u
-        dx_u = self.up_proj.backward(du, s_up, need_dx=need_dx)  #         u = up_proj(x)
-        dx_g = self.gate_proj.backward(dg, s_gate, need_dx=need_dx)  #     g = gate_proj(x)
-        return K.add(dx_g, dx_u) if need_dx else None  #                   x feeds both
+        dx_g: Any = None
+        dx_u: Any = None
+        dg, du = K.swiglu_backward(da, s_act, need)  #                        a = silu(g) * u
+        if "du" in need:
+            dx_u = self.up_proj.backward(du, s_up, need_dx=need_dx)  #        u = up_proj(x)
+        if "dg" in need:
+            dx_g = self.gate_proj.backward(dg, s_gate, need_dx=need_dx)  #    g = gate_proj(x)
+        return K.add(dx_g, dx_u) if need_dx else None  #                      x feeds both
 
 
 class LlamaBlock(PreNormBlock):

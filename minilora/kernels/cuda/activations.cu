@@ -1,4 +1,4 @@
-// y = f(x) and its derivative f'(x) in one pass, where `dy_dx` is not null; dx = dy f'(x) is then one product. See ../activations.py.
+// y = f(x) and its derivative f'(x) in one pass, where `dy_dx` is not null; dx = dy f'(x) is then one product. See pointwise.py.
 
 // A thread takes a pack (common.cuh). f(a, value, derivative) gives both.
 
@@ -50,7 +50,7 @@ extern "C" __global__ void silu(const ACT* x, ACT* y, ACT* dy_dx, long long n) {
     });
 }
 
-// y = silu(g) u; kept: by_u = silu(g) = dy/du, and by_g = u silu'(g) = dy/dg, where it is not null. See ../gate.py.
+// y = silu(g) u; kept: by_u = silu(g) = dy/du, and by_g = u silu'(g) = dy/dg, where it is not null. See pointwise.py.
 extern "C" __global__ void swiglu(const ACT* g, const ACT* u, ACT* y, ACT* by_u, ACT* by_g, long long n) {
     const bool all = aligned(g) && aligned(u) && aligned(y) && aligned(by_u) && aligned(by_g);
     const long long packs = all ? n / PACK : 0, rest = packs * PACK;

@@ -1,4 +1,4 @@
-// One step of AdamW over the whole flat buffer. See training/optimizers.py; rate and decay are those of this step, c1 and c2 the bias
+// One step of AdamW over the whole flat buffer. See functional/adamw.py; rate and decay are those of this step, c1 and c2 the bias
 // corrections (1 without), rest1 = 1 - b1 and rest2 = 1 - b2, which are subtracted in double. `rates` and `decays` are factors for each element, or null. decoupled 0: the decay goes into the gradient.
 extern "C" __global__ void adamw(
     REAL* w, const REAL* g, REAL* m, REAL* v, const REAL* rates, const REAL* decays, REAL rate, REAL decay, REAL b1, REAL b2, REAL rest1, REAL rest2, REAL c1,

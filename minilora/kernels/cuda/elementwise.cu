@@ -1,4 +1,4 @@
-// Sums and products of two arrays of activations, rows that begin as a bias, and matrices cast to the activations' dtype. See ../elementwise.py.
+// Sums and products of two arrays of activations, rows filled with a bias, and matrices cast to the activations' dtype. See pointwise.py.
 // A thread moves a pack of 16 bytes (common.cuh): what these do is bound by memory. Arithmetic is in REAL; each result is rounded once.
 
 template <class F> __device__ void of_two(const ACT* x, const ACT* y, ACT* z, long long n, F f) {

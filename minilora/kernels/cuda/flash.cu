@@ -1,5 +1,5 @@
 // Attention whose scores are never in memory (FlashAttention-2, arXiv 2307.08691): a block of four warps takes 64 rows of one head and
-// walks over what they meet, a tile of LOOP rows at a time. See ../flash.py. D, the features of a head, is given when the source is compiled.
+// walks over what they meet, a tile of LOOP rows at a time. See flash.py. D, the features of a head, is given when the source is compiled.
 // Scores are scaled where they become powers of 2: 2^(s scale log2(e) - m) is one multiply-add and one instruction. Only tiles that hold a hidden
 // pair are masked, by a score so low that its power is 0.
 

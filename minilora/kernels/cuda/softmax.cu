@@ -1,4 +1,4 @@
-// Rows of scores, a block for each. See ../attention.py and ../losses.py.
+// Rows of scores, a block for each. See ../grouped.py and losses.py.
 
 // In place: e = exp(s - max) where a query may look, else 0; and 1 / sum. scores (sequences, heads, t, n), limit (sequences, t): the query
 // sees the keys 0 to limit. heads_t is heads times t. With P, in half precision, the rows of it get e / sum, and `inverse` is not written.
