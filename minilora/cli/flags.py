@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from minilora import __version__
-from minilora.formats.settings import read_settings
 from minilora.runs.recipe import GROUPS, Recipe
 
-REMOVED = {"optimizer": "--optimizer was removed: AdamW is the optimizer; the others are in examples/preconditioned.py, for Python."}
-_RENAMED = {"--pull": "l2_sp"}  # flags that still work, but are not in --help
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 _VERBS = {
     "finetune": "adapt a model to data; without arguments, the bundled model to Python source",
     "study": "several ways to fine-tune, several seeds: mean, deviation, worst and failed runs; continues if interrupted",
@@ -35,7 +38,7 @@ _THE_RUNS = "the run's"
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The verb and its flags. Values of a --config file become defaults, so that flags on the command line win.
 
-    Raises ValueError for a file with an unknown name, a value of another type, or two names of one setting.
+    Raises as `_set_defaults`.
     """
     words = sys.argv[1:] if argv is None else argv
     verb = next((word for word in words if word in _VERBS), None)
@@ -125,10 +128,6 @@ def _add_recipe(p: argparse.ArgumentParser) -> Callable[..., Any]:
     groups = {name: p.add_argument_group(name) for name in GROUPS}
     for name, field in _FIELDS.items():
         _add_fields(groups[field.metadata["group"]].add_argument, name)
-    for flag, name in _RENAMED.items():
-        p.add_argument(flag, dest=name, type=float, help=argparse.SUPPRESS)
-    for name in REMOVED:
-        p.add_argument(f"--{name}", help=argparse.SUPPRESS)
     return groups["output"].add_argument
 
 
@@ -172,18 +171,28 @@ _PARSERS: dict[str, Callable[[str], Any]] = {"list[str]": _names, "list[int]": _
 
 
 def _set_defaults(p: argparse.ArgumentParser, path: Path) -> None:
-    """Make the values of a TOML file the defaults of a verb's flags."""
+    """Make the values of a flat TOML file the defaults of a verb's flags. Names may have dashes; an integer is accepted for a float.
+
+    Raises FileNotFoundError; ValueError for invalid TOML, an unknown name, two names of one setting, or a value that the flag refuses.
+    """
     actions: dict[str, argparse.Action] = {}  # by each name of the flag: "r" and "rank" are one
-    for action in p._actions:
-        if action.dest not in ("help", "config"):
-            names = [flag for flag in action.option_strings or [action.dest] if not flag.startswith("--no-")]
-            actions |= {name.removeprefix("--").replace("-", "_"): action for name in names}
-    settings = read_settings(path, {name: _toml_type(action) for name, action in actions.items()})
+    for each in p._actions:
+        if each.dest not in ("help", "config"):
+            names = [flag for flag in each.option_strings or [each.dest] if not flag.startswith("--no-")]
+            actions |= {name.removeprefix("--").replace("-", "_"): each for name in names}
     seen: dict[str, str] = {}
-    for name, value in settings.items():
-        action = actions[name]
+    for name, value in _read_toml(path).items():
+        if (action := actions.get(name.replace("-", "_"))) is None:
+            near = difflib.get_close_matches(name.replace("-", "_"), actions, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(actions))}."
+            raise ValueError(f"{path}: there is no setting {name!r}; {hint}")
         if (other := seen.setdefault(action.dest, name)) != name:
             raise ValueError(f"{path}: {other} and {name} are the same setting; give one.")
+        kinds = _toml_types(action)
+        if kinds == (float,) and type(value) is int and abs(value) < 2**1023:
+            value = float(value)
+        if type(value) not in kinds:
+            raise ValueError(f"{path}: {name} must be of type {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}.")
         if action.choices is not None and value not in action.choices:
             raise ValueError(f"{path}: {name} is {value!r}; choose {', '.join(map(str, action.choices))}.")
         if isinstance(value, str) and callable(action.type):
@@ -194,14 +203,23 @@ def _set_defaults(p: argparse.ArgumentParser, path: Path) -> None:
             action.nargs = "?"
 
 
-def _toml_type(action: argparse.Action) -> Any:
-    """The type of a flag's value in a TOML file."""
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no settings file {path}.")
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid TOML ({error}).") from None
+
+
+def _toml_types(action: argparse.Action) -> tuple[type, ...]:
+    """The types of a flag's value in a TOML file."""
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
-        return bool
+        return (bool,)
     if isinstance(action, argparse._AppendAction):
-        return list
+        return (list,)
     if action.type in (_names, _numbers):
-        return str | list
+        return str, list
     if action.const is True:
-        return bool | str
-    return action.type if action.type in (int, float) else str
+        return bool, str
+    return (float,) if action.type is float else (int,) if action.type is int else (str,)

@@ -10,7 +10,6 @@ from typing import Any
 
 from minilora.backend import choose_backend
 from minilora.checking.catalogue import check_all
-from minilora.cli.flags import REMOVED
 from minilora.runs import Say
 from minilora.runs.evaluate import evaluate_run
 from minilora.runs.finetune import finetune
@@ -27,10 +26,8 @@ def _given(args: Namespace) -> dict[str, Any]:
 
 
 def _recipe(args: Namespace) -> Recipe:
-    """The recipe of the flags. Those without effect on its data are named on standard error; a removed one raises ValueError."""
+    """The recipe of the flags. Those without effect on its data are named on standard error."""
     given = _given(args)
-    for name in given.keys() & REMOVED.keys():
-        raise ValueError(REMOVED[name])
     values = {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
     recipe = Recipe(**values)
     what, names = WITHOUT_EFFECT[recipe.kind]

@@ -30,8 +30,6 @@ from minilora.runs.recipe import Recipe
 
 VERSION = 1
 _FREE = ("threads", "backend", "sample_bytes")  # may differ when a study is continued
-_RENAMED = {"pull": "l2_sp"}  # fields of studies written before
-_REMOVED = {"optimizer": "adamw"}  # with the only value left
 _NUMBER = float | int
 _FIELDS = {"row": str, "seed": int, "value": _NUMBER | None, "failed": bool, "trained": int, "steps": int, "seconds": _NUMBER}
 
@@ -95,9 +93,7 @@ class StudyFolder:
         old, old_rows = there.get("recipe"), there.get("rows")
         if not isinstance(old, dict) or not isinstance(old_rows, dict):
             raise ValueError(f"{self.about} is damaged: it has no recipe or no rows.")
-        old, *changes = ({_RENAMED.get(name, name): value for name, value in each.items()} for each in (old, *old_rows.values()))
-        old_rows = dict(zip(old_rows, changes, strict=True))
-        for name, value in (requested | {name: value for name, value in _REMOVED.items() if name in old}).items():
+        for name, value in requested.items():
             if old.get(name) != value:
                 raise ValueError(f"{self.path} holds a study with {name} {old.get(name)!r}, not {value!r}; name another --out.")
         for name, change in rows.items():
