@@ -384,12 +384,12 @@ def test_the_flag(tmp_path):
     assert read_json(tmp_path / "run" / "run.json")["configuration"]["dtype"] == "bfloat16"
 
 
-def test_cached_frozen_blocks_are_half_precision(kind, tmp_path):
+def test_cached_frozen_blocks_are_half_precision(kind):
     model = adapted("gpt2", kind, "numpy", target_modules=["c_attn"], layers_to_transform=[1])
     batch = Batch(IDS, IDS, OFFSETS)
     expected = model.prefix(IDS, OFFSETS)
-    for limit in (2**20, 0):  # in memory, in a file
-        cache = PrefixCache(limit, tmp_path)
+    for limit in (2**20, 0):  # kept, computed again
+        cache = PrefixCache(limit)
         for _ in range(2):
             found = cache(model, batch)
             assert found.x.dtype == KINDS[kind]

@@ -197,7 +197,7 @@ def chat_tokenizers(tmp_path_factory):
 def example_of(tokenizer, record, template=None, **options):
     """(ids with the last label, which of them are trained on) of a record."""
     make = example_maker("lm", tokenizer, options.pop("window", 5000), options.pop("mask", True), None, template)
-    example = make("f.jsonl", 1, record)
+    example = make(record)
     last = example.labels[-1]
     return np.append(example.ids, last if last >= 0 else -1), np.append([False], example.labels >= 0)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from minilora.data.batches import Batch
 from minilora.data.examples import Example, Maker, example_maker
-from minilora.data.labels import NoClass, class_names, label_of
+from minilora.data.labels import NoClass, at_line, class_names, label_of
 from minilora.data.records import SPLITS, Record, listed, note, read_records, split_files
 from minilora.formats.tokenizer import Tokenizer
 
@@ -90,7 +90,7 @@ def load_dataset(
         alike = None
         if drawn_at is not None and drawn_at != (max_length, mask_prompt):
             make = example_maker(task, tokenizer, *drawn_at, labels, template)
-            alike = [make(files["train"], line, record) for line, record in records["train"]]
+            alike = [make(record) for _, record in records["train"]]
         dataset.train, dataset.valid = hold_out(dataset.train, files["train"], seed, alike=alike)
     trained = {_key(example) for example in dataset.train}
     for split in ("valid", "test"):
@@ -238,20 +238,22 @@ def _examples(file: Path, records: Sequence[tuple[int, Record]], task: str, make
 
     Raises ValueError for fields that must not be ignored, and for classes that a published head does not have.
     """
+    examples: list[Example] = []
     unused: dict[str, None] = {}
-    for line, record in records:
-        if odd := next((name for name in _REFUSED if name in record), None):
-            raise ValueError(f"{file}, line {line}: {odd!r} is not supported, and would be ignored; remove it.")
-        forms = [name for name in ("text", "prompt", "messages") if name in record] if task == "lm" else []
-        if len(forms) > 1:
-            raise ValueError(f"{file}, line {line}: the record has {forms[0]!r} and {forms[1]!r}; keep the one that is to be learnt.")
-        unused |= dict.fromkeys(name for name in record if name not in _USED[task])
     try:
-        examples = [make(file, line, record) for line, record in records]
+        for line, record in records:
+            with at_line(file, line):
+                if odd := next((name for name in _REFUSED if name in record), None):
+                    raise ValueError(f"{odd!r} is not supported, and would be ignored; remove it.")
+                forms = [name for name in ("text", "prompt", "messages") if name in record] if task == "lm" else []
+                if len(forms) > 1:
+                    raise ValueError(f"the record has {forms[0]!r} and {forms[1]!r}; keep the one that is to be learnt.")
+                unused |= dict.fromkeys(name for name in record if name not in _USED[task])
+                examples.append(make(record))
     except NoClass as error:
         if published is None:
             raise
-        names = sorted({label_of(file, line, record) for line, record in records})
+        names = sorted({label_of(record) for _, record in records})
         raise ValueError(f"{error} The data have {listed(names, 40)}; rename them, or make a head with finetune --new-head.") from None
     if unused:
         names = [repr(name) if name else "a column without a name" for name in unused]

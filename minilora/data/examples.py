@@ -5,7 +5,7 @@
     {"messages": [{"role", "content"}, ...]}  the assistant's turns are learnt, the rest is read; also "tools" and "documents"
     {"text": ..., "label": ...}               one class for each text (task "classify")
 
-The ids spell the record exactly: no space is added, no token doubled. A record that cannot be used raises ValueError with file and line.
+The ids spell the record exactly: no space is added, no token doubled.
 """
 
 from __future__ import annotations
@@ -13,21 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minilora.data import TASKS
 from minilora.data.labels import reader
+from minilora.data.records import Record, field_of
 from minilora.formats.chat import assistant_spans, marks_answers
 from minilora.formats.tokenizer import Tokenizer
 from minilora.functional import IGNORE
-
-EXPECTED = {
-    "lm": 'the field "text", or "prompt" and "completion", or "messages"',
-    "classify": 'the fields "text" and "label"',
-}
 
 
 @dataclass
@@ -40,13 +35,13 @@ class Example:
     cut: bool = False  # it was shortened
 
 
-Maker = Callable[[Path, int, dict[str, Any]], Example]
+Maker = Callable[[Record], Example]
 
 
 def example_maker(
     task: str, tokenizer: Tokenizer, max_length: int, mask_prompt: bool, labels: Sequence[str] | None, template: str | None
 ) -> Maker:
-    """A function (file, line, record) -> Example, which raises ValueError naming file and line.
+    """A function record -> Example, which raises ValueError for a record that cannot be used.
 
     Raises ValueError itself for an unknown task, a max_length below 2, and labels of which two are one.
     """
@@ -56,31 +51,26 @@ def example_maker(
         raise ValueError(f"max_length must be at least 2, got {max_length}.")
     label = reader(labels or ())
 
-    def made(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, bool]:
+    def make(record: Record) -> Example:
         if task == "classify":
             ids, cut = _classified(tokenizer, _text(record, "text", task), max_length)
-            return ids, np.zeros(0, dtype=bool), cut
+            return Example(ids, np.array([label(record)]), per_sequence=True, cut=cut)
         if "messages" in record:
             extra = {name: record[name] for name in ("tools", "documents") if record.get(name) is not None}
-            return _conversation(tokenizer, record["messages"], template, max_length, mask_prompt, extra)
-        if "prompt" in record and "completion" in record:
-            return _completion(tokenizer, _text(record, "prompt", task), _text(record, "completion", task), max_length, mask_prompt)
-        ids = tokenizer.encode_prompt(_text(record, "text", task))
-        return ids[: max_length + 1], np.ones(min(len(ids), max_length + 1), dtype=bool), len(ids) > max_length + 1
-
-    def example(file: Path, line: int, record: dict[str, Any]) -> Example:
-        try:
-            ids, learnt, cut = made(record)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {line}: {error}") from None
-        if task == "classify":
-            return Example(ids, np.array([label(file, line, record)]), per_sequence=True, cut=cut)
+            ids, learnt, cut = _conversation(tokenizer, record["messages"], template, max_length, mask_prompt, extra)
+        elif "prompt" in record and "completion" in record:
+            pair = _text(record, "prompt", task), _text(record, "completion", task)
+            ids, learnt, cut = _completion(tokenizer, *pair, max_length, mask_prompt)
+        else:
+            ids = tokenizer.encode_prompt(_text(record, "text", task))
+            ids, cut = ids[: max_length + 1], len(ids) > max_length + 1
+            learnt = np.ones(len(ids), dtype=bool)
         if not learnt[1:].any():
             what = f"nothing to learn is left within {max_length} tokens" if cut else "there is nothing to learn from so short a text"
-            raise ValueError(f"{file}, line {line}: {what}.")
+            raise ValueError(f"{what}.")
         return Example(ids[:-1], np.where(learnt[1:], ids[1:], IGNORE), cut=cut)  # row t predicts token t + 1
 
-    return example
+    return make
 
 
 def _completion(tokenizer: Tokenizer, prompt: str, completion: str, max_length: int, mask: bool) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -167,11 +157,9 @@ def _continued(tokenizer: Tokenizer, piece: str) -> Iterator[np.ndarray]:
             yield both[len(alone) :]
 
 
-def _text(record: dict[str, Any], name: str, task: str) -> str:
+def _text(record: Record, name: str, task: str) -> str:
     """A field that must be text. Raises ValueError."""
-    if name not in record:
-        raise ValueError(f"expected {EXPECTED[task]}; it has {', '.join(map(repr, record)) or 'none'}.")
-    value = record[name]
+    value = field_of(record, name, task)
     if not isinstance(value, str):
         raise ValueError(f"{name!r} must be text, got {value!r:.60}.")
     if name != "prompt" and not value.strip():

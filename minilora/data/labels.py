@@ -7,11 +7,11 @@ everything else as text. The result depends neither on the order of the records 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from minilora.data.records import Record, listed
+from minilora.data.records import Record, field_of, listed
 from minilora.functional import IGNORE
 
 
@@ -19,33 +19,45 @@ class NoClass(ValueError):
     """A label that is not a class of the head."""
 
 
+@contextmanager
+def at_line(file: Path, line: int) -> Iterator[None]:
+    """Name the file and the line in a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        kind = NoClass if isinstance(error, NoClass) else ValueError
+        raise kind(f"{file}, line {line}: {error}") from None
+
+
 _DIGITS = 4000  # Python does not convert longer ones; they are sorted as text
 
 
 def class_names(file: Path, records: Sequence[tuple[int, Record]]) -> list[str]:
     """The distinct labels of records: integers first, by value, equal ones ("1", "01") as text; then names as text."""
-    names = {label_of(file, line, record) for line, record in records}
+    names = set()
+    for line, record in records:
+        with at_line(file, line):
+            names.add(label_of(record))
     if len(names) < 2:
         raise ValueError(f"{file}: all {len(records)} records have the label {next(iter(names))!r}; classification needs two classes.")
     short = {name: _whole(name) and len(name) <= _DIGITS for name in names}
     return sorted(names, key=lambda name: (not short[name], int(name) if short[name] else 0, name))
 
 
-def label_of(file: Path, line: int, record: Record) -> str:
+def label_of(record: Record) -> str:
     """The class of a record, as text without white space around it. Raises ValueError unless it is an integer or a name."""
-    value = _label(file, line, record)
+    value = field_of(record, "label", "classify")
     name = value.strip() if isinstance(value, str) else str(value)
     if isinstance(value, bool) or not isinstance(value, (int, str)) or not name or name.lower() == "nan":
         advice = '; write "true" or "false" as text' if isinstance(value, bool) else ""
-        raise ValueError(f"{file}, line {line}: the label must be an integer or a name, got {value!r:.60}{advice}.")
+        raise ValueError(f"the label must be an integer or a name, got {value!r:.60}{advice}.")
     if not _whole(name) and _number(name) is not None:
-        why = "is a score; classes are integers or names, scores need a model with one output"
-        raise ValueError(f"{file}, line {line}: the label {name!r:.60} {why}.")
+        raise ValueError(f"the label {name!r:.60} is a score; classes are integers or names, scores need a model with one output.")
     return name
 
 
-def reader(names: Sequence[str]) -> Callable[[Path, int, Record], float]:
-    """A function (file, line, record) -> the index of the class in `names`; for one name (a model with one output), the value.
+def reader(names: Sequence[str]) -> Callable[[Record], float]:
+    """A function record -> the index of the class in `names`; for one name (a model with one output), the value.
 
     A label is looked up by its name. If no name is a number, an integer is the index itself, as in transformers.
     The function raises ValueError for any other label.
@@ -58,29 +70,23 @@ def reader(names: Sequence[str]) -> Callable[[Path, int, Record], float]:
     if not any(_number(name) is not None for name in names):
         index |= {str(i): i for i in range(len(names))}
 
-    def read(file: Path, line: int, record: Record) -> float:
+    def read(record: Record) -> float:
         label = record.get("label")
-        name = label.strip() if isinstance(label, str) and label.strip() in index else label_of(file, line, record)
+        name = label.strip() if isinstance(label, str) and label.strip() in index else label_of(record)
         if name not in index:
-            raise NoClass(f"{file}, line {line}: the label {name!r:.60} is none of the classes: {listed(names, 40)}.")
+            raise NoClass(f"the label {name!r:.60} is none of the classes: {listed(names, 40)}.")
         return index[name]
 
     return read
 
 
-def _value(file: Path, line: int, record: Record) -> float:
+def _value(record: Record) -> float:
     """The label of a record as a value. Raises ValueError unless it is a finite number other than -100, which means "no label"."""
-    label = _label(file, line, record)
+    label = field_of(record, "label", "classify")
     value = _number(label.strip()) if isinstance(label, str) else label
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value == IGNORE:
-        raise ValueError(f"{file}, line {line}: this model has one output, so the label must be a number (not -100), got {label!r:.60}.")
+        raise ValueError(f"this model has one output, so the label must be a number (not -100), got {label!r:.60}.")
     return float(value)
-
-
-def _label(file: Path, line: int, record: Record) -> Any:
-    if "label" not in record:
-        raise ValueError(f'{file}, line {line}: expected the fields "text" and "label"; it has {", ".join(map(repr, record)) or "none"}.')
-    return record["label"]
 
 
 def _whole(name: str) -> bool:

@@ -71,7 +71,7 @@ class Recipe:
 
     model: str = _data(BUNDLED, "a model folder, a .gguf file, or an id of the hub", unset="pydoc, the bundled model")
     data: str | None = _data(None, "text or records, a file or a folder", unset="the standard library's source", metavar="PATH")
-    task: str = _data("lm", "continue a text, or classify it", choices=TASKS)
+    task: str = _data("lm", "continue a text, or classify it", choices=tuple(TASKS))
     window: int = _data(256, "longest sequence, in tokens", aliases=["--max-length"], metavar="N", least=1)
     mask_prompt: bool = _data(True, "learn completions only, or prompts too", unset="completions only")
     encoding: str = _data("utf-8", "encoding of text and record files", metavar="NAME")
