@@ -247,7 +247,6 @@ BAD = {
     "no such start": (bad(["--init", "magic"]), "init_lora_weights is 'magic'; choose one of True, False, 'gaussian'"),
     "a start beyond the SVD": (bad(["--init", "lora_ga", "--r", "100"]), "rank 100 needs 200 singular vectors"),
     "two methods": (bad(["--peft-type", "VERA", "--use-dora"]), "use_dora and VeRA exclude each other"),
-    "a removed flag": (bad(["--optimizer", "riemannian"]), "--optimizer was removed: AdamW is the optimizer"),
     "a removed value": (bad(["--quantize", "bfloat16"]), "quantize='bfloat16' is no longer supported; use dtype='bfloat16'"),
     "LoRA+ without LoRA": (bad(["--method", "full", "--loraplus-lr-ratio", "4"]), "loraplus_lr_ratio is for LoRA; method full"),
     "rank 0": (bad(["--r", "0"]), "rank r must be an integer of at least 1, got 0"),
