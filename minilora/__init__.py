@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from minilora.lora.variants.vera import VeraConfig
     from minilora.models import GPT2, MLP, BertClassifier, BertConfig, GPT2Config, KVCache, Llama, LlamaConfig
     from minilora.optim.flat import clip_grad_norm
-    from minilora.optim.loraplus import create_loraplus_optimizer
-    from minilora.optim.optimizers import SGD, Adam, AdamW
+    from minilora.optim.optimizers import SGD, Adam, AdamW, create_loraplus_optimizer
     from minilora.optim.schedules import schedule
     from minilora.quantization.quantize import quantize_model
 
@@ -58,8 +57,7 @@ _HOME = {
     "lora": "LoRALinear LoraConfig disabled factorize inject merge unmerge",
     "models": "BertClassifier BertConfig GPT2 MLP GPT2Config KVCache Llama LlamaConfig",
     "optim.flat": "clip_grad_norm",
-    "optim.loraplus": "create_loraplus_optimizer",
-    "optim.optimizers": "SGD Adam AdamW",
+    "optim.optimizers": "SGD Adam AdamW create_loraplus_optimizer",
     "optim.schedules": "schedule",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

@@ -8,7 +8,7 @@ from typing import Any
 
 _KEPT_NAME = {  # (old package, new package): modules
     ("training", "data"): "datasets examples labels records text",
-    ("training", "optim"): "flat loraplus optimizers schedules",
+    ("training", "optim"): "flat optimizers schedules",
     ("training", "runs"): "finetune plot recipe study tasks",
 }
 MOVED = {f"{old}.{name}": f"minilora.{new}.{name}" for (old, new), names in _KEPT_NAME.items() for name in names.split()} | {
@@ -17,6 +17,7 @@ MOVED = {f"{old}.{name}": f"minilora.{new}.{name}" for (old, new), names in _KEP
     "training.evaluate_run": "minilora.runs.evaluate",
     "training.extract_run": "minilora.runs.merge",
     "training.few_sample": "minilora.training.reinitialise and minilora.optim.optimizers",
+    "training.loraplus": "minilora.optim.optimizers",
     "training.metrics": "minilora.training.evaluate",
     "training.preconditioned": "examples/preconditioned.py",
     "training.recorded": "minilora.training.cuda_graph",

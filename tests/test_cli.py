@@ -12,7 +12,7 @@ import minilora as ml
 from minilora.cli import main
 from minilora.cli.flags import make_parser
 from minilora.data.text import HELD_OUT, TRAIN, stdlib_source
-from minilora.formats.origin import Origin
+from minilora.formats.fetch import Origin
 from minilora.formats.tokenizer import ByteTokenizer
 
 QUICK = [

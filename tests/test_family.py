@@ -19,7 +19,7 @@ from examples.preconditioned import (
 )
 from minilora.lora import adaptation, adapter_parameters, lora_layers
 from minilora.lora.variants.vera import Projections, VeraConfig
-from minilora.optim.loraplus import create_loraplus_optimizer
+from minilora.optim.optimizers import create_loraplus_optimizer
 
 LABELS = np.append(IDS[1:], -100)
 

@@ -11,7 +11,7 @@ import minilora as ml
 from minilora.cli import main
 from minilora.data.datasets import few
 from minilora.data.examples import Example
-from minilora.formats.origin import Origin
+from minilora.formats.fetch import Origin
 from minilora.layers import Parameter
 from minilora.optim.optimizers import AdamWL2SP
 from minilora.runs import study as study_module

@@ -25,9 +25,9 @@ from minilora.adapters.bottleneck import bottleneck_parameters
 from minilora.backend import Array, as_like, to_numpy
 from minilora.formats.adapter_config import BARE, prefix_of, read_adapter_config, to_json
 from minilora.formats.atomic import write_json
+from minilora.formats.fetch import origin
 from minilora.formats.fitting import FAMILIES, check_fit, drawn_parameters, warn_of_pooling
 from minilora.formats.mark import check_base, mark_of
-from minilora.formats.origin import origin
 from minilora.formats.tensors import holds_bfloat16, read_tensors, rounded, write_tensors
 from minilora.kernels.half import upcast
 from minilora.layers import Layer, Linear

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora.formats.atomic import read_json
+from minilora.formats.fetch import origin
 from minilora.formats.fitting import FAMILIES
-from minilora.formats.origin import origin
 from minilora.layers import Layer
 from minilora.lora import LoraConfig, lora_layers
 from minilora.lora.registry import config_classes

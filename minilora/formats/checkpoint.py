@@ -16,12 +16,10 @@ import numpy as np
 from minilora.adapters import bottlenecks
 from minilora.backend import choose_backend, to_numpy
 from minilora.formats.atomic import read_json, write_file, write_json
-from minilora.formats.blank import Blank
-from minilora.formats.fetch import BUNDLED, is_hub_id, model_folder, read_weights, weight_files
-from minilora.formats.fitting import FAMILIES, check_sizes, family_of, fill, named, oriented, warn_of_pooling
+from minilora.formats.fetch import BUNDLED, Origin, is_hub_id, model_folder, origin, read_weights, weight_files
+from minilora.formats.fitting import FAMILIES, Blank, check_sizes, family_of, fill, named, oriented, warn_of_pooling
 from minilora.formats.gguf import read_gguf
 from minilora.formats.nf4 import CONFIG, is_nf4_config, packed, unpacked
-from minilora.formats.origin import Origin, origin
 from minilora.formats.tensors import stored_dtypes, write_tensors
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.layers import Embedding

@@ -1,4 +1,4 @@
-"""SGD, Adam and AdamW: a handful of vector operations on the flat buffer, however many parameters there are."""
+"""SGD, Adam, AdamW and LoRA+: a handful of vector operations on the flat buffer, however many parameters there are."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 from minilora import kernels as K
 from minilora.backend import Array, get_xp
 from minilora.functional import AdamStep
+from minilora.layers import Embedding, Layer, LayerNorm, RMSNorm
 from minilora.optim.flat import FlatBuffer, Parameters
 
 
 class Optimizer:
     """`step()` moves the parameters along their gradients, `zero_grad()` forgets the gradients. `lr` may be set between steps.
 
-    rates, decays: factors of lr and weight_decay, each a number or an array with one element per parameter element (loraplus.py).
+    rates, decays: factors of lr and weight_decay, each a number or an array with one element per parameter element, as in LoRA+.
     Raises ValueError for an lr that is negative or not finite.
     """
 
@@ -119,3 +120,42 @@ class AdamWL2SP(AdamW):
     def step(self) -> None:
         self.flat.data -= (self.lr * self.l2_sp * self.rates) * (self.flat.data - self.initial)
         super().step()
+
+
+def create_loraplus_optimizer(
+    model: Layer,
+    optimizer_cls: type[Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_weight_decay: float = 0.0,
+    loraplus_lr_embedding: float = 1e-6,
+    **options: Any,
+) -> Any:
+    """LoRA+, as PEFT's function of the same name: B learns faster than A (arXiv 2402.12354, which found a ratio of about 16 best).
+
+    An optimizer_cls of the model's trainable parameters, with the learning rates
+
+        lr loraplus_lr_ratio     lora_B, and every vector: biases, gains, DoRA's magnitudes
+        loraplus_lr_embedding    the adapter of an embedding
+        lr                       the rest: lora_A, and fully trained matrices
+
+    Biases and the gains of layer norms have no weight decay. `options` go to optimizer_cls. All are kept as factors of lr and of
+    weight_decay, so that schedules, which set lr, act on all three. Raises ValueError for a ratio that is not a positive number.
+    """
+    if not 0 < loraplus_lr_ratio < math.inf:
+        raise ValueError(f"LoRA+: loraplus_lr_ratio must be a positive number, got {loraplus_lr_ratio}.")
+    optimizer: Any = optimizer_cls(model.parameters(), lr, weight_decay=loraplus_weight_decay, **options)  # type: ignore[call-arg]
+    owners, flat = dict(model.modules()), optimizer.flat
+    optimizer.rates, optimizer.decays = (get_xp(flat.data).ones_like(flat.data) for _ in range(2))
+    start = 0
+    for path, p in zip(flat.paths, flat.parameters, strict=True):
+        owner, _, name = path.rpartition(".")
+        part = slice(start, start := start + p.data.size)
+        if isinstance(owners[owner], Embedding) and name != "weight":
+            optimizer.rates[part] = loraplus_lr_embedding / lr
+        elif name == "lora_B" or p.data.ndim == 1:
+            optimizer.rates[part] = loraplus_lr_ratio
+        if name == "bias" or isinstance(owners[owner], (LayerNorm, RMSNorm)):
+            optimizer.decays[part] = 0
+    return optimizer

@@ -11,7 +11,7 @@ from minilora.adapters.extraction import embeddings_changed, extract, input_root
 from minilora.data.records import note
 from minilora.formats.adapter import save_adapter
 from minilora.formats.checkpoint import STORED, load_model, save_model
-from minilora.formats.origin import origin
+from minilora.formats.fetch import origin
 from minilora.lora import adaptation, merge
 from minilora.runs import Say, silent
 from minilora.runs.evaluate import task_of

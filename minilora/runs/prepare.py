@@ -12,8 +12,7 @@ from minilora.formats.checkpoint import load_model
 from minilora.formats.tokenizer import Tokenizer
 from minilora.lora.registry import config_classes
 from minilora.models.stack import Body
-from minilora.optim.loraplus import create_loraplus_optimizer
-from minilora.optim.optimizers import AdamW, AdamWL2SP
+from minilora.optim.optimizers import AdamW, AdamWL2SP, create_loraplus_optimizer
 from minilora.optim.schedules import schedule
 from minilora.runs.recipe import Recipe, ResolvedRecipe
 from minilora.runs.run_file import check_task, check_window, published_classes, tokenizer_of

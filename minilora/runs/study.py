@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from minilora.backend import choose_backend
 from minilora.formats.atomic import write_text
-from minilora.formats.origin import origin
+from minilora.formats.fetch import origin
 from minilora.lora.registry import DATA_INITIALISERS
 from minilora.runs import Say
 from minilora.runs.folder import StudyFolder
