@@ -49,13 +49,17 @@ class FlatBuffer:
     def gather(self) -> Array:
         """The gradient (n,), with zeros where a parameter received none.
 
-        Raises RuntimeError when a parameter was frozen, or its array replaced, since the buffer was made.
+        Raises RuntimeError as `check` does.
         """
+        self.check()
+        fill_missing(self.parameters)
+        return self.grad
+
+    def check(self) -> None:
+        """Raise RuntimeError when a parameter was frozen, or its array replaced, since the buffer was made."""
         for path, p, view in zip(self.paths, self.parameters, self.views, strict=True):
             if p.data is not view or p.home is None:
                 raise RuntimeError(f"{path or 'a parameter'} was moved or frozen after the optimizer was made; make a new optimizer.")
-        fill_missing(self.parameters)
-        return self.grad
 
     def claim(self) -> None:
         """After a replayed CUDA graph, which wrote the gradients into the buffer: let every p.grad be its view."""
