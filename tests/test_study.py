@@ -13,7 +13,6 @@ from minilora.data.datasets import few
 from minilora.data.examples import Example
 from minilora.formats.fetch import Origin
 from minilora.layers import Parameter
-from minilora.optim.optimizers import AdamWL2SP
 from minilora.runs import study as study_module
 from minilora.runs.recipe import Recipe
 from minilora.runs.study import ROWS, rows_named, study, summarise
@@ -91,7 +90,7 @@ def test_reinitialising_more_blocks_than_exist_is_refused():
 def test_l2_sp_returns_weights_to_their_initial_values(on):
     start, away = np.array([1.0, -2.0, 0.5]), np.array([3.0, 3.0, -4.0])
     p = Parameter(on(start))
-    optimizer = AdamWL2SP([p], lr=0.1, l2_sp=2.0)
+    optimizer = ml.AdamW([p], lr=0.1, l2_sp=2.0)
     p.data[...] = on(away)
     for _ in range(3):
         p.add_grad(on(np.zeros(3)))

@@ -42,8 +42,8 @@ Phobert Pop2Piano ProphetNet Qwen3_5 Reformer RemBert RoCBert RoFormer Roberta S
 T5 Tapas Tipsv2 Udop VideoPrism Vits Wav2Vec2CTC Wav2Vec2PhonemeCTC Whisper XGLM XLM XLNet""".split()
 
 
-def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
-    """(the tokenizers library's object, {"bos_token": ..., ...}, tokenizer_config.json) of a tokenizer.json and the files beside it.
+def read_tokenizer(file: Path) -> tuple[Any, dict[str, str]]:
+    """(the tokenizers library's object, {"bos_token": ..., ...}) of a tokenizer.json and the files beside it.
 
     Raises ValueError, naming the file, for invalid or unsupported content; ImportError without the extra `hf`.
     """
@@ -85,7 +85,7 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
         single = f"{around[0][0]}:0 $A:0 {around[1][0]}:0"
         library.post_processor = t.processors.TemplateProcessing(single=single, special_tokens=around)
     library.encode_special_tokens = bool(config.get("split_special_tokens"))
-    return library, names, config
+    return library, names
 
 
 def _tokens_beside(config: dict[str, Any], raw: dict[str, Any], file: Path) -> tuple[dict[str, Any], list[Any], dict[int, Any]]:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from minilora import kernels as K
-from minilora.backend import Array, get_xp
+from minilora.backend import get_xp
 from minilora.functional import AdamStep
 from minilora.layers import Embedding, Layer, LayerNorm, RMSNorm
 from minilora.optim.flat import FlatBuffer, Parameters
@@ -70,6 +70,8 @@ class AdamW(Optimizer):
 
     bias_correction=False omits the two divisions, as the original BERT code did: early steps are then larger by
     (1 - b1^t) / sqrt(1 - b2^t), 3.16 at t = 1 and 6.57 at t = 12 (arXiv 2006.05987, section 4).
+    l2_sp > 0 adds L2-SP, decay towards the weights w_0 that the optimizer was made with (arXiv 1802.01483, section 3): before each
+    step  w <- w - lr l2_sp (w - w_0).
     """
 
     decoupled = True
@@ -82,15 +84,21 @@ class AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         bias_correction: bool = True,
+        l2_sp: float = 0.0,
     ) -> None:
         if not all(0 <= b < 1 for b in betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {betas}.")
+        if not l2_sp >= 0:
+            raise ValueError(f"l2_sp must be at least 0, got {l2_sp}.")
         super().__init__(params, lr)
         self.betas, self.eps, self.weight_decay, self.bias_correction = betas, eps, weight_decay, bias_correction
         self.m, self.v = (get_xp(self.flat.data).zeros_like(self.flat.data) for _ in range(2))
+        self.l2_sp, self.initial = l2_sp, self.flat.data.copy() if l2_sp else None
 
     def step(self) -> None:
         w, g = self.flat.data, self.flat.gather()
+        if self.initial is not None:
+            w -= (self.lr * self.l2_sp * self.rates) * (w - self.initial)
         self.t += 1
         b1, b2 = self.betas
         c1, c2 = (1 - b1**self.t, 1 - b2**self.t) if self.bias_correction else (1.0, 1.0)
@@ -102,24 +110,6 @@ class Adam(AdamW):
     """Adam with weight decay, if any, added to the gradient (L2 regularisation), as in the original paper."""
 
     decoupled = False
-
-
-class AdamWL2SP(AdamW):
-    """L2-SP, decay towards the initial weights (arXiv 1802.01483, section 3): AdamW, and before each step  w <- w - lr l2_sp (w - w_0).
-
-    w_0: the weights when the optimizer was made. Raises ValueError for an l2_sp below 0.
-    """
-
-    def __init__(self, params: Parameters, lr: float, l2_sp: float, **options: Any) -> None:
-        super().__init__(params, lr, **options)
-        if not l2_sp >= 0:
-            raise ValueError(f"AdamWL2SP: l2_sp must be at least 0, got {l2_sp}.")
-        self.l2_sp = l2_sp
-        self.initial: Array = self.flat.data.copy()
-
-    def step(self) -> None:
-        self.flat.data -= (self.lr * self.l2_sp * self.rates) * (self.flat.data - self.initial)
-        super().step()
 
 
 def create_loraplus_optimizer(

@@ -12,7 +12,7 @@ from minilora.formats.checkpoint import load_model
 from minilora.formats.tokenizer import Tokenizer
 from minilora.lora.registry import config_classes
 from minilora.models.stack import Body
-from minilora.optim.optimizers import AdamW, AdamWL2SP, create_loraplus_optimizer
+from minilora.optim.optimizers import AdamW, create_loraplus_optimizer
 from minilora.optim.schedules import schedule
 from minilora.runs.recipe import Recipe, ResolvedRecipe
 from minilora.runs.run_file import check_task, check_window, published_classes, tokenizer_of
@@ -65,13 +65,11 @@ def prepare(model: Any, recipe: ResolvedRecipe, task: Task) -> AdamW:
     for _, layer in model.modules():
         if isinstance(layer, Body):
             layer.recompute = recipe.recompute
-    kind = AdamWL2SP if recipe.l2_sp else AdamW
-    l2_sp = {"l2_sp": recipe.l2_sp} if recipe.l2_sp else {}
-    adam: dict[str, Any] = {"lr": recipe.lr, "bias_correction": recipe.bias_correction, **l2_sp}
-    if recipe.loraplus_lr_ratio is None:
-        return kind(model.parameters(), weight_decay=recipe.weight_decay, **adam)
-    ratio = recipe.loraplus_lr_ratio
-    return create_loraplus_optimizer(model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=recipe.weight_decay, **adam)
+    adam: dict[str, Any] = {"lr": recipe.lr, "bias_correction": recipe.bias_correction, "l2_sp": recipe.l2_sp}
+    decay, ratio = recipe.weight_decay, recipe.loraplus_lr_ratio
+    if ratio is None:
+        return AdamW(model.parameters(), weight_decay=decay, **adam)
+    return create_loraplus_optimizer(model, AdamW, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **adam)
 
 
 def steps_of(
