@@ -57,6 +57,12 @@ class FlatBuffer:
         fill_missing(self.parameters)
         return self.grad
 
+    def norms(self) -> Array:
+        """(2, parameters): the Euclidean norms of every parameter's gradient, as it is in the buffer, and of its values."""
+        xp = get_xp(self.data)
+        rows = [p.home for p in self.parameters], self.views
+        return xp.stack([xp.stack([xp.linalg.norm(x) for x in row]) for row in rows])
+
     def claim(self) -> None:
         """After a replayed CUDA graph, which wrote the gradients into the buffer: let every p.grad be its view."""
         for p in self.parameters:
