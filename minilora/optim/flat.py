@@ -61,6 +61,12 @@ class FlatBuffer:
             if p.data is not view or p.home is None:
                 raise RuntimeError(f"{path or 'a parameter'} was moved or frozen after the optimizer was made; make a new optimizer.")
 
+    def norms(self) -> Array:
+        """(2, parameters): the Euclidean norms of every parameter's gradient, as it is in the buffer, and of its values."""
+        xp = get_xp(self.data)
+        rows = [p.home for p in self.parameters], self.views
+        return xp.stack([xp.stack([xp.linalg.norm(x) for x in row]) for row in rows])
+
     def claim(self) -> None:
         """After a replayed CUDA graph, which wrote the gradients into the buffer: let every p.grad be its view."""
         for p in self.parameters:
