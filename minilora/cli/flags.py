@@ -62,7 +62,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
         p.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with any of these flags; the command line wins")
         p.add_argument("--json", action="store_true", help="print one JSON object on standard output, everything else on standard error")
 
-    _add_recipe(verbs["finetune"])("--out", metavar="FOLDER", help="a new run folder (default: runs/METHOD-N)")
+    add = _add_recipe(verbs["finetune"])
+    add("--out", metavar="FOLDER", help="a new run folder (default: runs/METHOD-N)")
+    add("--resume", metavar="RUN", help="continue a run that was interrupted, with its own settings")
 
     add = verbs["study"].add_argument
     add("--rows", type=_names, metavar="NAMES", help="methods, few-sample, or names of single rows, see runs/study.py")

@@ -17,6 +17,7 @@ from minilora.runs.generate import generate_run
 from minilora.runs.info import describe
 from minilora.runs.merge import compare, extract_run, merge_run
 from minilora.runs.recipe import WITHOUT_EFFECT, Recipe
+from minilora.runs.resume import resume
 from minilora.runs.study import study_run
 
 
@@ -34,6 +35,14 @@ def _recipe(args: Namespace) -> Recipe:
     for name in sorted(values.keys() & set(names.split())):
         print(f"--{name.replace('_', '-')} has no effect on {what}.", file=sys.stderr)
     return recipe
+
+
+def _finetune(args: Namespace, say: Say) -> dict[str, Any]:
+    if args.resume is None:
+        return finetune(_recipe(args), args.out, say)
+    if args.out is not None:
+        raise ValueError("--resume continues in the run's own folder; leave --out away.")
+    return resume(args.resume, say, **{name: value for name, value in _given(args).items() if name != "resume"})
 
 
 def _generate(args: Namespace, say: Say) -> dict[str, Any]:
@@ -68,7 +77,7 @@ def _gradcheck(args: Namespace, say: Say) -> dict[str, Any]:
 
 
 VERBS: dict[str, Callable[[Namespace, Say], dict[str, Any]]] = {
-    "finetune": lambda args, say: finetune(_recipe(args), args.out, say),
+    "finetune": _finetune,
     "study": lambda args, say: study_run(_recipe(args), args.rows, args.seeds, args.out, args.quick, say),
     "evaluate": lambda args, say: evaluate_run(**_given(args), say=say),
     "generate": _generate,

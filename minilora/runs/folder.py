@@ -11,6 +11,8 @@ adapter/        adapter_config.json, adapter_model.safetensors       (all method
 model/          config.json, model.safetensors                       (method full)
 base/           the quantized model that the adapter fits            (method lora initialised with LoftQ)
 curves.png      the picture, if matplotlib is installed
+checkpoints/    the last state of training, and the best one, from which --resume continues (checkpoint.py)
+.lock           the process that writes to the folder (interrupt.py)
 
 A study, which continues from there when it was interrupted:
 study.json      version, the common recipe, the changes of each row, and the SHA-256 of the training data
@@ -22,13 +24,16 @@ study.png       its picture
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from minilora.formats.atomic import read_json, to_json, write_json, write_text
+from minilora.data.records import note
+from minilora.formats.atomic import is_temporary, read_json, to_json, write_json, write_text
 from minilora.runs.recipe import Recipe
 
 VERSION = 1
@@ -40,7 +45,7 @@ _FIELDS = {"row": str, "seed": int, "value": _NUMBER | None, "failed": bool, "tr
 def check_free(path: str | Path, note: str = "") -> Path:
     """The path, if nothing or an empty folder is there. Raises FileExistsError otherwise."""
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not (each.name == ".lock" or is_temporary(each)) for each in path.iterdir())):
         raise FileExistsError(f"{path} is in use{note}; name another folder with --out, or remove it first.")
     return path
 
@@ -51,6 +56,61 @@ def new_folder(path: str | Path | None, method: str) -> Path:
     folder = check_free(next(f for f in numbered if not f.exists()) if path is None else path)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def clean(folder: Path) -> None:
+    """Remove what was being written when an earlier process ended."""
+    for path in [*folder.iterdir(), *(folder / "checkpoints").glob(".*")]:
+        if is_temporary(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+class Lines:
+    """A file with one JSON object a line, which grows by `add`. Each line is flushed.
+
+    When the disk is full, the records are kept, and `add` tries again: a disk that is full for a while costs nothing. `sync` writes what
+    is missing, and raises OSError when it cannot.
+    """
+
+    def __init__(self, path: Path, records: list[dict[str, Any]]) -> None:
+        self.path, self.records = path, records
+        self.file: Any = None
+        self.sync()
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        try:
+            if self.file is not None:
+                self.file.write(to_json(record) + "\n")
+                self.file.flush()
+                return
+        except OSError as error:
+            note(f"{self.path} cannot be written ({error.strerror}); training goes on, and it is written as soon as that is possible.")
+        self.close()  # it may end in the middle of a line
+
+    def sync(self) -> None:
+        """Write everything, unless it is there."""
+        if self.file is None:
+            write_lines(self.path, self.records)
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
+
+    def close(self) -> None:
+        if self.file is not None:
+            with suppress(OSError):
+                self.file.close()
+            self.file = None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of such a file, up to the first line that is not whole."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        records.append(record)
+    return records
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from minilora.adapters import METHODS, inject
+from minilora.data.batches import Batch
 from minilora.data.records import listed, note
 from minilora.formats.checkpoint import load_model
 from minilora.formats.tokenizer import Tokenizer
@@ -44,8 +45,8 @@ def open_recipe(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
     return model, tokenizer, task
 
 
-def prepare(model: Any, recipe: ResolvedRecipe, task: Task) -> AdamW:
-    """Make trainable what the method trains. Returns its optimizer."""
+def prepare(model: Any, recipe: ResolvedRecipe, task: Task, config: Any = None) -> AdamW:
+    """Make trainable what the method trains. Returns its optimizer. config: of the adapter, by default the recipe's."""
 
     def first_batches() -> None:
         """Forward and backward on the first training batches, for initialisers that read data."""
@@ -56,6 +57,8 @@ def prepare(model: Any, recipe: ResolvedRecipe, task: Task) -> AdamW:
         reinitialise(model, recipe.reinit, rng=recipe.seed)
     if recipe.method == "full":
         model.unfreeze()
+    elif config is not None:
+        inject(model, config, rng=recipe.seed)
     elif recipe.method == "lora":
         inject(model, _lora_config(recipe), rng=recipe.seed, train_step=first_batches)
     else:
@@ -72,12 +75,12 @@ def prepare(model: Any, recipe: ResolvedRecipe, task: Task) -> AdamW:
 
 
 def steps_of(
-    model: Any, optimizer: AdamW, task: Task, recipe: ResolvedRecipe, prefix: PrefixCache | None, **options: Any
+    model: Any, optimizer: AdamW, batches: Iterator[Batch], recipe: ResolvedRecipe, prefix: PrefixCache | None, **options: Any
 ) -> Iterator[Step]:
-    """The steps of a recipe. options: loss_scale and norms_every, see `train`."""
+    """The steps of a recipe. options: done, loss_scale and norms_every, see `train`."""
     rate = schedule(recipe.schedule, recipe.steps, recipe.warmup)
-    options |= {name: getattr(recipe, name) for name in ("clip", "accumulate", "threads", "seed")}
-    return train(model, optimizer, task.batches(recipe.seed), recipe.steps, rate, prefix=prefix, **options)
+    options |= {name: getattr(recipe, name) for name in ("clip", "accumulate", "threads", "lanes", "seed")}
+    return train(model, optimizer, batches, recipe.steps, rate, prefix=prefix, **options)
 
 
 def prefix_for(task: Task, recipe: ResolvedRecipe) -> PrefixCache | None:

@@ -132,7 +132,7 @@ def _run(model: Any, task: Task, recipe: ResolvedRecipe, floor: float, bar: tqdm
     record = {"trained": optimizer.flat.data.size, "steps": recipe.steps, "failed": True, "value": None, "seconds": 0.0}
     end = bar.n + recipe.steps
     try:
-        for step in steps_of(replica, optimizer, task, recipe, prefix):
+        for step in steps_of(replica, optimizer, task.batches(recipe.seed), recipe, prefix):
             record["seconds"] += step.seconds
             bar.update()
     except Diverged as error:

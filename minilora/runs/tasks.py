@@ -42,6 +42,7 @@ class Task:
     epoch: Callable[[np.random.Generator], int] | None = None  # the number of batches of one pass; None for text, which has no epochs
     labels: list[str] | None = None  # the names of the classes
     counts: dict[str, int] = field(default_factory=dict)  # figures of the data, for the results
+    sha256: str = ""  # of the training data
     trained_on: dict[str, Any] = field(default_factory=dict)  # for run.json: the SHA-256 of the training data, whether the data to
     # measure on were held out of them, and the seed that drew them
 
@@ -72,7 +73,8 @@ def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | 
 
     task = _measured(dataset.describe(), dataset.valid, recipe, tokenizer, dataset.labels)
     held_out = "valid" not in split_files(str(recipe.data))
-    task.trained_on = {"sha256": fingerprint(str(recipe.data), recipe.encoding), "held_out": held_out, "seed": recipe.seed}
+    task.sha256 = fingerprint(str(recipe.data), recipe.encoding)
+    task.trained_on = {"sha256": task.sha256, "held_out": held_out, "seed": recipe.seed}
     if recipe.kind == "classify":
         task.batches = lambda seed: endless(lambda rng: batches_of(dataset.train, recipe.batch_size, rng), seed)
         task.epoch = lambda rng: -(-len(dataset.train) // recipe.batch_size)
@@ -113,6 +115,7 @@ def _text_task(recipe: Recipe, tokenizer: Tokenizer) -> Task:
     scored = sum(b.labelled for b in task.held_out)
     task.what = f"{what}: {len(train):,} {unit} to train on, {scored:,} of {len(held_out) - 1:,} held out to measure on"
     task.batches = lambda seed: random_windows(train, recipe.window, recipe.batch_size, np.random.default_rng(seed))
+    task.sha256 = hashlib.sha256(np.concatenate(texts).tobytes()).hexdigest()
     if recipe.data is not None:
         task.trained_on = {"sha256": fingerprint(recipe.data, recipe.encoding), "held_out": True, "seed": recipe.seed}
     return task

@@ -21,6 +21,7 @@ class Step:
 
     norms   (2, trainable parameters), on the steps that `Watch` measures: the norms of each one's gradient before clipping, and of its
             values before the update
+    latest  whether the parameters are those after this step: where several steps are read at once, only for the last of them
     """
 
     step: int
@@ -30,6 +31,7 @@ class Step:
     tokens: int
     seconds: float = 0.0
     norms: np.ndarray | None = None
+    latest: bool = False
 
     @property
     def finite(self) -> bool:
@@ -51,9 +53,9 @@ class Watch:
     norms_every   steps between two measurements of `Step.norms`, from the first step on; 0 for none
     """
 
-    def __init__(self, flat: FlatBuffer, every: int, norms_every: int = 0) -> None:
+    def __init__(self, flat: FlatBuffer, every: int, norms_every: int = 0, done: int = 0) -> None:
         self.flat, self.every, self.norms_every = flat, every, norms_every
-        self.good, self.kept = flat.data.copy(), 0
+        self.good, self.kept = flat.data.copy(), done
         self.pending: list[tuple[int, Array, float, Array, int, Array | None]] = []  # not yet read: what `_read` takes
         self.steps: list[Step] = []  # read, not yet reported
         self.begun = time.perf_counter()
@@ -72,7 +74,7 @@ class Watch:
     def report(self) -> Iterator[Step]:
         """The steps that were read, each with its share of the seconds since the last report."""
         for s in self.steps:
-            s.seconds = (time.perf_counter() - self.begun) / len(self.steps)
+            s.seconds, s.latest = (time.perf_counter() - self.begun) / len(self.steps), s is self.steps[-1]
         yield from self.steps
         if self.steps:
             self.steps, self.begun = [], time.perf_counter()
