@@ -10,7 +10,7 @@ from minilora.cli.flags import make_parser
 from minilora.runs.recipe import GROUPS, Recipe, ResolvedRecipe
 
 PYTHON_ONLY: set[str] = set()  # fields without a flag
-OTHERS = {"help", "config", "json", "out", "rows", "seeds", "quick"}  # flags of a verb, not of a recipe
+OTHERS = {"help", "config", "json", "out", "rows", "seeds", "quick", "resume"}  # flags of a verb, not of a recipe
 VERBS = ("finetune", "study")
 
 
@@ -61,6 +61,8 @@ def test_toml_keys_are_the_names_of_the_fields(tmp_path, monkeypatch):
             "eval_bytes": 9,
             "sample_bytes": 0,
             "reinit": 1,
+            "eval_every": 2,
+            "patience": 3,
         },
         **{"mask_prompt": False, "new_head": True, "use_rslora": True, "use_dora": "exact", "init_lora_weights": "pissa"},
         **{"bias_correction": False, "recompute": True, "cache": False, "tf32": True},
@@ -81,7 +83,7 @@ def test_resolve_gives_a_frozen_complete_copy():
     plan = recipe.resolve(lambda *_: None)
     assert isinstance(plan, ResolvedRecipe)
     assert asdict(plan).keys() == asdict(recipe).keys()
-    open_fields = {"data", "layers_to_transform", "reinit", "loraplus_lr_ratio", "epochs", "train_size", "eval_size"}
+    open_fields = {"data", "layers_to_transform", "reinit", "loraplus_lr_ratio", "epochs", "train_size", "eval_size", "eval_every", "patience"}
     assert {name for name, value in asdict(plan).items() if value is None} == open_fields  # for which None is a value
     assert recipe.lr is None
     for each in (recipe, plan):

@@ -6,7 +6,7 @@ import math
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print, *,
         else:
             about["before"] = {"figures": measure(model, task, plan.threads, matrix=True), "sample": _sample(model, tokenizer, plan)}
         about["before"] = state.before if state is not None else about["before"]
-        training = Training(model, optimizer, task, plan, folder, scale, about, state)
+        training = held.enter_context(closing(Training(model, optimizer, task, plan, folder, scale, about, state)))
 
         def save(steps: int) -> int:
             """Write the result of so many steps. Returns the bytes of its tensors."""

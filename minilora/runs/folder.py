@@ -37,7 +37,7 @@ from minilora.formats.atomic import is_temporary, read_json, to_json, write_json
 from minilora.runs.recipe import Recipe
 
 VERSION = 1
-_FREE = ("threads", "backend", "sample_bytes")  # may differ when a study is continued
+_FREE = ("threads", "backend", "sample_bytes", "save_every", "keep")  # may differ when a study is continued
 _NUMBER = float | int
 _FIELDS = {"row": str, "seed": int, "value": _NUMBER | None, "failed": bool, "trained": int, "steps": int, "seconds": _NUMBER}
 
@@ -157,12 +157,19 @@ class StudyFolder:
         if not isinstance(old, dict) or not isinstance(old_rows, dict):
             raise ValueError(f"{self.about} is damaged: it has no recipe or no rows.")
         for name, value in requested.items():
-            if old.get(name) != value:
-                raise ValueError(f"{self.path} holds a study with {name} {old.get(name)!r}, not {value!r}; name another --out.")
+            if old.get(name, value) != value:  # an older study lacks newer settings
+                raise ValueError(f"{self.path} holds a study with {name} {old[name]!r}, not {value!r}; name another --out.")
         for name, change in rows.items():
             if old_rows.get(name, change) != change:
                 raise ValueError(f"{self.path} holds a study whose row {name!r} is {old_rows[name]}, not {change}; name another --out.")
         return old_rows
+
+
+def lanes_of(study: Path) -> int:
+    """The number of lanes of the study in a folder, on which its results depend; 0 where there is none."""
+    recipe = read_json(study / "study.json").get("recipe") if (study / "study.json").is_file() else None
+    lanes = recipe.get("lanes", 0) if isinstance(recipe, dict) else 0
+    return lanes if isinstance(lanes, int) else 0
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -44,10 +44,11 @@ class Interruption:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, which must exist. Raises BlockingIOError, naming the process, when another one holds it.
+    """Hold the folder, which is made if there is none, and removed if nothing was written to it. Raises BlockingIOError, naming the process, when another one holds it.
 
     The system releases the lock of a process that ends in any way, so a stale one cannot be.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
         if fcntl is not None:
             try:
@@ -59,5 +60,10 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
-        file.truncate(0)
+        try:
+            yield
+        finally:
+            file.truncate(0)
+            if list(folder.iterdir()) == [folder / ".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()

@@ -133,6 +133,10 @@ class Training:
         self.records.sync()
         self.norms.sync()
 
+    def close(self) -> None:
+        self.records.close()
+        self.norms.close()
+
     def take_best(self) -> int | None:
         """Put the parameters with the lowest held-out loss into the model. Returns their step; None where nothing was measured."""
         state = checkpoint.read_last(self.folder, "best") if self.plan.eval_every else None

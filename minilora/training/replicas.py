@@ -49,8 +49,8 @@ class Replicas:
         lanes: int | None = None,
     ) -> None:
         lanes = threads if lanes is None else lanes
-        if threads < 1 or lanes < 1:
-            raise ValueError(f"threads and lanes must be at least 1, got {threads} and {lanes}.")
+        if min(threads, lanes) < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}." if threads < 1 else f"lanes must be at least 1, got {lanes}.")
         on_host = get_xp(flat.data) is np
         self.lanes = lanes if on_host else 1
         threads = min(threads, self.lanes)
