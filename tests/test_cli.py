@@ -61,7 +61,16 @@ def test_finetune_writes_a_complete_run_folder(method, cwd, text, capsys):
     out = finetune(capsys, "--method", method, "--data", text)
     folder = cwd / "runs" / f"{method}-1"
     made = "model" if method == "full" else "adapter"
-    assert {p.name for p in folder.iterdir()} == {"run.json", "metrics.jsonl", "norms.jsonl", "samples.txt", "curves.png", made}
+    assert {p.name for p in folder.iterdir()} == {
+        "run.json",
+        "metrics.jsonl",
+        "norms.jsonl",
+        "samples.txt",
+        "curves.png",
+        "checkpoints",
+        ".lock",
+        made,
+    }
     result = json.loads((folder / "run.json").read_text())
     assert result["configuration"]["method"] == method
     results = result["results"]

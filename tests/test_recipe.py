@@ -83,7 +83,17 @@ def test_resolve_gives_a_frozen_complete_copy():
     plan = recipe.resolve(lambda *_: None)
     assert isinstance(plan, ResolvedRecipe)
     assert asdict(plan).keys() == asdict(recipe).keys()
-    open_fields = {"data", "layers_to_transform", "reinit", "loraplus_lr_ratio", "epochs", "train_size", "eval_size", "eval_every", "patience"}
+    open_fields = {
+        "data",
+        "layers_to_transform",
+        "reinit",
+        "loraplus_lr_ratio",
+        "epochs",
+        "train_size",
+        "eval_size",
+        "eval_every",
+        "patience",
+    }
     assert {name for name, value in asdict(plan).items() if value is None} == open_fields  # for which None is a value
     assert recipe.lr is None
     for each in (recipe, plan):

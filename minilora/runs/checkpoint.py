@@ -53,8 +53,14 @@ class State:
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def capture(model: Any, optimizer: AdamW, scale: LossScale | None, **position: Any) -> State | None:
-    """The state after a step; None when a parameter is not finite: such a state is worth nothing."""
+def method_of(model: Any) -> dict[str, Any] | None:
+    """The configuration of the model's adapter, for a State; None without one."""
+    config = adaptation(model).config
+    return None if config is None else {"peft_type": config.peft_type, **asdict(config)}
+
+
+def capture(model: Any, optimizer: AdamW, scale: LossScale | None, **about: Any) -> State | None:
+    """The state after a step; None when a parameter is not finite: such a state is worth nothing. about: other fields of State."""
     flat = optimizer.flat
     if not bool(get_xp(flat.data).isfinite(flat.data).all()):
         return None
@@ -64,14 +70,12 @@ def capture(model: Any, optimizer: AdamW, scale: LossScale | None, **position: A
     for path, layer in lora_layers(model):
         if getattr(layer, "offset", None) is not None:
             tensors |= {f"{path}.offset_A": layer.offset.A, f"{path}.offset_B": layer.offset.B}
-    config = adaptation(model).config
     return State(
         updates=optimizer.t,
         loss_scale=None if scale is None else scale.state(),
-        method=None if config is None else {"peft_type": config.peft_type, **asdict(config)},
         parameters={path: list(p.data.shape) for path, p in zip(flat.paths, flat.parameters, strict=True)},
         tensors={name: to_numpy(value) for name, value in tensors.items()},
-        **position,
+        **about,
     )
 
 

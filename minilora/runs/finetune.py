@@ -24,7 +24,7 @@ from minilora.kernels.memory import peak_memory
 from minilora.lora import adaptation, disabled, lora_layers
 from minilora.models.generate import generate
 from minilora.runs import Say
-from minilora.runs.checkpoint import State, adapter_config, read_last, restore
+from minilora.runs.checkpoint import State, adapter_config, method_of, read_last, restore
 from minilora.runs.folder import clean, new_folder
 from minilora.runs.interrupt import Interruption, locked
 from minilora.runs.plot import have_matplotlib, plot_run
@@ -82,7 +82,9 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print, *,
             say(f"continued from the checkpoint of step {state.step}")
         else:
             about["before"] = {"figures": measure(model, task, plan.threads, matrix=True), "sample": _sample(model, tokenizer, plan)}
-        about["before"] = state.before if state is not None else about["before"]
+        about |= (
+            {"before": about["before"], "method": method_of(model)} if state is None else {"before": state.before, "method": state.method}
+        )
         training = held.enter_context(closing(Training(model, optimizer, task, plan, folder, scale, about, state)))
 
         def save(steps: int) -> int:

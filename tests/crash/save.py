@@ -1,6 +1,6 @@
 """Write checkpoints with an interruption at each system call in turn; calls.c is loaded into this process.
 
-    LD_PRELOAD=calls.so python save.py calls.so FOLDER       prints one line of JSON: {mode: number of system calls}, and what went wrong
+LD_PRELOAD=calls.so python save.py calls.so FOLDER       prints one line of JSON: {mode: number of system calls}, and what went wrong
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def problem(run: Path, calls: ctypes.CDLL, mode: int, number: int) -> tuple[int,
     shutil.rmtree(run, ignore_errors=True)
     checkpoint.write(run, state(1))
     if (child := os.fork()) == 0:
-        sys.stderr = open(os.devnull, "w")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         calls.arm(mode, number)
         try:
             checkpoint.write(run, state(2))
