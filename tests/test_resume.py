@@ -98,12 +98,12 @@ RUNS = {
     "classify": ("classify", {"lora_dropout": 0.1}),
     "full, L2-SP": ("classify", {"method": "full", "reinit": 1, "l2_sp": 0.1}),
     "bottleneck": ("classify", {"method": "bottleneck"}),
-    "bitfit": ("lm", {"method": "bitfit"}),
+    "bitfit": ("classify", {"method": "bitfit"}),
     "PiSSA": ("lm", {"init_lora_weights": "pissa", "r": 2}),
     "EVA": ("lm", {"init_lora_weights": "eva", "r": 2}),
     "LoRA-GA, LoRA+": ("lm", {"init_lora_weights": "lora_ga", "r": 2, "loraplus_lr_ratio": 4}),
     "LoftQ": ("lm", {"init_lora_weights": "loftq", "r": 2}),
-    "DoRA, NF4 no": ("lm", {"use_dora": True, "r": 2}),
+    "DoRA": ("lm", {"use_dora": True, "r": 2}),
     "VeRA": ("lm", {"peft_type": "VERA", "r": 8}),
     "float16": ("lm", {"dtype": "float16"}),
     "measured": ("lm", {"eval_every": 2}),
@@ -337,6 +337,7 @@ def test_a_closed_standard_output_does_not_end_training(models, tmp_path):
 def test_control_characters_do_not_reach_the_terminal(models, tmp_path, capsys):
     write_jsonl(tmp_path / "odd.jsonl", [{"text": " ".join(WORDS[: 2 + i // 2]), "label": f"\x1b[31m{i % 2}\x07"} for i in range(20)])
     flags = ["--model", models / "bert", "--task", "classify", "--data", tmp_path / "odd.jsonl", "--steps", 1, "--new-head"]
+    flags += ["--window", 16]
     assert main(["finetune", *map(str, flags), "--backend", "numpy", "--out", str(tmp_path / "\x1b[31mrun")]) == 0
     shown = "".join(capsys.readouterr())
     assert "\x1b" not in shown

@@ -81,10 +81,9 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print, *,
         if state is not None:
             say(f"continued from the checkpoint of step {state.step}")
         else:
-            about["before"] = {"figures": measure(model, task, plan.threads, matrix=True), "sample": _sample(model, tokenizer, plan)}
-        about |= (
-            {"before": about["before"], "method": method_of(model)} if state is None else {"before": state.before, "method": state.method}
-        )
+            figures = measure(model, task, plan.threads, matrix=True)
+            state = State(before={"figures": figures, "sample": _sample(model, tokenizer, plan)}, method=method_of(model))
+        about |= {"before": state.before, "method": state.method}
         training = held.enter_context(closing(Training(model, optimizer, task, plan, folder, scale, about, state)))
 
         def save(steps: int) -> int:

@@ -44,9 +44,10 @@ class Interruption:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, which is made if there is none, and removed if nothing was written to it. Raises BlockingIOError, naming the process, when another one holds it.
+    """Hold the folder, which is made if there is none, and removed if nothing was written to it.
 
-    The system releases the lock of a process that ends in any way, so a stale one cannot be.
+    Raises BlockingIOError, naming the process, when another one holds it. The system releases the lock of a process that ends in any way,
+    so there is no stale one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:

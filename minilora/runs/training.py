@@ -30,9 +30,9 @@ Records = list[dict[str, Any]]
 
 
 class Training:
-    """Trains a prepared model, from the beginning or from `state`, which has been restored into it.
+    """Trains a prepared model from `state`, which has been restored into it; that of step 0 is the beginning.
 
-    about    what every checkpoint of the run says: base, data, before
+    about    what every checkpoint of the run says: base, data, before, method
     seconds, tokens   of the training alone
     """
 
@@ -45,11 +45,10 @@ class Training:
         folder: Path,
         scale: LossScale | None,
         about: dict[str, Any],
-        state: State | None,
+        state: State,
     ) -> None:
         self.model, self.optimizer, self.task, self.plan, self.folder = model, optimizer, task, plan, folder
         self.scale, self.about = scale, about
-        state = state or State()
         self.step, self.batches, self.seconds, self.tokens = state.step, state.batches, state.seconds, state.tokens
         self.saved = self.evaluated = state.step
         records = [r for r in read_lines(folder / "metrics.jsonl") if r.get("step", math.inf) <= state.step]
