@@ -28,6 +28,7 @@ _VERBS = {
     "compare": "the largest change of each weight between two models, with their adapters",
     "info": "the contents of a model or a run folder: parameters, memory, adaptable modules",
     "gradcheck": "check every gradient of this package by finite differences",
+    "doctor": "versions, BLAS, memory and the GPU of this installation, and whether its matrix products are right",
 }
 _FIELDS = {field.name: field for field in fields(Recipe)}
 _MODEL = "a run folder, an adapter or model folder, a .gguf file, an id of the hub, or pydoc, the bundled model"

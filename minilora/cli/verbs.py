@@ -11,6 +11,7 @@ from typing import Any
 from minilora.backend import choose_backend
 from minilora.checking.catalogue import check_all
 from minilora.runs import Say
+from minilora.runs.doctor import doctor
 from minilora.runs.evaluate import evaluate_run
 from minilora.runs.finetune import finetune
 from minilora.runs.generate import generate_run
@@ -86,4 +87,5 @@ VERBS: dict[str, Callable[[Namespace, Say], dict[str, Any]]] = {
     "compare": _compare,
     "info": lambda args, say: describe(**_given(args), say=say),
     "gradcheck": _gradcheck,
+    "doctor": lambda args, say: doctor(say),
 }

@@ -25,6 +25,7 @@ from minilora.lora import adaptation, disabled, lora_layers
 from minilora.models.generate import generate
 from minilora.runs import Say
 from minilora.runs.checkpoint import State, adapter_config, method_of, read_last, restore
+from minilora.runs.doctor import check_products
 from minilora.runs.folder import clean, new_folder
 from minilora.runs.interrupt import Interruption, locked
 from minilora.runs.plot import have_matplotlib, plot_run
@@ -47,6 +48,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print, *,
     good parameters. The first Ctrl-C or SIGTERM ends the run after its step: it saves, and raises KeyboardInterrupt.
     """
     begun = time.perf_counter()
+    check_products()
     if recipe.tf32:
         allow_tf32()
     recipe = replace(recipe, backend=choose_backend(recipe.backend))
