@@ -35,10 +35,10 @@ def layouts(x: np.ndarray) -> dict[str, np.ndarray]:
     return {"rows": x, "columns": np.asfortranarray(x), "part of a wider one": wide[:, 2 : n + 2], "every other row": every_other[::2]}
 
 
-def wrong_products() -> list[str]:
-    """Names of the products that are not exact; a few milliseconds."""
+def wrong_products(with_threads: bool = True) -> list[str]:
+    """Names of the products that are not exact. A few milliseconds, without those of several threads."""
     wrong = set()
-    for threads in (1, None):  # as in training, and as elsewhere
+    for threads in (1, None) if with_threads else (1,):  # training has one BLAS thread in each of its own
         with threadpool_limits(threads, user_api="blas"), np.errstate(all="ignore"):
             for m, k, n in SIZES:
                 rng = np.random.default_rng(m)
@@ -55,14 +55,14 @@ def wrong_products() -> list[str]:
 
 def check_products() -> None:
     """Raise RuntimeError when a product is wrong: nothing that is trained here would be right."""
-    if wrong := wrong_products():
+    if wrong := wrong_products(with_threads=False):
         raise RuntimeError(f"this NumPy's matrix products are wrong ({wrong[0]}); install another build of NumPy, and see minilora doctor.")
 
 
 def doctor(say: Say = silent) -> dict[str, Any]:
     """Versions, BLAS, memory, the GPU, and the test of products. Raises RuntimeError, after printing, when products are wrong."""
     wrong = wrong_products()
-    about = {
+    about: dict[str, Any] = {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "blas": [
