@@ -11,6 +11,7 @@ adapter/        adapter_config.json, adapter_model.safetensors       (all method
 model/          config.json, model.safetensors                       (method full)
 base/           the quantized model that the adapter fits            (method lora initialised with LoftQ)
 curves.png      the picture, if matplotlib is installed
+tensorboard/    events, with --log tensorboard
 checkpoints/    the last state of training, and the best one, from which --resume continues (checkpoint.py)
 .lock           the process that writes to the folder (interrupt.py)
 
