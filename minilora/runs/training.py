@@ -57,8 +57,8 @@ class Training:
         if len(records) != state.step:
             raise ValueError(f"{folder / 'metrics.jsonl'} has {len(records)} steps, the checkpoint is of step {state.step}.")
         norms = [r for r in read_lines(folder / "norms.jsonl")[1:] if r.get("step", math.inf) <= state.step]
-        self.records = Lines(folder / "metrics.jsonl", records)
         self.events = Events(folder) if plan.log == "tensorboard" else None
+        self.records = Lines(folder / "metrics.jsonl", records)
         self.norms = Lines(folder / "norms.jsonl", [{"parameters": optimizer.flat.paths}, *norms])
 
     def run(self, interruption: Interruption) -> None:
@@ -142,8 +142,10 @@ class Training:
         self.norms.sync()
 
     def close(self) -> None:
-        for each in (self.records, self.norms, *([self.events] if self.events else [])):
-            each.close()
+        self.records.close()
+        self.norms.close()
+        if self.events is not None:
+            self.events.close()
 
     def take_best(self) -> int | None:
         """Put the parameters with the lowest held-out loss into the model. Returns their step; None where nothing was measured."""
