@@ -14,7 +14,7 @@ from minilora.formats.adapter_config import read_adapter_config
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import load_model
 from minilora.formats.fetch import model_folder, read_weights
-from minilora.formats.fitting import Family, family_of, named
+from minilora.formats.fitting import Family, family_of
 from minilora.formats.gguf import read_gguf_tokenizer
 from minilora.formats.tensors import map_tensors
 from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
@@ -71,11 +71,7 @@ def open_base(path: str | Path, backend: str, adapter: str | Path | None = None,
     labels = ((run and run.labels) or _classes(found)) if found else None  # a model has them in its own config.json
     typed = base == str(path)  # a name in a file must not lead to a download
     try:
-        published = None if labels is None else published_classes(base, download=typed)
-        count = labels if isinstance(labels, int) else len(labels or ())
-        same = published is None or labels == published or (count == len(published) and (isinstance(labels, int) or not named(published)))
-        options: dict[str, Any] = {"labels": labels, "quantize": recipe.quantize, "download": typed, "new_head": not same}
-        model = load_model(base, backend, dtype or recipe.dtype, **options)
+        model = load_model(base, backend, dtype or recipe.dtype, labels, recipe.quantize, download=typed, new_head=None)
     except FileNotFoundError as error:
         if typed:
             raise
