@@ -28,7 +28,7 @@ from minilora.formats.atomic import write_json
 from minilora.formats.fetch import origin
 from minilora.formats.fitting import FAMILIES, check_fit, drawn_parameters, warn_of_pooling
 from minilora.formats.mark import check_base, mark_of
-from minilora.formats.tensors import holds_bfloat16, read_tensors, rounded, write_tensors
+from minilora.formats.tensors import holds_bfloat16, map_tensors, rounded, write_tensors
 from minilora.kernels.half import upcast
 from minilora.layers import Layer, Linear
 from minilora.lora import LoraConfig, adaptation, adapter_parameters, inject, lora_layers
@@ -94,7 +94,7 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
         raise FileNotFoundError(
             f"{folder} has only adapter_model.bin, a pickle, which is never read; save it with safe_serialization=True."
         )
-    tensors, metadata = read_tensors(file)
+    tensors, metadata = map_tensors(file)
     try:
         if isinstance(config, LoraConfig):
             config, tensors, bare = _with_the_head(model, config, tensors)
