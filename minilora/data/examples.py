@@ -35,12 +35,9 @@ class Example:
     cut: bool = False  # it was shortened
 
 
-Maker = Callable[[Record], Example]
-
-
 def example_maker(
     task: str, tokenizer: Tokenizer, max_length: int, mask_prompt: bool, labels: Sequence[str] | None, template: str | None
-) -> Maker:
+) -> Callable[[Record], Example]:
     """A function record -> Example, which raises ValueError for a record that cannot be used.
 
     Raises ValueError itself for an unknown task, a max_length below 2, and labels of which two are one.
