@@ -367,7 +367,7 @@ BAD = {
     "index on another system": (lambda f: shards(f, **{W: "..\\x.safetensors"}), "not the plain name"),
     "index of a list": (lambda f: shards(f, **{W: [1]}), r"names the file \[1\], which is not"),
     "index of a number": (lambda f: shards(f, **{W: 3}), "names the file 3, which is not"),
-    "index without files": (lambda f: shards(f, **{W: "model-00003.safetensors"}), "there is no file"),
+    "index without files": (lambda f: shards(f, **{W: "model-00003.safetensors"}), "No such file or directory"),
     "index and shard differ": (lambda f: shards(f, stray="model-00001-of-00002.safetensors"), "differ: 'stray' is not there"),
     "shard has more": (
         lambda f: write_json(

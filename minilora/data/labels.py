@@ -7,12 +7,17 @@ everything else as text. The result depends neither on the order of the records 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from minilora.data.records import Record, field_of, listed
 from minilora.functional import IGNORE
+
+_WHOLE = re.compile(r"-?\d+", re.ASCII)
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)  # in decimal notation
+_DIGITS = 4000  # Python does not convert longer integers; they are sorted as text
 
 
 class NoClass(ValueError):
@@ -29,9 +34,6 @@ def at_line(file: Path, line: int) -> Iterator[None]:
         raise kind(f"{file}, line {line}: {error}") from None
 
 
-_DIGITS = 4000  # Python does not convert longer ones; they are sorted as text
-
-
 def class_names(file: Path, records: Sequence[tuple[int, Record]]) -> list[str]:
     """The distinct labels of records: integers first, by value, equal ones ("1", "01") as text; then names as text."""
     names = set()
@@ -40,18 +42,18 @@ def class_names(file: Path, records: Sequence[tuple[int, Record]]) -> list[str]:
             names.add(label_of(record))
     if len(names) < 2:
         raise ValueError(f"{file}: all {len(records)} records have the label {next(iter(names))!r}; classification needs two classes.")
-    short = {name: _whole(name) and len(name) <= _DIGITS for name in names}
-    return sorted(names, key=lambda name: (not short[name], int(name) if short[name] else 0, name))
+    integers = {name: int(name) for name in names if _WHOLE.fullmatch(name) and len(name) <= _DIGITS}
+    return sorted(names, key=lambda name: (name not in integers, integers.get(name, 0), name))
 
 
 def label_of(record: Record) -> str:
     """The class of a record, as text without white space around it. Raises ValueError unless it is an integer or a name."""
     value = field_of(record, "label", "classify")
-    name = value.strip() if isinstance(value, str) else str(value)
-    if isinstance(value, bool) or not isinstance(value, (int, str)) or not name or name.lower() == "nan":
+    name = str(value).strip()
+    if type(value) not in (int, str) or name.lower() in ("", "nan"):
         advice = '; write "true" or "false" as text' if isinstance(value, bool) else ""
         raise ValueError(f"the label must be an integer or a name, got {value!r:.60}{advice}.")
-    if not _whole(name) and _number(name) is not None:
+    if _NUMBER.fullmatch(name) and not _WHOLE.fullmatch(name):
         raise ValueError(f"the label {name!r:.60} is a score; classes are integers or names, scores need a model with one output.")
     return name
 
@@ -67,7 +69,7 @@ def reader(names: Sequence[str]) -> Callable[[Record], float]:
     index = {name.strip(): i for i, name in enumerate(names)}
     if len(index) < len(names):
         raise ValueError(f"the model names a class twice: {', '.join(names)}; a label does not say which one it means.")
-    if not any(_number(name) is not None for name in names):
+    if not any(_NUMBER.fullmatch(name) for name in names):
         index |= {str(i): i for i in range(len(names))}
 
     def read(record: Record) -> float:
@@ -83,19 +85,7 @@ def reader(names: Sequence[str]) -> Callable[[Record], float]:
 def _value(record: Record) -> float:
     """The label of a record as a value. Raises ValueError unless it is a finite number other than -100, which means "no label"."""
     label = field_of(record, "label", "classify")
-    value = _number(label.strip()) if isinstance(label, str) else label
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value == IGNORE:
+    value = float(label) if isinstance(label, str) and _NUMBER.fullmatch(label.strip()) else label
+    if type(value) not in (int, float) or not math.isfinite(value) or value == IGNORE:
         raise ValueError(f"this model has one output, so the label must be a number (not -100), got {label!r:.60}.")
     return float(value)
-
-
-def _whole(name: str) -> bool:
-    return name.isascii() and name.removeprefix("-").isdecimal()
-
-
-def _number(text: str) -> float | None:
-    """The number of a text in decimal notation, None for a name."""
-    try:
-        return float(text) if text.isascii() and any(c.isdigit() for c in text) and "_" not in text else None
-    except ValueError:
-        return None

@@ -34,8 +34,6 @@ def note(text: str) -> None:
 
 def read_bytes(file: Path) -> bytes:
     """The bytes of a file, decompressed where its name ends in .gz. Raises FileNotFoundError, or ValueError for damaged gzip data."""
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}.")
     raw = file.read_bytes()
     if file.suffix.lower() != ".gz":
         return raw

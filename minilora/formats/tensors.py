@@ -52,8 +52,6 @@ def stored_dtypes(path: str | Path) -> dict[str, str]:
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """(the header, the offset of the data), after the library has checked that the header is consistent and covers the whole file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
     try:
         with safe_open(path, framework="numpy"):
             pass
