@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from minilora.data.batches import Batch
-from minilora.data.examples import Example, example_maker
-from minilora.data.labels import NoClass, at_line, class_names
+from minilora.data.examples import Example, NoClass, at_line, class_names, example_maker
 from minilora.data.records import SPLITS, listed, note, read_records, split_files
 from minilora.formats.tokenizer import Tokenizer
 
@@ -70,7 +69,7 @@ def load_dataset(
                  of max_length, then the completion its end. `Example.cut` marks them
     mask_prompt  False: train on prompts and users' turns too
     labels       the classes of an existing head, in its order (one class: labels are values); default: those of the training data, or of
-                 a single file, see data/labels.py
+                 a single file, see data/examples.py
     seed         draws the tenth that is held out where there is no validation data, see `hold_out`
     drawn_at     (max_length, mask_prompt) of the run that held them out, if it read the records otherwise
 

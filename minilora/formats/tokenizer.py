@@ -192,15 +192,17 @@ def _utf8(text: str) -> bytes:
         raise ValueError(f"the text has an unpaired surrogate at character {error.start}; remove it.") from None
 
 
-def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a model folder, a tokenizer.json, or a .gguf file, for a model whose embedding has `vocab_size` rows.
+def load_tokenizer(path: str | Path, vocab_size: int | None) -> Tokenizer:
+    """The tokenizer of a model folder, a tokenizer.json, or a .gguf file, for a model whose embedding has `vocab_size` rows
+    (None: the number in a .gguf file, or any).
 
     A folder without tokenizer.json and a vocabulary of 256 is a byte-level model. Raises FileNotFoundError when there is no tokenizer,
     ValueError when a file is invalid or the ids exceed the embedding, ImportError when an extra is missing.
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        return gguf_tokenizer(read_gguf_tokenizer(path)[1], vocab_size, path)
+        rows, vocabulary = read_gguf_tokenizer(path)
+        return gguf_tokenizer(vocabulary, vocab_size or rows, path)
     file = path if path.suffix == ".json" else path / "tokenizer.json"
     if not file.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {file.parent} to read a tokenizer from.")
@@ -262,7 +264,7 @@ _PRE = ("smollm", "gpt-2", "qwen2")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of token_type
 
 
-def _from_file(file: Path, vocab_size: int) -> HFTokenizer:
+def _from_file(file: Path, vocab_size: int | None) -> HFTokenizer:
     """tokenizer.json with the files beside it. Its own end token comes first, then the stop ids of the model's configuration."""
     library, tokens = read_tokenizer(file)
     bos, eos = (library.token_to_id(tokens[name]) if name in tokens else None for name in ("bos_token", "eos_token"))
@@ -275,8 +277,8 @@ def _from_file(file: Path, vocab_size: int) -> HFTokenizer:
     return _checked(tokenizer, vocab_size, file)
 
 
-def _checked(tokenizer: HFTokenizer, vocab_size: int, path: str | Path) -> HFTokenizer:
-    if tokenizer.vocab_size > vocab_size:
+def _checked(tokenizer: HFTokenizer, vocab_size: int | None, path: str | Path) -> HFTokenizer:
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"{path}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's embedding has {vocab_size} rows; "
             "use the model's own tokenizer."
