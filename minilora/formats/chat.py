@@ -16,6 +16,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+from minilora.formats import extra
 from minilora.formats.atomic import read_json
 
 Messages = Sequence[dict[str, Any]]  # {"role": "user", "content": "..."} each
@@ -48,7 +49,7 @@ def find_chat_template(folder: str | Path) -> str | None:
 
 def _templates_in_config(config: Path) -> dict[str, str]:
     """{name: template} in tokenizer_config.json: one string, or a list of {"name", "template"}."""
-    found = (read_json(config) if config.is_file() else {}).get("chat_template") or {}
+    found = read_json(config, {}).get("chat_template") or {}
     try:
         found = {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else found
         named = found if isinstance(found, dict) else {"default": found}
@@ -207,13 +208,11 @@ def _compile(template: str) -> Any:
     """The template, compiled in the environment of transformers, in a sandbox that raises at the first violation."""
     from importlib.metadata import version  # takes a while to import
 
-    try:
-        from jinja2 import TemplateError
-        from jinja2.exceptions import SecurityError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        from jinja2.utils import Namespace
-    except ImportError:
-        raise ImportError("chat templates need jinja2: pip install 'minilora[hf]'") from None
+    extra("jinja2", "hf", "a chat template")
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
     if tuple(int(part) for part in version("jinja2").split(".")[:3] if part.isdigit()) < (3, 1, 6):
         raise ImportError(f"jinja2 {version('jinja2')} has known ways out of its sandbox; pip install 'jinja2>=3.1.6'")
 

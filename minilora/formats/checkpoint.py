@@ -150,7 +150,7 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     tensors = {path: to_numpy(value) for path, value in values.items() if path not in quantized}
     name = origin(model).source
     source = model_folder() if name == BUNDLED else Path(name) if name else None
-    published = read_json(source / "config.json") if source and (source / "config.json").is_file() else {}
+    published = read_json(source / "config.json", {}) if source else {}
     result = {key: value for key, value in published.items() if key in _COPIED}
     result |= {"model_type": model.model_type, **model.config.to_json()}
     family = FAMILIES[result["model_type"]]

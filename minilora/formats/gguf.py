@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.formats import extra
 from minilora.models.llama import LlamaConfig
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -91,10 +92,8 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metadata, {name: the library's tensor}) of a file. Raises FileNotFoundError, ImportError, or ValueError for an unreadable file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError(f"reading {path} needs the gguf library: pip install 'minilora[gguf]'.") from None
+    extra("gguf", "gguf", f"reading {path}")
+    import gguf
 
     class Reader(gguf.GGUFReader):  # refuses a file that is shorter than its header says
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> np.ndarray:

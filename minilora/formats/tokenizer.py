@@ -73,7 +73,7 @@ class Tokenizer(ABC):
         """Set eos_token_id to the stop_ids in generation_config.json, where transformers looks for them; other keys are kept."""
         file = Path(folder) / "generation_config.json"
         if self.stop_ids:
-            write_json(file, {**(read_json(file) if file.is_file() else {}), "eos_token_id": sorted(self.stop_ids)})
+            write_json(file, {**read_json(file, {}), "eos_token_id": sorted(self.stop_ids)})
 
     def stream(self, ids: Iterable[int], skip_special: bool = False, after: Iterable[int] = ()) -> Iterator[str]:
         """Decode ids as they arrive, in pieces that end at complete characters. The pieces joined are what the ids add to the text of
@@ -266,8 +266,8 @@ def _from_file(file: Path, vocab_size: int | None) -> HFTokenizer:
     library, tokens = read_tokenizer(file)
     bos, eos = (library.token_to_id(tokens[name]) if name in tokens else None for name in ("bos_token", "eos_token"))
     ends: list[Any] = [eos]
-    for beside in (file.parent / name for name in ("generation_config.json", "config.json")):
-        ids = read_json(beside).get("eos_token_id") if beside.is_file() else None
+    for beside in ("generation_config.json", "config.json"):
+        ids = read_json(file.with_name(beside), {}).get("eos_token_id")
         ends += ids if isinstance(ids, list) else [ids]
     ends = [id for id in ends if type(id) is int and 0 <= id < 2**32 and library.id_to_token(id) is not None]
     tokenizer = HFTokenizer(library, bos, next(iter(ends), None), ends, find_chat_template(file.parent), tokens, file)
