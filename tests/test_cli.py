@@ -262,7 +262,7 @@ BAD = {
     "rank too large": (bad(["--r", "500"]), "rank 500 is beyond transformer.h.0.attn.c_attn"),
     "unknown module": (bad(["--target-modules", "q_proj,c_attn"]), "no linear layer is called 'q_proj'"),
     "near module": (bad(["--target-modules", "c_attm"]), "did you mean 'c_attn'"),
-    "no such data": (bad(["--data", "absent.txt"]), "there is no file or folder absent.txt"),
+    "no such data": (bad(["--data", "absent.txt"]), "No such file or directory (absent.txt)"),
     "empty data": (empty, "empty.txt is empty"),
     "empty folder": (empty_folder, "no .py, .txt or .md files below nothing"),
     "text shorter than a window": (short, "too short for one window of 32"),

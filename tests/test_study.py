@@ -232,13 +232,13 @@ RECORD = '{"row": "head", "seed": 0, "value": 0.5, "failed": true, "trained": 1,
 BAD_STUDIES = {
     "another version": (lambda d: (d / "study.json").write_text('{"version": 2}'), {}, "is of version 2, this minilora writes 1"),
     "no recipe": (lambda d: (d / "study.json").write_text('{"version": 1}'), {}, "is damaged: it has no recipe"),
-    "no JSON": (lambda d: damage_file(d, RECORD + '{"row": "head", "se'), {}, "runs.jsonl, line 2: this record is damaged"),
+    "no JSON": (lambda d: damage_file(d, RECORD + '{"row": "head", "se'), {}, "runs.jsonl, line 2: this is not JSON"),
     "a field missing": (
         lambda d: damage_file(d, '{"row": "head", "seed": 0}\n'),
         {},
-        "line 1: this record is damaged, its value is not valid",
+        "line 1: its value is not valid; remove the line to repeat the run",
     ),
-    "no record": (lambda d: damage_file(d, "[1]\n"), {}, "line 1: this record is damaged"),
+    "no record": (lambda d: damage_file(d, "[1]\n"), {}, "line 1: expected a JSON object, got int"),
     "twice": (lambda d: damage_file(d, RECORD * 2), {}, "line 2: 'head' with seed 0 is there twice"),
     "another recipe": (lambda d: None, {"lr": 0.5}, "holds a study with lr 0.02, not 0.5"),
     "other data": (lambda d: None, {"train_size": 9}, "holds a study with train_size None, not 9"),
@@ -297,5 +297,5 @@ def test_bad_requests(recipe, tmp_path):
     with pytest.raises(FileExistsError, match="is in use, and holds no study"):
         study(recipe, ROWS, 1, tmp_path, quiet)
     study(recipe, {"x": {"lr": 0.1}}, 1, tmp_path / "s", quiet)
-    with pytest.raises(ValueError, match=r"whose row 'x' is \{'lr': 0.1\}, not \{'lr': 0.2\}"):
+    with pytest.raises(ValueError, match=r"with row x \{'lr': 0.1\}, not \{'lr': 0.2\}"):
         study(recipe, {"x": {"lr": 0.2}}, 1, tmp_path / "s", quiet)

@@ -207,8 +207,6 @@ def _set_defaults(p: argparse.ArgumentParser, path: Path) -> None:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no settings file {path}.")
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

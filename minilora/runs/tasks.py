@@ -18,8 +18,7 @@ import numpy as np
 from minilora.backend import to_numpy
 from minilora.data.batches import Batch, check_length, held_out_windows, random_windows
 from minilora.data.datasets import Dataset, batches_of, endless, few, load_dataset, load_examples, pack, packed_batches, sample
-from minilora.data.examples import Example
-from minilora.data.labels import class_names
+from minilora.data.examples import Example, class_names
 from minilora.data.records import SPLITS, is_dataset, listed, note, read_bytes, read_records, split_files
 from minilora.data.text import read_text, split_text, stdlib_source
 from minilora.formats.fitting import named
