@@ -17,7 +17,7 @@ from minilora.runs import Say, silent
 POINTS = 1000  # of a curve, at most: of a longer run, means of consecutive steps
 
 
-def report(run: str | Path, other: str | Path | None = None, out: str | Path | None = None, say: Say = silent) -> dict[str, Any]:
+def report_run(run: str | Path, other: str | Path | None = None, out: str | Path | None = None, say: Say = silent) -> dict[str, Any]:
     """Write the page about the run in a folder, or about two. out: by default report.html in the first folder, which is replaced.
 
     Returns {"file", "missing": {run: sentences}}. Raises ValueError when a folder holds no run, its run.json is damaged, or two runs
@@ -48,10 +48,10 @@ def report(run: str | Path, other: str | Path | None = None, out: str | Path | N
 
 def _template() -> Any:
     try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from jinja2 import Environment, PackageLoader
     except ImportError:
         raise ImportError("minilora report needs jinja2: pip install 'minilora[html]'") from None
-    options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=PackageLoader("minilora.report", "."), **options)
     environment.filters |= {f.__name__: f for f in (finite, median, number, scaled, short)}
     environment.tests["finite"] = math.isfinite
@@ -116,8 +116,9 @@ def short(paths: list[str]) -> list[str]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers, about five, from at or below `low` to at or above `high`."""
+    """Round numbers, about five, two at least, from at or below `low` to at or above `high`."""
     rough = (high - low) / 5 or abs(low) or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(k * power for k in (1, 2, 5, 10) if k * power >= rough * 0.999)
-    return [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    first = math.floor(low / step)
+    return [k * step for k in range(first, max(first + 1, math.ceil(high / step)) + 1)]
