@@ -46,7 +46,6 @@ class Change:
     effective_rank: float
     weight: float = math.nan  # ||W||_F
     within: float = math.nan  # ||U_r^T W V_r||_F
-    by_chance: float = math.nan  # the same for random directions: r ||W||_F / sqrt(m n)
     amplification: float = math.nan
 
 
@@ -74,12 +73,10 @@ def change_of(dW: np.ndarray | tuple[np.ndarray, np.ndarray], W: Any = None) -> 
     else:
         U, S, Vt = np.linalg.svd(dW.astype(np.float64), full_matrices=False)
         directions, r = U, min(FULL, len(S))
-    m, n = len(U), Vt.shape[1]
-    change = Change((m, n), r, S, directions[:, :64], float(np.linalg.norm(S)), effective_rank(S))
+    change = Change((len(U), Vt.shape[1]), r, S, directions[:, :64], float(np.linalg.norm(S)), effective_rank(S))
     if W is not None:
         W = upcast(W.dense() if isinstance(W, Matrix) else W).astype(np.float64)
         change.weight, change.within = (float(np.linalg.norm(X)) for X in (W, U[:, :r].T @ W @ Vt[:r].T))
-        change.by_chance = r * change.weight / math.sqrt(m * n)
         if change.norm and change.within:
             change.amplification = float(np.linalg.norm(S[:r])) / change.within
     return change

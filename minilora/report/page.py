@@ -51,9 +51,8 @@ def _template() -> Any:
         from jinja2 import Environment, PackageLoader
     except ImportError:
         raise ImportError("minilora report needs jinja2: pip install 'minilora[html]'") from None
-    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=PackageLoader("minilora.report", "."), **options)
-    environment.filters |= {f.__name__: f for f in (finite, median, number, scaled, short)}
+    environment = Environment(loader=PackageLoader("minilora.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {f.__name__: f for f in (median, number, short)}
     environment.tests["finite"] = math.isfinite
     environment.globals |= {"log": math.log, "ticks": ticks, "unique": count(1).__next__, "zip": zip}
     return environment.get_template("report.html.j2")
@@ -69,7 +68,7 @@ def _view(run: Run, changes: dict[str, Change]) -> dict[str, Any]:
     every = -(-len(run.steps.get("step", ())) // POINTS)
     curves = {name: _means(v, every, every) for name, v in run.steps.items()}
     n = max(5, len(curves.get("loss", ())) // 20)
-    curves |= {"mean": _means(np.array(curves["loss"]), n)} if curves else {}
+    curves |= {"mean": _means(curves["loss"], n)} if curves else {}
     layers: dict[str, Any] = {}
     for path, norm in run.grads.items():
         layer = path.rpartition(".")[0]
@@ -81,14 +80,10 @@ def _view(run: Run, changes: dict[str, Change]) -> dict[str, Any]:
     return {"run": run, "changes": changes, "curves": curves, "window": n * every, "layers": layers, "bands": bands}
 
 
-def _means(v: np.ndarray, n: int, every: int = 1) -> list[float]:
+def _means(v: np.ndarray, n: int, every: int = 1) -> np.ndarray:
     """The mean of the finite ones of the last n, at every `every`-th."""
-    parts = [v[max(0, i - n) : i] for i in range(every, len(v) + every, every)]
-    return [float(p[np.isfinite(p)].mean()) if np.isfinite(p).any() else math.nan for p in parts]
-
-
-def finite(of: list[float]) -> list[float]:
-    return [x for x in of if math.isfinite(x)]
+    parts = (v[max(0, i - n) : i] for i in range(every, len(v) + every, every))
+    return np.array([p[np.isfinite(p)].mean() if np.isfinite(p).any() else math.nan for p in parts])
 
 
 def median(matrices: list[np.ndarray]) -> list[list[float]]:
@@ -102,10 +97,6 @@ def number(x: float) -> str:
     if not math.isfinite(x):
         return "–"
     return f"{x:,.0f}" if x == int(x) or abs(x) >= 1e3 else f"{x:.4g}"
-
-
-def scaled(of: list[float], factor: float) -> list[float]:
-    return [factor * x for x in of]
 
 
 def short(paths: list[str]) -> list[str]:
