@@ -346,9 +346,9 @@ def test_an_unfinished_run_says_so(copy, page):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n{"step": 2, "lo', "metrics.jsonl, line 2, is not valid JSON"),
-        ("metrics.jsonl", "", "metrics.jsonl cannot be read: it has no complete line."),
-        ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1, must hold a JSON object"),
+        ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n{"step": 2, "lo', "metrics.jsonl cannot be read: line 2 is not valid JSON"),
+        ("metrics.jsonl", "", "metrics.jsonl cannot be read: it is empty."),
+        ("metrics.jsonl", "[1]\n", "metrics.jsonl cannot be read: line 1 must hold a JSON object, not list."),
         (
             "metrics.jsonl",
             '{"step": 1, "loss": "x"}\n{"step": 2, "loss": NaN}\n',
@@ -363,10 +363,10 @@ def test_an_unfinished_run_says_so(copy, page):
         (
             "norms.jsonl",
             '{"parameters": ["a"]}\n{"step": 1, "grad_norms": [1], "norms": [1]}\n{"step"',
-            "norms.jsonl, line 3, is not valid",
+            "cannot be read: line 3 is not valid JSON",
         ),
         ("norms.jsonl", '{"step": 1}\n', "norms.jsonl, with the norms by layer, cannot be read"),
-        ("norms.jsonl", b"\xff\xfe", "norms.jsonl, line 1, is not valid JSON"),
+        ("norms.jsonl", b"\xff\xfe", "cannot be read: line 1 is not valid JSON"),
         ("samples.txt", "# prompt\nx\n", "samples.txt cannot be read: it has no prompt, before and after."),
         ("samples.txt", b"\xff", "samples.txt cannot be read"),
         ("adapter/adapter_config.json", "{", "The adapter cannot be read"),

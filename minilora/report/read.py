@@ -74,28 +74,23 @@ def _number(value: Any) -> float:
     return float(value) if type(value) in (int, float) and math.isfinite(value) else math.nan
 
 
-def _lines(run: Run, name: str) -> list[dict[str, Any]]:
-    """The objects in a .jsonl, up to the first damaged line, which is noted."""
-    found: list[dict[str, Any]] = []
-    try:
-        for n, line in enumerate((run.path / name).read_bytes().splitlines(), start=1):
-            found.append(json_object(line, f"{name}, line {n},"))
-    except ValueError as error:
-        run.missing.append(f"{str(error).rstrip('.')}; only the lines before it are shown.")
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The objects in a .jsonl. Raises ValueError when there is none, or a line is damaged."""
+    found = [json_object(line, f"line {n}") for n, line in enumerate(file.read_bytes().splitlines(), start=1)]
     if not found:
-        raise ValueError("it has no complete line")
+        raise ValueError("it is empty")
     return found
 
 
 def _steps(run: Run) -> None:
-    lines = _lines(run, "metrics.jsonl")
+    lines = _lines(run.path / "metrics.jsonl")
     run.steps = {name: np.array([_number(line.get(name)) for line in lines]) for name in COLUMNS}
     if (bad := run.steps["step"][np.isnan(run.steps["loss"])]).size:
         run.missing.append(f"The loss of {bad.size} of {len(lines)} steps is not finite, first at step {bad[0]:.0f}.")
 
 
 def _norms(run: Run) -> None:
-    first, *lines = _lines(run, "norms.jsonl")
+    first, *lines = _lines(run.path / "norms.jsonl")
     grads, values = (np.array([[_number(x) for x in line[kind]] for line in lines]) for kind in ("grad_norms", "norms"))
     if not grads.shape == values.shape == (len(lines), len(first["parameters"])):
         raise ValueError("it has not two numbers for each parameter in every line")
