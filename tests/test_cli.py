@@ -80,7 +80,7 @@ def test_finetune_writes_a_complete_run_folder(method, cwd, text, capsys):
 def test_equal_runs_write_equal_files(cwd, text, capsys):
     for out in ("a", "b"):
         finetune(capsys, "--data", text, "--out", out, "--threads", "2")
-    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl", "samples.txt"):
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl", "norms.jsonl", "samples.txt"):
         assert (cwd / "a" / name).read_bytes() == (cwd / "b" / name).read_bytes(), name
     finetune(capsys, "--data", text, "--out", "c", "--threads", "2", "--seed", "1")
     assert (cwd / "a" / "metrics.jsonl").read_bytes() != (cwd / "c" / "metrics.jsonl").read_bytes()
