@@ -222,7 +222,7 @@ def _at_most(examples: list[Example], recipe: Recipe) -> list[Example]:
 def measure(model: Any, task: Task, threads: int = 1, matrix: bool = False) -> dict[str, Any]:
     """{"loss": nats a label, "tokens": the number read, and the task's own figures} on the held-out batches.
 
-    matrix: of classes also "confusion", the rows of the confusion matrix (training/evaluate.py) up to the largest class that occurs.
+    matrix: of classes also "confusion", the rows of the confusion matrix (training/evaluate.py).
     """
     tokens = sum(len(b.ids) for b in task.held_out)
     if not task.held_out[0].per_sequence:
@@ -240,7 +240,7 @@ def measure(model: Any, task: Task, threads: int = 1, matrix: bool = False) -> d
         return {"loss": float(mse(logits[:, 0], labels)[0]), **read, "pearson": pearson(logits[:, 0], labels)}
     figures: dict[str, Any] = classification_metrics(logits.argmax(axis=1), labels, logits.shape[1])
     if matrix:
-        figures["confusion"] = confusion(logits.argmax(axis=1), labels).tolist()
+        figures["confusion"] = confusion(logits.argmax(axis=1), labels, logits.shape[1]).tolist()
     return {"loss": float(cross_entropy(logits, labels)[0]), **read, **figures}
 
 

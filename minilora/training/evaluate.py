@@ -38,10 +38,16 @@ def map_batches(model: Any, batches: Sequence[Batch], f: Callable[[Any, Batch], 
         return list(pool.map(lambda batch: f(model, batch), batches))
 
 
+def confusion(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """C (n_classes, n_classes): C[i, j] = the number of class i predicted as j."""
+    _check(predicted, labels)
+    return np.bincount(labels.astype(np.int64) * n_classes + predicted, minlength=n_classes**2).reshape(n_classes, n_classes)
+
+
 def classification_metrics(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> dict[str, float]:
     """accuracy, f1, f1_macro and matthews of class ids (n,), both from 0 to n_classes - 1.
 
-    C[i, j] = the number of class i predicted as j;   t_i = sum_j C_ij (true);   p_j = sum_i C_ij (predicted)
+    With C of `confusion`,   t_i = sum_j C_ij (true)   and   p_j = sum_i C_ij (predicted):
 
         accuracy   sum_i C_ii / n
         F1_i       2 C_ii / (t_i + p_i), the harmonic mean of precision and recall
@@ -50,8 +56,7 @@ def classification_metrics(predicted: np.ndarray, labels: np.ndarray, n_classes:
         matthews   (n sum_i C_ii - sum_i t_i p_i) / sqrt((n^2 - sum p_i^2) (n^2 - sum t_i^2)), 0 when a root is 0
                    (Gorodkin 2004, doi 10.1016/j.compbiolchem.2004.09.006, eq. 8)
     """
-    _check(predicted, labels)
-    C = np.bincount(labels.astype(np.int64) * n_classes + predicted, minlength=n_classes**2).reshape(n_classes, n_classes)
+    C = confusion(predicted, labels, n_classes)
     t, p, n, right = C.sum(axis=1).astype(np.float64), C.sum(axis=0).astype(np.float64), len(labels), float(C.trace())
     each = 2 * C.diagonal() / np.maximum(t + p, 1)
     macro = float(each[t + p > 0].mean())
