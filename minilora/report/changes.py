@@ -22,8 +22,8 @@ import numpy as np
 from minilora.backend import Matrix
 from minilora.formats.adapter_config import read_adapter_config
 from minilora.formats.checkpoint import load_model
-from minilora.formats.origin import origin
-from minilora.formats.tensors import read_tensors
+from minilora.formats.fetch import origin
+from minilora.formats.tensors import map_tensors
 from minilora.kernels import upcast
 from minilora.layers import Linear
 from minilora.lora import LoRALinear, lora_layers
@@ -115,7 +115,7 @@ def _fully_trained(run: Run) -> dict[str, Change]:
 
 def _from_file(folder: Path) -> dict[str, Change]:
     """The products A B in an adapter's files."""
-    config, (tensors, _) = read_adapter_config(folder), read_tensors(folder / "adapter_model.safetensors")
+    config, (tensors, _) = read_adapter_config(folder), map_tensors(folder / "adapter_model.safetensors")
     found = {}
     for key, A in tensors.items():
         if (name := re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)) and not config.use_dora:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minilora.formats.atomic import json_object, read_json
-from minilora.runs.run_file import record_of
+from minilora.runs import run_file
 
 T = TypeVar("T")
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens")  # of metrics.jsonl
@@ -57,8 +57,8 @@ def read_run(path: str | Path) -> Run:
     path = Path(path)
     if not (path / "run.json").is_file():
         raise ValueError(f"{path} is not the folder of a run: it has no run.json. minilora finetune writes one.")
-    record = record_of(path)
-    run = Run(path, path.resolve().name, record.get("configuration", {}), record.get("labels") or [], record.get("results", {}))
+    found = run_file.run_of(path) or run_file.Run()
+    run = Run(path, path.resolve().name, found.configuration, found.labels or [], found.results)
     run.attempt("metrics.jsonl", lambda: _steps(run))
     run.attempt("norms.jsonl, with the norms by layer,", lambda: _norms(run))
     if "after" not in run.results:
