@@ -64,12 +64,11 @@ def test_only_the_pooler_and_the_top_blocks_are_reinitialised(blocks, backend):
         p.data = p.data + 1
     before = {path: ml.to_numpy(p.data).copy() for path, p in model.parameters()}
     shared = model.replica()
-    count = reinitialise(model, blocks, rng=0)
+    reinitialise(model, blocks, rng=0)
     after = {path: ml.to_numpy(p.data) for path, p in model.parameters()}
     tops = tuple(f"bert.encoder.layer.{i}." for i in range(3 - blocks, 3))
     new = {path for path in after if path.startswith((*tops, "bert.pooler."))}
     assert {path for path in after if not np.array_equal(after[path], before[path])} == new
-    assert count == sum(after[path].size for path in new)
     for path in new:
         if path.endswith("bias"):
             assert not after[path].any()

@@ -64,8 +64,7 @@ def decode_bytes(raw: bytes, file: Path, encoding: str = "utf-8") -> str:
 
 def kind_of(file: str | Path) -> str | None:
     """The suffix that decides how records are read from a file, in lower case and without .gz; None for plain text."""
-    suffixes = [suffix.lower() for suffix in Path(file).suffixes]
-    suffix = "".join(suffixes[-2:-1] if suffixes[-1:] == [".gz"] else suffixes[-1:])
+    suffix = Path(str(file).lower().removesuffix(".gz")).suffix
     return suffix if suffix in READERS else None
 
 

@@ -38,14 +38,14 @@ _SHARED = "base_model."  # the prefix of what all layers share
 _LINEAR = ("lora_A", "lora_B")  # in PEFT these are layers: their keys end with ".weight"
 
 
-def save_adapter(model: Layer, folder: str | Path, config: Any = None) -> int:
+def save_adapter(model: Layer, folder: str | Path) -> int:
     """Write what was trained: adapters, and the model's own parameters. Returns the size of the tensors' file in bytes.
 
     A head or a pooler that no file of the base has is written too, as one of modules_to_save: otherwise loading would draw another.
-    `config` is what the model was injected with, by default the one that `inject` recorded. Raises ValueError when the model has no
-    adapters, or has something trainable that the configuration does not name: the file would be without it.
+    Raises ValueError when the model has no adapters, or has something trainable that its configuration does not name: the file would be
+    without it.
     """
-    config, folder = config or adaptation(model).config, Path(folder)
+    config, folder = adaptation(model).config, Path(folder)
     adapted = [path for path, _ in lora_layers(model)]
     if config is None or (isinstance(config, LoraConfig) and not adapted):
         raise ValueError("save_adapter: this model has no LoRA layers; call inject first.")
