@@ -1,6 +1,6 @@
 """Pages that are made when the site is built, and what the marks in a page stand for.
 
-    <!-- code NAME -->     the source of the operation NAME and of its backward pass, without their docstrings
+    <!-- code NAME -->     the source of the operation NAME and of its backward pass, without their docstrings (dora.NAME: of a variant)
     <!-- facts NAME -->    a table: the implementations of NAME, and when each runs
     <!-- operations -->    a table of all derivations
 
@@ -32,7 +32,7 @@ from minilora import kernels  # noqa: E402
 
 LISTED = ("minilora/**/*.py", "minilora/**/*.cu*", "examples/*.py", "examples/papers/*.py", "benchmarks/*.py", "tests/*.py")
 API = "backend functional kernels layers lora adapters models quantization formats data optim training runs checking".split()
-MARK = re.compile(r"<!-- (code|facts|operations)(?: (\w+))? -->")
+MARK = re.compile(r"<!-- (code|facts|operations)(?: ([\w.]+))? -->")
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 made_from: dict[str, str] = {}  # page: the file of the repository that it shows, if that lies elsewhere
 
@@ -101,7 +101,9 @@ def _link(target: str, origin: str, here: str) -> str:
 
 def _code(name: str) -> str:
     """The two functions as they are in the source."""
-    functions = [f for f in (getattr(F, name), getattr(F, f"{name}_backward", None)) if f]
+    variant, _, name = name.rpartition(".")
+    module = importlib.import_module(f"minilora.lora.variants.{variant}") if variant else F
+    functions = [f for f in (getattr(module, name), getattr(module, f"{name}_backward", None)) if f]
     path = _file(functions[0])
     text = "\n\n\n".join(map(_without_docstring, functions))
     return f'```python title="{path}"\n{text}\n```\n\nWith its docstrings: [{path}](/{path}).'
