@@ -50,5 +50,10 @@ def check(forward: Callable[[], Any], dy: Any, **gradients: tuple[np.ndarray, np
 def terms(name: str, *factors: Any) -> str:
     """One coordinate as the sum of products that it is: terms("dW[1, 0]", x[:, 1], dy[:, 0])."""
     columns = np.broadcast_arrays(*map(np.atleast_1d, factors))
-    products = " + ".join(" * ".join(f"({f:.4g})" if f < 0 else f"{f:.4g}" for f in row) for row in zip(*columns, strict=True))
+    products = " + ".join(" * ".join(map(short, row)) for row in zip(*columns, strict=True))
     return f"{name} = {products} = {np.prod(columns, axis=0).sum():.6f}"
+
+
+def short(x: float) -> str:
+    """Four digits, with a negative number in parentheses: for sums that are written out."""
+    return f"({x:.4g})" if x < 0 else f"{x:.4g}"
