@@ -11,7 +11,10 @@ from typing import Any
 def cells(path: Path) -> str:
     """The notebook at `path` as one page."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    return "\n\n".join(part for cell in notebook["cells"] for part in _cell(cell, path.stem)) + "\n"
+    parts = [part for cell in notebook["cells"] for part in _cell(cell, path.stem)]
+    files = f"[The script](../{path.stem}.py) · [the notebook]({path.name}), with these outputs"
+    parts[0] = "\n".join(files if line.startswith("[![Open In Colab]") else line for line in parts[0].splitlines())
+    return "\n\n".join(parts) + "\n"
 
 
 def _cell(cell: dict[str, Any], name: str) -> Iterator[str]:

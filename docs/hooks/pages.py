@@ -32,8 +32,9 @@ from minilora import kernels  # noqa: E402
 
 LISTED = ("minilora/**/*.py", "minilora/**/*.cu*", "examples/*.py", "examples/papers/*.py", "benchmarks/*.py", "tests/*.py")
 API = "backend functional kernels layers lora adapters models quantization formats data optim training runs checking".split()
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 MARK = re.compile(r"<!-- (code|facts|operations)(?: ([\w.]+))? -->")
-LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
+LINK = re.compile(r"(?<=\]\()(?!https?:|data:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 made_from: dict[str, str] = {}  # page: the file of the repository that it shows, if that lies elsewhere
 
 
@@ -49,7 +50,7 @@ def on_files(files: Files, config: Any) -> Files:
         if source:
             made_from[src_uri] = source
         files.append(File.generated(config, src_uri, content=content))
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+    for path in sorted([*ROOT.glob("benchmarks/results/*.json"), *ROOT.glob("examples/**/*.png"), *NOTEBOOKS]):
         files.append(File.generated(config, f"source/{path.relative_to(ROOT).as_posix()}", abs_src_path=str(path)))
     return files
 
@@ -76,8 +77,9 @@ def _pages() -> Iterator[tuple[str, str, str]]:
             yield f"source/{name}.md", name, f'{hidden}# {name}\n\n````{language} linenums="1"\n{text}\n````\n'
     for name in ("CONTRIBUTING", "CHANGELOG"):
         yield f"{name.lower()}.md", f"{name}.md", (ROOT / f"{name}.md").read_text(encoding="utf-8")
-    yield "course/index.md", "examples/README.md", (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-    for path in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")):
+    for page, name in (("course/index.md", "examples/README.md"), ("papers.md", "examples/papers/README.md")):
+        yield page, name, (ROOT / name).read_text(encoding="utf-8")
+    for path in NOTEBOOKS:
         yield f"course/{path.stem}.md", f"examples/notebooks/{path.name}", cells(path)
     yield "api/index.md", "minilora/__init__.py", _public()
     for package in API:
@@ -87,7 +89,10 @@ def _pages() -> Iterator[tuple[str, str, str]]:
 def _link(target: str, origin: str, here: str) -> str:
     """The link as the site has it: `target` is relative to `origin`, a folder of the repository, and the page is in `here`."""
     path = posixpath.normpath(posixpath.join(origin, target)).lstrip("/")
-    pages = {source: page for page, source in made_from.items()} | {"README.md": "index.md", "examples": "course/index.md"}
+    pages = {source: page for page, source in made_from.items() if not source.endswith(".ipynb")}
+    pages |= {"README.md": "index.md", "examples": "course/index.md"}
+    if origin != "examples/notebooks":  # whose pages link to the scripts themselves
+        pages |= {f"examples/{path.stem}.py": f"course/{path.stem}.md" for path in NOTEBOOKS}
     page = pages.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else "")
     if not page and (ROOT / path).is_dir():
         page = pages.get(f"{path}/__init__.py", "")
@@ -172,7 +177,8 @@ def _public() -> str:
     """What `import minilora as ml` offers: each name with the first line of its docstring."""
     import minilora
 
-    lines = ["# API", "", "`import minilora as ml` offers these names. The pages below list every module.", "", "| name | what it is |", "|---|---|"]
+    lines = ["# API", "", "`import minilora as ml` offers these names; the pages below list every module.", ""]
+    lines += ["| name | what it is |", "|---|---|"]
     for name in sorted(n for n in dir(minilora) if not n.startswith("_")):
         thing = getattr(minilora, name)
         if inspect.isclass(thing) or inspect.isfunction(thing):
