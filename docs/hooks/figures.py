@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+
+from minilora import functional as F
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -44,3 +47,22 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def activation(name: str) -> str:
+    """An activation and its derivative, as the functions of the package compute them."""
+    x = np.linspace(-4, 4, 401)
+    y = getattr(F, name)(x)
+    derivative = getattr(F, f"{name}_backward")(np.ones_like(x), y if name == "tanh" else x)
+    if name == "relu":
+        derivative[x == 0] = np.nan  # a gap at the kink
+
+    def draw(axes: Any) -> None:
+        axes.axhline(0, color="grey", linewidth=0.5)
+        axes.axvline(0, color="grey", linewidth=0.5)
+        axes.plot(x, y, color=BLUE, linewidth=2, label="y")
+        axes.plot(x, derivative, color=ORANGE, linewidth=2, linestyle="--", label="dy/dx")
+        axes.set(xlabel="x", ylim=(-1.2, 2.2), xlim=(-4, 4))
+        axes.legend(frameon=False)
+
+    return svg(draw, f"{name} and its derivative for x from -4 to 4.", (5, 2.8))

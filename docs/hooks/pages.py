@@ -142,12 +142,12 @@ def _when(kernel: Any) -> str:
 
 
 def _operations() -> str:
-    """Every derivation: the operation, its first line in words, and whether layers call it through the table."""
+    """Every derivation with its first formula, in the order of the navigation."""
     rows = ["| derivation | equation |", "|---|---|"]
-    for path in sorted((ROOT / "docs" / "derivations").glob("*.md")):
-        if path.stem != "index":
-            title, equation = _head(path)
-            rows.append(f"| [{title}](/docs/derivations/{path.name}) | {equation} |")
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for name in re.findall(r"- derivations/(?!index)(\w+)\.md", navigation):
+        title, equation = _head(ROOT / "docs" / "derivations" / f"{name}.md")
+        rows.append(f"| [{title}](/docs/derivations/{name}.md) | {equation} |")
     return "\n".join(rows)
 
 
