@@ -33,14 +33,31 @@ from minilora import kernels  # noqa: E402
 LISTED = ("minilora/**/*.py", "minilora/**/*.cu*", "examples/*.py", "examples/papers/*.py", "benchmarks/*.py", "tests/*.py")
 API = "backend functional kernels layers lora adapters models quantization formats data optim training runs checking".split()
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+OPTIONAL = {
+    "exercises.md": "Exercises",
+    "gradcheck.md": "Checking gradients",
+    "explain.md": "minilora explain",
+    "report.md": "minilora report",
+}
+EXERCISES = {  # derivation: the exercise in which a reader writes it, where it has another name
+    "lora_linear": "lora",
+    "linear_cross_entropy": "online_softmax",
+    "dora.dora_linear": "dora",
+    "dora.column_norms": "dora_norms",
+    "vera.vera_linear": "vera",
+    "embedding.lora_embedding": "lora_embedding",
+}
 MARK = re.compile(r"<!-- (code|facts|operations)(?: ([\w.]+))? -->")
 LINK = re.compile(r"(?<=\]\()(?!https?:|data:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 made_from: dict[str, str] = {}  # page: the file of the repository that it shows, if that lies elsewhere
 
 
 def on_config(config: Any) -> Any:
-    """Let the blocks that run import the package and worked.py."""
+    """Let the blocks that run import the package and worked.py; put the pages that there are into the navigation."""
     sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+    guides = next(section["Guides"] for section in config.nav if "Guides" in section)
+    known = str(config.nav)
+    guides[:0] = [{title: page} for page, title in OPTIONAL.items() if page not in known and (ROOT / "docs" / page).exists()]
     return config
 
 
@@ -105,13 +122,23 @@ def _link(target: str, origin: str, here: str) -> str:
 
 
 def _code(name: str) -> str:
-    """The two functions as they are in the source."""
+    """The two functions as they are in the source, and the exercise that asks for the second."""
+    before = _exercise(name)
     variant, _, name = name.rpartition(".")
     module = importlib.import_module(f"minilora.lora.variants.{variant}") if variant else F
     functions = [f for f in (getattr(module, name), getattr(module, f"{name}_backward", None)) if f]
     path = _file(functions[0])
     text = "\n\n\n".join(map(_without_docstring, functions))
-    return f'```python title="{path}"\n{text}\n```\n\nWith its docstrings: [{path}](/{path}).'
+    return f'{before}```python title="{path}"\n{text}\n```\n\nWith its docstrings: [{path}](/{path}).'
+
+
+def _exercise(name: str) -> str:
+    """An invitation to write the backward pass before reading it, if there is an exercise."""
+    exercise = EXERCISES.get(name, name)
+    if not list((ROOT / "minilora" / "exercises").glob(f"*_{exercise}.toml")):
+        return ""
+    commands = f"`minilora exercise start {exercise}`, then `minilora exercise check`"
+    return f'!!! tip "Before you read on"\n    Write the backward pass yourself: {commands}.\n\n'
 
 
 def _without_docstring(function: Any) -> str:
