@@ -2,6 +2,7 @@
 
     <!-- code NAME -->     the source of the operation NAME and of its backward pass, without their docstrings (dora.NAME: of a variant)
     <!-- facts NAME -->    a table: the implementations of NAME, and when each runs
+    <!-- exercise NAME --> which exercise asks for this, if the code follows in another way
     <!-- operations -->    a table of all derivations
 
 A link to a file of the repository leads to its listing on the site.
@@ -47,7 +48,7 @@ EXERCISES = {  # derivation: the exercise in which a reader writes it, where it 
     "vera.vera_linear": "vera",
     "embedding.lora_embedding": "lora_embedding",
 }
-MARK = re.compile(r"<!-- (code|facts|operations)(?: ([\w.]+))? -->")
+MARK = re.compile(r"<!-- (code|facts|exercise|operations)(?: ([\w.]+))? -->")
 LINK = re.compile(r"(?<=\]\()(?!https?:|data:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 made_from: dict[str, str] = {}  # page: the file of the repository that it shows, if that lies elsewhere
 
@@ -74,7 +75,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill in the marks, and lead links out of docs/ to the listings."""
-    makers: dict[str, Callable[..., str]] = {"code": _code, "facts": _facts, "operations": _operations}
+    makers: dict[str, Callable[..., str]] = {"code": _code, "facts": _facts, "exercise": _exercise, "operations": _operations}
     src_uri = page.file.src_uri
     if src_uri.startswith("source/"):
         return markdown
