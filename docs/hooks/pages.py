@@ -3,6 +3,7 @@
     <!-- code NAME -->     the source of the operation NAME and of its backward pass, without their docstrings (dora.NAME: of a variant)
     <!-- facts NAME -->    a table: the implementations of NAME, and when each runs
     <!-- exercise NAME --> which exercise asks for this, if the code follows in another way
+    <!-- explained -->     links to the pages of `minilora explain`
     <!-- operations -->    a table of all derivations
 
 A link to a file of the repository leads to its listing on the site.
@@ -26,6 +27,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # the package itself
+import explained  # noqa: E402
 from course import cells  # noqa: E402
 
 from minilora import functional as F  # noqa: E402
@@ -48,7 +50,7 @@ EXERCISES = {  # derivation: the exercise in which a reader writes it, where it 
     "vera.vera_linear": "vera",
     "embedding.lora_embedding": "lora_embedding",
 }
-MARK = re.compile(r"<!-- (code|facts|exercise|operations)(?: ([\w.]+))? -->")
+MARK = re.compile(r"<!-- (code|facts|exercise|operations|explained)(?: ([\w.]+))? -->")
 LINK = re.compile(r"(?<=\]\()(?!https?:|data:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 made_from: dict[str, str] = {}  # page: the file of the repository that it shows, if that lies elsewhere
 
@@ -68,6 +70,8 @@ def on_files(files: Files, config: Any) -> Files:
         if source:
             made_from[src_uri] = source
         files.append(File.generated(config, src_uri, content=content))
+    for name, content in explained.pages():
+        files.append(File.generated(config, f"explained/{name}.html", content=content))
     for path in sorted([*ROOT.glob("benchmarks/results/*.json"), *ROOT.glob("examples/**/*.png"), *NOTEBOOKS]):
         files.append(File.generated(config, f"source/{path.relative_to(ROOT).as_posix()}", abs_src_path=str(path)))
     return files
@@ -75,7 +79,13 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill in the marks, and lead links out of docs/ to the listings."""
-    makers: dict[str, Callable[..., str]] = {"code": _code, "facts": _facts, "exercise": _exercise, "operations": _operations}
+    makers: dict[str, Callable[..., str]] = {
+        "code": _code,
+        "facts": _facts,
+        "exercise": _exercise,
+        "operations": _operations,
+        "explained": explained.links,
+    }
     src_uri = page.file.src_uri
     if src_uri.startswith("source/"):
         return markdown
@@ -108,6 +118,7 @@ def _link(target: str, origin: str, here: str) -> str:
     """The link as the site has it: `target` is relative to `origin`, a folder of the repository, and the page is in `here`."""
     path = posixpath.normpath(posixpath.join(origin, target)).lstrip("/")
     pages = {source: page for page, source in made_from.items() if not source.endswith(".ipynb")}
+    pages |= {f"explained/{name}.html": f"explained/{name}.html" for name in explained.NAMES}
     pages |= {"README.md": "index.md", "examples": "course/index.md"}
     if origin != "examples/notebooks":  # whose pages link to the scripts themselves
         pages |= {f"examples/{path.stem}.py": f"course/{path.stem}.md" for path in NOTEBOOKS}
@@ -130,7 +141,12 @@ def _code(name: str) -> str:
     functions = [f for f in (getattr(module, name), getattr(module, f"{name}_backward", None)) if f]
     path = _file(functions[0])
     text = "\n\n\n".join(map(_without_docstring, functions))
-    return f'{before}```python title="{path}"\n{text}\n```\n\nWith its docstrings: [{path}](/{path}).'
+    return f'{before}```python title="{path}"\n{text}\n```\n\nWith its docstrings: [{path}](/{path}).{_explained(name)}'
+
+
+def _explained(name: str) -> str:
+    """A link to the page of `minilora explain`, if there is one."""
+    return f" With real numbers: [`minilora explain {name}`](/explained/{name}.html)." if name in explained.OPERATIONS else ""
 
 
 def _exercise(name: str) -> str:
