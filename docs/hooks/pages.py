@@ -50,6 +50,7 @@ EXERCISES = {  # derivation: the exercise in which a reader writes it, where it 
     "vera.vera_linear": "vera",
     "embedding.lora_embedding": "lora_embedding",
 }
+DATA = sorted([*ROOT.glob("benchmarks/results/*.json"), *ROOT.glob("examples/**/*.png")])
 MARK = re.compile(r"<!-- (code|facts|exercise|operations|explained)(?: ([\w.]+))? -->")
 LINK = re.compile(r"(?<=\]\()(?!https?:|data:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 made_from: dict[str, str] = {}  # page: the file of the repository that it shows, if that lies elsewhere
@@ -72,7 +73,7 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, src_uri, content=content))
     for name, content in explained.pages():
         files.append(File.generated(config, f"explained/{name}.html", content=content))
-    for path in sorted([*ROOT.glob("benchmarks/results/*.json"), *ROOT.glob("examples/**/*.png"), *NOTEBOOKS]):
+    for path in [*DATA, *NOTEBOOKS]:
         files.append(File.generated(config, f"source/{path.relative_to(ROOT).as_posix()}", abs_src_path=str(path)))
     return files
 
@@ -96,13 +97,17 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def _pages() -> Iterator[tuple[str, str, str]]:
     """(page, the file that it shows, its Markdown)."""
-    for pattern in LISTED:
-        for path in sorted(ROOT.glob(pattern)):
-            name = path.relative_to(ROOT).as_posix()
-            language = "python" if path.suffix == ".py" else "cuda"
-            text = path.read_text(encoding="utf-8").rstrip()
-            hidden = "---\nhide: [navigation, toc]\nsearch: {exclude: true}\n---\n"
-            yield f"source/{name}.md", name, f'{hidden}# {name}\n\n````{language} linenums="1"\n{text}\n````\n'
+    listed = [path for pattern in LISTED for path in sorted(ROOT.glob(pattern))]
+    hidden = "---\nhide: [navigation, toc]\nsearch: {exclude: true}\n---\n"
+    for path in listed:
+        name = path.relative_to(ROOT).as_posix()
+        language = "python" if path.suffix == ".py" else "cuda"
+        text = path.read_text(encoding="utf-8").rstrip()
+        yield f"source/{name}.md", name, f'{hidden}# {name}\n\n````{language} linenums="1"\n{text}\n````\n'
+    for folder in sorted({path.parent for path in [*listed, *DATA]}):
+        name = folder.relative_to(ROOT).as_posix()
+        files = "\n".join(f"- [{path.name}]({path.name})" for path in [*listed, *DATA] if path.parent == folder)
+        yield f"source/{name}/index.md", f"{name}/", f"{hidden}# {name}\n\n{files}\n"
     for name in ("CONTRIBUTING", "CHANGELOG"):
         yield f"{name.lower()}.md", f"{name}.md", (ROOT / f"{name}.md").read_text(encoding="utf-8")
     for page, name in (("course/index.md", "examples/README.md"), ("papers.md", "examples/papers/README.md")):
@@ -124,7 +129,7 @@ def _link(target: str, origin: str, here: str) -> str:
         pages |= {f"examples/{path.stem}.py": f"course/{path.stem}.md" for path in NOTEBOOKS}
     page = pages.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else "")
     if not page and (ROOT / path).is_dir():
-        page = pages.get(f"{path}/__init__.py", "")
+        page = pages.get(f"{path}/", "")
     if not page and (ROOT / path).exists():
         page = f"source/{path}"
     return posixpath.relpath(page, here or ".") if page else target  # MkDocs names what leads nowhere
