@@ -106,8 +106,9 @@ def _pages() -> Iterator[tuple[str, str, str]]:
         yield f"source/{name}.md", name, f'{hidden}# {name}\n\n````{language} linenums="1"\n{text}\n````\n'
     for folder in sorted({path.parent for path in [*listed, *DATA]}):
         name = folder.relative_to(ROOT).as_posix()
-        files = "\n".join(f"- [{path.name}]({path.name})" for path in [*listed, *DATA] if path.parent == folder)
-        yield f"source/{name}/index.md", f"{name}/", f"{hidden}# {name}\n\n{files}\n"
+        files = [f"- [{path.name}]({path.name}.md)" for path in listed if path.parent == folder]
+        files += [f"- [{path.name}]({path.name})" for path in DATA if path.parent == folder]
+        yield f"source/{name}/index.md", f"{name}/", f"{hidden}# {name}\n\n" + "\n".join(files) + "\n"
     for name in ("CONTRIBUTING", "CHANGELOG"):
         yield f"{name.lower()}.md", f"{name}.md", (ROOT / f"{name}.md").read_text(encoding="utf-8")
     for page, name in (("course/index.md", "examples/README.md"), ("papers.md", "examples/papers/README.md")):
