@@ -16,7 +16,7 @@ _EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, MemoryError, Run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0, 1 after an error, 130 after Ctrl-C; argparse itself exits with 2."""
+    """Run one verb. Returns the exit status: 0, 1 after an error or a wrong answer, 130 after Ctrl-C; argparse itself exits with 2."""
     debug = False
     try:
         args = parse(argv)
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             print(to_json(result))
         sys.stdout.flush()
-        return 0
+        return int(result.get("ok") is False)
     except KeyboardInterrupt:
         print("minilora: interrupted", file=sys.stderr)
         return 130

@@ -11,6 +11,7 @@ from typing import Any
 from minilora.backend import choose_backend
 from minilora.checking.catalogue import check_all
 from minilora.cli.flags import REMOVED
+from minilora.exercises.student import exercise
 from minilora.runs import Say
 from minilora.runs.evaluate import evaluate_run
 from minilora.runs.finetune import finetune
@@ -80,4 +81,5 @@ VERBS: dict[str, Callable[[Namespace, Say], dict[str, Any]]] = {
     "compare": _compare,
     "info": lambda args, say: describe(**_given(args), say=say),
     "gradcheck": _gradcheck,
+    "exercise": lambda args, say: exercise(**_given(args), say=say),
 }
