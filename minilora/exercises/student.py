@@ -109,9 +109,8 @@ def _list(progress: Progress, say: Say) -> dict[str, Any]:
     result = {}
     for e in exercises().values():
         state = result[e.name] = {"title": e.title, "solved": False, "hints": 0, **progress.get(e.name, {})}
-        say(
-            f"{'x' if state['solved'] else ' '} {e.stem[:2]} {e.name:<16} {e.title}{', hints: ' + str(state['hints']) if state['hints'] else ''}"
-        )
+        hints = f", hints: {state['hints']}" if state["hints"] else ""
+        say(f"{'x' if state['solved'] else ' '} {e.stem[:2]} {e.name:<16} {e.title}{hints}")
     say(f"{sum(state['solved'] for state in result.values())} of {len(result)} are solved (x).")
     return result
 
@@ -153,9 +152,7 @@ def _check(chosen: Exercise, path: Path, limit: float, say: Say) -> str:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with printed.open("w") as output:
             try:
-                status = subprocess.run(
-                    run, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment, timeout=limit
-                ).returncode
+                status = subprocess.run(run, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=env, timeout=limit).returncode
             except subprocess.TimeoutExpired:
                 return f"the check did not end within {limit:g} seconds; is there a loop without an end? --limit gives it more time."
         with printed.open(errors="replace") as output:
