@@ -125,6 +125,8 @@ def _watched(blank: Blank, function: Function) -> Function:
                 raise Mistake(f"{name} is of type {type(value).__name__}; it must be an array of shape {right.shape}")
             if wrong := misshapen(value, right.shape, right.ravel(), np.arange(right.size)) or not_finite(value):
                 raise Mistake(f"{name}{'' if wrong.startswith('has') else ':'} {wrong}")
+            if value.dtype != right.dtype:
+                raise Mistake(f"{name} is of {value.dtype} instead of {right.dtype}")
             if blank.name in CASES and not np.allclose(value, right, 1e-9, 1e-12):
                 i = int(np.argmax(~np.isclose(value, right, 1e-9, 1e-12)))
                 raise Mistake(f"{name} is wrong, first at [{i}]: {value[i]:.6g} instead of {right[i]:.6g}")
@@ -142,7 +144,8 @@ def _sentence(report: Report, blank: Blank) -> str:
     entry = next((e for e in report.failures if e.remark), report.failures[0])
     name, remark = entry.name, entry.remark or f"is wrong, with a relative error of {entry.error:.1g}"
     if ismodule(blank.owner) and name.isidentifier():  # a pair of functions: the parameters are its arguments
-        name = blank.returns.split()[0] if name == "dx" else f"d{name}"
+        name = f" {blank.returns}".partition(" d")[2].split()[0] if name == "dx" else name
+        name = f"d{name}"
     elif name not in ("dx", "forward", "backward", "x", "y", "dy"):
         name = f"the gradient of {name}"
     return f"{name} {remark}" if remark.startswith(("is ", "lacks ", "has ")) else f"{name}: {remark}"

@@ -141,8 +141,10 @@ def _check(chosen: Exercise, path: Path, limit: float, say: Say) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         answer, result, printed = (Path(temporary) / name for name in ("answer.py", "result", "printed"))
         if path.suffix == ".ipynb":
-            cells = [cell for cell in read_json(path).get("cells", []) if cell.get("cell_type") == "code"]
-            sources = ["".join(cell.get("source", "")) for cell in cells]
+            try:
+                sources = ["".join(cell["source"]) for cell in read_json(path)["cells"] if cell["cell_type"] == "code"]
+            except (TypeError, KeyError):
+                raise ValueError(f"{path} is not a notebook of nbformat 4.") from None
             answer.write_text("\n\n".join(source for source in sources if "check_here(" not in source), encoding="utf-8")
         else:
             answer = path.absolute()
