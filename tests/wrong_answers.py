@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minilora.exercises.examine import examine
-from minilora.exercises.template import Exercise, _empty, code, exercises
+from minilora.exercises.template import Blank, Exercise, code, empty, exercises
 
 PAGE = Path(__file__).parent.parent / "docs" / "exercises.md"
 
@@ -66,8 +66,8 @@ def text(exercise: Exercise, right: str = "", wrong: str = "") -> str:
     """The student's file with the solution, in which `wrong` stands in place of `right`."""
     file = "\n\n".join(code(exercise))
     for blank in exercise.write:
-        assert _empty(blank) in file
-        file = file.replace(_empty(blank), inspect.getsource(blank.house).rstrip())
+        assert empty(blank) in file
+        file = file.replace(empty(blank), inspect.getsource(blank.house).rstrip())
     assert right in file
     return file.replace(right, wrong)
 
@@ -87,10 +87,16 @@ def said_to(wrong: Wrong) -> str:
     return verdict(e, text(e, wrong.right, wrong.wrong))
 
 
+def link(blank: Blank) -> str:
+    """The function, and the file that has it."""
+    file = f"{blank.house.__module__.removeprefix('minilora.').replace('.', '/')}.py"
+    return f"`{blank.house.__qualname__}` in [{file}](../minilora/{file})"
+
+
 def page(old: str) -> str:
     """The page with its tables made anew; each stands between two comments with its name."""
     known = exercises()
-    rows = [f"| {e.stem[:2]} | `{name}` | {e.title} | {'<br>'.join(f'`{b.function}`' for b in e.write)} |" for name, e in known.items()]
+    rows = [f"| {e.stem[:2]} | `{name}` | {e.title} | {'<br>'.join(map(link, e.write))} |" for name, e in known.items()]
     said = [f"| {w.mistake} | `{w.exercise}` | {said_to(w)} |" for w in ANSWERS]
     tables = {
         "exercises": ["| | name | about | what you write |", "|---|---|---|---|", *rows],

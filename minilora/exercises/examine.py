@@ -6,15 +6,13 @@ checked by finite differences.
 
 from __future__ import annotations
 
-import copy
-import importlib.util
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import wraps
-from inspect import isfunction, ismodule, signature
+from inspect import isfunction, ismodule
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +33,10 @@ class Mistake(Exception):
 
 
 def main() -> None:
-    """In a process of its own: examine(exercise, names of a file) into another file."""
+    """In a process of its own: examine a file, and write the sentence into another."""
     name, path, result = sys.argv[1:]
-    spec: Any = importlib.util.spec_from_file_location("answer", path)
-    module = sys.modules["answer"] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        wrong = examine(exercises()[name], vars(module))
+        wrong = examine(exercises()[name], runpy.run_path(path))
     except SyntaxError as error:
         wrong = f"line {error.lineno}, column {error.offset}: {error.msg}."
     except BaseException as error:  # SystemExit, too
@@ -75,26 +70,23 @@ def examine(exercise: Exercise, names: dict[str, Any]) -> str:
     return ""
 
 
-def _subjects(exercise: Exercise) -> list[Any]:
-    return [subject for subject in catalogue() if subject[0] in exercise.checks]
-
-
 def _find(blank: Blank, names: dict[str, Any]) -> Function:
     """The student's function for a blank. Raises Mistake if there is none."""
-    house, owner = blank.house, blank.house.__qualname__.rpartition(".")[0]
-    own = vars(names.get(owner, object)) if owner else names
-    function = own.get(blank.name)
-    if not isfunction(function) or function is house:
-        others = [n for n, f in own.items() if isfunction(f) and f.__module__ != house.__module__]
-        near = ", but ".join(["", *get_close_matches(blank.name, others, n=1)])
-        raise Mistake(f"the file has no function {house.__qualname__}{near}; keep the name that it had")
+    owner = blank.house.__qualname__.rpartition(".")[0]
+    function = (vars(names.get(owner, object)) if owner else names).get(blank.name)
+    if not isfunction(function) or function is blank.house:
+        raise Mistake(f"the file has no function {blank.house.__qualname__}; keep the name that it had")
     return function
+
+
+def _subjects(exercise: Exercise) -> list[Any]:
+    return [subject for subject in catalogue() if subject[0] in exercise.checks]
 
 
 @contextmanager
 def _in_place(functions: dict[Blank, Function]) -> Iterator[None]:
     """Meanwhile each function stands wherever minilora has its own."""
-    modules = [module for key, module in list(sys.modules.items()) if key.startswith("minilora.")]
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("minilora.")]
     places = [(o, b, b.house) for b in functions for o in {b.owner, *modules} if vars(o).get(b.name) is b.house]
     try:
         for owner, blank, _ in places:
@@ -111,32 +103,32 @@ def _watched(blank: Blank, function: Function) -> Function:
 
     @wraps(function)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        bound = signature(house).bind(*args, **kwargs).arguments
-        before, (a, k) = copy.deepcopy(bound), copy.deepcopy((args, kwargs))
-        expected, values, again = (_tuple(f(*x, **y)) for f, x, y in ((house, a, k), (function, args, kwargs), (function, a, k)))
-        nothing = len(values) == 1 and values[0] is None is not expected[0]
-        if nothing or len(values) != len(expected):
-            what = "None" if nothing else f"{len(values)} value{'s' * (len(values) > 1)}"
+        expected, values, again = (_tuple(f(*args, **kwargs)) for f in (house, function, function))
+        if len(values) != len(expected) or (len(values) == 1 and values[0] is None):
+            what = "None" if values[0] is None else f"{len(values)} value{'s' * (len(values) > 1)}"
             raise Mistake(f"{blank.name} returned {what}; it must return {blank.returns}")
         for name, value, right in zip(names, values, expected, strict=True):
             if right is None:
                 continue
             if not hasattr(value, "shape"):
                 raise Mistake(f"{name} is of type {type(value).__name__}; it must be an array of shape {right.shape}")
-            if wrong := misshapen(value, right.shape, right.ravel(), np.arange(right.size)) or not_finite(value):
-                raise Mistake(f"{name}{'' if wrong.startswith('has') else ':'} {wrong}")
+            if wrong := misshapen(value, right.shape, right.ravel(), np.arange(right.size)):
+                raise Mistake(f"{name} {wrong}")
+            if wrong := not_finite(value):
+                raise Mistake(f"{name}: {wrong}")
             if value.dtype != right.dtype:
                 raise Mistake(f"{name} is of {value.dtype} instead of {right.dtype}")
-            if blank.name in CASES and not np.allclose(value, right, 1e-9, 1e-12):
-                i = int(np.argmax(~np.isclose(value, right, 1e-9, 1e-12)))
-                raise Mistake(f"{name} is wrong, first at [{i}]: {value[i]:.6g} instead of {right[i]:.6g}")
-        if changed := [name for name in bound if not _equal(bound[name], before[name])]:
-            raise Mistake(f"{blank.name} writes into its argument {changed[0]}; make a new array instead")
-        if not _equal(values, again):
-            raise Mistake(f"{blank.name} returned something else when it was called again with the same arguments; it must not be random")
+            if blank.name in CASES and (off := np.flatnonzero(~np.isclose(value, right, 1e-9, 1e-12))).size:
+                raise Mistake(f"{name} is wrong, first at [{off[0]}]: {value[off[0]]:.6g} instead of {right[off[0]]:.6g}")
+        if not all(map(np.array_equal, values, again)):
+            raise Mistake(f"{blank.name} returns something else when it is called again: it is random, or writes into its arguments")
         return values if len(values) > 1 else values[0]
 
     return watched
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _sentence(report: Report, blank: Blank) -> str:
@@ -144,8 +136,7 @@ def _sentence(report: Report, blank: Blank) -> str:
     entry = next((e for e in report.failures if e.remark), report.failures[0])
     name, remark = entry.name, entry.remark or f"is wrong, with a relative error of {entry.error:.1g}"
     if ismodule(blank.owner) and name.isidentifier():  # a pair of functions: the parameters are its arguments
-        name = f" {blank.returns}".partition(" d")[2].split()[0] if name == "dx" else name
-        name = f"d{name}"
+        name = "d" + (f" {blank.returns}".partition(" d")[2].split()[0] if name == "dx" else name)
     elif name not in ("dx", "forward", "backward", "x", "y", "dy"):
         name = f"the gradient of {name}"
     return f"{name} {remark}" if remark.startswith(("is ", "lacks ", "has ")) else f"{name}: {remark}"
@@ -158,17 +149,6 @@ def _raised(error: BaseException, file: str) -> str:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     what = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": .")
     return f"{f'line {lines[-1]}' if lines else 'the check'} raised {what}."
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Equal arrays, and whatever holds arrays."""
-    if isinstance(a, (tuple, list)):
-        return all(map(_equal, a, b))
-    return not hasattr(a, "shape") or np.array_equal(a, b)
 
 
 _VECTORS = np.random.default_rng(0).random((4, 7))

@@ -6,12 +6,11 @@ import ast
 import importlib
 import inspect
 import sys
-from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
+from typing import Any, NamedTuple
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,40 +18,25 @@ else:
     import tomli as tomllib
 
 
-@dataclass(frozen=True)
-class Blank:
-    """A function or method to write, and what it returns. The first `keep` statements of its body are given."""
+class Blank(NamedTuple):
+    """A function of a module, or a method of a class, to write. The first `keep` statements of its body are given."""
 
-    function: str  # below minilora: "functional.linear:linear_backward"
+    owner: Any
+    name: str
     returns: str  # "dx (T, m), dW (m, n)"
-    keep: int = 0
-
-    @property
-    def owner(self) -> Any:
-        """The class or module that has it."""
-        module, _, name = self.function.partition(":")
-        owner = importlib.import_module(f"minilora.{module}")
-        return attrgetter(name.rpartition(".")[0])(owner) if "." in name else owner
-
-    @property
-    def name(self) -> str:
-        return self.function.replace(":", ".").rpartition(".")[2]
+    keep: int
 
     @property
     def house(self) -> Any:
         """Minilora's own function: the solution."""
         return getattr(self.owner, self.name)
 
-    def where(self) -> str:
-        """File and line of the solution."""
-        return f"{self.house.__module__.replace('.', '/')}.py, line {inspect.getsourcelines(self.house)[1]}"
 
-
-@dataclass(frozen=True)
-class Exercise:
+class Exercise(NamedTuple):
     """checks: subjects of checking/catalogue.py, on which the written functions are checked."""
 
-    stem: str  # "01_linear"
+    name: str
+    stem: str  # "01_linear", of its files
     title: str
     text: str
     write: list[Blank]
@@ -60,21 +44,23 @@ class Exercise:
     checks: list[str]
 
     @property
-    def name(self) -> str:
-        return self.stem.partition("_")[2]
-
-    def three_hints(self) -> list[str]:
-        """The docstring of the solution is the last one, where the file has two."""
-        return [*self.hints, inspect.getdoc(self.write[0].house) or ""][:3]
+    def functions(self) -> str:
+        return ", ".join(blank.house.__qualname__ for blank in self.write)
 
 
 @lru_cache
 def exercises() -> dict[str, Exercise]:
-    """{name: exercise} of the files NN_name.toml, in order."""
+    """{name: exercise} of the files NN_name.toml, in order. Where one has two hints, the docstring of the solution is the third."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("*.toml")):
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-        e = Exercise(path.stem, **{**data, "write": [Blank(**blank) for blank in data["write"]]})
+        data, blanks = tomllib.loads(path.read_text(encoding="utf-8")), []
+        for blank in data["write"]:
+            module, _, function = blank["function"].partition(":")
+            owner, _, name = function.rpartition(".")
+            home = importlib.import_module(f"minilora.{module}")
+            blanks.append(Blank(attrgetter(owner)(home) if owner else home, name, blank["returns"], blank.get("keep", 0)))
+        hints = [*data["hints"], inspect.getdoc(blanks[0].house) or ""][:3]
+        e = Exercise(path.stem.partition("_")[2], path.stem, data["title"], data["text"].strip(), blanks, hints, data["checks"])
         found[e.name] = e
     return found
 
@@ -84,9 +70,9 @@ def introduction(e: Exercise) -> str:
     need = any("need" in inspect.signature(blank.house).parameters for blank in e.write)
     return f"""Exercise {e.stem[:2]}, {e.name}: {e.title}
 
-{e.text.strip()}
+{e.text}
 
-Write {", ".join(blank.house.__qualname__ for blank in e.write)}.{" You may compute all gradients, whatever `need` names." if need else ""}
+Write {e.functions}.{" You may compute all gradients, whatever `need` names." if need else ""}
 All other code is minilora's own, and the check uses the original.
 
     minilora exercise check {e.name}
@@ -96,35 +82,36 @@ All other code is minilora's own, and the check uses the original.
 
 def code(e: Exercise) -> list[str]:
     """The blocks of the file: imports, and each function or class with what is given and what is to be written."""
-    blocks: list[str] = []
-    imports = ["from __future__ import annotations"]
+    imports, blocks = ["from __future__ import annotations"], list[str]()
     for blank in e.write:
-        owner, name = blank.owner, blank.name
-        partners = dict.fromkeys(("__init__", name.replace("_backward", ""), name.replace("backward", "forward")))
-        given = [inspect.getsource(vars(owner)[p]).rstrip() for p in partners if p != name and inspect.isfunction(vars(owner).get(p))]
-        head = ['"""'.join(inspect.getsource(owner).split('"""')[:2]) + '"""'] if inspect.isclass(owner) else []
-        blocks += ["\n\n".join([*head, *given, _empty(blank)])] if head else [*given, _empty(blank)]
+        partners = dict.fromkeys(("__init__", blank.name.replace("_backward", ""), blank.name.replace("backward", "forward")))
+        own = [vars(blank.owner)[name] for name in partners if name != blank.name and inspect.isfunction(vars(blank.owner).get(name))]
+        given = [inspect.getsource(function).rstrip() for function in own]
+        head = []
+        if inspect.isclass(blank.owner):
+            head = ['"""'.join(inspect.getsource(blank.owner).split('"""')[:2]) + '"""']
+        blocks += ["\n\n".join([*head, *given, empty(blank)])] if head else [*given, empty(blank)]
         tree = ast.parse("\n".join([*head, *given, inspect.getsource(blank.house)]))
         imports += [line for line in _imports(tree, sys.modules[blank.house.__module__]) if line not in imports]
     return ["\n".join(imports), *blocks]
 
 
-def _imports(tree: ast.AST, module: Any) -> list[str]:
-    """Import from the module what it defines or has imported and the code uses."""
-    defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    used = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & vars(module).keys() - defined)
-    modules = [name for name in used if inspect.ismodule(vars(module)[name])]
-    lines = [f"import {vars(module)[name].__name__} as {name}".replace("math as math", "math") for name in modules]
-    rest = [name for name in used if name not in modules]
-    return lines + ([f"from {module.__name__} import {', '.join(rest)}"] if rest else [])
-
-
-def _empty(blank: Blank) -> str:
+def empty(blank: Blank) -> str:
     """The function without its body."""
     source = inspect.getsource(blank.house)
     node: Any = ast.parse(dedent(source)).body[0]
-    lines, first = source.splitlines(), 1 if ast.get_docstring(node) else 0
-    body, indent = node.body[first:], " " * (node.body[0].col_offset + source.index("def"))
+    lines, body = source.splitlines(), node.body[bool(ast.get_docstring(node)) :]
     kept = lines[body[0].lineno - 1 : body[blank.keep - 1].end_lineno] if blank.keep else []
-    empty = f'raise NotImplementedError("{blank.house.__qualname__} is empty: it must return {blank.returns}")'
-    return "\n".join([*lines[: node.body[0].lineno - 1], f'{indent}"""Return {blank.returns}."""', *kept, indent + empty])
+    todo = f'raise NotImplementedError("{blank.house.__qualname__} is empty: it must return {blank.returns}")'
+    indent = " " * (node.body[0].col_offset + source.index("def"))
+    return "\n".join([*lines[: node.body[0].lineno - 1], f'{indent}"""Return {blank.returns}."""', *kept, indent + todo])
+
+
+def _imports(tree: ast.AST, module: Any) -> list[str]:
+    """Lines that import what the code uses, from the module that it is taken from."""
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    used = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & vars(module).keys() - defined)
+    modules = {name: vars(module)[name].__name__ for name in used if inspect.ismodule(vars(module)[name])}
+    rest = ", ".join(name for name in used if name not in modules)
+    lines = [f"import {full}" if full == name else f"import {full} as {name}" for name, full in modules.items()]
+    return [*lines, f"from {module.__name__} import {rest}"] if rest else lines
