@@ -29,16 +29,18 @@ class Wrong(NamedTuple):
 
 
 ANSWERS = [
-    Wrong("the sign", "linear", "dW = x.T @ dy", "dW = -x.T @ dy", "dW is -1 times the true gradient."),
+    Wrong("the sign", "linear", "dW = x.T @ dy", "dW = -x.T @ dy", "dW is -1 times the true gradient: its sign is wrong."),
     Wrong("a transpose is missing", "linear", "dW = x.T @ dy", "dW = dy.T @ x", "transposed, it is right"),
     Wrong("1 / N is missing", "mse", "error * (2 / error.size)", "error * 2", "dy is 30 times the true gradient."),
     Wrong("the bias is not summed over the batch", "linear", "db = dy.sum(axis=0)", "db = dy", "the sum over axis 0 is left out"),
-    Wrong("softmax without subtracting the sum", "softmax", "(dy - (dy * y).sum(axis=-1, keepdims=True))", "dy"),
-    Wrong("layer norm without the term of the variance", "layer_norm", " - xhat * along", ""),
-    Wrong("layer norm without the term of the mean", "layer_norm", " - dxhat.mean(axis=1, keepdims=True)", ""),
-    Wrong("the scale alpha / r is forgotten", "lora", "du = s * (dy @ B.T)", "du = dy @ B.T", "dA is 1.42857 times the true gradient"),
+    Wrong("softmax without subtracting the sum", "softmax", "(dy - (dy * y).sum(axis=-1, keepdims=True))", "dy", "lacks y sum(dy y)"),
+    Wrong("layer norm without the term of the variance", "layer_norm", " - xhat * along", "", "dx lacks xhat mean(dxhat xhat)"),
+    Wrong(
+        "layer norm without the term of the mean", "layer_norm", " - dxhat.mean(axis=1, keepdims=True)", "", "dx lacks the mean of dxhat"
+    ),
+    Wrong("the scale alpha / r is forgotten", "lora", "du = s * (dy @ B.T)", "du = dy @ B.T", "it lacks the factor s"),
     Wrong("dA and dB are swapped", "lora", "return dx, dA, dB", "return dx, dB, dA", "dA has shape (2, 4) instead of (5, 2)"),
-    Wrong("the mask is forgotten", "lora_layer", "self.mask(dy, key)", "None"),
+    Wrong("the mask is forgotten", "lora_layer", "self.mask(dy, key)", "None", "gets other arguments than lora_linear had"),
     Wrong(
         "the gradient is overwritten, not added",
         "linear_layer",
@@ -51,14 +53,14 @@ ANSWERS = [
         "embedding",
         "xp.add.at(dE, as_like(ids, E), dy)",
         "dE[ids] += dy",
-        "dE: 10 of 30 coordinates are wrong",
+        "dE: 10 of 30 coordinates are wrong, the first at [4, 0]: all of rows 4 to 5",
     ),
     Wrong("the sum of softmax over the wrong axis", "softmax", "axis=-1", "axis=0"),
     Wrong("the residual add is forgotten", "block", "dh = K.add(dy, dh)", "pass", "coordinates are wrong"),
-    Wrong("the derivative of the other GELU", "gelu", "Phi + x * phi", "Phi"),
-    Wrong("the root of d is forgotten", "attention", "dS *= 1 / math.sqrt(Q.shape[-1])", "pass", "dq is 1.41421 times the true gradient"),
-    Wrong("the rotation is not undone", "rotary", "-sin", "sin", "dx: 28 of 40 coordinates are wrong"),
-    Wrong("a head trained in two places gets one gradient", "tied_head", "E.add_grad(dy.T @ s_head)", "pass"),
+    Wrong("the product rule is forgotten", "gelu", "Phi + x * phi", "Phi", "dx lacks x phi(x)"),
+    Wrong("the root of d is forgotten", "attention", "dS *= 1 / math.sqrt(Q.shape[-1])", "pass", "it has the factor sqrt d once too often"),
+    Wrong("the rotation is not undone", "rotary", "-sin", "sin", "dx has the part with sin with the wrong sign"),
+    Wrong("a head trained in two places gets one gradient", "tied_head", "E.add_grad(K.product(dy.T, s_head))", "pass"),
 ]
 
 
@@ -67,7 +69,7 @@ def text(exercise: Exercise, right: str = "", wrong: str = "") -> str:
     file = "\n\n".join(code(exercise))
     for blank in exercise.write:
         assert empty(blank) in file
-        file = file.replace(empty(blank), inspect.getsource(blank.house).rstrip())
+        file = file.replace(empty(blank), inspect.getsource(blank.solution).rstrip())
     assert right in file
     return file.replace(right, wrong)
 
@@ -89,8 +91,8 @@ def said_to(wrong: Wrong) -> str:
 
 def link(blank: Blank) -> str:
     """The function, and the file that has it."""
-    file = f"{blank.house.__module__.removeprefix('minilora.').replace('.', '/')}.py"
-    return f"`{blank.house.__qualname__}` in [{file}](../minilora/{file})"
+    file = f"{blank.solution.__module__.removeprefix('minilora.').replace('.', '/')}.py"
+    return f"`{blank.solution.__qualname__}` in [{file}](../minilora/{file})"
 
 
 def page(old: str) -> str:

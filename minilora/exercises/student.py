@@ -41,7 +41,7 @@ def exercise(
     if action == "start":
         return result | {"file": str(_start(e, folder, force, notebook, say))}
     if action == "solution":
-        sources = {f"{blank.house.__module__}.{blank.house.__qualname__}": inspect.getsource(blank.house) for blank in e.write}
+        sources = {f"{blank.solution.__module__}.{blank.solution.__qualname__}": inspect.getsource(blank.solution) for blank in e.write}
         say("\n".join(f"# {place}\n{source}" for place, source in sources.items()))
         return result | {"solution": sources}
     if action == "hint":

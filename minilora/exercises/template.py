@@ -27,7 +27,7 @@ class Blank(NamedTuple):
     keep: int
 
     @property
-    def house(self) -> Any:
+    def solution(self) -> Any:
         """Minilora's own function: the solution."""
         return getattr(self.owner, self.name)
 
@@ -45,7 +45,7 @@ class Exercise(NamedTuple):
 
     @property
     def functions(self) -> str:
-        return ", ".join(blank.house.__qualname__ for blank in self.write)
+        return ", ".join(blank.solution.__qualname__ for blank in self.write)
 
 
 @lru_cache
@@ -59,7 +59,7 @@ def exercises() -> dict[str, Exercise]:
             owner, _, name = function.rpartition(".")
             home = importlib.import_module(f"minilora.{module}")
             blanks.append(Blank(attrgetter(owner)(home) if owner else home, name, blank["returns"], blank.get("keep", 0)))
-        hints = [*data["hints"], inspect.getdoc(blanks[0].house) or ""][:3]
+        hints = [*data["hints"], inspect.getdoc(blanks[0].solution) or ""][:3]
         e = Exercise(path.stem.partition("_")[2], path.stem, data["title"], data["text"].strip(), blanks, hints, data["checks"])
         found[e.name] = e
     return found
@@ -67,7 +67,7 @@ def exercises() -> dict[str, Exercise]:
 
 def introduction(e: Exercise) -> str:
     """What the student reads first."""
-    need = any("need" in inspect.signature(blank.house).parameters for blank in e.write)
+    need = any("need" in inspect.signature(blank.solution).parameters for blank in e.write)
     return f"""Exercise {e.stem[:2]}, {e.name}: {e.title}
 
 {e.text}
@@ -91,18 +91,18 @@ def code(e: Exercise) -> list[str]:
         if inspect.isclass(blank.owner):
             head = ['"""'.join(inspect.getsource(blank.owner).split('"""')[:2]) + '"""']
         blocks += ["\n\n".join([*head, *given, empty(blank)])] if head else [*given, empty(blank)]
-        tree = ast.parse("\n".join([*head, *given, inspect.getsource(blank.house)]))
-        imports += [line for line in _imports(tree, sys.modules[blank.house.__module__]) if line not in imports]
+        tree = ast.parse("\n".join([*head, *given, inspect.getsource(blank.solution)]))
+        imports += [line for line in _imports(tree, sys.modules[blank.solution.__module__]) if line not in imports]
     return ["\n".join(imports), *blocks]
 
 
 def empty(blank: Blank) -> str:
     """The function without its body."""
-    source = inspect.getsource(blank.house)
+    source = inspect.getsource(blank.solution)
     node: Any = ast.parse(dedent(source)).body[0]
     lines, body = source.splitlines(), node.body[bool(ast.get_docstring(node)) :]
     kept = lines[body[0].lineno - 1 : body[blank.keep - 1].end_lineno] if blank.keep else []
-    todo = f'raise NotImplementedError("{blank.house.__qualname__} is empty: it must return {blank.returns}")'
+    todo = f'raise NotImplementedError("{blank.solution.__qualname__} is empty: it must return {blank.returns}")'
     indent = " " * (node.body[0].col_offset + source.index("def"))
     return "\n".join([*lines[: node.body[0].lineno - 1], f'{indent}"""Return {blank.returns}."""', *kept, indent + todo])
 
