@@ -57,12 +57,12 @@ def test_there_are_enough_and_each_is_complete():
 
 
 @pytest.mark.parametrize("name", exercises())
-def test_the_solution_passes_and_theempty_file_does_not(name):
+def test_the_solution_passes_and_the_empty_file_does_not(name):
     e = exercises()[name]
     assert verdict(e, text(e)) == ""
     empty = "\n\n".join(code(e))
     first = e.write[0]
-    assert verdict(e, empty) == f"{first.house.__qualname__} is empty: it must return {first.returns}."
+    assert verdict(e, empty) == f"{first.solution.__qualname__} is empty: it must return {first.returns}."
 
 
 def test_the_file_does_not_give_the_answer():

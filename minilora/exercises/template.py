@@ -60,7 +60,7 @@ def exercises() -> dict[str, Exercise]:
             home = importlib.import_module(f"minilora.{module}")
             blanks.append(Blank(attrgetter(owner)(home) if owner else home, name, blank["returns"], blank.get("keep", 0)))
         hints = [*data["hints"], inspect.getdoc(blanks[0].solution) or ""][:3]
-        e = Exercise(path.stem.partition("_")[2], path.stem, data["title"], data["text"].strip(), blanks, hints, data["checks"])
+        e = Exercise(path.stem.partition("_")[2], path.stem, data["title"], data["text"].strip("\n"), blanks, hints, data["checks"])
         found[e.name] = e
     return found
 
@@ -68,7 +68,7 @@ def exercises() -> dict[str, Exercise]:
 def introduction(e: Exercise) -> str:
     """What the student reads first."""
     need = any("need" in inspect.signature(blank.solution).parameters for blank in e.write)
-    return f"""Exercise {e.stem[:2]}, {e.name}: {e.title}
+    return f"""{e.title[0].upper() + e.title[1:]} (exercise {e.stem[:2]}, {e.name})
 
 {e.text}
 
