@@ -112,6 +112,13 @@ def test_two_commands_to_the_first_exercise_solved(linear, capsys):
     assert "1 of 30 are solved" in out
 
 
+def test_after_the_last_exercise_nothing_is_next(linear, capsys):
+    linear(RIGHT)
+    others = {name: True for name in exercises() if name != "linear"}
+    Path("exercises/progress.json").write_text(json.dumps({"solved": others, "hints": {}}))
+    assert run(capsys, "check")[1] == "exercises/01_linear.py: right. All exercises are solved."
+
+
 def test_a_wrong_answer_has_exit_status_1_and_json(linear, capsys):
     path = linear(RIGHT.replace("x.T", "-x.T"))
     status, out, err = run(capsys, "check", path, "--json")

@@ -54,7 +54,8 @@ def exercise(
         wrong = _check(e, path, limit, say)
         result |= {"ok": not wrong, "wrong": wrong}
         progress["solved"][e.name] = not wrong
-        onward = f"Next: minilora exercise start {_choose('', progress).name}"
+        left = [other for other in exercises() if not progress["solved"].get(other)]
+        onward = f"Next: minilora exercise start {left[0]}" if left else "All exercises are solved."
         say(f"{path}: {wrong or f'right. {onward}'}")
     write_json(folder / "progress.json", progress)
     return result
