@@ -92,6 +92,19 @@ def test_adamw_is_compared_with_the_original():
     assert verdict(e, text(e, "math.sqrt(step.c2)", "1")).startswith("w is wrong, first at [0]: ")
 
 
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "said"),
+    [
+        ("mse", "return (error * error).mean(), error * (2 / error.size)", "return (error * error).sum(), error * 2", "loss is wrong: "),
+        ("cross_entropy", "(loss * times, dlogits * times)", "(loss, dlogits)", "loss is wrong: "),
+        ("online_softmax", "x.T @ p / N", "x.T @ p / N + 1e-9", "dW is wrong, first at [0, 0]: "),
+    ],
+)
+def test_a_gradient_of_another_function_is_found(name, right, wrong, said):
+    e = exercises()[name]
+    assert verdict(e, text(e, right, wrong)).startswith(said)
+
+
 def test_a_wrong_method_among_several_is_found():
     e = exercises()["decoder"]
     assert "wpe" in verdict(e, text(e, "self.wpe.backward(dsum, s_wpe)", "pass"))

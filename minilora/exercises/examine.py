@@ -47,13 +47,13 @@ def examine(exercise: Exercise, names: dict[str, Any]) -> str:
     """A sentence that says what is wrong with the functions among these names, or "" if they are right."""
     try:
         written = {blank: _watched(blank, _find(blank, names)) for blank in exercise.write}
-        for blank, function in written.items():
-            for case in CASES.get(blank.name, ()):
-                _compare(blank, function(*case), blank.solution(*case))
         with _in_place(written):
             for name, layer, x, options in catalogue():
                 if name in exercise.checks and not (report := gradcheck(layer, x, max_coordinates=40, **options)).ok:
                     return f"{_sentence(report.faults[0], list(written.values()))}."
+        for blank, function in written.items():
+            for case in CASES.get(blank.name, ()):
+                _compare(blank, function(*case), blank.solution(*case))
     except Mistake as mistake:
         return f"{mistake}."
     return ""
@@ -104,12 +104,14 @@ def _watched(blank: Blank, function: Function) -> Function:
 
 
 def _compare(blank: Blank, result: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
-    """Raise Mistake where a function that is no gradient differs from minilora's own."""
+    """Raise Mistake where a function that is more than a gradient differs from minilora's own."""
     for part, value, right in zip(blank.returns.split("), "), result, expected, strict=True):
+        name = part.split()[0]
         if getattr(value, "shape", None) != right.shape:
-            raise Mistake(f"{part.split()[0]} is not an array of shape {right.shape}")
-        if (off := np.flatnonzero(~np.isclose(value, right, 1e-9, 1e-12))).size:
-            raise Mistake(f"{part.split()[0]} is wrong, first at [{off[0]}]: {value[off[0]]:.6g} instead of {right[off[0]]:.6g}")
+            raise Mistake(f"{name} is not an array of shape {right.shape}")
+        if len(off := np.argwhere(~np.isclose(value, right, 1e-9, 1e-12))):
+            at = tuple(off[0])
+            raise Mistake(f"{name} is wrong{f', first at {[*map(int, at)]}' if at else ''}: {value[at]:.6g} instead of {right[at]:.6g}")
 
 
 def _sentence(fault: Fault, written: list[Function]) -> str:
@@ -130,6 +132,11 @@ def _raised(error: BaseException, file: str) -> str:
     return f"{f'line {lines[-1]}' if lines else 'the check'} raised {what}"
 
 
-_VECTORS = np.random.default_rng(0).random((4, 7))
+_DRAW, _LABELS = np.random.default_rng(0).random((4, 7)), np.array([2, 0, -100, 6])
 _STEPS = [AdamStep(0.1, 0.3, 0.9, 0.99, 1 - 0.9**3, 1 - 0.99**3, 1e-8, decoupled) for decoupled in (True, False)]
-CASES = {"adamw": [(*_VECTORS, 1.0, 0.5, step) for step in _STEPS]}  # arguments of functions that are no gradients
+CASES: dict[str, list[Any]] = {  # arguments of functions that are more than gradients
+    "adamw": [(*_DRAW, 1.0, 0.5, step) for step in _STEPS],
+    "mse": [(_DRAW, _DRAW[::-1])],
+    "cross_entropy": [(_DRAW, _LABELS), (_DRAW, _LABELS % 6, 2, 0.3)],
+    "linear_cross_entropy": [(_DRAW[[0, 1, 3]].T[:3] @ _DRAW[:3, :2], _DRAW[:2], _LABELS[[0, 1, 3]], 5)],
+}
