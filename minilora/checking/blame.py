@@ -28,19 +28,19 @@ def blame(check: Check, entries: list[Entry]) -> list[Fault]:
     """The calls that are themselves wrong, the first to run backward first. entries: those of `check`, which found something wrong."""
     calls = recorded(check)
     broken = any(not e.coordinates and e.verdict(check.tol) == "WRONG" for e in entries)  # a promise, or no gradient to compare
-    wrong: set[Call] = set()
-    faults: dict[tuple[Any, str], Fault] = {}
+    wrong: dict[Call, list[Entry]] = {}
     for call in calls[0].below() if calls else ():
         if any(child in wrong for child in call.children):
-            wrong.add(call)
-            continue
-        found = entries if call is calls[0] else judged(call, check.tol, broken)
-        if bad := [e for e in found if e.verdict(check.tol) == "WRONG"]:
-            wrong.add(call)
-            fault = faults_of(call, bad, check if call is calls[0] else None)
-            known = faults.setdefault((fault.source, fault.gradient), fault)
-            if known is not fault:
-                known.places.append(fault.place)
+            wrong[call] = []
+        elif bad := [e for e in (entries if call is calls[0] else judged(call, check.tol, broken)) if e.verdict(check.tol) == "WRONG"]:
+            wrong[call] = bad
+    guilty = [call for call, bad in wrong.items() if bad]
+    faults: dict[tuple[str, str], Fault] = {}
+    for call in [call for call in guilty if call.order is not None] or guilty:  # an exception may have kept the others from running
+        fault = fault_of(call, wrong[call])
+        known = faults.setdefault((fault.source, fault.gradient), fault)
+        if known is not fault:
+            known.places.append(fault.place)
     if not faults:
         bad = [e for e in entries if e.verdict(check.tol) == "WRONG"]
         return [Fault([""], type(check.layer).__name__, bad[0].name, bad[0].remark, "")]
@@ -79,7 +79,7 @@ def judged(call: Call, tol: float, promises: bool = False) -> list[Entry]:
     return found
 
 
-def faults_of(call: Call, entries: list[Entry], root: Check | None) -> Fault:
+def fault_of(call: Call, entries: list[Entry]) -> Fault:
     first = min(entries, key=lambda e: (not e.remark, e.name.startswith("(")))
     remark = "" if call.is_operation else wiring(call)
     return Fault([call.place], call.name, first.name, remark or first.remark, where(call.backward_function or call.function), first.error)
@@ -92,7 +92,8 @@ def wiring(call: Call) -> str:
             continue
         what = child.name if child.is_operation else f"{child.place.removeprefix(call.place).strip('.')}.backward"
         if child.order is None:
-            gives = not child.is_operation and child.saved is not None and child.layer.trainable and child.during == call.during
+            ran = any(c.order is not None for c in call.children if c.layer is child.layer)  # recomputed
+            gives = not child.is_operation and not ran and child.saved is not None and child.layer.trainable
             if gives and call.order is not None:
                 return f"never calls {what}"
         elif child.is_operation:
@@ -129,7 +130,7 @@ def part_of(call: Call) -> Part | None:
     if call.is_operation:
         part = OperationPart(call) if call.grads is not None or call.order is not None else None
     else:
-        part = Part(call) if call.args and call.y is not None else None
+        part = Part(call) if call.args and call.y is not None and call.args.get("keep", True) else None
     return part if part is not None and getattr(part.x, "dtype", np.dtype(object)).kind in "fiu" else None
 
 
@@ -140,9 +141,8 @@ class Part(Layer):
         self.of, self.names = call, dict[str, str]()
         self.key = next(iter(call.args))
         self.x = call.args[self.key]
-        self.options = {name: value for name, value in call.args.items() if name not in (self.key, "keep", "need_dx")}
-        self.options |= {"keep": True} if "keep" in names_of(call.run[0]) else {}
-        self.takes_need_dx = "need_dx" in names_of(call.run[1])
+        self.need_dx = call.args.get("need_dx", True)
+        self.options = {name: value for name, value in call.args.items() if name != self.key}
 
     def parameters(self) -> Iterator[tuple[str, Any]]:
         return iter(self.of.layer.parameters())
@@ -154,9 +154,11 @@ class Part(Layer):
     def forward(self, x: Array) -> Any:  # type: ignore[override]
         return self.of.run[0](x, **self.options)
 
-    def backward(self, dy: Array, saved: Any, need_dx: bool | None = None) -> Any:  # type: ignore[override]
-        dx = self.of.run[1](dy, saved, **({} if need_dx is None or not self.takes_need_dx else {"need_dx": need_dx}))
-        return None if need_dx is False and not self.takes_need_dx else dx
+    def backward(self, dy: Array, saved: Any, need_dx: bool | None = None) -> Any:
+        takes = "need_dx" in names_of(self.of.run[1])
+        need_dx = need_dx if self.need_dx else False
+        dx = self.of.run[1](dy, saved, **({} if need_dx is None or not takes else {"need_dx": need_dx}))
+        return None if need_dx is False and not takes else dx
 
     def __deepcopy__(self, memo: Any) -> Part:
         return self
@@ -166,7 +168,7 @@ class OperationPart(Part):
     """A call of an operation on its own: the first argument with a gradient is x, the others are parameters."""
 
     def __init__(self, call: Call) -> None:
-        self.of = call
+        self.of, self.need_dx = call, True
         needed = [g for g, value in (call.grads or {}).items() if value is not None] if call.order is None else call.need
         arrays = {g[1:]: call.args.get(g[1:]) for g in call.gradients if needed is None or g in needed}
         arrays = {name: a for name, a in arrays.items() if getattr(getattr(a, "dtype", None), "kind", "") == "f" and hasattr(a, "nbytes")}
