@@ -30,6 +30,8 @@ import numpy as np
 from minilora.checking.catalogue import catalogue
 from minilora.checking.check import Check, unchanged
 from minilora.checking.gradcheck import gradcheck
+from minilora.kernels import dispatch
+from minilora.layers import Layer
 
 ROOT = Path(__file__).parent.parent
 FILES = [
@@ -55,7 +57,7 @@ ALSO: dict[str, set[str] | None] = {
     "swiglu": {"d", "by_g"},
     "BertClassifier.loss": {"dlogits"},
 }
-COMPOSITES = ("Block", "BertLayer", "GPT2", "Llama", "BertClassifier", "Attention", "FeedForward", "Sequential", "MLP")
+PLAIN = " (references)"
 MODELS = ("Block", "BertLayer", "GPT2", "Llama", "BertClassifier")
 
 
@@ -74,8 +76,11 @@ class Mutant(NamedTuple):
 SIGN, TIMES, LACKS = ("-1 times", "wrong sign"), ("times the true gradient", "times "), ("lacks", "is zero", "no gradient was written")
 
 
-def changes(node: ast.AST, parent: ast.AST, final: bool) -> Iterator[tuple[str, ast.AST | None, tuple[str, ...]]]:
-    """(kind, what takes the place of the node, causes). final: the node is a gradient as it is returned, assigned or added."""
+def changes(node: ast.AST, parent: ast.AST, final: bool, names: list[str]) -> Iterator[tuple[str, ast.AST | None, tuple[str, ...]]]:
+    """(kind, what takes the place of the node, causes). final: the node is a gradient as it is returned, assigned or added.
+
+    names: of the function's arrays, which may be confused.
+    """
     name = isinstance(node, ast.Name)
     if isinstance(node, ast.expr) and final and not (isinstance(node, ast.Constant) or isinstance(node, ast.Tuple)):
         yield "sign", negated(node), SIGN
@@ -179,12 +184,9 @@ def changes(node: ast.AST, parent: ast.AST, final: bool) -> Iterator[tuple[str, 
         and not isinstance(parent, (ast.keyword, ast.Subscript, ast.Slice))
     ):
         yield "constant", ast.Constant(node.value + 1), ()
-    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in _CONFUSED and isinstance(parent, (ast.BinOp, ast.Call)):
-        yield "confused", ast.Name(_CONFUSED[node.id], ast.Load()), ()
-
-
-_CONFUSED = {"x": "dy", "u": "dy", "A": "B", "B": "A", "dq": "dk", "dk": "dv", "dv": "dq", "Q": "K", "K": "V", "dx_k": "dx_v", "dx_q": "dx_k",
-             "dxhat": "dy", "xhat": "dxhat", "dg": "du", "du": "dg", "dh": "dy", "cos": "sin", "c": "m", "m": "c", "dm": "dy", "da": "dy", "dz": "dy"}  # fmt: skip
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in names and isinstance(parent, (ast.BinOp, ast.Call)):
+        others = names[names.index(node.id) + 1 :] + names[: names.index(node.id)]
+        yield from (("confused", ast.Name(other, ast.Load()), ()) for other in others[:2])
 
 
 def negated(node: ast.expr) -> ast.expr:
@@ -215,6 +217,7 @@ def mutants() -> Iterator[Mutant]:
             only = ALSO.get(qualified, ALSO.get(name, set()))
             if not (name.endswith("backward") or only is None or only):
                 continue
+            known = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)} | {a.arg for a in function.args.args}
             for i, (kind, _, causes) in enumerate(sites(function, only)):
                 changed_tree = copy.deepcopy(tree)
                 changed_function = dict(functions(changed_tree))[qualified]
@@ -224,7 +227,8 @@ def mutants() -> Iterator[Mutant]:
                     code = compile(changed_tree, str(path), "exec")
                 except (SyntaxError, ValueError, TypeError):
                     continue
-                yield Mutant(file, qualified, line, kind, text, code_of(code, qualified), causes)
+                if kind not in ("confused", "saved of another") or text.split(" -> ")[1] in known:
+                    yield Mutant(file, qualified, line, kind, text, code_of(code, qualified), causes)
 
 
 def functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -244,7 +248,6 @@ def code_of(code: types.CodeType, qualified: str) -> types.CodeType:
 def walk(function: ast.FunctionDef, only: set[str] | None) -> Iterator[tuple[ast.AST, str, int | None, ast.AST, bool]]:
     """(parent, field, index, node, final) of what may be changed: the body without docstring and annotations."""
     body = function.body[1:] if ast.get_docstring(function) else function.body
-    backward = function.name.endswith("backward") or function.name == "backward"
 
     def visit(parent: ast.AST, field: str, index: int | None, node: ast.AST, final: bool) -> Iterator[Any]:
         if isinstance(node, (ast.Raise, ast.FunctionDef)):
@@ -257,23 +260,23 @@ def walk(function: ast.FunctionDef, only: set[str] | None) -> Iterator[tuple[ast
                 if isinstance(child, ast.AST):
                     yield from visit(node, name, i, child, passes(node, name, final))
 
-    for i, statement in enumerate(body):
-        if only and not ({n.id for n in ast.walk(statement) if isinstance(n, ast.Name)} & only and touches(statement, only)):
-            continue
-        yield from visit(function, "body", i + len(function.body) - len(body), statement, False)
-    assert backward or True
+    def statements(parent: Any, field: str) -> Iterator[tuple[Any, str, int, ast.stmt]]:
+        for i, statement in enumerate(getattr(parent, field)):
+            if only and isinstance(statement, (ast.If, ast.For)):
+                yield from statements(statement, "body")
+            elif not only or touches(statement, only):
+                yield parent, field, i, statement
+
+    for parent, field, i, statement in statements(function, "body"):
+        if parent is not function or statement in body:
+            yield from visit(parent, field, i, statement, False)
 
 
 def touches(statement: ast.AST, only: set[str]) -> bool:
-    """Whether the statement assigns to one of these, or returns it."""
-    for node in ast.walk(statement):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
-        if any({n.id for n in ast.walk(t) if isinstance(n, ast.Name)} & only for t in targets):
-            return True
-    return isinstance(statement, ast.For)
-
-
-GRADIENT = ("d", "part")
+    """Whether the statement assigns to one of these, or passes it as the `out` of a NumPy function."""
+    stored = statement.targets if isinstance(statement, ast.Assign) else [statement.target] if isinstance(statement, ast.AugAssign) else []
+    stored += [k.value for n in ast.walk(statement) if isinstance(n, ast.Call) for k in n.keywords if k.arg == "out"]
+    return any(isinstance(n, ast.Name) and n.id in only for target in stored for n in ast.walk(target))
 
 
 def passes(node: ast.AST, field: str, final: bool) -> bool:
@@ -310,15 +313,29 @@ def passes(node: ast.AST, field: str, final: bool) -> bool:
     return False
 
 
+NOT_ARRAYS = set("s p n T N G K F xp e i at self need key offsets rows n_head keep mask step W_block first width saved".split())
+
+
+def arrays_of(function: ast.FunctionDef) -> list[str]:
+    """Names of the function's arrays: its arguments and variables of few letters."""
+    stored = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    names = dict.fromkeys([a.arg for a in function.args.args] + stored)
+    return [name for name in names if len(name) <= 6 and name not in NOT_ARRAYS and not name.startswith(("s_", "_", "at_"))]
+
+
 def sites(function: ast.FunctionDef, only: set[str] | None) -> list[tuple[str, Callable[[], int], tuple[str, ...]]]:
-    return [(kind, None, causes) for parent, _, _, node, final in walk(function, only) for kind, _, causes in changes(node, parent, final)]  # type: ignore[misc]
+    return [
+        (kind, None, causes)
+        for parent, _, _, node, final in walk(function, only)
+        for kind, _, causes in changes(node, parent, final, arrays_of(function))
+    ]  # type: ignore[misc]
 
 
 def apply(function: ast.FunctionDef, only: set[str] | None, number: int) -> tuple[int, str]:
     """Make the change of this number; (line, what became what)."""
-    n = 0
-    for parent, field, index, node, final in walk(function, only):
-        for _, new, _ in changes(node, parent, final):
+    n, names = 0, arrays_of(function)
+    for parent, field, index, node, final in list(walk(function, only)):
+        for _, new, _ in changes(node, parent, final, names):
             if n == number:
                 before = ast.unparse(node)
                 if index is None:
@@ -348,7 +365,8 @@ def coverage(entries: list[Any]) -> tuple[dict[tuple[str, int], list[int]], list
     found: dict[tuple[str, int], list[int]] = {}
     seconds = []
     inside = str(ROOT / "minilora")
-    for i, (_, layer, x, options) in enumerate(entries):
+    for i, (name, layer, x, options) in enumerate(entries):
+        dispatch.PLAIN = name.endswith(PLAIN)
         lines: set[tuple[str, int]] = set()
 
         def local(frame: Any, event: str, arg: Any, lines: Any = lines) -> Any:
@@ -368,12 +386,17 @@ def coverage(entries: list[Any]) -> tuple[dict[tuple[str, int], list[int]], list
         seconds.append(time.perf_counter() - before)
         for file, line in lines:
             found.setdefault((file.removeprefix(inside + "/").removesuffix(".py"), line), []).append(i)
+    dispatch.PLAIN = False
     return found, seconds
 
 
 def run(entry: Any, coordinates: int) -> Any:
     name, layer, x, options = entry
-    return gradcheck(layer, x, max_coordinates=coordinates, **options)
+    dispatch.PLAIN = name.endswith(PLAIN)
+    try:
+        return gradcheck(layer, x, max_coordinates=coordinates, **options)
+    finally:
+        dispatch.PLAIN = False
 
 
 def judge(mutant: Mutant, entries: list[Any], where: list[int], seconds: list[float]) -> dict[str, Any]:
@@ -422,7 +445,18 @@ def is_right(mutant: Mutant, function: types.FunctionType, original: types.CodeT
         and int(line) == original.co_firstlineno
     ):
         return True
-    return fault.name in USERS.get(name, ()) or (here and fault.name == mutant.function.split(".")[0])
+    if fault.name in USERS.get(name, ()) or (here and fault.name == mutant.function.split(".")[0]):
+        return True
+    owner = mutant.function.split(".")[0]
+    return name == "backward" and any(
+        owner in [base.__name__ for base in kind.__mro__] for kind in kinds(Layer) if kind.__name__ == fault.name
+    )
+
+
+def kinds(kind: type) -> Iterator[type]:
+    yield kind
+    for sub in kind.__subclasses__():
+        yield from kinds(sub)
 
 
 USERS = {  # the operations or layers that run a function which is no backward of its own
@@ -450,6 +484,9 @@ USERS = {  # the operations or layers that run a function which is no backward o
     "embed_backward": ("GPT2Body", "Bert", "LlamaBody", "GPT2Body.embed", "Bert.embed", "LlamaBody.embed"),
     "loss_backward": ("LossOf",),
     "loss": ("LossOf",),
+    "attention_backward_joined": ("Attention",),
+    "add_grad": ("Linear", "LayerNorm", "RMSNorm", "Embedding", "LoRALinear", "DoRALinear", "VeRALinear"),
+    "prefix": (),
 }
 
 
@@ -461,6 +498,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/mutants.json")
     args = parser.parse_args()
     entries = list(catalogue())
+    entries += [(f"{name}{PLAIN}", *rest) for name, *rest in entries if name.startswith(MODELS)]
     where, seconds = coverage(entries)
     listed = [m for m in mutants() if args.only in m.file][args.start :: args.every]
     print(f"{len(listed)} mutants, {len(entries)} entries of {sum(seconds):.0f} s", flush=True)

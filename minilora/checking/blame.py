@@ -8,15 +8,17 @@ call that is wrong while everything it calls is right has the mistake in its own
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from minilora.backend import Array
-from minilora.checking.causes import Known, known_of
+from minilora.backend import Array, to_numpy
+from minilora.checking.causes import Known, cause, known_of, misshapen
 from minilora.checking.check import Check, unchanged
-from minilora.checking.report import Entry, Fault
-from minilora.checking.trace import Call, Calls, arrays_in, names_of, trace, where
+from minilora.checking.report import Broken, Entry, Fault
+from minilora.checking.trace import Call, Calls, arrays_in, exchanged, names_of, trace, where
 from minilora.kernels import dispatch
 from minilora.layers import Layer, Parameter
 
@@ -49,12 +51,9 @@ def blame(check: Check, entries: list[Entry]) -> list[Fault]:
 
 def recorded(check: Check) -> Calls:
     """The calls of one pass; up to the call that fails, if one does."""
-    with trace(check.layer, arrays=True) as calls:
-        try:
-            y, saved = check.forward()
-            check.layer.backward(check.draw(y.shape), saved)
-        except Exception:
-            pass  # the check has found it too
+    with trace(check.layer, arrays=True) as calls, suppress(Exception):  # the check has found it too
+        y, saved = check.forward()
+        check.layer.backward(check.draw(y.shape), saved)
     return calls
 
 
@@ -81,8 +80,52 @@ def judged(call: Call, tol: float, promises: bool = False) -> list[Entry]:
 
 def fault_of(call: Call, entries: list[Entry]) -> Fault:
     first = min(entries, key=lambda e: (not e.remark, e.name.startswith("(")))
-    remark = "" if call.is_operation else wiring(call)
-    return Fault([call.place], call.name, first.name, remark or first.remark, where(call.backward_function or call.function), first.error)
+    cause = "" if call.is_operation else wiring(call) or handed(call)
+    source = where(call.backward_function or call.function)
+    return Fault([call.place], call.name, "" if cause else first.name, cause or first.remark, source, first.error)
+
+
+def handed(call: Call) -> str:
+    """Which gradient a layer hands to a layer inside it is wrong, and how; "" if none is, or nothing ran backward."""
+    part = part_of(call)
+    if part is None:
+        return ""
+    dx = None
+    with unchanged(part):
+        check = Check(part, part.x, _RANDOM_TOL, 0, _EXACTLY, {})
+        with suppress(Broken), trace(call.layer, arrays=True) as calls:
+            y, saved = check.forward()
+            check.c, check.rounding = check.draw(y.shape), 1e-15 * float(abs(y).sum())
+            dx = check.backward(saved)
+        if check.c is None:
+            return ""
+        inner = [c for c in calls if c.parent is None and not c.is_operation and c.layer is not call.layer and c.dy is not None]
+        known = Known(to_numpy(check.c))
+        known.terms = {f"the gradient through {c.place}": c.grads["dx"] for c in inner if c.grads and c.grads.get("dx") is not None}
+
+        def wrong(name: str, g: Any) -> str | None:
+            """How the gradient g of the array `name` is wrong; None if it is right."""
+            check.analytic = {name: g}
+            if g.shape == check.checked[name].data.shape and check.direction([name]).verdict(_RANDOM_TOL) != "WRONG":
+                return None
+            at, numeric, _ = check.numeric(name)
+            return misshapen(g, check.checked[name].data.shape, numeric, at, known.dy) or cause(g, numeric, at, _RANDOM_TOL, known)
+
+        for child in sorted(inner, key=lambda c: c.order or 0):
+            check.checked[child.place] = moved = SimpleNamespace(data=np.zeros(child.y.shape))
+
+            def forward(*args: Any, run: Any = child.run[0], moved: Any = moved, **options: Any) -> Any:
+                y, saved = run(*args, **options)
+                return y + moved.data, saved
+
+            with exchanged(child.layer, "forward", forward):
+                how = wrong(child.place, child.dy)
+            if how is not None:
+                name = child.place.removeprefix(call.place).strip(".")
+                return f"hands {name}.backward a dy that {how or 'is not the gradient of what it returned'}"
+        if "dx" in check.checked and hasattr(dx, "shape") and (how := wrong("dx", dx)):
+            return f"returns a dx that {how}"
+    return ""
 
 
 def wiring(call: Call) -> str:
