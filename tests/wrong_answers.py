@@ -56,7 +56,7 @@ ANSWERS = [
         "dE: 10 of 30 coordinates are wrong, the first at [4, 0]: all of rows 4 to 5",
     ),
     Wrong("the sum of softmax over the wrong axis", "softmax", "axis=-1", "axis=0"),
-    Wrong("the residual add is forgotten", "block", "dh = K.add(dy, dh)", "pass", "coordinates are wrong"),
+    Wrong("the residual add is forgotten", "block", "dh = K.add(dy, dh)", "pass", "Block hands drop_1.backward a dy that lacks exactly dy"),
     Wrong("the product rule is forgotten", "gelu", "Phi + x * phi", "Phi", "dx lacks x phi(x)"),
     Wrong("the root of d is forgotten", "attention", "dS *= 1 / math.sqrt(Q.shape[-1])", "pass", "it has the factor sqrt d once too often"),
     Wrong("the rotation is not undone", "rotary", "-sin", "sin", "dx has the part with sin with the wrong sign"),

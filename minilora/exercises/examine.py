@@ -115,11 +115,14 @@ def _compare(blank: Blank, result: tuple[Any, ...], expected: tuple[Any, ...]) -
 
 
 def _sentence(fault: Fault, written: list[Function]) -> str:
-    cause = fault.cause or f"is wrong by {100 * fault.error:.2g} % of its size"
-    text = f"{fault.gradient} {cause}" if cause.startswith(("is ", "lacks ", "has ")) else f"{fault.gradient}: {cause}"
+    """The fault in words. Where a function of minilora is to blame, the student's gave it other arguments than forward did."""
+    cause = fault.cause or "is wrong, and none of the usual mistakes explains it"
+    verb = cause.partition(" ")[0]
+    subject = fault.name if verb in _WIRING or not fault.gradient else fault.gradient
+    text = f"{subject} {cause}" if verb in ("is", "lacks", "has", *_WIRING) else f"{subject}: {cause}"
     layer, _, operation = fault.place.rpartition("/")
     if operation and fault.source and all(f.__code__.co_filename not in fault.source for f in written):
-        text = f"{operation}_backward gets other arguments than {operation} had: {text}"
+        text = f"{operation}_backward gets other arguments than {operation} had, so that {fault.gradient} is wrong"
     return f"{layer}: {text}" if layer else text
 
 
@@ -132,6 +135,7 @@ def _raised(error: BaseException, file: str) -> str:
     return f"{f'line {lines[-1]}' if lines else 'the check'} raised {what}"
 
 
+_WIRING = ("hands", "calls", "never", "changes")  # of causes that say what a layer does
 _DRAW, _LABELS = np.random.default_rng(0).random((4, 7)), np.array([2, 0, -100, 6])
 _STEPS = [AdamStep(0.1, 0.3, 0.9, 0.99, 1 - 0.9**3, 1 - 0.99**3, 1e-8, decoupled) for decoupled in (True, False)]
 CASES: dict[str, list[Any]] = {  # arguments of functions that are more than gradients
