@@ -98,7 +98,7 @@ def _watched(blank: Blank, function: Function) -> Function:
             raise Mistake(f"{blank.name} returns {f'{got} of {count} values' if got else 'None'}; it must return {blank.returns}")
         if repr(result) != repr(again):
             raise Mistake(f"{blank.name} returns something else when it is called again: it is random, or writes into its arguments")
-        return result
+        return tuple(result) if isinstance(result, list) else result
 
     return watched
 
