@@ -126,6 +126,8 @@ def test_adamw_is_compared_with_the_original():
     ("name", "right", "wrong", "said"),
     [
         ("mse", "return (error * error).mean(), error * (2 / error.size)", "return (error * error).sum(), error * 2", "loss is wrong: "),
+        ("mse", "(error * error).mean()", "(error * error).mean() * float('nan')", "y: 1 of 1 values are NaN or infinite"),
+        ("mse", "(error * error).mean()", "None", "forward: returned y of NoneType; a check needs an array of float64"),
         ("cross_entropy", "(loss * times, dlogits * times)", "(loss, dlogits)", "loss is wrong: "),
         ("online_softmax", "x.T @ p / N", "x.T @ p / N + 1e-9", "dW is wrong, first at [0, 0]: "),
     ],

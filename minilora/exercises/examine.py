@@ -50,7 +50,8 @@ def examine(exercise: Exercise, names: dict[str, Any]) -> str:
         with _in_place(written):
             for name, layer, x, options in catalogue():
                 if name in exercise.checks and not (report := gradcheck(layer, x, max_coordinates=40, **options)).ok:
-                    return f"{_sentence(report.faults[0], list(written.values()))}."
+                    faults = report.faults or [Fault([""], name, e.name, e.remark, "") for e in report.failures]
+                    return f"{_sentence(faults[0], list(written.values()))}."
         for blank, function in written.items():
             for case in CASES.get(blank.name, ()):
                 _compare(blank, function(*case), blank.solution(*case))
