@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array
-from minilora.layers import Layer, Parameter, Saved
+from minilora.layers import Layer, Saved
 from minilora.layers.block import Offsets, Output
 
 OFFSETS = [0, 3, 4, 9]  # three sequences, of 3, 1 and 5 tokens
@@ -18,11 +18,11 @@ Subject = tuple[str, Any, Array, dict[str, Any]]  # name, object, x, forward opt
 class LossOf(Layer):
     """A model's `loss`, and its `loss_backward` for dy = 1, with the contract of a layer: y is the loss."""
 
-    def __init__(self, model: Any, labels: np.ndarray) -> None:
-        self.name, self.model, self.labels = f"{type(model).__name__}.loss", model, labels
+    def __init__(self, model: Any, labels: np.ndarray, count: int | None = None) -> None:
+        self.name, self.model, self.labels, self.count = f"{type(model).__name__}.loss", model, labels, count
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Offsets = None) -> Output:
-        return self.model.loss(x, self.labels, offsets, keep=keep)
+        return self.model.loss(x, self.labels, offsets, self.count, keep=keep)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> None:
         trained = [p for _, p in self.parameters() if p.trainable]
@@ -32,8 +32,9 @@ class LossOf(Layer):
         for p in trained:
             p.grad = None if p.grad is None else p.grad * dy
 
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        return self.model.parameters()
+    def modules(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
+        yield prefix, self
+        yield from self.model.modules(prefix)
 
 
 def shaken(layer: Any, rng: np.random.Generator, names: Sequence[str] | None = None) -> Any:

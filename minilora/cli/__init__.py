@@ -17,7 +17,7 @@ _EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, MemoryError, Run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0, 1 after an error, 130 after Ctrl-C; argparse itself exits with 2."""
+    """Run one verb. Returns the exit status: 0, 1 after an error or a wrong answer, 130 after Ctrl-C; argparse itself exits with 2."""
     args = None
     try:
         args = parse(argv)
@@ -38,7 +38,7 @@ def _run(args: Namespace) -> int:
         result = VERBS[args.verb](args, lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True))
         if args.json:
             print(to_json(result))
-        return 0
+        return int(result.get("ok") is False)
     except BrokenPipeError:
         raise
     except (*_EXPECTED, KeyboardInterrupt) as error:

@@ -29,6 +29,7 @@ _VERBS = {
     "report": "one HTML page about a run, or two: curves, norms, singular values, similarity, time, samples",
     "info": "the contents of a model or a run folder: parameters, memory, adaptable modules",
     "gradcheck": "check every gradient of this package by finite differences",
+    "exercise": "write a backward pass yourself: start writes a file, check says what is wrong with it",
     "doctor": "versions, BLAS, memory and the GPU of this installation, and whether its matrix products are right",
 }
 _FIELDS = {field.name: field for field in fields(Recipe)}
@@ -129,6 +130,14 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     _add_fields(add, "backend", "numpy")
 
     _add_fields(verbs["gradcheck"].add_argument, "backend")
+
+    add = verbs["exercise"].add_argument
+    add("action", choices=("list", "start", "check", "hint", "solution"))
+    add("name", nargs="?", help="of an exercise, its number or its file (default: the next one that is not solved)")
+    add("--out", metavar="FOLDER", help="of the files, and of progress.json (default: exercises)")
+    add("--notebook", action="store_true", help="start: write a Jupyter notebook")
+    add("--force", action="store_true", help="start: overwrite a file")
+    add("--limit", type=float, metavar="SECONDS", help="check: the time that it may take (default: 60)")
     return parser, verbs
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from minilora.backend import choose_backend
 from minilora.checking.catalogue import check_all
+from minilora.exercises.student import exercise
 from minilora.report.page import report_run
 from minilora.runs import Say
 from minilora.runs.doctor import doctor
@@ -89,5 +90,6 @@ VERBS: dict[str, Callable[[Namespace, Say], dict[str, Any]]] = {
     "report": lambda args, say: report_run(**_given(args), say=say),
     "info": lambda args, say: describe(**_given(args), say=say),
     "gradcheck": _gradcheck,
+    "exercise": lambda args, say: exercise(**_given(args), say=say),
     "doctor": lambda args, say: doctor(say),
 }
