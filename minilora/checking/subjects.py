@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array
-from minilora.layers import Layer, Parameter, Saved
+from minilora.layers import Layer, Saved
 from minilora.layers.block import Offsets, Output
 
 OFFSETS = [0, 3, 4, 9]  # three sequences, of 3, 1 and 5 tokens
@@ -32,8 +32,9 @@ class LossOf(Layer):
         for p in trained:
             p.grad = None if p.grad is None else p.grad * dy
 
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        return self.model.parameters()
+    def modules(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
+        yield prefix, self
+        yield from self.model.modules(prefix)
 
 
 def shaken(layer: Any, rng: np.random.Generator, names: Sequence[str] | None = None) -> Any:

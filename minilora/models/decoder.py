@@ -64,7 +64,7 @@ class Decoder(Layer):
         else:
             E = self.embedding.weight
             if E.trainable:
-                E.add_grad(dy.T @ s_head)  #                                       logits = h E^T
+                E.add_grad(K.product(dy.T, s_head))  #                             logits = h E^T
             dh = K.product(dy, E.data)
         if self.body.trainable:
             self.body.backward(dh, s_h)  #                                         h = body(ids)

@@ -1,0 +1,114 @@
+"""FLOPs: 2 for each multiplication and addition of a matrix product. What is done element by element, or by row, is not counted.
+
+FORMULAS says what an operation costs, in terms of the sizes of its arguments. Arrays that count the products which run agree with it
+exactly, for everything in the catalogue (tests/test_trace.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from minilora.functional.attention import _sequences
+from minilora.kernels import grouped
+from minilora.quantization.residual import Residual
+
+# The sizes of arguments. h: the features of all query heads; P: pairs of a query and a key that are multiplied
+SIZES = {"x": "T m", "W": "m n", "A": "m r", "B": "r n", "ids": "T", "q": "R h"}
+
+# What forward costs, and each gradient; one that several gradients read is formed once ("dx dA": if one of these is needed)
+_LORA = {"forward": "2 T m n + 2 T m r + 2 T r n", "dx dA": "2 T r n", "dx": "2 T m n + 2 T m r", "dA": "2 T m r", "dB": "2 T r n"}
+FORMULAS: dict[str, dict[str, str]] = {
+    "linear": {"forward": "2 T m n", "dx": "2 T m n", "dW": "2 T m n"},
+    "lora_linear": {**_LORA, "dW": "2 T m n"},
+    "lora_embedding": {"forward": "2 T r n", "dA": "2 T r n", "dB": "2 T r n"},
+    "column_norms": {"forward": "2 m n r + 2 m r r + 2 n r r", "dA": "2 m n r + 2 n r r + 2 m r r"},
+    "attention": {"forward": "4 P h", "dv": "2 P h", "dq dk": "2 P h", "dq": "2 P h", "dk": "2 P h"},
+    "linear_cross_entropy": {"forward": "2 T m n", "dx": "2 T m n", "dW": "4 T m n"},
+}
+_ACTIVATIONS = {"dx", "dq", "dk", "dv", "dg", "du"}
+
+
+@dataclass
+class Flops:
+    """FLOPs of a call: forward; dx, the gradients of activations; dW, those of parameters; skipped, those that are not formed.
+
+    `each`: by the keys of FORMULAS. `sizes`: the values of their letters.
+    """
+
+    forward: int = 0
+    dx: int = 0
+    dW: int = 0
+    skipped: int = 0
+    each: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.dx + self.dW
+
+
+def value(formula: str, sizes: dict[str, int]) -> int:
+    """The value of a sum of products, such as "2 T m n + 2 T r n"."""
+    return sum(math.prod(int(s) if s.isdigit() else sizes[s] for s in term.split()) for term in formula.split(" + "))
+
+
+def forward_flops(name: str, args: dict[str, Any], implementation: str, form: bool = True) -> Flops:
+    """Those of a call with these arguments, all gradients skipped so far."""
+    formulas = FORMULAS.get(name)
+    if formulas is None:
+        return Flops()
+    sizes = sizes_of(name, args, implementation)
+    each = {key: value(formula, sizes) for key, formula in formulas.items()}
+    if implementation == "numpy" and name == "lora_linear" and args.get("b") is not None:
+        each["forward"] += value("2 T n", sizes)  # the bias is a row of B there
+    if name == "attention" and implementation == "numpy" and sizes["s"] > grouped.KEPT:
+        each["dq dk dv"] = value("2 P h", sizes)  # the scores are computed again
+    skipped = sum(cost for key, cost in each.items() if key != "forward")
+    W = args.get("W")
+    if isinstance(W, Residual):  # W - L R: products with it are operations of their own, but for W H^T in the gradient of column norms
+        m, n, q = sizes["m"], sizes["n"], W.R.shape[0]
+        terms = {key: [t for t in f.split(" + ") if not {"m", "n"} <= set(t.split())] for key, f in formulas.items()}
+        own = {key: value(" + ".join(t) or "0", sizes) for key, t in terms.items()}
+        each = {**own, "dA": each["dA"] + 2 * q * sizes["r"] * (m + n)} if name == "column_norms" else own
+    return Flops(each.get("forward", 0), 0, 0, skipped, each, sizes)
+
+
+def backward_flops(name: str, flops: Flops, done: set[str]) -> Flops:
+    """The same after a backward that formed the gradients `done`."""
+    dx, dW, skipped = 0, 0, 0
+    for key, formula in FORMULAS.get(name, {}).items():
+        if key == "forward":
+            continue
+        first = next((g for g in key.split() if g in done), "")
+        if not first:
+            skipped += value(formula, flops.sizes)
+        elif first in _ACTIVATIONS:
+            dx += flops.each[key]
+        else:
+            dW += flops.each[key]
+    if "dq dk dv" in flops.each and done:
+        dx += flops.each["dq dk dv"]
+    return Flops(flops.forward, dx, dW, skipped, flops.each, flops.sizes)
+
+
+def sizes_of(name: str, args: dict[str, Any], implementation: str = "reference") -> dict[str, int]:
+    """{letter: size} of the arguments of a call; see SIZES."""
+    sizes: dict[str, int] = {}
+    for arg, letters in SIZES.items():
+        shape = getattr(args.get(arg), "shape", ())
+        sizes |= dict(zip(letters.split(), (int(n) for n in shape), strict=False))
+    if name == "attention":
+        k, offsets, rows = args["k"], args.get("offsets"), args.get("rows")
+        seqs = list(_sequences(offsets, len(k), rows))
+        sizes["s"] = max((b.stop - b.start for _, b, _ in seqs), default=0)
+        sizes["P"] = sum((a.stop - a.start) * (b.stop - b.start) for a, b, _ in seqs)
+        if implementation == "numpy":
+            bounds, causal, H = grouped.bounds_of(offsets, len(k)), args.get("causal", True), args["n_head"]
+            sizes["P"] = 0
+            for group in grouped._groups(bounds, rows, causal, H, np):
+                sizes["P"] += sum(len(group.limit) * (at.stop - at.start) * e for at, e in grouped._blocks(group, H, np))
+    return sizes
