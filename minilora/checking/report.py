@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 CONCLUSIVE = 1e-4  # finite differences less precise than this would hide the mistakes that a check should find
 
@@ -30,17 +30,49 @@ class Entry:
         return "ok" if self.precision <= max(tol, CONCLUSIVE) else "inconclusive"
 
 
+@dataclass
+class Fault:
+    """A call that is itself wrong, while everything it calls is right.
+
+    places      dotted paths of all calls in which this function is wrong; of an operation "path/operation"; "" is the whole object
+    name        the layer's class, or the operation
+    gradient    "dW" of an operation, "dx" or a parameter's path of a layer; or the method that failed
+    cause       what is wrong with it; "" where no cause that was tried explains it
+    source      file:line of the backward function
+    """
+
+    places: list[str]
+    name: str
+    gradient: str
+    cause: str
+    source: str
+    error: float = _INF
+
+    @property
+    def place(self) -> str:
+        return self.places[0]
+
+    def __str__(self) -> str:
+        more = f" (and in {len(self.places) - 1} more places)" if len(self.places) > 1 else ""
+        cause = self.cause or f"is wrong by {self.error:.1e}, relative to its size"
+        return f"{self.place or self.name}: {self.gradient} {cause}{more}  [{self.source}]"
+
+
 class Broken(Exception):
     """The check cannot continue; the entry, its one argument, says why."""
 
 
 @dataclass
 class Report:
-    """The result of `gradcheck`. `ok`, `verdict`, `worst` (the largest relative error), `failures` (entries), and a table by `str()`."""
+    """The result of `gradcheck`. `ok`, `verdict`, `worst` (the largest relative error), `failures` (entries), and a table by `str()`.
+
+    faults: the calls to blame where something is WRONG, the first one first.
+    """
 
     what: str
     tol: float
     entries: list[Entry]
+    faults: list[Fault] = field(default_factory=list)
 
     @property
     def worst(self) -> float:
@@ -69,6 +101,7 @@ class Report:
             )
         width = max(len(e.name) for e in self.entries)
         lines = [f"{self.what}: {self.verdict}, worst relative error {self.worst:.1e} (tolerance {self.tol:.0e})"]
+        lines[:0] = [str(fault) for fault in self.faults]
         for e in self.entries:
             verdict, remarks = e.verdict(self.tol), [e.remark] if e.remark else []
             if self.tol < e.precision < _INF:

@@ -50,6 +50,7 @@ class Call:
     gradients         the names of what backward returns, in order
     implementation    of an operation: "reference", "numpy" or "cuda"; "" for a layer
     order             of the backward call among all of them; None if there was none
+    foreign, changed  backward was handed what another call saved; what was saved was written to before
     bytes_saved       of the arrays that the pass keeps, and that no call inside this one or before it saved
     flops             of an operation
     run, inputs       (forward, backward) as called, and the arguments of each, in order and by name
@@ -74,6 +75,9 @@ class Call:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     implementation: str = ""
     order: int | None = None
+    foreign: bool = False
+    changed: bool = False
+    sums: list[float] = field(default_factory=list)
     bytes_saved: int = 0
     flops: Flops = field(default_factory=Flops)
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -175,7 +179,11 @@ class Recorder:
 
         def seen_backward(*args: Any, **options: Any) -> Any:
             mine = [c for c in reversed(self.calls) if c.layer is layer and c.run[0] == forward]
-            return self.backward(self.found(mine, args[min(len(args), 2) - 1] if args else options.get("saved")), backward, args, options)
+            saved = args[min(len(args), 2) - 1] if args else options.get("saved")
+            call = self.found(mine, saved)
+            if call is not None:
+                call.foreign, call.changed = call.saved is not saved, call.sums != self.sums(call.saved)
+            return self.backward(call, backward, args, options)
 
         return seen_forward, seen_backward
 
@@ -227,7 +235,7 @@ class Recorder:
         call.args, call.shapes = self.kept(named), shapes(named)
         result = self.noted(call, False, args, options)
         more = result[1:] if isinstance(result, tuple) else ()
-        y, call.saved = (result[0], more[0]) if more else (result, None)
+        y, call.saved = (result[0], more[0] if len(more) == 1 else more) if more else (result, None)
         call.y = self.kept(y)
         call.shapes |= shapes({"y": y})
         if call.is_operation:
@@ -238,6 +246,7 @@ class Recorder:
                 own = [] if call.parent.is_operation else [p.data.shape for _, p in call.parent.layer.parameters()]
                 cost, is_dW = call.flops.forward, getattr(y, "shape", None) in own
                 call.flops = replace(call.flops, forward=0, skipped=0, dx=0 if is_dW else cost, dW=cost if is_dW else 0)
+        call.sums = self.sums(call.saved)
         if not self.stack:
             self.account(call)
         return result
@@ -282,6 +291,10 @@ class Recorder:
         if not hasattr(value, "nbytes"):
             return value
         return None if not self.arrays else value if id(owner(value)) in self.parameters else value.copy()
+
+    def sums(self, saved: Any) -> list[float]:
+        """Of what a call saved, to see later whether it is as it was."""
+        return [float(a.sum()) for a in arrays_in(saved)] if self.arrays else []
 
     def account(self, root: Call) -> None:
         """Attribute each array that the pass keeps to the first, innermost call that saved it."""
@@ -334,10 +347,15 @@ def _names(function: Any) -> list[str]:
     return [name for name, argument in signature(function).parameters.items() if argument.kind in kinds]
 
 
+def names_of(function: Any) -> list[str]:
+    """The names of a function's arguments, without self."""
+    is_method = hasattr(function, "__func__")
+    return _names(function.__func__ if is_method else function)[is_method:] if function is not None else []
+
+
 def bind(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
     """{name: argument} of a call, those that are given."""
-    is_method = hasattr(function, "__func__")
-    return dict(zip(_names(function.__func__ if is_method else function)[is_method:], args, strict=False)) | options
+    return dict(zip(names_of(function), args, strict=False)) | options
 
 
 def where(function: Any) -> str:

@@ -1,0 +1,208 @@
+"""Blame: which call of a model computes a wrong gradient.
+
+One pass is recorded (trace.py). Then each call's vector-Jacobian product is checked on its own, with the inputs that it had and a random
+cotangent: the derivative along a random direction takes a few evaluations of that call alone. Children come before parents, so the first
+call that is wrong while everything it calls is right has the mistake in its own lines: an operation its formula, a layer its wiring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import Array
+from minilora.checking.causes import Known, known_of
+from minilora.checking.check import Check, unchanged
+from minilora.checking.report import Entry, Fault
+from minilora.checking.trace import Call, Calls, arrays_in, names_of, trace, where
+from minilora.kernels import dispatch
+from minilora.layers import Layer, Parameter
+
+_EXACTLY = 60  # coordinates of a wrong gradient that are computed
+_RANDOM_TOL = 1e-6
+
+
+def blame(check: Check, entries: list[Entry]) -> list[Fault]:
+    """The calls that are themselves wrong, the first to run backward first. entries: those of `check`, which found something wrong."""
+    calls = recorded(check)
+    broken = any(not e.coordinates and e.verdict(check.tol) == "WRONG" for e in entries)  # a promise, or no gradient to compare
+    wrong: set[Call] = set()
+    faults: dict[tuple[Any, str], Fault] = {}
+    for call in calls[0].below() if calls else ():
+        if any(child in wrong for child in call.children):
+            wrong.add(call)
+            continue
+        found = entries if call is calls[0] else judged(call, check.tol, broken)
+        if bad := [e for e in found if e.verdict(check.tol) == "WRONG"]:
+            wrong.add(call)
+            fault = faults_of(call, bad, check if call is calls[0] else None)
+            known = faults.setdefault((fault.source, fault.gradient), fault)
+            if known is not fault:
+                known.places.append(fault.place)
+    if not faults:
+        bad = [e for e in entries if e.verdict(check.tol) == "WRONG"]
+        return [Fault([""], type(check.layer).__name__, bad[0].name, bad[0].remark, "")]
+    return list(faults.values())
+
+
+def recorded(check: Check) -> Calls:
+    """The calls of one pass; up to the call that fails, if one does."""
+    with trace(check.layer, arrays=True) as calls:
+        try:
+            y, saved = check.forward()
+            check.layer.backward(check.draw(y.shape), saved)
+        except Exception:
+            pass  # the check has found it too
+    return calls
+
+
+def judged(call: Call, tol: float, promises: bool = False) -> list[Entry]:
+    """What is wrong with a call taken on its own; [] if nothing, or if it has no gradients."""
+    part = part_of(call)
+    if part is None:
+        return []
+    with unchanged(part):
+        check = Check(part, part.x, max(tol, _RANDOM_TOL), 0, _EXACTLY, {})
+        if not check.checked:
+            return []
+        entries = check.entries(
+            [[name] for name in check.checked] if call.is_operation else [check.checked], promises and not call.is_operation
+        )
+        if all(e.verdict(tol) != "WRONG" for e in entries):
+            return []
+        exact = Check(part, part.x, tol, 0, _EXACTLY, {}).entries(promises=False)
+    found = [e for e in exact if e.verdict(tol) == "WRONG"] or entries
+    for entry in found:
+        entry.name = part.names.get(entry.name, entry.name)
+    return found
+
+
+def faults_of(call: Call, entries: list[Entry], root: Check | None) -> Fault:
+    first = min(entries, key=lambda e: (not e.remark, e.name.startswith("(")))
+    remark = "" if call.is_operation else wiring(call)
+    return Fault([call.place], call.name, first.name, remark or first.remark, where(call.backward_function or call.function), first.error)
+
+
+def wiring(call: Call) -> str:
+    """How a layer misuses what it calls, "" if it does not."""
+    for child in call.children:
+        if "." in child.name:  # another pair of the layer itself
+            continue
+        what = child.name if child.is_operation else f"{child.place.removeprefix(call.place).strip('.')}.backward"
+        if child.order is None:
+            gives = not child.is_operation and child.saved is not None and child.layer.trainable and child.during == call.during
+            if gives and call.order is not None:
+                return f"never calls {what}"
+        elif child.is_operation:
+            if name := foreign(child):
+                return f"hands {what}_backward another {name} than {what} had"
+        elif child.foreign:
+            return f"hands {what} what another call saved"
+        elif child.changed:
+            return f"changes what {child.place or child.name} saved before it calls {what}"
+        elif child.args.get("need_dx", True) and child.need is False and child.grads != {"dx": None}:
+            return f"calls {what} with need_dx=False, and forward with need_dx=True"
+    return ""
+
+
+def foreign(call: Call) -> str:
+    """The name of an argument of an operation's backward that its forward neither had nor returned; "" if there is none."""
+    (had, options), (given, _) = call.inputs
+    known = [a for a in (*had, *options.values(), call.y, *arrays_in(call.saved)) if hasattr(a, "nbytes")]
+    saved_nothing = isinstance(given[1], dispatch.Saved) and given[1].value is None if len(given) > 1 else False
+    for name, a in zip(names_of(call.backward_function)[1:], given[1 + saved_nothing :], strict=False):
+        same = (b is a or (a.shape == b.shape and np.array_equal(a, b)) for b in known)
+        if hasattr(a, "nbytes") and not any(same):
+            return name
+        if isinstance(a, float) and a not in [b for b in (*had, *options.values()) if isinstance(b, float)]:
+            return name
+    return ""
+
+
+def part_of(call: Call) -> Part | None:
+    """The call on its own; None if it has no gradients."""
+    if call.during == "backward" or call.name.endswith(".loss"):
+        return None
+    part: Part | None
+    if call.is_operation:
+        part = OperationPart(call) if call.grads is not None or call.order is not None else None
+    else:
+        part = Part(call) if call.args and call.y is not None else None
+    return part if part is not None and getattr(part.x, "dtype", np.dtype(object)).kind in "fiu" else None
+
+
+class Part(Layer):
+    """A call of a layer on its own, with the contract of a layer. `names`: what its gradients are called in a report."""
+
+    def __init__(self, call: Call) -> None:
+        self.of, self.names = call, dict[str, str]()
+        self.key = next(iter(call.args))
+        self.x = call.args[self.key]
+        self.options = {name: value for name, value in call.args.items() if name not in (self.key, "keep", "need_dx")}
+        self.options |= {"keep": True} if "keep" in names_of(call.run[0]) else {}
+        self.takes_need_dx = "need_dx" in names_of(call.run[1])
+
+    def parameters(self) -> Iterator[tuple[str, Any]]:
+        return iter(self.of.layer.parameters())
+
+    def modules(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        yield prefix, self
+        yield from getattr(self.of.layer, "modules", lambda prefix: ())(prefix)
+
+    def forward(self, x: Array) -> Any:  # type: ignore[override]
+        return self.of.run[0](x, **self.options)
+
+    def backward(self, dy: Array, saved: Any, need_dx: bool | None = None) -> Any:  # type: ignore[override]
+        dx = self.of.run[1](dy, saved, **({} if need_dx is None or not self.takes_need_dx else {"need_dx": need_dx}))
+        return None if need_dx is False and not self.takes_need_dx else dx
+
+    def __deepcopy__(self, memo: Any) -> Part:
+        return self
+
+
+class OperationPart(Part):
+    """A call of an operation on its own: the first argument with a gradient is x, the others are parameters."""
+
+    def __init__(self, call: Call) -> None:
+        self.of = call
+        needed = [g for g, value in (call.grads or {}).items() if value is not None] if call.order is None else call.need
+        arrays = {g[1:]: call.args.get(g[1:]) for g in call.gradients if needed is None or g in needed}
+        arrays = {name: a for name, a in arrays.items() if getattr(getattr(a, "dtype", None), "kind", "") == "f" and hasattr(a, "nbytes")}
+        self.key = next(iter(arrays), "")
+        self.x = arrays.pop(self.key, None)
+        self.tensors = {name: Parameter(a) for name, a in arrays.items()}
+        self.names = {"dx": f"d{self.key}", **{name: f"d{name}" for name in arrays}}
+
+    def parameters(self) -> Iterator[tuple[str, Any]]:
+        return iter(self.tensors.items())
+
+    def modules(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        yield prefix, self
+
+    def forward(self, x: Array) -> Any:  # type: ignore[override]
+        args, options = self.of.inputs[0]
+        values = {self.key: x, **{name: p.data for name, p in self.tensors.items()}}
+        result = self.of.run[0](
+            *(values.get(name, a) for name, a in zip(self.of.args, args, strict=False)),
+            **{name: values.get(name, a) for name, a in options.items()},
+        )
+        return (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
+
+    def backward(self, dy: Array, saved: Any) -> Any:  # type: ignore[override]
+        if self.of.run[1] is None:
+            grads = tuple(None if g is None else dy * g for g in saved)
+        else:
+            args, options = self.of.inputs[1]
+            result = self.of.run[1](dy, *(saved[0] if a is self.of.saved and a is not None else a for a in args[1:]), **options)
+            grads = result if isinstance(result, tuple) else (result,)
+        named = dict(zip(self.of.gradients, grads, strict=False))
+        for name, p in self.tensors.items():
+            g = named.get(f"d{name}")
+            p.grad = g if p.grad is None or g is None else p.grad + g
+        return named.get(f"d{self.key}")
+
+    def known(self, name: str, dy: Array, factors: dict[str, float]) -> Known:
+        """What may be wrong with a gradient."""
+        return known_of(self.of.name, self.of.args, self.names[name], dy, factors)
