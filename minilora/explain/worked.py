@@ -1,0 +1,116 @@
+"""One coordinate of every array of a call: its formula with numbers, and its finite difference."""
+
+from __future__ import annotations
+
+import ast
+import re
+from inspect import signature
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import Array
+from minilora.checking.trace import Call, bare
+from minilora.explain.formulas import GIVEN, formulas
+from minilora.explain.work import index_of, work
+from minilora.kernels import TABLE
+
+STEP = 1e-5
+
+
+def grid_of(call: Call) -> tuple[int, int]:
+    """How many tokens and features there are to choose from: the shape of y, else of the first argument that is a matrix."""
+    arrays = [call.y, *arguments(call).values()]
+    shape = next((a.shape for a in arrays if getattr(a, "ndim", 0) == 2), None)
+    return shape or next(((1, len(a)) if a.dtype.kind == "f" else (len(a), 1) for a in arrays if getattr(a, "ndim", 0) == 1), (1, 1))
+
+
+def check(place: str, call: Call, token: int | None, feature: int | None) -> tuple[int, int]:
+    """The coordinate; by default where dy is largest. Raises ValueError for one out of range."""
+    for name, value, count in zip(("token", "feature"), (token, feature), grid_of(call), strict=True):
+        if value is not None and not 0 <= value < count:
+            raise ValueError(f"{place} has no {name} {value}; choose one from 0 to {count - 1}.")
+    dy, (rows, columns) = cotangent(call), grid_of(call)
+    if dy is None or dy.ndim != 2:
+        return (rows - 1 if token is None else token), feature or 0
+    size = abs(dy if feature is None else dy[:, [feature]])
+    i = int(size.max(axis=1).argmax()) if token is None else token
+    return i, int(size[i].argmax()) if feature is None else feature
+
+
+def cotangent(call: Call) -> Array | None:
+    """dy; where an operation has no backward of its own, that of the layer whose result it is."""
+    parent = call.parent
+    if call.dy is None and not call.grads and parent is not None and parent.dy is not None and np.shape(parent.y) == np.shape(call.y):
+        return parent.dy if np.array_equal(parent.y, call.y) else None
+    return call.dy
+
+
+def worked(call: Call, i: int, j: int) -> list[dict[str, Any]]:
+    """For each line of the operation's formulas: name, value, the formula with names and with numbers, and how it compares."""
+    dy = cotangent(call)
+    arrays = {**arguments(call), "y": call.y, **(call.grads or {}), **({} if dy is None else {"dy": dy})}
+    env = {"i": i, "j": j, **arrays}
+    env |= GIVEN[call.name](env, i, j) if call.name in GIVEN else {}
+    found = []
+    for line in formulas().get(call.name, []):
+        name, expression = line.split(" = ", 1)
+        target: Any = ast.parse(name, mode="eval").body
+        array = name.partition("[")[0]
+        if env.get(array, 0) is None or (array in call.gradients and array not in env) or not _known(expression, env):
+            continue
+        if "[" in name:
+            letters = [ast.unparse(part) for part in (target.slice.elts if isinstance(target.slice, ast.Tuple) else [target.slice])]
+            env |= {letter: j % size for letter, size in zip(letters, env[array].shape, strict=True) if letter not in env}
+        index = index_of(target, env) if "[" in name else ()
+        term = work(expression, env)
+        real = env.get(array)
+        entry = {"name": array, "index": list(index), "value": term.value}
+        entry |= {"formula": _indexed(f"{name} = {term.names}", env), "numbers": term.numbers}
+        entry |= {"terms": term.terms, "array": None if real is None else float(real[index])}
+        if array.startswith("d") and array in call.gradients:
+            entry["finite_difference"] = difference(call, array[1:], index)
+        if "[" not in name:
+            env[array] = term.value
+        found.append(entry)
+    return found
+
+
+def arguments(call: Call) -> dict[str, Any]:
+    """{name: value} of what a call was given."""
+    reference = bare(TABLE[call.name].kernels[-1].forward) if call.name in TABLE else None
+    named = (f for f in (call.run[0], reference, call.function) if f and not any(p.kind == p.VAR_POSITIONAL for p in signature(f).parameters.values()))
+    args, options = call.inputs[0]
+    return dict(zip(signature(next(named)).parameters, args, strict=False)) | options
+
+
+def difference(call: Call, argument: str, index: tuple[int, ...]) -> float:
+    """The central difference of sum(dy y) by one number of an argument, from running the call again; of a loss, of the loss itself."""
+    return central(call, arguments(call)[argument], index)
+
+
+def central(call: Call, x: Array, index: tuple[int, ...]) -> float:
+    """The same by one number of an array that the call reads, which is written to and restored."""
+    dy, (args, options) = cotangent(call), call.inputs[0]
+    kept, h, results = x[index], STEP * max(1.0, abs(float(x[index]))), []
+    try:
+        for value in (kept + h, kept - h):
+            x[index] = value
+            result = call.run[0](*args, **options)
+            results.append(np.array(result[0] if isinstance(result, tuple) else result))
+    finally:
+        x[index] = kept
+    change = results[0] - results[1]
+    return float((change if dy is None else dy * change).sum() / (2 * h))
+
+
+def _indexed(formula: str, env: dict[str, Any]) -> str:
+    """The formula with numbers for its indices, but for those of sums."""
+    sums = re.findall(r"Σ_(\w)", formula)
+    return re.sub(r"(?<=[\[,])\w+(?=[\],])", lambda m: m[0] if m[0] in sums or not isinstance(env.get(m[0]), int) else str(env[m[0]]), formula)
+
+
+def _known(expression: str, env: dict[str, Any]) -> bool:
+    """Whether every array of an expression is there; one that is None is an argument left out, as a bias."""
+    subscripts = (n.value.id for n in ast.walk(ast.parse(expression)) if isinstance(n, ast.Subscript) and isinstance(n.value, ast.Name))
+    return all(name in env for name in subscripts)
