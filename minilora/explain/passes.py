@@ -28,6 +28,7 @@ class Passes(NamedTuple):
 
     model: Any
     note: str
+    base: set[int]  # the ids of the model's own parameters
     pieces: list[str]
     ids: Array
     labels: Array
@@ -52,10 +53,11 @@ def passes(name: str, text: str = TEXT) -> Passes:
         if isinstance(layer, Dropout):
             layer.p = 0.0
     full = _traced(model.unfreeze(), ids, labels, arrays=False)[1]
+    base = {id(p) for _, p in model.parameters()}
     note = _adapt(model, adapter)
     calls = _traced(model, ids, labels, arrays=False)[1]
     loss, exact = _traced(model.to(dtype="float64"), ids, labels, arrays=True)
-    return Passes(model, note, [tokenizer.decode([i]) for i in ids.tolist()], ids, labels, float(loss), calls, full, exact)
+    return Passes(model, note, base, [tokenizer.decode([i]) for i in ids.tolist()], ids, labels, float(loss), calls, full, exact)
 
 
 def _traced(model: Any, ids: Array, labels: Array, arrays: bool) -> tuple[Any, list[Call]]:

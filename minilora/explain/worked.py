@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora import functional as F
 from minilora.backend import Array
 from minilora.checking.trace import Call, bare
 from minilora.explain.formulas import GIVEN, formulas
@@ -79,7 +80,8 @@ def worked(call: Call, i: int, j: int) -> list[dict[str, Any]]:
 def arguments(call: Call) -> dict[str, Any]:
     """{name: value} of what a call was given."""
     reference = bare(TABLE[call.name].kernels[-1].forward) if call.name in TABLE else None
-    named = (f for f in (call.run[0], reference, call.function) if f and not any(p.kind == p.VAR_POSITIONAL for p in signature(f).parameters.values()))
+    candidates = (call.run[0], reference, getattr(F, call.name, None), call.function)
+    named = (f for f in candidates if f and not any(p.kind == p.VAR_POSITIONAL for p in signature(f).parameters.values()))
     args, options = call.inputs[0]
     return dict(zip(signature(next(named)).parameters, args, strict=False)) | options
 
