@@ -24,6 +24,7 @@ _VERBS = {
     "extract": "turn a full fine-tune into a LoRA of its base model, by singular value decomposition",
     "compare": "the largest change of each weight between two models, with their adapters",
     "info": "the contents of a model or a run folder: parameters, memory, adaptable modules",
+    "explain": "a layer, an operation or a whole step: equation, source in both directions, real numbers, cost",
     "gradcheck": "check every gradient of this package by finite differences",
 }
 _FIELDS = {field.name: field for field in fields(Recipe)}
@@ -115,6 +116,15 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     add("--kernels", action="store_true", help="the implementation that runs for each operation of the model, and why")
     _add_weights(add)
     _add_fields(add, "backend", "numpy")
+
+    add = verbs["explain"].add_argument
+    add("place", nargs="?", default="lora", metavar="PLACE", help="a path in the model or its end, an operation, or lora (default)")
+    add("--model", default="pydoc", help=f"{_MODEL} (default)")
+    add("--text", default="def add(a, b):", help="what the model reads (default: 'def add(a, b):')")
+    add("--token", type=int, metavar="I", help="row of the number that is worked out (default: of the largest gradient)")
+    add("--feature", type=int, metavar="J", help="its column")
+    add("--step", action="store_const", const=True, help="from the text to one changed number of the adapter at PLACE")
+    add("--html", type=Path, metavar="FILE", help="also write a page, to choose token and feature in")
 
     _add_fields(verbs["gradcheck"].add_argument, "backend")
     return parser, verbs

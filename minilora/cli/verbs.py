@@ -11,6 +11,7 @@ from typing import Any
 from minilora.backend import choose_backend
 from minilora.checking.catalogue import check_all
 from minilora.cli.flags import REMOVED
+from minilora.explain.explain import explain
 from minilora.runs import Say
 from minilora.runs.evaluate import evaluate_run
 from minilora.runs.finetune import finetune
@@ -79,5 +80,6 @@ VERBS: dict[str, Callable[[Namespace, Say], dict[str, Any]]] = {
     "extract": lambda args, say: extract_run(**_given(args), say=say),
     "compare": _compare,
     "info": lambda args, say: describe(**_given(args), say=say),
+    "explain": lambda args, say: explain(**_given(args), say=say),
     "gradcheck": _gradcheck,
 }

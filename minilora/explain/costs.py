@@ -50,7 +50,8 @@ def saved_terms(arrays: list[Array], doc: Doc, sizes: dict[str, int]) -> list[di
     for array in arrays:
         whole = owner(array)
         names = [name for name, axes in doc.letters.items() if _shape(axes, sizes) == whole.shape]
-        name = min(names, key=lambda n: (f" {n} " not in f"{doc.saved} ".replace(",", " "), n != "x"), default="")
+        said = f" {doc.saved} ".replace(",", " ")
+        name = min(names, key=lambda n: (said.find(f" {n} ") % 10**6, n != "x"), default="")  # -1, not said, comes last
         axes = doc.letters[name] if name else " ".join(map(str, whole.shape))
         terms.append({"name": name, "formula": f"{whole.itemsize} {axes}".removesuffix(" 1"), "bytes": whole.nbytes})
     return terms

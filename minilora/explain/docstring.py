@@ -23,7 +23,9 @@ class Doc(NamedTuple):
 
 
 def doc_of(forward: Any, backward: Any = None) -> Doc:
-    """Of a function and its backward, or of a class. A loss has its gradients in the docstring of the function itself."""
+    """Of a function and its backward; of a class, by the nearest base class with an equation. A loss states its gradients itself."""
+    if isinstance(forward, type):
+        forward = next((c for c in forward.__mro__ if " = " in (c.__doc__ or "")), forward)
     text, back = (cleandoc(f.__doc__ or "") if f is not None else "" for f in (forward, backward))
     first, *rest = text.split("\n\n")
     if "=" not in first and rest:
@@ -31,6 +33,8 @@ def doc_of(forward: Any, backward: Any = None) -> Doc:
     gradient = back or "\n".join(line for line in text.split("\n") if _GRADIENT.match(line.strip()))
     if not gradient and (found := _GRADIENT.search(first)):  # a loss that states both in one line
         gradient, first = first[found.start() :], first[: found.start()]
+    if not gradient and (sentence := re.search(r"[A-Z][^.]*\bd\w+ = [^.]*\.", text)):
+        gradient = sentence[0]
     saved = re.search(r"\b[Ss]aved[: ].*?(?=\.\s|\.$|\Z)", text, re.DOTALL)
     source = _source(getattr(forward, "__name__", ""), [text, back, getattr(getmodule(forward), "__doc__", None) or ""])
     return Doc(first.strip().rstrip(","), gradient.strip(), _letters(text), " ".join(saved[0].split()) if saved else "", source)

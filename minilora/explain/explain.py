@@ -21,7 +21,7 @@ from minilora.explain.worked import check, central, grid_of, worked
 from minilora.runs import Say, silent
 
 ADD = Doc("y = a + b", "da = dy, db = dy: whoever calls it passes dy on to both terms.", {n: "T n" for n in "aby"}, "nothing", "")
-GRID = 12  # of tokens and of features that a page offers
+GRID = 10  # of tokens and of features that a page offers
 
 
 def explain(
@@ -62,10 +62,11 @@ def _explain(run: Passes, name: str, token: int | None, feature: int | None, gri
     i, j = check(place, subject, token, feature)
     docs = doc(op or call)
     sizes = sizes_of(docs.letters, call.shapes if op is None else op.shapes) | (op.flops.sizes if op else {})
+    numbers = worked if op else _composite
     result: dict[str, Any] = {
         "place": place,
         "name": call.name,
-        "about": (type(call.layer).__doc__ or "").split("\n")[0] if call.layer is not None else "",
+        "about": "" if call.layer is None else (type(call.layer).__doc__ or "").split("\n")[0],
         "operation": op.name if op else None,
         "implementation": op.implementation if op else "",
         "example": at < 0,
@@ -76,23 +77,24 @@ def _explain(run: Passes, name: str, token: int | None, feature: int | None, gri
         "sizes": {letter: size for letter, size in sizes.items() if size},
         "forward": _named(op or call, docs, forward=True),
         "backward": _named(op or call, docs, forward=False),
-        "runs_backward": call.order is not None or bool(call.grads),
-        "code": [code(c) for c in dict.fromkeys([op or call, call]) if code(c)["forward"]],
+        "no_backward": "" if call.order is not None or call.grads else "nothing here or below is trained" if functions(call)[1] else "it has no backward function",
+        "layer": file_of(functions(layer)[0]) if op is not None and layer is not None and layer.layer is not None and at >= 0 else "",
+        "code": [code(op or call)] if code(op or call)["forward"] else [],
         "token": i,
         "feature": j,
         "grid": list(grid_of(subject)),
-        "worked": worked(subject, i, j) if op else _composite(subject, i, j),
+        "worked": numbers(subject, i, j),
     }
-    whole = layer if single and layer is not None else call
+    whole = layer if single and layer is not None and at >= 0 else call
     arrays = kept(run.calls)
     result["saved"] = [t | {"by": c.name} for c in whole.below() for t in saved_terms(arrays.get(id(c), []), docs, sizes)]
-    result["flops"] = predicted(op) if op else {}
-    result["costs"] = {"LoRA": _costs(whole)} | {"full": _costs(c, run.base) for c in _same(whole, run.full)}
+    result["costs"] = {"LoRA": _costs(whole)} | {"fully trained": _costs(c, run.base) for c in _same(whole, run.full) if at >= 0}
     if op is None:
         result["children"] = [_child(c, call.place) for c in call.children if c.during == "forward"]
-    if grid and op:
-        tokens, features = (sorted({value, *np.linspace(0, n - 1, min(n, GRID)).astype(int).tolist()}) for value, n in zip((i, j), grid_of(subject), strict=True))
-        result["choices"] = {f"{t},{f}": worked(subject, t, f) for t in tokens for f in features}
+    if grid and result["worked"]:
+        offered = [sorted({at, *np.linspace(0, n - 1, min(n, GRID)).astype(int).tolist()}) for at, n in zip((i, j), grid_of(subject), strict=True)]
+        result["tokens_offered"], result["features_offered"] = offered
+        result["choices"] = {f"{t},{f}": numbers(subject, t, f) for t in offered[0] for f in offered[1]}
     return result
 
 
@@ -138,13 +140,20 @@ def _named(call: Call, docs: Doc, forward: bool) -> list[dict[str, Any]]:
 
 
 def _composite(call: Call, i: int, j: int) -> list[dict[str, Any]]:
-    """Of a layer made of layers: one number of its result, of dx, and of the gradient of the first trained parameter below it."""
-    found: list[dict[str, Any]] = []
-    at = (i, j)
-    if call.y is not None and call.y.ndim == 2:
-        found.append({"name": "y", "index": list(at), "value": float(call.y[at])})
+    """Of a layer made of layers: the sums in both directions; dx, and the gradient of the first trained parameter below, by difference."""
+    found, at, args = [], (i, j), call.inputs[0][0]
+    sums: dict[str, Any] = {}
+    known = {"x": args[0], "dy": call.dy}
+    for child in call.children:
+        name = child.place.rpartition(".")[2].rpartition("/")[2]
+        if child.name == "add" and np.shape(child.y) == grid_of(call):
+            terms = [next((n for n, a in {**sums, **known}.items() if np.array_equal(a, x)), "?") for x in child.inputs[0][0]]
+            name, shown = " + ".join(terms), " + ".join(f"({x[at]:.4g})" if x[at] < 0 else f"{x[at]:.4g}" for x in child.inputs[0][0])
+            found.append({"name": name, "index": list(at), "value": float(child.y[at]), "formula": f"{name}  at [{i},{j}]", "numbers": shown})
+            sums[name] = child.y
+        known |= {f"{name}.dx": child.grads["dx"]} if child.grads and child.grads.get("dx") is not None and child.order is not None else {}
+        known.setdefault(name, child.y)
     if call.grads and call.grads.get("dx") is not None:
-        args, _ = call.inputs[0]
         found.append({"name": "dx", "index": list(at), "value": float(call.grads["dx"][at]), "finite_difference": central(call, args[0], at)})
     for path, p in call.layer.parameters():
         if p.grad is not None and call.order is not None:
@@ -154,11 +163,12 @@ def _composite(call: Call, i: int, j: int) -> list[dict[str, Any]]:
     return found
 
 
-def _costs(call: Call, base: set[int] | None = None) -> dict[str, int]:
+def _costs(call: Call, base: set[int] | None = None) -> dict[str, Any]:
     """What was counted, with the parameters that are trained here: those of `base`, or those that are trainable."""
     every = list(call.layer.parameters()) if call.layer is not None else []
     trained = sum(p.data.size for _, p in every if (id(p) in base if base is not None else p.trainable))
-    return counted(call) | {"trained": trained, "adam": 12 * trained}
+    own = next((c for c in [call, *call.children] if c.is_operation and len(call.children) < 2), None)
+    return counted(call) | {"trained": trained, "adam": 12 * trained, "formulas": predicted(own) if own else {}}
 
 
 def _same(call: Call, calls: list[Call]) -> list[Call]:

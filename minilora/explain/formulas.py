@@ -79,5 +79,5 @@ GIVEN: dict[str, Callable[[Arrays, int, int], Arrays]] = {
     "embedding": lambda a, i, j: {"id": int(a["ids"][i])},
     "dropout": lambda a, i, j: {"mask": F.dropout_mask(a["x"].shape, a["p"], a["key"], np, a["x"].dtype)},
     "dropout_mask": lambda a, i, j: {"kept": (a["y"] > 0).astype(int)},
-    "adamw": lambda a, i, j: {**a["step"]._asdict(), "y": F.adamw(*(a[n] for n in "w g m v rates decays step".split()))[0]},
+    "adamw": lambda a, i, j: {**a["step"]._asdict(), "w_new": F.adamw(*(a[n] for n in "w g m v rates decays step".split()))[0]},
 }

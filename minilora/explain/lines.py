@@ -62,7 +62,7 @@ def _statements(body: list[Any], source: list[str], comments: dict[int, str], fi
         goal = goal.value if isinstance(goal, ast.Subscript) else goal
         value = getattr(node, "value", None)
         moves = not any(isinstance(n, (ast.BinOp, ast.Call)) for n in ast.walk(value)) if value is not None else True
-        passive = inner or (moves and not isinstance(node, ast.AugAssign)) or re.match(r"check_|xp\b.*=|raise |.*(self\.load\(|empty_like)", code[0])
+        passive = inner or (moves and not isinstance(node, ast.AugAssign)) or re.match(r"check_|xp\b.*=|raise |.*(self\.load\(|empty_like|zeros)", code[0])
         comment = " ".join(comments[i] for i in rows if i in comments)
         text = "    " * depth + " ".join(c for c in code if c)
         yield Line(first + node.lineno - 1, text, comment, frozenset(names), goal.id if isinstance(goal, ast.Name) else "", not passive)
@@ -91,18 +91,19 @@ def undone(forward: list[Line], backward: list[Line]) -> list[list[int]]:
 
 def _quoted(comment: str, forward: list[Line]) -> list[int]:
     """The forward line that a comment quotes, exactly or in most of its names."""
-    if not comment:
+    quote = comment.split(":")[0]  # what follows a colon is a remark
+    if "=" not in quote:
         return []
-    bare, quoted = re.sub(r"\s", "", comment), _words(comment)
+    bare, quoted = re.sub(r"\s", "", quote), _words(quote)
 
     def likeness(line: Line) -> float:
         if bare in (text := re.sub(r"\s", "", line.text)):
             return 3.0
         shared = len(quoted & _words(line.text)) / len(quoted) if quoted else 0
-        return shared + (line.target == comment.split()[0]) + 0.1 * SequenceMatcher(None, bare, text).ratio()
+        return shared + (line.target == quote.split()[0]) + 0.1 * SequenceMatcher(None, bare, text).ratio()
 
     best = max(range(len(forward)), key=lambda i: (likeness(forward[i]), -i), default=-1)
-    return [best] if best >= 0 and likeness(forward[best]) >= 0.6 and "=" in comment else []
+    return [best] if best >= 0 and likeness(forward[best]) >= 0.6 else []
 
 
 def _called(line: Line, forward: list[Line]) -> list[int]:

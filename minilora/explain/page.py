@@ -17,5 +17,10 @@ def write_page(result: dict[str, Any], file: str | Path) -> None:
     if Path(file).exists():
         raise FileExistsError(f"{file} is in use; name another file, or remove it first.")
     environment = Environment(loader=PackageLoader("minilora.explain", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page = environment.get_template("explain.html.j2").render(r=result, data=to_json(result).replace("<", "\\u003c"))
+    page = environment.get_template("explain.html.j2").render(r=result, data=to_json({"choices": _without_terms(result)}).replace("<", "\\u003c"))
     write_text(file, page)
+
+
+def _without_terms(result: dict[str, Any]) -> dict[str, Any]:
+    """What the page needs to show another token or feature."""
+    return {at: [{k: v for k, v in e.items() if k != "terms"} for e in entries] for at, entries in result.get("choices", {}).items()}

@@ -95,7 +95,7 @@ def find(place: str, run: Passes) -> tuple[str, Call]:
     name = {"lora": "lora_linear"}.get(place, place)
     if name in K.TABLE or name in called:
         mine = [c for c in run.exact if c.name == name and c.is_operation]
-        mine = [c for c in mine if c.grads] or mine
+        mine.sort(key=lambda c: -sum(g is not None for g in (c.grads or {}).values()))  # the first with most gradients
         if not mine and place == "lora":
             raise ValueError("this model has no LoRA layer; name another place.")
         return (mine[0].place, mine[0]) if mine else (name, example(name))

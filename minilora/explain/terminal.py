@@ -8,14 +8,15 @@ from typing import Any
 
 from minilora.runs import Say
 
-NAMES = {"forward": "forward", "dx": "activations' gradients", "dW": "parameters' gradients", "skipped": "not formed"}
+NAMES = {"forward": "forward", "dx": "gradients of activations", "dW": "gradients of parameters", "skipped": "gradients not formed"}
 
 
 def show(result: dict[str, Any], say: Say) -> None:
     """Print an explanation, in sections."""
     width = max(100, min(160, get_terminal_size((130, 40)).columns))
     tokens = " ".join(repr(piece)[1:-1] if piece.strip() else repr(piece) for piece in result["tokens"])
-    say(f"{result['place'] or 'the whole model'}" + (f": {result['about']}" if result.get("about") else ""))
+    about = f" ({result['about'].rstrip('.')})" if result.get("about") and " = " not in result["about"] else ""
+    say(result["place"] + (f": {result['name']}{about}" if "name" in result else ": one step"))
     _title(say, "the pass")
     say(f"  model {result['model']}, loss {result['loss']:.4f} on {len(result['tokens'])} tokens: {tokens}")
     say(f"  {result['note']}")
@@ -25,9 +26,10 @@ def show(result: dict[str, Any], say: Say) -> None:
 def _place(r: dict[str, Any], say: Say, width: int) -> None:
     if r["operation"]:
         kernel = "" if r["implementation"] in ("", "reference") else f", run here by the {r['implementation']} kernel"
-        say(f"  operation {r['operation']}{kernel}" + (f"; {r['source']}" if r["source"] else ""))
+        called = f", called by the layer in {r['layer']}" if r["layer"] else ""
+        say(f"  operation {r['operation']}{called}{kernel}" + (f"; {r['source']}" if r["source"] else ""))
     if r["example"]:
-        say("  this model does not call it: the arrays are a small random example")
+        say("  no layer calls it in this pass: the arrays are a small random example")
     for name in ("equation", "gradient"):
         if r[name]:
             _title(say, name)
@@ -35,10 +37,10 @@ def _place(r: dict[str, Any], say: Say, width: int) -> None:
     _title(say, "shapes" + (f", with {', '.join(f'{k} = {v}' for k, v in r['sizes'].items())}" if r["sizes"] else ""))
     for name in ("forward", "backward"):
         into, out = (", ".join(map(_array, (a for a in r[name] if a["result"] == result))) for result in (False, True))
-        if into or out:
-            say(f"  {name:<9} {into}  ->  {out or 'no gradient is needed here'}")
-    if not r["runs_backward"]:
-        say("  backward  not called: nothing here or below is trained")
+        if out:
+            say(f"  {name:<9} {into}  ->  {out}")
+    if r["no_backward"]:
+        say(f"  backward  not called: {r['no_backward']}")
     for code in r["code"]:
         _code(code, say, width)
     if r["worked"]:
@@ -77,14 +79,17 @@ def _entry(e: dict[str, Any], say: Say) -> None:
 
 
 def _costs(r: dict[str, Any], say: Say) -> None:
-    _title(say, "cost")
-    columns = list(r["costs"])
-    say(f"  {'FLOPs':<24}" + "".join(f"{'LoRA' if c == 'LoRA' else 'fully trained':>16}" for c in columns) + "   LoRA's formula")
-    rows = [*NAMES.items(), ("saved", "bytes saved"), ("trained", "parameters trained"), ("adam", "bytes: gradient, m, v")]
-    saved = " + ".join(f"{t['formula']} ({t['name'] or t['by']})" for t in r["saved"])
-    for key, name in rows:
-        formula = r["flops"].get(key, saved if key == "saved" else "")
-        say(f"  {name:<24}" + "".join(f"{r['costs'][c][key]:>16,}" for c in columns) + (f"   {formula}" if formula and len(formula) < 90 else ""))
+    """FLOPs of matrix products, and bytes, as counted in this pass; LoRA's and those of training everything."""
+    for name, costs in r["costs"].items():
+        rows = [(NAMES[key], costs[key], costs["formulas"].get(key, "")) for key in NAMES]
+        saved = " + ".join(f"{t['formula']} ({t['name'] or t['by']})" for t in r["saved"]) if name == "LoRA" and r["operation"] else ""
+        rows += [("bytes saved for backward", costs["saved"], saved), ("parameters trained", costs["trained"], "")]
+        rows += [("bytes: gradient, m and v", costs["adam"], "12 a parameter")]
+        _title(say, f"cost, {'with LoRA' if name == 'LoRA' else name}: FLOPs of matrix products, and bytes")
+        for text, value, formula in (row for row in rows if row[1]):
+            say(f"  {text:<26}{value:>14,}   {formula}".rstrip())
+        if not any(value for _, value, _ in rows):
+            say("  no matrix product, nothing saved, nothing trained")
 
 
 def _step(r: dict[str, Any], say: Say) -> None:

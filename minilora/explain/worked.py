@@ -42,7 +42,8 @@ def check(place: str, call: Call, token: int | None, feature: int | None) -> tup
 def cotangent(call: Call) -> Array | None:
     """dy; where an operation has no backward of its own, that of the layer whose result it is."""
     parent = call.parent
-    if call.dy is None and not call.grads and parent is not None and parent.dy is not None and np.shape(parent.y) == np.shape(call.y):
+    is_loss = call.run[1] is None and bool(call.grads)
+    if call.dy is None and not is_loss and parent is not None and parent.dy is not None and np.shape(parent.y) == np.shape(call.y):
         return parent.dy if np.array_equal(parent.y, call.y) else None
     return call.dy
 
