@@ -20,47 +20,48 @@ def counted(call: Call) -> dict[str, int]:
 
 
 def predicted(call: Call) -> dict[str, str]:
-    """{kind: formula} of an operation's FLOPs. What an implementation adds to the reference is there in numbers."""
-    done, parts = {name for name in call.gradients if name in call.shapes}, {kind: [] for kind in KINDS}  # type: ignore[var-annotated]
+    """{kind: formula} of an operation's FLOPs. What its implementation does beyond the reference is there as a number."""
+    formed = {name for name in call.gradients if name in call.shapes}
+    terms: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}  # {kind: {letters: factor}}
     for key, formula in FORMULAS.get(call.name, {}).items():
-        first = next((g for g in key.split() if g in done), "")
-        parts["forward" if key == "forward" else "skipped" if not first else "dx" if first in _ACTIVATIONS else "dW"].append(formula)
-    found = {}
-    for kind, formulas in parts.items():
-        rest = getattr(call.flops, kind) - sum(value(f, call.flops.sizes) for f in formulas)
-        found[kind] = " + ".join([*formulas, *([str(rest)] if rest else [])])
+        first = next((g for g in key.split() if g in formed), "")
+        kind = "forward" if key == "forward" else "skipped" if not first else "dx" if first in _ACTIVATIONS else "dW"
+        for factor, _, letters in (term.partition(" ") for term in formula.split(" + ")):
+            terms[kind][letters] = terms[kind].get(letters, 0) + int(factor)
+    found = {kind: " + ".join(f"{factor} {letters}" for letters, factor in each.items()) for kind, each in terms.items()}
+    for kind, formula in found.items():
+        rest = getattr(call.flops, kind) - (value(formula, call.flops.sizes) if formula else 0)
+        found[kind] = f"{formula} {'+' if rest > 0 else '-'} {abs(rest)}" if rest else formula
     return {kind: formula for kind, formula in found.items() if formula}
 
 
 def kept(calls: list[Call]) -> dict[int, list[Array]]:
     """{id of a call: the arrays that it saved first}, of a whole pass; parameters are not counted."""
-    parameters = {id(owner(p.data)) for c in calls if c.layer is not None and hasattr(c.layer, "parameters") for _, p in c.layer.parameters()}
+    parameters = {id(owner(p.data)) for c in calls if hasattr(c.layer, "parameters") for _, p in c.layer.parameters()}
     found: dict[int, list[Array]] = {}
     for root in (c for c in calls if c.parent is None):
         held = {id(owner(a)): owner(a) for a in arrays_in(root.saved)}
         for call in root.below():
-            mine = {id(owner(a)): a for a in arrays_in(call.saved)}
-            found[id(call)] = [a for i, a in mine.items() if held.pop(i, None) is not None and i not in parameters]
+            mine = {id(owner(a)) for a in arrays_in(call.saved)} & held.keys()
+            found[id(call)] = [a for a in map(held.pop, mine) if id(a) not in parameters]
     return found
 
 
-def saved_terms(arrays: list[Array], doc: Doc, sizes: dict[str, int]) -> list[dict[str, Any]]:
-    """Of each array its name, its axes in letters, and its bytes: bytes of a number times the product of the axes."""
-    terms = []
+def saved_formula(arrays: list[Array], doc: Doc, sizes: dict[str, int]) -> str:
+    """The bytes of arrays, such as "4 T m (x) + 4 T r (u)": the bytes of a number times its axes, in letters where the docstring has them."""
+    said, terms = f" {doc.saved} ".replace(",", " "), []
     for array in arrays:
-        whole = owner(array)
-        names = [name for name, axes in doc.letters.items() if _shape(axes, sizes) == whole.shape]
-        said = f" {doc.saved} ".replace(",", " ")
+        names = [name for name, axes in doc.letters.items() if shape_of(axes, sizes) == array.shape]
         name = min(names, key=lambda n: (said.find(f" {n} ") % 10**6, n != "x"), default="")  # -1, not said, comes last
-        axes = doc.letters[name] if name else " ".join(map(str, whole.shape))
-        terms.append({"name": name, "formula": f"{whole.itemsize} {axes}".removesuffix(" 1"), "bytes": whole.nbytes})
-    return terms
+        axes = doc.letters[name] if name else " ".join(str(n) for n in array.shape if n > 1)
+        terms.append(f"{array.itemsize} {axes.removesuffix(' 1')}" + (f" ({name})" if name else ""))
+    return " + ".join(terms)
 
 
-def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
+def shape_of(axes: str, sizes: dict[str, Any]) -> tuple[int, ...]:
     return tuple(int(a) if a.isdigit() else sizes.get(a, -1) for a in axes.split())
 
 
 def bytes_of(formula: str, sizes: dict[str, int]) -> int:
-    """The value of "4 T m"."""
-    return math.prod(_shape(formula, sizes))
+    """The value of a `saved_formula`."""
+    return sum(math.prod(shape_of(term.partition(" (")[0], sizes)) for term in formula.split(" + ") if term)

@@ -10,22 +10,26 @@ import ast
 import io
 import re
 import tokenize
-from collections.abc import Iterator
 from difflib import SequenceMatcher
 from inspect import getsourcefile, getsourcelines
+from keyword import kwlist
 from textwrap import dedent
 from typing import Any, NamedTuple
 
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_TARGET = re.compile(r"(\w+)(?:\[.*?\])?(?:: \w+)? [-+*]?= ")
+_PASSIVE = re.compile(r"check_|xp\b.*=|raise |.*(self\.load\(|empty_like|zeros)|(?!.*([-+*/@]|\w\())")  # a check, an allocation, a bare return
+
 
 class Line(NamedTuple):
-    """A statement: its line in the file, its text, the comment behind it, and the names in it; `target`: what it assigns."""
+    """A statement, or the head of a compound one. counts: whether it computes something."""
 
     number: int
     text: str
     comment: str
     names: frozenset[str]
     target: str
-    counts: bool  # whether it computes something: not a check, a condition or a bare return
+    counts: bool
 
 
 def lines_of(function: Any) -> list[Line]:
@@ -35,39 +39,30 @@ def lines_of(function: Any) -> list[Line]:
     except (TypeError, OSError):
         return []
     text = dedent("".join(source))
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT}
-    tree = ast.parse(text).body[0]
-    return list(_statements(getattr(tree, "body", []), text.split("\n"), comments, first)) if isinstance(tree, ast.FunctionDef) else []
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = {t.start[0]: (t.start[1], t.string.lstrip("# ")) for t in tokens if t.type == tokenize.COMMENT}
+    (tree,), rows, found = ast.parse(text).body, text.split("\n"), []
+    for node in sorted((n for n in ast.walk(tree) if isinstance(n, ast.stmt)), key=lambda n: n.lineno)[1:]:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # the docstring
+            continue
+        body = getattr(node, "body", None)
+        span = range(node.lineno, (body[0].lineno if body else (node.end_lineno or node.lineno) + 1))
+        code = " ".join(rows[i - 1][: comments[i][0] if i in comments else None].strip() for i in span)
+        comment = " ".join(comments[i][1] for i in span if i in comments)
+        names = frozenset(_NAME.findall(code)) - set(kwlist)
+        target = _TARGET.match(code)
+        counts = not body and not _PASSIVE.match(code)
+        found.append(Line(first + node.lineno - 1, " " * (node.col_offset - 4) + code, comment, names, target[1] if target else "", counts))
+    return found
 
 
 def file_of(function: Any) -> str:
-    """"minilora/functional/linear.py:10", or "" where there is no source."""
+    """The file, from the package on, and the line of a function; "" where there is no source."""
     try:
-        return f"{re.sub(r'.*/(?=minilora/)', '', (getsourcefile(function) or '').replace(chr(92), '/'))}:{getsourcelines(function)[1]}"
+        file, line = (getsourcefile(function) or "").replace("\\", "/"), getsourcelines(function)[1]
     except (TypeError, OSError):
         return ""
-
-
-def _statements(body: list[Any], source: list[str], comments: dict[int, str], first: int, depth: int = 0) -> Iterator[Line]:
-    for node in body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # the docstring
-            continue
-        inner = getattr(node, "body", None)
-        last = inner[0].lineno - 1 if inner and inner[0].lineno > node.lineno else node.end_lineno
-        rows = range(node.lineno, last + 1)
-        code = [re.sub(rf"\s*#\s*{re.escape(comments[i])}$", "", source[i - 1]).strip() if i in comments else source[i - 1].strip() for i in rows]
-        heads = [node.test] if isinstance(node, ast.If) else [node.target, node.iter] if isinstance(node, ast.For) else [node]
-        names = {n.id if isinstance(n, ast.Name) else n.attr for h in heads for n in ast.walk(h) if isinstance(n, (ast.Name, ast.Attribute))}
-        goal = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        goal = goal.value if isinstance(goal, ast.Subscript) else goal
-        value = getattr(node, "value", None)
-        moves = not any(isinstance(n, (ast.BinOp, ast.Call)) for n in ast.walk(value)) if value is not None else True
-        passive = inner or (moves and not isinstance(node, ast.AugAssign)) or re.match(r"check_|xp\b.*=|raise |.*(self\.load\(|empty_like|zeros)", code[0])
-        comment = " ".join(comments[i] for i in rows if i in comments)
-        text = "    " * depth + " ".join(c for c in code if c)
-        yield Line(first + node.lineno - 1, text, comment, frozenset(names), goal.id if isinstance(goal, ast.Name) else "", not passive)
-        for part in (inner, getattr(node, "orelse", None)):
-            yield from _statements(part or [], source, comments, first, depth + 1)
+    return f"{re.sub(r'.*/(?=minilora/)', '', file)}:{line}"
 
 
 def undone(forward: list[Line], backward: list[Line]) -> list[list[int]]:
@@ -107,10 +102,11 @@ def _quoted(comment: str, forward: list[Line]) -> list[int]:
 
 
 def _called(line: Line, forward: list[Line]) -> list[int]:
-    """The forward lines that call what a line calls backward: f for f_backward, layer.forward for layer.backward."""
-    calls = {name.removesuffix("backward") for name in re.findall(r"((?:\w+\.)*\w*backward)(?=\w*\()", line.text)}
-    texts = {(f"{call}forward" if call.endswith(".") else call.removesuffix("_")) + "(" for call in calls if call not in ("self.", "")}
-    return [i for i, f in enumerate(forward) if any(re.search(rf"(?<![\w.]){re.escape(text)}", f.text) for text in texts)]
+    """The forward lines that call what a line calls backward: f for f_backward, layer.forward for layer.backward or layers[i].backward."""
+    text = re.sub(r"(\w+?)s?\[[^\]]*\]\.", r"\1.", line.text.replace("self.", ""))
+    calls = {name.removesuffix("backward") for name in re.findall(r"((?:\w+\.)*\w*backward)(?=\w*\()", text)} - {""}
+    starts = [(f"{call}forward" if call.endswith(".") else call.removesuffix("_")) + "(" for call in calls]
+    return [i for i, f in enumerate(forward) if any(re.search(rf"(?<![\w.]){re.escape(t)}", f.text.replace("self.", "")) for t in starts)]
 
 
 def _reads(line: Line, forward: list[Line]) -> list[int]:

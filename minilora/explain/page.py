@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from minilora.explain.terminal import COSTS
 from minilora.formats.atomic import to_json, write_text
 
 
@@ -16,11 +17,8 @@ def write_page(result: dict[str, Any], file: str | Path) -> None:
         raise ImportError("--html needs jinja2; install it with: pip install 'minilora[html]'") from None
     if Path(file).exists():
         raise FileExistsError(f"{file} is in use; name another file, or remove it first.")
-    environment = Environment(loader=PackageLoader("minilora.explain", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page = environment.get_template("explain.html.j2").render(r=result, data=to_json({"choices": _without_terms(result)}).replace("<", "\\u003c"))
-    write_text(file, page)
-
-
-def _without_terms(result: dict[str, Any]) -> dict[str, Any]:
-    """What the page needs to show another token or feature."""
-    return {at: [{k: v for k, v in e.items() if k != "terms"} for e in entries] for at, entries in result.get("choices", {}).items()}
+    options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True}
+    environment = Environment(loader=PackageLoader("minilora.explain", "."), **options)
+    choices = {at: [{k: v for k, v in e.items() if k != "terms"} for e in entries] for at, entries in result.get("choices", {}).items()}
+    data = to_json({"choices": choices}).replace("<", "\\u003c")  # a script ends at "</script>"
+    write_text(file, environment.get_template("explain.html.j2").render(r=result, labels=COSTS, data=data))

@@ -1,114 +1,93 @@
-"""Works a formula out: its value, and the formula with numbers in place of names. Reads the syntax tree; nothing is evaluated as code."""
+"""Works a formula out: its value, and how it reads with numbers. It walks the syntax tree; nothing is run as code."""
 
 from __future__ import annotations
 
 import ast
 import math
 import operator
+import re
 from typing import Any, NamedTuple
 
-import numpy as np
-
-SHOWN = 4  # terms of a sum, the first that are not zero; the JSON output has all of them
-_BINARY: dict[type[Any], tuple[str, int, Any]] = {
-    ast.Add: (" + ", 1, operator.add),
-    ast.Sub: (" - ", 1, operator.sub),
-    ast.Mult: ("·", 2, operator.mul),
-    ast.Div: (" / ", 2, operator.truediv),
-    ast.Pow: ("^", 4, operator.pow),
+Env = dict[str, Any]
+SHOWN = 4  # terms of a sum, the first that are not zero; --json has the value of every term
+_OPERATORS: dict[Any, Any] = {
+    **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: operator.pow},
+    **{ast.Gt: operator.gt, ast.Eq: operator.eq},
 }
 _FUNCTIONS: dict[str, Any] = {
-    "max": max,
-    "exp": math.exp,
-    "sqrt": math.sqrt,
-    "tanh": math.tanh,
+    **{"max": max, "exp": math.exp, "sqrt": math.sqrt, "tanh": math.tanh},
     "sigmoid": lambda x: 0.5 * (1 + math.tanh(0.5 * x)),
     "Phi": lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2))),
     "phi": lambda x: math.exp(-0.5 * x * x) / math.sqrt(2 * math.pi),
 }
 
 
-class Term(NamedTuple):
-    """Of an expression: value, how it reads with names and with numbers, the binding strength of each, and the terms of a sum."""
+class Worked(NamedTuple):
+    """The value of an expression, the expression with numbers, and the values of the terms of its sums."""
 
     value: float
-    names: str
     numbers: str
-    rank: int = 9
-    number_rank: int = 9
-    terms: list[float] | None = None
+    terms: list[float]
 
 
-def number(value: float) -> str:
-    return f"{value:.4g}" if not float(value).is_integer() or abs(value) > 1e6 else str(int(value))
+def work(expression: str, env: Env) -> Worked:
+    """The expression, with names and indices from env. An array in it that is None, an argument left out, counts as 0."""
+    terms: list[float] = []
+    value, node = _work(ast.parse(expression, mode="eval").body, env, terms)
+    return Worked(value, read(ast.unparse(node)), terms)
 
 
-def work(expression: str, env: dict[str, Any]) -> Term:
-    """The expression, with names and indices from env: numbers and arrays. An array that is None counts as 0 and is left out."""
-    return _work(ast.parse(expression.strip(), mode="eval").body, env)
+def read(text: str) -> str:
+    """Python's operators as a reader writes them."""
+    text = re.sub(r" \* (?=[\d(])|(?<=\d) \* ", "·", text).replace(" * ", " ")
+    text = re.sub(r"\(\((-[\d.e-]+)\)\)", r"(\1)", re.sub(r" ?\*\* ?", "^", text))
+    return re.sub(r"sum\((.*?) for (\w) in \w+\)", lambda m: f"Σ_{m[2]} " + (f"({m[1]})" if re.match(r"[^()]* [+-] ", m[1]) else m[1]), text)
 
 
-def index_of(target: ast.expr, env: dict[str, Any]) -> tuple[int, ...]:
+def index_of(node: Any, env: Env) -> tuple[int, ...]:
     """The index of "y[i,j]" in numbers."""
-    parts = target.slice.elts if isinstance(target.slice, ast.Tuple) else [target.slice]  # type: ignore[attr-defined]
-    return tuple(int(_work(part, env).value) for part in parts)
+    return tuple(int(_work(part, env, [])[0]) for part in (node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]))
 
 
-def _work(node: Any, env: dict[str, Any]) -> Term:
+def _work(node: Any, env: Env, terms: list[float]) -> tuple[float, Any]:
+    """The value of a node, and the node with numbers in place of names."""
     if isinstance(node, ast.Constant):
-        return Term(node.value, str(node.value), str(node.value))
+        return node.value, node  # type: ignore[return-value]
     if isinstance(node, ast.Name):
-        value = env[node.id]
-        return Term(value, node.id, number(value), 9, 9 if value >= 0 else 0)
+        return float(env[node.id]), _number(env[node.id])
     if isinstance(node, ast.Subscript):
-        array, name, shown = env[node.value.id], node.value.id, ast.unparse(node.slice).strip("()").replace(" ", "")  # type: ignore[attr-defined]
-        value = 0.0 if array is None else array[index_of(node, env)]
-        return Term(float(value), f"{name}[{shown}]", number(value), 9, 9 if value >= 0 else 0)
-    if isinstance(node, ast.Compare):
-        a, b = _work(node.left, env), _work(node.comparators[0], env)
-        sign, holds = (">", a.value > b.value) if isinstance(node.ops[0], ast.Gt) else ("==", a.value == b.value)
-        return Term(float(holds), f"({a.names} {sign} {b.names})", str(int(holds)))
-    if isinstance(node, ast.BinOp):
-        return _binary(node, env)
-    if node.func.id == "sum":
-        return _sum(node.args[0], env)
-    args = [_work(arg, env) for arg in node.args]
-    names, numbers = (", ".join(getattr(a, kind) for a in args) for kind in ("names", "numbers"))
-    return Term(float(_FUNCTIONS[node.func.id](*(a.value for a in args))), f"{node.func.id}({names})", f"{node.func.id}({numbers})")
+        array = env[node.value.id]  # type: ignore[attr-defined]
+        value = 0.0 if array is None else float(array[index_of(node, env)])
+        return value, _number(value)
+    if isinstance(node, ast.Call) and node.func.id == "sum":  # type: ignore[attr-defined]
+        return _sum(node.args[0], env, terms)
+    if isinstance(node, ast.Call):
+        args = [_work(arg, env, terms) for arg in node.args]
+        value = float(_FUNCTIONS[node.func.id](*(v for v, _ in args)))  # type: ignore[attr-defined]
+        return value, ast.Call(node.func, [n for _, n in args], [])
+    left, right, op = (node.left, node.comparators[0], node.ops[0]) if isinstance(node, ast.Compare) else (node.left, node.right, node.op)
+    (a, x), (b, y) = _work(left, env, terms), _work(right, env, terms)
+    value = float(_OPERATORS[type(op)](a, b))
+    missing = isinstance(right, ast.Subscript) and env[right.value.id] is None  # type: ignore[attr-defined]
+    return value, x if missing else _number(value) if isinstance(node, ast.Compare) else ast.BinOp(x, op, y)
 
 
-def _binary(node: ast.BinOp, env: dict[str, Any]) -> Term:
-    a, b = _work(node.left, env), _work(node.right, env)
-    sign, rank, compute = _BINARY[type(node.op)]
-    if isinstance(node.op, ast.Add) and isinstance(node.right, ast.Subscript) and env[node.right.value.id] is None:  # type: ignore[attr-defined]
-        return a
-    right = rank + (sign in (" - ", " / ", "^"))
-
-    def joined(first: str, second: str, ranks: tuple[int, int], glue: str) -> str:
-        return (f"({first})" if ranks[0] < rank else first) + glue + (f"({second})" if ranks[1] < right else second)
-
-    names = joined(a.names, b.names, (a.rank, b.rank), " " if sign == "·" and not b.names[0].isdigit() else sign)
-    numbers = joined(a.numbers, b.numbers, (a.number_rank, b.number_rank), sign)
-    return Term(float(compute(a.value, b.value)), names, numbers, rank, rank, a.terms or b.terms)
-
-
-def _sum(node: Any, env: dict[str, Any]) -> Term:
+def _sum(node: Any, env: Env, terms: list[float]) -> tuple[float, Any]:
+    """Over the axis on which the letter of the sum is used first."""
     letter = node.generators[0].target.id
-    terms = [_work(node.elt, {**env, letter: k}) for k in range(_length(node.elt, letter, env))]
-    first = [t for t in terms if t.value][:SHOWN] or terms[:1]
-    shown = [f"({t.numbers})" if t.number_rank <= 1 else t.numbers for t in first]
-    more = [f"... {len(terms) - len(first)} more"] if len(terms) > len(first) else []
-    body = f"({terms[0].names})" if terms[0].rank == 1 else terms[0].names
-    values = [t.value for t in terms]
-    return Term(math.fsum(values), f"Σ_{letter} {body}", " + ".join(shown + more), 2, 1 if len(terms) > 1 else terms[0].number_rank, values)
+    used = (n for n in ast.walk(node.elt) if isinstance(n, ast.Subscript) and env[n.value.id] is not None)  # type: ignore[attr-defined]
+    axes = ((env[n.value.id], ast.unparse(n.slice).strip("()").split(", ")) for n in used)  # type: ignore[attr-defined]
+    count = next(array.shape[letters.index(letter)] for array, letters in axes if letter in letters)
+    parts = [_work(node.elt, {**env, letter: k}, []) for k in range(count)]
+    terms += [value for value, _ in parts]
+    first = [part for value, part in parts if value][:SHOWN] or [part for _, part in parts[:1]]
+    shown = first[0]
+    for part in [*first[1:], *([ast.Name(f"... {count - len(first)} more")] if count > len(first) else [])]:
+        shown = ast.BinOp(shown, ast.Add(), part)
+    return math.fsum(value for value, _ in parts), shown
 
 
-def _length(element: Any, letter: str, env: dict[str, Any]) -> int:
-    """The size of the axis on which a letter is used first."""
-    for node in ast.walk(element):
-        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
-            parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-            for axis, part in enumerate(parts):
-                if isinstance(part, ast.Name) and part.id == letter and env[node.value.id] is not None:
-                    return int(np.shape(env[node.value.id])[axis])
-    raise KeyError(f"{letter} is no index of any array.")
+def _number(value: float) -> ast.Name:
+    """A number as it is shown, in the place of a name; a negative one in parentheses."""
+    text = str(int(value)) if float(value).is_integer() and abs(value) < 1e6 else f"{value:.4g}"
+    return ast.Name(f"({text})" if value < 0 else text)

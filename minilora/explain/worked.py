@@ -13,7 +13,7 @@ from minilora import functional as F
 from minilora.backend import Array
 from minilora.checking.trace import Call, bare
 from minilora.explain.formulas import GIVEN, formulas
-from minilora.explain.work import index_of, work
+from minilora.explain.work import index_of, read, work
 from minilora.kernels import TABLE
 
 STEP = 1e-5
@@ -68,7 +68,7 @@ def worked(call: Call, i: int, j: int) -> list[dict[str, Any]]:
         term = work(expression, env)
         real = env.get(array)
         entry = {"name": array, "index": list(index), "value": term.value}
-        entry |= {"formula": _indexed(f"{name} = {term.names}", env), "numbers": term.numbers}
+        entry |= {"formula": _indexed(f"{name} = {read(expression)}", env), "numbers": term.numbers}
         entry |= {"terms": term.terms, "array": None if real is None else float(real[index])}
         if array.startswith("d") and array in call.gradients:
             entry["finite_difference"] = difference(call, array[1:], index)
@@ -110,7 +110,7 @@ def central(call: Call, x: Array, index: tuple[int, ...]) -> float:
 def _indexed(formula: str, env: dict[str, Any]) -> str:
     """The formula with numbers for its indices, but for those of sums."""
     sums = re.findall(r"Σ_(\w)", formula)
-    return re.sub(r"(?<=[\[,])\w+(?=[\],])", lambda m: m[0] if m[0] in sums or not isinstance(env.get(m[0]), int) else str(env[m[0]]), formula)
+    return re.sub(r"(?<=[\[,])\w+(?=[\],])|(?<=== )\w+", lambda m: m[0] if m[0] in sums or not isinstance(env.get(m[0]), int) else str(env[m[0]]), formula)
 
 
 def _known(expression: str, env: dict[str, Any]) -> bool:
