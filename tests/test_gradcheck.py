@@ -8,7 +8,7 @@ import pytest
 
 import minilora as ml
 from minilora.checking.catalogue import catalogue
-from minilora.checking.gradcheck import Check
+from minilora.checking.check import Check
 from minilora.layers import Parameter
 
 X = np.random.default_rng(1).standard_normal((5, 4))
@@ -69,6 +69,7 @@ def test_inputs_parameters_and_cotangents_are_distinct():
     for seed in (0, 1):
         for name, layer, x, options in catalogue(seed):
             check = Check(layer, x, 1e-7, seed, 1, options)
+            check.analyse()
             parameters = {p.data.tobytes(): p.data for p in check.params.values()}  # replicas share arrays
             arrays = [check.c, *parameters.values(), *([check.x] if check.floating else [])]
             numbers = np.concatenate([np.unique(a) for a in arrays])
@@ -264,7 +265,7 @@ REMARKS = [
     (wide(db=lambda self, dy: self.add(self.b, dy)), "b", "has shape (5, 3) instead of (3,): the sum over axis 0 is left out"),
     (wide(db=lambda self, dy: self.add(self.b, dy**2)), "b", "has shape (5, 3) instead of (3,)"),
     (wide(db=lambda self, dy: self.add(self.b, dy.sum(0, keepdims=True))), "b", "has shape (1, 3) instead of (3,): its values are right"),
-    (wide(db=lambda self, dy: self.add(self.b, dy.sum(axis=1))), "b", "has shape (5,) instead of (3,)"),
+    (wide(db=lambda self, dy: self.add(self.b, dy.sum(axis=1))), "b", "has shape (5,) instead of (3,): the sum is over axis 1 instead of 0"),
 ]
 
 

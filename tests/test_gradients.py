@@ -8,7 +8,7 @@ import pytest
 import minilora as ml
 from minilora import functional as F
 from minilora.checking.catalogue import catalogue
-from minilora.checking.subjects import OFFSETS, shaken
+from minilora.checking.subjects import OFFSETS
 from minilora.layers import Layer, Parameter
 
 CATALOGUE = {name: rest for name, *rest in catalogue()}
@@ -18,7 +18,7 @@ CATALOGUE = {name: rest for name, *rest in catalogue()}
 def test_gradient(name, backend):
     layer, x, options = copy.deepcopy(CATALOGUE[name])
     x = ml.to_backend(x, backend) if x.dtype.kind == "f" else x
-    report = ml.gradcheck(layer.to(backend), x, tol=1e-7, max_coordinates=25 if backend == "numpy" else 6, **options)
+    report = ml.gradcheck(layer.to(backend), x, tol=1e-7, max_coordinates=25 if backend == "numpy" and x.size < 1000 else 6, **options)
     assert report.ok, str(report)
     assert len(report.entries) > 1
 
@@ -28,30 +28,6 @@ def test_every_coordinate_of_a_tiny_gpt2():
     model = ml.GPT2(config, rng=0, dtype="float64")
     ml.inject(model, ml.LoraConfig(r=1), rng=0)
     report = ml.gradcheck(model, np.array([0, 4, 2, 1, 3]), max_coordinates=10**6, offsets=[0, 3, 5])
-    assert report.ok, str(report)
-
-
-BLOCKS = {  # sizes above one block of rows (2^17 numbers), of queries (128), or of kept probabilities (192 keys)
-    "LoRALinear": (lambda d: ml.LoRALinear(ml.Linear(32, 40, **d), r=2, **d), (3500, 32)),
-    "LoRALinear, no bias": (lambda d: ml.LoRALinear(ml.Linear(32, 40, bias=False, **d), r=2, **d), (3500, 32)),
-    "LayerNorm": (lambda d: ml.LayerNorm(40, dtype="float64"), (3500, 40)),
-    "RMSNorm": (lambda d: ml.RMSNorm(40, dtype="float64"), (3500, 40)),
-    "GELU, tanh": (lambda d: ml.GELU("tanh"), (3500, 40)),
-    "SiLU": (lambda d: ml.SiLU(), (3500, 40)),
-    "Attention, causal": (lambda d: ml.Attention(6, 2, **d), (270, 6)),
-    "Attention, both ways": (lambda d: ml.Attention(6, 2, causal=False, **d), (270, 6)),
-}
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_gradients_beyond_one_block(name):
-    make, shape = BLOCKS[name]
-    rng = np.random.default_rng(0)
-    layer = shaken(make({"rng": rng, "dtype": "float64"}), rng)
-    options = {}
-    if "Attention" in name:
-        options = {"offsets": [0, 40, 250, 262, 270], "rows": np.array([3, *range(60, 249), 261])}  # the last sequence has no query
-    report = ml.gradcheck(layer, rng.standard_normal(shape), max_coordinates=8, **options)
     assert report.ok, str(report)
 
 

@@ -8,15 +8,18 @@ call that is wrong while everything it calls is right has the mistake in its own
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from minilora.backend import Array
-from minilora.checking.causes import Known, known_of
+from minilora.backend import Array, to_numpy
+from minilora.checking.causes import Known, cause, known_of, misshapen
 from minilora.checking.check import Check, unchanged
-from minilora.checking.report import Entry, Fault
-from minilora.checking.trace import Call, Calls, arrays_in, names_of, trace, where
+from minilora.checking.report import Broken, Entry, Fault
+from minilora.checking.trace import Call, Calls, arrays_in, exchanged, names_of, trace, where
 from minilora.kernels import dispatch
 from minilora.layers import Layer, Parameter
 
@@ -24,42 +27,42 @@ _EXACTLY = 60  # coordinates of a wrong gradient that are computed
 _RANDOM_TOL = 1e-6
 
 
-def blame(check: Check, entries: list[Entry]) -> list[Fault]:
-    """The calls that are themselves wrong, the first to run backward first. entries: those of `check`, which found something wrong."""
+def blame(check: Check, entries: list[Entry], seen: list[Entry] | None = None) -> list[Fault]:
+    """The calls that are themselves wrong. entries: those of `check`. seen: is extended by the entries of every other call."""
     calls = recorded(check)
     broken = any(not e.coordinates and e.verdict(check.tol) == "WRONG" for e in entries)  # a promise, or no gradient to compare
-    wrong: set[Call] = set()
-    faults: dict[tuple[Any, str], Fault] = {}
+    wrong: dict[Call, list[Entry]] = {}
     for call in calls[0].below() if calls else ():
         if any(child in wrong for child in call.children):
-            wrong.add(call)
+            wrong[call] = []
             continue
         found = entries if call is calls[0] else judged(call, check.tol, broken)
         if bad := [e for e in found if e.verdict(check.tol) == "WRONG"]:
-            wrong.add(call)
-            fault = faults_of(call, bad, check if call is calls[0] else None)
-            known = faults.setdefault((fault.source, fault.gradient), fault)
-            if known is not fault:
-                known.places.append(fault.place)
-    if not faults:
-        bad = [e for e in entries if e.verdict(check.tol) == "WRONG"]
+            wrong[call] = bad
+        if seen is not None and call is not calls[0]:
+            seen += [replace(e, name=f"{call.place}: {e.name}") for e in found]
+    guilty = [call for call, bad in wrong.items() if bad]
+    faults: dict[tuple[str, str], Fault] = {}
+    for call in [call for call in guilty if call.order is not None] or guilty:  # an exception may have kept the others from running
+        fault = fault_of(call, wrong[call])
+        known = faults.setdefault((fault.source, fault.gradient), fault)
+        if known is not fault:
+            known.places.append(fault.place)
+    if not faults and (bad := [e for e in entries if e.verdict(check.tol) == "WRONG"]):
         return [Fault([""], type(check.layer).__name__, bad[0].name, bad[0].remark, "")]
     return list(faults.values())
 
 
 def recorded(check: Check) -> Calls:
     """The calls of one pass; up to the call that fails, if one does."""
-    with trace(check.layer, arrays=True) as calls:
-        try:
-            y, saved = check.forward()
-            check.layer.backward(check.draw(y.shape), saved)
-        except Exception:
-            pass  # the check has found it too
+    with trace(check.layer, arrays=True) as calls, suppress(Exception):  # the check has found it too
+        y, saved = check.forward()
+        check.layer.backward(check.draw(y.shape), saved)
     return calls
 
 
 def judged(call: Call, tol: float, promises: bool = False) -> list[Entry]:
-    """What is wrong with a call taken on its own; [] if nothing, or if it has no gradients."""
+    """The entries of a call taken on its own: of directions, or of coordinates where one is wrong. [] if it has no gradients."""
     part = part_of(call)
     if part is None:
         return []
@@ -67,22 +70,64 @@ def judged(call: Call, tol: float, promises: bool = False) -> list[Entry]:
         check = Check(part, part.x, max(tol, _RANDOM_TOL), 0, _EXACTLY, {})
         if not check.checked:
             return []
-        entries = check.entries(
-            [[name] for name in check.checked] if call.is_operation else [check.checked], promises and not call.is_operation
-        )
-        if all(e.verdict(tol) != "WRONG" for e in entries):
-            return []
-        exact = Check(part, part.x, tol, 0, _EXACTLY, {}).entries(promises=False)
-    found = [e for e in exact if e.verdict(tol) == "WRONG"] or entries
+        directions = [[name] for name in check.checked] if call.is_operation else [list(check.checked)]
+        found = check.entries(directions, promises and not call.is_operation)
+        if any(e.verdict(tol) == "WRONG" for e in found):
+            exact = Check(part, part.x, tol, 0, _EXACTLY, {}).entries(promises=False)
+            found = exact if any(e.verdict(tol) == "WRONG" for e in exact) else found
     for entry in found:
         entry.name = part.names.get(entry.name, entry.name)
     return found
 
 
-def faults_of(call: Call, entries: list[Entry], root: Check | None) -> Fault:
+def fault_of(call: Call, entries: list[Entry]) -> Fault:
     first = min(entries, key=lambda e: (not e.remark, e.name.startswith("(")))
-    remark = "" if call.is_operation else wiring(call)
-    return Fault([call.place], call.name, first.name, remark or first.remark, where(call.backward_function or call.function), first.error)
+    cause = "" if call.is_operation else wiring(call) or handed(call)
+    source = where(call.backward_function or call.function)
+    return Fault([call.place], call.name, "" if cause else first.name, cause or first.remark, source, first.error)
+
+
+def handed(call: Call) -> str:
+    """Which gradient a layer hands to a layer inside it is wrong, and how; "" if none is, or nothing ran backward."""
+    part = part_of(call)
+    if part is None:
+        return ""
+    dx = None
+    with unchanged(part):
+        check = Check(part, part.x, _RANDOM_TOL, 0, _EXACTLY, {})
+        with suppress(Broken), trace(call.layer, arrays=True) as calls:
+            y, saved = check.forward()
+            check.c, check.rounding = check.draw(y.shape), 1e-15 * float(abs(y).sum())
+            dx = check.backward(saved)
+        if check.c is None:
+            return ""
+        inner = [c for c in calls if c.parent is None and not c.is_operation and c.layer is not call.layer and c.dy is not None]
+        known = Known(to_numpy(check.c))
+        known.terms = {f"the gradient through {c.place}": c.grads["dx"] for c in inner if c.grads and c.grads.get("dx") is not None}
+
+        def wrong(name: str, g: Any) -> str | None:
+            """How the gradient g of the array `name` is wrong; None if it is right."""
+            check.analytic = {name: g}
+            if g.shape == check.checked[name].data.shape and check.direction([name]).verdict(_RANDOM_TOL) != "WRONG":
+                return None
+            at, numeric, _ = check.numeric(name)
+            return misshapen(g, check.checked[name].data.shape, numeric, at, known.dy) or cause(g, numeric, at, _RANDOM_TOL, known)
+
+        for child in sorted(inner, key=lambda c: c.order or 0):
+            check.checked[child.place] = moved = SimpleNamespace(data=np.zeros(child.y.shape))
+
+            def forward(*args: Any, run: Any = child.run[0], moved: Any = moved, **options: Any) -> Any:
+                y, saved = run(*args, **options)
+                return y + moved.data, saved
+
+            with exchanged(child.layer, "forward", forward):
+                how = wrong(child.place, child.dy)
+            if how is not None:
+                name = child.place.removeprefix(call.place).strip(".")
+                return f"hands {name}.backward a dy that {how or 'is not the gradient of what it returned'}"
+        if "dx" in check.checked and hasattr(dx, "shape") and (how := wrong("dx", dx)):
+            return f"returns a dx that {how}"
+    return ""
 
 
 def wiring(call: Call) -> str:
@@ -92,7 +137,8 @@ def wiring(call: Call) -> str:
             continue
         what = child.name if child.is_operation else f"{child.place.removeprefix(call.place).strip('.')}.backward"
         if child.order is None:
-            gives = not child.is_operation and child.saved is not None and child.layer.trainable and child.during == call.during
+            ran = any(c.order is not None for c in call.children if c.layer is child.layer)  # recomputed
+            gives = not child.is_operation and not ran and child.saved is not None and child.layer.trainable
             if gives and call.order is not None:
                 return f"never calls {what}"
         elif child.is_operation:
@@ -129,7 +175,7 @@ def part_of(call: Call) -> Part | None:
     if call.is_operation:
         part = OperationPart(call) if call.grads is not None or call.order is not None else None
     else:
-        part = Part(call) if call.args and call.y is not None else None
+        part = Part(call) if call.args and call.y is not None and call.args.get("keep", True) else None
     return part if part is not None and getattr(part.x, "dtype", np.dtype(object)).kind in "fiu" else None
 
 
@@ -140,9 +186,8 @@ class Part(Layer):
         self.of, self.names = call, dict[str, str]()
         self.key = next(iter(call.args))
         self.x = call.args[self.key]
-        self.options = {name: value for name, value in call.args.items() if name not in (self.key, "keep", "need_dx")}
-        self.options |= {"keep": True} if "keep" in names_of(call.run[0]) else {}
-        self.takes_need_dx = "need_dx" in names_of(call.run[1])
+        self.need_dx = call.args.get("need_dx", True)
+        self.options = {name: value for name, value in call.args.items() if name != self.key}
 
     def parameters(self) -> Iterator[tuple[str, Any]]:
         return iter(self.of.layer.parameters())
@@ -154,9 +199,11 @@ class Part(Layer):
     def forward(self, x: Array) -> Any:  # type: ignore[override]
         return self.of.run[0](x, **self.options)
 
-    def backward(self, dy: Array, saved: Any, need_dx: bool | None = None) -> Any:  # type: ignore[override]
-        dx = self.of.run[1](dy, saved, **({} if need_dx is None or not self.takes_need_dx else {"need_dx": need_dx}))
-        return None if need_dx is False and not self.takes_need_dx else dx
+    def backward(self, dy: Array, saved: Any, need_dx: bool | None = None) -> Any:
+        takes = "need_dx" in names_of(self.of.run[1])
+        need_dx = need_dx if self.need_dx else False
+        dx = self.of.run[1](dy, saved, **({} if need_dx is None or not takes else {"need_dx": need_dx}))
+        return None if need_dx is False and not takes else dx
 
     def __deepcopy__(self, memo: Any) -> Part:
         return self
@@ -166,7 +213,7 @@ class OperationPart(Part):
     """A call of an operation on its own: the first argument with a gradient is x, the others are parameters."""
 
     def __init__(self, call: Call) -> None:
-        self.of = call
+        self.of, self.need_dx = call, True
         needed = [g for g, value in (call.grads or {}).items() if value is not None] if call.order is None else call.need
         arrays = {g[1:]: call.args.get(g[1:]) for g in call.gradients if needed is None or g in needed}
         arrays = {name: a for name, a in arrays.items() if getattr(getattr(a, "dtype", None), "kind", "") == "f" and hasattr(a, "nbytes")}

@@ -12,7 +12,7 @@ import numpy as np
 
 from minilora.adapters import BottleneckConfig, PartialConfig, inject, mixed
 from minilora.backend import to_backend
-from minilora.checking.catalogue_layers import adapters, layers
+from minilora.checking.catalogue_layers import adapters, large, layers
 from minilora.checking.catalogue_pairs import pairs
 from minilora.checking.gradcheck import gradcheck
 from minilora.checking.report import Report
@@ -27,7 +27,7 @@ Change = Callable[[Any], object] | LoraConfig | BottleneckConfig | PartialConfig
 def catalogue(seed: int = 0) -> Iterator[Subject]:
     """(name, object, x, forward options) of every pair, layer and model, on small odd shapes, in float64 on NumPy."""
     rng = np.random.default_rng(seed)
-    for part in (pairs, layers, adapters, models):
+    for part in (pairs, layers, large, adapters, models):
         yield from part(rng)
 
 
@@ -35,7 +35,7 @@ def check_all(backend: str = "numpy", tol: float = 1e-7) -> Iterator[tuple[str, 
     """(name, report) for everything in the catalogue, on a backend."""
     for name, layer, x, options in catalogue():
         on_device = x if x.dtype.kind != "f" else to_backend(x, backend)
-        yield name, gradcheck(layer.to(backend), on_device, tol=tol, max_coordinates=40, **options)
+        yield name, gradcheck(layer.to(backend), on_device, tol=tol, max_coordinates=40 if x.size < 1000 else 4, **options)
 
 
 def models(rng: np.random.Generator) -> Iterator[Subject]:
@@ -64,6 +64,8 @@ def models(rng: np.random.Generator) -> Iterator[Subject]:
         model = changed(kind(config, **d), change)
         yield name, model, ids, at
         yield name.replace(",", ".loss,", 1), LossOf(model, labels), ids, at
+    counted = changed(GPT2(GPT2Config(**_GPT2), **d), _LAST)
+    yield "GPT2.loss, a count", LossOf(counted, labels, count=11), ids, at
     one_block = GPT2Config(**{**_GPT2, "n_layer": 1})
     dora = GPT2(one_block, **d)
     inject(dora, LoraConfig(r=2, use_dora="exact"), rng=rng)
@@ -77,8 +79,10 @@ def models(rng: np.random.Generator) -> Iterator[Subject]:
         yield f"BertClassifier.loss, {name}", LossOf(bert(change), np.array([2, -100, 0])), ids, at
     yield "BertClassifier, head only", bert(_BERT_VARIANTS["head only"]), ids, at
     yield "BertLayer", shaken(BertLayer(BertConfig(**_BERT), **d), rng), rng.standard_normal((9, 6)), at
+    yield "BertClassifier.loss, a count", LossOf(bert(_BERT_VARIANTS["head only"]), np.array([2, -100, 0]), count=5), ids, at
     number = bert(_BERT_VARIANTS["LoRA on query and value"], num_labels=1, pooling="mean", hidden_act="relu")
     yield "BertClassifier.loss, regression on the mean", LossOf(number, np.array([0.7, -100, -1.2])), ids, at
+    yield "BertClassifier.loss, regression, a count", LossOf(number, np.array([0.7, -100, -1.2]), count=5), ids, at
     base = bert(None).freeze()
     several = [base, base.replica(), base.replica()]
     for replica in several[1:]:

@@ -45,6 +45,29 @@ def layers(rng: np.random.Generator) -> Iterator[Subject]:
     yield "MLP", MLP([5, 7, 6, 3], L.Tanh, **d), draw(6, 5), {}
 
 
+def large(rng: np.random.Generator) -> Iterator[Subject]:
+    """Sizes above one block of rows (2^17 numbers), of queries (128), or of kept probabilities (192 keys)."""
+    d: dict[str, Any] = {"rng": rng, "dtype": "float64"}
+    packed: dict[str, Any] = {"offsets": [0, 40, 250, 262, 270], "rows": np.array([3, *range(60, 249), 261])}  # the last has no query
+    subjects: dict[str, tuple[Any, tuple[int, int], dict[str, Any]]] = {
+        "LoRALinear": (LoRALinear(L.Linear(32, 40, **d), r=2, **d), (3500, 32), {}),
+        "LoRALinear, no bias": (LoRALinear(L.Linear(32, 40, bias=False, **d), r=2, **d), (3500, 32), {}),
+        "LoRALinear, A alone": (LoRALinear(L.Linear(32, 40, **d), r=2, **d), (3500, 32), {}),
+        "LoRALinear, B alone": (LoRALinear(L.Linear(32, 40, **d), r=2, **d), (3500, 32), {}),
+        "LayerNorm": (L.LayerNorm(40, dtype="float64"), (3500, 40), {}),
+        "RMSNorm": (L.RMSNorm(40, dtype="float64"), (3500, 40), {}),
+        "GELU, tanh": (L.GELU("tanh"), (3500, 40), {}),
+        "SiLU": (L.SiLU(), (3500, 40), {}),
+        "Attention, causal": (L.Attention(6, 2, **d), (270, 6), packed),
+        "Attention, both ways": (L.Attention(6, 2, causal=False, **d), (270, 6), packed),
+    }
+    for name, (layer, shape, options) in subjects.items():
+        shaken(layer, rng)
+        if name.endswith("alone"):
+            (layer.lora_B if "A alone" in name else layer.lora_A).trainable = False
+        yield f"{name}, large", layer, rng.standard_normal(shape), options
+
+
 class HeldNorms(DoRALinear):
     """DoRA with the column norms of its first call: of this function, use_dora=True computes the gradient."""
 
@@ -94,6 +117,12 @@ def adapters(rng: np.random.Generator) -> Iterator[Subject]:
         "BottleneckLinear, off": moved(BottleneckLinear(base(), 2, rng=rng)),
         "PerSequence": PerSequence([base(), LoRALinear(base(), r=2, **d), bottleneck], groups),
     }
+    alone = {"lora_A": LoRALinear(base(), r=2, **d), "lora_B": LoRALinear(base(), r=2, **d)}
+    alone |= {name: vera(3) for name in ("vera_lambda_b", "vera_lambda_d", "nothing")}
+    for trained, layer in alone.items():
+        for name in layer.trains:
+            getattr(layer, name).trainable = name == trained
+        subjects[f"{type(layer).__name__}, {trained} alone"] = moved(layer)
     for mode in ("the bias trained", "off", "merged"):
         subjects[f"LoRALinear, {mode}"] = moved(LoRALinear(base(), r=2, **d))
         subjects[f"DoRALinear, exact, {mode}"] = moved(DoRALinear(base(), r=2, exact=True, **d))

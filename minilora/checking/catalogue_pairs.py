@@ -11,6 +11,7 @@ import numpy as np
 from minilora import functional as F
 from minilora.backend import Array
 from minilora.checking.subjects import OFFSETS, Subject
+from minilora.kernels.numpy import losses as np_losses
 from minilora.layers import Layer, Parameter, Saved
 from minilora.layers.block import Output
 from minilora.lora.variants import dora, embedding, vera
@@ -19,7 +20,7 @@ from minilora.lora.variants import dora, embedding, vera
 class Pair(Layer):
     """`name` and `name_backward` of a module, with the contract of a layer. (What follows a comma in the name is a remark.)
 
-    arguments: of `name`, the first of which is x. Other arrays of floats are parameters, without a gradient if `frozen` names them.
+    arguments: of `name`, the first of which is x here. Other arrays of floats are parameters, without a gradient if `frozen` names them.
     returns: what `name` returns, y first, under the names that `name_backward` has for it; a loss returns its gradients.
     """
 
@@ -43,14 +44,21 @@ class Pair(Layer):
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         (known,) = self.load(saved, need_dx)
+        names = [f"d{self.x_name}", *(f"d{key}" for key, p in self.parameters() if p.trainable)]
         if self.f_backward is None:
-            grads = [dy * known[name] for name in self.returns[1:]]
+            grads = {name: None if known[name] is None else dy * known[name] for name in self.returns[1:]}
+            grads.setdefault(names[0], grads.get("dy"))  # the gradient of mse is called dy
         else:
-            grads = self.f_backward(dy, **{key: known[key] for key in signature(self.f_backward).parameters if key in known})
-        dx, *others = grads if isinstance(grads, (list, tuple)) else [grads]
-        for p, g in zip((p for _, p in self.parameters() if p.trainable), others, strict=True):
-            p.add_grad(g)
-        return dx if need_dx else None
+            takes = signature(self.f_backward).parameters
+            given = {key: known[key] for key in takes if key in known} | ({"need": set(names)} if "need" in takes else {})
+            result = self.f_backward(dy, **given)
+            grads = dict(
+                zip(takes["need"].default if "need" in takes else names, result if isinstance(result, tuple) else [result], strict=True)
+            )
+        for key, p in self.parameters():
+            if p.trainable:
+                p.add_grad(grads[f"d{key}"])
+        return grads[names[0]] if need_dx else None
 
 
 def pairs(rng: np.random.Generator) -> Iterator[Subject]:
@@ -74,6 +82,11 @@ def _pairs(rng: np.random.Generator) -> Iterator[Pair]:
     for remark, offsets, causal in (("causal", OFFSETS, True), ("both ways", OFFSETS, False), ("one sequence", None, True)):
         q, k, v = draw(9, 6), draw(9, 6), draw(9, 6)
         yield Pair(F, f"attention, {remark}", "y saved", q=q, k=k, v=v, n_head=3, offsets=offsets, causal=causal)
+    for needless in ("k", "v", "k v"):
+        yield Pair(F, f"attention, no {needless}", "y saved", needless, q=q, k=k, v=v, n_head=2, offsets=OFFSETS)
+    for needless in ("q", "q v"):
+        yield Pair(F, f"attention, no {needless}", "y saved", needless, k=k, q=q, v=v, n_head=2, offsets=OFFSETS)
+    yield Pair(F, "attention, v alone", "y saved", "q k", v=v, q=q, k=k, n_head=2, offsets=OFFSETS)
     q, k, v = draw(9, 12), draw(9, 4), draw(9, 4)
     yield Pair(F, "attention, grouped heads", "y saved", q=q, k=k, v=v, n_head=6, n_kv_head=2, offsets=OFFSETS)
     cos, sin = F.rotary_tables(F.positions(9, OFFSETS, 9), 4, 100.0, x)
@@ -81,7 +94,12 @@ def _pairs(rng: np.random.Generator) -> Iterator[Pair]:
         yield Pair(F, f"rotary, {remark}", frozen="cos sin", x=draw(9, 12), cos=cos, sin=sin, interleaved=interleaved)
     yield Pair(F, "mse", "loss dy", frozen="target", y=x, target=np.full(x.shape, 0.3))
     yield Pair(F, "cross_entropy", "loss dy", logits=x, labels=labels)
+    yield Pair(F, "cross_entropy, times", "loss dy", logits=x, labels=labels, times=0.7)
     yield Pair(F, "linear_cross_entropy", "loss dx dW", x=draw(5, 5), W=draw(5, 7), labels=labels[labels != -100], block=2)
+
+    yield Pair(F, "linear_cross_entropy, frozen head", "loss dx dW", "W", x=x, W=draw(5, 7), labels=ids[:6], need={"dx"}, block=3)
+    rows = rng.integers(0, 300, 4200)  # two blocks of the vocabulary
+    yield Pair(np_losses, "linear_cross_entropy, kernel", "loss dx dW", "W", x=draw(4200, 2), W=draw(2, 300), labels=rows, need={"dx"})
 
     W: dict[str, Any] = {"frozen": "W", "W": draw(5, 4), "b": None, "s": 0.7}
     A, B = draw(5, 2), draw(2, 4)

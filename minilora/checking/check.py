@@ -37,10 +37,15 @@ _ALL = "(all, one direction)"
 _INF = float("inf")
 
 
+def parameters_of(layer: Any) -> list[tuple[str, Any]]:
+    """(path, parameter) of a layer; none if it has no method of this name."""
+    return list(layer.parameters()) if hasattr(layer, "parameters") else []
+
+
 @contextmanager
 def unchanged(layer: Any) -> Iterator[None]:
     """Afterwards every parameter has the arrays that it has now."""
-    kept = [(p, name, getattr(p, name)) for _, p in layer.parameters() for name in ("data", "grad", "home") if hasattr(p, name)]
+    kept = [(p, name, getattr(p, name)) for _, p in parameters_of(layer) for name in ("data", "grad", "home") if hasattr(p, name)]
     try:
         yield
     finally:
@@ -60,10 +65,10 @@ class Check:
         self.rng = np.random.default_rng([_SEED, seed])
         self.tol, self.max_coordinates, self.options = tol, max_coordinates, options
         try:
-            self.layer = copy.deepcopy(layer, {id(p): p for _, p in layer.parameters()})
+            self.layer = copy.deepcopy(layer, {id(p): p for _, p in parameters_of(layer)})
         except TypeError as error:
             raise ValueError(f"gradcheck: no copy can be made of the layer ({error}).") from None
-        self.params = dict({id(p): (path, p) for path, p in self.layer.parameters()}.values())  # each once, even where it is shared
+        self.params = dict({id(p): (path, p) for path, p in parameters_of(self.layer)}.values())  # each once, even where it is shared
         self.home = backend_name(next(iter(self.params.values())).data if self.params else x)
         for p in self.params.values():
             p.grad, p.data = None, p.data.copy()
@@ -78,7 +83,7 @@ class Check:
             x = to_backend(x, backend_name(x), "float64")
             x = get_xp(x).stack([x, x], axis=-1)[..., 0]
         self.input: Any = SimpleNamespace(data=x, grad=None)
-        checked = {"dx": self.input} if self.floating else {}
+        checked = {"dx": self.input} if self.floating and getattr(layer, "need_dx", True) else {}
         checked |= {path: p for path, p in self.params.items() if _trainable(p)}
         self.checked = {name: p for name, p in checked.items() if p.data.size}
         self.before = {"x": self.x.copy(), **{path: p.data.copy() for path, p in self.params.items()}}
@@ -213,7 +218,7 @@ class Check:
         entries = [self.compare(name, *found) for name, found in numeric.items()]
         yield from entries
         if entries and all(e.coordinates for e in entries):
-            yield self.direction(self.checked)
+            yield self.direction(self.checked, _ALL)
 
     def floor(self, name: str) -> float:
         """The norm below which a gradient counts as zero."""
@@ -254,8 +259,9 @@ class Check:
         knows = getattr(self.layer, "known", None)
         return knows(name, dy, factors) if knows else Known(to_numpy(dy) if name == "dx" else np.zeros(()), factors)
 
-    def direction(self, names: Collection[str]) -> Entry:
+    def direction(self, names: Collection[str], called: str = "") -> Entry:
         """One random direction through these arrays at once: it also covers the coordinates that were not sampled."""
+        called = called or ", ".join(names if len(names) == 1 else [_ALL])
         for _ in range(5):
             direction = {}
             for name in names:  # in proportion to the array's size, and zero where a kink was found
@@ -266,18 +272,14 @@ class Check:
             if not kink and np.isfinite(n):
                 break
         else:
-            return Entry(
-                _ALL if len(names) > 1 else next(iter(names)), "a kink in each of five directions; choose another x", precision=_INF
-            )
+            return Entry(called, "a kink in each of five directions; choose another x", precision=_INF)
         grads = {name: g for name in names if (g := self.analytic[name]) is not None}
         if bad := [name for name, g in grads.items() if getattr(g, "shape", None) != self.checked[name].data.shape]:
             return Entry(bad[0], "has another shape")
         a = sum(float((g * direction[name]).sum()) for name, g in grads.items())
         norm = float(np.sqrt(sum(float((g * g).sum()) * self.scale(name) ** 2 for name, g in grads.items())))
         size = max(norm, abs(n))
-        return Entry(
-            _ALL if len(names) > 1 else next(iter(names)), "", abs(a - n) / size if size else 0.0, 1, noise / size if size else _INF
-        )
+        return Entry(called, "", abs(a - n) / size if size else 0.0, 1, noise / size if size else _INF)
 
     # -- the promises that are not numbers ----------------------------------------------------------------------------
 

@@ -166,7 +166,7 @@ class Recorder:
     def __init__(self, model: Any, arrays: bool) -> None:
         self.arrays, self.calls, self.count = arrays, Calls(), 0
         self.stack: list[tuple[Call, bool]] = []
-        self.parameters = {id(owner(p.data)) for _, p in model.parameters()}
+        self.parameters = {id(owner(p.data)) for _, p in getattr(model, "parameters", tuple)()}
 
     # -- what takes the place of methods and functions ------------------------------------------------------------------
 

@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     except _EXPECTED as error:
         if debug:
             raise
+        if "--json" in (sys.argv if argv is None else argv) and hasattr(error, "result"):
+            print(to_json(error.result))
         text = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.strerror and error.filename else str(error)
         print(f"minilora: error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
         return 1

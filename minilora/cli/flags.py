@@ -126,7 +126,12 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     add("--step", action="store_const", const=True, help="from the text to one changed number of the adapter at PLACE")
     add("--html", type=Path, metavar="FILE", help="also write a page, to choose token and feature in")
 
-    _add_fields(verbs["gradcheck"].add_argument, "backend")
+    add = verbs["gradcheck"].add_argument
+    add("what", nargs="?", help="path/file.py:Layer, or a model; without it, everything in this package")
+    add("--x", metavar="ROWSxCOLUMNS", help="the shape of the layer's input (default: the file's own x, or 5 rows)")
+    add("--timeout", type=float, default=60.0, metavar="SECONDS", help="stop a layer that takes longer (default: 60)")
+    add("--table", action="store_true", help="print every gradient, not only what is wrong")
+    _add_fields(add, "backend")
     return parser, verbs
 
 

@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from minilora.backend import choose_backend
-from minilora.checking.catalogue import check_all
+from minilora.checking.verb import gradcheck_run
 from minilora.cli.flags import REMOVED
 from minilora.explain.explain import explain
 from minilora.runs import Say
@@ -56,19 +56,8 @@ def _compare(args: Namespace, say: Say) -> dict[str, Any]:
 
 
 def _gradcheck(args: Namespace, say: Say) -> dict[str, Any]:
-    errors, wrong = {}, []
-    say(f"{'what':<44} {'gradients':>9} {'worst error':>12}")
-    for name, report in check_all(choose_backend(args.backend or "auto")):
-        say(f"{name:<44} {len(report.entries):>9} {report.worst:>12.1e}  {report.verdict}")
-        errors[name] = report.worst
-        if not report.ok:
-            wrong.append(name)
-            say(str(report))
-    if wrong:
-        what = "backward passes disagree with finite differences, or could not be compared"
-        raise ArithmeticError(f"{len(wrong)} of {len(errors)} {what}: {', '.join(wrong)}.")
-    say(f"all {len(errors)} agree with central differences in float64, relative error at most {max(errors.values()):.1e}")
-    return {"checked": len(errors), "worst": max(errors.values()), "errors": errors}
+    given = _given(args)
+    return gradcheck_run(given.pop("what", None), choose_backend(given.pop("backend", "auto")), say, **given)
 
 
 VERBS: dict[str, Callable[[Namespace, Say], dict[str, Any]]] = {

@@ -31,7 +31,7 @@ class Worked(NamedTuple):
 
 
 def work(expression: str, env: Env) -> Worked:
-    """The expression, with names and indices from env. An array in it that is None, an argument left out, counts as 0."""
+    """The expression, with names and indices from env."""
     terms: list[float] = []
     value, node = _work(ast.parse(expression, mode="eval").body, env, terms)
     return Worked(value, read(ast.unparse(node)), terms)
@@ -56,8 +56,7 @@ def _work(node: Any, env: Env, terms: list[float]) -> tuple[float, Any]:
     if isinstance(node, ast.Name):
         return float(env[node.id]), _number(env[node.id])
     if isinstance(node, ast.Subscript):
-        array = env[node.value.id]  # type: ignore[attr-defined]
-        value = 0.0 if array is None else float(array[index_of(node, env)])
+        value = float(env[node.value.id][index_of(node, env)])  # type: ignore[attr-defined]
         return value, _number(value)
     if isinstance(node, ast.Call) and node.func.id == "sum":  # type: ignore[attr-defined]
         return _sum(node.args[0], env, terms)
@@ -68,14 +67,13 @@ def _work(node: Any, env: Env, terms: list[float]) -> tuple[float, Any]:
     left, right, op = (node.left, node.comparators[0], node.ops[0]) if isinstance(node, ast.Compare) else (node.left, node.right, node.op)
     (a, x), (b, y) = _work(left, env, terms), _work(right, env, terms)
     value = float(_OPERATORS[type(op)](a, b))
-    missing = isinstance(right, ast.Subscript) and env[right.value.id] is None  # type: ignore[attr-defined]
-    return value, x if missing else _number(value) if isinstance(node, ast.Compare) else ast.BinOp(x, op, y)
+    return value, _number(value) if isinstance(node, ast.Compare) else ast.BinOp(x, op, y)
 
 
 def _sum(node: Any, env: Env, terms: list[float]) -> tuple[float, Any]:
     """Over the axis on which the letter of the sum is used first."""
     letter = node.generators[0].target.id
-    used = (n for n in ast.walk(node.elt) if isinstance(n, ast.Subscript) and env[n.value.id] is not None)  # type: ignore[attr-defined]
+    used = (n for n in ast.walk(node.elt) if isinstance(n, ast.Subscript))  # type: ignore[attr-defined]
     axes = ((env[n.value.id], ast.unparse(n.slice).strip("()").split(", ")) for n in used)  # type: ignore[attr-defined]
     count = next(array.shape[letters.index(letter)] for array, letters in axes if letter in letters)
     parts = [_work(node.elt, {**env, letter: k}, []) for k in range(count)]

@@ -56,10 +56,11 @@ def worked(call: Call, i: int, j: int) -> list[dict[str, Any]]:
     env |= GIVEN[call.name](env, i, j) if call.name in GIVEN else {}
     found = []
     for line in formulas().get(call.name, []):
-        name, expression = line.split(" = ", 1)
+        left_out = (n for n, value in env.items() if value is None)  # arguments: a bias, a mask
+        name, expression = re.sub(rf" [*+] ({'|'.join(left_out)})\[[^\]]*\]", "", line).split(" = ", 1)
         target: Any = ast.parse(name, mode="eval").body
         array = name.partition("[")[0]
-        if env.get(array, 0) is None or (array in call.gradients and array not in env) or not _known(expression, env):
+        if (array in call.gradients and env.get(array) is None) or not _known(expression, env):
             continue
         if "[" in name:
             letters = [ast.unparse(part) for part in (target.slice.elts if isinstance(target.slice, ast.Tuple) else [target.slice])]
@@ -82,9 +83,11 @@ def arguments(call: Call) -> dict[str, Any]:
     """{name: value} of what a call was given."""
     reference = bare(TABLE[call.name].kernels[-1].forward) if call.name in TABLE else None
     candidates = (call.run[0], reference, getattr(F, call.name, None), call.function)
-    named = (f for f in candidates if f and not any(p.kind == p.VAR_POSITIONAL for p in signature(f).parameters.values()))
+    every = (signature(f).parameters for f in candidates if f)
+    parameters = next(each for each in every if not any(p.kind == p.VAR_POSITIONAL for p in each.values()))
     args, options = call.inputs[0]
-    return dict(zip(signature(next(named)).parameters, args, strict=False)) | options
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    return defaults | dict(zip(parameters, args, strict=False)) | options
 
 
 def difference(call: Call, argument: str, index: tuple[int, ...]) -> float:
@@ -114,6 +117,6 @@ def _indexed(formula: str, env: dict[str, Any]) -> str:
 
 
 def _known(expression: str, env: dict[str, Any]) -> bool:
-    """Whether every array of an expression is there; one that is None is an argument left out, as a bias."""
+    """Whether every array of an expression is there."""
     subscripts = (n.value.id for n in ast.walk(ast.parse(expression)) if isinstance(n, ast.Subscript) and isinstance(n.value, ast.Name))
-    return all(name in env for name in subscripts)
+    return all(env.get(name) is not None for name in subscripts)
