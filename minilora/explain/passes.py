@@ -75,7 +75,8 @@ def _adapt(model: Any, adapter: Any) -> str:
         for _, layer in lora_layers(model):
             layer.dropout.p = 0.0
         return f"The adapter is that of {adapter}, without dropout."
-    inject(model, LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear"), rng=0)
+    task = "CAUSAL_LM" if is_decoder(model) else "SEQ_CLS"
+    inject(model, LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type=task), rng=0)
     rng = np.random.default_rng(0)
     for _, layer in lora_layers(model):
         layer.lora_B.data = (STD * rng.standard_normal(layer.lora_B.data.shape)).astype(layer.lora_B.data.dtype)

@@ -25,7 +25,8 @@ def explain_step(run: Passes, name: str, token: int | None, feature: int | None)
 
     Raises ValueError for a model without a trained LoRALinear, and for a place that is none.
     """
-    ops = {c.place.partition("/")[0]: c for c in run.exact if c.name == "lora_linear" and (c.grads or {}).get("dA") is not None}
+    trained = (c for c in run.exact if c.name == "lora_linear" and c.parent is not None and c.parent.layer is not None and c.grads)
+    ops = {c.parent.place: c for c in trained if c.parent and c.grads and c.grads.get("dA") is not None}
     if not ops:
         raise ValueError("this model trains no LoRALinear, so there is no step to explain; name a place without --step.")
     place = find(next(iter(ops)) if name == "lora" else name, run)[0].partition("/")[0]
