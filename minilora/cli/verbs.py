@@ -12,6 +12,7 @@ from minilora.backend import choose_backend
 from minilora.checking.verb import gradcheck_run
 from minilora.cli.flags import REMOVED
 from minilora.explain.explain import explain
+from minilora.report.page import report_run
 from minilora.runs import Say
 from minilora.runs.evaluate import evaluate_run
 from minilora.runs.finetune import finetune
@@ -68,6 +69,7 @@ VERBS: dict[str, Callable[[Namespace, Say], dict[str, Any]]] = {
     "merge": _merge,
     "extract": lambda args, say: extract_run(**_given(args), say=say),
     "compare": _compare,
+    "report": lambda args, say: report_run(**_given(args), say=say),
     "info": lambda args, say: describe(**_given(args), say=say),
     "explain": lambda args, say: explain(**_given(args), say=say),
     "gradcheck": _gradcheck,
