@@ -31,6 +31,17 @@ def doc(call: Call) -> Doc:
     return found if found.letters.keys() & call.shapes.keys() else found._replace(letters=letters)
 
 
+def arrays(call: Call) -> dict[str, list[dict[str, Any]]]:
+    """Of each array that goes in and comes out, forward and backward: name, axes in letters, shape, and whether it comes out."""
+    letters, results = doc(call).letters, ["y", *call.gradients]
+    ways = {"forward": [*(n for n in call.shapes if n in call.args), "y"], "backward": ["dy", *call.gradients]}
+    axes = {n: letters.get(n if n in ways["forward"] else "y" if n == "dy" else n[1:], "").replace(" ", ", ") for n in call.shapes}
+    return {
+        way: [{"name": n, "axes": axes[n], "shape": list(call.shapes[n]), "result": n in results} for n in names if n in call.shapes]
+        for way, names in ways.items()
+    }
+
+
 def code(call: Call) -> dict[str, Any]:
     """The lines of both directions, each backward line with the forward lines that it undoes."""
     found = [f for f in functions(call) if f is not None]

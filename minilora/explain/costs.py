@@ -7,7 +7,7 @@ from typing import Any
 
 from minilora.backend import Array
 from minilora.checking.flops import _ACTIVATIONS, FORMULAS, value
-from minilora.checking.trace import Call, arrays_in, owner
+from minilora.checking.trace import Call
 from minilora.explain.docstring import Doc
 
 KINDS = ("forward", "dx", "dW", "skipped")
@@ -33,18 +33,6 @@ def predicted(call: Call) -> dict[str, str]:
         rest = getattr(call.flops, kind) - (value(formula, call.flops.sizes) if formula else 0)
         found[kind] = f"{formula} {'+' if rest > 0 else '-'} {abs(rest)}" if rest else formula
     return {kind: formula for kind, formula in found.items() if formula}
-
-
-def kept(calls: list[Call]) -> dict[int, list[Array]]:
-    """{id of a call: the arrays that it saved first}, of a whole pass; parameters are not counted."""
-    parameters = {id(owner(p.data)) for c in calls if hasattr(c.layer, "parameters") for _, p in c.layer.parameters()}
-    found: dict[int, list[Array]] = {}
-    for root in (c for c in calls if c.parent is None):
-        held = {id(owner(a)): owner(a) for a in arrays_in(root.saved)}
-        for call in root.below():
-            mine = {id(owner(a)) for a in arrays_in(call.saved)} & held.keys()
-            found[id(call)] = [a for a in map(held.pop, mine) if id(a) not in parameters]
-    return found
 
 
 def saved_formula(arrays: list[Array], doc: Doc, sizes: dict[str, int]) -> str:

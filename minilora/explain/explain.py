@@ -5,22 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minilora.checking.trace import Call
-from minilora.explain.code import code, doc, functions
+from minilora.explain.code import arrays, code, doc, functions
 from minilora.explain.composite import composed
-from minilora.explain.costs import counted, kept, predicted, saved_formula
-from minilora.explain.docstring import Doc, sizes_of
+from minilora.explain.costs import counted, predicted, saved_formula
+from minilora.explain.docstring import sizes_of
 from minilora.explain.lines import file_of
 from minilora.explain.page import write_page
 from minilora.explain.passes import TEXT, Passes, find, passes
 from minilora.explain.step import explain_step
 from minilora.explain.terminal import show
-from minilora.explain.worked import check, grid_of, worked
+from minilora.explain.worked import check, choices, grid_of, worked
 from minilora.runs import Say, silent
-
-OFFERED = (16, 10)  # tokens and features to choose from in a page
 
 
 def explain(
@@ -41,14 +37,14 @@ def explain(
     """
     run = passes(model, text)
     result = {"model": str(model), "note": run.note, "text": text, "tokens": run.pieces, "loss": run.loss}
-    result |= explain_step(run, place, token, feature) if step else _explain(run, place, token, feature, html is not None)
+    result |= (explain_step if step else _explain)(run, place, token, feature, html is not None)
     if html is not None:
         write_page(result, html)
     show(result, say)
     return result
 
 
-def _explain(run: Passes, name: str, token: int | None, feature: int | None, choices: bool) -> dict[str, Any]:
+def _explain(run: Passes, name: str, token: int | None, feature: int | None, page: bool) -> dict[str, Any]:
     place, exact = find(name, run)
     at = run.exact.index(exact) if exact in run.exact else -1  # -1: an example
     call = run.calls[at] if at >= 0 else exact
@@ -77,49 +73,32 @@ def _explain(run: Passes, name: str, token: int | None, feature: int | None, cho
         "source": docs.source,
         "sizes": {letter: size for letter, size in sizes.items() if size},
         "letters": "P: pairs of a query and a key that are multiplied, h: features of all query heads" if "P" in sizes else "",
-        "forward": _arrays(op or call, docs, [*call_args(op or call), "y"], "y"),
-        "backward": _arrays(op or call, docs, ["dy", *(op or call).gradients]),
+        **arrays(op or call),
         "no_backward": "" if call.order is not None or call.grads else why,
         "code": [c for c in [code(op or call)] if c["forward"]],
         "token": i,
         "feature": j,
         "grid": list(grid_of(subject)),
         "worked": numbers(subject, i, j),
-        "costs": {"LoRA": _costs(whole, op, run.calls)},
+        "costs": {"LoRA": _costs(whole, op)},
     }
     for other in full:
-        result["costs"]["fully trained"] = _costs(other, other.children[0] if single else op and other, run.full, run.base)
+        result["costs"]["fully trained"] = _costs(other, other.children[0] if single else op and other, run.base)
     if op is None:
         result["children"] = [_child(c, whole.place) for c in inside]
-    if choices and result["worked"]:
-        offered = [{at, *np.linspace(0, n - 1, min(n, most)).astype(int).tolist()} for at, n, most in zip((i, j), grid_of(subject), OFFERED)]
-        tokens, features = result["offered"] = [sorted(each) for each in offered]
-        result["choices"] = {f"{t},{f}": numbers(subject, t, f) for t in tokens for f in features}
+    if page and result["worked"]:
+        result |= choices(subject, i, j, numbers)
     return result
 
 
-def call_args(call: Call) -> list[str]:
-    return [name for name in call.shapes if name in call.args]
-
-
-def _arrays(call: Call, docs: Doc, names: list[str], results: str = "") -> list[dict[str, Any]]:
-    """Name, axes in letters, and shape; result: whether it comes out."""
-    found = []
-    for name in (n for n in names if n in call.shapes):
-        axes = docs.letters.get(name if results else "y" if name == "dy" else name[1:], "")
-        found.append({"name": name, "axes": axes.replace(" ", ", "), "shape": list(call.shapes[name]), "result": name not in (*call.args, "dy")})
-    return found
-
-
-def _costs(call: Call, op: Call | None, calls: list[Call], base: set[int] | None = None) -> dict[str, Any]:
+def _costs(call: Call, op: Call | None, base: set[int] | None = None) -> dict[str, Any]:
     """What was counted, with its formulas, and the parameters that are trained here: those of `base`, or those that are trainable."""
     every = list(call.layer.parameters()) if call.layer is not None else []
     trained = sum(p.data.size for _, p in every if (p.trainable if base is None else id(p) in base))
     formulas = {"adam": "12 a parameter"}
     if op is not None:
-        docs, arrays = doc(op), kept(calls)
-        mine = [a for c in call.below() for a in arrays.get(id(c), [])]
-        formulas |= predicted(op) | {"saved": saved_formula(mine, docs, sizes_of(docs.letters, op.shapes))}
+        saved = saved_formula([a for c in call.below() for a in c.kept], doc(op), sizes_of(doc(op).letters, op.shapes))
+        formulas |= predicted(op) | {"saved": saved}
     return counted(call) | {"trained": trained, "adam": 12 * trained, "formulas": formulas}
 
 

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _TARGET = re.compile(r"(\w+)(?:\[.*?\])?(?:: \w+)? [-+*]?= ")
-_PASSIVE = re.compile(r"check_|xp\b.*=|raise |.*(self\.load\(|empty_like|zeros)|(?!.*([-+*/@]|\w\())")  # a check, an allocation, a bare return
+_PASSIVE = re.compile(
+    r"check_|xp\b.*=|raise |.*(self\.load\(|empty_like|zeros)|(?!.*([-+*/@]|\w\())"
+)  # a check, an allocation, a bare return
 
 
 class Line(NamedTuple):

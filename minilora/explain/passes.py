@@ -127,4 +127,3 @@ def example(name: str) -> Call:
             y, saved = pair.forward(pair.x)
             pair.backward(rng.standard_normal(y.shape), saved)
     return next(c for c in calls if c.name == name)
-

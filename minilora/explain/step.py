@@ -9,9 +9,10 @@ import numpy as np
 from minilora import kernels as K
 from minilora.backend import Array
 from minilora.checking.trace import Call, trace
+from minilora.explain.code import arrays, code
 from minilora.explain.costs import counted
 from minilora.explain.passes import Passes, find
-from minilora.explain.worked import central, check, worked
+from minilora.explain.worked import central, check, choices, worked
 from minilora.functional import AdamStep
 from minilora.layers import Layer
 from minilora.lora import lora_layers
@@ -20,7 +21,7 @@ from minilora.optim.optimizers import AdamW
 LR = 1e-3
 
 
-def explain_step(run: Passes, name: str, token: int | None, feature: int | None) -> dict[str, Any]:
+def explain_step(run: Passes, name: str, token: int | None, feature: int | None, page: bool) -> dict[str, Any]:
     """The step that changes one number of lora_A at a place; "lora" is the lowest adapter: every backward call comes before its own.
 
     Raises ValueError for a model without a trained LoRALinear, and for a place that is none.
@@ -32,15 +33,29 @@ def explain_step(run: Passes, name: str, token: int | None, feature: int | None)
     place = find(next(iter(ops)) if name == "lora" else name, run)[0].partition("/")[0]
     if place not in ops:
         raise ValueError(f"{place} has no LoRA for a step to change; the nearest are {', '.join(list(ops)[:3])}.")
-    op, layer = ops[place], dict(lora_layers(run.model))[place]
+    op, p = ops[place], dict(lora_layers(run.model))[place].lora_A
+    w, g = p.data.copy(), p.grad.copy()
+
+    def numbers(call: Call, i: int, j: int) -> list[dict[str, Any]]:
+        """du and dA, and AdamW's first step of that number of A."""
+        entries = [e for e in worked(call, i, j) if e["name"] in ("du", "dA")]
+        return entries + _update(w, g, int(np.ravel_multi_index(entries[-1]["index"], w.shape)))
+
     i, j = check(place, op, token, feature)
-    entries = [e for e in worked(op, i, j) if e["name"] in ("du", "dA")]
-    p, at = layer.lora_A, tuple(entries[-1]["index"])
-    entries[-1]["finite_difference_of_loss"] = central(run.exact[0], p.data, at)
-    update, before = _update(p.data, p.grad, int(np.ravel_multi_index(at, p.data.shape))), float(p.data[at])
-    loss_after = _step(run)
-    found = {"place": place, "step": True, "parameter": f"{place}.lora_A", "index": list(at), "way": _way(run, op), "worked": entries}
-    return found | {"adamw": update, "lr": LR, "before": before, "after": float(p.data[at]), "loss_after": loss_after}
+    entries = numbers(op, i, j)
+    at = tuple(entries[1]["index"])
+    entries[1]["finite_difference_of_loss"] = central(run.exact[0], p.data, at)
+    found = {
+        "place": place,
+        "step": True,
+        "parameter": f"{place}.lora_A",
+        "index": list(at),
+        "way": _way(run, op),
+        "worked": entries,
+        "lr": LR,
+    }
+    found |= {"token": i, "feature": j, "code": [code(op)], **arrays(op)} | (choices(op, i, j, numbers) if page else {})
+    return found | {"before": float(w[at]), "loss_after": _step(run), "after": float(p.data[at])}
 
 
 def _way(run: Passes, op: Call) -> list[dict[str, Any]]:
@@ -62,11 +77,11 @@ def _way(run: Passes, op: Call) -> list[dict[str, Any]]:
     ]
 
 
-def _update(w: Array, g: Any, at: int) -> list[dict[str, Any]]:
+def _update(w: Array, g: Array, at: int) -> list[dict[str, Any]]:
     """AdamW's first step of one number."""
     zeros, step = np.zeros(w.size), AdamStep(LR, 0.0, 0.9, 0.999, 1 - 0.9, 1 - 0.999, 1e-8, True)
-    with trace(Layer(), arrays=True) as calls:
-        K.adamw(w.ravel().copy(), g.ravel().copy(), zeros, zeros.copy(), 1.0, 1.0, step)
+    with trace(Layer(), arrays=True) as calls:  # which copies them
+        K.adamw(w.ravel().copy(), g.ravel(), zeros, zeros.copy(), 1.0, 1.0, step)
     return worked(calls[0], 0, at)
 
 

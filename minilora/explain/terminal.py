@@ -66,11 +66,11 @@ def _step(r: dict[str, Any], say: Say) -> None:
     head = ["backward, from the loss down", "", "dy", "|dy|", "dx, FLOPs", "dW, FLOPs", "gradients"]
     keys = ("place", "name", "dy", "norm_dy", "dx", "dW", "gradients")
     _table(head, [[c[k] for k in keys] for c in r["way"]], say)
-    say(f"\nthe gradient of {at}")
+    say(f"\n{at}: its gradient, and AdamW's first step, with lr = {r['lr']} and m and v zero")
     _numbers(r["worked"], say)
-    say(f"\nAdamW, first step, lr = {r['lr']}: m and v were zero")
-    _numbers(r["adamw"], say)
-    say(f"\nafter the step of all adapters\n  {at}: {r['before']:.8g} -> {r['after']:.8g}\n  loss: {r['loss']:.6f} -> {r['loss_after']:.6f}")
+    say(
+        f"\nafter the step of all adapters\n  {at}: {r['before']:.8g} -> {r['after']:.8g}\n  loss: {r['loss']:.6f} -> {r['loss_after']:.6f}"
+    )
 
 
 def _code(code: dict[str, Any], say: Say) -> None:

@@ -41,7 +41,9 @@ def read(text: str) -> str:
     """Python's operators as a reader writes them."""
     text = re.sub(r" \* (?=[\d(])|(?<=\d) \* ", "·", text).replace(" * ", " ")
     text = re.sub(r"\(\((-[\d.e-]+)\)\)", r"(\1)", re.sub(r" ?\*\* ?", "^", text))
-    return re.sub(r"sum\((.*?) for (\w) in \w+\)", lambda m: f"Σ_{m[2]} " + (f"({m[1]})" if re.match(r"[^()]* [+-] ", m[1]) else m[1]), text)
+    return re.sub(
+        r"sum\((.*?) for (\w) in \w+\)", lambda m: f"Σ_{m[2]} " + (f"({m[1]})" if re.match(r"[^()]* [+-] ", m[1]) else m[1]), text
+    )
 
 
 def index_of(node: Any, env: Env) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -17,6 +18,8 @@ from minilora.explain.work import index_of, read, work
 from minilora.kernels import TABLE
 
 STEP = 1e-5
+OFFERED = (16, 10)  # tokens and features to choose from in a page
+Numbers = Callable[[Call, int, int], list[dict[str, Any]]]
 
 
 def grid_of(call: Call) -> tuple[int, int]:
@@ -31,12 +34,19 @@ def check(place: str, call: Call, token: int | None, feature: int | None) -> tup
     for name, value, count in zip(("token", "feature"), (token, feature), grid_of(call), strict=True):
         if value is not None and not 0 <= value < count:
             raise ValueError(f"{place} has no {name} {value}; choose one from 0 to {count - 1}.")
-    dy, (rows, columns) = cotangent(call), grid_of(call)
+    dy, (rows, _) = cotangent(call), grid_of(call)
     if dy is None or dy.ndim != 2:
         return (rows - 1 if token is None else token), feature or 0
     size = abs(dy if feature is None else dy[:, [feature]])
     i = int(size.max(axis=1).argmax()) if token is None else token
     return i, int(size[i].argmax()) if feature is None else feature
+
+
+def choices(call: Call, i: int, j: int, numbers: Numbers) -> dict[str, Any]:
+    """What a page offers: tokens, features, and the numbers of each pair, by "token,feature"."""
+    both = zip((i, j), grid_of(call), OFFERED, strict=True)
+    tokens, features = offered = [sorted({at, *np.linspace(0, n - 1, min(n, most)).astype(int).tolist()}) for at, n, most in both]
+    return {"offered": offered, "choices": {f"{t},{f}": numbers(call, t, f) for t in tokens for f in features}}
 
 
 def cotangent(call: Call) -> Array | None:
@@ -113,7 +123,11 @@ def central(call: Call, x: Array, index: tuple[int, ...]) -> float:
 def _indexed(formula: str, env: dict[str, Any]) -> str:
     """The formula with numbers for its indices, but for those of sums."""
     sums = re.findall(r"Σ_(\w)", formula)
-    return re.sub(r"(?<=[\[,])\w+(?=[\],])|(?<=== )\w+", lambda m: m[0] if m[0] in sums or not isinstance(env.get(m[0]), int) else str(env[m[0]]), formula)
+    return re.sub(
+        r"(?<=[\[,])\w+(?=[\],])|(?<=== )\w+",
+        lambda m: m[0] if m[0] in sums or not isinstance(env.get(m[0]), int) else str(env[m[0]]),
+        formula,
+    )
 
 
 def _known(expression: str, env: dict[str, Any]) -> bool:
