@@ -36,7 +36,7 @@ def predicted(call: Call) -> dict[str, str]:
 
 
 def saved_formula(arrays: list[Array], doc: Doc, sizes: dict[str, int]) -> str:
-    """The bytes of arrays, such as "4 T m (x) + 4 T r (u)": the bytes of a number times its axes, in letters where the docstring has them."""
+    """The bytes of arrays, such as "4 T m (x) + 4 T r (u)": of a number times the axes, in letters where the docstring has them."""
     said, terms = f" {doc.saved} ".replace(",", " "), []
     for array in arrays:
         names = [name for name, axes in doc.letters.items() if shape_of(axes, sizes) == array.shape]

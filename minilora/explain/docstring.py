@@ -42,7 +42,7 @@ def doc_of(forward: Any, backward: Any = None) -> Doc:
 
 def _letters(text: str) -> dict[str, str]:
     """{name: axes} of "x (T, m), q and k (T, H d) -> y (T, n)"."""
-    found = {}
+    found: dict[str, str] = {}
     for names, axes in _SHAPE.findall(text.replace("->", " ")):
         for name in re.split(r", | and ", names):
             found.setdefault(name, " ".join(a.strip().replace(" ", "·").replace("·/·", "/") for a in axes.split(",") if a.strip()))

@@ -62,14 +62,9 @@ def _loss(a: Arrays, i: int, j: int) -> Arrays:
     label = np.array(a["labels"].targets if isinstance(a["labels"], F.Labelled) else a["labels"])
     top = z.max(axis=1)
     logsumexp = top + np.log(np.exp(z - top[:, None]).sum(axis=1))
-    counted = (label != F.IGNORE) * float(a.get("times") or 1)
-    found = {
-        "z": z,
-        "label": np.where(label == F.IGNORE, 0, label),
-        "counted": counted,
-        "logsumexp": logsumexp,
-        "N": a.get("count") or int((label != F.IGNORE).sum()),
-    }
+    seen = label != F.IGNORE
+    found = {"z": z, "label": label * seen, "counted": seen * float(a.get("times") or 1), "logsumexp": logsumexp}
+    found |= {"N": a.get("count") or int(seen.sum())}
     return found if "logits" in a else found | {"p": np.exp(z - logsumexp[:, None])}
 
 

@@ -18,13 +18,11 @@ from typing import Any, NamedTuple
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _TARGET = re.compile(r"(\w+)(?:\[.*?\])?(?:: \w+)? [-+*]?= ")
-_PASSIVE = re.compile(
-    r"check_|xp\b.*=|raise |.*(self\.load\(|empty_like|zeros)|(?!.*([-+*/@]|\w\())"
-)  # a check, an allocation, a bare return
+_PASSIVE = re.compile(r"check_|xp\b.*=|raise |.*(self\.load\(|empty_like|zeros)|(?!.*([-+*/@]|\w\())")
 
 
 class Line(NamedTuple):
-    """A statement, or the head of a compound one. counts: whether it computes something."""
+    """A statement, or the head of a compound one. counts: whether it computes something, and is no check or allocation."""
 
     number: int
     text: str

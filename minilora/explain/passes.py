@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ TEXT = "def add(a, b):"
 
 
 class Passes(NamedTuple):
-    """calls: in float32, of a step that trains the adapters; full: of one that trains everything; exact: the first in float64, with arrays."""
+    """calls: in float32, of a step that trains the adapters; full: that trains everything; exact: `calls` in float64, with arrays."""
 
     model: Any
     note: str
@@ -38,7 +39,7 @@ class Passes(NamedTuple):
     exact: list[Call]
 
 
-def passes(name: str, text: str = TEXT) -> Passes:
+def passes(name: str | Path, text: str = TEXT) -> Passes:
     """Run a text through the model of a path. Raises ValueError for a text that does not fit it, and as the loaders do."""
     model, adapter = open_base(name, "numpy", dtype="float32")
     tokenizer = tokenizer_of(name, model.config.vocab_size)
@@ -115,7 +116,8 @@ def example(name: str) -> Call:
     """A call of an operation on small random arrays."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((6, 5))
-    pair: Any = next((p for _, p, _, _ in reversed(list(pairs(rng))) if p.name.partition(",")[0] == name), Layer())
+    known: dict[str, Any] = {key: p for _, p, _, _ in reversed(list(pairs(rng))) for key in (p.name.partition(",")[0], p.name)}
+    pair = known.get(name, Layer())
     with trace(pair, arrays=True) as calls:
         if name == "dropout_mask":
             K.dropout_mask(x, x.shape, 0.4, 11)

@@ -39,44 +39,41 @@ def work(expression: str, env: Env) -> Worked:
 
 def read(text: str) -> str:
     """Python's operators as a reader writes them."""
-    text = re.sub(r" \* (?=[\d(])|(?<=\d) \* ", "·", text).replace(" * ", " ")
-    text = re.sub(r"\(\((-[\d.e-]+)\)\)", r"(\1)", re.sub(r" ?\*\* ?", "^", text))
+    text = re.sub(r" \* (?=[\d(])|(?<=[\d)]) \* ", "·", text).replace(" * ", " ")
+    text = re.sub(r"(?<=\()\((-[\d.e-]+)\)(?=[,)])", r"\1", re.sub(r" ?\*\* ?", "^", text))
     return re.sub(
         r"sum\((.*?) for (\w) in \w+\)", lambda m: f"Σ_{m[2]} " + (f"({m[1]})" if re.match(r"[^()]* [+-] ", m[1]) else m[1]), text
     )
 
 
-def index_of(node: Any, env: Env) -> tuple[int, ...]:
-    """The index of "y[i,j]" in numbers."""
-    return tuple(int(_work(part, env, [])[0]) for part in (node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]))
-
-
 def _work(node: Any, env: Env, terms: list[float]) -> tuple[float, Any]:
     """The value of a node, and the node with numbers in place of names."""
-    if isinstance(node, ast.Constant):
-        return node.value, node  # type: ignore[return-value]
-    if isinstance(node, ast.Name):
+    kind = type(node).__name__
+    if kind == "Constant":
+        return node.value, node
+    if kind == "Name":
         return float(env[node.id]), _number(env[node.id])
-    if isinstance(node, ast.Subscript):
-        value = float(env[node.value.id][index_of(node, env)])  # type: ignore[attr-defined]
+    if kind == "Subscript":
+        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        value = float(env[node.value.id][tuple(int(_work(part, env, [])[0]) for part in parts)])
         return value, _number(value)
-    if isinstance(node, ast.Call) and node.func.id == "sum":  # type: ignore[attr-defined]
+    if kind == "Call" and node.func.id == "sum":
         return _sum(node.args[0], env, terms)
-    if isinstance(node, ast.Call):
+    if kind == "Call":
         args = [_work(arg, env, terms) for arg in node.args]
-        value = float(_FUNCTIONS[node.func.id](*(v for v, _ in args)))  # type: ignore[attr-defined]
+        value = float(_FUNCTIONS[node.func.id](*(v for v, _ in args)))
         return value, ast.Call(node.func, [n for _, n in args], [])
-    left, right, op = (node.left, node.comparators[0], node.ops[0]) if isinstance(node, ast.Compare) else (node.left, node.right, node.op)
+    left, right, op = (node.left, node.comparators[0], node.ops[0]) if kind == "Compare" else (node.left, node.right, node.op)
     (a, x), (b, y) = _work(left, env, terms), _work(right, env, terms)
     value = float(_OPERATORS[type(op)](a, b))
-    return value, _number(value) if isinstance(node, ast.Compare) else ast.BinOp(x, op, y)
+    return value, _number(value) if kind == "Compare" else ast.BinOp(x, op, y)
 
 
 def _sum(node: Any, env: Env, terms: list[float]) -> tuple[float, Any]:
     """Over the axis on which the letter of the sum is used first."""
     letter = node.generators[0].target.id
-    used = (n for n in ast.walk(node.elt) if isinstance(n, ast.Subscript))  # type: ignore[attr-defined]
-    axes = ((env[n.value.id], ast.unparse(n.slice).strip("()").split(", ")) for n in used)  # type: ignore[attr-defined]
+    used: Any = (n for n in ast.walk(node.elt) if isinstance(n, ast.Subscript))
+    axes = ((env[n.value.id], ast.unparse(n.slice).strip("()").split(", ")) for n in used)
     count = next(array.shape[letters.index(letter)] for array, letters in axes if letter in letters)
     parts = [_work(node.elt, {**env, letter: k}, []) for k in range(count)]
     terms += [value for value, _ in parts]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Callable
 from inspect import signature
@@ -14,7 +13,7 @@ from minilora import functional as F
 from minilora.backend import Array
 from minilora.checking.trace import Call, bare
 from minilora.explain.formulas import GIVEN, formulas
-from minilora.explain.work import index_of, read, work
+from minilora.explain.work import read, work
 from minilora.kernels import TABLE
 
 STEP = 1e-5
@@ -62,29 +61,26 @@ def worked(call: Call, i: int, j: int) -> list[dict[str, Any]]:
     """For each line of the operation's formulas: name, value, the formula with names and with numbers, and how it compares."""
     dy = cotangent(call)
     arrays = {**arguments(call), "y": call.y, **(call.grads or {}), **({} if dy is None else {"dy": dy})}
-    env = {"i": i, "j": j, **arrays}
+    env: dict[str, Any] = {"i": i, "j": j, **arrays}
     env |= GIVEN[call.name](env, i, j) if call.name in GIVEN else {}
     found = []
     for line in formulas().get(call.name, []):
-        left_out = (n for n, value in env.items() if value is None)  # arguments: a bias, a mask
+        left_out = (n for n, value in env.items() if value is None)  # a bias, a mask
         name, expression = re.sub(rf" [*+] ({'|'.join(left_out)})\[[^\]]*\]", "", line).split(" = ", 1)
-        target: Any = ast.parse(name, mode="eval").body
-        array = name.partition("[")[0]
-        if (array in call.gradients and env.get(array) is None) or not _known(expression, env):
-            continue
-        if "[" in name:
-            letters = [ast.unparse(part) for part in (target.slice.elts if isinstance(target.slice, ast.Tuple) else [target.slice])]
-            env |= {letter: j % size for letter, size in zip(letters, env[array].shape, strict=True) if letter not in env}
-        index = index_of(target, env) if "[" in name else ()
-        term = work(expression, env)
-        real = env.get(array)
-        entry = {"name": array, "index": list(index), "value": term.value}
-        entry |= {"formula": _indexed(f"{name} = {read(expression)}", env), "numbers": term.numbers}
-        entry |= {"terms": term.terms, "array": None if real is None else float(real[index])}
+        array, _, letters = name.rstrip("]").partition("[")
+        if any(env.get(n) is None for n in [*re.findall(r"(\w+)\[", expression), *({array} & {*call.gradients})]):
+            continue  # without a gradient of y, or of what is frozen
+        for letter, size in zip(letters.split(",") if letters else (), np.shape(env.get(array, 0)), strict=False):
+            env.setdefault(letter, j % size)
+        index = tuple(env[letter] for letter in letters.split(",")) if letters else ()
+        value, numbers, terms = work(expression, env)
+        entry = {"name": array, "index": list(index), "value": value, "numbers": numbers, "terms": terms}
+        entry["formula"] = _indexed(f"{name} = {read(expression)}", env)
+        entry["array"] = None if env.get(array) is None else float(env[array][index])
         if array.startswith("d") and array in call.gradients:
-            entry["finite_difference"] = difference(call, array[1:], index)
-        if "[" not in name:
-            env[array] = term.value
+            entry["finite_difference"] = central(call, arguments(call)[array[1:]], index)
+        if not letters:
+            env[array] = value
         found.append(entry)
     return found
 
@@ -100,13 +96,8 @@ def arguments(call: Call) -> dict[str, Any]:
     return defaults | dict(zip(parameters, args, strict=False)) | options
 
 
-def difference(call: Call, argument: str, index: tuple[int, ...]) -> float:
-    """The central difference of sum(dy y) by one number of an argument, from running the call again; of a loss, of the loss itself."""
-    return central(call, arguments(call)[argument], index)
-
-
 def central(call: Call, x: Array, index: tuple[int, ...]) -> float:
-    """The same by one number of an array that the call reads, which is written to and restored."""
+    """The central difference of sum(dy y), or of a loss, by one number of an array that the call reads and that is restored."""
     dy, (args, options) = cotangent(call), call.inputs[0]
     kept, h, results = x[index], STEP * max(1.0, abs(float(x[index]))), []
     try:
@@ -122,15 +113,5 @@ def central(call: Call, x: Array, index: tuple[int, ...]) -> float:
 
 def _indexed(formula: str, env: dict[str, Any]) -> str:
     """The formula with numbers for its indices, but for those of sums."""
-    sums = re.findall(r"Σ_(\w)", formula)
-    return re.sub(
-        r"(?<=[\[,])\w+(?=[\],])|(?<=== )\w+",
-        lambda m: m[0] if m[0] in sums or not isinstance(env.get(m[0]), int) else str(env[m[0]]),
-        formula,
-    )
-
-
-def _known(expression: str, env: dict[str, Any]) -> bool:
-    """Whether every array of an expression is there."""
-    subscripts = (n.value.id for n in ast.walk(ast.parse(expression)) if isinstance(n, ast.Subscript) and isinstance(n.value, ast.Name))
-    return all(env.get(name) is not None for name in subscripts)
+    numbers = {n: str(v) for n, v in env.items() if isinstance(v, int) and n not in re.findall(r"Σ_(\w)", formula)}
+    return re.sub(r"(?<=[\[,])\w+(?=[\],])|(?<=== )\w+", lambda m: numbers.get(m[0], m[0]), formula)
