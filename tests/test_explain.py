@@ -1,7 +1,10 @@
 """minilora explain: every operation, every layer and model of the catalogue; the numbers against the arrays; lines; pages; bad input."""
 
+import importlib.util
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -323,3 +326,14 @@ def test_the_page_says_what_the_terminal_says(tmp_path):
         assert f"{entry['value']:.8g}" in page
         assert f"{entry['value']:.8g}" in terminal
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_page_of_the_docs_is_what_is_printed():
+    root = Path(__file__).parent.parent
+    spec = importlib.util.spec_from_file_location("outputs", root / "docs" / "outputs.py")
+    outputs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(outputs)
+    page = (root / "docs" / "explain.md").read_text(encoding="utf-8")
+    hidden = [re.sub(r"\(?-?\d[\d.,e+-]*\)?", "#", text) for text in (page, outputs.filled(page))]  # numbers differ by rounding
+    assert hidden[0] == hidden[1]
+    assert "linear\n" + "\n".join(formulas()["linear"]) in page

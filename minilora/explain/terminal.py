@@ -62,6 +62,7 @@ def _place(r: dict[str, Any], say: Say) -> None:
 
 
 def _step(r: dict[str, Any], say: Say) -> None:
+    say(f"\nids {' '.join(map(str, r['ids']))}  ->  loss {r['loss']:.6f}")
     at = f"{r['parameter']}[{','.join(map(str, r['index']))}]"
     head = ["backward, from the loss down", "", "dy", "|dy|", "dx, FLOPs", "dW, FLOPs", "gradients"]
     keys = ("place", "name", "dy", "norm_dy", "dx", "dW", "gradients")
