@@ -14,7 +14,7 @@ from minilora import moved as moved
 if TYPE_CHECKING:
     from minilora.adapters import BottleneckConfig, BottleneckLinear, PartialConfig, combine, extract, input_roots, mixed
     from minilora.backend import choose_backend, seed, to_backend, to_numpy
-    from minilora.checking.gradcheck import gradcheck
+    from minilora.checking.gradcheck import assert_gradients, gradcheck
     from minilora.formats.adapter import load_adapter, save_adapter
     from minilora.formats.checkpoint import load_model, save_model
     from minilora.functional.losses import cross_entropy, mse
@@ -38,7 +38,7 @@ _HOME = {
     "formats.adapter": "load_adapter save_adapter",
     "formats.checkpoint": "load_model save_model",
     "functional.losses": "cross_entropy mse",
-    "checking.gradcheck": "gradcheck",
+    "checking.gradcheck": "assert_gradients gradcheck",
     "layers": "Attention Block Dropout Embedding Layer LayerNorm Linear Parameter RMSNorm Sequential",
     "layers.activations": "GELU ReLU SiLU Tanh",
     "lora": "LoRALinear LoraConfig disabled factorize inject merge unmerge",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,16 +27,20 @@ _EXACTLY = 60  # coordinates of a wrong gradient that are computed
 _RANDOM_TOL = 1e-6
 
 
-def blame(check: Check, entries: list[Entry]) -> list[Fault]:
-    """The calls that are themselves wrong, the first to run backward first. entries: those of `check`, which found something wrong."""
+def blame(check: Check, entries: list[Entry], seen: list[Entry] | None = None) -> list[Fault]:
+    """The calls that are themselves wrong. entries: those of `check`. seen: is extended by the entries of every other call."""
     calls = recorded(check)
     broken = any(not e.coordinates and e.verdict(check.tol) == "WRONG" for e in entries)  # a promise, or no gradient to compare
     wrong: dict[Call, list[Entry]] = {}
     for call in calls[0].below() if calls else ():
         if any(child in wrong for child in call.children):
             wrong[call] = []
-        elif bad := [e for e in (entries if call is calls[0] else judged(call, check.tol, broken)) if e.verdict(check.tol) == "WRONG"]:
+            continue
+        found = entries if call is calls[0] else judged(call, check.tol, broken)
+        if bad := [e for e in found if e.verdict(check.tol) == "WRONG"]:
             wrong[call] = bad
+        if seen is not None and call is not calls[0]:
+            seen += [replace(e, name=f"{call.place}: {e.name}") for e in found]
     guilty = [call for call, bad in wrong.items() if bad]
     faults: dict[tuple[str, str], Fault] = {}
     for call in [call for call in guilty if call.order is not None] or guilty:  # an exception may have kept the others from running
@@ -43,8 +48,7 @@ def blame(check: Check, entries: list[Entry]) -> list[Fault]:
         known = faults.setdefault((fault.source, fault.gradient), fault)
         if known is not fault:
             known.places.append(fault.place)
-    if not faults:
-        bad = [e for e in entries if e.verdict(check.tol) == "WRONG"]
+    if not faults and (bad := [e for e in entries if e.verdict(check.tol) == "WRONG"]):
         return [Fault([""], type(check.layer).__name__, bad[0].name, bad[0].remark, "")]
     return list(faults.values())
 
@@ -58,7 +62,7 @@ def recorded(check: Check) -> Calls:
 
 
 def judged(call: Call, tol: float, promises: bool = False) -> list[Entry]:
-    """What is wrong with a call taken on its own; [] if nothing, or if it has no gradients."""
+    """The entries of a call taken on its own: of directions, or of coordinates where one is wrong. [] if it has no gradients."""
     part = part_of(call)
     if part is None:
         return []
@@ -66,13 +70,11 @@ def judged(call: Call, tol: float, promises: bool = False) -> list[Entry]:
         check = Check(part, part.x, max(tol, _RANDOM_TOL), 0, _EXACTLY, {})
         if not check.checked:
             return []
-        entries = check.entries(
-            [[name] for name in check.checked] if call.is_operation else [check.checked], promises and not call.is_operation
-        )
-        if all(e.verdict(tol) != "WRONG" for e in entries):
-            return []
-        exact = Check(part, part.x, tol, 0, _EXACTLY, {}).entries(promises=False)
-    found = [e for e in exact if e.verdict(tol) == "WRONG"] or entries
+        directions = [[name] for name in check.checked] if call.is_operation else [list(check.checked)]
+        found = check.entries(directions, promises and not call.is_operation)
+        if any(e.verdict(tol) == "WRONG" for e in found):
+            exact = Check(part, part.x, tol, 0, _EXACTLY, {}).entries(promises=False)
+            found = exact if any(e.verdict(tol) == "WRONG" for e in exact) else found
     for entry in found:
         entry.name = part.names.get(entry.name, entry.name)
     return found

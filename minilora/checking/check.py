@@ -37,10 +37,15 @@ _ALL = "(all, one direction)"
 _INF = float("inf")
 
 
+def parameters_of(layer: Any) -> list[tuple[str, Any]]:
+    """(path, parameter) of a layer; none if it has no method of this name."""
+    return list(layer.parameters()) if hasattr(layer, "parameters") else []
+
+
 @contextmanager
 def unchanged(layer: Any) -> Iterator[None]:
     """Afterwards every parameter has the arrays that it has now."""
-    kept = [(p, name, getattr(p, name)) for _, p in layer.parameters() for name in ("data", "grad", "home") if hasattr(p, name)]
+    kept = [(p, name, getattr(p, name)) for _, p in parameters_of(layer) for name in ("data", "grad", "home") if hasattr(p, name)]
     try:
         yield
     finally:
@@ -60,10 +65,10 @@ class Check:
         self.rng = np.random.default_rng([_SEED, seed])
         self.tol, self.max_coordinates, self.options = tol, max_coordinates, options
         try:
-            self.layer = copy.deepcopy(layer, {id(p): p for _, p in layer.parameters()})
+            self.layer = copy.deepcopy(layer, {id(p): p for _, p in parameters_of(layer)})
         except TypeError as error:
             raise ValueError(f"gradcheck: no copy can be made of the layer ({error}).") from None
-        self.params = dict({id(p): (path, p) for path, p in self.layer.parameters()}.values())  # each once, even where it is shared
+        self.params = dict({id(p): (path, p) for path, p in parameters_of(self.layer)}.values())  # each once, even where it is shared
         self.home = backend_name(next(iter(self.params.values())).data if self.params else x)
         for p in self.params.values():
             p.grad, p.data = None, p.data.copy()

@@ -51,7 +51,7 @@ class Call:
     implementation    of an operation: "reference", "numpy" or "cuda"; "" for a layer
     order             of the backward call among all of them; None if there was none
     foreign, changed  backward was handed what another call saved; what was saved was written to before
-    bytes_saved       of the arrays that the pass keeps, and that no call inside this one or before it saved
+    kept, bytes_saved the arrays that the pass keeps, and that no call inside this one or before it saved; their bytes
     flops             of an operation
     run, inputs       (forward, backward) as called, and the arguments of each, in order and by name
     """
@@ -78,6 +78,7 @@ class Call:
     foreign: bool = False
     changed: bool = False
     sums: list[float] = field(default_factory=list)
+    kept: list[Array] = field(default_factory=list)
     bytes_saved: int = 0
     flops: Flops = field(default_factory=Flops)
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -166,7 +167,7 @@ class Recorder:
     def __init__(self, model: Any, arrays: bool) -> None:
         self.arrays, self.calls, self.count = arrays, Calls(), 0
         self.stack: list[tuple[Call, bool]] = []
-        self.parameters = {id(owner(p.data)) for _, p in model.parameters()}
+        self.parameters = {id(owner(p.data)) for _, p in getattr(model, "parameters", tuple)()}
 
     # -- what takes the place of methods and functions ------------------------------------------------------------------
 
@@ -301,7 +302,8 @@ class Recorder:
         held = {id(owner(a)): owner(a) for a in arrays_in(root.saved)}
         for call in root.below():
             mine = {id(owner(a)) for a in arrays_in(call.saved)} & held.keys()
-            call.bytes_saved = sum(held.pop(i).nbytes for i in mine if i not in self.parameters)
+            call.kept = [a for a in map(held.pop, mine) if id(a) not in self.parameters]
+            call.bytes_saved = sum(a.nbytes for a in call.kept)
 
 
 def owner(array: Array) -> Array:

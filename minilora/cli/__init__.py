@@ -42,6 +42,8 @@ def _run(args: Namespace) -> int:
     except BrokenPipeError:
         raise
     except (*_EXPECTED, KeyboardInterrupt) as error:
+        if args.json and hasattr(error, "result"):
+            print(to_json(error.result))
         return _failed(error, args.debug)
 
 

@@ -28,6 +28,7 @@ _VERBS = {
     "compare": "the largest change of each weight between two models, with their adapters",
     "report": "one HTML page about a run, or two: curves, norms, singular values, similarity, time, samples",
     "info": "the contents of a model or a run folder: parameters, memory, adaptable modules",
+    "explain": "a layer, an operation or a whole step: equation, source in both directions, real numbers, cost",
     "gradcheck": "check every gradient of this package by finite differences",
     "exercise": "write a backward pass yourself: start writes a file, check says what is wrong with it",
     "doctor": "versions, BLAS, memory and the GPU of this installation, and whether its matrix products are right",
@@ -129,7 +130,21 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     _add_weights(add)
     _add_fields(add, "backend", "numpy")
 
-    _add_fields(verbs["gradcheck"].add_argument, "backend")
+    add = verbs["explain"].add_argument
+    add("place", nargs="?", default="lora", metavar="PLACE", help="a path in the model or its end, an operation, or lora (default)")
+    add("--model", default="pydoc", help=f"{_MODEL} (default)")
+    add("--text", default="def add(a, b):", help="what the model reads (default: 'def add(a, b):')")
+    add("--token", type=int, metavar="I", help="row of the number that is worked out (default: of the largest gradient)")
+    add("--feature", type=int, metavar="J", help="its column")
+    add("--step", action="store_const", const=True, help="from the text to one changed number of the adapter at PLACE")
+    add("--html", type=Path, metavar="FILE", help="also write a page, to choose token and feature in")
+
+    add = verbs["gradcheck"].add_argument
+    add("what", nargs="?", help="path/file.py:Layer, or a model; without it, everything in this package")
+    add("--x", metavar="ROWSxCOLUMNS", help="the shape of the layer's input (default: the file's own x, or 5 rows)")
+    add("--timeout", type=float, default=60.0, metavar="SECONDS", help="stop a layer that takes longer (default: 60)")
+    add("--table", action="store_true", help="print every gradient, not only what is wrong")
+    _add_fields(add, "backend")
 
     add = verbs["exercise"].add_argument
     add("action", choices=("list", "start", "check", "hint", "solution"))

@@ -9,8 +9,9 @@ from dataclasses import fields
 from typing import Any
 
 from minilora.backend import choose_backend
-from minilora.checking.catalogue import check_all
+from minilora.checking.verb import gradcheck_run
 from minilora.exercises.student import exercise
+from minilora.explain.explain import explain
 from minilora.report.page import report_run
 from minilora.runs import Say
 from minilora.runs.doctor import doctor
@@ -64,19 +65,8 @@ def _compare(args: Namespace, say: Say) -> dict[str, Any]:
 
 
 def _gradcheck(args: Namespace, say: Say) -> dict[str, Any]:
-    errors, wrong = {}, []
-    say(f"{'what':<44} {'gradients':>9} {'worst error':>12}")
-    for name, report in check_all(choose_backend(args.backend or "auto")):
-        say(f"{name:<44} {len(report.entries):>9} {report.worst:>12.1e}  {report.verdict}")
-        errors[name] = report.worst
-        if not report.ok:
-            wrong.append(name)
-            say(str(report))
-    if wrong:
-        what = "backward passes disagree with finite differences, or could not be compared"
-        raise ArithmeticError(f"{len(wrong)} of {len(errors)} {what}: {', '.join(wrong)}.")
-    say(f"all {len(errors)} agree with central differences in float64, relative error at most {max(errors.values()):.1e}")
-    return {"checked": len(errors), "worst": max(errors.values()), "errors": errors}
+    given = _given(args)
+    return gradcheck_run(given.pop("what", None), choose_backend(given.pop("backend", "auto")), say, **given)
 
 
 VERBS: dict[str, Callable[[Namespace, Say], dict[str, Any]]] = {
@@ -89,6 +79,7 @@ VERBS: dict[str, Callable[[Namespace, Say], dict[str, Any]]] = {
     "compare": _compare,
     "report": lambda args, say: report_run(**_given(args), say=say),
     "info": lambda args, say: describe(**_given(args), say=say),
+    "explain": lambda args, say: explain(**_given(args), say=say),
     "gradcheck": _gradcheck,
     "exercise": lambda args, say: exercise(**_given(args), say=say),
     "doctor": lambda args, say: doctor(say),
