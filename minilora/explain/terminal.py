@@ -87,16 +87,12 @@ def _code(code: dict[str, Any], say: Say) -> None:
 
 
 def _numbers(entries: list[dict[str, Any]], say: Say) -> None:
+    kinds = {"numbers": "    = {}", "value": "    = {:.8g}", "finite_difference": "    ~ {:.8g}  by finite difference"}
+    kinds |= {"finite_difference_of_loss": kinds["finite_difference"] + " of the loss of the whole model"}
     for e in entries:
-        say(
-            f"  {e['formula']}"
-            + (f"    ({e['remark']})" if e.get("remark") else "")
-            + (f"\n    = {e['numbers']}" if "numbers" in e else "")
-            + f"\n    = {e['value']:.8g}"
-        )
-        for key, text in (("finite_difference", ""), ("finite_difference_of_loss", " of the loss of the whole model")):
-            if key in e:
-                say(f"    ~ {e[key]:.8g}  by finite difference{text}")
+        say(f"  {e['formula']}" + (f"    ({e['remark']})" if e.get("remark") else ""))
+        for key in (key for key in kinds if key in e):
+            say(kinds[key].format(e[key]))
 
 
 def _table(head: list[str], rows: list[list[Any]], say: Say) -> None:
