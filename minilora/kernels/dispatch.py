@@ -176,7 +176,7 @@ def _place(f: Function, parameter: str) -> int:
 
 
 def _upcast(args: tuple[Any, ...], weight: int) -> tuple[Any, ...]:
-    """The arguments in float32. The weight is upcast in chunks, when a product reads it."""
+    """The arguments in float32. The weight is upcast when a product reads it: the head of a model a block at a time."""
     return tuple(Upcast(x) if i == weight and is_half(x) else upcast(x) for i, x in enumerate(args))
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from minilora.backend import Array, Matrix, get_xp
+from minilora.backend import Array, Matrix
 
 HALF = ("float16", "bfloat16")
-CHUNK = 2**19  # numbers of a weight that are upcast at a time
 
 
 def is_half(x: Any) -> bool:
@@ -37,7 +36,7 @@ def downcast(x: Any, dtype: Any) -> Any:
 
 
 class Upcast(Matrix):
-    """A half-precision weight (m, n) as a float32 factor of products: only a chunk of it exists in float32 at a time."""
+    """A half-precision weight (m, n) as a float32 factor of products. Upcast is what is read: all of it, or the columns of a block."""
 
     dtype = np.dtype(np.float32)
 
@@ -50,17 +49,7 @@ class Upcast(Matrix):
         return Upcast(self.values.T)
 
     def __rmatmul__(self, x: Array) -> Array:
-        """x W, summed over chunks of rows; of a transposed W, a chunk of columns at a time."""
-        W, xp, (m, n) = self.values, get_xp(x, self.values), self.shape
-        if W.flags.c_contiguous:
-            step, y = max(1, CHUNK // n), xp.zeros((len(x), n), x.dtype)
-            for a in range(0, m, step):
-                y += x[:, a : a + step] @ W[a : a + step].astype(x.dtype)
-            return y
-        step, y = max(1, CHUNK // m), xp.empty((len(x), n), x.dtype)
-        for a in range(0, n, step):
-            y[:, a : a + step] = x @ W[:, a : a + step].astype(x.dtype)
-        return y
+        return x @ self.dense()
 
     def dense(self) -> Array:
         return upcast(self.values)
