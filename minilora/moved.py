@@ -22,6 +22,7 @@ MOVED = {f"{old}.{name}": f"minilora.{new}.{name}" for (old, new), names in _KEP
     "training.recorded": "minilora.training.cuda_graph",
     "training.run_folder": "minilora.runs.folder",
     "training.study_folder": "minilora.runs.folder",
+    "layers.attention": "minilora.models.attention",
     "formats.run": "minilora.runs.run_file",
     "formats.partial": "minilora.formats.adapter",
     "adapters.config": "minilora.adapters.partial and minilora.adapters.bottleneck",

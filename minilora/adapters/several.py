@@ -14,7 +14,7 @@ import numpy as np
 
 from minilora.backend import Array, as_like, get_xp
 from minilora.functional import check_offsets
-from minilora.layers import Embedding, Layer, Parameter, Saved
+from minilora.layers import Embedding, Layer, Output, Parameter, Saved
 
 
 class PerSequence(Layer):
@@ -29,7 +29,7 @@ class PerSequence(Layer):
     def __init__(self, layers: Sequence[Layer], groups: dict[int, list[Array]]) -> None:
         self.layers, self.groups = list(layers), groups
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         y: Array | None = None
         saves: list[Saved | None] = []
         for layer, rows in zip(self.layers, self._rows(x), strict=True):

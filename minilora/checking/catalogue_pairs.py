@@ -12,7 +12,7 @@ from minilora import functional as F
 from minilora.backend import Array
 from minilora.checking.subjects import OFFSETS, Subject
 from minilora.layers import Layer, Parameter, Saved
-from minilora.layers.block import Output
+from minilora.layers.base import Output
 from minilora.lora.variants import dora, embedding, vera
 
 

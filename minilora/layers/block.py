@@ -1,24 +1,14 @@
-"""A pre-norm transformer block, written out by hand: `PreNormBlock` for any attention and feed-forward layer, and GPT-2's `Block`."""
+"""A pre-norm transformer block, written out by hand, for any attention and feed-forward layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from minilora import kernels as K
-from minilora.backend import Array, Rng
-from minilora.layers.activations import GELU
-from minilora.layers.attention import Attention
-from minilora.layers.base import Layer, Saved
+from minilora.backend import Array
+from minilora.functional.attention import Offsets, Rows
+from minilora.layers.base import Layer, Output, Saved
 from minilora.layers.dropout import Dropout
-from minilora.layers.linear import Linear
-from minilora.layers.norm import LayerNorm
-
-Offsets = Sequence[int] | None  # the bounds of packed sequences: [0, 5, 9] is two, of 5 and 4 tokens; None: one sequence
-Rows = np.ndarray | None  # which rows of the result to compute, on the host; None: all
-Output = tuple[Array, Saved | None]  # y, and what backward reads
 
 
 class PreNormBlock(Layer):
@@ -82,58 +72,3 @@ class PreNormBlock(Layer):
             return None
         dx = norm_1.backward(da, s_norm_1, need_dx=need_dx)
         return K.add(K.take_rows_backward(dh, rows, T), dx) if need_dx else None  # x feeds h twice
-
-    def decode(self, x: Array, extend: Callable[[Array, Array], tuple[Array, Array]], **inputs: Any) -> Array:
-        """Inference for the next tokens of one sequence. extend(k, v) appends theirs to the earlier ones, and returns all."""
-        norm_1, attn, norm_2, mlp = self.parts()
-        h = x + attn.decode(norm_1.forward(x, keep=False)[0], extend, **inputs)
-        return h + mlp.forward(norm_2.forward(h, keep=False)[0], keep=False)[0]
-
-
-class FeedForward(Layer):
-    """y = gelu(x W_fc) W_proj.   x (T, d) -> y (T, d), with n_inner features in between."""
-
-    def __init__(self, d_model: int, n_inner: int, *, rng: Rng = None, dtype: Any = "float32") -> None:
-        self.c_fc = Linear(d_model, n_inner, rng=rng, dtype=dtype)
-        self.act = GELU("tanh")
-        self.c_proj = Linear(n_inner, d_model, rng=rng, dtype=dtype)
-
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
-        below = need_dx or self.c_fc.trainable
-        h, s_fc = self.c_fc.forward(x, keep=keep and below, need_dx=need_dx)
-        a, s_act = self.act.forward(h, keep=keep and below)
-        y, s_proj = self.c_proj.forward(a, keep=keep, need_dx=below)
-        return y, self.save(need_dx, below, s_fc, s_act, s_proj) if keep else None
-
-    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        below, s_fc, s_act, s_proj = self.load(saved, need_dx)
-        da = self.c_proj.backward(dy, s_proj, need_dx=below)  # y = c_proj(a)
-        if not below:
-            return None
-        dh = self.act.backward(da, s_act)  #                    a = gelu(h)
-        return self.c_fc.backward(dh, s_fc, need_dx=need_dx)  # h = c_fc(x)
-
-
-class Block(PreNormBlock):
-    """GPT-2's block: layer norm, attention with a fused projection, GELU, and dropout before each residual add."""
-
-    def __init__(
-        self,
-        d_model: int,
-        n_head: int,
-        n_inner: int | None = None,
-        eps: float = 1e-5,
-        dropout: float = 0.0,
-        *,
-        rng: Rng = None,
-        dtype: Any = "float32",
-    ) -> None:
-        self.ln_1 = LayerNorm(d_model, eps, dtype=dtype)
-        self.attn = Attention(d_model, n_head, rng=rng, dtype=dtype)
-        self.drop_1 = Dropout(dropout)
-        self.ln_2 = LayerNorm(d_model, eps, dtype=dtype)
-        self.mlp = FeedForward(d_model, n_inner or 4 * d_model, rng=rng, dtype=dtype)
-        self.drop_2 = Dropout(dropout)
-
-    def parts(self) -> tuple[Layer, Any, Layer, Layer]:
-        return self.ln_1, self.attn, self.ln_2, self.mlp

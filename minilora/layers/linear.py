@@ -9,7 +9,7 @@ import numpy as np
 
 from minilora import kernels as K
 from minilora.backend import Array, Rng, generator
-from minilora.layers.base import Layer, Parameter, Saved, needed
+from minilora.layers.base import Layer, Output, Parameter, Saved, needed
 
 
 def uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float, dtype: Any) -> np.ndarray:
@@ -40,7 +40,7 @@ class Linear(Layer):
     def out_features(self) -> int:
         return int(self.weight.data.shape[1])
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         y, inner = K.linear(x, self.weight.data, None if self.bias is None else self.bias.data)
         return y, self.save(need_dx, inner, x if self.weight.trainable else None) if keep else None
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from minilora import kernels as K
 from minilora.backend import Array
-from minilora.layers.base import Layer, Parameter, Saved
+from minilora.layers.base import Layer, Output, Parameter, Saved
 
 
 class LayerNorm(Layer):
@@ -22,7 +22,7 @@ class LayerNorm(Layer):
         self.weight = Parameter(np.ones(n, dtype=dtype))
         self.bias = Parameter(np.zeros(n, dtype=dtype))
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         y, inner = K.layer_norm(x, self.weight.data, self.bias.data, self.eps)
         return y, self.save(need_dx, inner if need_dx or self.weight.trainable else None) if keep else None
 
@@ -49,7 +49,7 @@ class RMSNorm(Layer):
         self.eps = eps
         self.weight = Parameter(np.ones(n, dtype=dtype))
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         y, inner = K.rms_norm(x, self.weight.data, self.eps)
         return y, self.save(need_dx, inner if need_dx or self.weight.trainable else None) if keep else None
 

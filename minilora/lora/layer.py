@@ -11,7 +11,7 @@ import numpy as np
 from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, backend_name, generator, to_backend
 from minilora.kernels.half import is_half
-from minilora.layers.base import Layer, Parameter, Saved, needed
+from minilora.layers.base import Layer, Output, Parameter, Saved, needed
 from minilora.layers.dropout import Dropout
 from minilora.layers.linear import Linear
 from minilora.lora.registry import Initialiser, initialiser
@@ -68,7 +68,7 @@ class AdaptedLinear(Adapted, Linear):
         self.freeze()
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         b = None if self.bias is None else self.bias.data
         if (W := self.alone(keep)) is not None:
             y, inner = K.linear(x, W, b)

@@ -14,8 +14,8 @@ import numpy as np
 from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, generator
-from minilora.layers import Dropout, Layer, Linear, Saved
-from minilora.layers.block import Offsets, Output
+from minilora.functional.attention import Offsets
+from minilora.layers import Dropout, Layer, Linear, Output, Saved
 from minilora.models.bert import Bert, BertConfig
 from minilora.models.stack import Prefix, initialise
 

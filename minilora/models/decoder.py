@@ -15,8 +15,8 @@ import numpy as np
 from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array
-from minilora.layers import Layer, Linear, Saved
-from minilora.layers.block import Offsets, Output
+from minilora.functional.attention import Offsets
+from minilora.layers import Layer, Linear, Output, Saved
 from minilora.models.attention import KVCache
 from minilora.models.stack import Body, Prefix
 
@@ -129,7 +129,7 @@ class Decoder(Layer):
         h, _ = self.body.embed(ids, places, keep=False)
         inputs = self.body.block_inputs(places, h)
         for i, block in enumerate(blocks):
-            h = block.decode(h, partial(cache.extend, i), **inputs)
+            h, _ = block.forward(h, keep=False, extend=partial(cache.extend, i), **inputs)
         cache.length = total
         h = h[-1:] if norm is None else norm.forward(h[-1:], keep=False)[0]
         W = self.head
