@@ -10,7 +10,7 @@ import numpy as np
 from minilora import kernels as K
 from minilora.backend import Array, Rng, get_xp
 from minilora.functional.attention import Offsets, Rows
-from minilora.layers import Layer, Linear, Output, Saved
+from minilora.layers import Layer, Linear, Output, Saved, needed
 
 Tables = tuple[Array, Array]  # cos and sin of the rotary angles, (T, head_dim / 2) each
 Extend = Callable[[Array, Array], tuple[Array, Array, np.ndarray]]  # `KVCache.extend` for one layer
@@ -120,7 +120,7 @@ class SelfAttention(Layer):
     ) -> Output:
         """rope: the rotary tables; None: no rotation. extend: as in Attention."""
         to_q, to_k, to_v = self.projections()
-        need = {name for name, layer in (("dq", to_q), ("dk", to_k), ("dv", to_v)) if need_dx or layer.trainable}
+        need = needed(dq=need_dx or to_q.trainable, dk=need_dx or to_k.trainable, dv=need_dx or to_v.trainable)
         through = keep and bool(need)
         q, s_q = to_q.forward(K.take_rows(x, rows), keep=through, need_dx=need_dx)
         k, s_k = to_k.forward(x, keep=through, need_dx=need_dx)

@@ -16,7 +16,7 @@ from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array
 from minilora.functional.attention import Offsets
-from minilora.layers import Layer, Linear, Output, Saved
+from minilora.layers import Layer, Linear, Output, Saved, needed
 from minilora.models.attention import KVCache
 from minilora.models.stack import Body, Prefix
 
@@ -93,7 +93,7 @@ class Decoder(Layer):
         W, dh, dW, dz, s_head = self.head, None, None, None, None
         if W is not None:
             owner = self.embedding if self.lm_head is None else self.lm_head
-            need = {name for name, needed in (("dx", self.body.trainable), ("dW", owner.weight.trainable)) if keep and needed}
+            need = needed(dx=keep and self.body.trainable, dW=keep and owner.weight.trainable)
             loss, dh, dW = K.linear_cross_entropy(h, W, targets, count, need)
         else:
             z, s_head = self.lm_head.forward(h, keep=keep, need_dx=self.body.trainable)

@@ -16,8 +16,7 @@ import numpy as np
 from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array, Rng, generator
-from minilora.layers import Embedding, Layer, Linear, Output, PreNormBlock, RMSNorm, Saved
-from minilora.layers.base import needed
+from minilora.layers import Embedding, Layer, Linear, Output, PreNormBlock, RMSNorm, Saved, needed
 from minilora.models.attention import SelfAttention
 from minilora.models.config_file import ModelConfig
 from minilora.models.decoder import Decoder

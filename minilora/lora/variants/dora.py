@@ -14,8 +14,7 @@ from typing import Any
 
 from minilora import kernels as K
 from minilora.backend import Array, Rng, get_xp
-from minilora.layers import Linear, Parameter
-from minilora.layers.base import needed
+from minilora.layers import Linear, Parameter, needed
 from minilora.lora.layer import LoRALinear, check_float32
 from minilora.quantization.residual import column_squares, dense
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, backend_name, generator, to_backend
-from minilora.layers import Embedding, Output, Parameter, Saved
-from minilora.layers.base import needed
+from minilora.layers import Embedding, Output, Parameter, Saved, needed
 from minilora.lora.layer import Adapted, check_float32, scaling
 
 INITIALISERS = (True, False, "gaussian")

@@ -17,8 +17,7 @@ import numpy as np
 
 from minilora import kernels as K
 from minilora.backend import Array, Rng, backend_name, generator, to_backend, to_numpy
-from minilora.layers import Layer, Linear, Parameter
-from minilora.layers.base import needed
+from minilora.layers import Layer, Linear, Parameter, needed
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import AdaptedLinear, check_float32
 from minilora.lora.targets import find_targets
