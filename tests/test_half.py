@@ -8,7 +8,7 @@ import pytest
 
 import minilora as ml
 from minilora.kernels.half import Upcast
-from minilora.quantization.half import dtype_of, to_half_precision
+from minilora.quantization.quantize import half_dtype, to_half_precision
 
 KINDS = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -37,7 +37,7 @@ def test_mismatched_operands_are_refused(monkeypatch):
         ml.quantize_model(model, "int8")
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(ImportError, match=r"minilora\[bf16\]"):
-        dtype_of("bfloat16")
+        half_dtype("bfloat16")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,7 +19,7 @@ from minilora.kernels import cuda
 from minilora.models.attention import KVCache
 from minilora.models.generate import generate
 from minilora.optim.flat import clip_grad_norm
-from minilora.quantization.half import to_half_precision
+from minilora.quantization.quantize import to_half_precision
 from minilora.runs.finetune import finetune
 from minilora.runs.merge import merge_run
 from minilora.runs.recipe import Recipe

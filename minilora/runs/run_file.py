@@ -17,11 +17,11 @@ from minilora.formats.fitting import Family, family_of, named
 from minilora.formats.gguf import read_gguf_tokenizer
 from minilora.formats.tensors import map_tensors
 from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
+from minilora.kernels.half import HALF
 from minilora.models import BertClassifier
 from minilora.models.decoder import Decoder
 from minilora.models.generate import context_length
-from minilora.quantization.half import KINDS
-from minilora.quantization.quantize import PACK
+from minilora.quantization.quantize import KINDS
 
 
 def open_model(
@@ -106,7 +106,7 @@ def _check_record(record: dict[str, Any], file: Path) -> None:
         check(isinstance(record.get(name, {}), dict), name, "an object", record.get(name))
     labels, settings, results = record.get("labels"), record.get("configuration", {}), record.get("results", {})
     check(labels is None or (isinstance(labels, list) and all(isinstance(x, str) for x in labels)), "labels", "a list of names", labels)
-    for name, allowed in (("dtype", ("float32", *KINDS)), ("quantize", ("", *PACK))):
+    for name, allowed in (("dtype", ("float32", *HALF)), ("quantize", ("", *KINDS))):
         check(settings.get(name, allowed[0]) in allowed, name, f"one of {', '.join(map(repr, allowed))}", settings.get(name))
     if "after" in results:
         name = results.get("headline")
