@@ -2,7 +2,6 @@
 
 from minilora.layers.activations import GELU, Activation, ReLU, SiLU, Tanh
 from minilora.layers.base import Layer, Output, Parameter, Saved, needed
-from minilora.layers.block import PreNormBlock
 from minilora.layers.dropout import Dropout, reseed
 from minilora.layers.embedding import Embedding
 from minilora.layers.linear import Linear

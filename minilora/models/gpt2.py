@@ -2,7 +2,7 @@
 
     x_0 = wte[ids] + wpe[position]        x_i = block_i(x_{i-1})        h = ln_f(x_L)        logits = h wte^T
 
-The residual adds of a block: layers/block.py. Attention: models/attention.py. Body: models/stack.py. Head, loss and generation:
+The residual adds of a block: models/block.py. Attention: models/attention.py. Body: models/stack.py. Head, loss and generation:
 models/decoder.py. The published checkpoint keeps its "Conv1D" weights as (in, out), which is the orientation used here.
 """
 
@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from minilora.backend import Array, Rng, constant, generator
-from minilora.layers import GELU, Dropout, Embedding, Layer, LayerNorm, Linear, Output, PreNormBlock, Saved
+from minilora.layers import GELU, Dropout, Embedding, Layer, LayerNorm, Linear, Output, Saved
 from minilora.models.attention import Attention
+from minilora.models.block import PreNormBlock
 from minilora.models.config_file import ModelConfig
 from minilora.models.decoder import Decoder
 from minilora.models.stack import Body, Parts, initialise

@@ -7,8 +7,7 @@ from typing import Any
 from minilora import kernels as K
 from minilora.backend import Array
 from minilora.functional.attention import Offsets, Rows
-from minilora.layers.base import Layer, Output, Saved
-from minilora.layers.dropout import Dropout
+from minilora.layers import Dropout, Layer, Output, Saved
 
 
 class PreNormBlock(Layer):
