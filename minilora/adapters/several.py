@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from minilora.backend import Array, as_like, get_xp
-from minilora.functional import check_offsets
+from minilora.functional import bounds_of
 from minilora.layers import Embedding, Layer, Output, Parameter, Saved
 
 
@@ -71,8 +71,7 @@ def mixed(models: Sequence[Layer], which: Sequence[int], offsets: Sequence[int])
     and `cross_entropy`.
     Raises ValueError when the numbers do not fit, when the models are not of one kind, or when they differ in an embedding.
     """
-    owners, bounds = np.asarray(which), np.asarray(offsets)
-    check_offsets(offsets, int(bounds[-1]))
+    owners, bounds = np.asarray(which), bounds_of(offsets, int(offsets[-1]))
     if owners.shape != (len(bounds) - 1,) or owners.dtype.kind not in "iu" or not ((owners >= 0) & (owners < len(models))).all():
         raise ValueError(
             f"mixed: which is {owners.tolist()}; expected one of 0 to {len(models) - 1} for each of {len(bounds) - 1} sequences."

@@ -99,7 +99,7 @@ class Decoder(Layer):
             z, s_head = self.lm_head.forward(h, keep=keep, need_dx=self.body.trainable)
             loss, dz = z.sum(), z  # without any row
             if len(z):
-                loss, dz = K.cross_entropy(z, F.Labelled(None, targets, len(z)), len(z) / (count or len(z)))
+                loss, dz = K.cross_entropy(z, F.Labelled(None, targets, len(z)), times=len(z) / (count or len(z)))
         return loss, self.save(False, dh, dW, dz, s_head, s_h) if keep else None
 
     def loss_backward(self, saved: Saved | None) -> None:

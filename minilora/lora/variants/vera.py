@@ -189,16 +189,15 @@ class VeRALinear(AdaptedLinear):
         A, B, d, e = self.matrices()
         return ((A * d) @ B) * e
 
-    def adapted_forward(self, x: Array, b: Array | None, keep: bool) -> tuple[Array, tuple[Any, ...]]:
-        key = self.next_key(keep)
-        y, u = vera_linear(x, self.weight.data, b, *self.matrices(), self.mask(x, key))
+    def adapted_forward(self, x: Array, b: Array | None, mask: Array | None) -> tuple[Array, tuple[Any, ...]]:
+        y, u = vera_linear(x, self.weight.data, b, *self.matrices(), mask)
         trained = self.vera_lambda_d.trainable or self.vera_lambda_b.trainable
-        return y, (u if trained else u._replace(value=None), key)
+        return y, (u if trained else u._replace(value=None),)
 
-    def adapted_backward(self, dy: Array, saved: list[Any], need_dx: bool) -> Array | None:
-        (u, key), d, e = saved, self.vera_lambda_d, self.vera_lambda_b
+    def adapted_backward(self, dy: Array, saved: list[Any], mask: Array | None, need_dx: bool) -> Array | None:
+        (u,), d, e = saved, self.vera_lambda_d, self.vera_lambda_b
         need = needed(dx=need_dx, dd=d.trainable, de=e.trainable)
-        dx, dd, de = vera_linear_backward(dy, u, self.weight.data, *self.matrices(), self.mask(dy, key), need)
+        dx, dd, de = vera_linear_backward(dy, u, self.weight.data, *self.matrices(), mask, need)
         d.add_grad(dd)
         e.add_grad(de)
         return dx
