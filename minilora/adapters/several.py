@@ -15,6 +15,7 @@ import numpy as np
 from minilora.backend import Array, as_like, get_xp
 from minilora.functional import bounds_of
 from minilora.layers import Embedding, Layer, Output, Parameter, Saved
+from minilora.models.decoder import Decoder
 
 
 class PerSequence(Layer):
@@ -82,7 +83,7 @@ def mixed(models: Sequence[Layer], which: Sequence[int], offsets: Sequence[int])
 
     like = next(models[0].parameters())[1].data
     owner_of = {int(bounds[-1]): np.repeat(owners, np.diff(bounds))}
-    if not hasattr(models[0], "decode"):  # the head of a classifier has a row for each sequence
+    if not isinstance(models[0], Decoder):  # the head of a classifier has a row for each sequence
         owner_of.setdefault(len(owners), owners)
     groups = {rows: [as_like(np.flatnonzero(owner == k), like) for k in range(len(models))] for rows, owner in owner_of.items()}
     mixture = models[0].replica()

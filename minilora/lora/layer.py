@@ -16,8 +16,6 @@ from minilora.layers.dropout import Dropout
 from minilora.layers.linear import Linear
 from minilora.lora.registry import Initialiser, initialiser
 
-INSTEAD = "load the model with dtype='float32', or with quantize='nf4'."
-
 
 class Adapted(Layer):
     """Base of the layers that `inject` puts in place of others: the original weight, frozen, and what is trained in addition."""
@@ -165,4 +163,5 @@ def trained_dtype(W: Array) -> Any:
 def check_float32(W: Array, what: str) -> None:
     """Raise ValueError if W is of half precision, where `what` reads the weight itself."""
     if is_half(W):
-        raise ValueError(f"{what} needs weights of float32, these are of {W.dtype}; {INSTEAD}")
+        instead = "load the model with dtype='float32', or with quantize='nf4'"
+        raise ValueError(f"{what} needs weights of float32, these are of {W.dtype}; {instead}.")

@@ -51,11 +51,6 @@ def load(where: Any) -> Any:
     return getattr(import_module(module), name)
 
 
-def config_classes() -> dict[str, Any]:
-    """{peft_type: class of its configuration}."""
-    return {peft_type: load(where) for peft_type, where in METHODS.items()}
-
-
 def initialiser(init: Any, **options: Any) -> Initialiser:
     """The initialiser that a value of init_lora_weights names; a function is one itself. Raises ValueError for an unknown name."""
     if callable(init):

@@ -10,7 +10,7 @@ from minilora.adapters import METHODS, inject
 from minilora.data.records import listed, note
 from minilora.formats.checkpoint import load_model
 from minilora.formats.tokenizer import Tokenizer
-from minilora.lora.registry import config_classes
+from minilora.lora import registry
 from minilora.models.stack import Body
 from minilora.optim.loraplus import create_loraplus_optimizer
 from minilora.optim.optimizers import AdamW, AdamWL2SP
@@ -98,4 +98,4 @@ def _lora_config(recipe: ResolvedRecipe) -> Any:
         values |= {"lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout}
     else:
         values["vera_dropout"] = recipe.lora_dropout
-    return config_classes()[recipe.peft_type](**values)
+    return registry.load(registry.METHODS[recipe.peft_type])(**values)
