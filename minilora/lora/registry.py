@@ -31,7 +31,7 @@ INITIALISERS = {  # init_lora_weights: f(layer, generator, **options) -> (A, B)
     "normal": "minilora.lora.init.initial:normal",
     "pissa": "minilora.lora.init.weight:pissa",
     "olora": "minilora.lora.init.weight:olora",
-    "loftq": "minilora.lora.init.loftq:loftq",
+    "loftq": "minilora.lora.init.weight:loftq",
     "orthogonal": "minilora.lora.init.initial:orthogonal",
 }
 

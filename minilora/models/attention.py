@@ -58,13 +58,7 @@ class Attention(Layer):
         self.c_proj = Linear(d_model, d_model, rng=rng, dtype=dtype)
 
     def forward(
-        self,
-        x: Array,
-        keep: bool = True,
-        need_dx: bool = True,
-        offsets: Offsets = None,
-        rows: Rows = None,
-        extend: Extend | None = None,
+        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Offsets = None, rows: Rows = None, extend: Extend | None = None
     ) -> Output:
         """extend: in inference, appends k and v of the next tokens of one sequence to the earlier ones; see KVCache."""
         through = need_dx or self.c_attn.trainable
