@@ -1,4 +1,4 @@
-"""Initialisers that read the weight. With PiSSA and OLoRA the largest part of it is trained; the rest is frozen: s A B is subtracted from W.
+"""Initialisers that read the weight. With PiSSA and OLoRA its largest part is trained; the rest is frozen: s A B is subtracted from W.
 
 PiSSA (arXiv 2404.02948):   W = U S V^T,   A = U_r sqrt(S_r / s),          B = sqrt(S_r / s) V_r^T
 OLoRA (arXiv 2406.01775):   W^T = Q R,     A = (first r rows of R)^T,      B = (first r columns of Q)^T
