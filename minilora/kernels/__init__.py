@@ -68,7 +68,7 @@ attention, attention_backward = operation("attention",
 add = function("add", operator.add, CUDA(cu_pointwise, "16 bytes a thread", fits=cu_pointwise.of_two, when=DTYPES), dtypes=ANY)
 cross_entropy = function("cross_entropy", F.cross_entropy)
 linear_cross_entropy = function("linear_cross_entropy", F.linear_cross_entropy,
-    NUMPY(np_losses, "one buffer, every step in place", fits=np_losses.fits, when="the head is frozen"),
+    NUMPY(np_losses, "one buffer, every step in place", fits=np_losses.fits, when="the head is frozen", dtypes=ANY),
     CUDA(cu_losses, "one launch for each block of the vocabulary", fits=cuda.agree(2), when=DTYPES))
 dropout_mask = function("dropout_mask", F.dropout_mask, CUDA(cu_pointwise, "one launch"))
 adamw = function("adamw", _adamw_in_place,

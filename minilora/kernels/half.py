@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from minilora.backend import Array, Matrix
-
 HALF = ("float16", "bfloat16")
 
 
@@ -33,26 +31,3 @@ def downcast(x: Any, dtype: Any) -> Any:
         return type(x)(downcast(v, dtype) for v in x)
     is_array = getattr(x, "ndim", 0) > 0 and x.dtype == np.float32
     return x.astype(dtype, copy=False) if is_array and x.shape[-1] != 1 else x
-
-
-class Upcast(Matrix):
-    """A half-precision weight (m, n) as a float32 factor of products. Upcast is what is read: all of it, or the columns of a block."""
-
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, values: Array) -> None:
-        self.values = self.like = values
-        self.shape = values.shape
-
-    @property
-    def T(self) -> Upcast:
-        return Upcast(self.values.T)
-
-    def __rmatmul__(self, x: Array) -> Array:
-        return x @ self.dense()
-
-    def dense(self) -> Array:
-        return upcast(self.values)
-
-    def __getitem__(self, key: Any) -> Array:
-        return upcast(self.values[key])
