@@ -9,6 +9,7 @@ everything that train_step runs on, and V is exact.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -36,14 +37,13 @@ class Inputs(Watched):
         self.sums = self.sums + z.sum(axis=0)
         return super().forward(x, keep, need_dx)
 
-    def directions(self, path: str, r: int) -> tuple[Array, np.ndarray, np.ndarray]:
-        """V (in, all) with the most important columns first, S^2, and the share that each explains."""
+    def directions(self, path: str, r: int) -> tuple[Array, np.ndarray]:
+        """V (in, all) with the most important columns first, and S^2."""
         if min(self.tokens - 1, self.in_features) < r:
             raise ValueError(f"eva: train_step has shown {path} {self.tokens} tokens; rank {r} needs at least {r + 1}.")
         C = self.squares - self.sums[:, None] * (self.sums / self.tokens)
         values, V = get_xp(C).linalg.eigh(C)
-        values = to_numpy(values[::-1]).clip(0)
-        return V[:, ::-1], values, values / values.sum()
+        return V[:, ::-1], to_numpy(values[::-1]).clip(0)
 
 
 def eva(
@@ -69,15 +69,15 @@ def eva(
         train_step()
     requested = {path: config.rank_of(path) for path in targets}
     found = {path: watcher.directions(path, requested[path]) for path, watcher in watchers.items()}
-    shares = ((share, path) for path, (_, _, explained) in found.items() for share in explained[: round(rho * requested[path])])
-    best = sorted(shares, key=lambda item: -item[0])
-    taken = [path for _, path in best[: sum(requested.values())]]
-    ranks = {path: taken.count(path) for path in targets if path in taken}
+    shares = [(share, path) for path, (_, S2) in found.items() for share in (S2 / S2.sum())[: round(rho * requested[path])]]
+    best = sorted(shares, key=lambda item: -item[0])[: sum(requested.values())]
+    taken = Counter(path for _, path in best)
+    ranks = {path: taken[path] for path in targets if path in taken}
 
     def initial(layer: Any, rng: np.random.Generator, path: str) -> tuple[Array, Array]:
-        V, squares, _ = found[path]
-        xp, r = get_xp(V), layer.r
-        A = V[:, :r] / xp.asarray(squares[:r] ** 0.25, dtype=V.dtype) if whiten else V[:, :r]
+        (V, S2), r = found[path], layer.r
+        xp = get_xp(V)
+        A = V[:, :r] / xp.asarray(S2[:r] ** 0.25, dtype=V.dtype) if whiten else V[:, :r]
         return A, xp.zeros((r, layer.out_features), dtype=V.dtype)
 
     if ranks != requested:

@@ -161,15 +161,11 @@ class VeRALinear(AdaptedLinear):
         check_float32(base.weight.data, "VeRA")
         super().__init__(base, config.vera_dropout)
         self.projections, self.saves_projections = projections, config.save_projection
-        home, dtype, r = backend_name(base.weight.data), base.weight.data.dtype, config.r
-        e, d = np.zeros(base.out_features), np.full(r, config.d_initial)
+        home, dtype, self.r = backend_name(base.weight.data), base.weight.data.dtype, config.r
+        e, d = np.zeros(base.out_features), np.full(self.r, config.d_initial)
         if not config.init_weights:
-            e, d = e + 1, generator(rng).standard_normal(r)
+            e, d = e + 1, generator(rng).standard_normal(self.r)
         self.vera_lambda_b, self.vera_lambda_d = (Parameter(to_backend(value, home, dtype)) for value in (e, d))
-
-    @property
-    def r(self) -> int:
-        return int(self.vera_lambda_d.data.size)
 
     def shared(self) -> dict[str, Array]:
         """vera_A (r, m) and vera_B (n, r), transposed as in PEFT's files, unless the file leaves them out."""
