@@ -12,7 +12,7 @@ from minilora.adapters import BottleneckLinear, PerSequence
 from minilora.backend import Array, as_like
 from minilora.checking.subjects import OFFSETS, Subject, shaken
 from minilora.lora import LoRALinear
-from minilora.lora.init.watch import Watched
+from minilora.lora.init.data import Watched
 from minilora.lora.variants.dora import DoRALinear
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.lora.variants.vera import Projections, VeraConfig, VeRALinear

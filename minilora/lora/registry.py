@@ -36,8 +36,8 @@ INITIALISERS = {  # init_lora_weights: f(layer, generator, **options) -> (A, B)
 }
 
 DATA_INITIALISERS = {  # init_lora_weights: f(model, targets, config, train_step, **options) -> (config, {path: an initialiser as above})
-    "eva": "minilora.lora.init.eva:eva",
-    "lora_ga": "minilora.lora.init.lora_ga:lora_ga",
+    "eva": "minilora.lora.init.data:eva",
+    "lora_ga": "minilora.lora.init.data:lora_ga",
 }
 
 Initialiser = Callable[[Any, Any], tuple[Any, Any]]  # (layer, generator) -> A (in, r) and B (r, out)
