@@ -61,7 +61,7 @@ def test_finetune_writes_a_complete_run_folder(method, cwd, text, capsys):
     out = finetune(capsys, "--method", method, "--data", text)
     folder = cwd / "runs" / f"{method}-1"
     made = "model" if method == "full" else "adapter"
-    assert {p.name for p in folder.iterdir()} == {"run.json", "metrics.jsonl", "samples.txt", "curves.png", made}
+    assert {p.name for p in folder.iterdir()} == {"run.json", "metrics.jsonl", "norms.jsonl", "samples.txt", "curves.png", made}
     result = json.loads((folder / "run.json").read_text())
     assert result["configuration"]["method"] == method
     results = result["results"]
@@ -80,7 +80,7 @@ def test_finetune_writes_a_complete_run_folder(method, cwd, text, capsys):
 def test_equal_runs_write_equal_files(cwd, text, capsys):
     for out in ("a", "b"):
         finetune(capsys, "--data", text, "--out", out, "--threads", "2")
-    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl", "samples.txt"):
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl", "norms.jsonl", "samples.txt"):
         assert (cwd / "a" / name).read_bytes() == (cwd / "b" / name).read_bytes(), name
     finetune(capsys, "--data", text, "--out", "c", "--threads", "2", "--seed", "1")
     assert (cwd / "a" / "metrics.jsonl").read_bytes() != (cwd / "c" / "metrics.jsonl").read_bytes()
@@ -332,7 +332,8 @@ def test_bytes_and_text():
 
 def test_every_verb_has_help_and_a_wrong_flag_one_line(capsys):
     """Each flag once, each with its dashes, and no traceback."""
-    words = {"compare": ["first", "second"], **{key: ["model"] for key in ("evaluate", "generate", "merge", "extract", "info")}}
+    words = {"compare": ["first", "second"], "report": ["run", "other"]}
+    words |= {key: ["model"] for key in ("evaluate", "generate", "merge", "extract", "info")}
     for name, p in make_parser()[1].items():
         assert [action.dest for action in p._actions if not action.option_strings] == words.get(name, [])
         assert f"minilora {name}" in p.format_help()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from minilora.backend import choose_backend
 from minilora.formats.adapter import save_adapter
-from minilora.formats.atomic import write_json, write_text
+from minilora.formats.atomic import to_json, write_json, write_text
 from minilora.formats.checkpoint import save_model
 from minilora.formats.tokenizer import Tokenizer
 from minilora.kernels.cuda.blas import allow_tf32
@@ -33,6 +33,7 @@ from minilora.training.memory import advice
 from minilora.training.watch import Diverged
 
 PROMPT = "def read_config(path, encoding=None):\n    "  # which the samples of a text model continue
+NORMS = 100  # measurements of the norms of every parameter in a run, at most, and one after the last step's gradient
 
 Records = list[dict[str, Any]]
 
@@ -55,6 +56,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     folder = new_folder(out, plan.method)
     settings = asdict(plan) | ({} if plan.data is None else {"data": str(Path(plan.data).absolute())})  # found from anywhere
     records: Records = []
+    norms: Records = [{"parameters": optimizer.flat.paths}]
     scale = LossScale.of(model)
 
     def write_run(results: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +69,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     def save(steps: int) -> int:
         """Write the result of so many steps. Returns the bytes of its tensors."""
         write_lines(folder / "metrics.jsonl", records)
+        write_lines(folder / "norms.jsonl", norms)
         size = _save(model, folder, plan)
         write_run({"stopped_after_step": steps})
         return size
@@ -75,9 +78,9 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
     say(f"model     {plan.model}: {base:,} parameters, {plan.backend}, {plan.threads} thread{'s' * (plan.threads > 1)}")
     say(f"data      {task.what}")
     say(f"method    {_method(plan, model)}: {trained:,} trainable parameters, {trained / base:.1%} of the model")
-    before, sample_before = measure(model, task, plan.threads), _sample(model, tokenizer, plan)
+    before, sample_before = measure(model, task, plan.threads, matrix=True), _sample(model, tokenizer, plan)
     try:
-        seconds, tokens = _train(model, optimizer, task, plan, records, scale)
+        seconds, tokens = _train(model, optimizer, task, plan, records, norms, scale)
     except (Diverged, KeyboardInterrupt, MemoryError, OSError) as stop:
         done = stop.kept if isinstance(stop, Diverged) else optimizer.t if isinstance(stop, MemoryError) else len(records)
         save(done)
@@ -89,7 +92,9 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
             raise MemoryError(f"memory ran out after step {done}; {fits}. The {plan.product} of that step is in {folder}.") from stop
         raise
     size = save(len(records))
-    after, sample_after = measure(model, task, plan.threads), _sample(model, tokenizer, plan)
+    after, sample_after = measure(model, task, plan.threads, matrix=True), _sample(model, tokenizer, plan)
+    if "confusion" in after:
+        write_text(folder / "confusion.json", to_json({"before": before.pop("confusion"), "after": after.pop("confusion")}) + "\n")
     if not math.isfinite(after["loss"]):
         raise ArithmeticError(f"the held-out loss is not finite; the {plan.product} is in {folder}. A lower --lr may help.")
     if sample_after:
@@ -122,16 +127,23 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) ->
 
 
 def _train(
-    model: Any, optimizer: AdamW, task: Task, recipe: ResolvedRecipe, records: Records, scale: LossScale | None
+    model: Any, optimizer: AdamW, task: Task, recipe: ResolvedRecipe, records: Records, norms: Records, scale: LossScale | None
 ) -> tuple[float, int]:
-    """Run the loop with a progress bar, appending one record a step. Returns (seconds, tokens) of the training alone."""
+    """Run the loop with a progress bar, appending one record a step, and one of norms on every `norms_every`-th.
+
+    Returns (seconds, tokens) of the training alone.
+    """
     seconds, tokens = 0.0, 0
     unit, nats = task.unit
+    options = {"loss_scale": scale, "norms_every": -(-recipe.steps // NORMS)}
     with tqdm(total=recipe.steps, unit="step", desc=recipe.method, dynamic_ncols=True) as bar:
-        for s in steps_of(model, optimizer, task, recipe, prefix_for(task, recipe), scale):
+        for s in steps_of(model, optimizer, task, recipe, prefix_for(task, recipe), **options):
             seconds, tokens = seconds + s.seconds, tokens + s.tokens
             norm = s.grad_norm if math.isfinite(s.grad_norm) else None  # JSON has no infinity; the step was left out
             records.append({"step": s.step, "loss": s.loss, "lr": s.lr, "grad_norm": norm, "tokens": s.tokens})
+            if s.norms is not None:
+                grads, values = ([float(f"{x:.6g}") for x in row] for row in s.norms)
+                norms.append({"step": s.step, "grad_norms": grads, "norms": values})
             bar.set_postfix_str(f"{s.loss / nats:.3f} {unit}, {tokens / seconds:,.0f} tokens/s", refresh=False)
             bar.update()
     return seconds, tokens

@@ -3,6 +3,9 @@
 A run:
 run.json        the configuration, the names of the classes, the SHA-256 of the training data, and the results
 metrics.jsonl   one line a step: step, loss, lr, grad_norm, tokens. No times: the same run writes the same file
+norms.jsonl     the names of the trained parameters; then, for at most 101 steps: step, and of each parameter the norms of its gradient
+                before clipping (grad_norms) and of its values before the update (norms)
+confusion.json  before and after: how many held-out texts of class i were taken for class j         (task classify)
 samples.txt     texts that the model generated before and after
 adapter/        adapter_config.json, adapter_model.safetensors       (all methods but full)
 model/          config.json, model.safetensors                       (method full)

@@ -19,7 +19,6 @@ from minilora.runs.recipe import Recipe, ResolvedRecipe
 from minilora.runs.run_file import check_task, check_window, published_classes, tokenizer_of
 from minilora.runs.tasks import Task, training_task
 from minilora.training.loop import train
-from minilora.training.loss_scale import LossScale
 from minilora.training.prefix import PrefixCache
 from minilora.training.reinitialise import reinitialise
 from minilora.training.watch import Step
@@ -76,12 +75,12 @@ def prepare(model: Any, recipe: ResolvedRecipe, task: Task) -> AdamW:
 
 
 def steps_of(
-    model: Any, optimizer: AdamW, task: Task, recipe: ResolvedRecipe, prefix: PrefixCache | None, scale: LossScale | None = None
+    model: Any, optimizer: AdamW, task: Task, recipe: ResolvedRecipe, prefix: PrefixCache | None, **options: Any
 ) -> Iterator[Step]:
-    """The steps of a recipe."""
+    """The steps of a recipe. options: loss_scale and norms_every, see `train`."""
     rate = schedule(recipe.schedule, recipe.steps, recipe.warmup)
-    options: dict[str, Any] = {"clip": recipe.clip, "accumulate": recipe.accumulate, "threads": recipe.threads, "seed": recipe.seed}
-    return train(model, optimizer, task.batches(recipe.seed), recipe.steps, rate, prefix=prefix, loss_scale=scale, **options)
+    options |= {name: getattr(recipe, name) for name in ("clip", "accumulate", "threads", "seed")}
+    return train(model, optimizer, task.batches(recipe.seed), recipe.steps, rate, prefix=prefix, **options)
 
 
 def prefix_for(task: Task, recipe: ResolvedRecipe) -> PrefixCache | None:

@@ -27,7 +27,7 @@ from minilora.formats.tokenizer import ByteTokenizer, Tokenizer
 from minilora.functional import cross_entropy, mse
 from minilora.kernels import upcast
 from minilora.runs.recipe import Recipe
-from minilora.training.evaluate import classification_metrics, evaluate, map_batches, pearson, perplexity
+from minilora.training.evaluate import classification_metrics, confusion, evaluate, map_batches, pearson, perplexity
 
 
 @dataclass
@@ -224,8 +224,11 @@ def _at_most(examples: list[Example], recipe: Recipe) -> list[Example]:
     return examples if recipe.eval_size is None else [examples[i] for i in sample(examples, recipe.eval_size, recipe.seed)]
 
 
-def measure(model: Any, task: Task, threads: int = 1) -> dict[str, float]:
-    """{"loss": nats a label, "tokens": the number read, and the task's own figures} on the held-out batches."""
+def measure(model: Any, task: Task, threads: int = 1, matrix: bool = False) -> dict[str, Any]:
+    """{"loss": nats a label, "tokens": the number read, and the task's own figures} on the held-out batches.
+
+    matrix: of classes also "confusion", the rows of the confusion matrix (training/evaluate.py) up to the largest class that occurs.
+    """
     tokens = sum(len(b.ids) for b in task.held_out)
     if not task.held_out[0].per_sequence:
         loss, labelled = evaluate(model, task.held_out, threads)
@@ -240,7 +243,9 @@ def measure(model: Any, task: Task, threads: int = 1) -> dict[str, float]:
     read = {"tokens": tokens, "sequences": len(labels), **task.counts}
     if logits.shape[1] == 1:
         return {"loss": float(mse(logits[:, 0], labels)[0]), **read, "pearson": pearson(logits[:, 0], labels)}
-    figures = classification_metrics(logits.argmax(axis=1), labels, logits.shape[1])
+    figures: dict[str, Any] = classification_metrics(logits.argmax(axis=1), labels, logits.shape[1])
+    if matrix:
+        figures["confusion"] = confusion(logits.argmax(axis=1), labels).tolist()
     return {"loss": float(cross_entropy(logits, labels)[0]), **read, **figures}
 
 

@@ -35,6 +35,7 @@ def train(
     prefix: PrefixCache | None = None,
     cuda_graph: bool = True,
     loss_scale: LossScale | None = None,
+    norms_every: int = 0,
 ) -> Iterator[Step]:
     """Take `steps` steps of `accumulate` batches each, at optimizer.lr * schedule(step); yield each as a Step.
 
@@ -46,6 +47,7 @@ def train(
     cuda_graph    on a GPU: replay steps of one shape as a CUDA graph (cuda_graph.py)
     loss_scale    scale of float16 gradients (loss_scale.py); default: a new one if activations are float16. Every step is then read;
                   one whose gradients overflow is yielded with a norm that is not finite, and without an update
+    norms_every   steps between two measurements of Step.norms, the norms by parameter (watch.py); default: none
 
     Raises Diverged when a loss or gradient norm is not finite (with a loss scale: 20 times in a row); the parameters are then those of
     the last step whose own loss was finite. Raises ValueError when `batches` ends early or no token of a step has a label.
@@ -53,7 +55,7 @@ def train(
     flat, peak_lr = optimizer.flat, optimizer.lr
     on_host = get_xp(flat.data) is np
     scaler = LossScale.of(model) if loss_scale is None else loss_scale
-    watch = Watch(flat, 1 if scaler else check_every or (1 if on_host else 10))
+    watch = Watch(flat, 1 if scaler else check_every or (1 if on_host else 10), norms_every)
     with (
         Replicas(model, flat, threads, prefix) as replicas,
         step_graph(replicas, clip) if cuda_graph and not on_host else nullcontext() as graph,
