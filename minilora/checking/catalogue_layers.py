@@ -12,11 +12,11 @@ from minilora.adapters import BottleneckLinear, PerSequence
 from minilora.backend import Array, as_like
 from minilora.checking.subjects import OFFSETS, Subject, shaken
 from minilora.lora import LoRALinear
-from minilora.lora.init.watch import Watched
+from minilora.lora.init.data import Watched
 from minilora.lora.variants.dora import DoRALinear
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.lora.variants.vera import Projections, VeraConfig, VeRALinear
-from minilora.models import MLP
+from minilora.models import MLP, Attention, Block, FeedForward
 
 
 def layers(rng: np.random.Generator) -> Iterator[Subject]:
@@ -34,12 +34,12 @@ def layers(rng: np.random.Generator) -> Iterator[Subject]:
     for layer in (L.ReLU(), L.GELU(), L.SiLU(), L.Tanh(), L.Dropout(0.4)):
         yield type(layer).__name__, layer, draw(6, 5), {}
     yield "GELU, tanh", L.GELU("tanh"), draw(6, 5), {}
-    yield "Attention, causal", L.Attention(6, 3, **d), draw(9, 6), {"offsets": OFFSETS}
-    yield "Attention, one sequence", L.Attention(6, 3, **d), draw(9, 6), {}
-    yield "Attention, some rows", L.Attention(6, 3, **d), draw(9, 6), {"offsets": OFFSETS, "rows": np.array([0, 2, 7])}
-    yield "Attention, both ways", L.Attention(6, 2, causal=False, **d), draw(9, 6), {"offsets": OFFSETS}
-    yield "FeedForward", L.FeedForward(4, 7, **d), draw(6, 4), {}
-    yield "Block", shaken(L.Block(6, 3, dropout=0.2, **d), rng), draw(9, 6), {"offsets": OFFSETS}
+    yield "Attention, causal", Attention(6, 3, **d), draw(9, 6), {"offsets": OFFSETS}
+    yield "Attention, one sequence", Attention(6, 3, **d), draw(9, 6), {}
+    yield "Attention, some rows", Attention(6, 3, **d), draw(9, 6), {"offsets": OFFSETS, "rows": np.array([0, 2, 7])}
+    yield "Attention, both ways", Attention(6, 2, causal=False, **d), draw(9, 6), {"offsets": OFFSETS}
+    yield "FeedForward", FeedForward(4, 7, **d), draw(6, 4), {}
+    yield "Block", shaken(Block(6, 3, dropout=0.2, **d), rng), draw(9, 6), {"offsets": OFFSETS}
     yield "Sequential", L.Sequential(L.Linear(5, 4, **d), L.Tanh(), L.Dropout(0.2), L.Linear(4, 3, **d)), draw(6, 5), {}
     yield "Sequential, frozen below", L.Sequential(L.Linear(5, 4, **d).freeze(), L.ReLU(), L.Linear(4, 3, **d)), draw(6, 5), {}
     yield "MLP", MLP([5, 7, 6, 3], L.Tanh, **d), draw(6, 5), {}
