@@ -58,8 +58,8 @@ def large(rng: np.random.Generator) -> Iterator[Subject]:
         "RMSNorm": (L.RMSNorm(40, dtype="float64"), (3500, 40), {}),
         "GELU, tanh": (L.GELU("tanh"), (3500, 40), {}),
         "SiLU": (L.SiLU(), (3500, 40), {}),
-        "Attention, causal": (L.Attention(6, 2, **d), (270, 6), packed),
-        "Attention, both ways": (L.Attention(6, 2, causal=False, **d), (270, 6), packed),
+        "Attention, causal": (Attention(6, 2, **d), (270, 6), packed),
+        "Attention, both ways": (Attention(6, 2, causal=False, **d), (270, 6), packed),
     }
     for name, (layer, shape, options) in subjects.items():
         shaken(layer, rng)
