@@ -265,7 +265,11 @@ REMARKS = [
     (wide(db=lambda self, dy: self.add(self.b, dy)), "b", "has shape (5, 3) instead of (3,): the sum over axis 0 is left out"),
     (wide(db=lambda self, dy: self.add(self.b, dy**2)), "b", "has shape (5, 3) instead of (3,)"),
     (wide(db=lambda self, dy: self.add(self.b, dy.sum(0, keepdims=True))), "b", "has shape (1, 3) instead of (3,): its values are right"),
-    (wide(db=lambda self, dy: self.add(self.b, dy.sum(axis=1))), "b", "has shape (5,) instead of (3,): the sum is over axis 1 instead of 0"),
+    (
+        wide(db=lambda self, dy: self.add(self.b, dy.sum(axis=1))),
+        "b",
+        "has shape (5,) instead of (3,): the sum is over axis 1 instead of 0",
+    ),
 ]
 
 

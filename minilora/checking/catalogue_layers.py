@@ -54,6 +54,7 @@ def large(rng: np.random.Generator) -> Iterator[Subject]:
         "LoRALinear, no bias": (LoRALinear(L.Linear(32, 40, bias=False, **d), r=2, **d), (3500, 32), {}),
         "LoRALinear, A alone": (LoRALinear(L.Linear(32, 40, **d), r=2, **d), (3500, 32), {}),
         "LoRALinear, B alone": (LoRALinear(L.Linear(32, 40, **d), r=2, **d), (3500, 32), {}),
+        "LoRALinear, dropout": (LoRALinear(L.Linear(32, 40, **d), 2, 16, 0.3, **d), (3500, 32), {}),
         "LayerNorm": (L.LayerNorm(40, dtype="float64"), (3500, 40), {}),
         "RMSNorm": (L.RMSNorm(40, dtype="float64"), (3500, 40), {}),
         "GELU, tanh": (L.GELU("tanh"), (3500, 40), {}),
