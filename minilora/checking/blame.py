@@ -127,10 +127,14 @@ def handed(call: Call) -> str:
                 how = wrong(child.place, child.dy)
             if how is not None:
                 name = child.place.removeprefix(call.place).strip(".")
-                return f"hands {name}.backward a dy that {how or 'is not the gradient of what it returned'}"
-        if "dx" in check.checked and hasattr(dx, "shape") and (how := wrong("dx", dx)):
-            return f"returns a dx that {how}"
+                return f"hands {name}.backward a dy {_clause(how or 'is not the gradient of what it returned')}"
+        if inner and "dx" in check.checked and hasattr(dx, "shape") and (how := wrong("dx", dx)):
+            return f"returns a dx {_clause(how)}"
     return ""
+
+
+def _clause(how: str) -> str:
+    return f"{'of which' if how[0].isdigit() else 'that'} {how}"
 
 
 def wiring(call: Call) -> str:

@@ -201,7 +201,8 @@ def _pattern(shape: tuple[int, ...], at: np.ndarray, wrong: np.ndarray, right: n
         if not bad & good and good:
             head = sorted({i // group for i in bad})
             heads = n_head > 1 and what == "columns" and bad == {i for i in lines.tolist() if i // group in head}
-            return f": all of {'head' if heads else what} {', '.join(_ranges(head if heads else sorted(bad)))}"
+            numbers, kind = (head, "heads") if heads else (sorted(bad), what)
+            return f": all of {kind if len(numbers) > 1 else kind[:-1]} {', '.join(_ranges(numbers))}"
     return ""
 
 

@@ -197,7 +197,7 @@ class Check:
         if len(at) > self.max_coordinates:
             at = self.rng.permutation(value.size)
             if getattr(g, "size", None) == value.size:
-                largest = np.argsort(-abs(to_numpy(g).ravel()), kind="stable")[: self.max_coordinates // 2]
+                largest = np.argsort(-abs(to_numpy(g).ravel().astype(float)), kind="stable")[: self.max_coordinates // 2]
                 at = np.concatenate([largest, at[~np.isin(at, largest)]])
             at = np.sort(at[: self.max_coordinates])
         found = []
