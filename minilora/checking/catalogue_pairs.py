@@ -28,7 +28,7 @@ class Pair(Layer):
         self.name, self.returns = name, returns.split()
         function = name.partition(",")[0]
         self.f, self.f_backward = getattr(module, function), getattr(module, f"{function}_backward", None)
-        (self.x_name, self.x), *others = arguments.items()
+        (self.x_name, self.first), *others = arguments.items()
         self.constants = {}
         for key, value in others:
             if isinstance(value, np.ndarray) and value.dtype.kind == "f":
@@ -63,7 +63,7 @@ class Pair(Layer):
 
 def pairs(rng: np.random.Generator) -> Iterator[Subject]:
     """Every functional pair that layers are made of."""
-    yield from ((pair.name, pair, pair.x, {}) for pair in _pairs(rng))
+    yield from ((pair.name, pair, pair.first, {}) for pair in _pairs(rng))
 
 
 def _pairs(rng: np.random.Generator) -> Iterator[Pair]:
@@ -77,6 +77,8 @@ def _pairs(rng: np.random.Generator) -> Iterator[Pair]:
     yield Pair(F, "swiglu", "y saved", g=x, u=draw(6, 5))
     yield Pair(F, "layer_norm", "y saved", x=x, gamma=draw(5), beta=draw(5))
     yield Pair(F, "rms_norm", "y saved", x=x, gamma=draw(5))
+    yield Pair(F, "rms_norm, frozen x", "y saved", "x", gamma=draw(5), x=x)
+    yield Pair(F, "layer_norm, frozen x", "y saved", "x", gamma=draw(5), x=x, beta=draw(5))
     yield Pair(F, "dropout", x=x, p=0.4, key=11)
     yield Pair(F, "embedding", E=x, ids=ids)
     for remark, offsets, causal in (("causal", OFFSETS, True), ("both ways", OFFSETS, False), ("one sequence", None, True)):

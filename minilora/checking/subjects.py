@@ -44,3 +44,10 @@ def shaken(layer: Any, rng: np.random.Generator, names: Sequence[str] | None = N
         if names is None or path in names:
             p.data = p.data + 0.3 * rng.standard_normal(p.data.shape)
     return layer
+
+
+def frozen_but(layer: Any, *paths: str) -> Any:
+    """The layer with only those parameters trainable whose path begins with one of these."""
+    for path, p in layer.parameters():
+        p.trainable = path.startswith(paths)
+    return layer
