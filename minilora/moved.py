@@ -22,6 +22,8 @@ MOVED = {
     "training.recorded": "minilora.training.cuda_graph",
     "training.run_folder": "minilora.runs.folder",
     "training.study_folder": "minilora.runs.folder",
+    "layers.attention": "minilora.models.attention",
+    "layers.block": "minilora.models.block and minilora.models.gpt2",
     "formats.run": "minilora.runs.run_file",
     "formats.partial": "minilora.formats.adapter",
     "adapters.config": "minilora.adapters.partial and minilora.adapters.bottleneck",

@@ -24,7 +24,7 @@ from minilora.explain.formulas import formulas
 from minilora.explain.lines import lines_of, undone
 from minilora.explain.worked import grid_of, worked
 from minilora.functional import gelu_tanh, gelu_tanh_backward, layer_norm, layer_norm_backward, lora_linear, lora_linear_backward
-from minilora.layers.block import PreNormBlock
+from minilora.models.block import PreNormBlock
 
 SUBJECTS = list(catalogue())
 NAMES = [name for name, *_ in SUBJECTS]

@@ -127,7 +127,7 @@ def test_an_interrupted_run_continues_bit_for_bit(name, models, tmp_path, monkey
 def test_a_data_dependent_initialiser_reads_no_data_again(models, tmp_path, monkeypatch):
     recipe = recipe_of(models, "lm", init_lora_weights="eva", r=2)
     interrupted(monkeypatch, recipe, tmp_path / "run", 3)
-    monkeypatch.setattr("minilora.lora.init.eva.eva", lambda *_, **__: pytest.fail("EVA looked at the data again"))
+    monkeypatch.setattr("minilora.lora.init.data.eva", lambda *_, **__: pytest.fail("EVA looked at the data again"))
     resume(tmp_path / "run", quiet)
 
 

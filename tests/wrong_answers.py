@@ -40,7 +40,7 @@ ANSWERS = [
     ),
     Wrong("the scale alpha / r is forgotten", "lora", "du = s * (dy @ B.T)", "du = dy @ B.T", "it lacks the factor s"),
     Wrong("dA and dB are swapped", "lora", "return dx, dA, dB", "return dx, dB, dA", "dA has shape (2, 4) instead of (5, 2)"),
-    Wrong("the mask is forgotten", "lora_layer", "self.mask(dy, key)", "None", "gets other arguments than lora_linear had"),
+    Wrong("the mask is forgotten", "lora_layer", "self.scaling, mask", "self.scaling, None", "gets other arguments than lora_linear had"),
     Wrong(
         "the gradient is overwritten, not added",
         "linear_layer",

@@ -42,6 +42,9 @@ def blame(check: Check, entries: list[Entry], seen: list[Entry] | None = None) -
         if seen is not None and call is not calls[0]:
             seen += [replace(e, name=f"{call.place}: {e.name}") for e in found]
     guilty = [call for call, bad in wrong.items() if bad]
+    if calls.failed is not None and guilty in ([], calls[:1]):  # an exception in a call that has no gradients yet
+        bad = [e for e in entries if e.verdict(check.tol) == "WRONG"]
+        guilty, wrong[calls.failed] = [calls.failed], bad or [Entry("forward", "raised an exception")]
     faults: dict[tuple[str, str], Fault] = {}
     for call in [call for call in guilty if call.order is not None] or guilty:  # an exception may have kept the others from running
         fault = fault_of(call, wrong[call])
@@ -124,10 +127,14 @@ def handed(call: Call) -> str:
                 how = wrong(child.place, child.dy)
             if how is not None:
                 name = child.place.removeprefix(call.place).strip(".")
-                return f"hands {name}.backward a dy that {how or 'is not the gradient of what it returned'}"
-        if "dx" in check.checked and hasattr(dx, "shape") and (how := wrong("dx", dx)):
-            return f"returns a dx that {how}"
+                return f"hands {name}.backward a dy {_clause(how or 'is not the gradient of what it returned')}"
+        if inner and "dx" in check.checked and hasattr(dx, "shape") and (how := wrong("dx", dx)):
+            return f"returns a dx {_clause(how)}"
     return ""
+
+
+def _clause(how: str) -> str:
+    return f"{'of which' if how[0].isdigit() else 'that'} {how}"
 
 
 def wiring(call: Call) -> str:
@@ -148,7 +155,7 @@ def wiring(call: Call) -> str:
             return f"hands {what} what another call saved"
         elif child.changed:
             return f"changes what {child.place or child.name} saved before it calls {what}"
-        elif child.args.get("need_dx", True) and child.need is False and child.grads != {"dx": None}:
+        elif child.args.get("need_dx", True) and child.need is False:
             return f"calls {what} with need_dx=False, and forward with need_dx=True"
     return ""
 

@@ -16,10 +16,10 @@ from minilora.checking.catalogue_layers import adapters, large, layers
 from minilora.checking.catalogue_pairs import pairs
 from minilora.checking.gradcheck import gradcheck
 from minilora.checking.report import Report
-from minilora.checking.subjects import OFFSETS, LossOf, Subject, shaken
+from minilora.checking.subjects import OFFSETS, LossOf, Subject, frozen_but, shaken
 from minilora.lora import LoraConfig, lora_layers
 from minilora.models import GPT2, BertClassifier, BertConfig, GPT2Config, Llama, LlamaConfig
-from minilora.models.bert import BertLayer
+from minilora.models.bert import BertLayer, BertSelfAttention
 
 Change = Callable[[Any], object] | LoraConfig | BottleneckConfig | PartialConfig | None  # what to do with a model, or inject into it
 
@@ -80,6 +80,10 @@ def models(rng: np.random.Generator) -> Iterator[Subject]:
     yield "BertClassifier, head only", bert(_BERT_VARIANTS["head only"]), ids, at
     yield "BertLayer", shaken(BertLayer(BertConfig(**_BERT), **d), rng), rng.standard_normal((9, 6)), at
     yield "BertClassifier.loss, a count", LossOf(bert(_BERT_VARIANTS["head only"]), np.array([2, -100, 0]), count=5), ids, at
+    yield "BertSelfAttention, frozen", BertSelfAttention(6, 3, 3, 2, True, rng, "float64").freeze(), rng.standard_normal((9, 6)), at
+    for part in ("output.LayerNorm", "output.dense", "intermediate", "attention.output.LayerNorm", "attention.output.dense"):
+        layer = frozen_but(shaken(BertLayer(BertConfig(**_BERT), **d), rng), part)
+        yield f"BertLayer, {part} trained", layer, rng.standard_normal((9, 6)), at
     number = bert(_BERT_VARIANTS["LoRA on query and value"], num_labels=1, pooling="mean", hidden_act="relu")
     yield "BertClassifier.loss, regression on the mean", LossOf(number, np.array([0.7, -100, -1.2])), ids, at
     yield "BertClassifier.loss, regression, a count", LossOf(number, np.array([0.7, -100, -1.2]), count=5), ids, at
@@ -132,4 +136,6 @@ _LLAMA_VARIANTS: dict[str, tuple[dict[str, Any], Change]] = {
     "bottlenecks": ({"mlp_bias": True}, _BOTTLENECK),
     "bottleneck on the last o_proj": ({}, _LAST),
     "norms only": ({}, _NORMS),
+    "the last o_proj": ({}, lambda model: frozen_but(model, "model.layers.1.self_attn.o_proj")),
+    "the last down_proj": ({}, lambda model: frozen_but(model, "model.layers.1.mlp.down_proj")),
 }

@@ -13,7 +13,7 @@ from minilora.backend import Array
 from minilora.checking.subjects import OFFSETS, Subject
 from minilora.kernels.numpy import losses as np_losses
 from minilora.layers import Layer, Parameter, Saved
-from minilora.layers.block import Output
+from minilora.layers.base import Output
 from minilora.lora.variants import dora, embedding, vera
 
 
@@ -28,7 +28,7 @@ class Pair(Layer):
         self.name, self.returns = name, returns.split()
         function = name.partition(",")[0]
         self.f, self.f_backward = getattr(module, function), getattr(module, f"{function}_backward", None)
-        (self.x_name, self.x), *others = arguments.items()
+        (self.x_name, self.first), *others = arguments.items()
         self.constants = {}
         for key, value in others:
             if isinstance(value, np.ndarray) and value.dtype.kind == "f":
@@ -63,7 +63,7 @@ class Pair(Layer):
 
 def pairs(rng: np.random.Generator) -> Iterator[Subject]:
     """Every functional pair that layers are made of."""
-    yield from ((pair.name, pair, pair.x, {}) for pair in _pairs(rng))
+    yield from ((pair.name, pair, pair.first, {}) for pair in _pairs(rng))
 
 
 def _pairs(rng: np.random.Generator) -> Iterator[Pair]:
@@ -77,6 +77,8 @@ def _pairs(rng: np.random.Generator) -> Iterator[Pair]:
     yield Pair(F, "swiglu", "y saved", g=x, u=draw(6, 5))
     yield Pair(F, "layer_norm", "y saved", x=x, gamma=draw(5), beta=draw(5))
     yield Pair(F, "rms_norm", "y saved", x=x, gamma=draw(5))
+    yield Pair(F, "rms_norm, frozen x", "y saved", "x", gamma=draw(5), x=x)
+    yield Pair(F, "layer_norm, frozen x", "y saved", "x", gamma=draw(5), x=x, beta=draw(5))
     yield Pair(F, "dropout", x=x, p=0.4, key=11)
     yield Pair(F, "embedding", E=x, ids=ids)
     for remark, offsets, causal in (("causal", OFFSETS, True), ("both ways", OFFSETS, False), ("one sequence", None, True)):
@@ -90,8 +92,7 @@ def _pairs(rng: np.random.Generator) -> Iterator[Pair]:
     q, k, v = draw(9, 12), draw(9, 4), draw(9, 4)
     yield Pair(F, "attention, grouped heads", "y saved", q=q, k=k, v=v, n_head=6, n_kv_head=2, offsets=OFFSETS)
     cos, sin = F.rotary_tables(F.positions(9, OFFSETS, 9), 4, 100.0, x)
-    for remark, interleaved in (("halves", False), ("interleaved", True)):
-        yield Pair(F, f"rotary, {remark}", frozen="cos sin", x=draw(9, 12), cos=cos, sin=sin, interleaved=interleaved)
+    yield Pair(F, "rotary", frozen="cos sin", x=draw(9, 12), cos=cos, sin=sin)
     yield Pair(F, "mse", "loss dy", frozen="target", y=x, target=np.full(x.shape, 0.3))
     yield Pair(F, "cross_entropy", "loss dy", logits=x, labels=labels)
     yield Pair(F, "cross_entropy, times", "loss dy", logits=x, labels=labels, times=0.7)

@@ -85,7 +85,8 @@ def cause(g: np.ndarray, numeric: np.ndarray, at: np.ndarray, precision: float, 
     if wrong.any() and not wrong.all():
         first = _place(g.shape, int(at[np.argmax(wrong)]))
         zero = ", where it is zero" if not analytic[wrong].any() else ""
-        which = _pattern(g.shape, at, wrong, known.n_head)
+        right = ~wrong & (np.abs(numeric) > precision * np.abs(numeric).max())
+        which = _pattern(g.shape, at, wrong, right, known.n_head)
         return f"{int(wrong.sum())} of {wrong.size} coordinates are wrong, the first at {first}{which}{zero}"
     return ""
 
@@ -160,8 +161,8 @@ _TERMS: dict[tuple[str, str, str], Callable[..., np.ndarray]] = {  # (operation,
     ("layer_norm", "dx", "xhat mean(dxhat xhat)"): lambda dy, x, gamma, beta, eps=1e-5: _along(dy, x, gamma, eps, True),
     ("rms_norm", "dx", "xhat mean(dxhat xhat)"): lambda dy, x, gamma, eps=1e-6: _along(dy, x, gamma, eps, False),
     ("softmax", "dx", "y sum(dy y)"): lambda dy, x: -F.softmax(x) * (dy * F.softmax(x)).sum(axis=-1, keepdims=True),
-    ("rotary", "dx", "the part with sin"): lambda dy, x, cos, sin, interleaved=False: F.rotary(dy, 0 * cos, -sin, interleaved),
-    ("rotary", "dx", "the part with cos"): lambda dy, x, cos, sin, interleaved=False: F.rotary(dy, cos, 0 * sin, interleaved),
+    ("rotary", "dx", "the part with sin"): lambda dy, x, cos, sin: F.rotary(dy, 0 * cos, -sin),
+    ("rotary", "dx", "the part with cos"): lambda dy, x, cos, sin: F.rotary(dy, cos, 0 * sin),
     ("gelu", "dx", "Phi(x)"): lambda dy, x: dy * 0.5 * (1 + erf(x / math.sqrt(2))),
     ("gelu", "dx", "x phi(x)"): lambda dy, x: dy * x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi),
     ("tanh", "dx", "dy"): lambda dy, x: dy,
@@ -191,17 +192,18 @@ def _named(factor: float, factors: dict[str, float]) -> str:
     return ""
 
 
-def _pattern(shape: tuple[int, ...], at: np.ndarray, wrong: np.ndarray, n_head: int) -> str:
+def _pattern(shape: tuple[int, ...], at: np.ndarray, wrong: np.ndarray, right: np.ndarray, n_head: int) -> str:
     """Which rows or columns the wrong coordinates are, where they are all of some and none of others."""
     if len(shape) != 2:
         return ""
     rows, columns = np.unravel_index(at, shape)
     for lines, what, group in ((columns, "columns", shape[1] // n_head), (rows, "rows", 1)):
-        bad, good = set(lines[wrong].tolist()), set(lines[~wrong].tolist())
+        bad, good = set(lines[wrong].tolist()), set(lines[right].tolist())
         if not bad & good and good:
             head = sorted({i // group for i in bad})
             heads = n_head > 1 and what == "columns" and bad == {i for i in lines.tolist() if i // group in head}
-            return f": all of {'head' if heads else what} {', '.join(_ranges(head if heads else sorted(bad)))}"
+            numbers, kind = (head, "heads") if heads else (sorted(bad), what)
+            return f": all of {kind if len(numbers) > 1 else kind[:-1]} {', '.join(_ranges(numbers))}"
     return ""
 
 

@@ -65,8 +65,8 @@ def forward_flops(name: str, args: dict[str, Any], implementation: str, form: bo
     each = {key: value(formula, sizes) for key, formula in formulas.items()}
     if implementation == "numpy" and name == "lora_linear" and args.get("b") is not None:
         each["forward"] += value("2 T n", sizes)  # the bias is a row of B there
-    if sizes.get("again"):
-        each["dq dk dv"] = value("2 again h", sizes)
+    if name == "attention" and sizes["again"]:
+        each["dq dk dv"] = value("2 again h", sizes)  # the scores of long sequences are computed again
     skipped = sum(cost for key, cost in each.items() if key != "forward")
     W = args.get("W")
     if isinstance(W, Residual):  # W - L R: products with it are operations of their own, but for W H^T in the gradient of column norms
@@ -103,15 +103,14 @@ def sizes_of(name: str, args: dict[str, Any], implementation: str = "reference")
         sizes |= dict(zip(letters.split(), (int(n) for n in shape), strict=False))
     if name == "attention":
         k, offsets, rows = args["k"], args.get("offsets"), args.get("rows")
-        seqs = list(_sequences(offsets, len(k), rows))
-        sizes["P"] = sum(int((a.stop - a.start) * (b.stop - b.start)) for a, b, _ in seqs)
+        sizes |= {"P": sum(int((a.stop - a.start) * (b.stop - b.start)) for a, b, _ in _sequences(offsets, len(k), rows)), "again": 0}
         if implementation == "numpy":
             bounds, causal, H = grouped.bounds_of(offsets, len(k)), args.get("causal", True), args["n_head"]
             sizes["P"] = sizes["again"] = 0  # again: those whose scores are computed once more in backward
             for group in grouped._groups(bounds, rows, causal, H, np):
                 pairs = sum(len(group.limit) * (at.stop - at.start) * e for at, e in grouped._blocks(group, H, np))
-                keys = group.keys.rows
-                longest = (keys.stop - keys.start) // len(group.limit) if isinstance(keys, slice) else keys.shape[-1]
                 sizes["P"] += pairs
-                sizes["again"] += pairs if longest > grouped.KEPT else 0
+                keys = group.keys.rows
+                longest = (keys.stop - keys.start) // len(group.limit) if isinstance(keys, slice) else keys.shape[1]
+                sizes["again"] += pairs * (longest > grouped.KEPT)
     return sizes

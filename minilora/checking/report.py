@@ -55,7 +55,7 @@ class Fault:
     def __str__(self) -> str:
         more = f" (and in {len(self.places) - 1} more places)" if len(self.places) > 1 else ""
         cause = self.cause or f"is wrong by {self.error:.1e}, relative to its size"
-        return f"{self.place or self.name}: {self.gradient} {cause}{more}  [{self.source}]"
+        return f"{self.place or self.name}: {self.gradient} {cause}{more}  [{self.source}]".replace(":  ", ": ")
 
 
 class Broken(Exception):

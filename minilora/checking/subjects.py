@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array
+from minilora.functional.attention import Offsets
 from minilora.layers import Layer, Saved
-from minilora.layers.block import Offsets, Output
+from minilora.layers.base import Output
 
 OFFSETS = [0, 3, 4, 9]  # three sequences, of 3, 1 and 5 tokens
 Subject = tuple[str, Any, Array, dict[str, Any]]  # name, object, x, forward options
@@ -42,4 +43,11 @@ def shaken(layer: Any, rng: np.random.Generator, names: Sequence[str] | None = N
     for path, p in layer.parameters():
         if names is None or path in names:
             p.data = p.data + 0.3 * rng.standard_normal(p.data.shape)
+    return layer
+
+
+def frozen_but(layer: Any, *paths: str) -> Any:
+    """The layer with only those parameters trainable whose path begins with one of these."""
+    for path, p in layer.parameters():
+        p.trainable = path.startswith(paths)
     return layer

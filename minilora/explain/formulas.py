@@ -53,9 +53,8 @@ def _norm(a: Arrays, i: int, j: int) -> Arrays:
 
 def _rotary(a: Arrays, i: int, j: int) -> Arrays:
     half = a["cos"].shape[1]
-    at, step = (j % (2 * half), 1) if a.get("interleaved") else (j % (2 * half), half)
-    second, c = (at % 2, at // 2) if step == 1 else divmod(at, half)
-    return {"c": c, "mate": j - step if second else j + step, "sign": 1 if second else -1}
+    second, c = divmod(j % (2 * half), half)
+    return {"c": c, "mate": j - half if second else j + half, "sign": 1 if second else -1}
 
 
 def _attention(a: Arrays, i: int, j: int) -> Arrays:
@@ -102,7 +101,7 @@ GIVEN: dict[str, Callable[[Arrays, int, int], Arrays]] = {
     "gelu_tanh": lambda a, i, j: {"root": math.sqrt(2 / math.pi)},
     "embedding": lambda a, i, j: {"id": int(a["ids"][i])},
     "take_rows": lambda a, i, j: {"row": i if a["rows"] is None else int(a["rows"][i])},
-    "dropout": lambda a, i, j: {"mask": F.dropout_mask(a["x"].shape, a["p"], a["key"], np, a["x"].dtype)},
+    "dropout": lambda a, i, j: {"mask": F.dropout_mask(a["x"], a["x"].shape, a["p"], a["key"])},
     "dropout_mask": lambda a, i, j: {"kept": (a["y"] > 0).astype(int)},
     "adamw": lambda a, i, j: {**a["step"]._asdict(), "w_new": F.adamw(*(a[n] for n in "w g m v rates decays step".split()))[0]},
 }

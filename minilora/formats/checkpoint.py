@@ -22,13 +22,13 @@ from minilora.formats.gguf import read_gguf
 from minilora.formats.nf4 import CONFIG, is_nf4_config, packed, unpacked
 from minilora.formats.tensors import stored_dtypes, write_tensors
 from minilora.formats.tokenizer import load_tokenizer
+from minilora.kernels.half import HALF
 from minilora.layers import Embedding
 from minilora.lora import adapter_parameters, lora_layers
 from minilora.models.bert import BertConfig
 from minilora.models.decoder import Decoder
-from minilora.quantization.half import KINDS, to_half_precision
 from minilora.quantization.nf4 import is_nf4
-from minilora.quantization.quantize import check_kind, quantize_model
+from minilora.quantization.quantize import check_kind, quantize_model, to_half_precision
 
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
 _TOKENIZER_FILES += "vocab.txt vocab.json merges.txt tokenizer.model generation_config.json".split()
@@ -64,7 +64,7 @@ def load_model(
     Raises FileNotFoundError; ValueError when the configuration, a file or a tensor does not fit; ImportError for a missing extra.
     """
     kind = _dtype_name("load_model", dtype)
-    if quantize and kind in KINDS:
+    if quantize and kind in HALF:
         raise ValueError(f"load_model: dtype {kind} and quantize {quantize!r} exclude each other; choose one.")
     if quantize:
         check_kind(quantize)
@@ -100,9 +100,9 @@ def load_model(
     model.origin = Origin(name, str(path_or_id) if is_hub_id(path_or_id) else None, drawn)
     if quantize:
         quantize_model(model, quantize)
-    if kind in KINDS:
+    if kind in HALF:
         to_half_precision(model, kind)
-    return model.freeze().to(backend, None if kind in KINDS else dtype)
+    return model.freeze().to(backend, None if kind in HALF else dtype)
 
 
 def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
@@ -117,7 +117,7 @@ def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
 
 def _dtype_name(who: str, dtype: Any, *more: str) -> str | None:
     """The name of a dtype, or of one of `more`; None stays None. Raises ValueError, naming the function `who`, for any other."""
-    known = ("float32", "float64", *KINDS, *more)
+    known = ("float32", "float64", *HALF, *more)
     with suppress(TypeError):  # NumPy lacks "bfloat16" until ml_dtypes is imported
         dtype = dtype if dtype is None else np.dtype(dtype).name
     if dtype is not None and dtype not in known:

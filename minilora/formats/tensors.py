@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from minilora.formats.atomic import write_file
-from minilora.quantization.half import dtype_of
+from minilora.quantization.quantize import half_dtype
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
 _DTYPES |= {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}
@@ -85,7 +85,7 @@ def write_tensors(
         x = np.ascontiguousarray(rounded(value, dtype))
         if dtype == "float16" and value.dtype.itemsize > 2 and np.isinf(x).any():
             raise ValueError(f"{path}: {name} has numbers beyond float16's 65504; choose bfloat16 or float32.")
-        written[name] = x.view(dtype_of(dtype)) if dtype == "bfloat16" else x
+        written[name] = x.view(half_dtype(dtype)) if dtype == "bfloat16" else x
     write_file(path, lambda temporary: save_file(written, temporary, metadata=metadata or {"format": "pt"}))
 
 

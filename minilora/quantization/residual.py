@@ -40,11 +40,6 @@ class Residual(Matrix):
         y -= product(product(x, self.L), self.R)
         return y
 
-    def __matmul__(self, y: Array) -> Array:
-        x = self.W @ y
-        x -= self.L @ (self.R @ y)
-        return x
-
     def dense(self) -> Array:
         return dense(self.W) - self.L @ self.R
 

@@ -23,7 +23,7 @@ from minilora.data.records import note
 from minilora.formats.atomic import put_in_place, read_json, temporary_of, write_json
 from minilora.formats.tensors import map_tensors, write_tensors
 from minilora.lora import adaptation, lora_layers
-from minilora.lora.registry import config_classes
+from minilora.lora.registry import METHODS, load
 from minilora.models.config_file import check_types, made
 from minilora.optim.optimizers import AdamW
 from minilora.quantization.residual import Offset
@@ -85,7 +85,7 @@ def adapter_config(method: dict[str, Any]) -> Any:
     if values.get("init_lora_weights", True) != "loftq":
         values = {name: True if name == "init_lora_weights" else value for name, value in values.items()}
     values = {name: value for name, value in values.items() if name not in ("eva_config", "lora_ga_config")}
-    return config_classes()[method["peft_type"]](**values)
+    return load(METHODS[method["peft_type"]])(**values)
 
 
 def restore(state: State, model: Any, optimizer: AdamW, scale: LossScale | None, where: str) -> None:

@@ -11,7 +11,7 @@ from minilora.data.batches import Batch
 from minilora.data.records import listed, note
 from minilora.formats.checkpoint import load_model
 from minilora.formats.tokenizer import Tokenizer
-from minilora.lora.registry import config_classes
+from minilora.lora import registry
 from minilora.models.stack import Body
 from minilora.optim.optimizers import AdamW, create_loraplus_optimizer
 from minilora.optim.schedules import schedule
@@ -97,4 +97,4 @@ def _lora_config(recipe: ResolvedRecipe) -> Any:
         values |= {"lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout}
     else:
         values["vera_dropout"] = recipe.lora_dropout
-    return config_classes()[recipe.peft_type](**values)
+    return registry.load(registry.METHODS[recipe.peft_type])(**values)
