@@ -67,7 +67,7 @@ def _step(r: dict[str, Any], say: Say) -> None:
     head = ["backward, from the loss down", "", "dy", "|dy|", "dx, FLOPs", "dW, FLOPs", "gradients"]
     keys = ("place", "name", "dy", "norm_dy", "dx", "dW", "gradients")
     _table(head, [[c[k] for k in keys] for c in r["way"]], say)
-    say(f"\n{at}: its gradient, and AdamW's first step, with lr = {r['lr']} and m and v zero")
+    say(f"\n{at}: its gradient, and AdamW's first step with lr = {r['lr']} (w: all trained parameters, one after the other)")
     _numbers(r["worked"], say)
     say(
         f"\nafter the step of all adapters\n  {at}: {r['before']:.8g} -> {r['after']:.8g}\n  loss: {r['loss']:.6f} -> {r['loss_after']:.6f}"
