@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, to_numpy
+from minilora.checking.calls import Call, arrays_in, names_of, where
 from minilora.checking.causes import Known, cause, known_of, misshapen
 from minilora.checking.check import Check, unchanged
 from minilora.checking.report import Broken, Entry, Fault
-from minilora.checking.trace import Call, Calls, arrays_in, exchanged, names_of, trace, where
+from minilora.checking.trace import Calls, exchanged, trace
 from minilora.kernels import dispatch
 from minilora.layers import Layer, Parameter
 
@@ -252,6 +253,9 @@ class OperationPart(Part):
             result = self.of.run[1](dy, *(saved[0] if a is self.of.saved and a is not None else a for a in args[1:]), **options)
             grads = result if isinstance(result, tuple) else (result,)
         named = dict(zip(self.of.gradients, grads, strict=False))
+        needless = [g for g, value in named.items() if value is not None and isinstance(self.of.need, set) and g not in self.of.need]
+        if needless:
+            raise ValueError(f"{needless[0]} was formed, and is not needed")
         for name, p in self.tensors.items():
             g = named.get(f"d{name}")
             p.grad = g if p.grad is None or g is None else p.grad + g
