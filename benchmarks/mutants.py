@@ -21,7 +21,6 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ FILES = [
     *(f"kernels/numpy/{name}" for name in "attention lora losses norm pointwise".split()),
     *("kernels/__init__", "kernels/grouped"),
     *(f"layers/{name}" for name in "activations attention base block dropout embedding linear norm sequential".split()),
-    *("lora/layer", "lora/variants/dora", "lora/variants/vera", "lora/variants/embedding", "lora/init/watch"),
+    *("lora/layer", "lora/variants/dora", "lora/variants/vera", "lora/variants/embedding", "lora/init/data"),
     *("adapters/bottleneck", "adapters/several"),
     *(f"models/{name}" for name in "attention bert classifier decoder gpt2 llama stack".split()),
 ]

@@ -29,7 +29,7 @@ def step_times(backend: str, record: bool, after: Any = lambda: None, steps: int
     """Seconds of each step after the first ten, when `after` is called. changed: sizes of the model, or its dtype."""
     import minilora as ml
     from minilora.data.batches import random_windows
-    from minilora.quantization.half import to_half_precision
+    from minilora.quantization.quantize import to_half_precision
     from minilora.training.loop import train
 
     dtype = changed.pop("dtype", None)

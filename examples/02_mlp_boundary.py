@@ -18,11 +18,15 @@ import numpy as np
 
 import minilora as ml
 
+# %% tags=["script"]
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--backend", default="auto", choices=["auto", "numpy", "cupy"])
 parser.add_argument("--out", default=".", type=Path, help="folder for the picture")
 args = parser.parse_args()
-backend = ml.choose_backend(args.backend)
+backend, out = ml.choose_backend(args.backend), args.out
+
+
+# %% the data
 
 
 def spirals(count, rng):
@@ -37,6 +41,8 @@ rng = np.random.default_rng(0)
 x_host, labels = spirals(600, rng)
 x_new_host, labels_new = spirals(600, rng)
 x, x_new = ml.to_backend(x_host, backend), ml.to_backend(x_new_host, backend)  # labels stay on the host
+
+# %% the training loop
 
 model = ml.MLP([2, 32, 32, 2], ml.Tanh, rng=0).to(backend)
 optimizer = ml.AdamW(model.parameters(), lr=1e-2)
@@ -63,7 +69,7 @@ print(f"loss                    {losses[0]:.3f} -> {losses[-1]:.4f} in {len(loss
 print(f"accuracy, training      {accuracy(x, labels):.3f}")
 print(f"accuracy, new points    {before:.3f} -> {accuracy(x_new, labels_new):.3f}")
 
-# -- the picture ----------------------------------------------------------------------------------------------------
+# %% the picture
 
 try:
     import matplotlib.pyplot as plt
@@ -90,6 +96,14 @@ right.semilogy(losses, color="#0072B2")
 right.axhline(np.log(2), color="grey", linestyle="--", linewidth=1)
 right.text(len(losses), np.log(2) * 1.15, "guessing: log 2", ha="right", color="dimgrey")
 right.set(title="training loss", xlabel="step", ylabel="cross-entropy", ylim=(min(losses) / 2, 2))
-args.out.mkdir(parents=True, exist_ok=True)
-figure.savefig(args.out / "02_mlp_boundary.png", dpi=120)
-print(f"picture                 {args.out / '02_mlp_boundary.png'}")
+out.mkdir(parents=True, exist_ok=True)
+figure.savefig(out / "02_mlp_boundary.png", dpi=120)
+print(f"picture                 {out / '02_mlp_boundary.png'}")
+print("Look at the boundary between the arms, and far from all points: there the network is certain as well, without a reason.")
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Remove one hidden layer, then make it 8 wide. At which width does the boundary no longer follow the arms?
+# 2. The loop never writes `dW` down. Compute `dh2`, `dz2`, `dh1` and `dz1` by hand from `dlogits`, and compare `x.T @ dz1` with the
+#    `grad` of the first weight after one `backward`.

@@ -22,11 +22,15 @@ import numpy as np
 
 import minilora as ml
 
+# %% tags=["script"]
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--backend", default="auto", choices=["auto", "numpy", "cupy"])
 parser.add_argument("--out", default=".", type=Path, help="folder for the picture")
 args = parser.parse_args()
-backend = ml.choose_backend(args.backend)
+backend, out = ml.choose_backend(args.backend), args.out
+
+# %% the layer
+
 rng = np.random.default_rng(0)
 
 
@@ -45,7 +49,7 @@ def norm(a):
     return float((a * a).sum()) ** 0.5
 
 
-# -- the seed's sample: 1000 x 1000, rank 10 ------------------------------------------------------------------------
+# %% the seed's sample: 1000 x 1000, rank 10
 
 W, x = normal(1000, 1000), normal(1, 1000)
 layer = lora(W, 10, "normal")
@@ -56,7 +60,7 @@ trained = sum(p.data.size for _, p in layer.parameters() if p.trainable)
 print(f"x @ (W + A @ B) against x W + (x A) B       relative difference {norm(x @ (W + A @ B) - y) / norm(y):.1e}")
 print(f"trainable parameters                        {trained:,} of {sum(sizes):,} (the sample's nn.Parameter(W) trains all of them)")
 
-# -- the first step of a layer with W ~ N(0, 1/d) --------------------------------------------------------------------
+# %% the first step of a layer with W ~ N(0, 1/d)
 
 d, r, T = 384, 8, 192  # fewer examples than dimensions, as is usual in fine-tuning
 W = normal(d, d, sigma=d**-0.5)
@@ -73,7 +77,7 @@ for name, init in [("A, B ~ N(0, 1)", "normal"), ("A Kaiming, B = 0", True), ("A
     ratio = norm(x @ layer.delta()) / norm(x @ W)
     print(f"  {name:<26} {ratio:15.4g} {norm(layer.lora_A.grad):15.4g} {norm(layer.lora_B.grad):12.4g}")
 
-# -- the effect on training: 150 steps from both initialisations, each with its best learning rate ------------------
+# %% the effect on training: 150 steps from both initialisations, each with its best learning rate
 
 
 def train(init, lr, steps=150, every=5):
@@ -102,7 +106,7 @@ for name, init in [("A, B ~ N(0, 1)", "normal"), ("A Kaiming, B = 0", True)]:
     best[name] = run = runs[lr]
     print(f"  {name:<18} lr {lr:<5} first {run[0, 2]:10.4f}    last {run[-1, 2]:8.4f}    training, last {run[-1, 1]:.1e}")
 
-# -- the picture ----------------------------------------------------------------------------------------------------
+# %% the picture
 
 try:
     import matplotlib.pyplot as plt
@@ -118,6 +122,15 @@ for (name, run), colour in zip(best.items(), ("#D55E00", "#0072B2"), strict=True
 axes.axhline(frozen, color="black", linestyle="--", linewidth=1, label="frozen W: new data")
 axes.set(title=f"LoRA of rank {r} on {T} examples in {d} dimensions", xlabel="step", ylabel="mean squared error")
 axes.legend(fontsize=9)
-args.out.mkdir(parents=True, exist_ok=True)
-figure.savefig(args.out / "03_the_seeds_layer.png", dpi=120)
-print(f"picture {args.out / '03_the_seeds_layer.png'}")
+out.mkdir(parents=True, exist_ok=True)
+figure.savefig(out / "03_the_seeds_layer.png", dpi=120)
+print(f"picture {out / '03_the_seeds_layer.png'}")
+print("Look at the distance between the two curves of one colour: what is learned on the training data but not for new data.")
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Initialise with A = 0 and B from N(0, 1). Which of the two moves at the first step? Compare the loss after 150 steps with that of
+#    B = 0.
+# 2. Take 2,000 examples in place of 192. Does the first initialisation now reach the second on new data? Explain with the number of
+#    directions that the examples cover.

@@ -21,11 +21,15 @@ import numpy as np
 
 import minilora as ml
 
+# %% tags=["script"]
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--backend", default="auto", choices=["auto", "numpy", "cupy"])
 parser.add_argument("--out", default=".", type=Path, help="folder for the picture")
 args = parser.parse_args()
-backend = ml.choose_backend(args.backend)
+backend, out = ml.choose_backend(args.backend), args.out
+
+# %% the data
+
 try:
     from sklearn.datasets import load_digits
 except ImportError:
@@ -34,6 +38,8 @@ except ImportError:
 SIZES, LABELLED = [64, 128, 128, 5], 250
 images, digit = load_digits(return_X_y=True)
 x_all = ml.to_backend((images / 16).astype("float32"), backend)
+
+# %% training
 
 
 def fit(model, rows, lr, rng, steps=200, batch=64):
@@ -99,7 +105,7 @@ for method, rows in results.items():
     print(f"{method:<15} {trained.get(method, 0):9,}  {new:11.3f} {old:11.3f} {f'{off:15.3f}' if method.startswith('LoRA') else ''}")
 print(f"with the adapter off, the outputs differ from the base's by at most {difference}")
 
-# -- the picture ----------------------------------------------------------------------------------------------------
+# %% the picture
 
 try:
     import matplotlib.pyplot as plt
@@ -126,6 +132,14 @@ for panel, (row, before, after) in zip(right.subplots(3, 4).flat, gallery, stric
     panel.imshow(images[row].reshape(8, 8), cmap="gray_r")
     panel.set_title(f"{before} \N{RIGHTWARDS ARROW} {after}", fontsize=11, color="black" if after == digit[row] else "#D55E00")
     panel.axis("off")
-args.out.mkdir(parents=True, exist_ok=True)
-figure.savefig(args.out / "05_digits_pretrain_adapt.png", dpi=120)
-print(f"picture {args.out / '05_digits_pretrain_adapt.png'}")
+out.mkdir(parents=True, exist_ok=True)
+figure.savefig(out / "05_digits_pretrain_adapt.png", dpi=120)
+print(f"picture {out / '05_digits_pretrain_adapt.png'}")
+print("Look at the last column of the table: with the adapter off, the old digits are recognised as before. Full fine-tuning forgot them.")
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Adapt the first layer only (`target_modules=["layers.0"]`, without `rank_pattern`), then the last only. Which of the two is worth
+#    more, at how many trained numbers?
+# 2. Use 50 labels in place of 250. Which method loses least, and is pretraining worth more or less than before?

@@ -15,16 +15,21 @@ the size of such rounding differences. A real mistake is larger by orders of mag
 
 import argparse
 import time
+from pathlib import Path
 
 import numpy as np
 
 import minilora as ml
 from minilora.backend import synchronize
 
+# %% tags=["script"]
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--backend", default="auto", choices=["auto", "numpy", "cupy"], help="auto: both if there is a GPU")
-parser.add_argument("--out", default=".", help="ignored: this example draws no picture")
+parser.add_argument("--out", default=".", type=Path, help="folder for the picture")
 args = parser.parse_args()
+requested, out = args.backend, args.out
+
+# %% the job
 
 SIZES, T, STEPS, WARM_UP = [256, 512, 512, 10], 256, 40, 5
 rng = np.random.default_rng(0)
@@ -55,19 +60,54 @@ def train(backend, dtype):
     return np.array([float(loss) for loss in losses]), 1000 * elapsed / (STEPS - WARM_UP)
 
 
+# %% the runs
+
 runs = [("numpy", "float64"), ("numpy", "float32")]
-if args.backend != "numpy":
+if requested != "numpy":
     try:
         runs.append((ml.choose_backend("cupy"), "float32"))
     except (ImportError, RuntimeError) as reason:
-        if args.backend == "cupy":
+        if requested == "cupy":
             raise SystemExit(str(reason)) from None
         print(f"NumPy only: {reason}")
 
 print("backend  dtype       first loss     last loss    largest difference  ms per step")
-previous = None
+previous, curves = None, {}
 for backend, dtype in runs:
     losses, ms = train(backend, dtype)
+    curves[f"{backend}, {dtype}"] = losses
     difference = "" if previous is None else f"{abs(losses - previous).max():.1e}"
     print(f"{backend:<8} {dtype:<9} {losses[0]:12.6f}  {losses[-1]:12.6f}    {difference:>18}    {ms:9.2f}")
     previous = losses  # the next line is compared with this one
+
+# %% the picture
+
+try:
+    import matplotlib.pyplot as plt
+except ImportError:
+    print("no picture without matplotlib: pip install 'minilora[plot]'")
+    raise SystemExit from None
+plt.switch_backend("Agg")  # draws to a file; needs no display
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
+exact = curves["numpy, float64"]
+for (name, losses), colour, style in zip(curves.items(), ("black", "#0072B2", "#D55E00"), ("-", "--", ":"), strict=False):
+    left.semilogy(losses, color=colour, linestyle=style, linewidth=2, label=name)
+    if losses is not exact:
+        right.semilogy(abs(losses - exact) / exact, color=colour, linewidth=2, label=f"{name}, against float64")
+right.axhline(np.finfo("float32").eps, color="grey", linestyle="--", linewidth=1)
+right.text(STEPS, np.finfo("float32").eps / 1.3, "one rounding in float32", color="dimgrey", ha="right", va="top")
+left.set(title="the losses: one curve", xlabel="step", ylabel="cross-entropy")
+right.set(title="their differences", xlabel="step", ylabel="relative difference of the loss", ylim=(1e-9, 1e-2))
+left.legend()
+right.legend()
+out.mkdir(parents=True, exist_ok=True)
+figure.savefig(out / "06_switch_to_gpu.png", dpi=120)
+print(f"picture {out / '06_switch_to_gpu.png'}")
+print("Look at the right half: the difference begins at one rounding and grows as training amplifies it. A mistake would begin at 1.")
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Reverse the rows of `x_host` and of `labels`: the same sums in another order. Train in float32 both ways; how far apart are the losses?
+# 2. Run with `OMP_NUM_THREADS=1` and with all cores. At which size of the layers does a second core begin to help?

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from minilora.functional.losses import cross_entropy, mse
     from minilora.layers import (
         GELU,
-        Attention,
-        Block,
         Dropout,
         Embedding,
         Layer,
@@ -36,10 +34,9 @@ if TYPE_CHECKING:
     )
     from minilora.lora import LoraConfig, LoRALinear, disabled, factorize, inject, merge, unmerge
     from minilora.lora.variants.vera import VeraConfig
-    from minilora.models import GPT2, MLP, BertClassifier, BertConfig, GPT2Config, KVCache, Llama, LlamaConfig
+    from minilora.models import GPT2, MLP, Attention, BertClassifier, BertConfig, Block, GPT2Config, KVCache, Llama, LlamaConfig
     from minilora.optim.flat import clip_grad_norm
-    from minilora.optim.loraplus import create_loraplus_optimizer
-    from minilora.optim.optimizers import SGD, Adam, AdamW
+    from minilora.optim.optimizers import SGD, Adam, AdamW, create_loraplus_optimizer
     from minilora.optim.schedules import schedule
     from minilora.quantization.quantize import quantize_model
 
@@ -54,12 +51,11 @@ _HOME = {
     "formats.checkpoint": "load_model save_model",
     "functional.losses": "cross_entropy mse",
     "checking.gradcheck": "assert_gradients gradcheck",
-    "layers": "GELU Attention Block Dropout Embedding Layer LayerNorm Linear Parameter RMSNorm ReLU Sequential SiLU Tanh",
+    "layers": "GELU Dropout Embedding Layer LayerNorm Linear Parameter RMSNorm ReLU Sequential SiLU Tanh",
     "lora": "LoRALinear LoraConfig disabled factorize inject merge unmerge",
-    "models": "BertClassifier BertConfig GPT2 MLP GPT2Config KVCache Llama LlamaConfig",
+    "models": "Attention BertClassifier BertConfig Block GPT2 MLP GPT2Config KVCache Llama LlamaConfig",
     "optim.flat": "clip_grad_norm",
-    "optim.loraplus": "create_loraplus_optimizer",
-    "optim.optimizers": "SGD Adam AdamW",
+    "optim.optimizers": "SGD Adam AdamW create_loraplus_optimizer",
     "optim.schedules": "schedule",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

@@ -17,6 +17,10 @@ class Counted(np.ndarray):
     """An array that counts the matrix products it takes part in."""
 
     count = _Count()
+    is_ones = False  # of an array that np.ones made: a product with it is a sum over rows
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.is_ones = getattr(source, "is_ones", False)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
         plain = [x.view(np.ndarray) if isinstance(x, Counted) else x for x in inputs]
@@ -41,7 +45,12 @@ def counting(model: Any) -> Iterator[_Count]:
     data = [(p, p.data) for _, p in model.parameters()]
 
     def counted(make: Any) -> Any:
-        return lambda *args, **options: make(*args, **options).view(Counted)
+        def made(*args: Any, **options: Any) -> Any:
+            array = make(*args, **options).view(Counted)
+            array.is_ones = make.__name__ == "ones" and array.shape[-1] == 1
+            return array
+
+        return made
 
     Counted.count = count = _Count()
     try:

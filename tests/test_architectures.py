@@ -38,7 +38,7 @@ class TinyBlock(Layer):
     def __init__(self, c, rng, dtype):
         self.dense, self.act = Linear(c.width, c.width, rng=rng, dtype=dtype), Tanh()
 
-    def forward(self, x, keep=True, need_dx=True, offsets=None, rows=None):
+    def forward(self, x, keep=True, need_dx=True, offsets=None, rows=None, extend=None):
         x_rows = x if rows is None else x[rows]
         at_z = need_dx or self.dense.trainable
         z, s_dense = self.dense.forward(x_rows, keep=keep and at_z, need_dx=need_dx)
@@ -57,9 +57,6 @@ class TinyBlock(Layer):
         dx_all = np.zeros((T, dx.shape[1]), dx.dtype)
         dx_all[rows] = dx
         return dx_all
-
-    def decode(self, x, extend):
-        return self.forward(x, keep=False)[0]
 
 
 class TinyBody(Body):

@@ -12,7 +12,7 @@ import minilora as ml
 from minilora.cli import main
 from minilora.cli.flags import make_parser
 from minilora.data.text import HELD_OUT, TRAIN, stdlib_source
-from minilora.formats.origin import Origin
+from minilora.formats.fetch import Origin
 from minilora.formats.tokenizer import ByteTokenizer
 
 QUICK = [
@@ -61,7 +61,16 @@ def test_finetune_writes_a_complete_run_folder(method, cwd, text, capsys):
     out = finetune(capsys, "--method", method, "--data", text)
     folder = cwd / "runs" / f"{method}-1"
     made = "model" if method == "full" else "adapter"
-    assert {p.name for p in folder.iterdir()} == {"run.json", "metrics.jsonl", "samples.txt", "curves.png", made}
+    assert {p.name for p in folder.iterdir()} == {
+        "run.json",
+        "metrics.jsonl",
+        "norms.jsonl",
+        "samples.txt",
+        "curves.png",
+        "checkpoints",
+        ".lock",
+        made,
+    }
     result = json.loads((folder / "run.json").read_text())
     assert result["configuration"]["method"] == method
     results = result["results"]
@@ -80,7 +89,7 @@ def test_finetune_writes_a_complete_run_folder(method, cwd, text, capsys):
 def test_equal_runs_write_equal_files(cwd, text, capsys):
     for out in ("a", "b"):
         finetune(capsys, "--data", text, "--out", out, "--threads", "2")
-    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl", "samples.txt"):
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl", "norms.jsonl", "samples.txt"):
         assert (cwd / "a" / name).read_bytes() == (cwd / "b" / name).read_bytes(), name
     finetune(capsys, "--data", text, "--out", "c", "--threads", "2", "--seed", "1")
     assert (cwd / "a" / "metrics.jsonl").read_bytes() != (cwd / "c" / "metrics.jsonl").read_bytes()
@@ -247,14 +256,13 @@ BAD = {
     "no such start": (bad(["--init", "magic"]), "init_lora_weights is 'magic'; choose one of True, False, 'gaussian'"),
     "a start beyond the SVD": (bad(["--init", "lora_ga", "--r", "100"]), "rank 100 needs 200 singular vectors"),
     "two methods": (bad(["--peft-type", "VERA", "--use-dora"]), "use_dora and VeRA exclude each other"),
-    "a removed flag": (bad(["--optimizer", "riemannian"]), "--optimizer was removed: AdamW is the optimizer"),
     "a removed value": (bad(["--quantize", "bfloat16"]), "quantize='bfloat16' is no longer supported; use dtype='bfloat16'"),
     "LoRA+ without LoRA": (bad(["--method", "full", "--loraplus-lr-ratio", "4"]), "loraplus_lr_ratio is for LoRA; method full"),
     "rank 0": (bad(["--r", "0"]), "rank r must be an integer of at least 1, got 0"),
     "rank too large": (bad(["--r", "500"]), "rank 500 is beyond transformer.h.0.attn.c_attn"),
     "unknown module": (bad(["--target-modules", "q_proj,c_attn"]), "no linear layer is called 'q_proj'"),
     "near module": (bad(["--target-modules", "c_attm"]), "did you mean 'c_attn'"),
-    "no such data": (bad(["--data", "absent.txt"]), "there is no file or folder absent.txt"),
+    "no such data": (bad(["--data", "absent.txt"]), "No such file or directory (absent.txt)"),
     "empty data": (empty, "empty.txt is empty"),
     "empty folder": (empty_folder, "no .py, .txt or .md files below nothing"),
     "text shorter than a window": (short, "too short for one window of 32"),
@@ -332,7 +340,9 @@ def test_bytes_and_text():
 
 def test_every_verb_has_help_and_a_wrong_flag_one_line(capsys):
     """Each flag once, each with its dashes, and no traceback."""
-    words = {"compare": ["first", "second"], **{key: ["model"] for key in ("evaluate", "generate", "merge", "extract", "info")}}
+    words = {"compare": ["first", "second"], "report": ["run", "other"], "exercise": ["action", "name"]}
+    words |= {"explain": ["place"], "gradcheck": ["what"]}
+    words |= {key: ["model"] for key in ("evaluate", "generate", "merge", "extract", "info")}
     for name, p in make_parser()[1].items():
         assert [action.dest for action in p._actions if not action.option_strings] == words.get(name, [])
         assert f"minilora {name}" in p.format_help()

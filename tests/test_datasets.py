@@ -261,9 +261,9 @@ def test_a_class_may_be_in_one_split_only(tmp_path):
 A, B = '{"text": "a b", "label": 0}\n', '{"text": "a c", "label": 1}\n'
 BAD = {
     "no JSON": ("x.jsonl", A + '{"text": "a b"\n', "lm", "line 2: this is not JSON"),
-    "no object": ("x.jsonl", "\n[1]\n", "lm", "line 2: expected a JSON object, got int"),
+    "no object": ("x.jsonl", A + "[1]\n", "lm", "line 2: expected a JSON object, got list"),
     "two objects": ("x.jsonl", A[:-1] + A, "lm", "line 1: this is not JSON"),
-    "deep": ("x.jsonl", "[" * 100_000, "lm", "line 1: this is not JSON"),
+    "deep": ("x.jsonl", "[" * 100_000, "lm", "this is not JSON"),
     "latin-1": ("x.jsonl", A.encode() + b'{"text": "na\xefve"}\n', "lm", "line 2: this is not UTF-8 text"),
     "empty": ("x.jsonl", "", "lm", "x.jsonl is empty"),
     "only empty lines": ("x.jsonl", "\n \n", "classify", "x.jsonl is empty"),

@@ -77,7 +77,7 @@ def printed(backend, tmp_path):
 
 
 def test_01_dense_layer_by_hand(printed):
-    out = printed("01_dense_layer_by_hand")
+    out = printed("01_dense_layer_by_hand", picture=True)
     table = Printed(out.text.partition("three common mistakes")[0])
     for name in ("dW", "db", "dx"):
         by_hand, by_difference, relative = table.row(name)
@@ -161,7 +161,7 @@ def test_05_digits_pretrain_adapt(printed):
 
 
 def test_06_switch_to_gpu(printed, backend):
-    out = printed("06_switch_to_gpu")
+    out = printed("06_switch_to_gpu", picture=True)
     rows = [line.split() for line in out.text.splitlines() if line.startswith(("numpy", "cupy"))]
     assert [row[:2] for row in rows] == [["numpy", "float64"], ["numpy", "float32"], ["cupy", "float32"]][: 2 + (backend == "cupy")]
     for row in rows:

@@ -31,14 +31,14 @@ class GainLinear(LoRALinear):
     def delta(self):
         return super().delta() + self.weight.data * (self.gain.data - 1)
 
-    def adapted_forward(self, x, b, keep):
-        y, saved = super().adapted_forward(x, b, keep)
+    def adapted_forward(self, x, b, mask):
+        y, saved = super().adapted_forward(x, b, mask)
         h = x @ self.weight.data
         return y + h * (self.gain.data - 1), (h, *saved)
 
-    def adapted_backward(self, dy, saved, need_dx):
+    def adapted_backward(self, dy, saved, mask, need_dx):
         h, *rest = saved
-        dx = super().adapted_backward(dy, rest, need_dx)
+        dx = super().adapted_backward(dy, rest, mask, need_dx)
         self.gain.add_grad((dy * h).sum(axis=0))  # y = ... + h * (gain - 1)
         return dx + (dy * (self.gain.data - 1)) @ self.weight.data.T if need_dx else None
 

@@ -13,7 +13,7 @@ from examples.preconditioned import create_lorafa_optimizer, create_riemannian_o
 from minilora.lora import adapter_parameters, lora_layers
 from minilora.lora.variants.vera import VeraConfig
 from minilora.models import BertClassifier
-from minilora.optim.loraplus import create_loraplus_optimizer
+from minilora.optim.optimizers import create_loraplus_optimizer
 
 KINDS = ("bert", "gpt2", "llama")
 

@@ -15,7 +15,7 @@ from minilora.backend import import_cupy
 from minilora.data.batches import random_windows
 from minilora.kernels import cuda
 from minilora.kernels.cuda import flash
-from minilora.quantization.half import to_half_precision
+from minilora.quantization.quantize import to_half_precision
 from minilora.training.loop import train
 
 pytestmark = pytest.mark.skipif(not cuda.ENABLED, reason="CUDA sources run through g++ here")

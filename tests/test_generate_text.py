@@ -119,10 +119,10 @@ def test_a_prompt_is_encoded_as_in_training():
     requested = tokenizer.encode_prompt("the cat")
     assert tokenizer.encode("the cat").tolist() == [*requested, 2]
     assert tokenizer.encode_prompt("<s>the").tolist().count(1) == 1
-    example = example_maker("lm", tokenizer, 99, True, None, None)("f", 1, {"prompt": "the cat", "completion": " sat"})
+    example = example_maker("lm", tokenizer, 99, True, None, None)({"prompt": "the cat", "completion": " sat"})
     assert example.ids[: len(requested)].tolist() == requested.tolist()
     assert (example.labels[len(requested) - 1], example.labels[-1]) == (example.ids[len(requested)], 2)
-    cut = example_maker("lm", tokenizer, 8, True, None, None)("f", 1, {"prompt": "<s>" + "the cat " * 9, "completion": " sat"})
+    cut = example_maker("lm", tokenizer, 8, True, None, None)({"prompt": "<s>" + "the cat " * 9, "completion": " sat"})
     assert (cut.cut, cut.ids[0], len(cut.ids)) == (True, 1, 8)  # the begin token survives truncation
 
 
@@ -166,8 +166,8 @@ def test_a_message_may_be_excluded_from_the_labels():
         with pytest.raises(ValueError, match=r'message 1: "(weight|train)" is'):
             answers(CHATML, [{**message, **wrong}])
     make = example_maker("lm", BPE, 99, False, None, CHATML)
-    with pytest.raises(ValueError, match=r"f, line 1: .* leave out --no-mask-prompt"):
-        make("f", 1, {"messages": [TALK[0], {**TALK[1], "weight": 0}, *TALK[2:]]})
+    with pytest.raises(ValueError, match="leave out --no-mask-prompt"):
+        make({"messages": [TALK[0], {**TALK[1], "weight": 0}, *TALK[2:]]})
 
 
 def test_tools_have_a_separate_template(tmp_path):
@@ -187,10 +187,10 @@ def test_only_the_part_of_a_long_conversation_that_fits_is_rendered():
     make = example_maker("lm", BYTES, 64, True, None, "{% for m in messages %}{{ m.content }}{% endfor %}")
     talk = [{"role": ("user", "assistant")[i % 2], "content": "words "} for i in range(4000)]
     broken = [*talk[:200], {"role": "assistant", "content": "x", "weight": 1}]
-    example = make("f", 1, {"messages": talk})
+    example = make({"messages": talk})
     assert example.cut
     assert BYTES.decode(example.labels[example.labels >= 0]) == "words " * 5
-    assert make("f", 1, {"messages": broken}).ids.tolist() == example.ids.tolist()
+    assert make({"messages": broken}).ids.tolist() == example.ids.tolist()
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------------------------

@@ -266,9 +266,9 @@ def test_without_the_library(tmp_path, monkeypatch):
         ({"meta": {"llama.block_count": 10**6}}, "num_hidden_layers is 1000000, but"),
         ({"meta": {"llama.block_count": 1}}, r"has a tensor 'blk\.1\.\w+\.weight', which is not part"),
         ({"meta": {"llama.block_count": None}}, r"has no llama\.block_count"),
-        ({"meta": {"llama.block_count": "two"}}, r"llama\.block_count is two"),
-        ({"meta": {"llama.attention.head_count": 0}}, "0 heads"),
-        ({"meta": {"llama.attention.head_count": [4, 4]}}, r"head_count is \[4, 4\]"),
+        ({"meta": {"llama.block_count": "two"}}, "num_hidden_layers must be a positive integer, got 'two'"),
+        ({"meta": {"llama.attention.head_count": 0}}, "num_attention_heads must be a positive integer, got 0"),
+        ({"meta": {"llama.attention.head_count": [4, 4]}}, r"num_attention_heads must be a positive integer, got \[4, 4\]"),
         ({"meta": {"llama.rope.scaling.type": "yarn"}}, "scaled rotary embeddings"),
         ({"meta": {"llama.rope.scale_linear": 2.0}}, "scaled rotary embeddings"),
         ({"meta": {"llama.rope.scaling.factor": 2.0}}, "scaled rotary embeddings"),  # without a type, llama.cpp assumes linear

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from small_tokenizers import BYTES
 
 from minilora.data.datasets import hold_out, load_dataset, load_examples, sample
-from minilora.data.examples import Example
-from minilora.data.labels import class_names, reader
+from minilora.data.examples import Example, at_line, class_names, reader
 
 HERE = Path("x.jsonl")
 
@@ -26,7 +25,8 @@ def names(labels):
 
 
 def read(classes, label):
-    return reader(classes)(HERE, 3, {"label": label})
+    with at_line(HERE, 3):
+        return reader(classes)({"label": label})
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,9 @@ def test_the_two_rotary_layouts_differ_by_the_order_of_rows(on):
     cos, sin = F.rotary_tables(np.arange(5), 4, 100.0, on(x))
     order = in_halves(np.arange(12), 3)
     assert order[:4].tolist() == [0, 2, 1, 3]
-    interleaved = ml.to_numpy(F.rotary(on(x), cos, sin, interleaved=True))
+    pairs = x.reshape(5, 3, 2, 2)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * (ml.to_numpy(cos) + 1j * ml.to_numpy(sin))[:, None]  # as complex numbers
+    interleaved = np.stack([turned.real, turned.imag], axis=-1).reshape(5, 12)
     halves = ml.to_numpy(F.rotary(on(x[:, order]), cos, sin))
     np.testing.assert_allclose(halves, interleaved[:, order], rtol=1e-14)
     np.testing.assert_allclose(ml.to_numpy(F.rotary_backward(on(halves), cos, sin)), x[:, order], rtol=1e-12)

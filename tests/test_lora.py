@@ -163,6 +163,16 @@ def test_factorize_on_a_backend(on):
     np.testing.assert_allclose(ml.to_numpy(A @ B), dW, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_factorize_refuses_inputs_in_a_subspace(on, dtype):
+    rng = np.random.default_rng(0)
+    dW, x = rng.standard_normal((5, 4)), rng.standard_normal((9, 5)) * [1, 1e-3, 1, 1e2, 1]
+    ml.factorize(on(dW, dtype), 2, on(x, dtype))
+    for column in (x[:, 1] - 2 * x[:, 4], 0 * x[:, 0]):
+        with pytest.raises(ValueError, match="not linearly independent"):
+            ml.factorize(on(dW, dtype), 2, on(np.column_stack([x[:, :2], column, x[:, 3:]]), dtype))
+
+
 # -- injection -------------------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,5 @@
 """Cached frozen prefixes, recomputed blocks and shards change nothing in the result."""
 
-import tempfile
-import time
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +7,6 @@ import pytest
 
 import minilora as ml
 from minilora.data.batches import Batch
-from minilora.training import prefix as prefix_module
 from minilora.training.loop import train
 from minilora.training.prefix import PrefixCache
 from minilora.training.replicas import Replicas
@@ -62,11 +58,12 @@ def test_a_frozen_prefix_is_computed_once_with_equal_results(kind, backend):
         again, found = gradient(model, batch, cache)
         assert again == pytest.approx(loss, rel=1e-12)
         np.testing.assert_allclose(found, expected, atol=1e-13)
-    assert calls == [len(batch.ids)]
+    lengths = [3, 1, 5, 7, 2]
+    assert calls == lengths  # each sequence once, alone
     other = batch_of(kind, (4, 2), seed=1)
     gradient(model, other, cache)
     gradient(model, other, cache)
-    assert calls == [len(batch.ids), len(other.ids)]
+    assert calls == [*lengths, 4, 2]
     assert np.abs(expected).max() > 1e-4
 
 
@@ -78,43 +75,24 @@ def test_nothing_is_cached_if_the_first_block_is_trained(kind):
     assert (cache.kept, cache.bytes) == ({}, 0)
 
 
-def test_a_cache_beyond_memory_uses_a_file(tmp_path):
+def test_beyond_its_limit_a_cache_computes_again():
     model, batch = model_of("gpt2"), batch_of("gpt2")
     _, expected = gradient(model, batch)
-    cache = PrefixCache(limit=200, folder=tmp_path)
+    cache = PrefixCache(limit=8 * 6 * 7)
     for _ in range(2):
         np.testing.assert_allclose(gradient(model, batch, cache)[1], expected, atol=1e-13)
-    mapped = [isinstance(x, np.memmap) for x in cache.kept.values()]
-    assert True in mapped
-    assert False in mapped
-    assert cache.bytes == 8 * 6 * len(batch.ids)
+    assert [len(x) for x in cache.kept.values()] == [3, 1, 2]  # of 3, 1, 5, 7 and 2 tokens, in order, those that fit
+    assert cache.bytes == 8 * 6 * 6
 
 
-def test_threads_write_to_the_file_concurrently(tmp_path):
-    class Slow:
-        """A file in which other threads can run between any two calls."""
-
-        def __init__(self, file):
-            self.file = file
-
-        def __getattr__(self, name):
-            time.sleep(1e-3)
-            return getattr(self.file, name)
-
+def test_threads_keep_each_sequence_once():
     model, batches = model_of("gpt2"), [batch_of("gpt2", seed=s) for s in range(8)]
-    cache = PrefixCache(limit=0, folder=tmp_path)
-    with tempfile.TemporaryFile(dir=tmp_path) as file, ThreadPoolExecutor(8) as pool:
-        cache._file = Slow(file)
-        list(pool.map(lambda batch: cache(model, batch), batches))
-        for batch in batches:
-            np.testing.assert_allclose(cache(model, batch).x, model.prefix(batch.ids, batch.offsets).x, atol=1e-13)
-        assert cache.bytes == sum(x.nbytes for x in cache.kept.values())
-
-
-def test_a_full_disk_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(prefix_module.shutil, "disk_usage", lambda folder: namedtuple("Usage", "free")(10))
-    with pytest.raises(OSError, match=r"no room for more; run with --no-cache"):
-        gradient(model_of("gpt2"), batch_of("gpt2"), PrefixCache(limit=0, folder=tmp_path))
+    cache = PrefixCache()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda batch: cache(model, batch), batches * 2))
+    for batch in batches:
+        np.testing.assert_allclose(cache(model, batch).x, model.prefix(batch.ids, batch.offsets).x, atol=1e-13)
+    assert cache.bytes == sum(x.nbytes for x in cache.kept.values())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "llama"])

@@ -6,12 +6,11 @@ from dataclasses import FrozenInstanceError, asdict, fields
 import pytest
 
 from minilora.cli import main
-from minilora.cli.flags import REMOVED, make_parser
-from minilora.runs.folder import StudyFolder
+from minilora.cli.flags import make_parser
 from minilora.runs.recipe import GROUPS, Recipe, ResolvedRecipe
 
 PYTHON_ONLY: set[str] = set()  # fields without a flag
-OTHERS = {"help", "config", "json", "out", "rows", "seeds", "quick"}  # flags of a verb, not of a recipe
+OTHERS = {"help", "config", "json", "out", "rows", "seeds", "quick", "resume"}  # flags of a verb, not of a recipe
 VERBS = ("finetune", "study")
 
 
@@ -29,18 +28,15 @@ def test_every_field_is_a_flag_in_its_group_or_for_python_only(verb):
             assert field.metadata["help"]
     in_groups = set().union(*(groups[name] for name in GROUPS))
     assert in_groups - OTHERS == {field.name for field in fields(Recipe)} - PYTHON_ONLY
-    assert {action.dest for action in make_parser()[1][verb]._actions} == in_groups | OTHERS & set().union(
-        *groups.values()
-    ) | REMOVED.keys()
+    assert {action.dest for action in make_parser()[1][verb]._actions} == in_groups | OTHERS & set().union(*groups.values())
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_shows_the_groups_and_no_removed_flag(verb, capsys):
+def test_help_shows_the_groups(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.removesuffix(":") for line in lines if line.removesuffix(":") in GROUPS] == list(GROUPS)
-    assert not [line for line in lines if "--optimizer" in line or "--pull" in line]
 
 
 def test_toml_keys_are_the_names_of_the_fields(tmp_path, monkeypatch):
@@ -65,6 +61,9 @@ def test_toml_keys_are_the_names_of_the_fields(tmp_path, monkeypatch):
             "eval_bytes": 9,
             "sample_bytes": 0,
             "reinit": 1,
+            "eval_every": 2,
+            "log": "tensorboard",
+            "patience": 3,
         },
         **{"mask_prompt": False, "new_head": True, "use_rslora": True, "use_dora": "exact", "init_lora_weights": "pissa"},
         **{"bias_correction": False, "recompute": True, "cache": False, "tf32": True},
@@ -80,45 +79,24 @@ def test_toml_keys_are_the_names_of_the_fields(tmp_path, monkeypatch):
     assert args.get_default("lr") is None  # a parser of its own
 
 
-@pytest.mark.parametrize("text", ['optimizer = "lora_pro"', 'optimizer = "adamw"'])
-def test_a_removed_setting_is_one_sentence_that_says_where_it_is(text, tmp_path, capsys):
-    (tmp_path / "a.toml").write_text(text)
-    assert main(["finetune", "--config", str(tmp_path / "a.toml")]) == 1
-    assert "--optimizer was removed: AdamW is the optimizer; the others are in examples/preconditioned.py" in capsys.readouterr().err
-
-
-def test_the_old_name_of_l2_sp_still_works(monkeypatch):
-    made = []
-    monkeypatch.setattr("minilora.cli.verbs.finetune", lambda recipe, *_: made.append(recipe) or {})
-    for flag in ("--pull", "--l2-sp"):
-        assert main(["finetune", flag, "0.5"]) == 0
-    assert [recipe.l2_sp for recipe in made] == [0.5, 0.5]
-
-
 def test_resolve_gives_a_frozen_complete_copy():
     recipe = Recipe()
     plan = recipe.resolve(lambda *_: None)
     assert isinstance(plan, ResolvedRecipe)
     assert asdict(plan).keys() == asdict(recipe).keys()
-    open_fields = {"data", "layers_to_transform", "reinit", "loraplus_lr_ratio", "epochs", "train_size", "eval_size"}
+    open_fields = {
+        "data",
+        "layers_to_transform",
+        "reinit",
+        "loraplus_lr_ratio",
+        "epochs",
+        "train_size",
+        "eval_size",
+        "eval_every",
+        "patience",
+    }
     assert {name for name, value in asdict(plan).items() if value is None} == open_fields  # for which None is a value
     assert recipe.lr is None
     for each in (recipe, plan):
         with pytest.raises(FrozenInstanceError):
             each.lr = 1.0
-
-
-def test_a_study_of_an_older_version_is_continued(tmp_path):
-    """Its recipe has `pull` and `optimizer`; with another optimizer it is another study."""
-    recipe = Recipe(eval_bytes=65536)
-    rows = {"pulled": {"method": "full", "l2_sp": 1.0}}
-    StudyFolder(tmp_path / "s", recipe, rows).begin()
-    about = json.loads((tmp_path / "s" / "study.json").read_text())
-    about["recipe"] = {("pull" if name == "l2_sp" else name): value for name, value in about["recipe"].items()} | {"optimizer": "adamw"}
-    about["rows"] = {"pulled": {"method": "full", "pull": 1.0}}
-    (tmp_path / "s" / "study.json").write_text(json.dumps(about))
-    assert StudyFolder(tmp_path / "s", recipe, rows).records == []
-    about["recipe"]["optimizer"] = "lora_pro"
-    (tmp_path / "s" / "study.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="holds a study with optimizer 'lora_pro', not 'adamw'"):
-        StudyFolder(tmp_path / "s", recipe, rows)

@@ -56,10 +56,7 @@ def test_a_parquet_file(tmp_path):
 def test_a_json_list_matches_the_json_library(tmp_path_factory, rows, indent):
     file = tmp_path_factory.mktemp("list") / "a.json"
     file.write_text(json.dumps(rows, indent=indent), encoding="utf-8")
-    found = list(read_records(file))
-    assert [record for _, record in found] == rows
-    if indent is None:
-        assert {line for line, _ in found} == {1}
+    assert list(read_records(file)) == list(enumerate(rows, start=1))
 
 
 def test_a_long_field_of_a_table_is_read(tmp_path):
@@ -82,10 +79,10 @@ def test_encodings_are_declared_not_guessed(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", b'[{"a": 1}\n {"a": 2}]', "line 2: this is not JSON .expected ',' or ']'"),
-        ("a.json", b'[{"a": 1},\n {"a" 2}]', "line 2: this is not JSON"),
-        ("a.json", b'[{"a": 1}', "line 1: this is not JSON"),
-        ("a.json", b'[{"a": 1}]\n[]', "there is more behind the list"),
+        ("a.json", b'[{"a": 1}\n {"a": 2}]', "this is not JSON .*line 2 column 2"),
+        ("a.json", b'[{"a": 1},\n {"a" 2}]', "this is not JSON .*line 2 column 7"),
+        ("a.json", b'[{"a": 1}', "this is not JSON .*line 1 column 10"),
+        ("a.json", b'[{"a": 1}]\n[]', "this is not JSON .*line 2 column 1"),
         ("a.json", b"[1]", "line 1: expected a JSON object, got int"),
         ("a.json", b"[]", "is empty"),
         ("a.jsonl", b'{"a": 1, "a": 2}', "line 1: .*the key 'a' appears twice"),

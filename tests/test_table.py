@@ -57,7 +57,7 @@ OPERATIONS = {  # draw: activations and frozen weights; real: parameters
 LABELS = np.arange(T) * 57 % 600
 FUNCTIONS = {
     "add": lambda draw, real: case(draw(T, M), draw(T, M)),
-    "cross_entropy": lambda draw, real: case(draw(T, 600), LABELS, 0.5),
+    "cross_entropy": lambda draw, real: case(draw(T, 600), LABELS, -100, 0.5),
     "linear_cross_entropy": lambda draw, real: case(draw(T, M), draw(M, 600), LABELS, 17, ("dx",)),
     "dropout_mask": lambda draw, real: case(real(M), (T, M), 0.3, 5),
     "adamw": lambda draw, real: case(

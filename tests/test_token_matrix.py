@@ -42,7 +42,6 @@ FOLDERS = {
     "bert, SqueezeBertTokenizer": (bert_wordpiece, {**BERT, "tokenizer_class": "SqueezeBertTokenizer", "do_lower_case": False}, {}),
     "bert, XLMRobertaTokenizer": (xlm_roberta, {"tokenizer_class": "XLMRobertaTokenizer"}, {"config": {"model_type": "bert"}}),
     "bert, XLMRobertaTokenizer, no prefix space": (xlm_roberta, {"tokenizer_class": "XLMRobertaTokenizer", "add_prefix_space": None}, {}),
-    "bert, cleaned up": (bert_wordpiece, {**BERT, "clean_up_tokenization_spaces": True}, {}),
     "gpt2": (byte_level_bpe, GPT2, {}),
     "gpt2, prefix space": (byte_level_bpe, {**GPT2, "add_prefix_space": True}, {}),
     "gpt2, digits in the file": (library_bpe, {**GPT2, "bos_token": "<|end|>", "eos_token": "<|end|>", "unk_token": "<|end|>"}, {}),
@@ -86,11 +85,6 @@ FOLDERS = {
     "plain": (byte_level_bpe, PLAIN, {}),
     "plain, digits": (library_bpe, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}, {}),
     "plain, cleaned up": (byte_level_bpe, {**PLAIN, "clean_up_tokenization_spaces": True}, {}),
-    "plain, cleaned up all the same": (
-        byte_level_bpe,
-        {**PLAIN, "clean_up_tokenization_spaces": True, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True},
-        {},
-    ),
     "plain, no settings": (byte_level_bpe, None, {}),
 }
 TEXTS = [
@@ -197,7 +191,7 @@ def chat_tokenizers(tmp_path_factory):
 def example_of(tokenizer, record, template=None, **options):
     """(ids with the last label, which of them are trained on) of a record."""
     make = example_maker("lm", tokenizer, options.pop("window", 5000), options.pop("mask", True), None, template)
-    example = make("f.jsonl", 1, record)
+    example = make(record)
     last = example.labels[-1]
     return np.append(example.ids, last if last >= 0 else -1), np.append([False], example.labels >= 0)
 
@@ -296,10 +290,9 @@ def test_the_ids_decode_to_the_record(name, chat_tokenizers):
     check()
 
 
-@pytest.mark.parametrize("name", [*CHAT_TOKENIZERS, "cleaned up"])
+@pytest.mark.parametrize("name", CHAT_TOKENIZERS)
 def test_streams_match_decode(name, chat_tokenizers):
-    tokenizer = load_tokenizer(chat_tokenizers[name if name in chat_tokenizers else "gpt2"], 1000)
-    tokenizer.clean_up = name not in chat_tokenizers
+    tokenizer = load_tokenizer(chat_tokenizers[name], 1000)
     ids = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=9) | TEXT.map(lambda text: tokenizer.encode(text).tolist())
 
     @settings(max_examples=150, deadline=None)

@@ -12,7 +12,7 @@ import numpy as np
 
 from minilora.adapters.partial import PartialConfig
 from minilora.backend import Array, Rng, backend_name, generator
-from minilora.layers import GELU, Activation, Layer, Linear, ReLU, Saved, SiLU, Tanh
+from minilora.layers import GELU, Activation, Layer, Linear, Output, ReLU, Saved, SiLU, Tanh
 from minilora.lora import LoraConfig
 from minilora.lora.layer import trained_dtype
 from minilora.lora.targets import CLASSIFIERS, check_names
@@ -111,7 +111,7 @@ class BottleneckLinear(Linear):
             layer.to(backend_name(base.weight.data), dtype or trained_dtype(base.weight.data))
         self.enabled = True
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         at_h = need_dx or self.weight.trainable or (self.bias is not None and self.bias.trainable)
         h, s_h = super().forward(x, keep=keep and at_h, need_dx=need_dx)
         if not self.enabled:

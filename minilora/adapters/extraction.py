@@ -14,7 +14,7 @@ from typing import Any
 
 from minilora.adapters.sums import with_lora
 from minilora.backend import Array, get_xp
-from minilora.layers import Embedding, Layer, LayerNorm, Linear, RMSNorm, Saved
+from minilora.layers import Embedding, Layer, LayerNorm, Linear, Output, RMSNorm
 from minilora.lora import LoraConfig, adaptation, adapter_parameters, factorize, lora_layers
 from minilora.lora.layer import Adapted
 from minilora.lora.targets import CLASSIFIERS
@@ -122,7 +122,7 @@ class _Watched(Layer):
         self.watched, self.count = layer, 0
         self.gram: Any = 0.0
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         z = x.astype("float64")
         self.gram = self.gram + z.T @ z
         self.count += len(x)

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from minilora.backend import Array, as_like, get_xp
-from minilora.functional import check_offsets
-from minilora.layers import Embedding, Layer, Parameter, Saved
+from minilora.functional import bounds_of
+from minilora.layers import Embedding, Layer, Output, Parameter, Saved
+from minilora.models.decoder import Decoder
 
 
 class PerSequence(Layer):
@@ -29,7 +30,7 @@ class PerSequence(Layer):
     def __init__(self, layers: Sequence[Layer], groups: dict[int, list[Array]]) -> None:
         self.layers, self.groups = list(layers), groups
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         y: Array | None = None
         saves: list[Saved | None] = []
         for layer, rows in zip(self.layers, self._rows(x), strict=True):
@@ -71,8 +72,7 @@ def mixed(models: Sequence[Layer], which: Sequence[int], offsets: Sequence[int])
     and `cross_entropy`.
     Raises ValueError when the numbers do not fit, when the models are not of one kind, or when they differ in an embedding.
     """
-    owners, bounds = np.asarray(which), np.asarray(offsets)
-    check_offsets(offsets, int(bounds[-1]))
+    owners, bounds = np.asarray(which), bounds_of(offsets, int(offsets[-1]))
     if owners.shape != (len(bounds) - 1,) or owners.dtype.kind not in "iu" or not ((owners >= 0) & (owners < len(models))).all():
         raise ValueError(
             f"mixed: which is {owners.tolist()}; expected one of 0 to {len(models) - 1} for each of {len(bounds) - 1} sequences."
@@ -83,7 +83,7 @@ def mixed(models: Sequence[Layer], which: Sequence[int], offsets: Sequence[int])
 
     like = next(models[0].parameters())[1].data
     owner_of = {int(bounds[-1]): np.repeat(owners, np.diff(bounds))}
-    if not hasattr(models[0], "decode"):  # the head of a classifier has a row for each sequence
+    if not isinstance(models[0], Decoder):  # the head of a classifier has a row for each sequence
         owner_of.setdefault(len(owners), owners)
     groups = {rows: [as_like(np.flatnonzero(owner == k), like) for k in range(len(models))] for rows, owner in owner_of.items()}
     mixture = models[0].replica()

@@ -30,7 +30,7 @@ class Call:
     implementation    of an operation: "reference", "numpy" or "cuda"; "" for a layer
     order             of the backward call among all of them; None if there was none
     foreign, changed  backward was handed what another call saved; what was saved was written to before
-    bytes_saved       of the arrays that the pass keeps, and that no call inside this one or before it saved
+    kept, bytes_saved the arrays that the pass keeps, and that no call inside this one or before it saved; their bytes
     flops             of an operation
     run, inputs       (forward, backward) as called, and the arguments of each, in order and by name
     """
@@ -57,6 +57,7 @@ class Call:
     foreign: bool = False
     changed: bool = False
     sums: list[float] = field(default_factory=list)
+    kept: list[Array] = field(default_factory=list)
     bytes_saved: int = 0
     flops: Flops = field(default_factory=Flops)
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)

@@ -12,11 +12,11 @@ from minilora.adapters import BottleneckLinear, PerSequence
 from minilora.backend import Array, as_like
 from minilora.checking.subjects import OFFSETS, Subject, frozen_but, shaken
 from minilora.lora import LoRALinear
-from minilora.lora.init.watch import Watched
+from minilora.lora.init.data import Watched
 from minilora.lora.variants.dora import DoRALinear
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.lora.variants.vera import Projections, VeraConfig, VeRALinear
-from minilora.models import MLP
+from minilora.models import MLP, Attention, Block, FeedForward
 
 
 def layers(rng: np.random.Generator) -> Iterator[Subject]:
@@ -35,16 +35,16 @@ def layers(rng: np.random.Generator) -> Iterator[Subject]:
     for layer in (L.ReLU(), L.GELU(), L.SiLU(), L.Tanh(), L.Dropout(0.4)):
         yield type(layer).__name__, layer, draw(6, 5), {}
     yield "GELU, tanh", L.GELU("tanh"), draw(6, 5), {}
-    yield "Attention, causal", L.Attention(6, 3, **d), draw(9, 6), {"offsets": OFFSETS}
-    yield "Attention, one sequence", L.Attention(6, 3, **d), draw(9, 6), {}
-    yield "Attention, some rows", L.Attention(6, 3, **d), draw(9, 6), {"offsets": OFFSETS, "rows": np.array([0, 2, 7])}
-    yield "Attention, both ways", L.Attention(6, 2, causal=False, **d), draw(9, 6), {"offsets": OFFSETS}
-    yield "FeedForward", L.FeedForward(4, 7, **d), draw(6, 4), {}
-    yield "Block", shaken(L.Block(6, 3, dropout=0.2, **d), rng), draw(9, 6), {"offsets": OFFSETS}
+    yield "Attention, causal", Attention(6, 3, **d), draw(9, 6), {"offsets": OFFSETS}
+    yield "Attention, one sequence", Attention(6, 3, **d), draw(9, 6), {}
+    yield "Attention, some rows", Attention(6, 3, **d), draw(9, 6), {"offsets": OFFSETS, "rows": np.array([0, 2, 7])}
+    yield "Attention, both ways", Attention(6, 2, causal=False, **d), draw(9, 6), {"offsets": OFFSETS}
+    yield "FeedForward", FeedForward(4, 7, **d), draw(6, 4), {}
+    yield "Block", shaken(Block(6, 3, dropout=0.2, **d), rng), draw(9, 6), {"offsets": OFFSETS}
     for part in ("nothing", "mlp", "ln_2"):
-        block = frozen_but(shaken(L.Block(6, 3, **d), rng), part)
+        block = frozen_but(shaken(Block(6, 3, **d), rng), part)
         yield f"Block, {part} trained", block, draw(9, 6), {"offsets": OFFSETS}
-    yield "Attention, c_proj trained", frozen_but(L.Attention(6, 3, **d), "c_proj"), draw(9, 6), {"offsets": OFFSETS}
+    yield "Attention, c_proj trained", frozen_but(Attention(6, 3, **d), "c_proj"), draw(9, 6), {"offsets": OFFSETS}
     yield "RMSNorm, frozen", shaken(L.RMSNorm(5, dtype="float64"), rng).freeze(), draw(6, 5), {}
     yield "Sequential", L.Sequential(L.Linear(5, 4, **d), L.Tanh(), L.Dropout(0.2), L.Linear(4, 3, **d)), draw(6, 5), {}
     yield "Sequential, frozen below", L.Sequential(L.Linear(5, 4, **d).freeze(), L.ReLU(), L.Linear(4, 3, **d)), draw(6, 5), {}
@@ -65,8 +65,8 @@ def large(rng: np.random.Generator) -> Iterator[Subject]:
         "RMSNorm": (L.RMSNorm(40, dtype="float64"), (3500, 40), {}),
         "GELU, tanh": (L.GELU("tanh"), (3500, 40), {}),
         "SiLU": (L.SiLU(), (3500, 40), {}),
-        "Attention, causal": (L.Attention(6, 2, **d), (270, 6), packed),
-        "Attention, both ways": (L.Attention(6, 2, causal=False, **d), (270, 6), packed),
+        "Attention, causal": (Attention(6, 2, **d), (270, 6), packed),
+        "Attention, both ways": (Attention(6, 2, causal=False, **d), (270, 6), packed),
     }
     for name, (layer, shape, options) in subjects.items():
         shaken(layer, rng)

@@ -14,7 +14,7 @@ from minilora import kernels as K
 from minilora.backend import Array
 from minilora.checking.subjects import OFFSETS, Subject
 from minilora.layers import Layer, Parameter, Saved
-from minilora.layers.block import Output
+from minilora.layers.base import Output
 from minilora.lora.variants import dora, embedding, vera
 
 
@@ -93,8 +93,7 @@ def _pairs(rng: np.random.Generator) -> Iterator[Pair]:
     q, k, v = draw(9, 12), draw(9, 4), draw(9, 4)
     yield Pair(F, "attention, grouped heads", "y saved", q=q, k=k, v=v, n_head=6, n_kv_head=2, offsets=OFFSETS)
     cos, sin = F.rotary_tables(F.positions(9, OFFSETS, 9), 4, 100.0, x)
-    for remark, interleaved in (("halves", False), ("interleaved", True)):
-        yield Pair(F, f"rotary, {remark}", frozen="cos sin", x=draw(9, 12), cos=cos, sin=sin, interleaved=interleaved)
+    yield Pair(F, "rotary", frozen="cos sin", x=draw(9, 12), cos=cos, sin=sin)
     yield Pair(F, "mse", "loss dy", frozen="target", y=x, target=np.full(x.shape, 0.3))
     yield Pair(F, "cross_entropy", "loss dy", logits=x, labels=labels)
     yield Pair(F, "cross_entropy, times", "loss dy", logits=x, labels=labels, times=0.7)

@@ -106,7 +106,7 @@ def sizes_of(name: str, args: dict[str, Any], implementation: str = "reference")
         sizes |= {"P": sum((a.stop - a.start) * (b.stop - b.start) for a, b, _ in _sequences(offsets, len(k), rows)), "again": 0}
         if implementation == "numpy":
             bounds, causal, H = grouped.bounds_of(offsets, len(k)), args.get("causal", True), args["n_head"]
-            sizes["P"] = 0
+            sizes["P"] = sizes["again"] = 0  # again: those whose scores are computed once more in backward
             for group in grouped._groups(bounds, rows, causal, H, np):
                 pairs = sum(len(group.limit) * (at.stop - at.start) * e for at, e in grouped._blocks(group, H, np))
                 sizes["P"] += pairs

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array
+from minilora.functional.attention import Offsets
 from minilora.layers import Layer, Saved
-from minilora.layers.block import Offsets, Output
+from minilora.layers.base import Output
 
 OFFSETS = [0, 3, 4, 9]  # three sequences, of 3, 1 and 5 tokens
 Subject = tuple[str, Any, Array, dict[str, Any]]  # name, object, x, forward options

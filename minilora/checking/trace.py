@@ -243,4 +243,5 @@ class Recorder:
         held = {id(owner(a)): owner(a) for a in arrays_in(root.saved)}
         for call in root.below():
             mine = {id(owner(a)) for a in arrays_in(call.saved)} & held.keys()
-            call.bytes_saved = sum(held.pop(i).nbytes for i in mine if i not in self.parameters)
+            call.kept = [a for a in map(held.pop, mine) if id(a) not in self.parameters]
+            call.bytes_saved = sum(a.nbytes for a in call.kept)

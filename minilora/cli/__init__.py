@@ -5,10 +5,11 @@ With --json a verb prints exactly one JSON object on standard output; everything
 
 from __future__ import annotations
 
-import os
 import sys
+from argparse import Namespace
 
 from minilora.cli.flags import parse
+from minilora.cli.streams import ignore_the_rest, printable
 from minilora.formats.atomic import to_json
 
 # Raised by bad input, a missing extra or a full disk, and printed in one line. Anything else is a bug and shows its traceback.
@@ -16,29 +17,43 @@ _EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, MemoryError, Run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0, 1 after an error, 130 after Ctrl-C; argparse itself exits with 2."""
-    debug = False
+    """Run one verb. Returns the exit status: 0, 1 after an error or a wrong answer, 130 after Ctrl-C; argparse itself exits with 2."""
+    args = None
     try:
         args = parse(argv)
-        debug = args.debug
+        with printable(exact=args.verb == "generate", go_on=args.verb != "generate"):
+            return _run(args)
+    except BrokenPipeError:  # `minilora generate | head` has read enough
+        ignore_the_rest()
+        return 0
+    except (*_EXPECTED, KeyboardInterrupt) as error:  # of the flags
+        with printable(exact=False, go_on=True):
+            return _failed(error, args is not None and args.debug)
+
+
+def _run(args: Namespace) -> int:
+    try:
         from minilora.cli.verbs import VERBS  # after parsing: --help needs nothing of it
 
         result = VERBS[args.verb](args, lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True))
         if args.json:
             print(to_json(result))
-        sys.stdout.flush()
-        return 0
-    except KeyboardInterrupt:
+        return int(result.get("ok") is False)
+    except BrokenPipeError:
+        raise
+    except (*_EXPECTED, KeyboardInterrupt) as error:
+        if args.json and hasattr(error, "result"):
+            print(to_json(error.result))
+        return _failed(error, args.debug)
+
+
+def _failed(error: BaseException, debug: bool) -> int:
+    """Print an error in one line. Returns the exit status."""
+    if isinstance(error, KeyboardInterrupt):
         print("minilora: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `minilora generate | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except _EXPECTED as error:
-        if debug:
-            raise
-        if "--json" in (sys.argv if argv is None else argv) and hasattr(error, "result"):
-            print(to_json(error.result))
-        text = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.strerror and error.filename else str(error)
-        print(f"minilora: error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
-        return 1
+    if debug:
+        raise error
+    text = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.strerror and error.filename else str(error)
+    print(f"minilora: error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
+    return 1

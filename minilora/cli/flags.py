@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from minilora import __version__
-from minilora.formats.settings import read_settings
 from minilora.runs.recipe import GROUPS, Recipe
 
-REMOVED = {"optimizer": "--optimizer was removed: AdamW is the optimizer; the others are in examples/preconditioned.py, for Python."}
-_RENAMED = {"--pull": "l2_sp"}  # flags that still work, but are not in --help
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 _VERBS = {
     "finetune": "adapt a model to data; without arguments, the bundled model to Python source",
     "study": "several ways to fine-tune, several seeds: mean, deviation, worst and failed runs; continues if interrupted",
@@ -23,8 +26,12 @@ _VERBS = {
     "merge": "fold an adapter into its model, as a folder that transformers loads",
     "extract": "turn a full fine-tune into a LoRA of its base model, by singular value decomposition",
     "compare": "the largest change of each weight between two models, with their adapters",
+    "report": "one HTML page about a run, or two: curves, norms, singular values, similarity, time, samples",
     "info": "the contents of a model or a run folder: parameters, memory, adaptable modules",
+    "explain": "a layer, an operation or a whole step: equation, source in both directions, real numbers, cost",
     "gradcheck": "check every gradient of this package by finite differences",
+    "exercise": "write a backward pass yourself: start writes a file, check says what is wrong with it",
+    "doctor": "versions, BLAS, memory and the GPU of this installation, and whether its matrix products are right",
 }
 _FIELDS = {field.name: field for field in fields(Recipe)}
 _MODEL = "a run folder, an adapter or model folder, a .gguf file, an id of the hub, or pydoc, the bundled model"
@@ -35,7 +42,7 @@ _THE_RUNS = "the run's"
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The verb and its flags. Values of a --config file become defaults, so that flags on the command line win.
 
-    Raises ValueError for a file with an unknown name, a value of another type, or two names of one setting.
+    Raises as `_set_defaults`.
     """
     words = sys.argv[1:] if argv is None else argv
     verb = next((word for word in words if word in _VERBS), None)
@@ -59,7 +66,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
         p.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with any of these flags; the command line wins")
         p.add_argument("--json", action="store_true", help="print one JSON object on standard output, everything else on standard error")
 
-    _add_recipe(verbs["finetune"])("--out", metavar="FOLDER", help="a new run folder (default: runs/METHOD-N)")
+    add = _add_recipe(verbs["finetune"])
+    add("--out", metavar="FOLDER", help="a new run folder (default: runs/METHOD-N)")
+    add("--resume", metavar="RUN", help="continue a run that was interrupted, with its own settings")
 
     add = verbs["study"].add_argument
     add("--rows", type=_names, metavar="NAMES", help="methods, few-sample, or names of single rows, see runs/study.py")
@@ -110,11 +119,25 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     add("second", help="another of the same kind")
     _add_weights(add)
 
+    add = verbs["report"].add_argument
+    add("run", help="a run folder")
+    add("other", nargs="?", metavar="run2", help="another, to compare")
+    add("--out", type=Path, metavar="FILE", help="a new file (default: report.html in the first folder)")
+
     add = verbs["info"].add_argument
     add("model", **_ANY_MODEL)
     add("--kernels", action="store_true", help="the implementation that runs for each operation of the model, and why")
     _add_weights(add)
     _add_fields(add, "backend", "numpy")
+
+    add = verbs["explain"].add_argument
+    add("place", nargs="?", default="lora", metavar="PLACE", help="a path in the model or its end, an operation, or lora (default)")
+    add("--model", default="pydoc", help=f"{_MODEL} (default)")
+    add("--text", default="def add(a, b):", help="what the model reads (default: 'def add(a, b):')")
+    add("--token", type=int, metavar="I", help="row of the number that is worked out (default: of the largest gradient)")
+    add("--feature", type=int, metavar="J", help="its column")
+    add("--step", action="store_const", const=True, help="from the text to one changed number of the adapter at PLACE")
+    add("--html", type=Path, metavar="FILE", help="also write a page, to choose token and feature in")
 
     add = verbs["gradcheck"].add_argument
     add("what", nargs="?", help="path/file.py:Layer, or a model; without it, everything in this package")
@@ -122,6 +145,14 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     add("--timeout", type=float, default=60.0, metavar="SECONDS", help="stop a layer that takes longer (default: 60)")
     add("--table", action="store_true", help="print every gradient, not only what is wrong")
     _add_fields(add, "backend")
+
+    add = verbs["exercise"].add_argument
+    add("action", choices=("list", "start", "check", "hint", "solution"))
+    add("name", nargs="?", help="of an exercise, its number or its file (default: the next one that is not solved)")
+    add("--out", metavar="FOLDER", help="of the files, and of progress.json (default: exercises)")
+    add("--notebook", action="store_true", help="start: write a Jupyter notebook")
+    add("--force", action="store_true", help="start: overwrite a file")
+    add("--limit", type=float, metavar="SECONDS", help="check: the time that it may take (default: 60)")
     return parser, verbs
 
 
@@ -130,10 +161,6 @@ def _add_recipe(p: argparse.ArgumentParser) -> Callable[..., Any]:
     groups = {name: p.add_argument_group(name) for name in GROUPS}
     for name, field in _FIELDS.items():
         _add_fields(groups[field.metadata["group"]].add_argument, name)
-    for flag, name in _RENAMED.items():
-        p.add_argument(flag, dest=name, type=float, help=argparse.SUPPRESS)
-    for name in REMOVED:
-        p.add_argument(f"--{name}", help=argparse.SUPPRESS)
     return groups["output"].add_argument
 
 
@@ -177,18 +204,28 @@ _PARSERS: dict[str, Callable[[str], Any]] = {"list[str]": _names, "list[int]": _
 
 
 def _set_defaults(p: argparse.ArgumentParser, path: Path) -> None:
-    """Make the values of a TOML file the defaults of a verb's flags."""
+    """Make the values of a flat TOML file the defaults of a verb's flags. Names may have dashes; an integer is accepted for a float.
+
+    Raises FileNotFoundError; ValueError for invalid TOML, an unknown name, two names of one setting, or a value that the flag refuses.
+    """
     actions: dict[str, argparse.Action] = {}  # by each name of the flag: "r" and "rank" are one
-    for action in p._actions:
-        if action.dest not in ("help", "config"):
-            names = [flag for flag in action.option_strings or [action.dest] if not flag.startswith("--no-")]
-            actions |= {name.removeprefix("--").replace("-", "_"): action for name in names}
-    settings = read_settings(path, {name: _toml_type(action) for name, action in actions.items()})
+    for each in p._actions:
+        if each.dest not in ("help", "config"):
+            names = [flag for flag in each.option_strings or [each.dest] if not flag.startswith("--no-")]
+            actions |= {name.removeprefix("--").replace("-", "_"): each for name in names}
     seen: dict[str, str] = {}
-    for name, value in settings.items():
-        action = actions[name]
+    for name, value in _read_toml(path).items():
+        if (action := actions.get(name.replace("-", "_"))) is None:
+            near = difflib.get_close_matches(name.replace("-", "_"), actions, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(actions))}."
+            raise ValueError(f"{path}: there is no setting {name!r}; {hint}")
         if (other := seen.setdefault(action.dest, name)) != name:
             raise ValueError(f"{path}: {other} and {name} are the same setting; give one.")
+        kinds = _toml_types(action)
+        if kinds == (float,) and type(value) is int and abs(value) < 2**1023:
+            value = float(value)
+        if type(value) not in kinds:
+            raise ValueError(f"{path}: {name} must be of type {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}.")
         if action.choices is not None and value not in action.choices:
             raise ValueError(f"{path}: {name} is {value!r}; choose {', '.join(map(str, action.choices))}.")
         if isinstance(value, str) and callable(action.type):
@@ -199,14 +236,21 @@ def _set_defaults(p: argparse.ArgumentParser, path: Path) -> None:
             action.nargs = "?"
 
 
-def _toml_type(action: argparse.Action) -> Any:
-    """The type of a flag's value in a TOML file."""
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid TOML ({error}).") from None
+
+
+def _toml_types(action: argparse.Action) -> tuple[type, ...]:
+    """The types of a flag's value in a TOML file."""
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
-        return bool
+        return (bool,)
     if isinstance(action, argparse._AppendAction):
-        return list
+        return (list,)
     if action.type in (_names, _numbers):
-        return str | list
+        return str, list
     if action.const is True:
-        return bool | str
-    return action.type if action.type in (int, float) else str
+        return bool, str
+    return (float,) if action.type is float else (int,) if action.type is int else (str,)

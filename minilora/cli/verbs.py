@@ -10,14 +10,18 @@ from typing import Any
 
 from minilora.backend import choose_backend
 from minilora.checking.verb import gradcheck_run
-from minilora.cli.flags import REMOVED
+from minilora.exercises.student import exercise
+from minilora.explain.explain import explain
+from minilora.report.page import report_run
 from minilora.runs import Say
+from minilora.runs.doctor import doctor
 from minilora.runs.evaluate import evaluate_run
 from minilora.runs.finetune import finetune
 from minilora.runs.generate import generate_run
 from minilora.runs.info import describe
 from minilora.runs.merge import compare, extract_run, merge_run
 from minilora.runs.recipe import WITHOUT_EFFECT, Recipe
+from minilora.runs.resume import resume
 from minilora.runs.study import study_run
 
 
@@ -27,16 +31,22 @@ def _given(args: Namespace) -> dict[str, Any]:
 
 
 def _recipe(args: Namespace) -> Recipe:
-    """The recipe of the flags. Those without effect on its data are named on standard error; a removed one raises ValueError."""
+    """The recipe of the flags. Those without effect on its data are named on standard error."""
     given = _given(args)
-    for name in given.keys() & REMOVED.keys():
-        raise ValueError(REMOVED[name])
     values = {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
     recipe = Recipe(**values)
     what, names = WITHOUT_EFFECT[recipe.kind]
     for name in sorted(values.keys() & set(names.split())):
         print(f"--{name.replace('_', '-')} has no effect on {what}.", file=sys.stderr)
     return recipe
+
+
+def _finetune(args: Namespace, say: Say) -> dict[str, Any]:
+    if args.resume is None:
+        return finetune(_recipe(args), args.out, say)
+    if args.out is not None:
+        raise ValueError("--resume continues in the run's own folder; leave --out away.")
+    return resume(args.resume, say, **{name: value for name, value in _given(args).items() if name != "resume"})
 
 
 def _generate(args: Namespace, say: Say) -> dict[str, Any]:
@@ -60,13 +70,17 @@ def _gradcheck(args: Namespace, say: Say) -> dict[str, Any]:
 
 
 VERBS: dict[str, Callable[[Namespace, Say], dict[str, Any]]] = {
-    "finetune": lambda args, say: finetune(_recipe(args), args.out, say),
+    "finetune": _finetune,
     "study": lambda args, say: study_run(_recipe(args), args.rows, args.seeds, args.out, args.quick, say),
     "evaluate": lambda args, say: evaluate_run(**_given(args), say=say),
     "generate": _generate,
     "merge": _merge,
     "extract": lambda args, say: extract_run(**_given(args), say=say),
     "compare": _compare,
+    "report": lambda args, say: report_run(**_given(args), say=say),
     "info": lambda args, say: describe(**_given(args), say=say),
+    "explain": lambda args, say: explain(**_given(args), say=say),
     "gradcheck": _gradcheck,
+    "exercise": lambda args, say: exercise(**_given(args), say=say),
+    "doctor": lambda args, say: doctor(say),
 }

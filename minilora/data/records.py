@@ -14,12 +14,14 @@ import csv
 import gzip
 import io
 import json
-import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from minilora.data import TASKS
+from minilora.formats import extra
 
 Record = dict[str, Any]
 
@@ -33,8 +35,6 @@ def note(text: str) -> None:
 
 def read_bytes(file: Path) -> bytes:
     """The bytes of a file, decompressed where its name ends in .gz. Raises FileNotFoundError, or ValueError for damaged gzip data."""
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}.")
     raw = file.read_bytes()
     if file.suffix.lower() != ".gz":
         return raw
@@ -64,13 +64,12 @@ def decode_bytes(raw: bytes, file: Path, encoding: str = "utf-8") -> str:
 
 def kind_of(file: str | Path) -> str | None:
     """The suffix that decides how records are read from a file, in lower case and without .gz; None for plain text."""
-    suffixes = [suffix.lower() for suffix in Path(file).suffixes]
-    suffix = "".join(suffixes[-2:-1] if suffixes[-1:] == [".gz"] else suffixes[-1:])
+    suffix = Path(str(file).lower().removesuffix(".gz")).suffix
     return suffix if suffix in READERS else None
 
 
 def read_records(file: str | Path, encoding: str = "utf-8") -> Iterator[tuple[int, Record]]:
-    """(line number from 1, record) of a record file; empty lines are skipped. Parquet files count rows instead of lines.
+    """(line number from 1, record) of a record file; empty lines are skipped. In JSON lists and Parquet files, records are counted.
 
     Raises FileNotFoundError; ValueError, naming file and line, for what does not parse; ImportError for .parquet without pyarrow.
     """
@@ -87,43 +86,23 @@ def read_records(file: str | Path, encoding: str = "utf-8") -> Iterator[tuple[in
 
 def _json(file: Path, encoding: str) -> Iterator[tuple[int, Record]]:
     text = decode_bytes(read_bytes(file), file, encoding)
-    for n, value in _list(file, text) if text.lstrip().startswith("[") else _lines(file, text):
+    found: Iterator[tuple[int, Any]]
+    if text.lstrip().startswith("["):
+        found = enumerate(_parsed(text, str(file)), start=1)
+    else:
+        lines = enumerate((line.removeprefix("\ufeff").strip() for line in text.split("\n")), start=1)
+        found = ((n, _parsed(line, f"{file}, line {n}")) for n, line in lines if line)
+    for n, value in found:
         if not isinstance(value, dict):
             raise ValueError(f"{file}, line {n}: expected a JSON object, got {type(value).__name__}.")
         yield n, value
 
 
-def _lines(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    for n, line in enumerate(text.split("\n"), start=1):
-        line = line.removeprefix("\ufeff").strip()
-        if line:
-            try:
-                yield n, json.loads(line, object_pairs_hook=_once)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}, line {n}: this is not JSON ({error}); expected one object a line, or one list.") from None
-
-
-def _list(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """The items of a JSON list, each with the line that it begins on."""
-    decoder, blank = json.JSONDecoder(object_pairs_hook=_once), re.compile(r"[ \t\r\n]*")
-
-    def skip(i: int) -> int:
-        return found.end() if (found := blank.match(text, i)) else i
-
-    line, counted, at = 1, 0, skip(text.index("[") + 1)
-    while text[at : at + 1] != "]":
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}, line {line}: this is not JSON ({error}).") from None
-        yield line, value
-        at = skip(end)
-        if text[at : at + 1] not in (",", "]"):
-            raise ValueError(f"{file}, line {line + text.count(chr(10), counted, at)}: this is not JSON (expected ',' or ']' here).")
-        at = skip(at + (text[at] == ","))
-    if text[at + 1 :].strip():
-        raise ValueError(f"{file}, line {line + text.count(chr(10), counted, at)}: this is not JSON (there is more behind the list).")
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: this is not JSON ({error}); expected one object a line, or one list.") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> Record:
@@ -161,17 +140,20 @@ def _csv(file: Path, encoding: str) -> Iterator[tuple[int, Record]]:
 
 
 def _parquet(file: Path, encoding: str) -> Iterator[tuple[int, Record]]:
+    arrow, parquet = (extra(module, "parquet", f"reading {file}") for module in ("pyarrow", "pyarrow.parquet"))
     try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
-    except ImportError:
-        raise ImportError(f"reading {file} needs pyarrow: pip install 'minilora[parquet]'.") from None
-    try:
-        rows = read_table(io.BytesIO(read_bytes(file))).to_pylist()
-    except (ArrowException, OSError) as error:
+        rows = parquet.read_table(io.BytesIO(read_bytes(file))).to_pylist()
+    except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a readable Parquet file ({str(error).splitlines()[0].rstrip('.')}).") from None
     for n, row in enumerate(rows, start=1):
         yield n, {name: value for name, value in row.items() if value is not None}  # empty columns of a row
+
+
+def field_of(record: Record, name: str, task: str) -> Any:
+    """A field of a record. Raises ValueError, naming those that the task needs, if it is not there."""
+    if name not in record:
+        raise ValueError(f"expected {TASKS[task]}; it has {', '.join(map(repr, record)) or 'none'}.")
+    return record[name]
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, Record]]]] = {

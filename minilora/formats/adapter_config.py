@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from minilora.formats.atomic import read_json
+from minilora.formats.fetch import origin
 from minilora.formats.fitting import FAMILIES
-from minilora.formats.origin import origin
 from minilora.layers import Layer
 from minilora.lora import LoraConfig, lora_layers
-from minilora.lora.registry import config_classes
+from minilora.lora.registry import METHODS, load
 from minilora.models.config_file import check_types, made
 
 BARE = "FEATURE_EXTRACTION"  # the task_type of a model without its head, whose modules have no prefix in PEFT
@@ -31,10 +31,10 @@ def read_adapter_config(folder: str | Path) -> Any:
     """
     path = Path(folder) / "adapter_config.json"
     raw = read_json(path)
-    kinds, peft_type = config_classes(), raw.get("peft_type", "LORA")
-    if not isinstance(peft_type, str) or peft_type not in kinds:
-        raise ValueError(f"{path}: peft_type is {peft_type!r:.80}; supported: {', '.join(kinds)}.")
-    kind = kinds[peft_type]
+    peft_type = raw.get("peft_type", "LORA")
+    if not isinstance(peft_type, str) or peft_type not in METHODS:
+        raise ValueError(f"{path}: peft_type is {peft_type!r:.80}; supported: {', '.join(METHODS)}.")
+    kind = load(METHODS[peft_type])
     init = raw.get("init_lora_weights", True)
     if init not in _KEPT_THE_BASE:
         raise ValueError(
@@ -48,8 +48,8 @@ def read_adapter_config(folder: str | Path) -> Any:
     if issubclass(kind, LoraConfig) and raw.get("target_modules") is None:
         raise ValueError(f"{path}: target_modules is missing.")
     usual = kind()
-    values = {key: value for key, value in raw.items() if key in known - _INITIALISERS}
-    values = {key: value for key, value in values.items() if value is not None or getattr(usual, key) not in _NEUTRAL}
+    read = known - _INITIALISERS
+    values = {key: value for key, value in raw.items() if key in read and (value is not None or getattr(usual, key) not in _NEUTRAL)}
     check_types(kind, values, str(path))
     return made(kind, values | ({"init_lora_weights": True} if "init_lora_weights" in known else {}), str(path))
 

@@ -1,10 +1,11 @@
-"""Files that exist completely or not at all, and JSON."""
+"""Files and folders that exist completely or not at all, and JSON."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -12,20 +13,50 @@ from typing import Any
 
 
 def write_file(path: str | Path, write: Callable[[str], object]) -> None:
-    """Call write(temporary path), then rename the result to `path`: a reader never sees a partial file.
+    """Call write(temporary path), then rename the result to `path`: a reader never sees a partial file, after a power failure neither.
 
     On any error the temporary file is removed and `path` keeps its old content. Raises OSError when the folder cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    temporary = temporary_of(path)
     temporary.touch(exist_ok=False)
     try:
+        mode = (path if path.exists() else temporary).stat().st_mode
         write(str(temporary))
-        os.replace(temporary, path)
+        temporary.chmod(mode)  # that of the file before, or of a new file: a library may have chosen another
+        put_in_place(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_of(path: Path) -> Path:
+    """A free name beside `path`, for what is to be renamed to it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether the name is one of `temporary_of`: a file or folder that was being written when the process ended."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}(\.[a-z]+)?", path.name) is not None
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a file, or a folder of files, once everything in it is on the disk; and the new name, too."""
+    for each in (*(temporary.iterdir() if temporary.is_dir() else ()), temporary):
+        _synchronise(each)
+    os.replace(temporary, path)
+    _synchronise(path.parent)
+
+
+def _synchronise(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -51,8 +82,10 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError, naming the file, for anything else."""
+def read_json(path: str | Path, absent: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object in a file; `absent`, where given, if there is no file. Raises ValueError, naming the file, for anything else."""
+    if absent is not None and not Path(path).is_file():
+        return absent
     return json_object(Path(path).read_bytes(), path)
 
 

@@ -16,21 +16,19 @@ import numpy as np
 from minilora.adapters import bottlenecks
 from minilora.backend import choose_backend, to_numpy
 from minilora.formats.atomic import read_json, write_file, write_json
-from minilora.formats.blank import Blank
-from minilora.formats.fetch import BUNDLED, is_hub_id, model_folder, read_weights, weight_files
-from minilora.formats.fitting import FAMILIES, check_sizes, family_of, fill, named, oriented, warn_of_pooling
+from minilora.formats.fetch import BUNDLED, Origin, is_hub_id, model_folder, origin, read_weights, weight_files
+from minilora.formats.fitting import FAMILIES, Blank, check_sizes, family_of, fill, named, oriented, warn_of_pooling
 from minilora.formats.gguf import read_gguf
 from minilora.formats.nf4 import CONFIG, is_nf4_config, packed, unpacked
-from minilora.formats.origin import Origin, origin
 from minilora.formats.tensors import stored_dtypes, write_tensors
 from minilora.formats.tokenizer import load_tokenizer
+from minilora.kernels.half import HALF
 from minilora.layers import Embedding
 from minilora.lora import adapter_parameters, lora_layers
 from minilora.models.bert import BertConfig
 from minilora.models.decoder import Decoder
-from minilora.quantization.half import KINDS, to_half_precision
 from minilora.quantization.nf4 import is_nf4
-from minilora.quantization.quantize import check_kind, quantize_model
+from minilora.quantization.quantize import check_kind, quantize_model, to_half_precision
 
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
 _TOKENIZER_FILES += "vocab.txt vocab.json merges.txt tokenizer.model generation_config.json".split()
@@ -46,7 +44,7 @@ def load_model(
     quantize: str = "",
     *,
     download: bool = True,
-    new_head: bool = False,
+    new_head: bool | None = False,
     seed: int = 0,
 ) -> Any:  # Any: one of the classes of FAMILIES, which have more in common than Layer
     """A published model on a backend, frozen. Architectures: gpt2, bert, llama, qwen2.
@@ -57,8 +55,8 @@ def load_model(
     dtype: "float16" and "bfloat16" apply to matrices, embeddings included, and so to activations (kernels/half.py); norms, biases, and
     what `inject` makes trainable stay in float32.
     labels: the class names of a classifier, or their number; by default those of config.json. A classifier in the checkpoint is kept,
-    unless new_head=True. A classifier or pooler that is missing or replaced is initialised from N(0, 0.02^2) with `seed`, and reported
-    on standard error; `model.origin.drawn` lists them.
+    unless new_head=True; None replaces it where its classes are others. A classifier or pooler that is missing or replaced is initialised
+    from N(0, 0.02^2) with `seed`, and reported on standard error; `model.origin.drawn` lists them.
     quantize: "nf4" keeps the weights of linear layers, except the head, in four bits (quantization/nf4.py). A folder in
     NF4, as written by bitsandbytes, is read without `quantize`.
     download: False looks up an id only in the local cache of the hub.
@@ -66,7 +64,7 @@ def load_model(
     Raises FileNotFoundError; ValueError when the configuration, a file or a tensor does not fit; ImportError for a missing extra.
     """
     kind = _dtype_name("load_model", dtype)
-    if quantize and kind in KINDS:
+    if quantize and kind in HALF:
         raise ValueError(f"load_model: dtype {kind} and quantize {quantize!r} exclude each other; choose one.")
     if quantize:
         check_kind(quantize)
@@ -86,11 +84,14 @@ def load_model(
     published = config.class_names if isinstance(config, BertConfig) else []
     tensors = tensors or unpacked(read_weights(source), source)
     check_sizes(config, tensors, where)
+    others = isinstance(labels, Sequence) and list(labels) != published and named(published)
     if labels is not None:
         config = _with_labels(config, labels, where)
+        if new_head is None:
+            new_head = others or config.num_labels != len(published)
     if new_head:
         tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
-    elif isinstance(labels, Sequence) and "classifier.weight" in tensors and list(labels) != published and named(published):
+    elif isinstance(labels, Sequence) and others and "classifier.weight" in tensors:
         raise ValueError(f"{where}: the head is for {', '.join(published)}, not {', '.join(labels)}; new_head=True replaces it.")
     model = family.model(config, rng=Blank(), dtype="float32")
     complete = family.architectures[0] in (raw.get("architectures") or ()) and not new_head
@@ -99,9 +100,9 @@ def load_model(
     model.origin = Origin(name, str(path_or_id) if is_hub_id(path_or_id) else None, drawn)
     if quantize:
         quantize_model(model, quantize)
-    if kind in KINDS:
+    if kind in HALF:
         to_half_precision(model, kind)
-    return model.freeze().to(backend, None if kind in KINDS else dtype)
+    return model.freeze().to(backend, None if kind in HALF else dtype)
 
 
 def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
@@ -116,7 +117,7 @@ def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
 
 def _dtype_name(who: str, dtype: Any, *more: str) -> str | None:
     """The name of a dtype, or of one of `more`; None stays None. Raises ValueError, naming the function `who`, for any other."""
-    known = ("float32", "float64", *KINDS, *more)
+    known = ("float32", "float64", *HALF, *more)
     with suppress(TypeError):  # NumPy lacks "bfloat16" until ml_dtypes is imported
         dtype = dtype if dtype is None else np.dtype(dtype).name
     if dtype is not None and dtype not in known:
@@ -149,7 +150,7 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     tensors = {path: to_numpy(value) for path, value in values.items() if path not in quantized}
     name = origin(model).source
     source = model_folder() if name == BUNDLED else Path(name) if name else None
-    published = read_json(source / "config.json") if source and (source / "config.json").is_file() else {}
+    published = read_json(source / "config.json", {}) if source else {}
     result = {key: value for key, value in published.items() if key in _COPIED}
     result |= {"model_type": model.model_type, **model.config.to_json()}
     family = FAMILIES[result["model_type"]]

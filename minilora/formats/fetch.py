@@ -1,14 +1,17 @@
-"""Locating a model: the bundled one, a folder, or an id on the hub; and reading its tensors."""
+"""Locating a model: the bundled one, a folder, or an id on the hub; reading its tensors; and noting where it came from."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
+from minilora.formats import extra
 from minilora.formats.atomic import read_json
 from minilora.formats.tensors import map_tensors, stored_dtypes
+from minilora.layers import Layer
 
 BUNDLED = "pydoc"  # the model inside the package: load_model("pydoc")
 _OWN_FOLDERS = ("runs", "studies")  # where runs are written: not organisations on the hub
@@ -75,15 +78,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _snapshot(hub_id: str, download: bool) -> Path:
     """The local snapshot of a model on the hub."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ImportError(
-            f"there is no folder {hub_id}, and fetching it from the hub needs huggingface_hub: pip install 'minilora[hf]'."
-        ) from error
+    hub = extra("huggingface_hub", "hf", f"there is no folder {hub_id}, and fetching it from the hub")
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=not download))
+        folder = Path(hub.snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=not download))
     except Exception as error:  # no network, unknown name, no permission: classes of several libraries
         if not download:
             raise FileNotFoundError(f"there is no folder {hub_id}, and it is not in the hub's local cache.") from None
@@ -92,3 +90,21 @@ def _snapshot(hub_id: str, download: bool) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{hub_id} on the hub has no config.json; is it a model?")
     return folder
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from: `load_model` notes it on the model, `save_model` and `save_adapter` write it down.
+
+    source: the folder or file. hub_id: the id, if the hub was named by one. drawn: paths of the modules that no file held, which were
+    initialised at random; an adapter takes them along.
+    """
+
+    source: str | None = None
+    hub_id: str | None = None
+    drawn: tuple[str, ...] = ()
+
+
+def origin(model: Layer) -> Origin:
+    """The Origin of a model, its attribute `origin`; an empty one for a model that was not loaded."""
+    return getattr(model, "origin", None) or Origin()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.formats.origin import origin
+from minilora.formats.fetch import origin
 from minilora.layers import Layer, Linear
 from minilora.lora import adapter_parameters
 from minilora.models.registry import ARCHITECTURES as FAMILIES
@@ -137,3 +137,24 @@ def warn_of_pooling(model: Any, folder: Path) -> None:
     """Report on standard error that transformers and PEFT cannot reproduce a model with "pooling": "mean"."""
     if getattr(model.config, "pooling", "first") == "mean":
         print(f"{folder}: its classifier reads the mean of the tokens; transformers and PEFT read BERT's pooler instead.", file=sys.stderr)
+
+
+class Blank(np.random.Generator):
+    """Every array is one zero, repeated by strides of zero."""
+
+    def __init__(self) -> None:
+        super().__init__(np.random.PCG64(0))
+
+    def normal(self, loc: Any = 0.0, scale: Any = 1.0, size: Any = None) -> Any:
+        shape = (size,) if isinstance(size, int) else size
+        return np.lib.stride_tricks.as_strided(np.zeros(()), shape, (0,) * len(shape)).view(_Unset)
+
+    def uniform(self, low: Any = 0.0, high: Any = 1.0, size: Any = None) -> Any:
+        return self.normal(size=size)
+
+
+class _Unset(np.ndarray):
+    """An array of one number, repeated by strides of zero; a change of dtype keeps it so."""
+
+    def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
+        return np.lib.stride_tricks.as_strided(np.zeros((), dtype), self.shape, (0,) * self.ndim)

@@ -9,27 +9,30 @@ from typing import Any
 
 import numpy as np
 
+from minilora.formats import extra
+from minilora.models.llama import LlamaConfig
+
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+_TOP = ["model.embed_tokens", "model.norm", "lm_head"]
+_BLOCK = """input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj post_attention_layernorm
+    mlp.gate_proj mlp.up_proj mlp.down_proj""".split()
+_SIZES = {  # in the metadata: field of config.json
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "context_length": "max_position_embeddings",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
 }
+_OPTIONAL = {"attention.head_count_kv", "attention.key_length", "rope.freq_base"}
 _OFF = """expert_count expert_used_count attention.sliding_window attention.scale attention.clamp_kqv attention.max_alibi_bias
     attn_logit_softcapping final_logit_softcapping logit_scale residual_scale embedding_scale use_parallel_residual"""
 _FIXED = {**dict.fromkeys(_OFF.split(), 0), "attention.causal": True, "rope.scaling.attn_factor": 1}  # the only supported values
-_READ = set(
-    """attention.head_count attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon block_count
-    embedding_length feed_forward_length context_length vocab_size rope.freq_base rope.dimension_count rope.scale_linear rope.scaling.type
-    rope.scaling.factor rope.scaling.original_context_length rope.scaling.finetuned tensor_data_layout""".split()
-)
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_READ = """attention.value_length vocab_size rope.dimension_count rope.scale_linear rope.scaling.type rope.scaling.factor
+    rope.scaling.original_context_length rope.scaling.finetuned tensor_data_layout""".split()
 
 
 def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -46,15 +49,15 @@ def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any],
     meta, stored = _open(path)
     config = _config(meta, stored, path)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    import gguf
+
+    depth = min(config["num_hidden_layers"], len(stored))  # a damaged file may have any number
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, depth)
+    published = {names.get_name(name): name for name in [*_TOP, *(f"model.layers.{i}.{part}" for i in range(depth) for part in _BLOCK)]}
     tensors = {}
     for tensor in stored.values():
         stem, _, kind = tensor.name.rpartition(".")
-        block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-        if kind == "weight" and stem in _TOP:
-            name = _TOP[stem]
-        elif block and kind in ("weight", "bias") and block[2] in _BLOCK and int(block[1]) < config["num_hidden_layers"]:
-            name = f"model.layers.{block[1]}.{_BLOCK[block[2]]}"
-        else:
+        if (name := published.get(stem)) is None or kind not in ("weight", "bias"):
             raise ValueError(f"{path} has a tensor {tensor.name!r}, which is not part of a supported model.")
         value = _dequantized(tensor, path)
         n_head = heads.get(name.rpartition(".")[2])
@@ -89,10 +92,8 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metadata, {name: the library's tensor}) of a file. Raises FileNotFoundError, ImportError, or ValueError for an unreadable file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError(f"reading {path} needs the gguf library: pip install 'minilora[gguf]'.") from None
+    extra("gguf", "gguf", f"reading {path}")
+    import gguf
 
     class Reader(gguf.GGUFReader):  # refuses a file that is shorter than its header says
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> np.ndarray:
@@ -118,62 +119,42 @@ def _config(meta: dict[str, Any], stored: dict[str, Any], path: Path) -> dict[st
     architecture = meta.get("general.architecture")
     if architecture not in tuple(_CLASSES):
         raise ValueError(f"{path} is of architecture {architecture!r:.80}; supported: {', '.join(_CLASSES)}.")
-    number = int, float
-
-    def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        value = meta.get(f"{architecture}.{name}", default)
-        if value is None:
-            raise ValueError(f"{path} has no {architecture}.{name} in its metadata.")
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{path}: {architecture}.{name} is {str(value)[:60]}, which is not supported.")
-        return value
-
-    n_head, hidden = get("attention.head_count", int), get("embedding_length", int)
-    if n_head < 1 or hidden < 1:
-        raise ValueError(f"{path}: {architecture} has {n_head} heads for {hidden} features; both must be at least 1.")
-    head_dim = get("attention.key_length", int, hidden // n_head)
-    if get("rope.dimension_count", int, head_dim) != head_dim or get("attention.value_length", int, head_dim) != head_dim:
-        raise ValueError(f"{path}: rotary embeddings of part of a head, and values of another size than keys, are not supported.")
-    kind = get("rope.scaling.type", str, "linear")  # llama.cpp's default
-    factors = [get(name, number, 1) or 1 for name in ("rope.scaling.factor", "rope.scale_linear")]  # 0 means none
+    found = {name.removeprefix(f"{architecture}."): value for name, value in meta.items() if name.startswith(f"{architecture}.")}
+    for name in _SIZES.keys() - _OPTIONAL - found.keys():
+        raise ValueError(f"{path} has no {architecture}.{name} in its metadata.")
+    kind = found.get("rope.scaling.type", "linear")  # llama.cpp's default
+    factors = [found.get(name) or 1 for name in ("rope.scaling.factor", "rope.scale_linear")]  # 0 means none
     if kind not in ("none", "linear") or (kind == "linear" and factors != [1, 1]) or "rope_freqs.weight" in stored:
         raise ValueError(f"{path}: scaled rotary embeddings (rope.scaling) are not supported.")
     for name, supported in _FIXED.items():
-        if (value := meta.get(f"{architecture}.{name}", supported)) != supported:
+        if (value := found.get(name, supported)) != supported:
             raise ValueError(f"{path}: {architecture}.{name} is {value!s:.60}, which is not supported.")
-    known = _READ | _FIXED.keys()
-    if unknown := sorted(name for name in meta if name.startswith(f"{architecture}.") and name.partition(".")[2] not in known):
+    if unknown := sorted(found.keys() - {*_SIZES, *_READ, *_FIXED}):
         print(f"{path}: unknown options, ignored: {', '.join(unknown):.300}.", file=sys.stderr)
     if not isinstance(meta.get("tokenizer.ggml.tokens"), list):
         raise ValueError(f"{path} has no tokenizer: tokenizer.ggml.tokens is missing.")
     if "token_embd.weight" not in stored or len(stored["token_embd.weight"].shape) != 2:
         raise ValueError(f"{path} lacks the tensor 'token_embd.weight', or it is not a matrix.")
-
-    biases = {"attention_bias": "blk.0.attn_q.bias" in stored, "mlp_bias": "blk.0.ffn_gate.bias" in stored}
-    return {
+    raw = {
         "model_type": architecture,
-        "architectures": [_CLASSES[architecture]],
         "vocab_size": int(stored["token_embd.weight"].shape[-1]),  # GGUF lists dimensions in reverse
-        "hidden_size": hidden,
-        "intermediate_size": get("feed_forward_length", int),
-        "num_hidden_layers": get("block_count", int),
-        "num_attention_heads": n_head,
-        "num_key_value_heads": get("attention.head_count_kv", int, n_head),
-        "head_dim": head_dim,
-        "max_position_embeddings": get("context_length", int),
-        "rms_norm_eps": _short(get("attention.layer_norm_rms_epsilon", number)),
-        "rope_theta": _short(get("rope.freq_base", number, 10000.0)),
-        "hidden_act": "silu",
+        **{field: _short(found[name]) for name, field in _SIZES.items() if name in found},
         "tie_word_embeddings": "output.weight" not in stored,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
-        **(biases if architecture == "llama" else {}),
+        "attention_bias": architecture == "llama" and "blk.0.attn_q.bias" in stored,
+        "mlp_bias": architecture == "llama" and "blk.0.ffn_gate.bias" in stored,
     }
+    config = LlamaConfig.from_json(raw, str(path))
+    for name in ("rope.dimension_count", "attention.value_length"):
+        if found.get(name, config.head_dim) != config.head_dim:
+            raise ValueError(f"{path}: rotary embeddings of part of a head, and values of another size than keys, are not supported.")
+    return {"architectures": [_CLASSES[architecture]], **config.to_json()}
 
 
-def _short(value: float) -> float:
-    """The shortest decimal number equal to this float32: 1e-5 rather than 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
+def _short(value: Any) -> Any:
+    """The shortest decimal number equal to a float32: 1e-5 rather than 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _dequantized(tensor: Any, path: Path) -> np.ndarray:

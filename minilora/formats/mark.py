@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Matrix, as_like, to_numpy
-from minilora.formats.origin import origin
+from minilora.formats.fetch import origin
 from minilora.formats.tensors import holds_bfloat16, rounded
 from minilora.kernels.half import is_half
 from minilora.layers import Layer, Linear

@@ -15,16 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from minilora.formats.atomic import write_file
-from minilora.quantization.half import dtype_of
+from minilora.quantization.quantize import half_dtype
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
 _DTYPES |= {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """({name: array}, metadata) of a safetensors file, in memory. Raises as `map_tensors`."""
-    tensors, metadata = map_tensors(path)
-    return {name: np.array(value) for name, value in tensors.items()}, metadata
 
 
 def map_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -58,8 +52,6 @@ def stored_dtypes(path: str | Path) -> dict[str, str]:
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """(the header, the offset of the data), after the library has checked that the header is consistent and covers the whole file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
     try:
         with safe_open(path, framework="numpy"):
             pass
@@ -93,7 +85,7 @@ def write_tensors(
         x = np.ascontiguousarray(rounded(value, dtype))
         if dtype == "float16" and value.dtype.itemsize > 2 and np.isinf(x).any():
             raise ValueError(f"{path}: {name} has numbers beyond float16's 65504; choose bfloat16 or float32.")
-        written[name] = x.view(dtype_of(dtype)) if dtype == "bfloat16" else x
+        written[name] = x.view(half_dtype(dtype)) if dtype == "bfloat16" else x
     write_file(path, lambda temporary: save_file(written, temporary, metadata=metadata or {"format": "pt"}))
 
 

@@ -31,7 +31,6 @@ class Tokenizer(ABC):
     added: Mapping[str, int] = MappingProxyType({})  # {token: id} of the tokens that are matched before a text is split
     special_ids: frozenset[int] = frozenset()  # those that `decode` can skip
     byte_ids: frozenset[int] = frozenset()  # the tokens that stand for a single byte
-    clean_up: bool = False  # whether `decode` removes spaces before punctuation
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -78,21 +77,21 @@ class Tokenizer(ABC):
         """Set eos_token_id to the stop_ids in generation_config.json, where transformers looks for them; other keys are kept."""
         file = Path(folder) / "generation_config.json"
         if self.stop_ids:
-            write_json(file, {**(read_json(file) if file.is_file() else {}), "eos_token_id": sorted(self.stop_ids)})
+            write_json(file, {**read_json(file, {}), "eos_token_id": sorted(self.stop_ids)})
 
     def stream(self, ids: Iterable[int], skip_special: bool = False, after: Iterable[int] = ()) -> Iterator[str]:
         """Decode ids as they arrive, in pieces that end at complete characters. The pieces joined are what the ids add to the text of
         those in `after`.
 
         Part of a character decodes to replacement characters at the end: they are held back until the next token. So is a run of
-        single-byte tokens, which some decoders decode together. With clean_up each token may change the text before it: one piece.
+        single-byte tokens, which some decoders decode together.
         """
         seen, in_bytes = [int(id) for id in after], False
         shown = len(self.decode(seen, skip_special))
         for id in map(int, ids):
             seen.append(id)
             in_bytes = id in self.byte_ids or (in_bytes and skip_special and id in self.special_ids)
-            complete = "" if in_bytes or self.clean_up else self.decode(seen, skip_special).rstrip("\ufffd")
+            complete = "" if in_bytes else self.decode(seen, skip_special).rstrip("\ufffd")
             if len(complete) > shown:
                 yield complete[shown:]
                 shown = len(complete)
@@ -131,12 +130,11 @@ class HFTokenizer(Tokenizer):
         stop_ids: Iterable[int | None] = (),
         chat_template: str | None = None,
         tokens: dict[str, str] | None = None,
-        clean_up: bool = False,
         where: str | Path = "the tokenizer",
     ) -> None:
         library.no_padding()
         library.no_truncation()
-        self.library, self.clean_up, self.failed = library, clean_up, f"{where}: the tokenizers library failed"
+        self.library, self.failed = library, f"{where}: the tokenizers library failed"
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id, self.eos_id = bos_id, eos_id
         added = library.get_added_tokens_decoder()
@@ -168,10 +166,7 @@ class HFTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         with library_errors(self.failed):
-            text = self.library.decode([int(i) for i in ids], skip_special_tokens=skip_special)
-        for before, after in _CLEAN if self.clean_up else ():
-            text = text.replace(before, after)
-        return text
+            return self.library.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def token(self, id: int | None) -> str:
         return "" if id is None else self.library.id_to_token(id) or ""
@@ -184,8 +179,6 @@ class HFTokenizer(Tokenizer):
             "chat_template": self.chat_template,
             "add_prefix_space": "add_prefix_space=True" in repr(self.library.pre_tokenizer) or None,  # Qwen2's class reads it from here
             "split_special_tokens": self.library.encode_special_tokens or None,
-            "clean_up_tokenization_spaces": self.clean_up or None,
-            _CLEAN_BPE: self.clean_up or None,
         }
         write_file(Path(folder) / "tokenizer.json", self.library.save)
         write_json(Path(folder) / "tokenizer_config.json", {name: value for name, value in settings.items() if value is not None})
@@ -199,19 +192,17 @@ def _utf8(text: str) -> bytes:
         raise ValueError(f"the text has an unpaired surrogate at character {error.start}; remove it.") from None
 
 
-_CLEAN_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
-_CLEAN = [(f" {mark}", mark) for mark in ".?!,"] + [(" ' ", "'")] + [(f" {mark}", mark) for mark in ("n't", "'m", "'s", "'ve", "'re")]
-
-
-def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a model folder, a tokenizer.json, or a .gguf file, for a model whose embedding has `vocab_size` rows.
+def load_tokenizer(path: str | Path, vocab_size: int | None) -> Tokenizer:
+    """The tokenizer of a model folder, a tokenizer.json, or a .gguf file, for a model whose embedding has `vocab_size` rows
+    (None: the number in a .gguf file, or any).
 
     A folder without tokenizer.json and a vocabulary of 256 is a byte-level model. Raises FileNotFoundError when there is no tokenizer,
     ValueError when a file is invalid or the ids exceed the embedding, ImportError when an extra is missing.
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        return gguf_tokenizer(read_gguf_tokenizer(path)[1], vocab_size, path)
+        rows, vocabulary = read_gguf_tokenizer(path)
+        return gguf_tokenizer(vocabulary, vocab_size or rows, path)
     file = path if path.suffix == ".json" else path / "tokenizer.json"
     if not file.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {file.parent} to read a tokenizer from.")
@@ -273,22 +264,21 @@ _PRE = ("smollm", "gpt-2", "qwen2")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of token_type
 
 
-def _from_file(file: Path, vocab_size: int) -> HFTokenizer:
+def _from_file(file: Path, vocab_size: int | None) -> HFTokenizer:
     """tokenizer.json with the files beside it. Its own end token comes first, then the stop ids of the model's configuration."""
-    library, tokens, config = read_tokenizer(file)
+    library, tokens = read_tokenizer(file)
     bos, eos = (library.token_to_id(tokens[name]) if name in tokens else None for name in ("bos_token", "eos_token"))
     ends: list[Any] = [eos]
-    for beside in (file.parent / name for name in ("generation_config.json", "config.json")):
-        ids = read_json(beside).get("eos_token_id") if beside.is_file() else None
+    for beside in ("generation_config.json", "config.json"):
+        ids = read_json(file.with_name(beside), {}).get("eos_token_id")
         ends += ids if isinstance(ids, list) else [ids]
     ends = [id for id in ends if type(id) is int and 0 <= id < 2**32 and library.id_to_token(id) is not None]
-    clean = bool(config.get("clean_up_tokenization_spaces")) and (type(library.model).__name__ != "BPE" or bool(config.get(_CLEAN_BPE)))
-    tokenizer = HFTokenizer(library, bos, next(iter(ends), None), ends, find_chat_template(file.parent), tokens, clean, file)
+    tokenizer = HFTokenizer(library, bos, next(iter(ends), None), ends, find_chat_template(file.parent), tokens, file)
     return _checked(tokenizer, vocab_size, file)
 
 
-def _checked(tokenizer: HFTokenizer, vocab_size: int, path: str | Path) -> HFTokenizer:
-    if tokenizer.vocab_size > vocab_size:
+def _checked(tokenizer: HFTokenizer, vocab_size: int | None, path: str | Path) -> HFTokenizer:
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"{path}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's embedding has {vocab_size} rows; "
             "use the model's own tokenizer."

@@ -2,7 +2,7 @@
 
 from minilora.functional.activations import relu, relu_backward, silu, silu_backward, swiglu, swiglu_backward, tanh, tanh_backward
 from minilora.functional.adamw import AdamStep, adamw
-from minilora.functional.attention import attention, attention_backward, check_offsets, positions, softmax, softmax_backward
+from minilora.functional.attention import attention, attention_backward, bounds_of, positions, softmax, softmax_backward
 from minilora.functional.dropout import check_p, dropout, dropout_backward, dropout_mask
 from minilora.functional.embedding import check_ids, embedding, embedding_backward, take_rows, take_rows_backward
 from minilora.functional.gelu import gelu, gelu_backward, gelu_tanh, gelu_tanh_backward

@@ -10,6 +10,9 @@ import numpy as np
 
 from minilora.backend import Array, constant, get_xp
 
+Offsets = Sequence[int] | None  # the bounds of packed sequences: [0, 5, 9] is two, of 5 and 4 tokens; None: one sequence
+Rows = np.ndarray | None  # the rows of the result to compute, rising and on the host; None: all
+
 
 def softmax(x: Array) -> Array:
     """y_i = exp(x_i) / sum_j exp(x_j), over the last axis; any shape.
@@ -30,11 +33,11 @@ def attention(
     k: Array,
     v: Array,
     n_head: int,
-    offsets: Sequence[int] | None = None,
+    offsets: Offsets = None,
     causal: bool = True,
     keep: bool = True,
     n_kv_head: int | None = None,
-    rows: np.ndarray | None = None,
+    rows: Rows = None,
 ) -> tuple[Array, list[Array]]:
     """o = softmax(q k^T / sqrt d) v, for each sequence and each head on its own.
 
@@ -49,7 +52,7 @@ def attention(
     cost one of the four products below. With keep=False nothing is kept.
     """
     G = n_kv_head or n_head
-    check_attention(q, k, v, n_head, G, offsets, rows)
+    check_attention(q, k, v, n_head, G, rows)
     o = get_xp(q, k, v).empty_like(q)
     saved = []
     for at, seq, places in _sequences(offsets, k.shape[0], rows):
@@ -68,10 +71,10 @@ def attention_backward(
     v: Array,
     saved: list[Array],
     n_head: int,
-    offsets: Sequence[int] | None = None,
+    offsets: Offsets = None,
     n_kv_head: int | None = None,
     need: Collection[str] = ("dq", "dk", "dv"),
-    rows: np.ndarray | None = None,
+    rows: Rows = None,
 ) -> tuple[Array, Array, Array]:
     """Gradients of o = P V, P = softmax(S), S = Q K^T / sqrt d, sequence by sequence; each formed only if `need` names it.
 
@@ -99,9 +102,8 @@ def attention_backward(
     return dq, dk, dv
 
 
-def positions(tokens: int, offsets: Sequence[int] | None, limit: int) -> np.ndarray:
+def positions(tokens: int, offsets: Offsets, limit: int) -> np.ndarray:
     """(tokens,) 0, 1, 2, ... from the start of each sequence, on the host. Raises ValueError for a sequence beyond `limit`."""
-    check_offsets(offsets, tokens)
     bounds = bounds_of(offsets, tokens)
     lengths = np.diff(bounds)
     if lengths.max() > limit:
@@ -109,28 +111,22 @@ def positions(tokens: int, offsets: Sequence[int] | None, limit: int) -> np.ndar
     return np.arange(tokens) - np.repeat(bounds[:-1], lengths)
 
 
-def bounds_of(offsets: Sequence[int] | None, tokens: int) -> np.ndarray:
-    """The bounds of the sequences, (their number + 1,): offsets, or those of one sequence."""
-    return np.array([0, tokens] if offsets is None else offsets, dtype=np.int64)
+def bounds_of(offsets: Offsets, tokens: int) -> np.ndarray:
+    """The bounds of the sequences, (their number + 1,): offsets, or those of one. Raises ValueError unless they rise from 0 to `tokens`."""
+    bounds = np.array([0, tokens] if offsets is None else offsets, dtype=np.int64)
+    if offsets is not None and (len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or (np.diff(bounds) <= 0).any()):
+        raise ValueError(f"offsets must rise from 0 to the number of tokens, {tokens}, with no empty sequence; got {bounds[:8].tolist()}.")
+    return bounds
 
 
-def check_offsets(offsets: Sequence[int] | None, tokens: int) -> None:
-    """Raise ValueError unless offsets rise from 0 to `tokens`: [0, 5, 9] is two sequences, of 5 and 4 tokens."""
-    if offsets is None:
-        return
-    steps = np.diff(np.asarray(offsets))
-    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != tokens or (steps <= 0).any():
-        raise ValueError(f"offsets must rise from 0 to the number of tokens, {tokens}, with no empty sequence; got {list(offsets)[:8]}.")
-
-
-def _sequences(offsets: Sequence[int] | None, tokens: int, rows: np.ndarray | None) -> Iterator[tuple[slice, slice, np.ndarray]]:
+def _sequences(offsets: Offsets, tokens: int, rows: Rows) -> Iterator[tuple[slice, slice, np.ndarray]]:
     """(its rows of q, its rows of k and v, the places of the former among the latter) of each sequence."""
     bounds, rows = bounds_of(offsets, tokens), np.arange(tokens) if rows is None else rows
     for (a, b), (first, last) in zip(pairwise(bounds), pairwise(np.searchsorted(rows, bounds)), strict=True):
         yield slice(first, last), slice(a, b), rows[first:last] - a
 
 
-def check_attention(q: Array, k: Array, v: Array, H: int, G: int, offsets: Sequence[int] | None, rows: np.ndarray | None) -> None:
+def check_attention(q: Array, k: Array, v: Array, H: int, G: int, rows: Rows) -> None:
     """Raise ValueError unless q (R, H d) and k, v (T, G d) fit each other and the numbers of heads, and R is the number of `rows`."""
     fits = q.ndim == k.ndim == 2 and k.shape == v.shape and H % G == 0 and q.shape[1] % H == 0
     if not fits or q.shape[1] // H * G != k.shape[1]:
@@ -138,7 +134,6 @@ def check_attention(q: Array, k: Array, v: Array, H: int, G: int, offsets: Seque
         raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} must have columns for {heads} of one size.")
     if q.shape[0] != (k.shape[0] if rows is None else len(rows)):
         raise ValueError(f"attention: q {q.shape} and k {k.shape} must have as many rows{'' if rows is None else ' as `rows` names'}.")
-    check_offsets(offsets, k.shape[0])
 
 
 def _probabilities(Q: Array, K: Array, n_head: int, causal: bool, places: np.ndarray) -> Array:

@@ -23,27 +23,27 @@ def rotary_tables(positions: np.ndarray, d: int, theta: float, like: Array) -> t
     return constant(np.cos(angles).astype(like.dtype), like), constant(np.sin(angles).astype(like.dtype), like)
 
 
-def rotary(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array:
+def rotary(x: Array, cos: Array, sin: Array) -> Array:
     """Each pair (a, b) of features of each head becomes (a cos - b sin, b cos + a sin).
 
     Shapes: x (T, H d) holds H heads in its columns, cos and sin (T, d / 2) -> y (T, H d).
-    Pair i of a head is its features i and i + d / 2, as in transformers' Llama, or, `interleaved`, 2 i and 2 i + 1, as in the
-    original Llama and in GGUF files: the same model with the rows of its projections of q and k in another order.
+    Pair i of a head is its features i and i + d / 2, as in transformers' Llama. In the original Llama and in GGUF files it is 2 i and
+    2 i + 1: the same model with the columns of its projections of q and k in another order, which `formats/gguf.py` undoes.
 
     Nothing but the tables is needed backward.
     """
     y = check_rotary(x, cos, sin).empty_like(x)
-    a, b = _pairs(x, cos.shape[1], interleaved)
-    y_a, y_b = _pairs(y, cos.shape[1], interleaved)  # views into y
+    a, b = _pairs(x, cos.shape[1])
+    y_a, y_b = _pairs(y, cos.shape[1])  # views into y
     cos, sin = cos[:, None, :], sin[:, None, :]  # one angle for all heads
     y_a[...] = a * cos - b * sin
     y_b[...] = b * cos + a * sin
     return y
 
 
-def rotary_backward(dy: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array:
+def rotary_backward(dy: Array, cos: Array, sin: Array) -> Array:
     """dx: dy rotated back by the same angle. A rotation is orthogonal: its transpose is its inverse."""
-    return rotary(dy, cos, -sin, interleaved)
+    return rotary(dy, cos, -sin)
 
 
 def check_rotary(x: Array, cos: Array, sin: Array) -> Any:
@@ -53,9 +53,7 @@ def check_rotary(x: Array, cos: Array, sin: Array) -> Any:
     return get_xp(x, cos, sin)
 
 
-def _pairs(x: Array, half: int, interleaved: bool) -> tuple[Array, Array]:
+def _pairs(x: Array, half: int) -> tuple[Array, Array]:
     """The first and the second of each pair, (T, H, d / 2) each, as views of x (T, H d)."""
     heads = x.reshape(x.shape[0], x.shape[1] // (2 * half), 2 * half)
-    if interleaved:
-        return heads[:, :, 0::2], heads[:, :, 1::2]
     return heads[:, :, :half], heads[:, :, half:]

@@ -33,14 +33,6 @@ def _adamw_in_place(w: Array, g: Array, m: Array, v: Array, *rest: Any) -> None:
     w[...], m[...], v[...] = F.adamw(w, g, m, v, *rest)
 
 
-def _cross_entropy(logits: Array, labels: Any, times: float = 1.0) -> tuple[Array, Array]:
-    return F.cross_entropy(logits, labels, times=times)
-
-
-def _dropout_mask(like: Array, shape: tuple[int, ...], p: float, key: int) -> Array:
-    return F.dropout_mask(shape, p, key, get_xp(like), like.dtype)
-
-
 NUMPY, CUDA = partial(kernel, "numpy"), partial(kernel, "cuda", dtypes=ANY)
 DERIVATIVE = "f(x) and f'(x) in one pass; backward is one product"
 DTYPES = "the dtypes of the arguments agree"
@@ -74,11 +66,11 @@ attention, attention_backward = operation("attention",
     CUDA(cu_attention, "many short sequences at once", fits=cuda.agree(3), when=DTYPES), saves="saved", activations=(0, 1, 2))
 # without a backward pass; the reference is given
 add = function("add", operator.add, CUDA(cu_pointwise, "16 bytes a thread", fits=cu_pointwise.of_two, when=DTYPES), dtypes=ANY)
-cross_entropy = function("cross_entropy", _cross_entropy)
+cross_entropy = function("cross_entropy", F.cross_entropy)
 linear_cross_entropy = function("linear_cross_entropy", F.linear_cross_entropy,
-    NUMPY(np_losses, "one buffer, every step in place", fits=np_losses.fits, when="the head is frozen"),
+    NUMPY(np_losses, "one buffer, every step in place", fits=np_losses.fits, when="the head is frozen", dtypes=ANY),
     CUDA(cu_losses, "one launch for each block of the vocabulary", fits=cuda.agree(2), when=DTYPES))
-dropout_mask = function("dropout_mask", _dropout_mask, CUDA(cu_pointwise, "one launch"))
+dropout_mask = function("dropout_mask", F.dropout_mask, CUDA(cu_pointwise, "one launch"))
 adamw = function("adamw", _adamw_in_place,
     NUMPY(np_pointwise, "in place, in blocks that stay in the cache"), CUDA(cu_pointwise, "one launch", fits=cuda.alike, when=DTYPES))
 # fmt: on

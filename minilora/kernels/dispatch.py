@@ -18,7 +18,7 @@ import numpy as np
 
 from minilora import functional as F
 from minilora.kernels import cuda
-from minilora.kernels.half import HALF, Upcast, downcast, is_half, upcast
+from minilora.kernels.half import HALF, downcast, is_half, upcast
 
 PLAIN = os.environ.get("MINILORA_KERNELS") == "plain"  # run references only
 REAL = ("float32", "float64")
@@ -80,7 +80,7 @@ def choose(op: Operation, args: tuple[Any, ...]) -> tuple[Kernel, tuple[Any, ...
             for observe in observers:
                 observe(op, kernel, args)
             return kernel, args, False
-    return *choose(op, _upcast(args, op.weight))[:2], True
+    return *choose(op, upcast(args))[:2], True
 
 
 def _candidates(op: Operation, x: Any, weight: Any) -> tuple[Kernel, ...]:
@@ -125,7 +125,7 @@ def operation(
 
     op = _add(name, forward, kernels, Kernel("reference", reference, backward, dtypes=dtypes), activations)
     takes_keep = any("keep" in signature(kernel.forward).parameters for kernel in op.kernels[:-1])  # and computes less without
-    place, weight = _place(backward, saves) - 1 if saves else 0, _place(backward, "W") - 1
+    place = _place(backward, saves) - 1 if saves else 0
 
     def run(*args: Any, keep: bool = True, **options: Any) -> tuple[Any, Saved | None]:
         kernel, inputs, was_upcast = choose(op, args)
@@ -143,7 +143,7 @@ def operation(
         kernel, value, dtype, was_upcast = args[place]
         args = (*args[:place], value, *args[place + 1 :]) if saves else args[1:]
         if was_upcast:
-            return _downcast(kernel.backward(upcast(dy), *_upcast(args, weight), **options), op.activations, dtype)
+            return _downcast(kernel.backward(upcast(dy), *upcast(args), **options), op.activations, dtype)
         if dy.dtype.itemsize == 2 and dy.dtype != dtype:  # y was downcast after this operation
             dy = upcast(dy)
         return kernel.backward(dy, *args, **options)
@@ -173,11 +173,6 @@ def _add(name: str, forward: Function, kernels: tuple[Callable[[str], Kernel], .
 def _place(f: Function, parameter: str) -> int:
     names = list(signature(f).parameters)
     return names.index(parameter) if parameter in names else -1
-
-
-def _upcast(args: tuple[Any, ...], weight: int) -> tuple[Any, ...]:
-    """The arguments in float32. The weight is upcast in chunks, when a product reads it."""
-    return tuple(Upcast(x) if i == weight and is_half(x) else upcast(x) for i, x in enumerate(args))
 
 
 def _downcast(results: Any, which: tuple[int, ...], dtype: Any) -> Any:

@@ -65,7 +65,7 @@ def attention(
 ) -> tuple[Array, list]:
     """As functional.attention. Saved: for each group and block of queries E and 1 / sum, or None where they are computed again."""
     xp, G = get_xp(q, k, v), n_kv_head or n_head
-    check_attention(q, k, v, n_head, G, offsets, rows)
+    check_attention(q, k, v, n_head, G, rows)
     o, saved = xp.empty(q.shape, dtype=q.dtype), []
     for group in _groups(bounds_of(offsets, len(k)), rows, causal, n_head, xp):
         sizes = len(group.limit), G, k.shape[1] // G

@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.backend import Array, Matrix, get_xp
-
 HALF = ("float16", "bfloat16")
-CHUNK = 2**19  # numbers of a weight that are upcast at a time
 
 
 def is_half(x: Any) -> bool:
@@ -34,36 +31,3 @@ def downcast(x: Any, dtype: Any) -> Any:
         return type(x)(downcast(v, dtype) for v in x)
     is_array = getattr(x, "ndim", 0) > 0 and x.dtype == np.float32
     return x.astype(dtype, copy=False) if is_array and x.shape[-1] != 1 else x
-
-
-class Upcast(Matrix):
-    """A half-precision weight (m, n) as a float32 factor of products: only a chunk of it exists in float32 at a time."""
-
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, values: Array) -> None:
-        self.values = self.like = values
-        self.shape = values.shape
-
-    @property
-    def T(self) -> Upcast:
-        return Upcast(self.values.T)
-
-    def __rmatmul__(self, x: Array) -> Array:
-        """x W, summed over chunks of rows; of a transposed W, a chunk of columns at a time."""
-        W, xp, (m, n) = self.values, get_xp(x, self.values), self.shape
-        if W.flags.c_contiguous:
-            step, y = max(1, CHUNK // n), xp.zeros((len(x), n), x.dtype)
-            for a in range(0, m, step):
-                y += x[:, a : a + step] @ W[a : a + step].astype(x.dtype)
-            return y
-        step, y = max(1, CHUNK // m), xp.empty((len(x), n), x.dtype)
-        for a in range(0, n, step):
-            y[:, a : a + step] = x @ W[:, a : a + step].astype(x.dtype)
-        return y
-
-    def dense(self) -> Array:
-        return upcast(self.values)
-
-    def __getitem__(self, key: Any) -> Array:
-        return upcast(self.values[key])

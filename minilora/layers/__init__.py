@@ -1,9 +1,7 @@
 """Thin objects that own parameters and call `kernels`; one short file each. The contract is in `base.py`."""
 
 from minilora.layers.activations import GELU, Activation, ReLU, SiLU, Tanh
-from minilora.layers.attention import Attention
-from minilora.layers.base import Layer, Parameter, Saved
-from minilora.layers.block import Block, FeedForward
+from minilora.layers.base import Layer, Output, Parameter, Saved, needed
 from minilora.layers.dropout import Dropout, reseed
 from minilora.layers.embedding import Embedding
 from minilora.layers.linear import Linear

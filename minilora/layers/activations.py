@@ -6,7 +6,7 @@ from typing import Any
 
 from minilora import kernels as K
 from minilora.backend import Array
-from minilora.layers.base import Layer, Saved
+from minilora.layers.base import Layer, Output, Saved
 
 
 class Activation(Layer):
@@ -15,7 +15,7 @@ class Activation(Layer):
     f: Any
     f_backward: Any
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         y, saved = self.f(x, keep=keep and need_dx)
         return y, self.save(need_dx, saved) if keep else None
 

@@ -85,13 +85,16 @@ class Saved(NamedTuple):
     values: tuple[Any, ...]
 
 
+Output = tuple[Array, Saved | None]  # y, and what backward reads
+
+
 class Layer:
     """Base of everything that owns parameters. Parameters and sub-layers are found by walking the attributes."""
 
     every_row = False  # True for a layer that cannot run on a selection of the rows of its input
     _known_flags: tuple[int, tuple[bool, ...]] | None = None  # Parameter.changes, and what `_flags` returned then
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         raise NotImplementedError(f"{type(self).__name__} has no forward.")
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:

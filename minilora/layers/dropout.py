@@ -8,7 +8,7 @@ import numpy as np
 
 from minilora import kernels as K
 from minilora.backend import Array
-from minilora.layers.base import Layer, Saved
+from minilora.layers.base import Layer, Output, Saved
 
 
 class Dropout(Layer):
@@ -33,7 +33,7 @@ class Dropout(Layer):
             return self.placed[self.calls - 1]
         return int(np.random.SeedSequence((*self.seed, self.calls - 1)).generate_state(1, np.uint64)[0])
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         if not keep:
             return x, None
         if self.p == 0:

@@ -6,7 +6,7 @@ from typing import Any
 
 from minilora import kernels as K
 from minilora.backend import Array, Rng, generator
-from minilora.layers.base import Layer, Parameter, Saved
+from minilora.layers.base import Layer, Output, Parameter, Saved
 
 
 class Embedding(Layer):
@@ -22,7 +22,7 @@ class Embedding(Layer):
         self.padding_idx = padding_idx
         self.weight = Parameter(generator(rng).normal(0, 0.02, size=(num_embeddings, embedding_dim)).astype(dtype))
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = False) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = False) -> Output:
         y = K.embedding(x, self.weight.data)
         return y, self.save(need_dx, x if self.weight.trainable else None) if keep else None
 

@@ -5,16 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 from minilora import kernels as K
 from minilora.backend import Array, Rng, generator
-from minilora.layers.base import Layer, Parameter, Saved, needed
-
-
-def uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float, dtype: Any) -> np.ndarray:
-    """U(-bound, bound), drawn in float64 on the host, so that all dtypes and backends see the same values."""
-    return rng.uniform(-bound, bound, size=shape).astype(dtype)
+from minilora.layers.base import Layer, Output, Parameter, Saved, needed
 
 
 class Linear(Layer):
@@ -27,10 +20,9 @@ class Linear(Layer):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, rng: Rng = None, dtype: Any = "float32") -> None:
         if in_features < 1 or out_features < 1:
             raise ValueError(f"Linear({in_features}, {out_features}): both sizes must be at least 1.")
-        rng = generator(rng)
-        bound = 1 / math.sqrt(in_features)
-        self.weight = Parameter(uniform(rng, (in_features, out_features), bound, dtype))
-        self.bias = Parameter(uniform(rng, (out_features,), bound, dtype)) if bias else None
+        rng, bound = generator(rng), 1 / math.sqrt(in_features)  # drawn in float64 on the host: equal values on all backends
+        self.weight = Parameter(rng.uniform(-bound, bound, (in_features, out_features)).astype(dtype))
+        self.bias = Parameter(rng.uniform(-bound, bound, out_features).astype(dtype)) if bias else None
 
     @property
     def in_features(self) -> int:
@@ -40,7 +32,7 @@ class Linear(Layer):
     def out_features(self) -> int:
         return int(self.weight.data.shape[1])
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         y, inner = K.linear(x, self.weight.data, None if self.bias is None else self.bias.data)
         return y, self.save(need_dx, inner, x if self.weight.trainable else None) if keep else None
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from minilora import kernels as K
 from minilora.backend import Array
-from minilora.layers.base import Layer, Parameter, Saved
+from minilora.layers.base import Layer, Output, Parameter, Saved, needed
 
 
 class LayerNorm(Layer):
@@ -22,23 +22,19 @@ class LayerNorm(Layer):
         self.weight = Parameter(np.ones(n, dtype=dtype))
         self.bias = Parameter(np.zeros(n, dtype=dtype))
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         y, inner = K.layer_norm(x, self.weight.data, self.bias.data, self.eps)
         return y, self.save(need_dx, inner if need_dx or self.weight.trainable else None) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         (inner,) = self.load(saved, need_dx)
         if inner is None:  # the bias alone is trained, if anything
-            if self.bias.trainable:
-                self.bias.add_grad(K.upcast(dy).sum(axis=0))
+            self.bias.add_grad(K.upcast(dy).sum(axis=0) if self.bias.trainable else None)
             return None
-        trains = {"dx": need_dx, "dgamma": self.weight.trainable, "dbeta": self.bias.trainable}
-        need = {name for name, yes in trains.items() if yes}
+        need = needed(dx=need_dx, dgamma=self.weight.trainable, dbeta=self.bias.trainable)
         dx, dgamma, dbeta = K.layer_norm_backward(dy, inner, self.weight.data, need)
-        if dgamma is not None:
-            self.weight.add_grad(dgamma)
-        if dbeta is not None:
-            self.bias.add_grad(dbeta)
+        self.weight.add_grad(dgamma)
+        self.bias.add_grad(dbeta)
         return dx
 
 
@@ -49,7 +45,7 @@ class RMSNorm(Layer):
         self.eps = eps
         self.weight = Parameter(np.ones(n, dtype=dtype))
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         y, inner = K.rms_norm(x, self.weight.data, self.eps)
         return y, self.save(need_dx, inner if need_dx or self.weight.trainable else None) if keep else None
 
@@ -57,8 +53,6 @@ class RMSNorm(Layer):
         (inner,) = self.load(saved, need_dx)
         if inner is None:
             return None
-        need = {name for name, yes in (("dx", need_dx), ("dgamma", self.weight.trainable)) if yes}
-        dx, dgamma = K.rms_norm_backward(dy, inner, self.weight.data, need)
-        if dgamma is not None:
-            self.weight.add_grad(dgamma)
+        dx, dgamma = K.rms_norm_backward(dy, inner, self.weight.data, needed(dx=need_dx, dgamma=self.weight.trainable))
+        self.weight.add_grad(dgamma)
         return dx

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minilora.backend import Array
-from minilora.layers.base import Layer, Saved
+from minilora.layers.base import Layer, Output, Saved
 
 
 class Sequential(Layer):
@@ -16,7 +16,7 @@ class Sequential(Layer):
     def __init__(self, *layers: Layer) -> None:
         self.layers = list(layers)
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         saves, needs = [], [need_dx]
         for layer in self.layers:
             needs.append(needs[-1] or layer.trainable)

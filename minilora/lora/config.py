@@ -156,15 +156,11 @@ class LoraConfig:
         for kind in type(layer).__mro__:
             if kind.__name__ in classes:
                 return load(classes[kind.__name__])
-        raise ValueError(f"{self._variant() or self.peft_type} has no way to adapt a layer of type {type(layer).__name__}.")
+        raise ValueError(f"{self.method} has no way to adapt a layer of type {type(layer).__name__}.")
 
     def classes(self) -> dict[str, Any]:
-        """{type of layer: the class that adapts it, or "module:class"}."""
-        return VARIANTS[self._variant()]
-
-    def _variant(self) -> str:
-        """The field that selects a variant, or ""."""
-        return next((name for name in VARIANTS if name and getattr(self, name)), "")
+        """{type of layer: the class that adapts it, or "module:class"} of the variant that a field selects."""
+        return next((VARIANTS[name] for name in VARIANTS if name and getattr(self, name)), VARIANTS[""])
 
     @property
     def saved_modules(self) -> list[str]:

@@ -37,14 +37,11 @@ def check_rank(W: Array, r: int) -> None:
 
 
 def _whitening(x: Array, m: int) -> Array:
-    """Upper triangular L with L^T L = x^T x / T. Raises ValueError when it is singular: NumPy raises LinAlgError, CuPy nothing."""
+    """Upper triangular L with L^T L = x^T x / T, by x = Q R. Raises ValueError unless the columns of x are linearly independent."""
     if x.ndim != 2 or x.shape[1] != m or x.shape[0] < m:
         raise ValueError(f"factorize: x has shape {x.shape}; expected (tokens, {m}) with at least {m} tokens.")
-    xp = get_xp(x)
-    try:
-        L = xp.linalg.cholesky(x.T @ x / x.shape[0]).T
-    except np.linalg.LinAlgError:
-        L = x * math.nan
-    if not bool(xp.isfinite(L).all()):
+    L = get_xp(x).linalg.qr(x / math.sqrt(x.shape[0]), mode="r")
+    size = abs(L.diagonal())
+    if not bool(size.min() > size.max() * m * np.finfo(L.dtype).eps):
         raise ValueError("factorize: the columns of x are not linearly independent; pass more, or more varied, inputs.")
     return L

@@ -11,12 +11,10 @@ import numpy as np
 from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, backend_name, generator, to_backend
 from minilora.kernels.half import is_half
-from minilora.layers.base import Layer, Parameter, Saved, needed
+from minilora.layers.base import Layer, Output, Parameter, Saved, needed
 from minilora.layers.dropout import Dropout
 from minilora.layers.linear import Linear
 from minilora.lora.registry import Initialiser, initialiser
-
-INSTEAD = "load the model with dtype='float32', or with quantize='nf4'."
 
 
 class Adapted(Layer):
@@ -56,37 +54,34 @@ class Adapted(Layer):
 class AdaptedLinear(Adapted, Linear):
     """A Linear with an adapter. Takes over the weight and bias of `base` (their paths stay those of the checkpoint) and freezes them.
 
-    While the adapter is merged or off, forward and backward are a plain Linear's. Saved: the weight then; else None, and what
-    `adapted_forward` returned.
+    While the adapter is merged or off, forward and backward are a plain Linear's. Saved: the weight then; else None, the key of the
+    dropout mask, and what `adapted_forward` returned.
     """
 
-    adapted_forward: Callable[..., tuple[Array, tuple[Any, ...]]]  # (x, bias, keep) -> y, and what backward needs
-    adapted_backward: Callable[..., Array | None]  # (dy, that, need_dx) -> dx; adds to the gradients of what is trained
+    adapted_forward: Callable[..., tuple[Array, tuple[Any, ...]]]  # (x, bias, mask) -> y, and what backward needs
+    adapted_backward: Callable[..., Array | None]  # (dy, that, mask, need_dx) -> dx; adds to the gradients of what is trained
 
     def __init__(self, base: Linear, dropout: float = 0.0) -> None:
         self.weight, self.bias = base.weight, base.bias
         self.freeze()
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         b = None if self.bias is None else self.bias.data
         if (W := self.alone(keep)) is not None:
             y, inner = K.linear(x, W, b)
-            return y, self.save(need_dx, W, inner) if keep else None
-        y, values = self.adapted_forward(x, b, keep)
-        return y, self.save(need_dx, None, *values) if keep else None
+            return y, self.save(need_dx, W, None, inner) if keep else None
+        key = self.dropout.next_key() if keep and self.dropout.p > 0 else None
+        y, values = self.adapted_forward(x, b, self.mask(x, key))
+        return y, self.save(need_dx, None, key, *values) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
-        W, *values = self.load(saved, need_dx)
+        W, key, *values = self.load(saved, need_dx)
         if self.bias is not None and self.bias.trainable:  # LoraConfig(bias="all" or "lora_only")
             self.bias.add_grad(K.upcast(dy).sum(axis=0))
         if W is None:
-            return self.adapted_backward(dy, values, need_dx)
+            return self.adapted_backward(dy, values, self.mask(dy, key), need_dx)
         return K.linear_backward(dy, values[0], None, W, {"dx"})[0] if need_dx else None
-
-    def next_key(self, keep: bool) -> Any:
-        """The key of the next dropout mask, or None without dropout."""
-        return self.dropout.next_key() if keep and self.dropout.p > 0 else None
 
     def mask(self, x: Array, key: Any) -> Array | None:
         """The dropout mask (rows of x, in) of a key, or None without."""
@@ -140,16 +135,16 @@ class LoRALinear(AdaptedLinear):
         delta = self.scaling * (self.lora_A.data @ self.lora_B.data)
         return delta if self.offset is None else delta - self.offset.product()
 
-    def adapted_forward(self, x: Array, b: Array | None, keep: bool) -> tuple[Array, tuple[Any, ...]]:
-        A, B, key = self.lora_A, self.lora_B, self.next_key(keep)
-        y, u = K.lora_linear(x, self.W, b, A.data, B.data, self.scaling, self.mask(x, key))
+    def adapted_forward(self, x: Array, b: Array | None, mask: Array | None) -> tuple[Array, tuple[Any, ...]]:
+        A, B = self.lora_A, self.lora_B
+        y, u = K.lora_linear(x, self.W, b, A.data, B.data, self.scaling, mask)
         u = u if B.trainable else u._replace(value=None)  # x A, and the implementation that ran
-        return y, (x if A.trainable else None, u, key)
+        return y, (x if A.trainable else None, u)
 
-    def adapted_backward(self, dy: Array, saved: list[Any], need_dx: bool) -> Array | None:
-        (x, u, key), A, B = saved, self.lora_A, self.lora_B
+    def adapted_backward(self, dy: Array, saved: list[Any], mask: Array | None, need_dx: bool) -> Array | None:
+        (x, u), A, B = saved, self.lora_A, self.lora_B
         need = needed(dx=need_dx, dA=A.trainable, dB=B.trainable)
-        dx, dA, dB = K.lora_linear_backward(dy, x, u, self.W, A.data, B.data, self.scaling, self.mask(dy, key), need)
+        dx, dA, dB = K.lora_linear_backward(dy, x, u, self.W, A.data, B.data, self.scaling, mask, need)
         A.add_grad(dA)
         B.add_grad(dB)
         return dx
@@ -168,6 +163,5 @@ def trained_dtype(W: Array) -> Any:
 def check_float32(W: Array, what: str) -> None:
     """Raise ValueError if W is of half precision, where `what` reads the weight itself."""
     if is_half(W):
-        raise ValueError(
-            f"{what} needs weights of float32, these are of {W.dtype}; load the model with dtype='float32', or quantize='nf4'."
-        )
+        instead = "load the model with dtype='float32', or with quantize='nf4'"
+        raise ValueError(f"{what} needs weights of float32, these are of {W.dtype}; {instead}.")

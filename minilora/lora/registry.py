@@ -31,13 +31,13 @@ INITIALISERS = {  # init_lora_weights: f(layer, generator, **options) -> (A, B)
     "normal": "minilora.lora.init.initial:normal",
     "pissa": "minilora.lora.init.weight:pissa",
     "olora": "minilora.lora.init.weight:olora",
-    "loftq": "minilora.lora.init.loftq:loftq",
+    "loftq": "minilora.lora.init.weight:loftq",
     "orthogonal": "minilora.lora.init.initial:orthogonal",
 }
 
 DATA_INITIALISERS = {  # init_lora_weights: f(model, targets, config, train_step, **options) -> (config, {path: an initialiser as above})
-    "eva": "minilora.lora.init.eva:eva",
-    "lora_ga": "minilora.lora.init.lora_ga:lora_ga",
+    "eva": "minilora.lora.init.data:eva",
+    "lora_ga": "minilora.lora.init.data:lora_ga",
 }
 
 Initialiser = Callable[[Any, Any], tuple[Any, Any]]  # (layer, generator) -> A (in, r) and B (r, out)
@@ -49,11 +49,6 @@ def load(where: Any) -> Any:
         return where
     module, _, name = where.partition(":")
     return getattr(import_module(module), name)
-
-
-def config_classes() -> dict[str, Any]:
-    """{peft_type: class of its configuration}."""
-    return {peft_type: load(where) for peft_type, where in METHODS.items()}
 
 
 def initialiser(init: Any, **options: Any) -> Initialiser:

@@ -14,11 +14,10 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from minilora.kernels.half import is_half
 from minilora.layers.base import Layer
 from minilora.layers.embedding import Embedding
 from minilora.layers.linear import Linear
-from minilora.lora.layer import INSTEAD
+from minilora.lora.layer import check_float32
 
 CLASSIFIERS = ("classifier", "score")  # what transformers calls the head of its sequence classifiers
 
@@ -71,8 +70,8 @@ def find_modules(model: Layer, names: Sequence[str], strict: bool = True) -> dic
             tables = [part.weight.data for _, part in layer.modules() if isinstance(part, Embedding)] if layer else []
             if layer is None or (tied and any(table.shape[0] == vocabulary for table in tables)):
                 raise ValueError(f"modules_to_save: {path} cannot be fully trained, since embedding and head share their weight.")
-            if any(map(is_half, tables)):
-                raise ValueError(f"to train {path} needs weights of float32; {INSTEAD}")
+            for table in tables:
+                check_float32(table, f"to train {path}")
             found[path] = layer
     return found
 

@@ -1,7 +1,4 @@
-"""Self-attention with separate projections of queries, keys and values, as in BERT and Llama, and the cache of keys and values.
-
-The fused projection of GPT-2 is in layers/attention.py.
-"""
+"""Self-attention: with one fused projection of queries, keys and values, as in GPT-2, and with three, as in BERT and Llama; KVCache."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from minilora import kernels as K
-from minilora.backend import Array, get_xp
-from minilora.layers import Layer, Linear, Saved
-from minilora.layers.block import Offsets, Output, Rows
+from minilora.backend import Array, Rng, get_xp
+from minilora.functional.attention import Offsets, Rows
+from minilora.layers import Layer, Linear, Output, Saved, needed
 
 Tables = tuple[Array, Array]  # cos and sin of the rotary angles, (T, head_dim / 2) each
-Extend = Callable[[Array, Array], tuple[Array, Array]]  # `KVCache.extend` for one layer
+Extend = Callable[[Array, Array], tuple[Array, Array, np.ndarray]]  # `KVCache.extend` for one layer
 
 
 class KVCache:
@@ -30,8 +27,9 @@ class KVCache:
         self.block, self.length = block, 0
         self._kept: dict[int, Array] = {}  # layer: keys and values, (2, capacity, n_kv_head d)
 
-    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Append k and v (t, n_kv_head d) of new tokens to those of this layer; returns all, (length + t, n_kv_head d), as views.
+    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array, np.ndarray]:
+        """Append k and v (t, n_kv_head d) of new tokens to those of this layer; returns all, (length + t, n_kv_head d), as views, and the
+        places (t,) of the new ones.
 
         The model adds t to `length` once all its layers have been extended.
         """
@@ -42,14 +40,54 @@ class KVCache:
                 grown[:, : self.length] = kept[:, : self.length]
             self._kept[layer] = kept = grown
         kept[0, self.length : end], kept[1, self.length : end] = k, v
-        return kept[0, :end], kept[1, :end]
+        return kept[0, :end], kept[1, :end], np.arange(self.length, end)
+
+
+class Attention(Layer):
+    """[q k v] = x W_attn;   o = attention(q, k, v);   y = o W_proj.   x (T, d) -> y (T, d).
+
+    `offsets` are the bounds of the sequences in x, and `rows` the rows of y to compute (functional/attention.py). Saved, if a gradient
+    has to pass through the attention: q, k, v and what the attention itself saves.
+    """
+
+    def __init__(self, d_model: int, n_head: int, causal: bool = True, *, rng: Rng = None, dtype: Any = "float32") -> None:
+        if d_model % n_head:
+            raise ValueError(f"Attention: d_model {d_model} is not a multiple of n_head {n_head}.")
+        self.n_head, self.causal = n_head, causal
+        self.c_attn = Linear(d_model, 3 * d_model, rng=rng, dtype=dtype)
+        self.c_proj = Linear(d_model, d_model, rng=rng, dtype=dtype)
+
+    def forward(
+        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Offsets = None, rows: Rows = None, extend: Extend | None = None
+    ) -> Output:
+        """extend: in inference, appends k and v of the next tokens of one sequence to the earlier ones; see KVCache."""
+        through = need_dx or self.c_attn.trainable
+        qkv, s_attn = self.c_attn.forward(x, keep=keep and through, need_dx=need_dx)
+        q, k, v = _thirds(qkv)
+        q = K.take_rows(q, rows)
+        if extend is not None:
+            k, v, rows = extend(k, v)
+        o, inner = K.attention(q, k, v, self.n_head, offsets, self.causal, keep=keep and through, rows=rows)
+        y, s_proj = self.c_proj.forward(o, keep=keep, need_dx=through)
+        if not keep:
+            return y, None
+        return y, self.save(need_dx, s_attn, (q, k, v, inner, offsets, rows) if through else None, s_proj)
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
+        s_attn, through, s_proj = self.load(saved, need_dx)
+        do = self.c_proj.backward(dy, s_proj, need_dx=through is not None)  #    y = c_proj(o)
+        if through is None:
+            return None
+        q, k, v, inner, offsets, rows = through
+        dqkv = K.attention_backward_joined(do, q, k, v, inner, self.n_head, offsets, rows)  # o = attention(q, k, v)
+        return self.c_attn.backward(dqkv, s_attn, need_dx=need_dx)  #            qkv = c_attn(x)
 
 
 class SelfAttention(Layer):
     """q = rotary(x W_q),  k = rotary(x W_k),  v = x W_v;   o = attention(q, k, v).   x (T, d) -> o (T, n_head head_dim), or its `rows`.
 
     A subclass names W_q, W_k and W_v as its checkpoint does. n_kv_head: the number of heads of keys and values, a divisor of n_head.
-    rope: the rotary tables; None: no rotation. Saved, if a gradient has to pass: q and k as rotated, v, and what K.attention returns.
+    Saved, if a gradient has to pass: q and k as rotated, v, and what K.attention returns.
     """
 
     names: tuple[str, str, str]
@@ -74,9 +112,9 @@ class SelfAttention(Layer):
         rope: Tables | None = None,
         extend: Extend | None = None,
     ) -> Output:
-        """extend: in inference, appends k and v of the next tokens of one sequence to the earlier ones, and returns all."""
+        """rope: the rotary tables; None: no rotation. extend: as in Attention."""
         to_q, to_k, to_v = self.projections()
-        need = {name for name, layer in (("dq", to_q), ("dk", to_k), ("dv", to_v)) if need_dx or layer.trainable}
+        need = needed(dq=need_dx or to_q.trainable, dk=need_dx or to_k.trainable, dv=need_dx or to_v.trainable)
         through = keep and bool(need)
         q, s_q = to_q.forward(K.take_rows(x, rows), keep=through, need_dx=need_dx)
         k, s_k = to_k.forward(x, keep=through, need_dx=need_dx)
@@ -85,8 +123,7 @@ class SelfAttention(Layer):
         if rope is not None:
             (q, r_q), (k, r_k) = K.rotary(q, *_take(rope, rows)), K.rotary(k, *rope)
         if extend is not None:
-            k, v = extend(k, v)
-            rows = np.arange(len(k) - len(q), len(k))
+            k, v, rows = extend(k, v)
         o, P = K.attention(q, k, v, self.n_head, offsets, self.causal, keep=through, n_kv_head=self.n_kv_head, rows=rows)
         if not keep:
             return o, None
@@ -112,10 +149,12 @@ class SelfAttention(Layer):
             dx_q = to_q.backward(dq, s_q, need_dx=need_dx)
         return K.add(K.add(K.take_rows_backward(dx_q, rows, len(k)), dx_k), dx_v) if need_dx else None  # x feeds all three
 
-    def decode(self, x: Array, extend: Extend, **inputs: Any) -> Array:
-        """Inference for the next tokens of one sequence, see PreNormBlock.decode."""
-        return self.forward(x, keep=False, extend=extend, **inputs)[0]
-
 
 def _take(rope: Tables, rows: Rows) -> list[Array]:
     return [K.take_rows(table, rows) for table in rope]
+
+
+def _thirds(qkv: Array) -> tuple[Array, Array, Array]:
+    """The three column blocks of (T, 3d), as views."""
+    d = qkv.shape[1] // 3
+    return qkv[:, :d], qkv[:, d : 2 * d], qkv[:, 2 * d :]

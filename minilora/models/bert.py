@@ -17,8 +17,8 @@ import numpy as np
 
 from minilora import kernels as K
 from minilora.backend import Array, constant
-from minilora.layers import GELU, Dropout, Embedding, Layer, LayerNorm, Linear, ReLU, Saved, Tanh
-from minilora.layers.block import Offsets, Output, Rows
+from minilora.functional.attention import Offsets, Rows
+from minilora.layers import GELU, Dropout, Embedding, Layer, LayerNorm, Linear, Output, ReLU, Saved, Tanh
 from minilora.models.attention import SelfAttention
 from minilora.models.config_file import ModelConfig
 from minilora.models.stack import Body, Parts

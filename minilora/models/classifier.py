@@ -14,8 +14,8 @@ import numpy as np
 from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, generator
-from minilora.layers import Dropout, Layer, Linear, Saved
-from minilora.layers.block import Offsets, Output
+from minilora.functional.attention import Offsets
+from minilora.layers import Dropout, Layer, Linear, Output, Saved
 from minilora.models.bert import Bert, BertConfig
 from minilora.models.stack import Prefix, initialise
 
@@ -51,7 +51,7 @@ class BertClassifier(Layer):
         pooler = self.bert.pooler if self.config.pooling == "first" else None
         at_h = self.bert.embeddings.trainable or self.bert.encoder.trainable
         at_p = at_h or (pooler is not None and pooler.trainable)
-        bounds = _bounds(offsets, len(x))
+        bounds = F.bounds_of(offsets, len(x))
 
         rows = None if pooler is None else bounds[:-1]
         h, s_bert = self.bert.forward(x, keep and at_h, offsets=offsets, rows=rows, prefix=prefix, token_types=token_types)
@@ -98,7 +98,7 @@ class BertClassifier(Layer):
         ids (T,); labels (n,) on the host, one for each sequence: integers, or numbers in regression; -100 means no label.
         Raises ValueError when there is not one label for each sequence, or when no sequence is labelled and no `count` is given.
         """
-        n = len(_bounds(offsets, len(ids))) - 1
+        n = len(F.bounds_of(offsets, len(ids))) - 1
         if labels.shape != (n,):
             raise ValueError(f"loss: labels have shape {labels.shape}, but there are {n} sequences; one label a sequence is needed.")
         rows = np.flatnonzero(labels != F.IGNORE)
@@ -113,7 +113,7 @@ class BertClassifier(Layer):
             error = (z - as_like(labels[:, None].astype(z.dtype), z)) * as_like((labels != F.IGNORE)[:, None], z)
             loss, dlogits = (error * error).sum() / N, (error * (2 / N)).astype(logits.dtype, copy=False)
         else:
-            loss, dlogits = K.cross_entropy(logits, labels, rows.size / N)
+            loss, dlogits = K.cross_entropy(logits, labels, times=rows.size / N)
         return loss, self.save(False, dlogits, saved) if keep else None
 
     def loss_backward(self, saved: Saved | None) -> None:
@@ -124,13 +124,7 @@ class BertClassifier(Layer):
     def embed(self, ids: Array, offsets: Offsets = None) -> Array:
         """(n, d): the mean of the hidden states of each sequence, as in sentence encoders. Inference only; not normalised."""
         h, _ = self.bert.forward(ids, keep=False, offsets=offsets)
-        return K.product(_averages(_bounds(offsets, len(ids)), h), h)
-
-
-def _bounds(offsets: Offsets, tokens: int) -> np.ndarray:
-    """The offsets as an array; None is one sequence. Raises ValueError when they do not fit."""
-    F.check_offsets(offsets, tokens)
-    return np.array([0, tokens] if offsets is None else offsets, dtype=np.int64)
+        return K.product(_averages(F.bounds_of(offsets, len(ids)), h), h)
 
 
 def _averages(bounds: np.ndarray, like: Array) -> Array:

@@ -15,8 +15,8 @@ import numpy as np
 from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array
-from minilora.layers import Layer, Linear, Saved
-from minilora.layers.block import Offsets, Output
+from minilora.functional.attention import Offsets
+from minilora.layers import Layer, Linear, Output, Saved, needed
 from minilora.models.attention import KVCache
 from minilora.models.stack import Body, Prefix
 
@@ -93,13 +93,13 @@ class Decoder(Layer):
         W, dh, dW, dz, s_head = self.head, None, None, None, None
         if W is not None:
             owner = self.embedding if self.lm_head is None else self.lm_head
-            need = {name for name, needed in (("dx", self.body.trainable), ("dW", owner.weight.trainable)) if keep and needed}
+            need = needed(dx=keep and self.body.trainable, dW=keep and owner.weight.trainable)
             loss, dh, dW = K.linear_cross_entropy(h, W, targets, count, need)
         else:
             z, s_head = self.lm_head.forward(h, keep=keep, need_dx=self.body.trainable)
             loss, dz = z.sum(), z  # without any row
             if len(z):
-                loss, dz = K.cross_entropy(z, F.Labelled(None, targets, len(z)), len(z) / (count or len(z)))
+                loss, dz = K.cross_entropy(z, F.Labelled(None, targets, len(z)), times=len(z) / (count or len(z)))
         return loss, self.save(False, dh, dW, dz, s_head, s_h) if keep else None
 
     def loss_backward(self, saved: Saved | None) -> None:
@@ -129,7 +129,7 @@ class Decoder(Layer):
         h, _ = self.body.embed(ids, places, keep=False)
         inputs = self.body.block_inputs(places, h)
         for i, block in enumerate(blocks):
-            h = block.decode(h, partial(cache.extend, i), **inputs)
+            h, _ = block.forward(h, keep=False, extend=partial(cache.extend, i), **inputs)
         cache.length = total
         h = h[-1:] if norm is None else norm.forward(h[-1:], keep=False)[0]
         W = self.head

@@ -2,8 +2,8 @@
 
     x_0 = wte[ids] + wpe[position]        x_i = block_i(x_{i-1})        h = ln_f(x_L)        logits = h wte^T
 
-Blocks: layers/block.py. Body: models/stack.py. Head, loss and generation: models/decoder.py. The published checkpoint keeps its
-"Conv1D" weights as (in, out), which is the orientation used here.
+The residual adds of a block: models/block.py. Attention: models/attention.py. Body: models/stack.py. Head, loss and generation:
+models/decoder.py. The published checkpoint keeps its "Conv1D" weights as (in, out), which is the orientation used here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from minilora.backend import Array, Rng, constant, generator
-from minilora.layers import Block, Dropout, Embedding, LayerNorm
+from minilora.layers import GELU, Dropout, Embedding, Layer, LayerNorm, Linear, Output, Saved
+from minilora.models.attention import Attention
+from minilora.models.block import PreNormBlock
 from minilora.models.config_file import ModelConfig
 from minilora.models.decoder import Decoder
 from minilora.models.stack import Body, Parts, initialise
@@ -61,6 +63,55 @@ class GPT2Config(ModelConfig):
         """The fields as config.json keeps them."""
         rates = {"resid_pdrop": self.dropout, "embd_pdrop": self.dropout, "attn_pdrop": 0.0}  # transformers' default is 0.1
         return {"model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True, **super().to_json(), **rates}
+
+
+class FeedForward(Layer):
+    """y = gelu(x W_fc) W_proj.   x (T, d) -> y (T, d), with n_inner features in between."""
+
+    def __init__(self, d_model: int, n_inner: int, *, rng: Rng = None, dtype: Any = "float32") -> None:
+        self.c_fc = Linear(d_model, n_inner, rng=rng, dtype=dtype)
+        self.act = GELU("tanh")
+        self.c_proj = Linear(n_inner, d_model, rng=rng, dtype=dtype)
+
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
+        below = need_dx or self.c_fc.trainable
+        h, s_fc = self.c_fc.forward(x, keep=keep and below, need_dx=need_dx)
+        a, s_act = self.act.forward(h, keep=keep and below)
+        y, s_proj = self.c_proj.forward(a, keep=keep, need_dx=below)
+        return y, self.save(need_dx, below, s_fc, s_act, s_proj) if keep else None
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
+        below, s_fc, s_act, s_proj = self.load(saved, need_dx)
+        da = self.c_proj.backward(dy, s_proj, need_dx=below)  # y = c_proj(a)
+        if not below:
+            return None
+        dh = self.act.backward(da, s_act)  #                    a = gelu(h)
+        return self.c_fc.backward(dh, s_fc, need_dx=need_dx)  # h = c_fc(x)
+
+
+class Block(PreNormBlock):
+    """GPT-2's block: layer norm, attention with a fused projection, GELU, and dropout before each residual add."""
+
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        n_inner: int | None = None,
+        eps: float = 1e-5,
+        dropout: float = 0.0,
+        *,
+        rng: Rng = None,
+        dtype: Any = "float32",
+    ) -> None:
+        self.ln_1 = LayerNorm(d_model, eps, dtype=dtype)
+        self.attn = Attention(d_model, n_head, rng=rng, dtype=dtype)
+        self.drop_1 = Dropout(dropout)
+        self.ln_2 = LayerNorm(d_model, eps, dtype=dtype)
+        self.mlp = FeedForward(d_model, n_inner or 4 * d_model, rng=rng, dtype=dtype)
+        self.drop_2 = Dropout(dropout)
+
+    def parts(self) -> tuple[Layer, Any, Layer, Layer]:
+        return self.ln_1, self.attn, self.ln_2, self.mlp
 
 
 class GPT2Body(Body):

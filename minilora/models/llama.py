@@ -3,7 +3,7 @@
     x_0 = embed_tokens[ids]        x_i = block_i(x_{i-1})        h = norm(x_L)        logits = h lm_head   (or h embed_tokens^T)
 
 Qwen2 is the same model with biases on the projections of q, k and v. Body: models/stack.py. Head, loss and generation:
-models/decoder.py. The residual adds of a block: layers/block.py.
+models/decoder.py. The residual adds of a block: models/block.py.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import numpy as np
 from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array, Rng, generator
-from minilora.layers import Embedding, Layer, Linear, RMSNorm, Saved
-from minilora.layers.base import needed
-from minilora.layers.block import Output, PreNormBlock
+from minilora.layers import Embedding, Layer, Linear, Output, RMSNorm, Saved, needed
 from minilora.models.attention import SelfAttention
+from minilora.models.block import PreNormBlock
 from minilora.models.config_file import ModelConfig
 from minilora.models.decoder import Decoder
 from minilora.models.stack import Body, Parts, initialise

@@ -19,8 +19,8 @@ import numpy as np
 from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array
-from minilora.layers import Dropout, Layer, Linear, Saved
-from minilora.layers.block import Offsets, Output, Rows
+from minilora.functional.attention import Offsets, Rows
+from minilora.layers import Dropout, Layer, Linear, Output, Saved
 
 
 class Parts(NamedTuple):

@@ -49,13 +49,29 @@ class FlatBuffer:
     def gather(self) -> Array:
         """The gradient (n,), with zeros where a parameter received none.
 
-        Raises RuntimeError when a parameter was frozen, or its array replaced, since the buffer was made.
+        Raises RuntimeError as `check` does.
         """
+        self.check()
+        fill_missing(self.parameters)
+        return self.grad
+
+    def check(self) -> None:
+        """Raise RuntimeError when a parameter was frozen, or its array replaced, since the buffer was made."""
         for path, p, view in zip(self.paths, self.parameters, self.views, strict=True):
             if p.data is not view or p.home is None:
                 raise RuntimeError(f"{path or 'a parameter'} was moved or frozen after the optimizer was made; make a new optimizer.")
-        fill_missing(self.parameters)
-        return self.grad
+
+    def norms(self) -> Array:
+        """(2, parameters): the Euclidean norms of every parameter's gradient, as it is in the buffer, and of its values.
+
+        On a GPU a dozen launches, however many parameters there are: differences of cumulative sums, in float64.
+        """
+        xp = get_xp(self.data)
+        if xp is np:
+            return np.array([[np.linalg.norm(x) for x in row] for row in (_views(self.grad, self.parameters), self.views)])
+        ends = xp.asarray(np.cumsum([view.size for view in self.views]) - 1)
+        sums = xp.stack([xp.cumsum(xp.square(x), dtype="float64")[ends] for x in (self.grad, self.data)])
+        return xp.sqrt(xp.maximum(0, xp.concatenate([sums[:, :1], sums[:, 1:] - sums[:, :-1]], axis=1)))
 
     def claim(self) -> None:
         """After a replayed CUDA graph, which wrote the gradients into the buffer: let every p.grad be its view."""

@@ -1,4 +1,4 @@
-"""SGD, Adam and AdamW: a handful of vector operations on the flat buffer, however many parameters there are."""
+"""SGD, Adam, AdamW and LoRA+: a handful of vector operations on the flat buffer, however many parameters there are."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import math
 from typing import Any
 
 from minilora import kernels as K
-from minilora.backend import Array, get_xp
+from minilora.backend import get_xp
 from minilora.functional import AdamStep
+from minilora.layers import Embedding, Layer, LayerNorm, RMSNorm
 from minilora.optim.flat import FlatBuffer, Parameters
 
 
 class Optimizer:
     """`step()` moves the parameters along their gradients, `zero_grad()` forgets the gradients. `lr` may be set between steps.
 
-    rates, decays: factors of lr and weight_decay, each a number or an array with one element per parameter element (loraplus.py).
+    rates, decays: factors of lr and weight_decay, each a number or an array with one element per parameter element, as in LoRA+.
     Raises ValueError for an lr that is negative or not finite.
     """
 
@@ -69,6 +70,8 @@ class AdamW(Optimizer):
 
     bias_correction=False omits the two divisions, as the original BERT code did: early steps are then larger by
     (1 - b1^t) / sqrt(1 - b2^t), 3.16 at t = 1 and 6.57 at t = 12 (arXiv 2006.05987, section 4).
+    l2_sp > 0 adds L2-SP, decay towards the weights w_0 that the optimizer was made with (arXiv 1802.01483, section 3): before each
+    step  w <- w - lr l2_sp (w - w_0).
     """
 
     decoupled = True
@@ -81,15 +84,21 @@ class AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         bias_correction: bool = True,
+        l2_sp: float = 0.0,
     ) -> None:
         if not all(0 <= b < 1 for b in betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {betas}.")
+        if not l2_sp >= 0:
+            raise ValueError(f"l2_sp must be at least 0, got {l2_sp}.")
         super().__init__(params, lr)
         self.betas, self.eps, self.weight_decay, self.bias_correction = betas, eps, weight_decay, bias_correction
         self.m, self.v = (get_xp(self.flat.data).zeros_like(self.flat.data) for _ in range(2))
+        self.l2_sp, self.initial = l2_sp, self.flat.data.copy() if l2_sp else None
 
     def step(self) -> None:
         w, g = self.flat.data, self.flat.gather()
+        if self.initial is not None:
+            w -= (self.lr * self.l2_sp * self.rates) * (w - self.initial)
         self.t += 1
         b1, b2 = self.betas
         c1, c2 = (1 - b1**self.t, 1 - b2**self.t) if self.bias_correction else (1.0, 1.0)
@@ -103,19 +112,40 @@ class Adam(AdamW):
     decoupled = False
 
 
-class AdamWL2SP(AdamW):
-    """L2-SP, decay towards the initial weights (arXiv 1802.01483, section 3): AdamW, and before each step  w <- w - lr l2_sp (w - w_0).
+def create_loraplus_optimizer(
+    model: Layer,
+    optimizer_cls: type[Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_weight_decay: float = 0.0,
+    loraplus_lr_embedding: float = 1e-6,
+    **options: Any,
+) -> Any:
+    """LoRA+, as PEFT's function of the same name: B learns faster than A (arXiv 2402.12354, which found a ratio of about 16 best).
 
-    w_0: the weights when the optimizer was made. Raises ValueError for an l2_sp below 0.
+    An optimizer_cls of the model's trainable parameters, with the learning rates
+
+        lr loraplus_lr_ratio     lora_B, and every vector: biases, gains, DoRA's magnitudes
+        loraplus_lr_embedding    the adapter of an embedding
+        lr                       the rest: lora_A, and fully trained matrices
+
+    Biases and the gains of layer norms have no weight decay. `options` go to optimizer_cls. All are kept as factors of lr and of
+    weight_decay, so that schedules, which set lr, act on all three. Raises ValueError for a ratio that is not a positive number.
     """
-
-    def __init__(self, params: Parameters, lr: float, l2_sp: float, **options: Any) -> None:
-        super().__init__(params, lr, **options)
-        if not l2_sp >= 0:
-            raise ValueError(f"AdamWL2SP: l2_sp must be at least 0, got {l2_sp}.")
-        self.l2_sp = l2_sp
-        self.initial: Array = self.flat.data.copy()
-
-    def step(self) -> None:
-        self.flat.data -= (self.lr * self.l2_sp * self.rates) * (self.flat.data - self.initial)
-        super().step()
+    if not 0 < loraplus_lr_ratio < math.inf:
+        raise ValueError(f"LoRA+: loraplus_lr_ratio must be a positive number, got {loraplus_lr_ratio}.")
+    optimizer: Any = optimizer_cls(model.parameters(), lr, weight_decay=loraplus_weight_decay, **options)  # type: ignore[call-arg]
+    owners, flat = dict(model.modules()), optimizer.flat
+    optimizer.rates, optimizer.decays = (get_xp(flat.data).ones_like(flat.data) for _ in range(2))
+    start = 0
+    for path, p in zip(flat.paths, flat.parameters, strict=True):
+        owner, _, name = path.rpartition(".")
+        part = slice(start, start := start + p.data.size)
+        if isinstance(owners[owner], Embedding) and name != "weight":
+            optimizer.rates[part] = loraplus_lr_embedding / lr
+        elif name == "lora_B" or p.data.ndim == 1:
+            optimizer.rates[part] = loraplus_lr_ratio
+        if name == "bias" or isinstance(owners[owner], (LayerNorm, RMSNorm)):
+            optimizer.decays[part] = 0
+    return optimizer

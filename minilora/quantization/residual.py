@@ -40,11 +40,6 @@ class Residual(Matrix):
         y -= product(product(x, self.L), self.R)
         return y
 
-    def __matmul__(self, y: Array) -> Array:
-        x = self.W @ y
-        x -= self.L @ (self.R @ y)
-        return x
-
     def dense(self) -> Array:
         return dense(self.W) - self.L @ self.R
 
@@ -58,6 +53,9 @@ class Offset:
 
     def __init__(self, A: Array, B: Array, scaling: float) -> None:
         self.A, self.B, self.scaling = A, B, scaling
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Offset:
+        return self  # replicas share it, as they share weights
 
     def off(self, W: Array) -> Residual:
         """The matrix W - scaling A B."""

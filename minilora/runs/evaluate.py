@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from minilora.formats.fetch import BUNDLED
-from minilora.models.config_file import check_types
+from minilora.models.decoder import Decoder
 from minilora.models.generate import context_length
 from minilora.runs import Say
 from minilora.runs.recipe import Recipe, threads_for
-from minilora.runs.run_file import check_task, check_window, is_decoder, open_model, record_of, tokenizer_of
+from minilora.runs.run_file import check_task, check_window, open_model, run_of, tokenizer_of
 from minilora.runs.tasks import Task, measure, measuring_task
 
 
@@ -45,37 +45,22 @@ def evaluate_run(
 
 def task_of(model: Any, run: str, data: str | None, *, tokenizer_source: str, split: str | None, say: Say, **changed: Any) -> Task:
     """The data to measure an opened model on, by the settings of its run and those in `changed`. Raises as `evaluate_run`."""
-    record = record_of(run)
-    made = recipe_of(record, run)
+    made = run_of(run)
+    had = Recipe() if made is None else made.recipe
     changed = {name: value for name, value in {"data": data, **changed}.items() if value is not None}
-    if not record:
-        changed = {"window": min(made.window, context_length(model)), "task": "lm" if is_decoder(model) else "classify", **changed}
-    check_task(model, changed.get("task", made.task), tokenizer_source)
-    if changed.get("data", made.data) is None and not record.get("configuration") and tokenizer_source != BUNDLED:
+    if made is None:
+        changed = {"window": min(had.window, context_length(model)), "task": "lm" if isinstance(model, Decoder) else "classify", **changed}
+    check_task(model, changed.get("task", had.task), tokenizer_source)
+    if data is None and made is None and tokenizer_source != BUNDLED:
         raise ValueError(f"{tokenizer_source} is not a run, which would know its data; give --data.")
-    recipe = replace(made, **changed)
-    had = {name: getattr(made, name) for name, value in changed.items() if name != "data" and getattr(made, name) != value}
-    if record and had:
-        say("differs from the run: " + ", ".join(f"{name} {changed[name]} (the run had {value})" for name, value in had.items()))
+    recipe = replace(had, **changed)
+    differs = [name for name, value in changed.items() if name != "data" and getattr(had, name) != value]
+    if made is not None and differs:
+        say("differs from the run: " + ", ".join(f"{name} {changed[name]} (the run had {getattr(had, name)})" for name in differs))
     check_window(model, recipe.window)
     tokenizer = tokenizer_of(tokenizer_source, getattr(model.config, "vocab_size", None))
     labels = model.config.class_names if recipe.task == "classify" else None
     if "eval_bytes" in changed and recipe.kind != "text":
         raise ValueError(f"eval_bytes is an amount of plain text; {recipe.data} holds records.")
     sampled = "eval_size" in changed or "eval_bytes" in changed
-    return measuring_task(recipe, tokenizer, labels, split, made if record else None, record.get("trained_on", {}), sampled)
-
-
-def recipe_of(record: dict[str, Any], run: str) -> Recipe:
-    """The fields of a run.json that describe the data and the measurement, as a recipe; without a run.json the defaults.
-
-    Raises ValueError, naming the file, for a field that is not valid.
-    """
-    settings = record.get("configuration") or {}
-    names = set("model data task window mask_prompt encoding seed train_size eval_size eval_bytes batch_size tokens_per_batch".split())
-    known = {name: settings[name] for name in names & settings.keys()}
-    check_types(Recipe, known, f"the run.json of {run}")
-    try:
-        return Recipe(**known)
-    except ValueError as error:
-        raise ValueError(f"the run.json of {run}: {error}") from None
+    return measuring_task(recipe, tokenizer, labels, split, made, sampled)

@@ -5,136 +5,162 @@ from __future__ import annotations
 import math
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from minilora.backend import choose_backend
 from minilora.formats.adapter import save_adapter
-from minilora.formats.atomic import write_json, write_text
+from minilora.formats.atomic import to_json, write_json, write_text
 from minilora.formats.checkpoint import save_model
+from minilora.formats.mark import fingerprint
 from minilora.formats.tokenizer import Tokenizer
 from minilora.kernels.cuda.blas import allow_tf32
 from minilora.kernels.memory import peak_memory
 from minilora.lora import adaptation, disabled, lora_layers
 from minilora.models.generate import generate
-from minilora.optim.optimizers import AdamW
-from minilora.runs import Say
-from minilora.runs.folder import new_folder, write_lines
+from minilora.runs import Say, signs
+from minilora.runs.checkpoint import State, adapter_config, method_of, read_last, restore
+from minilora.runs.doctor import check_products
+from minilora.runs.folder import clean, new_folder
+from minilora.runs.interrupt import Interruption, locked
 from minilora.runs.plot import have_matplotlib, plot_run
-from minilora.runs.prepare import open_recipe, prefix_for, prepare, steps_of
+from minilora.runs.prepare import open_recipe, prepare
 from minilora.runs.recipe import Recipe, ResolvedRecipe
-from minilora.runs.tasks import Task, measure
+from minilora.runs.tasks import measure
+from minilora.runs.training import Training
 from minilora.training.loss_scale import LossScale
 from minilora.training.memory import advice
 from minilora.training.watch import Diverged
 
 PROMPT = "def read_config(path, encoding=None):\n    "  # which the samples of a text model continue
 
-Records = list[dict[str, Any]]
 
-
-def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print) -> dict[str, Any]:
+def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print, *, resumed: bool = False) -> dict[str, Any]:
     """Run a recipe and leave a run folder. Returns the results, which are also in its run.json.
 
+    resumed: continue the run in the folder `out`, whose resolved recipe is `recipe` (resume.py).
     Raises ValueError or OSError for bad input, before the folder is made; Diverged when the loss is not finite, after saving the last
-    good parameters. Ctrl-C saves too, and raises KeyboardInterrupt again.
+    good parameters. The first Ctrl-C or SIGTERM ends the run after its step: it saves, and raises KeyboardInterrupt.
     """
     begun = time.perf_counter()
+    check_products()
     if recipe.tf32:
         allow_tf32()
     recipe = replace(recipe, backend=choose_backend(recipe.backend))
     model, tokenizer, task = open_recipe(recipe)
-    plan = recipe.resolve(task.steps)
+    plan = recipe if isinstance(recipe, ResolvedRecipe) else recipe.resolve(task.steps)
     base = sum(p.data.size for _, p in model.parameters())
-    optimizer = prepare(model, plan, task)
-    trained = optimizer.flat.data.size
-    folder = new_folder(out, plan.method)
-    settings = asdict(plan) | ({} if plan.data is None else {"data": str(Path(plan.data).absolute())})  # found from anywhere
-    records: Records = []
-    scale = LossScale.of(model)
+    about: dict[str, Any] = {"base": fingerprint(model)[0], "data": task.sha256}
+    with ExitStack() as held:
+        state = held.enter_context(_continued(Path(str(out)), about)) if resumed else None
+        optimizer = prepare(model, plan, task, adapter_config(state.method) if state and state.method else None)
+        scale = LossScale.of(model)
+        if state is not None:
+            restore(state, model, optimizer, scale, str(out))
+        folder = Path(str(out)) if resumed else new_folder(out, plan.method)
+        if not resumed:
+            held.enter_context(locked(folder))
+        interruption = held.enter_context(Interruption())
+        trained = optimizer.flat.data.size
+        settings = asdict(plan) | ({} if plan.data is None else {"data": str(Path(plan.data).absolute())})  # found from anywhere
 
-    def write_run(results: dict[str, Any]) -> dict[str, Any]:
-        """Write run.json. Returns the results in it: those given, and the loss scale, if there is one."""
-        results = results | ({} if scale is None else {"loss_scale": scale.state()})
-        about = {"configuration": settings, "labels": task.labels, "trained_on": task.trained_on}
-        write_json(folder / "run.json", {**about, "results": results})
-        return results
+        def write_run(results: dict[str, Any]) -> dict[str, Any]:
+            """Write run.json. Returns the results in it: those given, and the loss scale, if there is one."""
+            results = results | ({} if scale is None else {"loss_scale": scale.state()})
+            about = {"configuration": settings, "labels": task.labels, "trained_on": task.trained_on}
+            write_json(folder / "run.json", {**about, "results": results})
+            return results
 
-    def save(steps: int) -> int:
-        """Write the result of so many steps. Returns the bytes of its tensors."""
-        write_lines(folder / "metrics.jsonl", records)
-        size = _save(model, folder, plan)
-        write_run({"stopped_after_step": steps})
-        return size
+        write_run({})
+        say(f"model     {plan.model}: {base:,} parameters, {plan.backend}, {plan.threads} thread{'s' * (plan.threads > 1)}")
+        say(f"data      {task.what}")
+        say(f"method    {_method(plan, model)}: {trained:,} trainable parameters, {trained / base:.1%} of the model")
+        if state is not None:
+            say(f"continued from the checkpoint of step {state.step}")
+        else:
+            figures = measure(model, task, plan.threads, matrix=True)
+            state = State(before={"figures": figures, "sample": _sample(model, tokenizer, plan)}, method=method_of(model))
+        about |= {"before": state.before, "method": state.method}
+        training = held.enter_context(closing(Training(model, optimizer, task, plan, folder, scale, about, state)))
 
-    write_run({})
-    say(f"model     {plan.model}: {base:,} parameters, {plan.backend}, {plan.threads} thread{'s' * (plan.threads > 1)}")
-    say(f"data      {task.what}")
-    say(f"method    {_method(plan, model)}: {trained:,} trainable parameters, {trained / base:.1%} of the model")
-    before, sample_before = measure(model, task, plan.threads), _sample(model, tokenizer, plan)
-    try:
-        seconds, tokens = _train(model, optimizer, task, plan, records, scale)
-    except (Diverged, KeyboardInterrupt, MemoryError, OSError) as stop:
-        done = stop.kept if isinstance(stop, Diverged) else optimizer.t if isinstance(stop, MemoryError) else len(records)
-        save(done)
-        if isinstance(stop, Diverged):
-            say(f"the {plan.product} of step {done}, the last whose loss was finite, is in {folder}")
-        if isinstance(stop, MemoryError):
-            traceback.clear_frames(stop.__traceback__)  # which still hold what the failed step had saved
-            fits = advice(model, next(task.batches(plan.seed)), "--tokens-per-batch" if plan.kind == "lm" else "", plan.recompute)
-            raise MemoryError(f"memory ran out after step {done}; {fits}. The {plan.product} of that step is in {folder}.") from stop
-        raise
-    size = save(len(records))
-    after, sample_after = measure(model, task, plan.threads), _sample(model, tokenizer, plan)
-    if not math.isfinite(after["loss"]):
-        raise ArithmeticError(f"the held-out loss is not finite; the {plan.product} is in {folder}. A lower --lr may help.")
-    if sample_after:
-        parts = {"prompt": PROMPT, "before": PROMPT + sample_before, "after": PROMPT + sample_after}
-        write_text(folder / "samples.txt", "\n\n".join(f"# {name}\n{text}" for name, text in parts.items()) + "\n")
-    figures = {
-        "headline": task.headline,
-        "before": before,
-        "after": after,
-        "trainable_parameters": trained,
-        "model_parameters": base,
-        "trainable_share": trained / base,
-        "saved_bytes": size,
-        "model_bytes": 4 * base,
-        "steps": len(records),
-        **({} if scale is None else {"steps_left_out": sum(record["grad_norm"] is None for record in records)}),
-        "tokens_per_second": tokens / seconds,
-        "seconds": time.perf_counter() - begun,
-        "peak_memory_bytes": peak_memory(plan.backend),
-    }
-    results = write_run(figures)
-    _print(say, plan, results, {"before": sample_before, "after": sample_after})
-    say(f"\nwritten to {folder}")
-    if have_matplotlib(say):
-        unit, nats = task.unit
-        method = {"lora": f"LoRA, rank {plan.r}", "full": "full fine-tuning"}.get(plan.method, plan.method)
-        title = f"{Path(plan.model).name}, {method}, {len(records)} steps"
-        plot_run(folder / "curves.png", records, before["loss"], after["loss"], title, unit, nats)
-    return {"folder": str(folder), **results}
+        def save(steps: int) -> int:
+            """Write the result of so many steps. Returns the bytes of its tensors."""
+            training.sync()
+            size = _save(model, folder, plan)
+            write_run({"stopped_after_step": steps})
+            return size
+
+        try:
+            training.run(interruption)
+        except (Diverged, KeyboardInterrupt, MemoryError, OSError) as stop:
+            done = stop.kept if isinstance(stop, Diverged) else optimizer.t if isinstance(stop, MemoryError) else training.step
+            save(done)
+            if isinstance(stop, Diverged):
+                say(f"the {plan.product} of step {done}, the last whose loss was finite, is in {folder}")
+            if isinstance(stop, KeyboardInterrupt):
+                say(f"stopped after step {done}; minilora finetune --resume {folder} continues from there")
+            if isinstance(stop, MemoryError):
+                traceback.clear_frames(stop.__traceback__)  # which still hold what the failed step had saved
+                fits = advice(model, next(task.batches(plan.seed)), "--tokens-per-batch" if plan.kind == "lm" else "", plan.recompute)
+                raise MemoryError(f"memory ran out after step {done}; {fits}. The {plan.product} of that step is in {folder}.") from stop
+            raise
+        best = training.take_best()
+        size = save(training.step)
+        records, before, sample_before = training.records.records, dict(about["before"]["figures"]), about["before"]["sample"]
+        after, sample_after = measure(model, task, plan.threads, matrix=True), _sample(model, tokenizer, plan)
+        seen = [signs.still_zero(model)]
+        if "confusion" in after:
+            seen.append(signs.never_predicted(after["confusion"], task.labels or []))
+            write_text(folder / "confusion.json", to_json({"before": before.pop("confusion"), "after": after.pop("confusion")}) + "\n")
+        if not math.isfinite(after["loss"]):
+            raise ArithmeticError(f"the held-out loss is not finite; the {plan.product} is in {folder}. A lower --lr may help.")
+        if sample_after:
+            parts = {"prompt": PROMPT, "before": PROMPT + sample_before, "after": PROMPT + sample_after}
+            write_text(folder / "samples.txt", "\n\n".join(f"# {name}\n{text}" for name, text in parts.items()) + "\n")
+        figures = {
+            "headline": task.headline,
+            "before": before,
+            "after": after,
+            "trainable_parameters": trained,
+            "model_parameters": base,
+            "trainable_share": trained / base,
+            "saved_bytes": size,
+            "model_bytes": 4 * base,
+            "steps": len(records),
+            **({} if best is None else {"best_step": best}),
+            **({} if scale is None else {"steps_left_out": sum(record["grad_norm"] is None for record in records)}),
+            "tokens_per_second": training.tokens / training.seconds,
+            "seconds": time.perf_counter() - begun,
+            "peak_memory_bytes": peak_memory(plan.backend),
+        }
+        if have_matplotlib(say):
+            unit, nats = task.unit
+            method = {"lora": f"LoRA, rank {plan.r}", "full": "full fine-tuning"}.get(plan.method, plan.method)
+            title = f"{Path(plan.model).name}, {method}, {len(records)} steps"
+            plot_run(folder / "curves.png", records, before["loss"], after["loss"], title, unit, nats)
+        results = write_run(figures)  # last: with its results, the run has ended
+        _print(say, plan, results, {"before": sample_before, "after": sample_after})
+        for sign in filter(None, seen):
+            say(f"warning   {sign}")
+        say(f"\nwritten to {folder}")
+        return {"folder": str(folder), **results}
 
 
-def _train(
-    model: Any, optimizer: AdamW, task: Task, recipe: ResolvedRecipe, records: Records, scale: LossScale | None
-) -> tuple[float, int]:
-    """Run the loop with a progress bar, appending one record a step. Returns (seconds, tokens) of the training alone."""
-    seconds, tokens = 0.0, 0
-    unit, nats = task.unit
-    with tqdm(total=recipe.steps, unit="step", desc=recipe.method, dynamic_ncols=True) as bar:
-        for s in steps_of(model, optimizer, task, recipe, prefix_for(task, recipe), scale):
-            seconds, tokens = seconds + s.seconds, tokens + s.tokens
-            norm = s.grad_norm if math.isfinite(s.grad_norm) else None  # JSON has no infinity; the step was left out
-            records.append({"step": s.step, "loss": s.loss, "lr": s.lr, "grad_norm": norm, "tokens": s.tokens})
-            bar.set_postfix_str(f"{s.loss / nats:.3f} {unit}, {tokens / seconds:,.0f} tokens/s", refresh=False)
-            bar.update()
-    return seconds, tokens
+@contextmanager
+def _continued(folder: Path, about: dict[str, Any]) -> Iterator[State | None]:
+    """The last state of the run in a folder, which is held meanwhile. Raises ValueError when model or data have changed since."""
+    with locked(folder):
+        clean(folder)
+        state = read_last(folder)
+        for what, key in (("the model's weights", "base"), ("the training data", "data")):
+            if state is not None and getattr(state, key) != about[key]:
+                raise ValueError(f"{folder}: {what} have changed since the run began; it cannot be continued.")
+        yield state
 
 
 def _sample(model: Any, tokenizer: Tokenizer, recipe: ResolvedRecipe) -> str:

@@ -3,11 +3,17 @@
 A run:
 run.json        the configuration, the names of the classes, the SHA-256 of the training data, and the results
 metrics.jsonl   one line a step: step, loss, lr, grad_norm, tokens. No times: the same run writes the same file
+norms.jsonl     the names of the trained parameters; then, for at most 101 steps: step, and of each parameter the norms of its gradient
+                before clipping (grad_norms) and of its values before the update (norms)
+confusion.json  before and after: how many held-out texts of class i were taken for class j         (task classify)
 samples.txt     texts that the model generated before and after
 adapter/        adapter_config.json, adapter_model.safetensors       (all methods but full)
 model/          config.json, model.safetensors                       (method full)
 base/           the quantized model that the adapter fits            (method lora initialised with LoftQ)
 curves.png      the picture, if matplotlib is installed
+tensorboard/    events, with --log tensorboard
+checkpoints/    the last state of training, and the best one, from which --resume continues (checkpoint.py)
+.lock           the process that writes to the folder (interrupt.py)
 
 A study, which continues from there when it was interrupted:
 study.json      version, the common recipe, the changes of each row, and the SHA-256 of the training data
@@ -19,19 +25,20 @@ study.png       its picture
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from minilora.formats.atomic import read_json, to_json, write_json, write_text
+from minilora.data.records import note, read_records
+from minilora.formats.atomic import is_temporary, read_json, to_json, write_json, write_text
 from minilora.runs.recipe import Recipe
 
 VERSION = 1
-_FREE = ("threads", "backend", "sample_bytes")  # may differ when a study is continued
-_RENAMED = {"pull": "l2_sp"}  # fields of studies written before
-_REMOVED = {"optimizer": "adamw"}  # with the only value left
+_FREE = ("threads", "backend", "sample_bytes", "save_every", "keep")  # may differ when a study is continued
 _NUMBER = float | int
 _FIELDS = {"row": str, "seed": int, "value": _NUMBER | None, "failed": bool, "trained": int, "steps": int, "seconds": _NUMBER}
 
@@ -39,7 +46,7 @@ _FIELDS = {"row": str, "seed": int, "value": _NUMBER | None, "failed": bool, "tr
 def check_free(path: str | Path, note: str = "") -> Path:
     """The path, if nothing or an empty folder is there. Raises FileExistsError otherwise."""
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not (each.name == ".lock" or is_temporary(each)) for each in path.iterdir())):
         raise FileExistsError(f"{path} is in use{note}; name another folder with --out, or remove it first.")
     return path
 
@@ -50,6 +57,61 @@ def new_folder(path: str | Path | None, method: str) -> Path:
     folder = check_free(next(f for f in numbered if not f.exists()) if path is None else path)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def clean(folder: Path) -> None:
+    """Remove what was being written when an earlier process ended."""
+    for path in [*folder.iterdir(), *(folder / "checkpoints").glob(".*")]:
+        if is_temporary(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+class Lines:
+    """A file with one JSON object a line, which grows by `add`. Each line is flushed.
+
+    When the disk is full, the records are kept, and `add` tries again: a disk that is full for a while costs nothing. `sync` writes what
+    is missing, and raises OSError when it cannot.
+    """
+
+    def __init__(self, path: Path, records: list[dict[str, Any]]) -> None:
+        self.path, self.records = path, records
+        self.file: Any = None
+        self.sync()
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        try:
+            if self.file is not None:
+                self.file.write(to_json(record) + "\n")
+                self.file.flush()
+                return
+        except OSError as error:
+            note(f"{self.path} cannot be written ({error.strerror}); training goes on, and it is written as soon as that is possible.")
+        self.close()  # it may end in the middle of a line
+
+    def sync(self) -> None:
+        """Write everything, unless it is there."""
+        if self.file is None:
+            write_lines(self.path, self.records)
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
+
+    def close(self) -> None:
+        if self.file is not None:
+            with suppress(OSError):
+                self.file.close()
+            self.file = None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of such a file, up to the first line that is not whole."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        records.append(record)
+    return records
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -71,10 +133,21 @@ class StudyFolder:
         self.records: list[dict[str, Any]] = []
         if self.about.is_file():
             there = read_json(self.about)
-            rows = {**self._check(there, requested, rows), **rows}
+            if there.get("version") != VERSION:
+                raise ValueError(
+                    f"{self.about} is of version {there.get('version')!r}, this minilora writes {VERSION}; name another --out."
+                )
+            old, old_rows = there.get("recipe"), there.get("rows")
+            if not isinstance(old, dict) or not isinstance(old_rows, dict):
+                raise ValueError(f"{self.about} is damaged: it has no recipe or no rows.")
+            for what, ours, theirs in (("", requested, old), ("row ", rows, {**rows, **old_rows})):
+                for name, value in ours.items():
+                    if theirs.get(name, value) != value:  # an older study lacks newer settings
+                        wrong = f"{what}{name} {theirs.get(name)!r}, not {value!r}"
+                        raise ValueError(f"{self.path} holds a study with {wrong}; name another --out.")
             if there.get("sha256", sha256) != sha256:
                 raise ValueError(f"{recipe.data} has changed since the runs in {self.path}; name another --out.")
-            self.records = read_records(self.runs)
+            self.records, rows = self._finished(), {**old_rows, **rows}
         else:
             check_free(self.path, ", and holds no study")
         self._study = {"version": VERSION, "recipe": requested, "rows": rows, "sha256": sha256}
@@ -88,37 +161,20 @@ class StudyFolder:
         self.records.append(record)
         write_lines(self.runs, self.records)
 
-    def _check(self, there: dict[str, Any], requested: dict[str, Any], rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The rows of the study in the folder. Raises ValueError when it is another study."""
-        if there.get("version") != VERSION:
-            raise ValueError(f"{self.about} is of version {there.get('version')!r}, this minilora writes {VERSION}; name another --out.")
-        old, old_rows = there.get("recipe"), there.get("rows")
-        if not isinstance(old, dict) or not isinstance(old_rows, dict):
-            raise ValueError(f"{self.about} is damaged: it has no recipe or no rows.")
-        old, *changes = ({_RENAMED.get(name, name): value for name, value in each.items()} for each in (old, *old_rows.values()))
-        old_rows = dict(zip(old_rows, changes, strict=True))
-        for name, value in (requested | {name: value for name, value in _REMOVED.items() if name in old}).items():
-            if old.get(name) != value:
-                raise ValueError(f"{self.path} holds a study with {name} {old.get(name)!r}, not {value!r}; name another --out.")
-        for name, change in rows.items():
-            if old_rows.get(name, change) != change:
-                raise ValueError(f"{self.path} holds a study whose row {name!r} is {old_rows[name]}, not {change}; name another --out.")
-        return old_rows
+    def _finished(self) -> list[dict[str, Any]]:
+        """The records of runs.jsonl. Raises ValueError, naming the line, for a damaged one or a second one of the same run."""
+        found: dict[tuple[str, int], dict[str, Any]] = {}
+        for n, record in read_records(self.runs) if self.runs.is_file() else ():
+            wrong = next((name for name, kind in _FIELDS.items() if not isinstance(record.get(name, ...), kind)), None)
+            if wrong or (run := (record["row"], record["seed"])) in found:
+                what = f"its {wrong} is not valid" if wrong else f"{run[0]!r} with seed {run[1]} is there twice"
+                raise ValueError(f"{self.runs}, line {n}: {what}; remove the line to repeat the run.")
+            found[run] = record
+        return list(found.values())
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The finished runs in a runs.jsonl. Raises ValueError, naming the line, for a damaged record or a second one of the same run."""
-    records: dict[tuple[str, int], dict[str, Any]] = {}
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], start=1):
-        damaged = f"{path}, line {n}: this record is damaged"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{damaged} ({error}); remove the line to repeat the run.") from None
-        for name, kind in _FIELDS.items():
-            if not isinstance(record, dict) or not isinstance(record.get(name, ...), kind):
-                raise ValueError(f"{damaged}, its {name} is not valid; remove the line to repeat the run.")
-        if (run := (record["row"], record["seed"])) in records:
-            raise ValueError(f"{path}, line {n}: {run[0]!r} with seed {run[1]} is there twice; remove one of the lines.")
-        records[run] = record
-    return list(records.values())
+def lanes_of(study: Path) -> int:
+    """The number of lanes of the study in a folder, on which its results depend; 0 where there is none."""
+    recipe = read_json(study / "study.json").get("recipe") if (study / "study.json").is_file() else None
+    lanes = recipe.get("lanes", 0) if isinstance(recipe, dict) else 0
+    return lanes if isinstance(lanes, int) else 0

@@ -11,7 +11,7 @@ from minilora.kernels.report import report
 from minilora.layers import Linear
 from minilora.lora import adaptation, lora_layers
 from minilora.runs import Say, silent
-from minilora.runs.run_file import open_base, record_of
+from minilora.runs.run_file import open_base, run_of
 
 
 def describe(
@@ -46,11 +46,11 @@ def describe(
         result["adapter"] = {"method": config.method, "layers": layers, **({"r": ranks} if ranks else {}), "parameters": added}
         where = (f" on {layers} layers" if layers else "") + (f", r = {', '.join(map(str, ranks))}" if ranks else "")
         say(f"adapter     {config.method}{where}: {added:,} parameters, {added / count:.1%} of the model")
-    if (Path(model) / "run.json").is_file():
-        results = result["results"] = record_of(model).get("results", {})
-        if "after" in results:
-            name = results["headline"]
-            before, after = (results[when][name] for when in ("before", "after"))
+    if (Path(model) / "run.json").is_file() and (run := run_of(model)) is not None:
+        result["results"] = run.results
+        if "after" in run.results:
+            name = run.results["headline"]
+            before, after = (run.results[when].get(name) for when in ("before", "after"))
             if before is not None and after is not None:  # null where a figure is not finite
                 say(f"held out    {name.replace('_', ' ')} {before:.3f} before, {after:.3f} after")
     say("adaptable   " + "; ".join(f"{name} ({v['layers']}: {', '.join(v['sizes'])})" for name, v in result["adaptable"].items()))

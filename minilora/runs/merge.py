@@ -11,13 +11,13 @@ from minilora.adapters.extraction import embeddings_changed, extract, input_root
 from minilora.data.records import note
 from minilora.formats.adapter import save_adapter
 from minilora.formats.checkpoint import STORED, load_model, save_model
-from minilora.formats.origin import origin
+from minilora.formats.fetch import origin
 from minilora.lora import adaptation, merge
 from minilora.runs import Say, silent
-from minilora.runs.evaluate import recipe_of, task_of
+from minilora.runs.evaluate import task_of
 from minilora.runs.folder import check_free
 from minilora.runs.recipe import threads_for
-from minilora.runs.run_file import base_of, open_model, published_classes, record_of
+from minilora.runs.run_file import base_of, open_model, run_of
 from minilora.runs.tasks import measure
 
 
@@ -77,13 +77,11 @@ def extract_run(
     if base is None:
         base, adapter = base_of(model)
         if adapter is None:
-            if not (record := record_of(model)):
+            if (run := run_of(model)) is None:
                 raise ValueError(f"{model} does not name the model it was tuned from; name it with --base.")
-            base = recipe_of(record, model).model
+            base = run.recipe.model
     tuned = open_model(model, "numpy", allow_other_weights=allow_other_weights)
-    classes, published = getattr(tuned.config, "num_labels", None), published_classes(base, download=typed)
-    replaced = published is not None and len(published) != classes
-    original = load_model(base, "numpy", labels=classes, download=typed, new_head=replaced)
+    original = load_model(base, "numpy", labels=getattr(tuned.config, "num_labels", None), download=typed, new_head=None)
     measured = roots = None
     if data is not None:
         measured = task_of(tuned, model, data, tokenizer_source=model, split=None, say=say, task=task, window=window)

@@ -7,19 +7,18 @@ from itertools import islice
 from typing import Any
 
 from minilora.adapters import METHODS, inject
+from minilora.data.batches import Batch
 from minilora.data.records import listed, note
 from minilora.formats.checkpoint import load_model
 from minilora.formats.tokenizer import Tokenizer
-from minilora.lora.registry import config_classes
+from minilora.lora import registry
 from minilora.models.stack import Body
-from minilora.optim.loraplus import create_loraplus_optimizer
-from minilora.optim.optimizers import AdamW, AdamWL2SP
+from minilora.optim.optimizers import AdamW, create_loraplus_optimizer
 from minilora.optim.schedules import schedule
 from minilora.runs.recipe import Recipe, ResolvedRecipe
 from minilora.runs.run_file import check_task, check_window, published_classes, tokenizer_of
 from minilora.runs.tasks import Task, training_task
 from minilora.training.loop import train
-from minilora.training.loss_scale import LossScale
 from minilora.training.prefix import PrefixCache
 from minilora.training.reinitialise import reinitialise
 from minilora.training.watch import Step
@@ -46,8 +45,8 @@ def open_recipe(recipe: Recipe) -> tuple[Any, Tokenizer, Task]:
     return model, tokenizer, task
 
 
-def prepare(model: Any, recipe: ResolvedRecipe, task: Task) -> AdamW:
-    """Make trainable what the method trains. Returns its optimizer."""
+def prepare(model: Any, recipe: ResolvedRecipe, task: Task, config: Any = None) -> AdamW:
+    """Make trainable what the method trains. Returns its optimizer. config: of the adapter, by default the recipe's."""
 
     def first_batches() -> None:
         """Forward and backward on the first training batches, for initialisers that read data."""
@@ -58,6 +57,8 @@ def prepare(model: Any, recipe: ResolvedRecipe, task: Task) -> AdamW:
         reinitialise(model, recipe.reinit, rng=recipe.seed)
     if recipe.method == "full":
         model.unfreeze()
+    elif config is not None:
+        inject(model, config, rng=recipe.seed)
     elif recipe.method == "lora":
         inject(model, _lora_config(recipe), rng=recipe.seed, train_step=first_batches)
     else:
@@ -66,22 +67,20 @@ def prepare(model: Any, recipe: ResolvedRecipe, task: Task) -> AdamW:
     for _, layer in model.modules():
         if isinstance(layer, Body):
             layer.recompute = recipe.recompute
-    kind = AdamWL2SP if recipe.l2_sp else AdamW
-    l2_sp = {"l2_sp": recipe.l2_sp} if recipe.l2_sp else {}
-    adam: dict[str, Any] = {"lr": recipe.lr, "bias_correction": recipe.bias_correction, **l2_sp}
-    if recipe.loraplus_lr_ratio is None:
-        return kind(model.parameters(), weight_decay=recipe.weight_decay, **adam)
-    ratio = recipe.loraplus_lr_ratio
-    return create_loraplus_optimizer(model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=recipe.weight_decay, **adam)
+    adam: dict[str, Any] = {"lr": recipe.lr, "bias_correction": recipe.bias_correction, "l2_sp": recipe.l2_sp}
+    decay, ratio = recipe.weight_decay, recipe.loraplus_lr_ratio
+    if ratio is None:
+        return AdamW(model.parameters(), weight_decay=decay, **adam)
+    return create_loraplus_optimizer(model, AdamW, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **adam)
 
 
 def steps_of(
-    model: Any, optimizer: AdamW, task: Task, recipe: ResolvedRecipe, prefix: PrefixCache | None, scale: LossScale | None = None
+    model: Any, optimizer: AdamW, batches: Iterator[Batch], recipe: ResolvedRecipe, prefix: PrefixCache | None, **options: Any
 ) -> Iterator[Step]:
-    """The steps of a recipe."""
+    """The steps of a recipe. options: done, loss_scale and norms_every, see `train`."""
     rate = schedule(recipe.schedule, recipe.steps, recipe.warmup)
-    options: dict[str, Any] = {"clip": recipe.clip, "accumulate": recipe.accumulate, "threads": recipe.threads, "seed": recipe.seed}
-    return train(model, optimizer, task.batches(recipe.seed), recipe.steps, rate, prefix=prefix, loss_scale=scale, **options)
+    options |= {name: getattr(recipe, name) for name in ("clip", "accumulate", "threads", "lanes", "seed")}
+    return train(model, optimizer, batches, recipe.steps, rate, prefix=prefix, **options)
 
 
 def prefix_for(task: Task, recipe: ResolvedRecipe) -> PrefixCache | None:
@@ -98,4 +97,4 @@ def _lora_config(recipe: ResolvedRecipe) -> Any:
         values |= {"lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout}
     else:
         values["vera_dropout"] = recipe.lora_dropout
-    return config_classes()[recipe.peft_type](**values)
+    return registry.load(registry.METHODS[recipe.peft_type])(**values)

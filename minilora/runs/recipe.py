@@ -71,7 +71,7 @@ class Recipe:
 
     model: str = _data(BUNDLED, "a model folder, a .gguf file, or an id of the hub", unset="pydoc, the bundled model")
     data: str | None = _data(None, "text or records, a file or a folder", unset="the standard library's source", metavar="PATH")
-    task: str = _data("lm", "continue a text, or classify it", choices=TASKS)
+    task: str = _data("lm", "continue a text, or classify it", choices=tuple(TASKS))
     window: int = _data(256, "longest sequence, in tokens", aliases=["--max-length"], metavar="N", least=1)
     mask_prompt: bool = _data(True, "learn completions only, or prompts too", unset="completions only")
     encoding: str = _data("utf-8", "encoding of text and record files", metavar="NAME")
@@ -118,9 +118,21 @@ class Recipe:
     recompute: bool = _memory(False, "save less for the backward pass and compute more")
     cache: bool = _memory(True, "cache the outputs of frozen blocks over epochs", unset="on")
     threads: int = _memory(0, "replicas, one thread each", unset="the cores, at most 8", metavar="N", least=0)
+    lanes: int = _memory(
+        0, "parts of a batch: they fix the result to the bit, whatever --threads", unset="the threads", metavar="N", least=0
+    )
     backend: str = _memory("auto", "where to compute", choices=("auto", *BACKENDS))
     tf32: bool = _memory(False, "on a GPU: products in TF32, several times as fast, with errors of 1e-3")
 
+    save_every: int = _output(100, "steps between two checkpoints; 0 for none", metavar="N", least=0)
+    keep: int = _output(1, "checkpoints to keep, the last ones", metavar="K", least=1)
+    eval_every: int | None = _output(
+        None, "steps between two measurements on held-out data; the best result is kept", unset="at the end only", metavar="N", least=1
+    )
+    patience: int | None = _output(
+        None, "measurements without a lower loss after which training ends", unset="no limit", metavar="N", least=1
+    )
+    log: str = _output("", "also write the figures of each step as events", unset="no", choices=("tensorboard",))
     sample_bytes: int | None = _output(None, "length of the samples", unset="240 for pydoc, else none", metavar="N", least=0)
 
     def __post_init__(self) -> None:
@@ -150,6 +162,7 @@ class Recipe:
             (self.data == "", "data is empty: name a file or a folder."),
             (classify and self.data is None, no_data),
             (not classify and counted, f"{counted} counts texts with a class; it needs task classify."),
+            (self.patience and not self.eval_every, "patience counts measurements; it needs eval_every."),
             (not classify and self.new_head, "new_head replaces a classifier; it needs task classify."),
             (self.reinit is not None and not full, frozen),
         ):
@@ -196,6 +209,7 @@ class Recipe:
             "eval_bytes": self.text_to_measure,
             "sample_bytes": (240 if bundled else 0) if self.sample_bytes is None else self.sample_bytes,
             "threads": threads_for(self.threads),
+            "lanes": self.lanes or threads_for(self.threads),
         }
         return ResolvedRecipe(**vars(self) | values)
 

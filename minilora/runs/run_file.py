@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from minilora.backend import get_xp
 from minilora.formats.adapter import load_adapter
@@ -13,15 +14,36 @@ from minilora.formats.adapter_config import read_adapter_config
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import load_model
 from minilora.formats.fetch import model_folder, read_weights
-from minilora.formats.fitting import Family, family_of, named
-from minilora.formats.gguf import read_gguf_tokenizer
+from minilora.formats.fitting import Family, family_of
 from minilora.formats.tensors import map_tensors
-from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
+from minilora.formats.tokenizer import Tokenizer, load_tokenizer
 from minilora.models import BertClassifier
+from minilora.models.config_file import check_types, made
 from minilora.models.decoder import Decoder
 from minilora.models.generate import context_length
-from minilora.quantization.half import KINDS
-from minilora.quantization.quantize import PACK
+from minilora.runs.recipe import Recipe
+
+# Fields of a recipe that say how the model of a run was loaded, what it was trained on, and how it was measured.
+_KEPT = (
+    "model quantize dtype data task window mask_prompt encoding seed train_size eval_size eval_bytes batch_size tokens_per_batch".split()
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run.json says; the fields of its recipe beyond _KEPT have their defaults."""
+
+    configuration: dict[str, Any] = field(default_factory=dict)
+    labels: list[str] | None = None
+    trained_on: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    recipe: Recipe = field(default_factory=Recipe)
+
+
+class _Results(TypedDict):
+    headline: str
+    before: dict[str, float | None]
+    after: dict[str, float | None]
 
 
 def open_model(
@@ -43,16 +65,12 @@ def open_base(path: str | Path, backend: str, adapter: str | Path | None = None,
     base, found = base_of(path)
     if adapter is not None:
         found = _adapter_folder(Path(adapter)) or Path(adapter)
-    record = record_of(adapter or path)
-    labels = (record.get("labels") or _classes(found)) if found else None  # a model has them in its own config.json
-    settings = record.get("configuration", {})
+    run = run_of(adapter or path)
+    recipe = Recipe() if run is None else run.recipe
+    labels = ((run and run.labels) or _classes(found)) if found else None  # a model has them in its own config.json
     typed = base == str(path)  # a name in a file must not lead to a download
     try:
-        published = None if labels is None else published_classes(base, download=typed)
-        count = labels if isinstance(labels, int) else len(labels or ())
-        same = published is None or labels == published or (count == len(published) and (isinstance(labels, int) or not named(published)))
-        options: dict[str, Any] = {"labels": labels, "quantize": settings.get("quantize", ""), "download": typed, "new_head": not same}
-        model = load_model(base, backend, dtype or settings.get("dtype", "float32"), **options)
+        model = load_model(base, backend, dtype or recipe.dtype, labels, recipe.quantize, download=typed, new_head=None)
     except FileNotFoundError as error:
         if typed:
             raise
@@ -83,38 +101,27 @@ def base_of(path: str | Path) -> tuple[str, Path | None]:
     return str(path), None
 
 
-def record_of(path: str | Path) -> dict[str, Any]:
-    """The run.json of a run, or of the run folder that contains an adapter or a model; empty if there is none.
+def run_of(path: str | Path) -> Run | None:
+    """The run of a run folder, or of the adapter or model in one; None without a run.json, or with one that has no configuration.
 
     Raises ValueError, naming the file and the field, for a value that no run writes.
     """
     folder = Path(path).absolute()
     for place in (folder, folder.parent) if folder.name in ("adapter", "model", "base") else (folder,):
         if (file := place / "run.json").is_file():
-            record = read_json(file)
-            _check_record(record, Path(path) / os.path.relpath(file, folder))
-            return record
-    return {}
+            return _run(read_json(file), str(Path(path) / os.path.relpath(file, folder)))
+    return None
 
 
-def _check_record(record: dict[str, Any], file: Path) -> None:
-    def check(fits: bool, name: str, expected: str, value: Any) -> None:
-        if not fits:
-            raise ValueError(f"{file}: {name} must be {expected}, got {value!r:.60}.")
-
-    for name in ("configuration", "results", "trained_on"):
-        check(isinstance(record.get(name, {}), dict), name, "an object", record.get(name))
-    labels, settings, results = record.get("labels"), record.get("configuration", {}), record.get("results", {})
-    check(labels is None or (isinstance(labels, list) and all(isinstance(x, str) for x in labels)), "labels", "a list of names", labels)
-    for name, allowed in (("dtype", ("float32", *KINDS)), ("quantize", ("", *PACK))):
-        check(settings.get(name, allowed[0]) in allowed, name, f"one of {', '.join(map(repr, allowed))}", settings.get(name))
-    if "after" in results:
-        name = results.get("headline")
-        check(isinstance(name, str), "results.headline", "a name", name)
-        for when in ("before", "after"):
-            figures = results.get(when)
-            check(isinstance(figures, dict) and name in figures, f"results.{when}", f"an object with {name!r}", figures)
-            check(type(figures[name]) in (int, float, type(None)), f"results.{when}.{name}", "a number", figures[name])
+def _run(record: dict[str, Any], where: str) -> Run | None:
+    about = {part.name: record[part.name] for part in fields(Run) if part.name in record}
+    check_types(Run, about, where)
+    run = Run(**about)
+    if "after" in run.results:
+        check_types(_Results, {name: run.results.get(name) for name in _Results.__annotations__}, f"{where}, results")
+    settings = {name: run.configuration[name] for name in _KEPT if name in run.configuration}
+    check_types(Recipe, settings, where)
+    return replace(run, recipe=made(Recipe, settings, where)) if settings else None
 
 
 def published_classes(name: str | Path, download: bool = True) -> list[str] | None:
@@ -139,8 +146,7 @@ def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of the model of a path; vocab_size: by default from its config.json."""
     base, _ = base_of(path)
     if base.endswith(".gguf"):
-        rows, vocabulary = read_gguf_tokenizer(base)
-        return gguf_tokenizer(vocabulary, vocab_size or rows, base)
+        return load_tokenizer(base, vocab_size)
     folder = model_folder(base, download=base == str(path))
     raw, family = _config(folder)
     size: Any = vocab_size or raw.get("vocab_size")
@@ -149,15 +155,10 @@ def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     return load_tokenizer(folder, size)
 
 
-def is_decoder(model: Any) -> bool:
-    """Whether the model continues texts."""
-    return isinstance(model, Decoder)
-
-
 def check_task(model: Any, task: str, source: str | Path) -> None:
     """Raise ValueError when the model, which comes from `source`, is not for the task."""
     what = f"{source} ({type(model).__name__})"
-    if task == "lm" and not is_decoder(model):
+    if task == "lm" and not isinstance(model, Decoder):
         raise ValueError(f"{what} is not a decoder, and task lm needs a decoder. Is --task classify meant?")
     if task == "classify" and not isinstance(model, BertClassifier):
         raise ValueError(f"{what} has no classifier, and task classify needs a BERT.")

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from minilora.backend import choose_backend
 from minilora.formats.atomic import write_text
-from minilora.formats.origin import origin
+from minilora.formats.fetch import origin
 from minilora.lora.registry import DATA_INITIALISERS
 from minilora.runs import Say
-from minilora.runs.folder import StudyFolder
+from minilora.runs.folder import StudyFolder, lanes_of
+from minilora.runs.interrupt import locked
 from minilora.runs.plot import have_matplotlib, plot_study
 from minilora.runs.prepare import open_recipe, prefix_for, prepare, steps_of
 from minilora.runs.recipe import METHODS, Recipe, ResolvedRecipe, threads_for
@@ -89,6 +90,12 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Say =
         if shared := sorted(change.keys() & set(_SHARED)):
             raise ValueError(f"row {name!r} changes {shared[0]}, which all rows of a study share; make it a study of its own.")
     recipe = replace(recipe, backend=choose_backend(recipe.backend), eval_bytes=recipe.text_to_measure)
+    with locked(Path(folder)):
+        return _study(recipe, rows, seeds, Path(folder), say)
+
+
+def _study(recipe: Recipe, rows: Rows, seeds: int, folder: Path, say: Say) -> list[Summary]:
+    recipe = replace(recipe, lanes=recipe.lanes or lanes_of(folder) or threads_for(recipe.threads))
     store = StudyFolder(folder, recipe, rows, fingerprint(recipe.data, recipe.encoding) if recipe.data else None)
     done = {(record["row"], record["seed"]) for record in store.records}
 
@@ -132,7 +139,7 @@ def _run(model: Any, task: Task, recipe: ResolvedRecipe, floor: float, bar: tqdm
     record = {"trained": optimizer.flat.data.size, "steps": recipe.steps, "failed": True, "value": None, "seconds": 0.0}
     end = bar.n + recipe.steps
     try:
-        for step in steps_of(replica, optimizer, task, recipe, prefix):
+        for step in steps_of(replica, optimizer, task.batches(recipe.seed), recipe, prefix):
             record["seconds"] += step.seconds
             bar.update()
     except Diverged as error:

@@ -18,8 +18,7 @@ import numpy as np
 from minilora.backend import to_numpy
 from minilora.data.batches import Batch, check_length, held_out_windows, random_windows
 from minilora.data.datasets import Dataset, batches_of, endless, few, load_dataset, load_examples, pack, packed_batches, sample
-from minilora.data.examples import Example
-from minilora.data.labels import class_names
+from minilora.data.examples import Example, class_names
 from minilora.data.records import SPLITS, is_dataset, listed, note, read_bytes, read_records, split_files
 from minilora.data.text import read_text, split_text, stdlib_source
 from minilora.formats.fitting import named
@@ -27,7 +26,8 @@ from minilora.formats.tokenizer import ByteTokenizer, Tokenizer
 from minilora.functional import cross_entropy, mse
 from minilora.kernels import upcast
 from minilora.runs.recipe import Recipe
-from minilora.training.evaluate import classification_metrics, evaluate, map_batches, pearson, perplexity
+from minilora.runs.run_file import Run
+from minilora.training.evaluate import classification_metrics, confusion, evaluate, map_batches, pearson, perplexity
 
 
 @dataclass
@@ -41,7 +41,9 @@ class Task:
     epoch: Callable[[np.random.Generator], int] | None = None  # the number of batches of one pass; None for text, which has no epochs
     labels: list[str] | None = None  # the names of the classes
     counts: dict[str, int] = field(default_factory=dict)  # figures of the data, for the results
-    trained_on: dict[str, Any] = field(default_factory=dict)  # for run.json, to recognise the training data later
+    sha256: str = ""  # of the training data
+    trained_on: dict[str, Any] = field(default_factory=dict)  # for run.json: the SHA-256 of the training data, whether the data to
+    # measure on were held out of them, and the seed that drew them
 
     @property
     def unit(self) -> tuple[str, float]:
@@ -69,7 +71,9 @@ def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | 
     dataset.valid = _at_most(dataset.valid, recipe)
 
     task = _measured(dataset.describe(), dataset.valid, recipe, tokenizer, dataset.labels)
-    task.trained_on = _trained_on(recipe, held_out="valid" not in split_files(str(recipe.data)))
+    held_out = "valid" not in split_files(str(recipe.data))
+    task.sha256 = fingerprint(str(recipe.data), recipe.encoding)
+    task.trained_on = {"sha256": task.sha256, "held_out": held_out, "seed": recipe.seed}
     if recipe.kind == "classify":
         task.batches = lambda seed: endless(lambda rng: batches_of(dataset.train, recipe.batch_size, rng), seed)
         task.epoch = lambda rng: -(-len(dataset.train) // recipe.batch_size)
@@ -77,11 +81,6 @@ def training_task(recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | 
         task.batches = lambda seed: endless(lambda rng: packed_batches(dataset.train, recipe.tokens_per_batch, rng), seed)
         task.epoch = lambda rng: len(pack(dataset.train, recipe.tokens_per_batch, rng))
     return task
-
-
-def _trained_on(recipe: Recipe, held_out: bool) -> dict[str, Any]:
-    """held_out: the data to measure on were held out of the training data, by the seed."""
-    return {"sha256": fingerprint(str(recipe.data), recipe.encoding), "held_out": held_out, "seed": recipe.seed}
 
 
 def _names_for(labels: Sequence[str], recipe: Recipe) -> Sequence[str]:
@@ -115,47 +114,43 @@ def _text_task(recipe: Recipe, tokenizer: Tokenizer) -> Task:
     scored = sum(b.labelled for b in task.held_out)
     task.what = f"{what}: {len(train):,} {unit} to train on, {scored:,} of {len(held_out) - 1:,} held out to measure on"
     task.batches = lambda seed: random_windows(train, recipe.window, recipe.batch_size, np.random.default_rng(seed))
-    task.trained_on = {} if recipe.data is None else _trained_on(recipe, held_out=True)
+    task.sha256 = hashlib.sha256(np.concatenate(texts).tobytes()).hexdigest()
+    if recipe.data is not None:
+        task.trained_on = {"sha256": fingerprint(recipe.data, recipe.encoding), "held_out": True, "seed": recipe.seed}
     return task
 
 
 def measuring_task(
-    recipe: Recipe,
-    tokenizer: Tokenizer,
-    labels: Sequence[str] | None,
-    split: str | None,
-    made: Recipe | None,
-    trained_on: dict[str, Any],
-    sampled: bool,
+    recipe: Recipe, tokenizer: Tokenizer, labels: Sequence[str] | None, split: str | None, run: Run | None, sampled: bool
 ) -> Task:
     """The data to measure a model on: `split` ("train", "valid", "test" or "all") of the recipe's data.
 
     Default: of a folder the test split, or else valid, or else what `finetune` would hold out of train; all of a file. Of the file that
-    the run was trained on (`trained_on` of its run.json), only the held-out part is measured by default.
-    made: the recipe of the run, with the window and mask by which that part was drawn. sampled: eval_size and eval_bytes apply to any data.
+    the run was trained on, only the held-out part is measured by default.
+    sampled: eval_size and eval_bytes apply to any data.
     Raises ValueError when the split is empty, nothing of the data was held out, or the run's file has changed since.
     """
     if split not in (None, *SPLITS, "all"):
         raise ValueError(f"there is no split {split!r}; choose {', '.join(SPLITS)} or all.")
-    known = recipe.data is not None and bool(trained_on) and trained_on.get("sha256") == fingerprint(recipe.data, recipe.encoding)
-    paths = [Path(r.data).resolve() for r in (recipe, made) if r is not None and r.data is not None]
-    own = known or (len(paths) == 2 and paths[0] == paths[1])
-    changed = (
-        f"{recipe.data} is not as the run read it (its SHA-256 is another), so the held-out part is not known; "
-        "give other data, or --all to measure on all of it."
-    )
-    if recipe.kind == "text":
-        part = split in ("valid", "test") or (split is None and (own or recipe.data is None))
-        if own and part and not known:
-            raise ValueError(changed)
-        return _text_to_measure(recipe, tokenizer, split, part, own, sampled)
-    path, files = Path(str(recipe.data)), split_files(str(recipe.data))
-    if known and not path.is_dir() and split is None and not trained_on.get("held_out"):
+    text, path = recipe.kind == "text", Path(recipe.data or ".")
+    files = {} if text else split_files(path)
+    trained_on = {} if run is None or recipe.data is None else run.trained_on
+    known = bool(trained_on) and trained_on.get("sha256") == fingerprint(path, recipe.encoding)
+    same = run is not None and None not in (recipe.data, run.recipe.data) and path.resolve() == Path(str(run.recipe.data)).resolve()
+    own = known or same
+    if split is None and known and not (trained_on.get("held_out") or path.is_dir()):
         raise ValueError(f"the run was trained on all of {path}; give other data, or --all to measure on what it has learnt.")
-    split = split or ("test" if "test" in files else "valid" if own or path.is_dir() else "all")
+    folder = path.is_dir() and not text
+    split = split or ("test" if "test" in files else "valid" if own or folder or recipe.data is None else "all")
+    split = "valid" if text and split == "test" else split
     drawn = split != "test" and "valid" not in files
     if own and split == "valid" and drawn and not known:
-        raise ValueError(changed)
+        raise ValueError(
+            f"{path} is not as the run read it (its SHA-256 is another), so the held-out part is not known; "
+            "give other data, or --all to measure on all of it."
+        )
+    if text:
+        return _text_to_measure(recipe, tokenizer, split, own, sampled)
     if split == "all":
         options: dict[str, Any] = {"labels": labels, "encoding": recipe.encoding}
         parts = [load_examples(f, recipe.task, tokenizer, recipe.window, recipe.mask_prompt, **options) for f in files.values()]
@@ -163,7 +158,7 @@ def measuring_task(
         if own:
             where += ", of which the run may have learnt all but what it held out"
     else:
-        examples = getattr(_dataset(recipe, tokenizer, labels, made if known else None), split)
+        examples = getattr(_dataset(recipe, tokenizer, labels, run.recipe if known and run else None), split)
         where = f"the split {split} of {path}" + f", a tenth of it held out by seed {recipe.seed}" * drawn
         if own and (split == "train" or (drawn and trained_on.get("seed") != recipe.seed)):
             where += ", most of which the run has learnt"
@@ -176,19 +171,19 @@ def measuring_task(
     return _measured(what, examples, recipe, tokenizer, list(labels) if labels and len(labels) > 1 else None)
 
 
-def _text_to_measure(recipe: Recipe, tokenizer: Tokenizer, split: str | None, part: bool, own: bool, sampled: bool) -> Task:
-    """part: measure the held-out part only. own: the text is the one that the run was trained on."""
+def _text_to_measure(recipe: Recipe, tokenizer: Tokenizer, split: str, own: bool, sampled: bool) -> Task:
+    """own: the text is the one that the run was trained on."""
     what, train, held_out = _texts(recipe)
-    if part:
-        text, which = held_out, ", the held-out part of it"
-    elif split == "train":
-        text, which = train, ", the part to train on"
-    else:
-        text, which = np.concatenate([train, held_out]), ", all of it, training data too" if own or recipe.data is None else ""
-    what += which
-    task = _measured_text(what, tokens_of(text, tokenizer), recipe if part or sampled else replace(recipe, eval_bytes=2**62), tokenizer)
+    every = ", all of it, training data too" if own or recipe.data is None else ""
+    text, which = {
+        "train": (train, ", the part to train on"),
+        "valid": (held_out, ", the held-out part of it"),
+        "all": (np.concatenate([train, held_out]), every),
+    }[split]
+    limited = recipe if sampled or split == "valid" else replace(recipe, eval_bytes=2**62)
+    task = _measured_text(what + which, tokens_of(text, tokenizer), limited, tokenizer)
     scored = sum(b.labelled for b in task.held_out)
-    task.what = f"{what}: {scored:,} of {task.counts['total_tokens']:,} tokens, in windows of {recipe.window}"
+    task.what += f": {scored:,} of {task.counts['total_tokens']:,} tokens, in windows of {recipe.window}"
     return task
 
 
@@ -224,8 +219,11 @@ def _at_most(examples: list[Example], recipe: Recipe) -> list[Example]:
     return examples if recipe.eval_size is None else [examples[i] for i in sample(examples, recipe.eval_size, recipe.seed)]
 
 
-def measure(model: Any, task: Task, threads: int = 1) -> dict[str, float]:
-    """{"loss": nats a label, "tokens": the number read, and the task's own figures} on the held-out batches."""
+def measure(model: Any, task: Task, threads: int = 1, matrix: bool = False) -> dict[str, Any]:
+    """{"loss": nats a label, "tokens": the number read, and the task's own figures} on the held-out batches.
+
+    matrix: of classes also "confusion", the rows of the confusion matrix (training/evaluate.py).
+    """
     tokens = sum(len(b.ids) for b in task.held_out)
     if not task.held_out[0].per_sequence:
         loss, labelled = evaluate(model, task.held_out, threads)
@@ -240,7 +238,9 @@ def measure(model: Any, task: Task, threads: int = 1) -> dict[str, float]:
     read = {"tokens": tokens, "sequences": len(labels), **task.counts}
     if logits.shape[1] == 1:
         return {"loss": float(mse(logits[:, 0], labels)[0]), **read, "pearson": pearson(logits[:, 0], labels)}
-    figures = classification_metrics(logits.argmax(axis=1), labels, logits.shape[1])
+    figures: dict[str, Any] = classification_metrics(logits.argmax(axis=1), labels, logits.shape[1])
+    if matrix:
+        figures["confusion"] = confusion(logits.argmax(axis=1), labels, logits.shape[1]).tolist()
     return {"loss": float(cross_entropy(logits, labels)[0]), **read, **figures}
 
 

@@ -1,4 +1,7 @@
-"""Data parallelism in one process: shards of a batch on replicas that share the weights and own their gradients.
+"""Data parallelism in one process: lanes of a batch on replicas that share the weights and own their gradients.
+
+A batch is cut into shards, and shards are dealt to a fixed number of lanes. A lane sums the gradients of its shards in order, and lanes are
+summed by a fixed tree. Threads only decide who computes which lane: one thread or eight leave the same gradient, bit for bit.
 
 NumPy releases the GIL in every product and ufunc, so Python threads with one BLAS thread each run in parallel. They are faster than one
 thread with a parallel BLAS, because elementwise work is divided too (docs/flat-buffer.md).
@@ -17,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from minilora.backend import Array, get_xp
 from minilora.data.batches import Batch
 from minilora.kernels.memory import keep_freed_memory
-from minilora.layers import reseed
+from minilora.layers import Parameter, reseed
 from minilora.optim.flat import FlatBuffer, adopt, fill_missing
 from minilora.training.prefix import PrefixCache
 
@@ -26,27 +29,36 @@ SHARD_ON_DEVICE = 2**14  # products have to be larger there, and memory is scarc
 
 
 class Replicas:
-    """`gradients(batches)` leaves the gradient of the whole step in `flat.grad`; the sum runs in a fixed order.
+    """`gradients(batches)` leaves the gradient of the whole step in `flat.grad`.
 
     A batch is cut into shards of whole sequences, of about `tokens` tokens at most, and what a shard saves for its backward is freed
     before the next one starts: the memory of a step does not grow with the batch. prefix: cache for the outputs of frozen blocks.
+    lanes: by default as many as threads; on a device always one, which runs in parallel by itself.
 
     Use as a context manager: it holds the threads, and limits BLAS to one thread each while it is open.
-    Raises ValueError for fewer than one thread.
+    Raises ValueError for fewer than one thread or lane.
     """
 
     def __init__(
-        self, model: Any, flat: FlatBuffer, threads: int = 1, prefix: PrefixCache | None = None, tokens: int | None = None
+        self,
+        model: Any,
+        flat: FlatBuffer,
+        threads: int = 1,
+        prefix: PrefixCache | None = None,
+        tokens: int | None = None,
+        lanes: int | None = None,
     ) -> None:
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}.")
+        lanes = threads if lanes is None else lanes
+        if min(threads, lanes) < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}." if threads < 1 else f"lanes must be at least 1, got {lanes}.")
         on_host = get_xp(flat.data) is np
-        threads = threads if on_host else 1  # one device runs in parallel by itself
+        self.lanes = lanes if on_host else 1
+        threads = min(threads, self.lanes)
         self.flat, self.prefix, self.tokens = flat, prefix, tokens or (SHARD if on_host else SHARD_ON_DEVICE)
         self.models = [model] + [model.replica() for _ in range(threads - 1)]
         self.parameters = [flat.parameters] + [[p for _, p in each.parameters() if p.trainable] for each in self.models[1:]]
-        self.grads = [flat.grad] + [get_xp(flat.grad).zeros_like(flat.grad) for _ in self.models[1:]]
-        for grad, parameters in zip(self.grads[1:], self.parameters[1:], strict=True):
+        self.grads = [flat.grad] + [get_xp(flat.grad).zeros_like(flat.grad) for _ in range(1, self.lanes)]  # of each lane
+        for grad, parameters in zip(self.grads[1:], self.parameters[1:], strict=False):
             adopt(grad, parameters)
         self._open = ExitStack()
 
@@ -64,7 +76,7 @@ class Replicas:
         count = sum(b.labelled for b in batches)
         if count == 0:
             raise ValueError("no token in this batch is labelled; there is nothing to learn from.")
-        n = len(self.models)
+        n = self.lanes
         return [shard for b in batches for shard in b.split(n * -(-len(b.ids) // (n * self.tokens)))], count
 
     def gradients(self, batches: Sequence[Batch], seed: Sequence[int] = (), scale: float = 1.0) -> Array:
@@ -76,26 +88,41 @@ class Replicas:
         """
         shards, count = self.shards(batches)
         divisor = count if scale == 1 else count / scale
-        n = len(self.models)
+        threads, losses = len(self.models), list[Any]([None] * self.lanes)
+        self.flat.check()
 
-        def run(k: int) -> Array | None:
-            model, total = self.models[k], None
-            reseed(model, *seed, k)
-            for p in self.parameters[k]:
+        def run(thread: int) -> None:
+            for lane in reversed(range(thread, self.lanes, threads)):  # lane 0 last: `flat.grad` is then where the model's gradients are
+                losses[lane] = compute(lane, self.models[thread], self.parameters[thread])
+
+        def compute(lane: int, model: Any, parameters: list[Parameter]) -> Array | None:
+            total = None
+            reseed(model, *seed, lane)
+            if threads < self.lanes:
+                adopt(self.grads[lane], parameters)
+            for p in parameters:
                 p.grad = None
             with np.errstate(all="ignore"):  # `Watch` reports what is not finite, once
-                for shard in (s for s in shards[k::n] if s.labelled):
+                for shard in (s for s in shards[lane :: self.lanes] if s.labelled):
                     prefix = {} if self.prefix is None else {"prefix": self.prefix(model, shard)}
                     loss, saved = model.loss(shard.ids, shard.labels, shard.offsets, divisor, **prefix)
                     model.loss_backward(saved)
                     del saved  # before the next shard starts
                     total = loss if total is None else total + loss
+            fill_missing(parameters)
             return total
 
-        losses = list((self.pool.map if n > 1 else map)(run, range(n)))
+        list((self.pool.map if threads > 1 else map)(run, range(threads)))
         self.flat.gather()
-        for grad, parameters in zip(self.grads[1:], self.parameters[1:], strict=True):  # in order: the sum is repeatable
-            fill_missing(parameters)
-            self.flat.grad += grad
+        add_by_tree(self.grads)
         total = sum(loss for loss in losses if loss is not None)
         return total if scale == 1 else total / scale
+
+
+def add_by_tree(grads: list[Array]) -> None:
+    """grads[0] = their sum: neighbours first, then sums of two, and so on, ((0 + 1) + (2 + 3)) + .... The others are overwritten."""
+    step = 1
+    while step < len(grads):
+        for i in range(0, len(grads) - step, 2 * step):
+            grads[i] += grads[i + step]
+        step *= 2

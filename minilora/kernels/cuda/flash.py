@@ -67,7 +67,7 @@ def attention(
 ) -> tuple[Array, Saved]:
     """As functional.attention."""
     xp, G = get_xp(q), n_kv_head or n_head
-    check_attention(q, k, v, n_head, G, offsets, rows)
+    check_attention(q, k, v, n_head, G, rows)
     tiles, d = _tiles(bounds_of(offsets, len(k)), rows, causal, xp), q.shape[1] // n_head
     o, log_sum = xp.empty(q.shape, dtype=q.dtype), xp.empty((len(q), n_head), dtype=xp.float32)
     args = (q, k, v, tiles.of_queries, tiles.limit, *_numbers(q, k, v, n_head, G))

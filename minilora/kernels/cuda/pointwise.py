@@ -112,7 +112,7 @@ def dropout_backward(dy: Array, p: float, key: Any) -> Array:
 
 
 def dropout_mask(like: Array, shape: tuple[int, ...], p: float, key: Any) -> Array:
-    """As functional.dropout_mask, where `like` lives and in its dtype."""
+    """As functional.dropout_mask."""
     return _draw(None, get_xp(like).empty(shape, dtype=like.dtype), p, key)
 
 
@@ -125,21 +125,21 @@ def _draw(x: Array | None, y: Array, p: float, key: Any) -> Array:
     return y
 
 
-def rotary(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> tuple[Array, None]:
+def rotary(x: Array, cos: Array, sin: Array) -> tuple[Array, None]:
     """As functional.rotary."""
-    return _rotate(x, cos, sin, 1, interleaved), None
+    return _rotate(x, cos, sin, 1), None
 
 
-def rotary_backward(dy: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array:
+def rotary_backward(dy: Array, cos: Array, sin: Array) -> Array:
     """As functional.rotary_backward."""
-    return _rotate(dy, cos, sin, -1, interleaved)
+    return _rotate(dy, cos, sin, -1)
 
 
-def _rotate(x: Array, cos: Array, sin: Array, sign: int, interleaved: bool) -> Array:
+def _rotate(x: Array, cos: Array, sin: Array, sign: int) -> Array:
     xp = F.check_rotary(x, cos, sin)
     x, cos, sin = map(xp.ascontiguousarray, (x, cos, sin))
     half, y = cos.shape[1], xp.empty_like(x)
-    args = (x, cos, sin, cuda.real_of(x)(sign), np.int32(x.shape[1] // (2 * half)), np.int32(half), np.int32(interleaved), y)
+    args = (x, cos, sin, cuda.real_of(x)(sign), np.int32(x.shape[1] // (2 * half)), np.int32(half), y)
     cuda.elementwise("rotary", "rotary", x.size // 2, *args)
     return y
 

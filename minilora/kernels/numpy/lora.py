@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 
 from minilora import functional as F
@@ -33,32 +31,10 @@ def lora_linear(
     return y, u
 
 
-def lora_linear_backward(
-    dy: np.ndarray,
-    x: np.ndarray,
-    u: np.ndarray,
-    W: Array,
-    A: np.ndarray,
-    B: np.ndarray,
-    s: float,
-    mask: np.ndarray | None = None,
-    need: Collection[str] = ("dx", "dA", "dB"),
-) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-    """As functional.lora_linear_backward, which takes what has a mask."""
-    if mask is not None:
-        return F.lora_linear_backward(dy, x, u, W, A, B, s, mask, need)
-    dB = (s * u).T @ dy if "dB" in need else None
-    if not {"dx", "dA"} & set(need):
-        return None, None, dB
-    du = s * (dy @ B.T)
-    dA = x.T @ du if "dA" in need else None
-    dx = dy @ W.T if "dx" in need else None
-    if dx is not None:
-        _add_product(dx, du, A.T)
-    return dx, dA, dB
-
-
 def _add_product(y: np.ndarray, u: np.ndarray, B: np.ndarray) -> None:
     """y += u @ B, without an array of the size of y."""
     for at in row_blocks(*y.shape):
         y[at] += u[at] @ B
+
+
+lora_linear_backward = F.lora_linear_backward

@@ -1,1 +1,1 @@
-"""Initialisers of A and B: one file each."""
+"""Initialisers of A and B, by what they read: shapes alone, the weight, or data."""

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from minilora.layers.linear import uniform
-
 Factors = tuple[np.ndarray, np.ndarray]
 
 
@@ -16,13 +14,15 @@ def kaiming(layer: Any, rng: np.random.Generator) -> Factors:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, the usual choice: the adapted layer first computes what the base layer does.
 
     A gets its first gradient at the second step."""
-    return uniform(rng, (layer.in_features, layer.r), 1 / math.sqrt(layer.in_features), "float64"), np.zeros((layer.r, layer.out_features))
+    bound = 1 / math.sqrt(layer.in_features)
+    return rng.uniform(-bound, bound, (layer.in_features, layer.r)), np.zeros((layer.r, layer.out_features))
 
 
 def both_uniform(layer: Any, rng: np.random.Generator) -> Factors:
     """A and B Kaiming-uniform: the adapted layer differs from the base layer at once. PEFT has it for tests."""
-    r, m, n = layer.r, layer.in_features, layer.out_features
-    return uniform(rng, (m, r), 1 / math.sqrt(m), "float64"), uniform(rng, (r, n), 1 / math.sqrt(r), "float64")
+    A, _ = kaiming(layer, rng)
+    bound = 1 / math.sqrt(layer.r)
+    return A, rng.uniform(-bound, bound, (layer.r, layer.out_features))
 
 
 def gaussian(layer: Any, rng: np.random.Generator) -> Factors:

@@ -1,7 +1,13 @@
-"""Initialise with the largest part of the weight, which is trained; the rest is frozen: s A B is subtracted from W.
+"""Initialisers that read the weight. With PiSSA and OLoRA its largest part is trained; the rest is frozen: s A B is subtracted from W.
 
 PiSSA (arXiv 2404.02948):   W = U S V^T,   A = U_r sqrt(S_r / s),          B = sqrt(S_r / s) V_r^T
 OLoRA (arXiv 2406.01775):   W^T = Q R,     A = (first r rows of R)^T,      B = (first r columns of Q)^T
+
+With LoftQ (arXiv 2310.08659, algorithm 1) the weight is quantized, and A B is what that loses:
+
+    repeat:  Q = NF4(W - s A B),   s A B = the best rank-r approximation of W - Q
+
+Q becomes the layer's weight: it is frozen, saved as the base, and used while the adapter is off.
 """
 
 from __future__ import annotations
@@ -10,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from minilora.backend import Array, backend_name, get_xp, to_backend
+from minilora.backend import Array, Matrix, backend_name, get_xp, to_backend
 from minilora.lora.factorization import check_rank, factorize
 from minilora.lora.layer import check_float32
+from minilora.quantization.nf4 import NF4
 from minilora.quantization.residual import Offset, dense
 
 
@@ -48,4 +55,24 @@ def olora(layer: Any, rng: np.random.Generator) -> tuple[Array, Array]:
     Q, R = get_xp(W).linalg.qr(W.T)
     A, B = R[:r].T, Q[:, :r].T
     layer.offset = Offset(A, B, layer.scaling)
+    return A, B
+
+
+def loftq(layer: Any, rng: np.random.Generator, *, loftq_bits: int = 4, loftq_iter: int = 1) -> tuple[Array, Array]:
+    """A and B of `layer`, whose weight becomes NF4. PEFT leaves out the scaling s here, and double quantization of Q.
+
+    Raises ValueError for other than 4 bits, less than one round, a quantized or half-precision weight, or r beyond min(in, out).
+    """
+    W, s = layer.weight.data, layer.scaling
+    if loftq_bits != 4 or loftq_iter < 1:
+        raise ValueError(f"loftq: loftq_bits={loftq_bits}, loftq_iter={loftq_iter}; supported: 4 bits, at least one iteration.")
+    if isinstance(W, Matrix):
+        raise ValueError("loftq: the weight is quantized already; load the model without.")
+    check_float32(W, "init_lora_weights='loftq'")
+    rest = W
+    for _ in range(loftq_iter):
+        Q = NF4.of(rest)
+        A, B = factorize((W - Q.dense()) / s, layer.r)
+        rest = W - s * (A @ B)
+    layer.weight.data = Q
     return A, B

@@ -14,8 +14,7 @@ from typing import Any
 
 from minilora import kernels as K
 from minilora.backend import Array, Rng, get_xp
-from minilora.layers import Linear, Parameter
-from minilora.layers.base import needed
+from minilora.layers import Linear, Parameter, needed
 from minilora.lora.layer import LoRALinear, check_float32
 from minilora.quantization.residual import column_squares, dense
 
@@ -131,19 +130,18 @@ class DoRALinear(LoRALinear):
         W = dense(self.weight.data)
         return (W + super().delta()) * (self.lora_magnitude_vector.data / self.norms()[0]) - W
 
-    def adapted_forward(self, x: Array, b: Array | None, keep: bool) -> tuple[Array, tuple[Any, ...]]:
-        A, B, m, key = self.lora_A, self.lora_B, self.lora_magnitude_vector, self.next_key(keep)
+    def adapted_forward(self, x: Array, b: Array | None, mask: Array | None) -> tuple[Array, tuple[Any, ...]]:
+        A, B, m = self.lora_A, self.lora_B, self.lora_magnitude_vector
         c, AtV = self.norms()
-        y, z, u = dora_linear(x, self.W, b, A.data, B.data, m.data, c, self.scaling, self.mask(x, key))
+        y, z, u = dora_linear(x, self.W, b, A.data, B.data, m.data, c, self.scaling, mask)
         moves = self.exact and (A.trainable or B.trainable)
         x, z = x if A.trainable else None, z if B.trainable else z._replace(value=None)
-        return y, (x, z, u if m.trainable or moves else None, c, AtV if moves else None, key)
+        return y, (x, z, u if m.trainable or moves else None, c, AtV if moves else None)
 
-    def adapted_backward(self, dy: Array, saved: list[Any], need_dx: bool) -> Array | None:
-        x, z, u, c, AtV, key = saved
+    def adapted_backward(self, dy: Array, saved: list[Any], mask: Array | None, need_dx: bool) -> Array | None:
+        x, z, u, c, AtV = saved
         A, B, m, s = self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling
         need = needed(dx=need_dx, dA=A.trainable, dB=B.trainable, dm=m.trainable, dc=AtV is not None)
-        mask = self.mask(dy, key)
         dx, dA, dB, dm, dc = dora_linear_backward(dy, x, z, u, self.W, A.data, B.data, m.data, c, s, mask, need)  # y = u m / c + b
         if dc is not None:
             more = column_norms_backward(dc, c, AtV, self.W, A.data, B.data, s)  # c = ||W + s A B||

@@ -13,8 +13,7 @@ from typing import Any
 
 from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, backend_name, generator, to_backend
-from minilora.layers import Embedding, Parameter, Saved
-from minilora.layers.base import needed
+from minilora.layers import Embedding, Output, Parameter, Saved, needed
 from minilora.lora.layer import Adapted, check_float32, scaling
 
 INITIALISERS = (True, False, "gaussian")
@@ -86,7 +85,7 @@ class LoRAEmbedding(Adapted, Embedding):
         """scaling A B, (num_embeddings, embedding_dim)."""
         return self.scaling * (self.lora_embedding_A.data @ self.lora_embedding_B.data)
 
-    def forward(self, x: Array, keep: bool = True, need_dx: bool = False) -> tuple[Array, Saved | None]:
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = False) -> Output:
         A, B = self.lora_embedding_A, self.lora_embedding_B
         if (E := self.alone(keep)) is not None:
             return K.embedding(x, E), self.save(need_dx, None, None) if keep else None

@@ -17,8 +17,7 @@ import numpy as np
 
 from minilora import kernels as K
 from minilora.backend import Array, Rng, backend_name, generator, to_backend, to_numpy
-from minilora.layers import Layer, Linear, Parameter
-from minilora.layers.base import needed
+from minilora.layers import Layer, Linear, Parameter, needed
 from minilora.lora.config import LoraConfig
 from minilora.lora.layer import AdaptedLinear, check_float32
 from minilora.lora.targets import find_targets
@@ -162,15 +161,11 @@ class VeRALinear(AdaptedLinear):
         check_float32(base.weight.data, "VeRA")
         super().__init__(base, config.vera_dropout)
         self.projections, self.saves_projections = projections, config.save_projection
-        home, dtype, r = backend_name(base.weight.data), base.weight.data.dtype, config.r
-        e, d = np.zeros(base.out_features), np.full(r, config.d_initial)
+        home, dtype, self.r = backend_name(base.weight.data), base.weight.data.dtype, config.r
+        e, d = np.zeros(base.out_features), np.full(self.r, config.d_initial)
         if not config.init_weights:
-            e, d = e + 1, generator(rng).standard_normal(r)
+            e, d = e + 1, generator(rng).standard_normal(self.r)
         self.vera_lambda_b, self.vera_lambda_d = (Parameter(to_backend(value, home, dtype)) for value in (e, d))
-
-    @property
-    def r(self) -> int:
-        return int(self.vera_lambda_d.data.size)
 
     def shared(self) -> dict[str, Array]:
         """vera_A (r, m) and vera_B (n, r), transposed as in PEFT's files, unless the file leaves them out."""
@@ -190,16 +185,15 @@ class VeRALinear(AdaptedLinear):
         A, B, d, e = self.matrices()
         return ((A * d) @ B) * e
 
-    def adapted_forward(self, x: Array, b: Array | None, keep: bool) -> tuple[Array, tuple[Any, ...]]:
-        key = self.next_key(keep)
-        y, u = vera_linear(x, self.weight.data, b, *self.matrices(), self.mask(x, key))
+    def adapted_forward(self, x: Array, b: Array | None, mask: Array | None) -> tuple[Array, tuple[Any, ...]]:
+        y, u = vera_linear(x, self.weight.data, b, *self.matrices(), mask)
         trained = self.vera_lambda_d.trainable or self.vera_lambda_b.trainable
-        return y, (u if trained else u._replace(value=None), key)
+        return y, (u if trained else u._replace(value=None),)
 
-    def adapted_backward(self, dy: Array, saved: list[Any], need_dx: bool) -> Array | None:
-        (u, key), d, e = saved, self.vera_lambda_d, self.vera_lambda_b
+    def adapted_backward(self, dy: Array, saved: list[Any], mask: Array | None, need_dx: bool) -> Array | None:
+        (u,), d, e = saved, self.vera_lambda_d, self.vera_lambda_b
         need = needed(dx=need_dx, dd=d.trainable, de=e.trainable)
-        dx, dd, de = vera_linear_backward(dy, u, self.weight.data, *self.matrices(), self.mask(dy, key), need)
+        dx, dd, de = vera_linear_backward(dy, u, self.weight.data, *self.matrices(), mask, need)
         d.add_grad(dd)
         e.add_grad(de)
         return dx

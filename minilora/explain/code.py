@@ -1,0 +1,55 @@
+"""The source of a call in both directions, and what its docstring says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minilora import functional as F
+from minilora.checking.trace import Call, bare
+from minilora.explain.docstring import Doc, doc_of
+from minilora.explain.lines import Line, file_of, lines_of, undone
+
+ADD = Doc("y = a + b", "da = dy, db = dy: whoever calls it passes dy on to both terms.", dict.fromkeys("aby", "T n"), "", "")
+
+
+def functions(call: Call) -> tuple[Any, Any]:
+    """The forward and backward functions to read: of an operation the reference, whose mathematics every kernel shares."""
+    if call.layer is not None:
+        forward, backward = (getattr(f, "__func__", f) for f in call.run)
+        return forward, backward
+    return getattr(F, call.name, bare(call.function)), getattr(F, f"{call.name}_backward", bare(call.backward_function))
+
+
+def doc(call: Call) -> Doc:
+    """Where a docstring names no axes, those of a matrix are T and n."""
+    if call.name == "add":
+        return ADD
+    if call.layer is not None:
+        return doc_of(type(call.layer))
+    found = doc_of(*functions(call))
+    letters = {name: ("", "n", "T n")[len(shape)] for name, shape in call.shapes.items() if len(shape) < 3}
+    return found if found.letters.keys() & call.shapes.keys() else found._replace(letters=letters)
+
+
+def arrays(call: Call) -> dict[str, list[dict[str, Any]]]:
+    """Of each array that goes in and comes out, forward and backward: name, axes in letters, shape, and whether it comes out."""
+    letters, results = doc(call).letters, ["y", *call.gradients]
+    ways = {"forward": [*(n for n in call.shapes if n in call.args), "y"], "backward": ["dy", *call.gradients]}
+    axes = {n: letters.get(n if n in ways["forward"] else "y" if n == "dy" else n[1:], "").replace(" ", ", ") for n in call.shapes}
+    return {
+        way: [{"name": n, "axes": axes[n], "shape": list(call.shapes[n]), "result": n in results} for n in names if n in call.shapes]
+        for way, names in ways.items()
+    }
+
+
+def code(call: Call) -> dict[str, Any]:
+    """The lines of both directions, each backward line with the forward lines that it undoes."""
+    found = [f for f in functions(call) if f is not None]
+    forward, backward = (lines_of(f) for f in (*found, None)[:2])
+    undoes = [[forward[k].number for k in each] for each in undone(forward, backward)]
+    back = [_line(line) | {"undoes": each} for line, each in zip(backward, undoes, strict=True)]
+    return {"files": [file_of(f) for f in found], "forward": [_line(line) for line in forward], "backward": back}
+
+
+def _line(line: Line) -> dict[str, Any]:
+    return {"line": line.number, "code": line.text, "names": sorted(line.names)}

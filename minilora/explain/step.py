@@ -1,0 +1,93 @@
+"""`minilora explain --step`: from the token ids to one changed number of one adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minilora import kernels as K
+from minilora.backend import Array
+from minilora.checking.trace import Call, trace
+from minilora.explain.code import arrays, code
+from minilora.explain.costs import counted
+from minilora.explain.passes import Passes, find
+from minilora.explain.worked import central, check, choices, worked
+from minilora.functional import AdamStep
+from minilora.layers import Layer
+from minilora.lora import lora_layers
+from minilora.optim.optimizers import AdamW
+
+LR = 1e-3
+
+
+def explain_step(run: Passes, name: str, token: int | None, feature: int | None, page: bool) -> dict[str, Any]:
+    """The step that changes one number of lora_A at a place; "lora" is the lowest adapter: every backward call comes before its own.
+
+    Raises ValueError for a model without a trained LoRALinear, and for a place that is none.
+    """
+    trained = (c for c in run.exact if c.name == "lora_linear" and c.parent is not None and c.parent.layer is not None and c.grads)
+    ops = {c.parent.place: c for c in trained if c.parent and c.grads and c.grads.get("dA") is not None}
+    if not ops:
+        raise ValueError("this model trains no LoRALinear, so there is no step to explain; name a place without --step.")
+    place = find(next(iter(ops)) if name == "lora" else name, run)[0].partition("/")[0]
+    if place not in ops:
+        raise ValueError(f"{place} has no LoRA for a step to change; the nearest are {', '.join(list(ops)[:3])}.")
+    op, p = ops[place], dict(lora_layers(run.model))[place].lora_A
+    w, g = p.data.copy(), p.grad.copy()
+
+    def numbers(call: Call, i: int, j: int) -> list[dict[str, Any]]:
+        """du and dA, and AdamW's first step of that number of A."""
+        entries = [e for e in worked(call, i, j) if e["name"] in ("du", "dA")]
+        return entries + _update(w, g, int(np.ravel_multi_index(entries[-1]["index"], w.shape)))
+
+    i, j = check(place, op, token, feature)
+    entries = numbers(op, i, j)
+    at = tuple(entries[1]["index"])
+    entries[1]["finite_difference_of_loss"] = central(run.exact[0], p.data, at)
+    found = {
+        "place": place,
+        "step": True,
+        "parameter": f"{place}.lora_A",
+        "index": list(at),
+        "way": _way(run, op),
+        "worked": entries,
+        "lr": LR,
+    }
+    found |= {"token": i, "feature": j, "code": [code(op)], **arrays(op)} | (choices(op, i, j, numbers) if page else {})
+    return found | {"before": float(w[at]), "loss_after": _step(run), "after": float(p.data[at])}
+
+
+def _way(run: Passes, op: Call) -> list[dict[str, Any]]:
+    """The backward calls from the loss down to an operation, in order: those that the layers around it call."""
+    around: list[Any] = [op]
+    while around[-1] is not None:
+        around.append(around[-1].parent)
+    done = [c for c in run.exact if c.parent in around[1:] and (c.grads or c.order is not None) and (c.order or 0) <= (op.order or 0)]
+    return [
+        {
+            "place": c.place.lstrip("/") or "the model",
+            "name": c.name,
+            "dy": list(c.shapes.get("dy", ())),
+            "norm_dy": None if c.dy is None else float(np.linalg.norm(c.dy)),
+            "gradients": [g for g in c.gradients if g in c.shapes],
+            **counted(c),
+        }
+        for c in sorted(done, key=lambda c: -1 if c.order is None else c.order)
+    ]
+
+
+def _update(w: Array, g: Array, at: int) -> list[dict[str, Any]]:
+    """AdamW's first step of one number."""
+    zeros, step = np.zeros(w.size), AdamStep(LR, 0.0, 0.9, 0.999, 1 - 0.9, 1 - 0.999, 1e-8, True)
+    with trace(Layer(), arrays=True) as calls:  # which copies them
+        K.adamw(w.ravel().copy(), g.ravel(), zeros, zeros.copy(), 1.0, 1.0, step)
+    return worked(calls[0], 0, at)
+
+
+def _step(run: Passes) -> float:
+    """Take the step, of every adapter. Returns the loss after it."""
+    optimizer = AdamW(run.model.parameters(), lr=LR)
+    run.model.loss_backward(run.model.loss(run.ids, run.labels)[1])
+    optimizer.step()
+    return float(run.model.loss(run.ids, run.labels, keep=False)[0])

@@ -1,0 +1,1 @@
+"""One HTML page about a run, or about two runs side by side (page.py)."""
