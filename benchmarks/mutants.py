@@ -37,10 +37,10 @@ FILES = [
     *(f"functional/{name}" for name in "activations attention dropout embedding gelu linear lora losses norm rotary".split()),
     *(f"kernels/numpy/{name}" for name in "attention lora losses norm pointwise".split()),
     *("kernels/__init__", "kernels/grouped"),
-    *(f"layers/{name}" for name in "activations attention base block dropout embedding linear norm sequential".split()),
+    *(f"layers/{name}" for name in "activations base dropout embedding linear norm sequential".split()),
     *("lora/layer", "lora/variants/dora", "lora/variants/vera", "lora/variants/embedding", "lora/init/data"),
     *("adapters/bottleneck", "adapters/several"),
-    *(f"models/{name}" for name in "attention bert classifier decoder gpt2 llama stack".split()),
+    *(f"models/{name}" for name in "attention bert block classifier decoder gpt2 llama stack".split()),
 ]
 # functions that compute gradients under other names, and the variables of forward that are one (all lines of a function: None)
 ALSO: dict[str, set[str] | None] = {
@@ -225,6 +225,8 @@ def mutants() -> Iterator[Mutant]:
                     code = compile(changed_tree, str(path), "exec")
                 except (SyntaxError, ValueError, TypeError):
                     continue
+                if code_of(code, qualified).co_freevars != function_of(file, qualified).__code__.co_freevars:
+                    continue  # without its call of super()
                 if kind not in ("confused", "saved of another") or text.split(" -> ")[1] in known:
                     yield Mutant(file, qualified, line, kind, text, code_of(code, qualified), causes)
 

@@ -8,7 +8,7 @@ from minilora import kernels as K
 from minilora.checking.catalogue import catalogue
 from minilora.checking.subjects import OFFSETS, shaken
 from minilora.kernels import dispatch
-from minilora.layers import Block
+from minilora.models.gpt2 import Block
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((9, 6))

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from minilora import functional as F
 from minilora.backend import Array, to_numpy
+from minilora.checking.calls import Call, names_of, where
 from minilora.checking.causes import Known, cause, known_of, misshapen
 from minilora.checking.check import Check, unchanged
 from minilora.checking.report import Broken, Entry, Fault
-from minilora.checking.trace import Call, Calls, arrays_in, exchanged, names_of, trace, where
+from minilora.checking.trace import Calls, exchanged, trace
 from minilora.kernels import dispatch
 from minilora.layers import Layer, Parameter
 
@@ -31,16 +33,9 @@ def blame(check: Check, entries: list[Entry], seen: list[Entry] | None = None) -
     """The calls that are themselves wrong. entries: those of `check`. seen: is extended by the entries of every other call."""
     calls = recorded(check)
     broken = any(not e.coordinates and e.verdict(check.tol) == "WRONG" for e in entries)  # a promise, or no gradient to compare
-    wrong: dict[Call, list[Entry]] = {}
-    for call in calls[0].below() if calls else ():
-        if any(child in wrong for child in call.children):
-            wrong[call] = []
-            continue
-        found = entries if call is calls[0] else judged(call, check.tol, broken)
-        if bad := [e for e in found if e.verdict(check.tol) == "WRONG"]:
-            wrong[call] = bad
-        if seen is not None and call is not calls[0]:
-            seen += [replace(e, name=f"{call.place}: {e.name}") for e in found]
+    wrong = _wrong(calls, check, entries, broken, seen)
+    if list(wrong) == calls[:1] and not broken:  # what is added, or written to, shows in no call on its own
+        wrong = _wrong(calls, check, entries, True)
     guilty = [call for call, bad in wrong.items() if bad]
     if calls.failed is not None and guilty in ([], calls[:1]):  # an exception in a call that has no gradients yet
         bad = [e for e in entries if e.verdict(check.tol) == "WRONG"]
@@ -54,6 +49,21 @@ def blame(check: Check, entries: list[Entry], seen: list[Entry] | None = None) -
     if not faults and (bad := [e for e in entries if e.verdict(check.tol) == "WRONG"]):
         return [Fault([""], type(check.layer).__name__, bad[0].name, bad[0].remark, "")]
     return list(faults.values())
+
+
+def _wrong(calls: Calls, check: Check, entries: list[Entry], promises: bool, seen: list[Entry] | None = None) -> dict[Call, list[Entry]]:
+    """What is wrong with each wrong call; [] if something inside it is."""
+    wrong: dict[Call, list[Entry]] = {}
+    for call in calls[0].below() if calls else ():
+        if any(child in wrong for child in call.children):
+            wrong[call] = []
+            continue
+        found = entries if call is calls[0] else judged(call, check.tol, promises)
+        if bad := [e for e in found if e.verdict(check.tol) == "WRONG"]:
+            wrong[call] = bad
+        if seen is not None and call is not calls[0]:
+            seen += [replace(e, name=f"{call.place}: {e.name}") for e in found]
+    return wrong
 
 
 def recorded(check: Check) -> Calls:
@@ -85,7 +95,7 @@ def judged(call: Call, tol: float, promises: bool = False) -> list[Entry]:
 
 def fault_of(call: Call, entries: list[Entry]) -> Fault:
     first = min(entries, key=lambda e: (not e.remark, e.name.startswith("(")))
-    cause = "" if call.is_operation else wiring(call) or handed(call)
+    cause = wiring(call) or ("" if call.is_operation else handed(call))
     source = where(call.backward_function or call.function)
     return Fault([call.place], call.name, "" if cause else first.name, cause or first.remark, source, first.error)
 
@@ -111,6 +121,8 @@ def handed(call: Call) -> str:
         def wrong(name: str, g: Any) -> str | None:
             """How the gradient g of the array `name` is wrong; None if it is right."""
             check.analytic = {name: g}
+            if not hasattr(g, "shape"):
+                return f"is a {type(g).__name__} instead of an array"
             if g.shape == check.checked[name].data.shape and check.direction([name]).verdict(_RANDOM_TOL) != "WRONG":
                 return None
             at, numeric, _ = check.numeric(name)
@@ -161,15 +173,20 @@ def wiring(call: Call) -> str:
 
 
 def foreign(call: Call) -> str:
-    """The name of an argument of an operation's backward that its forward neither had nor returned; "" if there is none."""
-    (had, options), (given, _) = call.inputs
-    known = [a for a in (*had, *options.values(), call.y, *arrays_in(call.saved)) if hasattr(a, "nbytes")]
-    saved_nothing = isinstance(given[1], dispatch.Saved) and given[1].value is None if len(given) > 1 else False
-    for name, a in zip(names_of(call.backward_function)[1:], given[1 + saved_nothing :], strict=False):
-        same = (b is a or (a.shape == b.shape and np.array_equal(a, b)) for b in known)
-        if hasattr(a, "nbytes") and not any(same):
+    """The name of an argument that an operation's backward got, and that is not what its forward had; "" if there is none."""
+    given, names = call.inputs[1][0][1:], names_of(getattr(F, f"{call.name}_backward", call.backward_function))[1:]
+    if given and isinstance(given[0], dispatch.Saved) and len(names) > 1 and names[0] in call.args:
+        given = given[1:]  # where the reference saves nothing, what was saved comes first
+    elif call.name in dispatch.TABLE and isinstance(call.saved, dispatch.Saved) and not any(isinstance(a, dispatch.Saved) for a in given):
+        return "saved"
+    for name, a in zip(names, given, strict=False):
+        had = call.args.get(name, a)
+        is_saved = isinstance(a, dispatch.Saved) and (len(names) == 1 or name not in call.args)
+        if a is None or is_saved or (isinstance(had, float) and a == had):
+            continue
+        if isinstance(had, float) or hasattr(had, "nbytes") != hasattr(a, "nbytes"):
             return name
-        if isinstance(a, float) and a not in [b for b in (*had, *options.values()) if isinstance(b, float)]:
+        if hasattr(a, "nbytes") and had is not a and not (a.shape == had.shape and np.array_equal(a, had)):
             return name
     return ""
 
@@ -180,7 +197,8 @@ def part_of(call: Call) -> Part | None:
         return None
     part: Part | None
     if call.is_operation:
-        part = OperationPart(call) if call.grads is not None or call.order is not None else None
+        judge = call.order is not None and not foreign(call) if call.run[1] else call.grads is not None
+        part = OperationPart(call) if judge else None
     else:
         part = Part(call) if call.args and call.y is not None and call.args.get("keep", True) else None
     return part if part is not None and getattr(part.x, "dtype", np.dtype(object)).kind in "fiu" else None
@@ -221,7 +239,8 @@ class OperationPart(Part):
 
     def __init__(self, call: Call) -> None:
         self.of, self.need_dx = call, True
-        needed = [g for g, value in (call.grads or {}).items() if value is not None] if call.order is None else call.need
+        given = (a for a in (*call.inputs[0][0], *call.inputs[0][1].values()) if isinstance(a, (set, frozenset)))
+        needed = call.need if call.run[1] else next(given, None)
         arrays = {g[1:]: call.args.get(g[1:]) for g in call.gradients if needed is None or g in needed}
         arrays = {name: a for name, a in arrays.items() if getattr(getattr(a, "dtype", None), "kind", "") == "f" and hasattr(a, "nbytes")}
         self.key = next(iter(arrays), "")
@@ -252,6 +271,9 @@ class OperationPart(Part):
             result = self.of.run[1](dy, *(saved[0] if a is self.of.saved and a is not None else a for a in args[1:]), **options)
             grads = result if isinstance(result, tuple) else (result,)
         named = dict(zip(self.of.gradients, grads, strict=False))
+        needless = [g for g, value in named.items() if value is not None and isinstance(self.of.need, set) and g not in self.of.need]
+        if needless:
+            raise ValueError(f"{needless[0]} was formed, and is not needed")  # a promise of every backward
         for name, p in self.tensors.items():
             g = named.get(f"d{name}")
             p.grad = g if p.grad is None or g is None else p.grad + g

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from minilora import functional as F
+from minilora import kernels as K
 from minilora.backend import Array
 from minilora.checking.subjects import OFFSETS, Subject
-from minilora.kernels.numpy import losses as np_losses
 from minilora.layers import Layer, Parameter, Saved
 from minilora.layers.base import Output
 from minilora.lora.variants import dora, embedding, vera
@@ -99,8 +100,12 @@ def _pairs(rng: np.random.Generator) -> Iterator[Pair]:
     yield Pair(F, "linear_cross_entropy", "loss dx dW", x=draw(5, 5), W=draw(5, 7), labels=labels[labels != -100], block=2)
 
     yield Pair(F, "linear_cross_entropy, frozen head", "loss dx dW", "W", x=x, W=draw(5, 7), labels=ids[:6], need={"dx"}, block=3)
-    rows = rng.integers(0, 300, 4200)  # two blocks of the vocabulary
-    yield Pair(np_losses, "linear_cross_entropy, kernel", "loss dx dW", "W", x=draw(4200, 2), W=draw(2, 300), labels=rows, need={"dx"})
+
+    def chosen(x: Array, W: Array, labels: Array, need: Collection[str] = ("dx", "dW")) -> Any:
+        return K.linear_cross_entropy(x, W, labels, None, need)
+
+    rows, kernels = rng.integers(0, 300, 4200), SimpleNamespace(linear_cross_entropy=chosen)  # two blocks of the vocabulary
+    yield Pair(kernels, "linear_cross_entropy, large", "loss dx dW", "W", x=draw(4200, 2), W=draw(2, 300), labels=rows, need={"dx"})
 
     W: dict[str, Any] = {"frozen": "W", "W": draw(5, 4), "b": None, "s": 0.7}
     A, B = draw(5, 2), draw(2, 4)
