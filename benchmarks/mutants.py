@@ -366,7 +366,7 @@ def function_of(file: str, qualified: str) -> types.FunctionType:
     return value
 
 
-def coverage(entries: list[Any]) -> tuple[dict[tuple[str, int], list[int]], list[float]]:
+def coverage(entries: list[Any], codes: set[types.CodeType]) -> tuple[dict[tuple[str, int], list[int]], list[float]]:
     """{(file, line): the entries that run it}, and the seconds of each entry."""
     found: dict[tuple[str, int], list[int]] = {}
     seconds = []
@@ -380,7 +380,7 @@ def coverage(entries: list[Any]) -> tuple[dict[tuple[str, int], list[int]], list
             return local
 
         def start(frame: Any, event: str, arg: Any) -> Any:
-            return local if frame.f_code.co_filename.startswith(inside) and "/checking/" not in frame.f_code.co_filename else None
+            return local if frame.f_code in codes else None
 
         before = time.perf_counter()
         with unchanged(layer), np.errstate(all="ignore"):
@@ -573,8 +573,8 @@ def main() -> None:
         return into_page("mutants", table(results))
     entries = list(catalogue())
     entries += [(f"{name}{PLAIN}", *rest) for name, *rest in entries if name.startswith(MODELS)]
-    where, seconds = coverage(entries)
     listed = [m for m in mutants() if args.only in m.file][args.start :: args.every]
+    where, seconds = coverage(entries, {function_of(m.file, m.function).__code__ for m in listed})
     print(f"{len(listed)} mutants, {len(entries)} entries of {sum(seconds):.0f} s", flush=True)
 
     def stop(*_: Any) -> None:

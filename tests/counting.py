@@ -47,7 +47,7 @@ def counting(model: Any) -> Iterator[_Count]:
     def counted(make: Any) -> Any:
         def made(*args: Any, **options: Any) -> Any:
             array = make(*args, **options).view(Counted)
-            array.is_ones = make.__name__ == "ones" and array.shape[-1] == 1
+            array.is_ones = make.__name__ == "ones" and array.shape[-1:] == (1,)
             return array
 
         return made

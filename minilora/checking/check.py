@@ -86,7 +86,7 @@ class Check:
         checked = {"dx": self.input} if self.floating and getattr(layer, "need_dx", True) else {}
         checked |= {path: p for path, p in self.params.items() if _trainable(p)}
         self.checked = {name: p for name, p in checked.items() if p.data.size}
-        self.before = {"x": digest(self.x), **{path: digest(p.data) for path, p in self.params.items()}}
+        self.before = {"": digest(self.x), **{path: digest(p.data) for path, p in self.params.items()}}
         self.kinks: dict[str, np.ndarray] = {}  # coordinates that were left out
         self.c: Any = None
 
@@ -292,7 +292,7 @@ class Check:
             self.call("backward", dy, self.forward()[1])
         if digest(c) != digest(self.c):
             yield Entry("dy", "backward wrote into its argument")
-        if digest(self.x) != self.before["x"]:
+        if digest(self.x) != self.before[""]:
             yield Entry("x", "was written to")
         for path, p in self.params.items():
             if digest(p.data) != self.before[path]:

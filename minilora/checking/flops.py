@@ -69,11 +69,9 @@ def forward_flops(name: str, args: dict[str, Any], implementation: str, form: bo
         each["dq dk dv"] = value("2 again h", sizes)  # the scores of long sequences are computed again
     skipped = sum(cost for key, cost in each.items() if key != "forward")
     W = args.get("W")
-    if isinstance(W, Residual):  # W - L R: products with it are operations of their own, but for W H^T in the gradient of column norms
-        m, n, q = sizes["m"], sizes["n"], W.R.shape[0]
+    if isinstance(W, Residual):  # W - L R: products with it are operations of their own
         terms = {key: [t for t in f.split(" + ") if not {"m", "n"} <= set(t.split())] for key, f in formulas.items()}
-        own = {key: value(" + ".join(t) or "0", sizes) for key, t in terms.items()}
-        each = {**own, "dA": each["dA"] + 2 * q * sizes["r"] * (m + n)} if name == "column_norms" else own
+        each = {key: value(" + ".join(t) or "0", sizes) for key, t in terms.items()}
     return Flops(each.get("forward", 0), 0, 0, skipped, each, sizes)
 
 
