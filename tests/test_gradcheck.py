@@ -1,5 +1,6 @@
 """The gradient checker: right gradients pass, wrong ones fail, and undecidable ones are reported as such."""
 
+import json
 import threading
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import minilora as ml
 from minilora.checking.catalogue import catalogue
 from minilora.checking.check import Check
+from minilora.cli import main
 from minilora.layers import Parameter
 
 X = np.random.default_rng(1).standard_normal((5, 4))
@@ -507,3 +509,114 @@ def test_frozen_parameters_and_parameters_without_the_attribute():
     layer = broken(add=lambda self, p, g: None)
     layer.W = Parameter(layer.W.data, trainable=False)
     assert ml.gradcheck(layer, X).ok
+
+
+# -- what a reader may hand over -------------------------------------------------------------------------------------------------------
+
+
+def test_a_parameter_may_be_called_x():
+    layer = broken(parameters=lambda self: [("x", self.W)])
+    assert ml.gradcheck(layer, X).ok
+
+
+def test_an_object_without_parameters_or_without_backward():
+    class Double:
+        def forward(self, x):
+            return 2 * x, None
+
+        def backward(self, dy, saved):
+            return 2 * dy
+
+    assert ml.gradcheck(Double(), X).ok
+    with pytest.raises(ValueError, match="int has no forward or no backward"):
+        ml.gradcheck(3, X)
+
+
+@pytest.mark.parametrize(
+    ("change", "remark"),
+    [
+        (lambda g: g > 0, "is bool, and its array is float64: precision is lost"),
+        (lambda g: float(g.sum()), "is a float instead of an array"),
+        (lambda g: g[:2], "has shape (2, 4) instead of (4, 4)"),
+        (lambda g: np.full(g.shape, np.nan), "16 of 16 values are NaN or infinite"),
+    ],
+)
+def test_a_gradient_of_another_type_or_shape(change, remark):
+    assert failures(gradient(change))["W"][1].startswith(remark)
+
+
+def test_a_function_that_does_not_end_is_stopped():
+    def endless(self, x):
+        while True:
+            pass
+
+    found = failures(broken(forward=endless), timeout=0.2)
+    assert found["forward"][1].startswith("raised TimeoutError: it did not end within 0.2 seconds")
+    assert ml.gradcheck(Dense(), X, timeout=60).ok
+
+
+LAYER = """
+import numpy as np
+from minilora.layers import Parameter
+class Dense:
+    def __init__(self):
+        self.W = Parameter(np.ones((4, 3)))
+    def forward(self, x):
+        return x @ self.W.data, x
+    def backward(self, dy, saved):
+        self.W.add_grad(FACTOR * saved.T @ dy)
+        return dy @ self.W.data.T
+    def parameters(self):
+        return [("W", self.W)]
+made = Dense()
+"""
+
+
+def run(capsys, *words):
+    status = main(["gradcheck", "--backend", "numpy", *words])
+    return status, *capsys.readouterr()
+
+
+def test_a_layer_in_a_file(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(LAYER.replace("FACTOR", "1"))
+    for name in ("Dense", "made"):
+        status, out, _ = run(capsys, f"{path}:{name}")
+        assert status == 0
+        assert "all 3 checks agree" in out
+    assert run(capsys, f"{path}:Dense", "--x", "2x4")[0] == 0
+    path.write_text(LAYER.replace("FACTOR", "3"))
+    status, out, err = run(capsys, f"{path}:Dense")
+    assert status == 1
+    assert out.splitlines()[-1].startswith("Dense: W is 3 times the true gradient")
+    assert f"[{path}:9]" in out
+    assert "WRONG; --table prints every gradient." in err
+    status, out, _ = run(capsys, f"{path}:Dense", "--json")
+    fault = json.loads(out)["faults"][0]
+    assert (status, fault["gradient"], fault["source"]) == (1, "W", f"{path}:9")
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "message"),
+    [
+        ("import not_here", "a", "ModuleNotFoundError: No module named 'not_here'"),
+        ("def f(:", "a", "line 1: SyntaxError"),
+        ("def made(): raise KeyError('x')", "made", "KeyError"),
+        ("a = 1", "b", "has no b; it has a"),
+        ("class A:\n  def forward(self, x): pass\n  backward = forward", "A", "give --x ROWSxCOLUMNS"),
+    ],
+)
+def test_a_file_that_cannot_be_checked(tmp_path, capsys, text, what, message):
+    (tmp_path / "mine.py").write_text(text)
+    status, _, err = run(capsys, f"{tmp_path / 'mine.py'}:{what}")
+    assert status == 1
+    assert message in err
+    assert "no such Python file" in run(capsys, f"{tmp_path}/none.py:A")[2]
+
+
+def test_a_whole_model_by_its_calls(capsys):
+    """The bundled model: all 858,880 parameters, every call of it, along random directions."""
+    status, out, _ = run(capsys, "pydoc", "--table")
+    assert status == 0
+    assert "transformer.h.3.mlp.c_fc/linear: dW" in out
+    assert "all 157 checks agree" in out
