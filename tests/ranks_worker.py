@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 
-import minilora
+import minilora.training.ranks
 from minilora.runs.finetune import finetune
 from minilora.runs.recipe import Recipe
 from minilora.runs.resume import resume
@@ -35,7 +35,7 @@ def faulty(self, batches, seed=(), scale=1.0):
 if mine and "do" in fault:
     Replicas.gradients = faulty
 if mine and "version" in fault:
-    minilora.__version__ = fault["version"]
+    minilora.training.ranks.__version__ = fault["version"]
 for settings, out in runs:
     if settings is None:
         result = resume(out)

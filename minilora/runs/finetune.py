@@ -76,15 +76,15 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
         scale = LossScale.of(model)
         if state is not None:
             restore(state, model, optimizer, scale, str(out))
+        interruption = held.enter_context(Interruption())
         if ranks is not None:
-            ranks.interruption = held.enter_context(Interruption())
+            ranks.interruption = interruption
             if not leads:
                 assist(model, optimizer, task, plan, scale, state or State(), ranks)
                 return {}
         folder = Path(str(out)) if resumed else new_folder(out, plan.method)
         if not resumed:
             held.enter_context(locked(folder))
-        interruption = ranks.interruption if ranks is not None else held.enter_context(Interruption())
         trained = optimizer.flat.data.size
         settings = asdict(plan) | ({} if plan.data is None else {"data": str(Path(plan.data).absolute())})  # found from anywhere
 

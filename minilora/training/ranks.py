@@ -13,6 +13,7 @@ A wait ends after MINILORA_WAIT seconds (1800) with an error that names the rank
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -21,10 +22,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import numpy as np
 from threadpoolctl import threadpool_info
+
+from minilora import __version__
 
 _RANK = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # MPICH and Intel MPI, Slurm, Open MPI
 _SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
@@ -46,7 +50,7 @@ class Ranks:
         self.comm, self.status = mpi.COMM_WORLD, mpi.Status()
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
         self.limit = float(os.environ.get("MINILORA_WAIT", 1800))
-        self.interruption: Any = None
+        self.interruption: Any = SimpleNamespace(requested=False)
         self.over = False
         self.sent: list[Any] = []  # requests, which hold their buffers until these have left
 
@@ -71,7 +75,7 @@ class Ranks:
 
     def greet(self, about: Mapping[str, Any], lanes: int) -> None:
         """Raise ValueError, naming the rank and the difference, unless `about` and versions are the same on all, and all have a lane."""
-        versions = {"minilora": sys.modules["minilora"].__version__, "numpy": np.__version__}
+        versions = {"minilora": __version__, "numpy": np.__version__}
         blas = [[each["internal_api"], each.get("architecture")] for each in threadpool_info() if each["user_api"] == "blas"]
 
         def compare(greetings: list[Any]) -> None:
@@ -98,13 +102,11 @@ class Ranks:
         """The losses of all lanes from those of this rank's; None for one without labels. Raises Stopped when rank 0 has ended training."""
 
         def decide(messages: list[Any]) -> list[Any]:
-            if self.interruption is not None and any(message["stop"] for message in messages):
-                self.interruption.requested = True
+            self.interruption.requested |= any(message["stop"] for message in messages)
             return [loss for message in messages for loss in message["losses"]]
 
-        stop = self.interruption is not None and self.interruption.requested
         plain = [None if loss is None else [float(loss), loss.dtype.str] for loss in mine]
-        answer = self.meet(f"step {step}", {"losses": plain, "stop": stop}, decide)
+        answer = self.meet(f"step {step}", {"losses": plain, "stop": self.interruption.requested}, decide)
         if answer is None:
             raise Stopped
         return [None if loss is None else np.dtype(loss[1]).type(loss[0]) for loss in answer]
@@ -171,7 +173,7 @@ def _within(limit: float, done: Callable[[], bool]) -> bool:
         waited = time.monotonic() - begun
         if waited > limit:
             return False
-        time.sleep(0 if waited < 1e-3 else 1e-4)
+        time.sleep(0 if waited < 1e-3 else min(waited / 100, 0.01))
     return True
 
 
@@ -210,22 +212,27 @@ def joined() -> Iterator[Ranks | None]:
 
 
 def _find() -> Ranks | None:
-    """Raises ImportError without mpi4py; RuntimeError when mpiexec and the library are of two kinds, so that each process seems alone."""
+    """Raises ImportError without mpi4py; RuntimeError when mpiexec is not that of the library, to which each process would seem alone."""
     rank = next((int(os.environ[name]) for name in _RANK if name in os.environ), None)
-    size = max((int(os.environ[name]) for name in _SIZE if name in os.environ), default=None)
+    size = max((int(os.environ[name]) for name in _SIZE if name in os.environ), default=0)
     if rank is None or size == 1:
         return None
     try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False  # a library may end the process there
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ImportError(
             f"mpiexec started this process, which needs mpi4py and an MPI library: pip install mpi4py mpich ({error})."
         ) from None
-    if MPI.COMM_WORLD.Get_size() > 1:
-        return Ranks(MPI)
-    if rank == 0 and size is None:
-        return None
-    library = MPI.Get_library_version().split("\n")[0].strip("\0 ")
+    library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
+    if library.startswith("Open MPI") or "OMPI_COMM_WORLD_RANK" not in os.environ:
+        if not MPI.Is_initialized():
+            MPI.Init_thread()
+            atexit.register(MPI.Finalize)
+        if MPI.COMM_WORLD.Get_size() > 1 or not rank | size:
+            return Ranks(MPI) if MPI.COMM_WORLD.Get_size() > 1 else None
     raise RuntimeError(
-        f"mpiexec started {size or 'several'} processes, but is not that of {library}, to which each seems alone; use its own."
+        f"mpiexec started {size or 'several'} processes, but belongs to another MPI than {library}, the library here; use its own."
     )
