@@ -231,8 +231,10 @@ def _find() -> Ranks | None:
         if not MPI.Is_initialized():
             MPI.Init_thread()
             atexit.register(MPI.Finalize)
-        if MPI.COMM_WORLD.Get_size() > 1 or not rank | size:
-            return Ranks(MPI) if MPI.COMM_WORLD.Get_size() > 1 else None
+        if MPI.COMM_WORLD.Get_size() > 1:
+            return Ranks(MPI)
+        if not (rank or size):
+            return None
     raise RuntimeError(
         f"mpiexec started {size or 'several'} processes, but belongs to another MPI than {library}, the library here; use its own."
     )
