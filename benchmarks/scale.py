@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.machine import describe
 
 ROOT = Path(__file__).parent.parent
-WINDOW, BATCH, STEPS = 256, 4, 4
+WINDOW, BATCH, STEPS = 256, 4, 3
 WORKERS = (8, 64, 1024)
 NETWORKS = {"1 Gbit/s": (1e9, 25e-6), "10 Gbit/s": (1e10, 25e-6), "400 Gbit/s": (4e11, 2e-6)}  # (bits a second, seconds a message)
 SPEEDS = {"16 CPU cores": 16 * 1e11, "a GPU": 2e14}  # FLOP a second of one worker: docs/speed.md and docs/gpu.md
@@ -170,18 +170,13 @@ def main() -> None:
     if args.train:
         return train_here(args.layers)
     result = measure(args.rounds, args.layers)
-    shares = result["efficiency"]
-    print(
-        f"step of one process {_time(statistics.median(result['seconds']['one']))}, of two {_time(statistics.median(result['seconds']['two']))}"
-    )
-    print(
-        f"efficiency of two processes {statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}), load {result['load']:.1f}"
-    )
+    shares, (one, two) = result["efficiency"], (_time(statistics.median(each)) for each in result["seconds"].values())
+    print(f"a step of one process {one}, of two {two}")
+    print(f"efficiency of two {statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}), load {result['load']:.1f}")
     print(f"a meeting {_time(result['meet'])}, an exchange of {result['trainable'] * 4 / 1e6:.1f} MB {_time(result['add'])}\n")
     for size in SIZES:
-        print(
-            f"{size.name}: {size.trainable:,} numbers, {size.trainable * 4 / 1e6:,.1f} MB; sent a step by each of 8: {size.trainable * 7 / 1e6:,.1f} MB"
-        )
+        own = size.trainable * 4 / 1e6
+        print(f"{size.name}: {size.trainable:,} numbers, {own:,.1f} MB; each of 8 workers sends {own * 7 / 4:,.1f} MB a step")
     print(f"\n{tables(result['meet'] / 2)}\n")
     print(json.dumps({"machine": describe(), **result}))
 
