@@ -122,7 +122,7 @@ def train_here(layers: int) -> None:
             "trainable": optimizer.flat.data.size,
         }
         if ranks is not None:
-            rows = {lane: optimizer.flat.grad.copy() for lane in ranks.block(2)}
+            rows = {lane: optimizer.flat.grad.copy() for lane in ranks.blocks(2)[ranks.rank]}
             result["meet"], result["add"] = [], []
             for _ in range(200):
                 begun = time.perf_counter()

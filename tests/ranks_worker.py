@@ -1,6 +1,6 @@
 """One rank of the runs of test_ranks.py: mpiexec -n N python ranks_worker.py RUNS FAULT.
 
-RUNS   JSON, [[settings of a recipe, run folder], ...]; settings null: continue the run in the folder
+RUNS   JSON, [[settings of a recipe, run folder], ...]; settings null: continue the run in the folder; with "rows" and "seeds": a study
 FAULT  JSON, {"rank": r, "step": s, "do": "hang" | "fail" | "kill" | "stop"}, or {"rank": r, "settings": {...}} that differ, or
        {"rank": r, "version": of minilora}; or {}
 """
@@ -15,6 +15,7 @@ import minilora.training.ranks
 from minilora.runs.finetune import finetune
 from minilora.runs.recipe import Recipe
 from minilora.runs.resume import resume
+from minilora.runs.study import study
 from minilora.training.replicas import Replicas
 
 runs, fault = map(json.loads, sys.argv[1:])
@@ -39,6 +40,8 @@ if mine and "version" in fault:
 for settings, out in runs:
     if settings is None:
         result = resume(out)
+    elif "rows" in settings:
+        result = study(Recipe(**settings["recipe"]), settings["rows"], settings["seeds"], out)
     else:
         result = finetune(Recipe(**settings | (fault.get("settings", {}) if mine else {})), out)
-    print(f"returned {sorted(result)[:1]}")
+    print(f"returned {[*result][:1]}")

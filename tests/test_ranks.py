@@ -15,6 +15,9 @@ from test_resume import models, quiet, recipe_of, what_is_left  # noqa: F401  (`
 
 from minilora.runs import checkpoint, folder
 from minilora.runs.finetune import finetune
+from minilora.runs.folder import read_records
+from minilora.runs.recipe import Recipe
+from minilora.runs.study import study
 from minilora.training.ranks import add_by_tree
 
 HERE = Path(__file__).parent
@@ -31,8 +34,8 @@ RUNS = {
 
 
 def start(n, runs, fault=None, **environment):
-    """Start n ranks, one after another on each of the runs [(recipe or None, folder)]."""
-    runs = [[recipe and asdict(recipe), str(out)] for recipe, out in runs]
+    """Start n ranks, one after another on each of the runs [(recipe, or None, or a study, folder)]."""
+    runs = [[asdict(what) if isinstance(what, Recipe) else what, str(out)] for what, out in runs]
     env = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", **environment}
     line = [MPIEXEC, "-n", str(n), sys.executable, HERE / "ranks_worker.py", json.dumps(runs), json.dumps(fault or {})]
     return subprocess.run(line, env=env, capture_output=True, text=True, timeout=240, check=False)
@@ -115,6 +118,21 @@ def test_lanes_are_by_default_the_threads_of_all_ranks(models, tmp_path):  # noq
     assert json.loads((tmp_path / "run" / "run.json").read_text())["configuration"]["lanes"] == 6
 
 
+@needs_mpi
+def test_a_study_hands_its_runs_to_the_ranks(models, tmp_path):  # noqa: F811
+    recipe, rows = recipe_of(models, "classify", steps=3), {"LoRA": {}, "biases": {"method": "bitfit"}}
+    study(recipe, rows, 1, tmp_path / "ranks", quiet)  # a part is there already
+    done = start(3, [({"recipe": asdict(recipe), "rows": rows, "seeds": 3}, tmp_path / "ranks")])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("returned [Summary") == 1
+    study(recipe, rows, 3, tmp_path / "alone", quiet)
+    alone, found = (
+        {(r["row"], r["seed"]): {**r, "seconds": 0} for r in read_records(tmp_path / each / "runs.jsonl")} for each in ("alone", "ranks")
+    )
+    assert alone == found
+    assert len(found) == 6
+
+
 # -- what is refused -----------------------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +149,7 @@ def test_ranks_that_differ_are_named(models, tmp_path):  # noqa: F811
         ({"settings": {"model": str(models / "nowhere")}}, "minilora: error: rank 1: there is no"),
     ):
         assert message in refused(2, recipe, out, {"rank": 1, **fault})
-    assert "3 ranks have only 2 lanes to compute; begin a run with --lanes 3," in refused(3, recipe, out)
+    assert "3 ranks share only 2 lanes; begin a run with --lanes 3," in refused(3, recipe, out)
 
 
 @needs_mpi

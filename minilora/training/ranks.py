@@ -29,6 +29,7 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from minilora import __version__
+from minilora.data.records import note
 
 _RANK = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # MPICH and Intel MPI, Slurm, Open MPI
 _SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
@@ -54,10 +55,9 @@ class Ranks:
         self.over = False
         self.sent: list[Any] = []  # requests, which hold their buffers until these have left
 
-    def block(self, lanes: int, rank: int | None = None) -> range:
-        """The lanes of a rank, by default of this one."""
-        rank = self.rank if rank is None else rank
-        return range(lanes * rank // self.size, lanes * (rank + 1) // self.size)
+    def blocks(self, lanes: int) -> list[range]:
+        """The lanes of every rank."""
+        return [range(lanes * rank // self.size, lanes * (rank + 1) // self.size) for rank in range(self.size)]
 
     def meet(self, where: str, message: Any, decide: Callable[[list[Any]], Any]) -> Any:
         """decide([the message of every rank]), computed by rank 0 and sent to all. Messages and answers are JSON.
@@ -75,28 +75,19 @@ class Ranks:
 
     def greet(self, about: Mapping[str, Any], lanes: int) -> None:
         """Raise ValueError, naming the rank and the difference, unless `about` and versions are the same on all, and all have a lane."""
-        versions = {"minilora": __version__, "numpy": np.__version__}
         blas = [[each["internal_api"], each.get("architecture")] for each in threadpool_info() if each["user_api"] == "blas"]
 
         def compare(greetings: list[Any]) -> None:
             if self.size > lanes:
-                raise ValueError(
-                    f"{self.size} ranks have only {lanes} lanes to compute; begin a run with --lanes {self.size}, or start fewer ranks."
-                )
-            first = greetings[0]
-            for rank, other in enumerate(greetings):
-                for name, value in first["same"].items():
-                    if other["same"].get(name) != value:
-                        raise ValueError(
-                            f"rank {rank} has {name} {other['same'].get(name)!r}, rank 0 has {value!r}; all ranks need the same."
-                        )
-                if other["blas"] != first["blas"]:
-                    print(
-                        f"rank {rank} has the BLAS kernels {other['blas']}, rank 0 {first['blas']}: they round differently.",
-                        file=sys.stderr,
-                    )
+                raise ValueError(f"{self.size} ranks share only {lanes} lanes; begin a run with --lanes {self.size}, or start fewer ranks.")
+            for rank, (same, kernels) in enumerate(greetings):
+                for name, value in greetings[0][0].items():
+                    if same.get(name) != value:
+                        raise ValueError(f"rank {rank} has {name} {same.get(name)!r}, rank 0 has {value!r}; all ranks need the same.")
+                if kernels != greetings[0][1]:
+                    note(f"rank {rank} has the BLAS kernels {kernels}, rank 0 {greetings[0][1]}: they round differently.")
 
-        self.meet("the start", {"same": {**versions, **about}, "blas": blas}, compare)
+        self.meet("the start", [{"minilora": __version__, "numpy": np.__version__, **about}, blas], compare)
 
     def losses(self, mine: Sequence[Any], step: int) -> list[Any]:
         """The losses of all lanes from those of this rank's; None for one without labels. Raises Stopped when rank 0 has ended training."""
@@ -115,8 +106,8 @@ class Ranks:
         """total (n,) = the sum of all lanes. rows: {lane: gradient (n,)} of this rank; they are overwritten, `total` may be one of them."""
         cuts = [total.size * rank // self.size for rank in range(self.size + 1)]
         widths = [b - a for a, b in pairwise(cuts)]
-        starts = [list(add_by_tree(dict.fromkeys(b := self.block(lanes, rank), 0), b.stop, lanes)) for rank in range(self.size)]
-        rows = add_by_tree(rows, self.block(lanes).stop, lanes)
+        starts = [list(add_by_tree(dict.fromkeys(block, 0), block.stop, lanes)) for block in self.blocks(lanes)]
+        rows = add_by_tree(rows, self.blocks(lanes)[self.rank].stop, lanes)
         send = np.concatenate([row[a:b] for a, b in pairwise(cuts) for row in rows.values()])
         parts = np.empty((sum(map(len, starts)), widths[self.rank]), total.dtype)
         counts = [len(rows) * width for width in widths], [len(each) * widths[self.rank] for each in starts]
@@ -138,6 +129,7 @@ class Ranks:
         if not isinstance(error, _EXPECTED):
             traceback.print_exception(error, file=to)
         print(f"minilora: error: rank {self.rank}: {' '.join(str(error).split()) or type(error).__name__}", file=to, flush=True)
+        time.sleep(0.5)  # until mpiexec has read it
         self.comm.Abort(1)
 
     def _send(self, rank: int, message: Any) -> None:
@@ -162,18 +154,18 @@ class Ranks:
         return [received[rank] for rank in ranks]
 
     def _finish(self, request: Any) -> None:
-        if not _within(self.limit, request.Test):
+        if not _within(self.limit, request.Test, rest=False):
             raise TimeoutError(f"the exchange of gradients did not end within {self.limit:g} s: a rank or the network hangs.")
 
 
-def _within(limit: float, done: Callable[[], bool]) -> bool:
-    """Wait until done(), for `limit` seconds at most. Returns whether it is done. Leaves the processor to others meanwhile."""
+def _within(limit: float, done: Callable[[], bool], rest: bool = True) -> bool:
+    """Wait until done(), for `limit` seconds at most, return whether it is. rest: sleep meanwhile; a large message moves in done() only."""
     begun = time.monotonic()
     while not done():
         waited = time.monotonic() - begun
         if waited > limit:
             return False
-        time.sleep(0 if waited < 1e-3 else min(waited / 100, 0.01))
+        time.sleep(min(waited / 100, 0.01) if rest and waited > 1e-3 else 0)
     return True
 
 
@@ -184,9 +176,8 @@ def add_by_tree(rows: dict[int, Any], end: int, lanes: int) -> dict[int, Any]:
     """
     step = 1
     while step < lanes:
-        for i in range(0, lanes - step, 2 * step):
-            if i in rows and i + step in rows and min(i + 2 * step, lanes) <= end:
-                rows[i] += rows.pop(i + step)
+        for i in [i for i in rows if i % (2 * step) == 0 and i + step in rows and min(i + 2 * step, lanes) <= end]:
+            rows[i] += rows.pop(i + step)
         step *= 2
     return rows
 
@@ -223,9 +214,7 @@ def _find() -> Ranks | None:
         mpi4py.rc.initialize = False  # a library may end the process there
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise ImportError(
-            f"mpiexec started this process, which needs mpi4py and an MPI library: pip install mpi4py mpich ({error})."
-        ) from None
+        raise ImportError(f"mpiexec started this process, which needs: pip install mpi4py mpich ({error}).") from None
     library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
     if library.startswith("Open MPI") or "OMPI_COMM_WORLD_RANK" not in os.environ:
         if not MPI.Is_initialized():
@@ -236,5 +225,5 @@ def _find() -> Ranks | None:
         if not (rank or size):
             return None
     raise RuntimeError(
-        f"mpiexec started {size or 'several'} processes, but belongs to another MPI than {library}, the library here; use its own."
+        f"mpiexec started {size or 'several'} processes, but belongs to another MPI than the library here, {library}; use its own."
     )

@@ -55,7 +55,7 @@ class Replicas:
             raise ValueError(f"threads must be at least 1, got {threads}." if threads < 1 else f"lanes must be at least 1, got {lanes}.")
         on_host = get_xp(flat.data) is np
         self.lanes = lanes if on_host else 1
-        self.ranks, self.block = ranks, range(self.lanes) if ranks is None else ranks.block(self.lanes)
+        self.ranks, self.block = ranks, range(self.lanes) if ranks is None else ranks.blocks(self.lanes)[ranks.rank]
         threads = min(threads, len(self.block))
         self.flat, self.prefix, self.tokens = flat, prefix, tokens or (SHARD if on_host else SHARD_ON_DEVICE)
         self.models = [model] + [model.replica() for _ in range(threads - 1)]
