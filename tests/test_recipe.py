@@ -62,6 +62,7 @@ def test_toml_keys_are_the_names_of_the_fields(tmp_path, monkeypatch):
             "sample_bytes": 0,
             "reinit": 1,
             "eval_every": 2,
+            "log": "tensorboard",
             "patience": 3,
         },
         **{"mask_prompt": False, "new_head": True, "use_rslora": True, "use_dora": "exact", "init_lora_weights": "pissa"},

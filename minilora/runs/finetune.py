@@ -25,8 +25,9 @@ from minilora.kernels.cuda.blas import allow_tf32
 from minilora.kernels.memory import peak_memory
 from minilora.lora import adaptation, disabled, lora_layers
 from minilora.models.generate import generate
-from minilora.runs import Say
+from minilora.runs import Say, signs
 from minilora.runs.checkpoint import State, adapter_config, method_of, read_last, restore
+from minilora.runs.doctor import check_products
 from minilora.runs.folder import clean, new_folder
 from minilora.runs.interrupt import Interruption, locked
 from minilora.runs.plot import have_matplotlib, plot_run
@@ -56,6 +57,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print, *,
 
 def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, ranks: Ranks | None) -> dict[str, Any]:
     begun = time.perf_counter()
+    check_products()
     if recipe.tf32:
         allow_tf32()
     recipe = replace(recipe, backend=choose_backend(recipe.backend))
@@ -132,7 +134,9 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
         size = save(training.step)
         records, before, sample_before = training.records.records, dict(about["before"]["figures"]), about["before"]["sample"]
         after, sample_after = measure(model, task, plan.threads, matrix=True), _sample(model, tokenizer, plan)
+        seen = [signs.still_zero(model)]
         if "confusion" in after:
+            seen.append(signs.never_predicted(after["confusion"], task.labels or []))
             write_text(folder / "confusion.json", to_json({"before": before.pop("confusion"), "after": after.pop("confusion")}) + "\n")
         if not math.isfinite(after["loss"]):
             raise ArithmeticError(f"the held-out loss is not finite; the {plan.product} is in {folder}. A lower --lr may help.")
@@ -162,6 +166,8 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
             plot_run(folder / "curves.png", records, before["loss"], after["loss"], title, unit, nats)
         results = write_run(figures)  # last: with its results, the run has ended
         _print(say, plan, results, {"before": sample_before, "after": sample_after})
+        for sign in filter(None, seen):
+            say(f"warning   {sign}")
         say(f"\nwritten to {folder}")
         return {"folder": str(folder), **results}
 

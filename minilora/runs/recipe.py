@@ -136,6 +136,7 @@ class Recipe:
     patience: int | None = _output(
         None, "measurements without a lower loss after which training ends", unset="no limit", metavar="N", least=1
     )
+    log: str = _output("", "also write the figures of each step as events", unset="no", choices=("tensorboard",))
     sample_bytes: int | None = _output(None, "length of the samples", unset="240 for pydoc, else none", metavar="N", least=0)
 
     def __post_init__(self) -> None:

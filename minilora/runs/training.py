@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from itertools import islice
@@ -14,13 +15,14 @@ from tqdm import tqdm
 from minilora.data.batches import Batch
 from minilora.data.records import note
 from minilora.optim.optimizers import AdamW
-from minilora.runs import checkpoint
+from minilora.runs import checkpoint, signs
 from minilora.runs.checkpoint import State
 from minilora.runs.folder import Lines, read_lines
 from minilora.runs.interrupt import Interruption
 from minilora.runs.prepare import prefix_for, steps_of
 from minilora.runs.recipe import ResolvedRecipe
 from minilora.runs.tasks import Task, measure
+from minilora.runs.tensorboard import Events
 from minilora.training.loss_scale import LossScale
 from minilora.training.ranks import Ranks, Stopped
 from minilora.training.watch import Diverged, Step
@@ -56,6 +58,7 @@ class Training:
         if len(records) != state.step:
             raise ValueError(f"{folder / 'metrics.jsonl'} has {len(records)} steps, the checkpoint is of step {state.step}.")
         norms = [r for r in read_lines(folder / "norms.jsonl")[1:] if r.get("step", math.inf) <= state.step]
+        self.events = Events(folder) if plan.log == "tensorboard" else None
         self.records = Lines(folder / "metrics.jsonl", records)
         self.norms = Lines(folder / "norms.jsonl", [{"parameters": optimizer.flat.paths}, *norms])
 
@@ -97,6 +100,12 @@ class Training:
             if loss < self.best()[0]:
                 self.save("best")
         self.records.add(record)
+        if self.events is not None:
+            self.events.add(record)
+        records = self.records.records
+        for sign in (signs.explosion(records), signs.rising(records, self.plan.patience) if "held_out_loss" in record else ""):
+            if sign:
+                tqdm.write(sign, file=sys.stderr)
         if s.norms is not None:
             grads, values = ([float(f"{x:.6g}") for x in row] for row in s.norms)
             self.norms.add({"step": s.step, "grad_norms": grads, "norms": values})
@@ -136,6 +145,8 @@ class Training:
     def close(self) -> None:
         self.records.close()
         self.norms.close()
+        if self.events is not None:
+            self.events.close()
 
     def take_best(self) -> int | None:
         """Put the parameters with the lowest held-out loss into the model. Returns their step; None where nothing was measured."""
