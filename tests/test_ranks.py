@@ -15,7 +15,6 @@ from test_resume import models, quiet, recipe_of, what_is_left  # noqa: F401  (`
 
 from minilora.runs import checkpoint, folder
 from minilora.runs.finetune import finetune
-from minilora.runs.folder import read_records
 from minilora.runs.recipe import Recipe
 from minilora.runs.study import study
 from minilora.training.ranks import add_by_tree
@@ -127,7 +126,8 @@ def test_a_study_hands_its_runs_to_the_ranks(models, tmp_path):  # noqa: F811
     assert done.stdout.count("returned [Summary") == 1
     study(recipe, rows, 3, tmp_path / "alone", quiet)
     alone, found = (
-        {(r["row"], r["seed"]): {**r, "seconds": 0} for r in read_records(tmp_path / each / "runs.jsonl")} for each in ("alone", "ranks")
+        {(r["row"], r["seed"]): {**r, "seconds": 0} for r in folder.read_lines(tmp_path / each / "runs.jsonl")}
+        for each in ("alone", "ranks")
     )
     assert alone == found
     assert len(found) == 6
