@@ -44,7 +44,13 @@ class Worker:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "tests.fuzz.worker", str(self.seed), self.place.name]
-        limited = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
+        limited = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "RUST_BACKTRACE": "0",
+        }
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         self.process: Any = subprocess.Popen(command, cwd=ROOT, env=limited, **pipes)
         if self.process.stdout.readline() != "ready\n":
@@ -150,7 +156,12 @@ def table(found: dict[str, Any], seed: int) -> str:
     sums = Counter()
     for name, each in found.items():
         counts = Counter(each["counts"])
-        row = {"cases": counts.total(), "refused": counts.pop("refused", 0), "accepted": counts.pop("accepted", 0), "failed": counts.total()}
+        row = {
+            "cases": counts.total(),
+            "refused": counts.pop("refused", 0),
+            "accepted": counts.pop("accepted", 0),
+            "failed": counts.total(),
+        }
         row["failed"] = counts.total()
         sums.update(row)
         lines.append(f"| {name} | {row['cases']:,} | {row['refused']:,} | {row['accepted']:,} | {row['failed']:,} |")

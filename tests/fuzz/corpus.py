@@ -75,7 +75,12 @@ def tokenizers(folder: Path) -> dict[str, Files]:
         "gpt2": (small.byte_level_bpe(), {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, {}),
         "qwen2": (
             small.byte_level_bpe(),
-            {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "chat_template": small.CHATML, "extra_special_tokens": ["<s>"]},
+            {
+                "tokenizer_class": "Qwen2Tokenizer",
+                "eos_token": "<|im_end|>",
+                "chat_template": small.CHATML,
+                "extra_special_tokens": ["<s>"],
+            },
             {"generation_config": {"eos_token_id": [0, 2]}, "special_tokens_map": {"bos_token": {"content": "<s>", "lstrip": True}}},
         ),
         "llama": (small.sentencepiece_bpe(), {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>"}, {}),
@@ -106,12 +111,12 @@ def _value(kind: int, value: Any) -> bytes:
     if kind == STRING:
         return _string(value)
     if kind == ARRAY:
-        inner, count, items = value
+        inner, count, items = value if isinstance(value, tuple) else (U8, 1, [1])
         return struct.pack("<IQ", inner, count % 2**64) + b"".join(_value(inner, item) for item in items)
     if kind in (F32, F64):
-        return struct.pack("<" + _PACK[kind], value)
+        return struct.pack("<" + _PACK[kind], value if isinstance(value, float) else 1.5)
     size = struct.calcsize(_PACK.get(kind, "I"))
-    return (int(value) % 256**size).to_bytes(size, "little")
+    return ((value if isinstance(value, int) else 7) % 256**size).to_bytes(size, "little")
 
 
 def gguf_bytes(about: dict[str, Any]) -> bytes:

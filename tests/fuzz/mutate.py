@@ -131,7 +131,7 @@ def _changed(rng: random.Random, here: Any, root: Any, paths: list[tuple[Any, ..
     if isinstance(here, int):
         return rng.choice((here + 1, here - 1, -here, here * 2, here // 2, float(here), here + 0.5, str(here), rng.choice(SIZES)))
     if isinstance(here, float):
-        return rng.choice((-here, here * 1e30, here / 1e30, int(here), str(here), 0.0))
+        return rng.choice((-here, here * 1e30, here / 1e30, round(here) if abs(here) < 1e300 else 1, str(here), 0.0))
     if isinstance(here, str):
         return mutate_text(rng, here, STRINGS) if rng.random() < 0.7 else [here]
     if isinstance(here, list):

@@ -24,7 +24,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from . import corpus
 from .formats import Format, all_formats
 
 SECONDS, BYTES = 2.0, 64 * 2**20
@@ -85,7 +84,9 @@ def _where(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = next((f for f in reversed(frames) if "/minilora/" in f.filename), frames[-1])
     last = frames[-1]
-    return f"{Path(ours.filename).name}:{ours.lineno} ({Path(last.filename).name}:{last.lineno}) {type(error).__name__}: {str(error)[:150]!r}"
+    return (
+        f"{Path(ours.filename).name}:{ours.lineno} ({Path(last.filename).name}:{last.lineno}) {type(error).__name__}: {str(error)[:150]!r}"
+    )
 
 
 def _reset_peak() -> int:
