@@ -1,6 +1,6 @@
 """All measurements on a GPU in one run, into benchmarks/results/gpu.json with the name of the device.
 
-    python -m benchmarks.gpu [--only suite curves dense-bf16 ...] [--rounds 5] [--no-compile]
+    python -m benchmarks.gpu [--only suite curves dense-bf16 ...] [--rounds 5] [--rivals eager compile half half-compile]
     python -m benchmarks.gpu --fake
 
 suite      the GPU tests: --backend cupy -k cupy, with pytest-xdist and pytest-timeout
@@ -195,7 +195,7 @@ def launches(steps: int = 40) -> dict[str, Any]:
 def against_rivals(name: str, args: Namespace) -> dict[str, Any]:
     job = {"labelled": JOBS[name].get("window", 0), **JOBS[name]}
     half = job["dtype"] != "float32"
-    names = ["ours", *(r for r in RIVALS if not (args.no_compile and "compile" in r) and (half or "half" not in r))]
+    names = ["ours", *(r for r in args.rivals if half or "half" not in r)]
     with tempfile.TemporaryDirectory() as folder:
         settings = {"steps": 200 if name == "toy" else 10, "warmup": 10, "rounds": args.rounds, "threads": 1, "folder": folder, **job}
         harness.prepare("gpu", settings)
@@ -225,7 +225,7 @@ def main() -> int:
         **{
             "fake": {"action": "store_true", "help": "only the curves, on the fake CuPy of the tests; needs no GPU"},
             "only": {"nargs": "+", "choices": names, "default": names, "help": "measurements to run"},
-            "no-compile": {"action": "store_true", "help": "leave out torch.compile"},
+            "rivals": {"nargs": "+", "choices": RIVALS, "default": RIVALS, "help": "rivals to run; half has adapters in half precision"},
             "out": {"type": Path, "default": ROOT / "benchmarks" / "results" / "gpu.json", "help": "the file to write"},
         },
     )

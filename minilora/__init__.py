@@ -18,22 +18,8 @@ if TYPE_CHECKING:
     from minilora.formats.adapter import load_adapter, save_adapter
     from minilora.formats.checkpoint import load_model, save_model
     from minilora.functional.losses import cross_entropy, mse
-    from minilora.layers import (
-        GELU,
-        Attention,
-        Block,
-        Dropout,
-        Embedding,
-        Layer,
-        LayerNorm,
-        Linear,
-        Parameter,
-        ReLU,
-        RMSNorm,
-        Sequential,
-        SiLU,
-        Tanh,
-    )
+    from minilora.layers import Attention, Block, Dropout, Embedding, Layer, LayerNorm, Linear, Parameter, RMSNorm, Sequential
+    from minilora.layers.activations import GELU, ReLU, SiLU, Tanh
     from minilora.lora import LoraConfig, LoRALinear, disabled, factorize, inject, merge, unmerge
     from minilora.lora.variants.vera import VeraConfig
     from minilora.models import GPT2, MLP, BertClassifier, BertConfig, GPT2Config, KVCache, Llama, LlamaConfig
@@ -53,7 +39,8 @@ _HOME = {
     "formats.checkpoint": "load_model save_model",
     "functional.losses": "cross_entropy mse",
     "checking.gradcheck": "gradcheck",
-    "layers": "GELU Attention Block Dropout Embedding Layer LayerNorm Linear Parameter RMSNorm ReLU Sequential SiLU Tanh",
+    "layers": "Attention Block Dropout Embedding Layer LayerNorm Linear Parameter RMSNorm Sequential",
+    "layers.activations": "GELU ReLU SiLU Tanh",
     "lora": "LoRALinear LoraConfig disabled factorize inject merge unmerge",
     "models": "BertClassifier BertConfig GPT2 MLP GPT2Config KVCache Llama LlamaConfig",
     "optim.flat": "clip_grad_norm",

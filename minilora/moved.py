@@ -6,17 +6,16 @@ import sys
 from importlib.abc import MetaPathFinder
 from typing import Any
 
-_KEPT_NAME = {  # (old package, new package): modules
-    ("training", "data"): "datasets examples labels records text",
-    ("training", "optim"): "flat optimizers schedules",
-    ("training", "runs"): "finetune plot recipe study tasks",
-}
-MOVED = {f"{old}.{name}": f"minilora.{new}.{name}" for (old, new), names in _KEPT_NAME.items() for name in names.split()} | {
+MOVED = {
+    **{f"training.{name}": f"minilora.data.{name}" for name in "datasets examples records text".split()},
+    **{f"training.{name}": f"minilora.optim.{name}" for name in "flat optimizers schedules".split()},
+    **{f"training.{name}": f"minilora.runs.{name}" for name in "finetune plot recipe study tasks".split()},
     "family": "minilora.lora.variants, minilora.lora.init and minilora.quantization",
     "training.data": "minilora.data.batches",
     "training.evaluate_run": "minilora.runs.evaluate",
     "training.extract_run": "minilora.runs.merge",
     "training.few_sample": "minilora.training.reinitialise and minilora.optim.optimizers",
+    "training.labels": "minilora.data.examples",
     "training.loraplus": "minilora.optim.optimizers",
     "training.metrics": "minilora.training.evaluate",
     "training.preconditioned": "examples/preconditioned.py",

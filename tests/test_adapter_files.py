@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 import minilora as ml
 from minilora.formats.atomic import read_json, write_json
-from minilora.formats.tensors import read_tensors, stored_dtypes, write_tensors
+from minilora.formats.tensors import map_tensors, stored_dtypes, write_tensors
 from minilora.lora import adaptation
 from minilora.models.bert import BertConfig
 from minilora.models.llama import LlamaConfig
@@ -84,7 +84,7 @@ def with_embedding(tmp_path, change, **options):
     """(base folder, adapter folder whose file also has the embedding of the base, changed by `change`)."""
     base, adapter = llama(tmp_path / "base", **options), tmp_path / "adapter"
     ml.save_adapter(adapted(base), adapter)
-    tensors, metadata = read_tensors(adapter / "adapter_model.safetensors")
+    tensors, metadata = map_tensors(adapter / "adapter_model.safetensors")
     E = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
     tensors |= change(E)
     write_tensors(adapter / "adapter_model.safetensors", tensors, metadata)
@@ -102,7 +102,7 @@ def one_ulp_off(E):
 def test_the_unchanged_embedding_of_the_base_is_ignored_in_any_dtype(dtype, tmp_path):
     base, adapter = with_embedding(tmp_path, lambda E: {})
     E = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
-    tensors, metadata = read_tensors(adapter / "adapter_model.safetensors")
+    tensors, metadata = map_tensors(adapter / "adapter_model.safetensors")
     write_tensors(adapter / "adapter_model.safetensors", tensors | {EMBEDDING: E}, metadata, {EMBEDDING: dtype})
     model = ml.load_model(base, "numpy")
     assert ml.load_adapter(model, adapter).modules_to_save is None
@@ -193,7 +193,7 @@ def test_weights_that_stay_random_are_reported(tmp_path, capsys):
     model = ml.load_model(base, "numpy", labels=3)
     ml.inject(model, ml.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"), rng=0)
     ml.save_adapter(model, tmp_path / "a")
-    tensors, metadata = read_tensors(tmp_path / "a" / "adapter_model.safetensors")
+    tensors, metadata = map_tensors(tmp_path / "a" / "adapter_model.safetensors")
     write_tensors(tmp_path / "a" / "adapter_model.safetensors", {k: v for k, v in tensors.items() if "pooler" not in k}, metadata)
     raw = read_json(tmp_path / "a" / "adapter_config.json")
     write_json(tmp_path / "a" / "adapter_config.json", {**raw, "modules_to_save": ["classifier", "score"]})
@@ -334,7 +334,7 @@ def test_bfloat16_rounds_to_nearest_even(tmp_path):
     expected = np.float32([1, 1, 1 + 2**-6, 1 + 2**-7, -1 - 2**-6, 2.0**-130, 0, 3.3895314e38])
     write_tensors(tmp_path / "x", {"x": x, "y": x[:2]}, dtypes={"x": "bfloat16"})
     assert stored_dtypes(tmp_path / "x") == {"x": "bfloat16", "y": "float32"}
-    np.testing.assert_array_equal(read_tensors(tmp_path / "x")[0]["x"], expected)
+    np.testing.assert_array_equal(map_tensors(tmp_path / "x")[0]["x"], expected)
     with pytest.raises(ValueError, match="beyond float16's 65504"):
         write_tensors(tmp_path / "z", {"x": x}, dtypes={"x": "float16"})
     assert not (tmp_path / "z").exists()
@@ -355,7 +355,7 @@ def test_merging_keeps_the_bases_dtype_and_size(dtype, tmp_path):
     model = adapted(base)
     ml.merge(model)
     precise = model.model.layers[0].self_attn.q_proj.merged.T
-    error = np.abs(read_tensors(merged)[0]["model.layers.0.self_attn.q_proj.weight"] - precise)
+    error = np.abs(map_tensors(merged)[0]["model.layers.0.self_attn.q_proj.weight"] - precise)
     assert (error <= {"bfloat16": 2**-8, "float16": 2**-11, "float32": 0}[dtype] * np.abs(precise) + 2**-25).all()
     merge_run(base, tmp_path / "wide", tmp_path / "a", "float32")
     assert set(stored_dtypes(tmp_path / "wide" / "model.safetensors").values()) == {"float32"}

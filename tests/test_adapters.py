@@ -10,7 +10,7 @@ from tiny import IDS, tiny_model
 import minilora as ml
 from minilora.adapters import METHODS, bottlenecks
 from minilora.adapters.bottleneck import truncated_normal
-from minilora.formats.tensors import read_tensors
+from minilora.formats.tensors import map_tensors
 from minilora.lora import adaptation
 
 OFFSETS = [0, 3, 4, 7]
@@ -119,7 +119,7 @@ def test_the_orientation_in_the_file_is_that_of_the_checkpoint(tmp_path):
     for kind, shape in (("bert", (2, 6)), ("gpt2", (6, 2))):  # PyTorch's Linear keeps (out, in), GPT-2's Conv1D (in, out)
         model = injected(kind, "bottleneck", reduction_factor=3)
         ml.save_adapter(model, tmp_path / kind)
-        tensors, _ = read_tensors(tmp_path / kind / "adapter_model.safetensors")
+        tensors, _ = map_tensors(tmp_path / kind / "adapter_model.safetensors")
         assert {value.shape for key, value in tensors.items() if key.endswith("down.weight")} == {shape}
         assert tensors.keys() == {path for path, p in model.parameters() if p.trainable}
     config = json.loads((tmp_path / "bert" / "adapter_config.json").read_text())

@@ -1,6 +1,7 @@
 """Matrix products on the device: every layout against NumPy, with raw cuBLAS calls and with CuPy's own."""
 
-import inspect
+import ast
+from pathlib import Path
 
 import fakecupy
 import ml_dtypes
@@ -107,19 +108,16 @@ def test_views_are_not_copied(fake_cupy):
         assert c.launches == 1
 
 
-def test_the_fake_bindings_match_the_real_ones():
-    cublas = pytest.importorskip("nvmath.bindings.cublas", reason="compares with NVIDIA's bindings; it needs nvmath-python, but no GPU")
-    for name in ("create", "destroy", "set_stream", "set_workspace", "gemm_ex", "gemm_strided_batched_ex"):
-        signature = getattr(cublas, name).__doc__.partition("(")[2].partition(")")[0]
-        played = [p for p in inspect.signature(getattr(fakecupy.blas, name)).parameters.values() if p.default is p.empty]
-        assert len(signature.split(",") if signature else []) == len(played), name
-    kinds = cublas.ComputeType
-    assert (kinds.COMPUTE_32F, kinds.COMPUTE_32F_FAST_TF32, kinds.COMPUTE_64F) == (blas._FLOAT32, blas._TF32, blas._FLOAT64)
-    assert cublas.GemmAlgo.DEFAULT == blas._DEFAULT_ALGORITHM
+def test_the_fake_cublas_has_the_functions_of_the_real_one():
+    """cublas.py itself needs CuPy: its functions are read from the source."""
+    tree = ast.parse(Path(blas.__file__).with_name("cublas.py").read_text())
+    named = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    assert named == ["create", "destroy", "set_stream", "set_workspace", "gemm_ex", "gemm_strided_batched_ex"]
+    assert all(callable(getattr(fakecupy.blas, name)) for name in named)
 
 
-def test_unusable_bindings_fall_back_to_cupy(fake_cupy, monkeypatch):
-    """As on a machine without the driver or without cuBLAS."""
+def test_products_where_cublas_cannot_be_called(fake_cupy, monkeypatch):
+    """As where CuPy's cuBLAS is of another version, or cannot be initialised."""
 
     def create():
         raise RuntimeError("CUDA driver is not found")

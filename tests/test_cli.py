@@ -89,7 +89,7 @@ def test_finetune_writes_a_complete_run_folder(method, cwd, text, capsys):
 def test_equal_runs_write_equal_files(cwd, text, capsys):
     for out in ("a", "b"):
         finetune(capsys, "--data", text, "--out", out, "--threads", "2")
-    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl", "samples.txt"):
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl", "norms.jsonl", "samples.txt"):
         assert (cwd / "a" / name).read_bytes() == (cwd / "b" / name).read_bytes(), name
     finetune(capsys, "--data", text, "--out", "c", "--threads", "2", "--seed", "1")
     assert (cwd / "a" / "metrics.jsonl").read_bytes() != (cwd / "c" / "metrics.jsonl").read_bytes()
@@ -262,7 +262,7 @@ BAD = {
     "rank too large": (bad(["--r", "500"]), "rank 500 is beyond transformer.h.0.attn.c_attn"),
     "unknown module": (bad(["--target-modules", "q_proj,c_attn"]), "no linear layer is called 'q_proj'"),
     "near module": (bad(["--target-modules", "c_attm"]), "did you mean 'c_attn'"),
-    "no such data": (bad(["--data", "absent.txt"]), "there is no file or folder absent.txt"),
+    "no such data": (bad(["--data", "absent.txt"]), "No such file or directory (absent.txt)"),
     "empty data": (empty, "empty.txt is empty"),
     "empty folder": (empty_folder, "no .py, .txt or .md files below nothing"),
     "text shorter than a window": (short, "too short for one window of 32"),
@@ -340,7 +340,8 @@ def test_bytes_and_text():
 
 def test_every_verb_has_help_and_a_wrong_flag_one_line(capsys):
     """Each flag once, each with its dashes, and no traceback."""
-    words = {"compare": ["first", "second"], **{key: ["model"] for key in ("evaluate", "generate", "merge", "extract", "info")}}
+    words = {"compare": ["first", "second"], "report": ["run", "other"]}
+    words |= {key: ["model"] for key in ("evaluate", "generate", "merge", "extract", "info")}
     for name, p in make_parser()[1].items():
         assert [action.dest for action in p._actions if not action.option_strings] == words.get(name, [])
         assert f"minilora {name}" in p.format_help()

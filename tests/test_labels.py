@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from small_tokenizers import BYTES
 
 from minilora.data.datasets import hold_out, load_dataset, load_examples, sample
-from minilora.data.examples import Example
-from minilora.data.labels import at_line, class_names, reader
+from minilora.data.examples import Example, at_line, class_names, reader
 
 HERE = Path("x.jsonl")
 

@@ -46,5 +46,5 @@ def test_errors_are_named(read, text, message):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no settings file"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.toml"):
         parse(["finetune", "--config", str(tmp_path / "absent.toml")])

@@ -64,12 +64,11 @@ def test_only_the_pooler_and_the_top_blocks_are_reinitialised(blocks, backend):
         p.data = p.data + 1
     before = {path: ml.to_numpy(p.data).copy() for path, p in model.parameters()}
     shared = model.replica()
-    count = reinitialise(model, blocks, rng=0)
+    reinitialise(model, blocks, rng=0)
     after = {path: ml.to_numpy(p.data) for path, p in model.parameters()}
     tops = tuple(f"bert.encoder.layer.{i}." for i in range(3 - blocks, 3))
     new = {path for path in after if path.startswith((*tops, "bert.pooler."))}
     assert {path for path in after if not np.array_equal(after[path], before[path])} == new
-    assert count == sum(after[path].size for path in new)
     for path in new:
         if path.endswith("bias"):
             assert not after[path].any()
@@ -232,13 +231,13 @@ RECORD = '{"row": "head", "seed": 0, "value": 0.5, "failed": true, "trained": 1,
 BAD_STUDIES = {
     "another version": (lambda d: (d / "study.json").write_text('{"version": 2}'), {}, "is of version 2, this minilora writes 1"),
     "no recipe": (lambda d: (d / "study.json").write_text('{"version": 1}'), {}, "is damaged: it has no recipe"),
-    "no JSON": (lambda d: damage_file(d, RECORD + '{"row": "head", "se'), {}, "runs.jsonl, line 2: this record is damaged"),
+    "no JSON": (lambda d: damage_file(d, RECORD + '{"row": "head", "se'), {}, "runs.jsonl, line 2: this is not JSON"),
     "a field missing": (
         lambda d: damage_file(d, '{"row": "head", "seed": 0}\n'),
         {},
-        "line 1: this record is damaged, its value is not valid",
+        "line 1: its value is not valid; remove the line to repeat the run",
     ),
-    "no record": (lambda d: damage_file(d, "[1]\n"), {}, "line 1: this record is damaged"),
+    "no record": (lambda d: damage_file(d, "[1]\n"), {}, "line 1: expected a JSON object, got int"),
     "twice": (lambda d: damage_file(d, RECORD * 2), {}, "line 2: 'head' with seed 0 is there twice"),
     "another recipe": (lambda d: None, {"lr": 0.5}, "holds a study with lr 0.02, not 0.5"),
     "other data": (lambda d: None, {"train_size": 9}, "holds a study with train_size None, not 9"),
@@ -297,5 +296,5 @@ def test_bad_requests(recipe, tmp_path):
     with pytest.raises(FileExistsError, match="is in use, and holds no study"):
         study(recipe, ROWS, 1, tmp_path, quiet)
     study(recipe, {"x": {"lr": 0.1}}, 1, tmp_path / "s", quiet)
-    with pytest.raises(ValueError, match=r"whose row 'x' is \{'lr': 0.1\}, not \{'lr': 0.2\}"):
+    with pytest.raises(ValueError, match=r"with row x \{'lr': 0.1\}, not \{'lr': 0.2\}"):
         study(recipe, {"x": {"lr": 0.2}}, 1, tmp_path / "s", quiet)

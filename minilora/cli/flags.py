@@ -26,6 +26,7 @@ _VERBS = {
     "merge": "fold an adapter into its model, as a folder that transformers loads",
     "extract": "turn a full fine-tune into a LoRA of its base model, by singular value decomposition",
     "compare": "the largest change of each weight between two models, with their adapters",
+    "report": "one HTML page about a run, or two: curves, norms, singular values, similarity, time, samples",
     "info": "the contents of a model or a run folder: parameters, memory, adaptable modules",
     "gradcheck": "check every gradient of this package by finite differences",
     "doctor": "versions, BLAS, memory and the GPU of this installation, and whether its matrix products are right",
@@ -115,6 +116,11 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     add("first", help=_MODEL)
     add("second", help="another of the same kind")
     _add_weights(add)
+
+    add = verbs["report"].add_argument
+    add("run", help="a run folder")
+    add("other", nargs="?", metavar="run2", help="another, to compare")
+    add("--out", type=Path, metavar="FILE", help="a new file (default: report.html in the first folder)")
 
     add = verbs["info"].add_argument
     add("model", **_ANY_MODEL)
@@ -207,8 +213,6 @@ def _set_defaults(p: argparse.ArgumentParser, path: Path) -> None:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no settings file {path}.")
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

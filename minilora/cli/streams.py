@@ -44,8 +44,8 @@ def printable(exact: bool, go_on: bool) -> Iterator[None]:
     """Let sys.stdout and sys.stderr be Printable. exact: standard output is left unchanged, unless it is a terminal."""
     before = sys.stdout, sys.stderr
     if not (exact and sys.stdout is not None and not sys.stdout.isatty()):
-        sys.stdout = Printable(sys.stdout, go_on)  # type: ignore[assignment]
-    sys.stderr = Printable(sys.stderr, True)  # type: ignore[assignment]
+        sys.stdout = Printable(sys.stdout, go_on)
+    sys.stderr = Printable(sys.stderr, True)
     try:
         yield
         sys.stdout.flush()

@@ -10,6 +10,7 @@ from typing import Any
 
 from minilora.backend import choose_backend
 from minilora.checking.catalogue import check_all
+from minilora.report.page import report_run
 from minilora.runs import Say
 from minilora.runs.doctor import doctor
 from minilora.runs.evaluate import evaluate_run
@@ -85,6 +86,7 @@ VERBS: dict[str, Callable[[Namespace, Say], dict[str, Any]]] = {
     "merge": _merge,
     "extract": lambda args, say: extract_run(**_given(args), say=say),
     "compare": _compare,
+    "report": lambda args, say: report_run(**_given(args), say=say),
     "info": lambda args, say: describe(**_given(args), say=say),
     "gradcheck": _gradcheck,
     "doctor": lambda args, say: doctor(say),

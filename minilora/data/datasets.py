@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from heapq import heappush, heapreplace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from minilora.data.batches import Batch
-from minilora.data.examples import Example, Maker, example_maker
-from minilora.data.labels import NoClass, at_line, class_names, label_of
-from minilora.data.records import SPLITS, Record, listed, note, read_records, split_files
+from minilora.data.examples import Example, NoClass, at_line, class_names, example_maker
+from minilora.data.records import SPLITS, listed, note, read_records, split_files
 from minilora.formats.tokenizer import Tokenizer
 
 _USED = {"lm": ("text", "prompt", "completion", "messages", "tools", "documents"), "classify": ("text", "label")}
@@ -69,29 +69,25 @@ def load_dataset(
                  of max_length, then the completion its end. `Example.cut` marks them
     mask_prompt  False: train on prompts and users' turns too
     labels       the classes of an existing head, in its order (one class: labels are values); default: those of the training data, or of
-                 a single file, see data/labels.py
+                 a single file, see data/examples.py
     seed         draws the tenth that is held out where there is no validation data, see `hold_out`
     drawn_at     (max_length, mask_prompt) of the run that held them out, if it read the records otherwise
 
     Raises FileNotFoundError, or ValueError naming file and line.
     """
     files = split_files(path, quiet=False)
-    records = {split: list(read_records(file, encoding)) for split, file in files.items()}
-    published, template = labels, chat_template or tokenizer.chat_template
     if task == "classify" and labels is None:
         if "train" not in files:
             raise FileNotFoundError(f"{path} has no training split: without it the classes are not known.")
-        labels = class_names(files["train"], records["train"])
-    make = example_maker(task, tokenizer, max_length, mask_prompt, labels, template)
-    dataset = Dataset(labels=list(labels) if task == "classify" and labels is not None and len(labels) > 1 else None)
-    for split, file in files.items():
-        setattr(dataset, split, _examples(file, records[split], task, make, published))
+        labels = class_names(files["train"], list(read_records(files["train"], encoding)))
+    options: dict[str, Any] = {"labels": labels, "chat_template": chat_template, "encoding": encoding}
+    splits = {split: load_examples(file, task, tokenizer, max_length, mask_prompt, **options) for split, file in files.items()}
     if "train" in files and "valid" not in files:
         alike = None
         if drawn_at is not None and drawn_at != (max_length, mask_prompt):
-            make = example_maker(task, tokenizer, *drawn_at, labels, template)
-            alike = [make(record) for _, record in records["train"]]
-        dataset.train, dataset.valid = hold_out(dataset.train, files["train"], seed, alike=alike)
+            alike = load_examples(files["train"], task, tokenizer, *drawn_at, **options)
+        splits["train"], splits["valid"] = hold_out(splits["train"], files["train"], seed, alike=alike)
+    dataset = Dataset(**splits, labels=list(labels) if task == "classify" and labels is not None and len(labels) > 1 else None)
     trained = {_key(example) for example in dataset.train}
     for split in ("valid", "test"):
         measured = getattr(dataset, split)
@@ -111,11 +107,33 @@ def load_examples(
     chat_template: str | None = None,
     encoding: str = "utf-8",
 ) -> list[Example]:
-    """All records of one file, in order: `load_dataset` without splits. Task "classify" needs `labels`."""
+    """All records of one file, in order, as examples; unused fields are named on standard error. Task "classify" needs `labels`.
+
+    Raises ValueError, naming file and line, also for fields that must not be ignored.
+    """
+    file = Path(file)
     if task == "classify" and labels is None:
         raise ValueError(f"{file}: the classes are not known; give a folder that has a training split too.")
     make = example_maker(task, tokenizer, max_length, mask_prompt, labels, chat_template or tokenizer.chat_template)
-    return _examples(Path(file), list(read_records(file, encoding)), task, make, labels)
+    examples: list[Example] = []
+    unused: dict[str, None] = {}
+    try:
+        for line, record in read_records(file, encoding):
+            with at_line(file, line):
+                if odd := next((name for name in _REFUSED if name in record), None):
+                    raise ValueError(f"{odd!r} is not supported, and would be ignored; remove it.")
+                forms = [name for name in ("text", "prompt", "messages") if name in record] if task == "lm" else []
+                if len(forms) > 1:
+                    raise ValueError(f"the record has {forms[0]!r} and {forms[1]!r}; keep the one that is to be learnt.")
+                unused |= dict.fromkeys(name for name in record if name not in _USED[task])
+                examples.append(make(record))
+    except NoClass as error:
+        names = sorted({str(record.get("label")).strip() for _, record in read_records(file, encoding)})
+        raise ValueError(f"{error} The data have {listed(names, 40)}; rename them, or make a head with finetune --new-head.") from None
+    if unused:
+        names = [repr(name) if name else "a column without a name" for name in unused]
+        note(f"{file}: {listed(names)} {'is' if len(names) == 1 else 'are'} not used.")
+    return examples
 
 
 def hold_out(
@@ -231,34 +249,6 @@ def collate(examples: Sequence[Example]) -> Batch:
     offsets = np.concatenate([[0], np.cumsum([len(example.ids) for example in examples])])
     labels = np.concatenate([example.labels for example in examples])
     return Batch(np.concatenate([example.ids for example in examples]), labels, offsets, examples[0].per_sequence)
-
-
-def _examples(file: Path, records: Sequence[tuple[int, Record]], task: str, make: Maker, published: Sequence[str] | None) -> list[Example]:
-    """Every record as an example; unused fields are named on standard error.
-
-    Raises ValueError for fields that must not be ignored, and for classes that a published head does not have.
-    """
-    examples: list[Example] = []
-    unused: dict[str, None] = {}
-    try:
-        for line, record in records:
-            with at_line(file, line):
-                if odd := next((name for name in _REFUSED if name in record), None):
-                    raise ValueError(f"{odd!r} is not supported, and would be ignored; remove it.")
-                forms = [name for name in ("text", "prompt", "messages") if name in record] if task == "lm" else []
-                if len(forms) > 1:
-                    raise ValueError(f"the record has {forms[0]!r} and {forms[1]!r}; keep the one that is to be learnt.")
-                unused |= dict.fromkeys(name for name in record if name not in _USED[task])
-                examples.append(make(record))
-    except NoClass as error:
-        if published is None:
-            raise
-        names = sorted({label_of(record) for _, record in records})
-        raise ValueError(f"{error} The data have {listed(names, 40)}; rename them, or make a head with finetune --new-head.") from None
-    if unused:
-        names = [repr(name) if name else "a column without a name" for name in unused]
-        note(f"{file}: {listed(names)} {'is' if len(names) == 1 else 'are'} not used.")
-    return examples
 
 
 def _absent(examples: Sequence[Example], labels: Sequence[str]) -> list[str]:

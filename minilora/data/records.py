@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data import TASKS
+from minilora.formats import extra
 
 Record = dict[str, Any]
 
@@ -34,8 +35,6 @@ def note(text: str) -> None:
 
 def read_bytes(file: Path) -> bytes:
     """The bytes of a file, decompressed where its name ends in .gz. Raises FileNotFoundError, or ValueError for damaged gzip data."""
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}.")
     raw = file.read_bytes()
     if file.suffix.lower() != ".gz":
         return raw
@@ -65,8 +64,7 @@ def decode_bytes(raw: bytes, file: Path, encoding: str = "utf-8") -> str:
 
 def kind_of(file: str | Path) -> str | None:
     """The suffix that decides how records are read from a file, in lower case and without .gz; None for plain text."""
-    suffixes = [suffix.lower() for suffix in Path(file).suffixes]
-    suffix = "".join(suffixes[-2:-1] if suffixes[-1:] == [".gz"] else suffixes[-1:])
+    suffix = Path(str(file).lower().removesuffix(".gz")).suffix
     return suffix if suffix in READERS else None
 
 
@@ -142,14 +140,10 @@ def _csv(file: Path, encoding: str) -> Iterator[tuple[int, Record]]:
 
 
 def _parquet(file: Path, encoding: str) -> Iterator[tuple[int, Record]]:
+    arrow, parquet = (extra(module, "parquet", f"reading {file}") for module in ("pyarrow", "pyarrow.parquet"))
     try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
-    except ImportError:
-        raise ImportError(f"reading {file} needs pyarrow: pip install 'minilora[parquet]'.") from None
-    try:
-        rows = read_table(io.BytesIO(read_bytes(file))).to_pylist()
-    except (ArrowException, OSError) as error:
+        rows = parquet.read_table(io.BytesIO(read_bytes(file))).to_pylist()
+    except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a readable Parquet file ({str(error).splitlines()[0].rstrip('.')}).") from None
     for n, row in enumerate(rows, start=1):
         yield n, {name: value for name, value in row.items() if value is not None}  # empty columns of a row

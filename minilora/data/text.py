@@ -42,10 +42,8 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> np.ndarray:
             raise FileNotFoundError(f"there are no .py, .txt or .md files below {path}.")
         if others := [str(p.relative_to(path)) for p in inside if p not in set(paths)]:
             note(f"{path}: only .py, .txt and .md files are read; {listed(others)} {'is' if len(others) == 1 else 'are'} not.")
-    elif path.is_file():
-        paths = [path]
     else:
-        raise FileNotFoundError(f"there is no file or folder {path}.")
+        paths = [path]
     tops = {p.stem.lower(): p.name for p in paths if p.parent == path and p.suffix.lower() == ".txt"}
     parts = [[tops[name] for name in names if name in tops] for names in SPLITS.values()]
     if parts[0] and (parts[1] or parts[2]):

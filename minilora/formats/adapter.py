@@ -28,7 +28,7 @@ from minilora.formats.atomic import write_json
 from minilora.formats.fetch import origin
 from minilora.formats.fitting import FAMILIES, check_fit, drawn_parameters, warn_of_pooling
 from minilora.formats.mark import check_base, mark_of
-from minilora.formats.tensors import holds_bfloat16, read_tensors, rounded, write_tensors
+from minilora.formats.tensors import holds_bfloat16, map_tensors, rounded, write_tensors
 from minilora.kernels.half import upcast
 from minilora.layers import Layer, Linear
 from minilora.lora import LoraConfig, adaptation, adapter_parameters, inject, lora_layers
@@ -38,14 +38,14 @@ _SHARED = "base_model."  # the prefix of what all layers share
 _LINEAR = ("lora_A", "lora_B")  # in PEFT these are layers: their keys end with ".weight"
 
 
-def save_adapter(model: Layer, folder: str | Path, config: Any = None) -> int:
+def save_adapter(model: Layer, folder: str | Path) -> int:
     """Write what was trained: adapters, and the model's own parameters. Returns the size of the tensors' file in bytes.
 
     A head or a pooler that no file of the base has is written too, as one of modules_to_save: otherwise loading would draw another.
-    `config` is what the model was injected with, by default the one that `inject` recorded. Raises ValueError when the model has no
-    adapters, or has something trainable that the configuration does not name: the file would be without it.
+    Raises ValueError when the model has no adapters, or has something trainable that its configuration does not name: the file would be
+    without it.
     """
-    config, folder = config or adaptation(model).config, Path(folder)
+    config, folder = adaptation(model).config, Path(folder)
     adapted = [path for path, _ in lora_layers(model)]
     if config is None or (isinstance(config, LoraConfig) and not adapted):
         raise ValueError("save_adapter: this model has no LoRA layers; call inject first.")
@@ -94,19 +94,19 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
         raise FileNotFoundError(
             f"{folder} has only adapter_model.bin, a pickle, which is never read; save it with safe_serialization=True."
         )
-    tensors, metadata = read_tensors(file)
+    tensors, metadata = map_tensors(file)
     try:
         if isinstance(config, LoraConfig):
             config, tensors, bare = _with_the_head(model, config, tensors)
             _check_ranks(config.targets(model, strict=False), config, tensors)
-        dry_run = _injected(model, config)
+        inject(dry_run := model.replica(), config, rng=0, strict=False)  # to find out which tensors it needs
         trained = [path for path, p in dry_run.parameters() if p.trainable]
         layout, without = _Layout(dry_run, config), _not_the_base(dry_run, trained)
         if isinstance(config, LoraConfig):
             tensors = _without_copies(layout, tensors)
             if changed := [path for path in layout.bases(tensors) if path not in config.saved_modules]:
                 config = replace(config, modules_to_save=[*config.saved_modules, *changed])
-                dry_run = _injected(model, config)
+                inject(dry_run := model.replica(), config, rng=0, strict=False)
                 layout = _Layout(dry_run, config)
     except ValueError as error:
         raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
@@ -127,13 +127,6 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
     if left := [module for module in origin(model).drawn if f"{module}.weight" not in taken]:
         print(f"{folder} has no {' and no '.join(left)} either: the random initial values here are unchanged.", file=sys.stderr)
     return config
-
-
-def _injected(model: Layer, config: Any) -> Layer:
-    """A replica with the adapter, to find out which tensors it needs."""
-    dry_run = model.replica()
-    inject(dry_run, config, rng=0, strict=False)
-    return dry_run
 
 
 def _not_the_base(model: Layer, trained: Iterable[str]) -> list[str]:

@@ -48,8 +48,8 @@ def read_adapter_config(folder: str | Path) -> Any:
     if issubclass(kind, LoraConfig) and raw.get("target_modules") is None:
         raise ValueError(f"{path}: target_modules is missing.")
     usual = kind()
-    values = {key: value for key, value in raw.items() if key in known - _INITIALISERS}
-    values = {key: value for key, value in values.items() if value is not None or getattr(usual, key) not in _NEUTRAL}
+    read = known - _INITIALISERS
+    values = {key: value for key, value in raw.items() if key in read and (value is not None or getattr(usual, key) not in _NEUTRAL)}
     check_types(kind, values, str(path))
     return made(kind, values | ({"init_lora_weights": True} if "init_lora_weights" in known else {}), str(path))
 

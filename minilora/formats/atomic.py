@@ -82,8 +82,10 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError, naming the file, for anything else."""
+def read_json(path: str | Path, absent: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object in a file; `absent`, where given, if there is no file. Raises ValueError, naming the file, for anything else."""
+    if absent is not None and not Path(path).is_file():
+        return absent
     return json_object(Path(path).read_bytes(), path)
 
 

@@ -16,11 +16,13 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+from minilora.formats import extra
 from minilora.formats.atomic import read_json
 
 Messages = Sequence[dict[str, Any]]  # {"role": "user", "content": "..."} each
 Span = tuple[int, int]  # (first character, last + 1)
 
+_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _MARKS = "\ufdd0", "\ufdd1"  # noncharacters around the output of a {% generation %} block
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -47,7 +49,7 @@ def find_chat_template(folder: str | Path) -> str | None:
 
 def _templates_in_config(config: Path) -> dict[str, str]:
     """{name: template} in tokenizer_config.json: one string, or a list of {"name", "template"}."""
-    found = (read_json(config) if config.is_file() else {}).get("chat_template") or {}
+    found = read_json(config, {}).get("chat_template") or {}
     try:
         found = {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else found
         named = found if isinstance(found, dict) else {"default": found}
@@ -110,7 +112,7 @@ def _plain(i: int, message: Any) -> dict[str, Any]:
 
 def marks_answers(template: str | None) -> bool:
     """Whether the template marks what the assistant writes with {% generation %}."""
-    return template is not None and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+    return template is not None and _GENERATION.search(template) is not None
 
 
 def assistant_spans(template: str | None, messages: Messages, ends: Sequence[str] = (), **more: Any) -> tuple[str, Iterator[Span]]:
@@ -206,30 +208,17 @@ def _compile(template: str) -> Any:
     """The template, compiled in the environment of transformers, in a sandbox that raises at the first violation."""
     from importlib.metadata import version  # takes a while to import
 
-    try:
-        from jinja2 import nodes
-        from jinja2.exceptions import SecurityError, TemplateError
-        from jinja2.ext import Extension
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        from jinja2.utils import Namespace
-    except ImportError:
-        raise ImportError("chat templates need jinja2: pip install 'minilora[hf]'") from None
+    extra("jinja2", "hf", "a chat template")
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
     if tuple(int(part) for part in version("jinja2").split(".")[:3] if part.isdigit()) < (3, 1, 6):
         raise ImportError(f"jinja2 {version('jinja2')} has known ways out of its sandbox; pip install 'jinja2>=3.1.6'")
 
     class Sandbox(ImmutableSandboxedEnvironment):
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
             raise SecurityError(f"access to attribute {attribute!r}")  # jinja2 returns an undefined value
-
-    class Generation(Extension):
-        """{% generation %} ... {% endgeneration %}, which some templates put around answers: the content between _MARKS."""
-
-        tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-        def parse(self, parser: Any) -> list[nodes.Node]:
-            next(parser.stream)
-            first, last = (nodes.Output([nodes.TemplateData(mark)]) for mark in _MARKS)
-            return [first, *parser.parse_statements(("name:endgeneration",), drop_needle=True), last]
 
     class PlainNamespace(Namespace):
         """jinja2's namespace, without names that start with an underscore: Python would take those for methods."""
@@ -251,8 +240,8 @@ def _compile(template: str) -> Any:
         """jinja2's own tojson escapes HTML."""
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = tojson
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters |= {"tojson": tojson, "generation": lambda text: _MARKS[0] + text + _MARKS[1]}
     environment.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": lambda format: datetime.now().strftime(format),
@@ -260,7 +249,12 @@ def _compile(template: str) -> Any:
         "dict": lambda *args, **kwargs: dict(*args, **kwargs),  # a function: the type has methods
     }
     with _in_one_sentence():
-        return environment.from_string(template)
+        return environment.from_string(_GENERATION.sub(_as_filter, template))
+
+
+def _as_filter(tag: re.Match[str]) -> str:
+    """{% generation %} ... {% endgeneration %}, which some templates put around answers, as a filter of its content."""
+    return f"{{%{tag[1]} {'endfilter' if tag[2] else 'filter generation'} {tag[3]}%}}"
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def load_model(
     quantize: str = "",
     *,
     download: bool = True,
-    new_head: bool = False,
+    new_head: bool | None = False,
     seed: int = 0,
 ) -> Any:  # Any: one of the classes of FAMILIES, which have more in common than Layer
     """A published model on a backend, frozen. Architectures: gpt2, bert, llama, qwen2.
@@ -55,8 +55,8 @@ def load_model(
     dtype: "float16" and "bfloat16" apply to matrices, embeddings included, and so to activations (kernels/half.py); norms, biases, and
     what `inject` makes trainable stay in float32.
     labels: the class names of a classifier, or their number; by default those of config.json. A classifier in the checkpoint is kept,
-    unless new_head=True. A classifier or pooler that is missing or replaced is initialised from N(0, 0.02^2) with `seed`, and reported
-    on standard error; `model.origin.drawn` lists them.
+    unless new_head=True; None replaces it where its classes are others. A classifier or pooler that is missing or replaced is initialised
+    from N(0, 0.02^2) with `seed`, and reported on standard error; `model.origin.drawn` lists them.
     quantize: "nf4" keeps the weights of linear layers, except the head, in four bits (quantization/nf4.py). A folder in
     NF4, as written by bitsandbytes, is read without `quantize`.
     download: False looks up an id only in the local cache of the hub.
@@ -84,11 +84,14 @@ def load_model(
     published = config.class_names if isinstance(config, BertConfig) else []
     tensors = tensors or unpacked(read_weights(source), source)
     check_sizes(config, tensors, where)
+    others = isinstance(labels, Sequence) and list(labels) != published and named(published)
     if labels is not None:
         config = _with_labels(config, labels, where)
+        if new_head is None:
+            new_head = others or config.num_labels != len(published)
     if new_head:
         tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
-    elif isinstance(labels, Sequence) and "classifier.weight" in tensors and list(labels) != published and named(published):
+    elif isinstance(labels, Sequence) and others and "classifier.weight" in tensors:
         raise ValueError(f"{where}: the head is for {', '.join(published)}, not {', '.join(labels)}; new_head=True replaces it.")
     model = family.model(config, rng=Blank(), dtype="float32")
     complete = family.architectures[0] in (raw.get("architectures") or ()) and not new_head
@@ -147,7 +150,7 @@ def save_model(model: Any, folder: str | Path, dtype: Any = None) -> None:
     tensors = {path: to_numpy(value) for path, value in values.items() if path not in quantized}
     name = origin(model).source
     source = model_folder() if name == BUNDLED else Path(name) if name else None
-    published = read_json(source / "config.json") if source and (source / "config.json").is_file() else {}
+    published = read_json(source / "config.json", {}) if source else {}
     result = {key: value for key, value in published.items() if key in _COPIED}
     result |= {"model_type": model.model_type, **model.config.to_json()}
     family = FAMILIES[result["model_type"]]

@@ -8,6 +8,7 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
+from minilora.formats import extra
 from minilora.formats.atomic import read_json
 from minilora.formats.tensors import map_tensors, stored_dtypes
 from minilora.layers import Layer
@@ -77,15 +78,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _snapshot(hub_id: str, download: bool) -> Path:
     """The local snapshot of a model on the hub."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ImportError(
-            f"there is no folder {hub_id}, and fetching it from the hub needs huggingface_hub: pip install 'minilora[hf]'."
-        ) from error
+    hub = extra("huggingface_hub", "hf", f"there is no folder {hub_id}, and fetching it from the hub")
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=not download))
+        folder = Path(hub.snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=not download))
     except Exception as error:  # no network, unknown name, no permission: classes of several libraries
         if not download:
             raise FileNotFoundError(f"there is no folder {hub_id}, and it is not in the hub's local cache.") from None

@@ -9,21 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from minilora.formats import extra
 from minilora.models.llama import LlamaConfig
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-_BLOCK = {  # of a block: name here, name as published
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_TOP = ["model.embed_tokens", "model.norm", "lm_head"]
+_BLOCK = """input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj post_attention_layernorm
+    mlp.gate_proj mlp.up_proj mlp.down_proj""".split()
 _SIZES = {  # in the metadata: field of config.json
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -57,15 +49,15 @@ def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any],
     meta, stored = _open(path)
     config = _config(meta, stored, path)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    import gguf
+
+    depth = min(config["num_hidden_layers"], len(stored))  # a damaged file may have any number
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, depth)
+    published = {names.get_name(name): name for name in [*_TOP, *(f"model.layers.{i}.{part}" for i in range(depth) for part in _BLOCK)]}
     tensors = {}
     for tensor in stored.values():
         stem, _, kind = tensor.name.rpartition(".")
-        block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-        if kind == "weight" and stem in _TOP:
-            name = _TOP[stem]
-        elif block and kind in ("weight", "bias") and block[2] in _BLOCK and int(block[1]) < config["num_hidden_layers"]:
-            name = f"model.layers.{block[1]}.{_BLOCK[block[2]]}"
-        else:
+        if (name := published.get(stem)) is None or kind not in ("weight", "bias"):
             raise ValueError(f"{path} has a tensor {tensor.name!r}, which is not part of a supported model.")
         value = _dequantized(tensor, path)
         n_head = heads.get(name.rpartition(".")[2])
@@ -100,10 +92,8 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metadata, {name: the library's tensor}) of a file. Raises FileNotFoundError, ImportError, or ValueError for an unreadable file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError(f"reading {path} needs the gguf library: pip install 'minilora[gguf]'.") from None
+    extra("gguf", "gguf", f"reading {path}")
+    import gguf
 
     class Reader(gguf.GGUFReader):  # refuses a file that is shorter than its header says
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> np.ndarray:

@@ -21,12 +21,6 @@ _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
 _DTYPES |= {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """({name: array}, metadata) of a safetensors file, in memory. Raises as `map_tensors`."""
-    tensors, metadata = map_tensors(path)
-    return {name: np.array(value) for name, value in tensors.items()}, metadata
-
-
 def map_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """({name: array}, metadata) of a safetensors file. The arrays are read-only views of the mapped file, read from disk on first use.
 
@@ -58,8 +52,6 @@ def stored_dtypes(path: str | Path) -> dict[str, str]:
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """(the header, the offset of the data), after the library has checked that the header is consistent and covers the whole file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
     try:
         with safe_open(path, framework="numpy"):
             pass

@@ -61,10 +61,6 @@ class Tokenizer(ABC):
     def offsets(self, text: str) -> np.ndarray:
         """The character span [first, last + 1) of each token of encode(text, add_special=False), (T, 2)."""
 
-    def token(self, id: int | None) -> str:
-        """One token as it is written in a text; "" for None."""
-        return "" if id is None else self.decode([id])
-
     def render(self, messages: Messages, add_generation_prompt: bool = False, **more: Any) -> str:
         """The messages as text, by this tokenizer's chat template and special tokens; arguments and errors as in `render_chat`."""
         return render_chat(self.chat_template, messages, add_generation_prompt, **self.special_tokens, **more)
@@ -77,7 +73,7 @@ class Tokenizer(ABC):
         """Set eos_token_id to the stop_ids in generation_config.json, where transformers looks for them; other keys are kept."""
         file = Path(folder) / "generation_config.json"
         if self.stop_ids:
-            write_json(file, {**(read_json(file) if file.is_file() else {}), "eos_token_id": sorted(self.stop_ids)})
+            write_json(file, {**read_json(file, {}), "eos_token_id": sorted(self.stop_ids)})
 
     def stream(self, ids: Iterable[int], skip_special: bool = False, after: Iterable[int] = ()) -> Iterator[str]:
         """Decode ids as they arrive, in pieces that end at complete characters. The pieces joined are what the ids add to the text of
@@ -169,6 +165,7 @@ class HFTokenizer(Tokenizer):
             return self.library.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def token(self, id: int | None) -> str:
+        """One token as it is written in a text; "" for None."""
         return "" if id is None else self.library.id_to_token(id) or ""
 
     def save(self, folder: str | Path) -> None:
@@ -192,15 +189,17 @@ def _utf8(text: str) -> bytes:
         raise ValueError(f"the text has an unpaired surrogate at character {error.start}; remove it.") from None
 
 
-def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a model folder, a tokenizer.json, or a .gguf file, for a model whose embedding has `vocab_size` rows.
+def load_tokenizer(path: str | Path, vocab_size: int | None) -> Tokenizer:
+    """The tokenizer of a model folder, a tokenizer.json, or a .gguf file, for a model whose embedding has `vocab_size` rows
+    (None: the number in a .gguf file, or any).
 
     A folder without tokenizer.json and a vocabulary of 256 is a byte-level model. Raises FileNotFoundError when there is no tokenizer,
     ValueError when a file is invalid or the ids exceed the embedding, ImportError when an extra is missing.
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        return gguf_tokenizer(read_gguf_tokenizer(path)[1], vocab_size, path)
+        rows, vocabulary = read_gguf_tokenizer(path)
+        return gguf_tokenizer(vocabulary, vocab_size or rows, path)
     file = path if path.suffix == ".json" else path / "tokenizer.json"
     if not file.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {file.parent} to read a tokenizer from.")
@@ -262,21 +261,21 @@ _PRE = ("smollm", "gpt-2", "qwen2")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of token_type
 
 
-def _from_file(file: Path, vocab_size: int) -> HFTokenizer:
+def _from_file(file: Path, vocab_size: int | None) -> HFTokenizer:
     """tokenizer.json with the files beside it. Its own end token comes first, then the stop ids of the model's configuration."""
     library, tokens = read_tokenizer(file)
     bos, eos = (library.token_to_id(tokens[name]) if name in tokens else None for name in ("bos_token", "eos_token"))
     ends: list[Any] = [eos]
-    for beside in (file.parent / name for name in ("generation_config.json", "config.json")):
-        ids = read_json(beside).get("eos_token_id") if beside.is_file() else None
+    for beside in ("generation_config.json", "config.json"):
+        ids = read_json(file.with_name(beside), {}).get("eos_token_id")
         ends += ids if isinstance(ids, list) else [ids]
     ends = [id for id in ends if type(id) is int and 0 <= id < 2**32 and library.id_to_token(id) is not None]
     tokenizer = HFTokenizer(library, bos, next(iter(ends), None), ends, find_chat_template(file.parent), tokens, file)
     return _checked(tokenizer, vocab_size, file)
 
 
-def _checked(tokenizer: HFTokenizer, vocab_size: int, path: str | Path) -> HFTokenizer:
-    if tokenizer.vocab_size > vocab_size:
+def _checked(tokenizer: HFTokenizer, vocab_size: int | None, path: str | Path) -> HFTokenizer:
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"{path}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's embedding has {vocab_size} rows; "
             "use the model's own tokenizer."

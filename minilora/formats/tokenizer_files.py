@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from minilora.formats import extra
 from minilora.formats.atomic import read_json
 
 _QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as published
@@ -54,8 +55,8 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str]]:
             raise ValueError(f"{file}: the precompiled_charsmap of its normalizer is invalid.")
     with library_errors(f"{file} is not a tokenizer that the tokenizers library can read"):
         library = t.Tokenizer.from_file(str(file))
-    config, where = _beside(file, "tokenizer_config"), file.parent / "tokenizer_config.json"
-    kind = _kind(config, _beside(file, "config"), raw, where)
+    config, where = read_json(file.with_name("tokenizer_config.json"), {}), file.parent / "tokenizer_config.json"
+    kind = _kind(config, read_json(file.with_name("config.json"), {}), raw, where)
     found, extra, listed = _tokens_beside(config, raw, file)
     known = {added.content: added for added in listed.values()}
     vocabulary = library.get_vocab(with_added_tokens=True).keys() | known.keys() | {_content(value) for value in found.values()}
@@ -101,7 +102,7 @@ def _tokens_beside(config: dict[str, Any], raw: dict[str, Any], file: Path) -> t
         found = [(id, {} if isinstance(value, str) else value, "added_tokens_decoder", where) for id, value in decoder.items()]
     else:
         special = set()
-        for name, value in _beside(file, "special_tokens_map").items():
+        for name, value in read_json(file.with_name("special_tokens_map.json"), {}).items():
             special.add(_content(value))
             if name == "extra_special_tokens":
                 fields[name] = [*(fields.get(name) or ()), *value] if isinstance(value, list) else value
@@ -110,7 +111,7 @@ def _tokens_beside(config: dict[str, Any], raw: dict[str, Any], file: Path) -> t
         of_model |= _pop_named(fields)
         special |= {text for text in (*fields.values(), *_tokens(fields.get("extra_special_tokens"), where)) if isinstance(text, str)}
         added, found = file.parent / "added_tokens.json", []
-        for content, id in _beside(file, "added_tokens").items():
+        for content, id in read_json(file.with_name("added_tokens.json"), {}).items():
             found.append((id, {"content": content, "special": content in special, "normalized": content not in special}, "a key", added))
         found += [(value["id"], value, "added_tokens", file) for value in raw.get("added_tokens", ())]
     listed = {}
@@ -130,12 +131,6 @@ def _tokens_beside(config: dict[str, Any], raw: dict[str, Any], file: Path) -> t
 def _pop_named(fields: dict[str, Any]) -> dict[str, Any]:
     """The extra special tokens that have names, removed from `fields`."""
     return fields.pop("extra_special_tokens") if isinstance(fields.get("extra_special_tokens"), dict) else {}
-
-
-def _beside(file: Path, name: str) -> dict[str, Any]:
-    """The JSON file of this name in the folder of a tokenizer.json, or {}."""
-    beside = file.parent / f"{name}.json"
-    return read_json(beside) if beside.is_file() else {}
 
 
 def _kind(config: dict[str, Any], model: dict[str, Any], raw: dict[str, Any], where: Path) -> str:
@@ -252,8 +247,4 @@ def library_errors(what: str) -> Iterator[None]:
 
 
 def import_tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise ImportError("this model's tokenizer needs the tokenizers library: pip install 'minilora[hf]'") from None
-    return tokenizers
+    return extra("tokenizers", "hf", "this model's tokenizer")

@@ -59,6 +59,9 @@ class Offset:
     def __init__(self, A: Array, B: Array, scaling: float) -> None:
         self.A, self.B, self.scaling = A, B, scaling
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Offset:
+        return self  # replicas share it, as they share weights
+
     def off(self, W: Array) -> Residual:
         """The matrix W - scaling A B."""
         self.A, self.B = (as_like(v, W).astype(W.dtype, copy=False) for v in (self.A, self.B))  # the layer may have moved

@@ -22,8 +22,8 @@ import numpy as np
 from minilora.backend import Matrix
 from minilora.formats.adapter_config import read_adapter_config
 from minilora.formats.checkpoint import load_model
-from minilora.formats.origin import origin
-from minilora.formats.tensors import read_tensors
+from minilora.formats.fetch import origin
+from minilora.formats.tensors import map_tensors
 from minilora.kernels import upcast
 from minilora.layers import Linear
 from minilora.lora import LoRALinear, lora_layers
@@ -46,7 +46,6 @@ class Change:
     effective_rank: float
     weight: float = math.nan  # ||W||_F
     within: float = math.nan  # ||U_r^T W V_r||_F
-    by_chance: float = math.nan  # the same for random directions: r ||W||_F / sqrt(m n)
     amplification: float = math.nan
 
 
@@ -74,31 +73,29 @@ def change_of(dW: np.ndarray | tuple[np.ndarray, np.ndarray], W: Any = None) -> 
     else:
         U, S, Vt = np.linalg.svd(dW.astype(np.float64), full_matrices=False)
         directions, r = U, min(FULL, len(S))
-    m, n = len(U), Vt.shape[1]
-    change = Change((m, n), r, S, directions[:, :64], float(np.linalg.norm(S)), effective_rank(S))
+    change = Change((len(U), Vt.shape[1]), r, S, directions[:, :64], float(np.linalg.norm(S)), effective_rank(S))
     if W is not None:
         W = upcast(W.dense() if isinstance(W, Matrix) else W).astype(np.float64)
         change.weight, change.within = (float(np.linalg.norm(X)) for X in (W, U[:, :r].T @ W @ Vt[:r].T))
-        change.by_chance = r * change.weight / math.sqrt(m * n)
         if change.norm and change.within:
             change.amplification = float(np.linalg.norm(S[:r])) / change.within
     return change
 
 
 def changes_of(run: Run) -> dict[str, Change]:
-    """{path: change} of every matrix that the run adapted, or trained as a whole. What cannot be known is said in run.missing."""
+    """{path: change} of every matrix that the run adapted or fully trained. What cannot be known is said in run.missing."""
     adapter, found = run.path / "adapter", None
     if (run.path / "model").is_dir():
-        found = run.attempt("The change of the weights, from the base model,", lambda: _fully_trained(run), None)
+        found = run.attempt("The change of the weights, from the base model,", lambda: _fully_trained(run))
     elif adapter.is_dir():
-        found = run.attempt("The base model, which the amplification needs,", lambda: _adapted(run), None)
-        found = run.attempt("The adapter", lambda: _from_file(adapter), None) if found is None else found
+        found = run.attempt("The base model, which the amplification needs,", lambda: _adapted(run))
+        found = run.attempt("The adapter", lambda: _from_file(adapter)) if found is None else found
     if not found:
         run.missing.append("No change of a weight matrix is known, so there are no singular values.")
     return found or {}
 
 
-def _adapted(run: Run) -> dict[str, Change] | None:
+def _adapted(run: Run) -> dict[str, Change]:
     found = {}
     for path, layer in lora_layers(open_model(run.path, "numpy")):
         product = type(layer) is LoRALinear and layer.offset is None
@@ -107,7 +104,7 @@ def _adapted(run: Run) -> dict[str, Change] | None:
     return found
 
 
-def _fully_trained(run: Run) -> dict[str, Change] | None:
+def _fully_trained(run: Run) -> dict[str, Change]:
     """Every linear layer, but those that the base has not."""
     classes: dict[str, Any] = {"labels": run.labels, "new_head": True} if run.labels else {}
     base = load_model(run.settings["model"], "numpy", download=False, **classes)
@@ -116,9 +113,9 @@ def _fully_trained(run: Run) -> dict[str, Change] | None:
     return {path: change_of(after[path].weight.data - W, W) for path, W in before.items()}
 
 
-def _from_file(folder: Path) -> dict[str, Change] | None:
+def _from_file(folder: Path) -> dict[str, Change]:
     """The products A B in an adapter's files."""
-    config, (tensors, _) = read_adapter_config(folder), read_tensors(folder / "adapter_model.safetensors")
+    config, (tensors, _) = read_adapter_config(folder), map_tensors(folder / "adapter_model.safetensors")
     found = {}
     for key, A in tensors.items():
         if (name := re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)) and not config.use_dora:

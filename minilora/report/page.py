@@ -15,11 +15,9 @@ from minilora.report.read import Run, read_run
 from minilora.runs import Say, silent
 
 POINTS = 1000  # of a curve, at most: of a longer run, means of consecutive steps
-SHOWN = 32  # singular values of a layer, and
-PAIRS = 16  # directions of a pair of layers, at most
 
 
-def report(run: str | Path, other: str | Path | None = None, out: str | Path | None = None, say: Say = silent) -> dict[str, Any]:
+def report_run(run: str | Path, other: str | Path | None = None, out: str | Path | None = None, say: Say = silent) -> dict[str, Any]:
     """Write the page about the run in a folder, or about two. out: by default report.html in the first folder, which is replaced.
 
     Returns {"file", "missing": {run: sentences}}. Raises ValueError when a folder holds no run, its run.json is damaged, or two runs
@@ -37,11 +35,10 @@ def report(run: str | Path, other: str | Path | None = None, out: str | Path | N
     if first and last and not common:
         models = " and ".join(str(each.settings.get("model")) for each in runs)
         raise ValueError(f"{run} and {other} adapt no layer of the same name and shape, so they cannot be compared ({models}).")
-    phi = {path: similarity(first[path].directions, last[path].directions)[:PAIRS, :PAIRS] for path in common if other}
-    file = Path(out or runs[0].path / "report.html")
+    phi = {path: similarity(first[path].directions, last[path].directions) for path in common if other}
     views = [_view(each, of) for each, of in zip(runs, changes, strict=True)]
-    width = float(np.median([first[path].shape[0] for path in common])) if common else math.nan
-    write_text(file, template.render(views=views, phi=phi, width=width))
+    file = Path(out or runs[0].path / "report.html")
+    write_text(file, template.render(views=views, phi=phi, inputs=[float(first[path].shape[0]) for path in common]))
     for each in runs:
         for sentence in each.missing:
             say(f"missing   {each.name}: {sentence}")
@@ -51,21 +48,13 @@ def report(run: str | Path, other: str | Path | None = None, out: str | Path | N
 
 def _template() -> Any:
     try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from jinja2 import Environment, PackageLoader
     except ImportError:
         raise ImportError("minilora report needs jinja2: pip install 'minilora[html]'") from None
-    options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=PackageLoader("minilora.report", "."), **options)
-    environment.filters |= {"number": number, "finite": lambda of: [x for x in of if math.isfinite(x)], "short": short}
+    environment = Environment(loader=PackageLoader("minilora.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {f.__name__: f for f in (median, number, short)}
     environment.tests["finite"] = math.isfinite
-    environment.globals |= {
-        "ticks": ticks,
-        "log": math.log,
-        "zip": zip,
-        "median": median,
-        "scaled": lambda of, s: [s * x for x in of],
-        "unique": count(1).__next__,
-    }
+    environment.globals |= {"log": math.log, "ticks": ticks, "unique": count(1).__next__, "zip": zip}
     return environment.get_template("report.html.j2")
 
 
@@ -74,34 +63,40 @@ def _view(run: Run, changes: dict[str, Change]) -> dict[str, Any]:
 
     curves   {column of metrics.jsonl: (points,)}; "mean": of the loss over the last `window` steps
     layers   {layer: (S,)} gradient norms
-    bands    {"dA", "dB", "A" or "B": (layers, lowest, median, highest)} norms over the layers, (S,) each
+    bands    {"dA", "dB", "A" or "B": (number of layers, lowest, median, highest)} norms over the layers, (S,) each
     """
     every = -(-len(run.steps.get("step", ())) // POINTS)
     curves = {name: _means(v, every, every) for name, v in run.steps.items()}
-    n = max(2, len(curves.get("loss", ())) // 20)
-    if curves:
-        curves["mean"] = _means(np.array(curves["loss"]), n)
+    n = max(5, len(curves.get("loss", ())) // 20)
+    curves |= {"mean": _means(curves["loss"], n)} if curves else {}
     layers: dict[str, Any] = {}
     for path, norm in run.grads.items():
-        layers[path.rpartition(".")[0]] = np.hypot(layers.get(path.rpartition(".")[0], 0.0), norm)
+        layer = path.rpartition(".")[0]
+        layers[layer] = np.hypot(layers.get(layer, 0.0), norm)
     bands = {}
     for name, of in (("dA", run.grads), ("dB", run.grads), ("A", run.values), ("B", run.values)):
         if own := [norm for path, norm in of.items() if path.endswith(f"lora_{name[-1]}")]:
             bands[name] = (len(own), *np.quantile(own, [0, 0.5, 1], axis=0).tolist())
-    S = {path: c.S[:SHOWN].tolist() for path, c in changes.items()}
-    return {"run": run, "changes": changes, "curves": curves, "window": n * every, "layers": layers, "bands": bands, "S": S}
+    return {"run": run, "changes": changes, "curves": curves, "window": n * every, "layers": layers, "bands": bands}
 
 
-def _means(v: np.ndarray, n: int, every: int = 1) -> list[float]:
+def _means(v: np.ndarray, n: int, every: int = 1) -> np.ndarray:
     """The mean of the finite ones of the last n, at every `every`-th."""
-    parts = [v[max(0, i - n) : i] for i in range(every, len(v) + every, every)]
-    return [float(p[np.isfinite(p)].mean()) if np.isfinite(p).any() else math.nan for p in parts]
+    parts = (v[max(0, i - n) : i] for i in range(every, len(v) + every, every))
+    return np.array([p[np.isfinite(p)].mean() if np.isfinite(p).any() else math.nan for p in parts])
 
 
 def median(matrices: list[np.ndarray]) -> list[list[float]]:
-    """The median of every element, over matrices of which only the common rows and columns count."""
+    """The median of every element, over matrices of which the common rows and columns count."""
     a, b = np.min([x.shape for x in matrices], axis=0)
     return np.median([x[:a, :b] for x in matrices], axis=0).tolist()
+
+
+def number(x: float) -> str:
+    """Four digits; a dash for what is not known."""
+    if not math.isfinite(x):
+        return "–"
+    return f"{x:,.0f}" if x == int(x) or abs(x) >= 1e3 else f"{x:.4g}"
 
 
 def short(paths: list[str]) -> list[str]:
@@ -111,16 +106,10 @@ def short(paths: list[str]) -> list[str]:
     return [".".join(of[shared:]) for of in parts]
 
 
-def number(x: float) -> str:
-    """Four digits; a dash for what is not known."""
-    if not math.isfinite(x):
-        return "–"
-    return f"{x:,.0f}" if x == int(x) or abs(x) >= 1e4 else f"{x:.4g}"
-
-
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers, about five, from at or below `low` to at or above `high`."""
-    rough = (high - low) / 4 or abs(low) or 1.0
+    """Round numbers, about five, two at least, from at or below `low` to at or above `high`."""
+    rough = (high - low) / 5 or abs(low) or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(k * power for k in (1, 2, 5, 10) if k * power >= rough * 0.999)
-    return [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    first = math.floor(low / step)
+    return [k * step for k in range(first, max(first + 1, math.ceil(high / step)) + 1)]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minilora.formats.atomic import json_object, read_json
-from minilora.runs.run_file import record_of
+from minilora.runs import run_file
 
 T = TypeVar("T")
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens")  # of metrics.jsonl
@@ -28,10 +28,10 @@ class Run:
     labels: list[str]
     results: dict[str, Any]
     steps: dict[str, np.ndarray] = field(default_factory=dict)  # {one of COLUMNS: (steps,)}
-    measured: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (S,) the steps whose norms are known
-    grads: dict[str, np.ndarray] = field(default_factory=dict)  # {parameter: (S,)} norms of its gradient
-    values: dict[str, np.ndarray] = field(default_factory=dict)  # {parameter: (S,)} norms of its values
-    confusion: dict[str, np.ndarray] = field(default_factory=dict)  # {"before", "after"}: (classes, classes)
+    measured: list[float] = field(default_factory=list)  # the S steps whose norms are known
+    grads: dict[str, np.ndarray] = field(default_factory=dict)  # {parameter: (S,)} norms of its gradient, and
+    values: dict[str, np.ndarray] = field(default_factory=dict)  # of its values
+    confusion: dict[str, Any] = field(default_factory=dict)  # {"before", "after"}: (classes, classes) counts
     samples: dict[str, str] = field(default_factory=dict)  # {"prompt", "before", "after"}
     missing: list[str] = field(default_factory=list)
 
@@ -42,14 +42,14 @@ class Run:
             value = value.get(name) if isinstance(value, dict) else None
         return _number(value)
 
-    def attempt(self, what: str, read: Callable[[], T], default: T) -> T:
-        """The result of `read`; the default, and a sentence in `missing`, if it raises."""
+    def attempt(self, what: str, read: Callable[[], T]) -> T | None:
+        """The result of `read`; None, and a sentence in `missing`, if it raises."""
         try:
             return read()
         except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
             why = "it is not there" if isinstance(error, FileNotFoundError) and error.filename else " ".join(str(error).split()).rstrip(".")
             self.missing.append(f"{what} cannot be read: {why}.")
-            return default
+            return None
 
 
 def read_run(path: str | Path) -> Run:
@@ -57,67 +57,57 @@ def read_run(path: str | Path) -> Run:
     path = Path(path)
     if not (path / "run.json").is_file():
         raise ValueError(f"{path} is not the folder of a run: it has no run.json. minilora finetune writes one.")
-    record = record_of(path)
-    run = Run(path, path.resolve().name, record.get("configuration", {}), record.get("labels") or [], record.get("results", {}))
-    finished = "after" in run.results
-    if not finished:
+    found = run_file.run_of(path) or run_file.Run()
+    run = Run(path, path.resolve().name, found.configuration, found.labels or [], found.results)
+    run.attempt("metrics.jsonl", lambda: _steps(run))
+    run.attempt("norms.jsonl, with the norms by layer,", lambda: _norms(run))
+    if "after" not in run.results:
         run.missing.append("The run did not finish, so there are no figures, samples or predictions of held-out data.")
-    run.attempt("metrics.jsonl", lambda: _steps(run), None)
-    run.attempt("norms.jsonl, with the norms by layer,", lambda: _norms(run), None)
-    if run.labels and finished:
-        run.confusion = run.attempt("confusion.json", lambda: _confusion(path / "confusion.json", len(run.labels)), {})
-    if run.settings.get("sample_bytes") and finished:
-        run.samples = run.attempt("samples.txt", lambda: _samples(path / "samples.txt"), {})
+    elif run.labels:
+        run.confusion = run.attempt("confusion.json", lambda: _confusion(path / "confusion.json", len(run.labels))) or {}
+    elif run.settings.get("sample_bytes"):
+        run.samples = run.attempt("samples.txt", lambda: _samples(path / "samples.txt")) or {}
     return run
-
-
-def _lines(run: Run, name: str) -> list[dict[str, Any]]:
-    """The objects in a .jsonl, up to the first damaged line, which is noted."""
-    found: list[dict[str, Any]] = []
-    for n, line in enumerate((run.path / name).read_bytes().splitlines(), start=1):
-        try:
-            found.append(json_object(line, f"{name}, line {n},"))
-        except ValueError as error:
-            run.missing.append(f"{str(error).rstrip('.')}; only the lines before it are shown.")
-            break
-    if not found:
-        raise ValueError("it has no complete line")
-    return found
 
 
 def _number(value: Any) -> float:
     return float(value) if type(value) in (int, float) and math.isfinite(value) else math.nan
 
 
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The objects in a .jsonl. Raises ValueError when there is none, or a line is damaged."""
+    found = [json_object(line, f"line {n}") for n, line in enumerate(file.read_bytes().splitlines(), start=1)]
+    if not found:
+        raise ValueError("it is empty")
+    return found
+
+
 def _steps(run: Run) -> None:
-    lines = _lines(run, "metrics.jsonl")
+    lines = _lines(run.path / "metrics.jsonl")
     run.steps = {name: np.array([_number(line.get(name)) for line in lines]) for name in COLUMNS}
     if (bad := run.steps["step"][np.isnan(run.steps["loss"])]).size:
         run.missing.append(f"The loss of {bad.size} of {len(lines)} steps is not finite, first at step {bad[0]:.0f}.")
 
 
 def _norms(run: Run) -> None:
-    first, *lines = _lines(run, "norms.jsonl")
+    first, *lines = _lines(run.path / "norms.jsonl")
     grads, values = (np.array([[_number(x) for x in line[kind]] for line in lines]) for kind in ("grad_norms", "norms"))
     if not grads.shape == values.shape == (len(lines), len(first["parameters"])):
         raise ValueError("it has not two numbers for each parameter in every line")
-    run.measured = np.array([_number(line["step"]) for line in lines])
+    run.measured = [_number(line["step"]) for line in lines]
     run.grads, run.values = (dict(zip(first["parameters"], of.T, strict=True)) for of in (grads, values))
 
 
-def _confusion(file: Path, classes: int) -> dict[str, np.ndarray]:
+def _confusion(file: Path, classes: int) -> dict[str, Any]:
     """Both matrices. The file leaves out the classes after the last that occurs."""
-    raw, found = read_json(file), {}
-    for when in ("before", "after"):
-        C = np.array(raw[when], dtype=np.int64)
-        if C.ndim != 2 or C.shape[0] != C.shape[1] or len(C) > classes:
-            raise ValueError(f"{when} is not a square matrix for {classes} classes")
-        found[when] = np.pad(C, (0, classes - len(C)))
-    return found
+    found = {when: np.array(C, dtype=np.int64) for when, C in read_json(file).items()}
+    if found.keys() != {"before", "after"} or any(C.shape != (len(C), len(C)) or len(C) > classes for C in found.values()):
+        raise ValueError(f"it has not two square matrices for {classes} classes")
+    return {when: np.pad(C, (0, classes - len(C))).tolist() for when, C in found.items()}
 
 
 def _samples(file: Path) -> dict[str, str]:
-    parts = re.fullmatch(r"# prompt\n(.*?)\n\n# before\n(.*)\n\n# after\n(.*)\n", file.read_text(encoding="utf-8"), re.DOTALL)
+    parts = re.fullmatch(r"# prompt\n(.*?)\n\n# before\n\1(.*)\n\n# after\n\1(.*)\n", file.read_text(encoding="utf-8"), re.DOTALL)
     if parts is None:
         raise ValueError("it has no prompt, before and after")
-    return {"prompt": parts[1], "before": parts[2].removeprefix(parts[1]), "after": parts[3].removeprefix(parts[1])}
+    return dict(zip(("prompt", "before", "after"), parts.groups(), strict=True))

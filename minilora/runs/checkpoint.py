@@ -21,7 +21,7 @@ import numpy as np
 from minilora.backend import as_like, get_xp, to_numpy
 from minilora.data.records import note
 from minilora.formats.atomic import put_in_place, read_json, temporary_of, write_json
-from minilora.formats.tensors import read_tensors, write_tensors
+from minilora.formats.tensors import map_tensors, write_tensors
 from minilora.lora import adaptation, lora_layers
 from minilora.lora.registry import config_classes
 from minilora.models.config_file import check_types, made
@@ -151,7 +151,7 @@ def read(folder: Path) -> State:
     state: State = made(State, record, str(where))
     if not file.is_file() or _sha256(file) != state.sha256:
         raise ValueError(f"{file} is damaged: its SHA-256 is not the one in state.json.")
-    state.tensors = read_tensors(file)[0]
+    state.tensors = map_tensors(file)[0]
     return state
 
 

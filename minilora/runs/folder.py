@@ -33,7 +33,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from minilora.data.records import note
+from minilora.data.records import note, read_records
 from minilora.formats.atomic import is_temporary, read_json, to_json, write_json, write_text
 from minilora.runs.recipe import Recipe
 
@@ -133,10 +133,21 @@ class StudyFolder:
         self.records: list[dict[str, Any]] = []
         if self.about.is_file():
             there = read_json(self.about)
-            rows = {**self._check(there, requested, rows), **rows}
+            if there.get("version") != VERSION:
+                raise ValueError(
+                    f"{self.about} is of version {there.get('version')!r}, this minilora writes {VERSION}; name another --out."
+                )
+            old, old_rows = there.get("recipe"), there.get("rows")
+            if not isinstance(old, dict) or not isinstance(old_rows, dict):
+                raise ValueError(f"{self.about} is damaged: it has no recipe or no rows.")
+            for what, ours, theirs in (("", requested, old), ("row ", rows, {**rows, **old_rows})):
+                for name, value in ours.items():
+                    if theirs.get(name, value) != value:  # an older study lacks newer settings
+                        wrong = f"{what}{name} {theirs.get(name)!r}, not {value!r}"
+                        raise ValueError(f"{self.path} holds a study with {wrong}; name another --out.")
             if there.get("sha256", sha256) != sha256:
                 raise ValueError(f"{recipe.data} has changed since the runs in {self.path}; name another --out.")
-            self.records = read_records(self.runs)
+            self.records, rows = self._finished(), {**old_rows, **rows}
         else:
             check_free(self.path, ", and holds no study")
         self._study = {"version": VERSION, "recipe": requested, "rows": rows, "sha256": sha256}
@@ -150,20 +161,16 @@ class StudyFolder:
         self.records.append(record)
         write_lines(self.runs, self.records)
 
-    def _check(self, there: dict[str, Any], requested: dict[str, Any], rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The rows of the study in the folder. Raises ValueError when it is another study."""
-        if there.get("version") != VERSION:
-            raise ValueError(f"{self.about} is of version {there.get('version')!r}, this minilora writes {VERSION}; name another --out.")
-        old, old_rows = there.get("recipe"), there.get("rows")
-        if not isinstance(old, dict) or not isinstance(old_rows, dict):
-            raise ValueError(f"{self.about} is damaged: it has no recipe or no rows.")
-        for name, value in requested.items():
-            if old.get(name, value) != value:  # an older study lacks newer settings
-                raise ValueError(f"{self.path} holds a study with {name} {old[name]!r}, not {value!r}; name another --out.")
-        for name, change in rows.items():
-            if old_rows.get(name, change) != change:
-                raise ValueError(f"{self.path} holds a study whose row {name!r} is {old_rows[name]}, not {change}; name another --out.")
-        return old_rows
+    def _finished(self) -> list[dict[str, Any]]:
+        """The records of runs.jsonl. Raises ValueError, naming the line, for a damaged one or a second one of the same run."""
+        found: dict[tuple[str, int], dict[str, Any]] = {}
+        for n, record in read_records(self.runs) if self.runs.is_file() else ():
+            wrong = next((name for name, kind in _FIELDS.items() if not isinstance(record.get(name, ...), kind)), None)
+            if wrong or (run := (record["row"], record["seed"])) in found:
+                what = f"its {wrong} is not valid" if wrong else f"{run[0]!r} with seed {run[1]} is there twice"
+                raise ValueError(f"{self.runs}, line {n}: {what}; remove the line to repeat the run.")
+            found[run] = record
+        return list(found.values())
 
 
 def lanes_of(study: Path) -> int:
@@ -171,21 +178,3 @@ def lanes_of(study: Path) -> int:
     recipe = read_json(study / "study.json").get("recipe") if (study / "study.json").is_file() else None
     lanes = recipe.get("lanes", 0) if isinstance(recipe, dict) else 0
     return lanes if isinstance(lanes, int) else 0
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The finished runs in a runs.jsonl. Raises ValueError, naming the line, for a damaged record or a second one of the same run."""
-    records: dict[tuple[str, int], dict[str, Any]] = {}
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], start=1):
-        damaged = f"{path}, line {n}: this record is damaged"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{damaged} ({error}); remove the line to repeat the run.") from None
-        for name, kind in _FIELDS.items():
-            if not isinstance(record, dict) or not isinstance(record.get(name, ...), kind):
-                raise ValueError(f"{damaged}, its {name} is not valid; remove the line to repeat the run.")
-        if (run := (record["row"], record["seed"])) in records:
-            raise ValueError(f"{path}, line {n}: {run[0]!r} with seed {run[1]} is there twice; remove one of the lines.")
-        records[run] = record
-    return list(records.values())

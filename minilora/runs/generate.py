@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minilora.models.decoder import Decoder
 from minilora.models.generate import generate_text
-from minilora.runs.run_file import is_decoder, open_model, tokenizer_of
+from minilora.runs.run_file import open_model, tokenizer_of
 
 
 def generate_run(
@@ -33,7 +34,7 @@ def generate_run(
     if system is not None and not chat:
         raise ValueError("--system is a turn of a conversation; give --chat too.")
     opened = open_model(model, backend, adapter, allow_other_weights=allow_other_weights)
-    if not is_decoder(opened):
+    if not isinstance(opened, Decoder):
         raise ValueError(f"{model} ({type(opened).__name__}) does not generate text: it is not a decoder.")
     tokenizer = tokenizer_of(model, opened.config.vocab_size)
     before = "" if chat else prompt

@@ -17,7 +17,7 @@ from minilora.runs import Say, silent
 from minilora.runs.evaluate import task_of
 from minilora.runs.folder import check_free
 from minilora.runs.recipe import threads_for
-from minilora.runs.run_file import base_of, open_model, published_classes, run_of
+from minilora.runs.run_file import base_of, open_model, run_of
 from minilora.runs.tasks import measure
 
 
@@ -81,9 +81,7 @@ def extract_run(
                 raise ValueError(f"{model} does not name the model it was tuned from; name it with --base.")
             base = run.recipe.model
     tuned = open_model(model, "numpy", allow_other_weights=allow_other_weights)
-    classes, published = getattr(tuned.config, "num_labels", None), published_classes(base, download=typed)
-    replaced = published is not None and len(published) != classes
-    original = load_model(base, "numpy", labels=classes, download=typed, new_head=replaced)
+    original = load_model(base, "numpy", labels=getattr(tuned.config, "num_labels", None), download=typed, new_head=None)
     measured = roots = None
     if data is not None:
         measured = task_of(tuned, model, data, tokenizer_source=model, split=None, say=say, task=task, window=window)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ from minilora.runs import Say
 def have_matplotlib(say: Say) -> bool:
     """Whether the `plot` extra is installed; says so if not."""
     try:
-        found = find_spec("matplotlib") is not None
-    except ValueError:  # sys.modules holds None in its place
-        found = False
-    if not found:
+        import matplotlib  # noqa: F401  (to see whether it is there)
+    except ImportError:
         say("no picture: matplotlib is not installed (pip install 'minilora[plot]')")
-    return found
+        return False
+    return True
 
 
 def plot_run(path: str | Path, records: list[dict[str, Any]], before: float, after: float, title: str, unit: str, nats: float) -> None:

@@ -14,10 +14,9 @@ from minilora.formats.adapter_config import read_adapter_config
 from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import load_model
 from minilora.formats.fetch import model_folder, read_weights
-from minilora.formats.fitting import Family, family_of, named
-from minilora.formats.gguf import read_gguf_tokenizer
+from minilora.formats.fitting import Family, family_of
 from minilora.formats.tensors import map_tensors
-from minilora.formats.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
+from minilora.formats.tokenizer import Tokenizer, load_tokenizer
 from minilora.models import BertClassifier
 from minilora.models.config_file import check_types, made
 from minilora.models.decoder import Decoder
@@ -71,11 +70,7 @@ def open_base(path: str | Path, backend: str, adapter: str | Path | None = None,
     labels = ((run and run.labels) or _classes(found)) if found else None  # a model has them in its own config.json
     typed = base == str(path)  # a name in a file must not lead to a download
     try:
-        published = None if labels is None else published_classes(base, download=typed)
-        count = labels if isinstance(labels, int) else len(labels or ())
-        same = published is None or labels == published or (count == len(published) and (isinstance(labels, int) or not named(published)))
-        options: dict[str, Any] = {"labels": labels, "quantize": recipe.quantize, "download": typed, "new_head": not same}
-        model = load_model(base, backend, dtype or recipe.dtype, **options)
+        model = load_model(base, backend, dtype or recipe.dtype, labels, recipe.quantize, download=typed, new_head=None)
     except FileNotFoundError as error:
         if typed:
             raise
@@ -151,8 +146,7 @@ def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of the model of a path; vocab_size: by default from its config.json."""
     base, _ = base_of(path)
     if base.endswith(".gguf"):
-        rows, vocabulary = read_gguf_tokenizer(base)
-        return gguf_tokenizer(vocabulary, vocab_size or rows, base)
+        return load_tokenizer(base, vocab_size)
     folder = model_folder(base, download=base == str(path))
     raw, family = _config(folder)
     size: Any = vocab_size or raw.get("vocab_size")
@@ -161,15 +155,10 @@ def tokenizer_of(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     return load_tokenizer(folder, size)
 
 
-def is_decoder(model: Any) -> bool:
-    """Whether the model continues texts."""
-    return isinstance(model, Decoder)
-
-
 def check_task(model: Any, task: str, source: str | Path) -> None:
     """Raise ValueError when the model, which comes from `source`, is not for the task."""
     what = f"{source} ({type(model).__name__})"
-    if task == "lm" and not is_decoder(model):
+    if task == "lm" and not isinstance(model, Decoder):
         raise ValueError(f"{what} is not a decoder, and task lm needs a decoder. Is --task classify meant?")
     if task == "classify" and not isinstance(model, BertClassifier):
         raise ValueError(f"{what} has no classifier, and task classify needs a BERT.")

@@ -18,8 +18,7 @@ import numpy as np
 from minilora.backend import to_numpy
 from minilora.data.batches import Batch, check_length, held_out_windows, random_windows
 from minilora.data.datasets import Dataset, batches_of, endless, few, load_dataset, load_examples, pack, packed_batches, sample
-from minilora.data.examples import Example
-from minilora.data.labels import class_names
+from minilora.data.examples import Example, class_names
 from minilora.data.records import SPLITS, is_dataset, listed, note, read_bytes, read_records, split_files
 from minilora.data.text import read_text, split_text, stdlib_source
 from minilora.formats.fitting import named
@@ -223,7 +222,7 @@ def _at_most(examples: list[Example], recipe: Recipe) -> list[Example]:
 def measure(model: Any, task: Task, threads: int = 1, matrix: bool = False) -> dict[str, Any]:
     """{"loss": nats a label, "tokens": the number read, and the task's own figures} on the held-out batches.
 
-    matrix: of classes also "confusion", the rows of the confusion matrix (training/evaluate.py) up to the largest class that occurs.
+    matrix: of classes also "confusion", the rows of the confusion matrix (training/evaluate.py).
     """
     tokens = sum(len(b.ids) for b in task.held_out)
     if not task.held_out[0].per_sequence:
@@ -241,7 +240,7 @@ def measure(model: Any, task: Task, threads: int = 1, matrix: bool = False) -> d
         return {"loss": float(mse(logits[:, 0], labels)[0]), **read, "pearson": pearson(logits[:, 0], labels)}
     figures: dict[str, Any] = classification_metrics(logits.argmax(axis=1), labels, logits.shape[1])
     if matrix:
-        figures["confusion"] = confusion(logits.argmax(axis=1), labels).tolist()
+        figures["confusion"] = confusion(logits.argmax(axis=1), labels, logits.shape[1]).tolist()
     return {"loss": float(cross_entropy(logits, labels)[0]), **read, **figures}
 
 

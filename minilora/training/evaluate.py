@@ -1,10 +1,4 @@
-"""Held-out loss, and metrics of predictions.
-
-Class ids are integers from 0; all arrays (n,) on the host. Values and edge cases as in scikit-learn; arrays that are empty or of different
-lengths raise ValueError. With the confusion matrix C, C[i, j] = the number of class i predicted as j:
-
-    t_i = sum_j C_ij (true)   p_j = sum_i C_ij (predicted)
-"""
+"""Held-out loss, and metrics of predictions, with values and edge cases as in scikit-learn."""
 
 from __future__ import annotations
 
@@ -44,45 +38,35 @@ def map_batches(model: Any, batches: Sequence[Batch], f: Callable[[Any, Batch], 
         return list(pool.map(lambda batch: f(model, batch), batches))
 
 
-def confusion(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """C (k, k), int64, k = the largest class id + 1."""
+def confusion(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """C (n_classes, n_classes): C[i, j] = the number of class i predicted as j."""
     _check(predicted, labels)
-    k = int(max(predicted.max(), labels.max())) + 1
-    return np.bincount(labels.astype(np.int64) * k + predicted, minlength=k * k).reshape(k, k)
+    return np.bincount(labels.astype(np.int64) * n_classes + predicted, minlength=n_classes**2).reshape(n_classes, n_classes)
 
 
-def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """sum_i C_ii / n."""
-    _check(predicted, labels)
-    return float((predicted == labels).mean())
+def classification_metrics(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> dict[str, float]:
+    """accuracy, f1, f1_macro and matthews of class ids (n,), both from 0 to n_classes - 1.
 
+    With C of `confusion`,   t_i = sum_j C_ij (true)   and   p_j = sum_i C_ij (predicted):
 
-def f1(predicted: np.ndarray, labels: np.ndarray, average: str = "macro") -> float:
-    """F1_i = 2 C_ii / (t_i + p_i), the harmonic mean of precision and recall.
-
-    "macro": the mean over the classes that occur in labels or predictions; "binary": F1 of class 1, 0 when it does not occur.
+        accuracy   sum_i C_ii / n
+        F1_i       2 C_ii / (t_i + p_i), the harmonic mean of precision and recall
+        f1_macro   the mean of F1_i over the classes that occur in labels or predictions
+        f1         F1_1 where there are two classes, else f1_macro
+        matthews   (n sum_i C_ii - sum_i t_i p_i) / sqrt((n^2 - sum p_i^2) (n^2 - sum t_i^2)), 0 when a root is 0
+                   (Gorodkin 2004, doi 10.1016/j.compbiolchem.2004.09.006, eq. 8)
     """
-    C = confusion(predicted, labels)
-    occurs = C.sum(axis=0) + C.sum(axis=1)
-    if average == "binary":
-        if len(C) > 2:
-            raise ValueError(f"f1: average='binary' is for classes 0 and 1, got ids up to {len(C) - 1}.")
-        return float(2 * C[1, 1] / occurs[1]) if len(C) == 2 else 0.0
-    if average != "macro":
-        raise ValueError(f"f1: unknown average {average!r}; choose macro or binary.")
-    seen = occurs > 0
-    return float((2 * C.diagonal()[seen] / occurs[seen]).mean())
-
-
-def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """(n sum_i C_ii - sum_i t_i p_i) / sqrt((n^2 - sum p_i^2) (n^2 - sum t_i^2)), 0 when a root is 0.
-
-    Matthews' correlation coefficient for any number of classes: Gorodkin 2004, doi 10.1016/j.compbiolchem.2004.09.006, eq. 8.
-    """
-    C = confusion(predicted, labels).astype(np.float64)
-    t, p, n = C.sum(axis=1), C.sum(axis=0), C.sum()
+    C = confusion(predicted, labels, n_classes)
+    t, p, n, right = C.sum(axis=1).astype(np.float64), C.sum(axis=0).astype(np.float64), len(labels), float(C.trace())
+    each = 2 * C.diagonal() / np.maximum(t + p, 1)
+    macro = float(each[t + p > 0].mean())
     below = math.sqrt((n * n - p @ p) * (n * n - t @ t))
-    return float((n * C.trace() - t @ p) / below) if below > 0 else 0.0
+    return {
+        "accuracy": right / n,
+        "f1": float(each[1]) if n_classes == 2 else macro,
+        "f1_macro": macro,
+        "matthews": float((n * right - t @ p) / below) if below > 0 else 0.0,
+    }
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
@@ -98,17 +82,6 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
 def perplexity(loss: float) -> float:
     """exp(loss), the loss being the mean over tokens in nats; inf where that overflows."""
     return math.exp(loss) if loss < 709 else math.inf if loss == loss else math.nan
-
-
-def classification_metrics(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> dict[str, float]:
-    """accuracy, f1 (of class 1 when there are two classes, else the macro average), f1_macro, matthews."""
-    macro = f1(predicted, labels)
-    return {
-        "accuracy": accuracy(predicted, labels),
-        "f1": f1(predicted, labels, "binary") if n_classes == 2 else macro,
-        "f1_macro": macro,
-        "matthews": matthews(predicted, labels),
-    }
 
 
 def _check(predicted: np.ndarray, labels: np.ndarray) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from minilora.backend import Rng, as_like, generator
-from minilora.layers import Embedding, Layer, LayerNorm, Linear, RMSNorm
+from minilora.layers import Layer, LayerNorm, Parameter, RMSNorm
 
 _STD = 0.02  # of BERT's initial weights
 
 
-def reinitialise(model: Layer, blocks: int, *, rng: Rng = None) -> int:
-    """Reinitialise the pooler (where there is one) and the top `blocks` blocks. Returns the number of elements set.
+def reinitialise(model: Layer, blocks: int, *, rng: Rng = None) -> None:
+    """Reinitialise the pooler (where there is one) and the top `blocks` blocks.
 
     Dense weights N(0, 0.02^2), biases 0, norms 1 and 0. The arrays are new: models that share the old ones keep them.
     The blocks are the longest list of layers in the model. Raises ValueError when it has fewer.
@@ -24,19 +22,19 @@ def reinitialise(model: Layer, blocks: int, *, rng: Rng = None) -> int:
         raise ValueError(f"reinitialise: the model has {len(stack)} blocks, not {blocks}.")
     tops = stack[len(stack) - blocks :] + [layer for path, layer in model.modules() if path.endswith("pooler")]
     rng = generator(rng)
-    return sum(draw(layer, rng) for top in tops for _, layer in top.modules())
+    for top in tops:
+        for _, layer in top.modules():
+            draw(layer, rng)
 
 
-def draw(layer: Layer, rng: np.random.Generator) -> int:
-    """BERT's initial values for the parameters of one layer, without those of its sublayers. Returns the number of elements."""
-    values: dict[str, Any] = {}
-    if isinstance(layer, (Linear, Embedding)):
-        values["weight"] = rng.normal(0, _STD, layer.weight.data.shape)
-    elif isinstance(layer, (LayerNorm, RMSNorm)):
-        values["weight"] = np.ones(layer.weight.data.shape)
-    if getattr(layer, "bias", None) is not None:
-        values["bias"] = np.zeros(layer.bias.data.shape)  # type: ignore[attr-defined]
-    for name, value in values.items():
-        p = getattr(layer, name)
-        p.data = as_like(value.astype(p.data.dtype), p.data)
-    return sum(value.size for value in values.values())
+def draw(layer: Layer, rng: np.random.Generator) -> None:
+    """BERT's initial values for the parameters of one layer, without those of its sublayers."""
+    for name, p in vars(layer).items():
+        if isinstance(p, Parameter):
+            if name == "bias":
+                value = np.zeros(p.data.shape)
+            elif isinstance(layer, (LayerNorm, RMSNorm)):
+                value = np.ones(p.data.shape)
+            else:
+                value = rng.normal(0, _STD, p.data.shape)
+            p.data = as_like(value.astype(p.data.dtype), p.data)

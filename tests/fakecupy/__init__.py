@@ -167,7 +167,4 @@ def _make_module() -> CuPy:
 
 
 module = _make_module()
-nvmath = types.ModuleType("nvmath")
-nvmath.bindings = types.ModuleType("nvmath.bindings")
-nvmath.bindings.cublas = blas
-modules = {"cupy": module, "nvmath": nvmath, "nvmath.bindings": nvmath.bindings}  # sys.modules |= fakecupy.modules
+modules = {"cupy": module, "minilora.kernels.cuda.cublas": blas}  # sys.modules |= fakecupy.modules

@@ -1,4 +1,4 @@
-"""nvmath.bindings.cublas on a CPU: cuBLAS calls as its manual defines them, computed by NumPy on the memory behind the pointers.
+"""minilora/kernels/cuda/cublas.py on a CPU: cuBLAS calls as its manual defines them, computed by NumPy on the memory behind the pointers.
 
 Matrices are column-major with a leading dimension and a transpose flag, as in cuBLAS. Arguments that cuBLAS would refuse raise, and so
 does a call without a stream and a workspace, which a CUDA graph could not capture.

@@ -1,4 +1,4 @@
-"""Products by cuBLAS itself, through NVIDIA's bindings (nvmath-python), where they are installed; else by CuPy's own calls.
+"""Products by cuBLAS itself (cublas.py); by CuPy's own calls where its library cannot be called.
 
 CuPy copies a factor whose rows or columns are not contiguous, gives a product the dtype of its factors, has no half-precision product with
 a float32 result, and refuses all products while a step is captured (replay.py). Here none of that holds.
@@ -19,7 +19,7 @@ import numpy as np
 
 from minilora.backend import Array, get_xp
 
-_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cudaDataType_t
+_TYPES = {"f": 0, "d": 1, "e": 2, "E": 14}  # cudaDataType_t by NumPy's character, which is read faster than a name; E is bfloat16
 _FLOAT32, _TF32, _FLOAT64 = 68, 77, 70  # cublasComputeType_t: what sums are taken in
 _DEFAULT_ALGORITHM = -1
 _WORKSPACE = 2**25  # bytes: what NVIDIA advises for Hopper; our own, as a captured step must not allocate any
@@ -51,27 +51,27 @@ def gemm(a: Array, b: Array, out: Array | None = None, alpha: float = 1.0, beta:
 
 @cache
 def bindings() -> Any:
-    """nvmath.bindings.cublas; None with MINILORA_BLAS=cupy, and where it is not installed or cannot be used, of which a warning tells."""
+    """The module cublas.py; None with MINILORA_BLAS=cupy, and where its library cannot be called, of which a warning tells."""
     if os.environ.get("MINILORA_BLAS") == "cupy":
         return None
     try:
-        from nvmath.bindings import cublas
+        from minilora.kernels.cuda import cublas
 
         cublas.destroy(cublas.create())
         return cublas
-    except ImportError as error:
-        why = f"nvmath-python is not installed ({error}): pip install 'minilora[nvmath]'"
-    except Exception as error:  # a library that is not found, or of another CUDA; its errors have no common class
-        why = f"NVIDIA's bindings cannot be used: {' '.join(str(error).split())}"
-    warnings.warn(f"products go by CuPy's own calls, which are slower and cannot be captured, as {why}", stacklevel=2)
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+    warnings.warn(
+        f"products go by CuPy's own calls, which are slower and cannot be captured, as cuBLAS cannot be called: {why}", stacklevel=2
+    )
     return None
 
 
 def _by_cublas(xp: Any, a: Array, b: Array, out: Array, alpha: float, beta: float) -> None:
     (a, in_a), (b, in_b), (target, in_c) = _factor(a), _factor(b), _factor(out, (False,))
     blas, (*_, m, n), k = bindings(), out.shape, a.shape[-1]
-    kind, c_kind = _TYPES[a.dtype.name], _TYPES[out.dtype.name]
-    compute = _FLOAT64 if kind == _TYPES["float64"] else _TF32 if kind == _TYPES["float32"] and tf32() else _FLOAT32
+    kind, c_kind = _TYPES[a.dtype.char], _TYPES[out.dtype.char]
+    compute = _FLOAT64 if a.dtype.char == "d" else _TF32 if a.dtype.char == "f" and tf32() else _FLOAT32
     scale, add = _number(alpha, compute == _FLOAT64)[1], _number(beta, compute == _FLOAT64)[1]
     shapes = (_handle(xp), in_b.transposed, in_a.transposed, n, m, k, scale)
     of_b, of_a, of_c = (b.data.ptr, kind, in_b.lead), (a.data.ptr, kind, in_a.lead), (target.data.ptr, c_kind, in_c.lead)
