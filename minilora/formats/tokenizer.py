@@ -61,6 +61,10 @@ class Tokenizer(ABC):
     def offsets(self, text: str) -> np.ndarray:
         """The character span [first, last + 1) of each token of encode(text, add_special=False), (T, 2)."""
 
+    def token(self, id: int | None) -> str:
+        """One token as it is written in a text; "" for None."""
+        return "" if id is None else self.decode([id])
+
     def render(self, messages: Messages, add_generation_prompt: bool = False, **more: Any) -> str:
         """The messages as text, by this tokenizer's chat template and special tokens; arguments and errors as in `render_chat`."""
         return render_chat(self.chat_template, messages, add_generation_prompt, **self.special_tokens, **more)
@@ -165,7 +169,6 @@ class HFTokenizer(Tokenizer):
             return self.library.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def token(self, id: int | None) -> str:
-        """One token as it is written in a text; "" for None."""
         return "" if id is None else self.library.id_to_token(id) or ""
 
     def save(self, folder: str | Path) -> None:
