@@ -20,6 +20,7 @@ import numpy as np
 
 _NUMBERS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # by type; as in the modules struct and array
 _STRING, _ARRAY = 8, 9
+_SHORT = 4096
 _VERSIONS = (2, 3)
 
 
@@ -35,7 +36,7 @@ class Tensor(NamedTuple):
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(metadata, {name: tensor}) of a file. Raises ValueError, without the name of the file, when it is damaged.
 
-    An array of strings is a list; one of numbers is an array.array, which takes no more memory than it does in the file.
+    An array is a list, but a long one of numbers an array.array, which takes no more memory than it does in the file.
     """
     import gguf
 
@@ -84,7 +85,7 @@ class _Cursor:
     """A place in the bytes of a file."""
 
     def __init__(self, data: np.ndarray) -> None:
-        self.data, self.at = memoryview(data), 0
+        self.data, self.at = memoryview(data), 0  # type: ignore[arg-type]
 
     def take(self, length: int) -> bytes:
         if length > len(self.data) - self.at:
@@ -112,7 +113,7 @@ class _Cursor:
                 values.frombytes(self.take(count * values.itemsize))
                 if sys.byteorder == "big":
                     values.byteswap()
-                return values
-        if kind < len(_NUMBERS) and (code := _NUMBERS[kind]):
-            return self.number(code)
+                return values.tolist() if count <= _SHORT else values
+        if kind < len(_NUMBERS) and (single := _NUMBERS[kind]):
+            return self.number(single)
         raise ValueError(f"it has a value of type {kind}")

@@ -81,13 +81,15 @@ TEMPLATES = [
     "{%- macro show(m) -%}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{%- endmacro -%}{% for m in messages %}{{ show(m) }}{% endfor %}"
     "{% if tools is not none %}{{ tools | tojson(indent=2) }}{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}",
 ]
-PIECES = """{{_'a'_*_10**9_}}|{{_10**10**8_}}|{{_'x'.center(10**9)_}}|{{_'%1000000000d'_%_1_}}|{{_'{:1000000000}'.format(1)_}}|{{_range(10**9)_|_list_}}
+PIECES = """{{_'a'_*_10**9_}}|{{_10**10**8_}}|{{_'x'.center(10**9)_}}|{{_'%1000000000d'_%_1_}}|{{_'{:1000000000}'.format(1)_}}
+{{_range(10**9)_}}
 {%_for_a_in_range(99999)_%}{%_for_b_in_range(99999)_%}{%_endfor_%}{%_endfor_%}|{%_macro_f()_%}{{_f()_}}{%_endmacro_%}{{_f()_}}
 {%_macro_g()_%}{{_g()_}}{{_g()_}}{%_endmacro_%}{{_g()_}}|{{_messages.__class__.__mro___}}|{{_''.__class__.__base__.__subclasses__()_}}
 {{_cycler.__init__.__globals__.os.popen('id').read()_}}|{{_self.__init__.__globals___}}|{{_lipsum(n=99999)_}}|{{_raise_exception('no')_}}
 {{_strftime_now('%Y')_}}|{{_strftime_now('%9999999d')_}}|{%_include_'/etc/passwd'_%}|{%_import_'os'_as_os_%}|{%_extends_'x'_%}
 {{_messages|tojson(indent=999999999)_}}|{{_messages.append(1)_}}|{{_namespace(__class__=1)_}}|{{_dict(a=1).update(b=2)_}}|{{_['a'*99999]*99999_}}
-{%_set_ns=namespace(x='a')_%}{%_for_i_in_range(40)_%}{%_set_ns.x=ns.x~ns.x_%}{%_endfor_%}{{_ns.x_}}|{%_set_ns=namespace(x='a')_%}{%_for_i_in_range(40)_%}{%_set_ns.x=ns.x+ns.x_%}{%_endfor_%}
+{%_set_ns=namespace(x='a')_%}{%_for_i_in_range(40)_%}{%_set_ns.x=ns.x~ns.x_%}{%_endfor_%}{{_ns.x_}}
+{%_set_ns=namespace(x='a')_%}{%_for_i_in_range(40)_%}{%_set_ns.x=ns.x+ns.x_%}{%_endfor_%}
 {{_messages|map(attribute='content')|join('x'*99999)_}}|{{_'a'.replace('a','b'*9999).replace('b','c'*99999)_}}|{{_(1,2)|batch(10**9,0)|list_}}
 {%_if_true_%}|{%_endif_%}|{%_for_m_in_messages_%}|{%_endfor_%}|{%_generation_%}|{%_endgeneration_%}|{%-|-%}|{{|}}|{#|#}|{%_break_%}|{%_continue_%}
 {%_raw_%}|{%_endraw_%}|{%_set_messages=[]_%}|{{_loop.index_}}|{{_m_}}|{{_undefined.x_}}|{{_1/0_}}|{{_'a'[10**30:]_}}|{{_-1**0.5_}}|{{_messages[99]_}}
