@@ -67,7 +67,7 @@ class Format:
     mutation: Mutation
     read: Callable[[Path], Any]
     check: Callable[[Path, Any], None] = lambda folder, value: None
-    weight: float = 1.0  # the share of the cases
+    weight: float = 1.0
     also: tuple[str, ...] = field(default=())  # names by which an error may call what it is about
 
 
@@ -81,6 +81,10 @@ TEMPLATES = [
     "{%- macro show(m) -%}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{%- endmacro -%}{% for m in messages %}{{ show(m) }}{% endfor %}"
     "{% if tools is not none %}{{ tools | tojson(indent=2) }}{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}",
 ]
+WEIGHTS = {  # of the cases; those that take longer get fewer
+    **{"safetensors": 12, "index": 8, "config": 3, "gguf": 5, "tokenizer": 4, "template": 6, "conversation": 6, "adapter": 3},
+    **{"run": 3, "study": 12, "checkpoint": 10, "metrics": 6, "jsonl": 14, "csv": 14, "toml": 2, "text": 14},
+}
 PIECES = """{{_'a'_*_10**9_}}|{{_10**10**8_}}|{{_'x'.center(10**9)_}}|{{_'%1000000000d'_%_1_}}|{{_'{:1000000000}'.format(1)_}}
 {{_range(10**9)_}}
 {%_for_a_in_range(99999)_%}{%_for_b_in_range(99999)_%}{%_endfor_%}{%_endfor_%}|{%_macro_f()_%}{{_f()_}}{%_endmacro_%}{{_f()_}}
@@ -263,16 +267,14 @@ def all_formats() -> dict[str, Format]:
             one_of(safetensors=tensors_file),
             read_safetensors,
             lambda folder, value: same_tensors(value[0], library_tensors(folder / "m.safetensors")),
-            12,
         ),
-        Format("index", [shards], one_of(json=json_file, safetensors=tensors_file), read_weights, check_index, 6),
+        Format("index", [shards], one_of(json=json_file, safetensors=tensors_file), read_weights, check_index),
         Format(
             "config",
             [{name: data for name, data in files.items() if name in ("config.json", "model.safetensors")} for files in models.values()],
             one_of(json=json_file, safetensors=tensors_file),
             read_model,
             check_model,
-            8,
         ),
         Format(
             "gguf",
@@ -280,7 +282,6 @@ def all_formats() -> dict[str, Format]:
             lambda rng, files: {"m.gguf": gguf_file(rng, trees[files["m.gguf"].decode()])},
             read_gguf_file,
             check_gguf,
-            5,
         ),
         Format(
             "tokenizer", list(corpus.tokenizers(work / "tokenizers").values()), one_of(json=json_file), read_tokenizer, check_tokenizer, 4
@@ -291,15 +292,13 @@ def all_formats() -> dict[str, Format]:
             one_of(jinja=text_file([*WORDS, *DEEP])),
             read_template,
             check_template,
-            6,
-            ("the chat template",),
+            also=("the chat template",),
         ),
         Format(
             "conversation",
             [{"d.jsonl": lines([talk]), **template} for talk in TALKS],
             one_of(jsonl=longer(lines_file)),
             read_talk,
-            weight=6,
         ),
         Format(
             "adapter",
@@ -307,19 +306,17 @@ def all_formats() -> dict[str, Format]:
             one_of(json=json_file, safetensors=tensors_file),
             adapters.read,
             adapters.check,
-            8,
         ),
-        Format("run", [{"run.json": json.dumps(run).encode()}], one_of(json=json_file), read_run, check_run, 8),
-        Format("study", [study], one_of(json=json_file, jsonl=lines_file), read_study, check_study, 8),
-        Format("checkpoint", [saved], one_of(json=json_file, safetensors=tensors_file), read_checkpoint, check_checkpoint, 6),
-        Format("metrics", [{"metrics.jsonl": metrics}], one_of(jsonl=lines_file), read_metrics, weight=4),
+        Format("run", [{"run.json": json.dumps(run).encode()}], one_of(json=json_file), read_run, check_run),
+        Format("study", [study], one_of(json=json_file, jsonl=lines_file), read_study, check_study),
+        Format("checkpoint", [saved], one_of(json=json_file, safetensors=tensors_file), read_checkpoint, check_checkpoint),
+        Format("metrics", [{"metrics.jsonl": metrics}], one_of(jsonl=lines_file), read_metrics),
         Format(
             "jsonl",
             [{"d.jsonl": lines(RECORDS[i:])} for i in range(3)] + [{"d.jsonl": json.dumps(RECORDS).encode()}],
             one_of(jsonl=lines_file),
             read_jsonl,
             check_jsonl,
-            12,
         ),
         Format(
             "csv",
@@ -327,16 +324,16 @@ def all_formats() -> dict[str, Format]:
             one_of(csv=text_file(CSV_WORDS), tsv=text_file(CSV_WORDS)),
             read_table,
             check_table,
-            12,
         ),
-        Format("toml", [{"r.toml": toml}], one_of(toml=text_file(TOML_WORDS)), read_toml, check_toml, 4),
+        Format("toml", [{"r.toml": toml}], one_of(toml=text_file(TOML_WORDS)), read_toml, check_toml),
         Format(
             "text",
             [plain, {"a.txt.gz": gzip.compress(plain["a.txt"], mtime=0)}],
             one_of(txt=text_file(TEXT_WORDS), gz=mutate.mutate_bytes),
             read_plain,
             check_plain,
-            10,
         ),
     ]
+    for each in found:
+        each.weight = WEIGHTS.get(each.name, 1)
     return {each.name: each for each in found}

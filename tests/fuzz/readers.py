@@ -25,12 +25,11 @@ from minilora.data.text import read_text
 from minilora.formats.adapter import load_adapter
 from minilora.formats.chat import assistant_spans, render_chat
 from minilora.formats.gguf import read_gguf, read_gguf_tokenizer
-from minilora.formats.tensors import read_tensors, stored_dtypes
+from minilora.formats.tensors import map_tensors, stored_dtypes
 from minilora.formats.tokenizer import ByteTokenizer, gguf_tokenizer, load_tokenizer
 from minilora.lora import lora_layers
 from minilora.runs import checkpoint
 from minilora.runs.folder import StudyFolder, lanes_of, read_lines
-from minilora.runs.folder import read_records as read_runs
 from minilora.runs.recipe import Recipe
 from minilora.runs.run_file import run_of
 from minilora.runs.study import summarise
@@ -73,7 +72,7 @@ def same_tensors(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def read_safetensors(folder: Path) -> Any:
-    tensors, metadata = read_tensors(folder / "m.safetensors")
+    tensors, metadata = map_tensors(folder / "m.safetensors")
     assert stored_dtypes(folder / "m.safetensors").keys() == tensors.keys()
     return tensors, metadata
 
@@ -232,7 +231,7 @@ def read_study(folder: Path) -> Any:
     recipe = Recipe(**raw["recipe"])
     lanes_of(folder)
     store = StudyFolder(folder, recipe, raw["rows"], raw["sha256"])
-    records = read_runs(folder / "runs.jsonl")
+    records = store.records
     if records:
         with np.errstate(all="ignore"):
             table = [summarise(row, [r for r in records if r["row"] == row], "accuracy") for row in {r["row"] for r in records}]
