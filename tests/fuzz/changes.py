@@ -32,7 +32,7 @@ def lines_file(rng: random.Random, data: bytes, other: bytes = b"") -> bytes:
             except (ValueError, RecursionError):  # it was changed before
                 continue
             if rng.random() < 0.02:
-                lines[i : i + 1] = [lines[i]] * min(2000, 10**6 // (1 + len(lines[i])) + 1)
+                lines[i : i + 1] = [lines[i]] * min(2000, 200_000 // (1 + len(lines[i])) + 1)
         elif rng.random() < 0.3:
             lines.insert(i, rng.choice((b"", b" ", b"\xef\xbb\xbf", b"null", b"[1]", b"[", b"\x00", b"\xff\xfe", b"\r", b"\x0c", b"\x85")))
         else:

@@ -247,8 +247,7 @@ def ml_table(table: Any) -> None:
 
 
 def check_study(folder: Path, records: Any) -> None:
-    lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert records == lines
+    assert records == json_records(folder / "runs.jsonl")
 
 
 def read_checkpoint(folder: Path) -> Any:
@@ -271,13 +270,17 @@ def read_jsonl(folder: Path) -> Any:
     return records, examples
 
 
+def json_records(file: Path) -> list[Any]:
+    """What json reads of a file of records."""
+    text = file.read_bytes().decode("utf-8-sig")
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [json.loads(line.removeprefix("\ufeff")) for line in text.split("\n") if line.removeprefix("\ufeff").strip()]
+
+
 def check_jsonl(folder: Path, value: Any) -> None:
     records, examples = value
-    text = (folder / "d.jsonl").read_bytes().decode("utf-8-sig")
-    if text.lstrip().startswith("["):
-        expected = json.loads(text)
-    else:
-        expected = [json.loads(line.removeprefix("\ufeff")) for line in text.split("\n") if line.removeprefix("\ufeff").strip()]
+    expected = json_records(folder / "d.jsonl")
     assert json.dumps([record for _, record in records]) == json.dumps(expected)
     assert len(examples) == len(expected)
     for example in examples:
