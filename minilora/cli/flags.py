@@ -37,6 +37,7 @@ _FIELDS = {field.name: field for field in fields(Recipe)}
 _MODEL = "a run folder, an adapter or model folder, a .gguf file, an id of the hub, or pydoc, the bundled model"
 _ANY_MODEL: dict[str, Any] = {"nargs": "?", "default": "pydoc", "help": f"{_MODEL} (default)"}
 _THE_RUNS = "the run's"
+_LONGEST, _DOTS = 100_000, 200  # of a settings file
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -237,8 +238,11 @@ def _set_defaults(p: argparse.ArgumentParser, path: Path) -> None:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    raw = path.read_bytes()
+    if len(raw) > _LONGEST or any(line.count(b".") > _DOTS for line in raw.splitlines()):  # the parser's memory grows as dots squared
+        raise ValueError(f"{path} is not a settings file: it has more than {_LONGEST:,} bytes, or {_DOTS} dots in a line.")
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        return tomllib.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid TOML ({error}).") from None
 

@@ -39,9 +39,14 @@ def read_bytes(file: Path) -> bytes:
     if file.suffix.lower() != ".gz":
         return raw
     try:
-        return gzip.decompress(raw)
+        with gzip.open(io.BytesIO(raw)) as opened:
+            text = opened.read(most := 2**26 + 100 * len(raw))
+            more = opened.read(1)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{file} is not a whole gzip file ({error}).") from None
+    if more:
+        raise ValueError(f"{file} is more than {most:,} bytes without its compression, which is hardly text; decompress it first.")
+    return text
 
 
 def decode_bytes(raw: bytes, file: Path, encoding: str = "utf-8") -> str:

@@ -23,7 +23,7 @@ import numpy as np
 
 from minilora.adapters.bottleneck import bottleneck_parameters
 from minilora.backend import Array, as_like, to_numpy
-from minilora.formats.adapter_config import BARE, prefix_of, read_adapter_config, to_json
+from minilora.formats.adapter_config import BARE, check_expressions, prefix_of, read_adapter_config, to_json
 from minilora.formats.atomic import write_json
 from minilora.formats.fetch import origin
 from minilora.formats.fitting import FAMILIES, check_fit, drawn_parameters, warn_of_pooling
@@ -96,6 +96,7 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
         )
     tensors, metadata = map_tensors(file)
     try:
+        check_expressions(config, [path for path, _ in model.modules()])
         if isinstance(config, LoraConfig):
             config, tensors, bare = _with_the_head(model, config, tensors)
             _check_ranks(config.targets(model, strict=False), config, tensors)

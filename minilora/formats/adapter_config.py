@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from minilora.formats.atomic import read_json
 from minilora.formats.fetch import origin
 from minilora.formats.fitting import FAMILIES
+from minilora.formats.sandbox import can_match
 from minilora.layers import Layer
 from minilora.lora import LoraConfig, lora_layers
 from minilora.lora.registry import METHODS, load
@@ -21,6 +24,14 @@ _INITIALISERS = {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}
 _OF_OTHERS = {"megatron_core", "qalora_group_size"}  # read with megatron_config and use_qalora only, which are refused
 _KEPT_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica", "normal", "seed")  # initialisers that do not change W
 _ALWAYS = {"bias", "fan_in_fan_out", "modules_to_save", "task_type", "base_model_name_or_path", "target_modules", "save_projection"}
+_EXPRESSIONS = {  # fields with regular expressions, and what lora/targets.py puts around one
+    "target_modules": ("(?:", r")\Z"),
+    "exclude_modules": ("(?:", r")\Z"),
+    "rank_pattern": (r"(.*\.)?(", ")$"),
+    "alpha_pattern": (r"(.*\.)?(", ")$"),
+    "modules_to_save": (r"(^|.*\.)", r"($|\..*)"),
+    "layers_pattern": (r"(?:^|.*?\.)", r"\.(?P<number>\d+)\."),
+}
 
 
 def read_adapter_config(folder: str | Path) -> Any:
@@ -52,6 +63,23 @@ def read_adapter_config(folder: str | Path) -> Any:
     values = {key: value for key, value in raw.items() if key in read and (value is not None or getattr(usual, key) not in _NEUTRAL)}
     check_types(kind, values, str(path))
     return made(kind, values | ({"init_lora_weights": True} if "init_lora_weights" in known else {}), str(path))
+
+
+def check_expressions(config: Any, paths: Collection[str]) -> None:
+    """Raise ValueError for a regular expression of the configuration that is invalid, or takes too long to match one of these paths."""
+    odd = []
+    for name, (before, after) in _EXPRESSIONS.items():
+        value = getattr(config, name, None) or ()
+        listed = () if "target" in name or "exclude" in name else value  # there, a list has plain names
+        for expression in [value] if isinstance(value, str) else listed:
+            try:
+                re.compile(before + expression + after)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"{name}={expression!r:.80} is not a regular expression ({error}).") from None
+            if not re.fullmatch(r"[\w.-]*", expression):
+                odd.append(before + expression + after)
+    if odd and not can_match(odd, paths):
+        raise ValueError(f"matching its expressions takes too long: {', '.join(odd):.200}.")
 
 
 def to_json(model: Layer, config: Any, drawn: list[str], joined: bool, bare: str) -> dict[str, Any]:

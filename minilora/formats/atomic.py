@@ -26,8 +26,10 @@ def write_file(path: str | Path, write: Callable[[str], object]) -> None:
         write(str(temporary))
         temporary.chmod(mode)  # that of the file before, or of a new file: a library may have chosen another
         put_in_place(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk
+            error.filename = str(path)
         raise
 
 

@@ -1,6 +1,7 @@
 """Chat templates: conversations as text, in the format a model was trained on. Rendered by jinja2 in its sandbox.
 
-A template comes from the publisher of the model: it receives plain data only and cannot leave the sandbox.
+A template comes from the publisher of the model: it receives plain data only, cannot leave the sandbox, and runs in a process with limits
+of time, memory and output (sandbox.py).
 """
 
 from __future__ import annotations
@@ -8,22 +9,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import datetime
-from functools import lru_cache
 from itertools import accumulate
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from minilora.formats import extra
+from minilora.formats import extra, sandbox
 from minilora.formats.atomic import read_json
+from minilora.formats.sandbox import MARKS
 
 Messages = Sequence[dict[str, Any]]  # {"role": "user", "content": "..."} each
 Span = tuple[int, int]  # (first character, last + 1)
 
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
-_MARKS = "\ufdd0", "\ufdd1"  # noncharacters around the output of a {% generation %} block
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -66,7 +64,7 @@ def render_chat(template: str | None, messages: Messages, add_generation_prompt:
     `more`: tools and documents (lists of objects), and the special tokens available to a template (bos_token, eos_token, ...), as in
     `Tokenizer.special_tokens`. Encode the text with add_special=False: the template writes the special tokens itself. Special tokens
     in a message are recognised too, as in transformers. Raises ValueError when there is no template, or it is invalid, refuses the
-    messages or tries to leave the sandbox; ImportError without jinja2.
+    messages, tries to leave the sandbox or exceeds a limit; ImportError without jinja2.
     """
     return _render(template, messages, add_generation_prompt, more)[0]
 
@@ -86,13 +84,13 @@ def _render(template: str | None, messages: Messages, prompt: bool, more: dict[s
     context |= {name: value for name, value in more.items() if value not in (None, "")}
     try:
         text = json.dumps({**context, "messages": plain}, ensure_ascii=False)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise ValueError("messages must consist of strings, numbers, lists and objects only.") from None
-    compiled, marks = _compile(template), f"[{''.join(_MARKS)}]"
+    marks = f"[{''.join(MARKS)}]"
     if (marked := marks_answers(template)) and re.search(marks, text):
-        raise ValueError(f"messages must not contain the noncharacters {' and '.join(map(ascii, _MARKS))}.")
-    with _in_one_sentence():
-        text = compiled.render(**json.loads(text), add_generation_prompt=prompt)  # plain data: no Python objects
+        raise ValueError(f"messages must not contain the noncharacters {' and '.join(map(ascii, MARKS))}.")
+    extra("jinja2", "hf", "a chat template")
+    text = sandbox.render(_GENERATION.sub(_as_filter, template), {**context, "messages": plain, "add_generation_prompt": prompt})
     pieces = re.split(marks, text) if marked else [text]
     bounds = list(accumulate(map(len, pieces)))
     return "".join(pieces), list(zip(bounds[:-1:2], bounds[1:-1:2], strict=True))
@@ -203,70 +201,6 @@ def turn_end(template: str | None, ends: Sequence[str], **more: Any) -> str | No
     return max((mark for mark in ends if rest.startswith(mark)), key=len, default=None)
 
 
-@lru_cache(maxsize=8)
-def _compile(template: str) -> Any:
-    """The template, compiled in the environment of transformers, in a sandbox that raises at the first violation."""
-    from importlib.metadata import version  # takes a while to import
-
-    extra("jinja2", "hf", "a chat template")
-    from jinja2.exceptions import SecurityError, TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    if tuple(int(part) for part in version("jinja2").split(".")[:3] if part.isdigit()) < (3, 1, 6):
-        raise ImportError(f"jinja2 {version('jinja2')} has known ways out of its sandbox; pip install 'jinja2>=3.1.6'")
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-            raise SecurityError(f"access to attribute {attribute!r}")  # jinja2 returns an undefined value
-
-    class PlainNamespace(Namespace):
-        """jinja2's namespace, without names that start with an underscore: Python would take those for methods."""
-
-        def __init__(*args: Any, **kwargs: Any) -> None:  # no `self`, so that namespace(self=...) works as in jinja2's own
-            Namespace.__init__(args[0])
-            for name, value in dict(*args[1:], **kwargs).items():
-                args[0][name] = value
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if str(name).startswith("_"):
-                raise SecurityError(f"a namespace with the name {name!r}")
-            super().__setitem__(name, value)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-        """jinja2's own tojson escapes HTML."""
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters |= {"tojson": tojson, "generation": lambda text: _MARKS[0] + text + _MARKS[1]}
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda format: datetime.now().strftime(format),
-        "namespace": PlainNamespace,
-        "dict": lambda *args, **kwargs: dict(*args, **kwargs),  # a function: the type has methods
-    }
-    with _in_one_sentence():
-        return environment.from_string(_GENERATION.sub(_as_filter, template))
-
-
 def _as_filter(tag: re.Match[str]) -> str:
     """{% generation %} ... {% endgeneration %}, which some templates put around answers, as a filter of its content."""
     return f"{{%{tag[1]} {'endfilter' if tag[2] else 'filter generation'} {tag[3]}%}}"
-
-
-@contextmanager
-def _in_one_sentence() -> Iterator[None]:
-    """Turn any exception of a template into a ValueError of one sentence."""
-    from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
-
-    kinds: dict[type[Exception], str] = {SecurityError: "tries to leave the sandbox", TemplateError: "refuses these messages"}
-    try:
-        yield
-    except Exception as error:
-        what = kinds.get(type(error), f"fails with {type(error).__name__}")
-        if isinstance(error, TemplateSyntaxError):
-            what = f"is invalid at line {error.lineno}"
-        raise ValueError(f"the chat template {what} ({str(error).rstrip('.')}).") from None

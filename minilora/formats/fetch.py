@@ -65,7 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no weight_map.")
     for name in places.values():
-        if not isinstance(name, str) or name in ("", ".", "..") or PureWindowsPath(name).name != name:
+        if not isinstance(name, str) or name in ("", ".", "..") or PureWindowsPath(name).name != name or not name.isprintable():
             raise ValueError(f"{index} names the file {name!r:.80}, which is not the plain name of a file in its folder.")
     shards = {folder / name: stored_dtypes(folder / name) for name in dict.fromkeys(places.values())}
     for file, held in shards.items():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from array import array
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minilora.formats import extra
+from minilora.formats.gguf_header import Tensor, read_header
 from minilora.models.llama import LlamaConfig
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -76,6 +78,8 @@ def read_gguf_tokenizer(path: str | Path) -> tuple[int, dict[str, Any]]:
     """
     meta, stored = _open(Path(path))
     found = {re.sub(r"^tokenizer\.(ggml\.)?", "", name): value for name, value in meta.items() if name.startswith("tokenizer.")}
+    if isinstance(types := found.get("token_type"), array):
+        found["token_type"] = types.tolist()
     return _config(meta, stored, Path(path))["vocab_size"], found
 
 
@@ -88,33 +92,18 @@ def in_halves(W: np.ndarray, n_head: int) -> np.ndarray:
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(W.shape)
 
 
-def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metadata, {name: the library's tensor}) of a file. Raises FileNotFoundError, ImportError, or ValueError for an unreadable file."""
+def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(metadata, {name: tensor}) of a file. Raises FileNotFoundError, ImportError, or ValueError for an unreadable file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     extra("gguf", "gguf", f"reading {path}")
-    import gguf
-
-    class Reader(gguf.GGUFReader):  # refuses a file that is shorter than its header says
-        def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> np.ndarray:
-            self.data = np.asarray(self.data)  # type: ignore[assignment]  # slices of a memmap take twice as long
-            values = super()._get(offset, dtype, count, *args, **kwargs)
-            if len(values) < count:  # a NumPy slice silently ends at the end of the file
-                raise ValueError("it is shorter than its header says")
-            return values
-
     try:
-        with np.errstate(all="raise"):  # sizes that overflow
-            reader = Reader(path)
-        meta = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # the library does not check what it parses
+        return read_header(path)
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{path} is not a readable GGUF file: it is truncated or of another format ({error}).") from None
-    if reader.byte_order == "S":
-        raise ValueError(f"{path} is a GGUF file of the opposite byte order; convert it to this machine's.")
-    return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def _config(meta: dict[str, Any], stored: dict[str, Any], path: Path) -> dict[str, Any]:
+def _config(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -> dict[str, Any]:
     """The metadata of the model as transformers' config.json. Raises ValueError for what is not supported."""
     architecture = meta.get("general.architecture")
     if architecture not in tuple(_CLASSES):
@@ -137,7 +126,7 @@ def _config(meta: dict[str, Any], stored: dict[str, Any], path: Path) -> dict[st
         raise ValueError(f"{path} lacks the tensor 'token_embd.weight', or it is not a matrix.")
     raw = {
         "model_type": architecture,
-        "vocab_size": int(stored["token_embd.weight"].shape[-1]),  # GGUF lists dimensions in reverse
+        "vocab_size": stored["token_embd.weight"].shape[0],
         **{field: _short(found[name]) for name, field in _SIZES.items() if name in found},
         "tie_word_embeddings": "output.weight" not in stored,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
@@ -157,7 +146,7 @@ def _short(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _dequantized(tensor: Any, path: Path) -> np.ndarray:
+def _dequantized(tensor: Tensor, path: Path) -> np.ndarray:
     """A tensor in floating point, (out, in)."""
     import gguf
 

@@ -5,7 +5,10 @@ The format: 8 bytes with the length n of the header; n bytes of JSON, {name: {dt
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,7 +89,15 @@ def write_tensors(
         if dtype == "float16" and value.dtype.itemsize > 2 and np.isinf(x).any():
             raise ValueError(f"{path}: {name} has numbers beyond float16's 65504; choose bfloat16 or float32.")
         written[name] = x.view(half_dtype(dtype)) if dtype == "bfloat16" else x
-    write_file(path, lambda temporary: save_file(written, temporary, metadata=metadata or {"format": "pt"}))
+
+    def save(temporary: str) -> None:
+        try:
+            save_file(written, temporary, metadata=metadata or {"format": "pt"})
+        except SafetensorError as error:  # a full disk
+            number = int((re.findall(r"os error (\d+)", str(error)) or [errno.EIO])[0])
+            raise OSError(number, os.strerror(number)) from None
+
+    write_file(path, save)
 
 
 def holds_bfloat16(x: np.ndarray) -> bool:

@@ -118,7 +118,7 @@ def _tokens_beside(config: dict[str, Any], raw: dict[str, Any], file: Path) -> t
     for id, value, name, source in found:
         try:
             number = int(id)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{source}: {id!r:.60} is not a token id.") from None
         listed[number] = _token(value, name, source)
     extra = _tokens(fields.get("extra_special_tokens", fields.get("additional_special_tokens")), where)

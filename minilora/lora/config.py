@@ -106,7 +106,7 @@ class LoraConfig:
             for expression in [value] if isinstance(value, str) else value:
                 try:
                     re.compile(expression)
-                except (re.error, TypeError) as error:
+                except (re.error, TypeError, OverflowError, RecursionError) as error:
                     raise ValueError(f"{who}: {name}={expression!r} is not a regular expression ({error}).") from None
 
     def targets(self, model: Layer, strict: bool = True) -> dict[str, Any]:

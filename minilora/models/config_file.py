@@ -127,6 +127,8 @@ def check_types(kind: Any, values: Mapping[str, Any], where: str, positive: Coll
     """
     hints = get_type_hints(kind)
     for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"{where}: {name!r:.80} is unknown.")
         is_low = name in positive and fits(value, float) and value <= 0
         if is_low or not fits(value, hints[name]):
             words = _in_words(hints[name])

@@ -35,6 +35,7 @@ from typing import Any
 
 from minilora.data.records import note, read_records
 from minilora.formats.atomic import is_temporary, read_json, to_json, write_json, write_text
+from minilora.models.config_file import fits
 from minilora.runs.recipe import Recipe
 
 VERSION = 1
@@ -108,7 +109,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(record, dict) or not isinstance(record.get("step", 0), int):
             break
         records.append(record)
     return records
@@ -165,7 +168,7 @@ class StudyFolder:
         """The records of runs.jsonl. Raises ValueError, naming the line, for a damaged one or a second one of the same run."""
         found: dict[tuple[str, int], dict[str, Any]] = {}
         for n, record in read_records(self.runs) if self.runs.is_file() else ():
-            wrong = next((name for name, kind in _FIELDS.items() if not isinstance(record.get(name, ...), kind)), None)
+            wrong = next((name for name, kind in _FIELDS.items() if not fits(record.get(name, ...), kind)), None)
             if wrong or (run := (record["row"], record["seed"])) in found:
                 what = f"its {wrong} is not valid" if wrong else f"{run[0]!r} with seed {run[1]} is there twice"
                 raise ValueError(f"{self.runs}, line {n}: {what}; remove the line to repeat the run.")

@@ -1,0 +1,1 @@
+"""A structure-aware fuzzer of every file that minilora reads: `python -m tests.fuzz --help`."""
