@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minilora"
 
-TOTAL = 15_000  # lines of Python in the package; the goal is 13,000. CONTRIBUTING.md says why it is not reached
-STUDENT = 2_500  # the goal is 2,250: lines of the student's part, with everything that it imports except kernels/
+TOTAL = 19_400  # lines of Python in the package; CONTRIBUTING.md says what they are, and that they are to become 16,500
+STUDENT = 2_250  # lines of the student's part, with everything that it imports except kernels/
 FILE = 350
 # imports run to the left
 ORDER = "backend functional kernels layers lora models adapters training runs exercises explain report cli".split()
