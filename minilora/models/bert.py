@@ -57,13 +57,13 @@ class BertConfig(ModelConfig):
     pad_token_id: int | None = None
     dropout: float = 0.0
 
-    choices: ClassVar = {
+    choices: ClassVar[Any] = {
         "hidden_act": tuple(_ACTIVATIONS),
         "problem_type": (None, "single_label_classification", "regression"),
         "pooling": ("first", "mean"),
     }
-    fixed: ClassVar = {"position_embedding_type": ("absolute",), "is_decoder": (False,), "is_causal": (False,)}
-    neutral: ClassVar = """tie_word_embeddings
+    fixed: ClassVar[Any] = {"position_embedding_type": ("absolute",), "is_decoder": (False,), "is_causal": (False,)}
+    neutral: ClassVar[Any] = """tie_word_embeddings
         directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type"""
 
     def __post_init__(self) -> None:

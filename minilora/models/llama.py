@@ -57,8 +57,8 @@ class LlamaConfig(ModelConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    choices: ClassVar = {"model_type": tuple(_CLASSES)}
-    fixed: ClassVar = {
+    choices: ClassVar[Any] = {"model_type": tuple(_CLASSES)}
+    fixed: ClassVar[Any] = {
         **choices,
         "hidden_act": ("silu", "swish"),
         "is_causal": (True,),
@@ -67,7 +67,7 @@ class LlamaConfig(ModelConfig):
         "use_mrope": (False,),
         "use_sliding_window": (False, None),
     }
-    neutral: ClassVar = "is_decoder pretraining_tp rope_parameters rope_scaling layer_types sliding_window max_window_layers"
+    neutral: ClassVar[Any] = "is_decoder pretraining_tp rope_parameters rope_scaling layer_types sliding_window max_window_layers"
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
