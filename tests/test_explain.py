@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -296,9 +295,8 @@ def test_bad_input_is_one_sentence(case, capsys, tmp_path, monkeypatch):
 
 def test_a_model_without_lora_has_no_step(tmp_path, capsys):
     model = ml.load_model("pydoc", "numpy")
-    config = ml.PartialConfig(train=["bias"])
-    ml.inject(model, config, rng=0)
-    ml.save_adapter(model, tmp_path / "adapter", replace(config, base_model_name_or_path="pydoc"))
+    ml.inject(model, ml.PartialConfig(train=["bias"], base_model_name_or_path="pydoc"), rng=0)
+    ml.save_adapter(model, tmp_path / "adapter")
     assert main(["explain", "--model", str(tmp_path / "adapter"), "--step"]) == 1
     assert "this model trains no LoRALinear, so there is no step to explain" in capsys.readouterr().err
 

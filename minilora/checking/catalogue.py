@@ -82,7 +82,8 @@ def models(rng: np.random.Generator) -> Iterator[Subject]:
     yield "BertClassifier.loss, a count", LossOf(bert(_BERT_VARIANTS["head only"]), np.array([2, -100, 0]), count=5), ids, at
     yield "BertSelfAttention, frozen", BertSelfAttention(6, 3, 3, 2, True, rng, "float64").freeze(), rng.standard_normal((9, 6)), at
     for part in ("output.LayerNorm", "output.dense", "intermediate", "attention.output.LayerNorm", "attention.output.dense"):
-        layer = frozen_but(shaken(BertLayer(BertConfig(**_BERT), **d), rng), part)
+        config = BertConfig(**{**_BERT, "dropout": 0.0})  # where nothing below is trained, dropout is off, and y another one
+        layer = frozen_but(shaken(BertLayer(config, **d), rng), part)
         yield f"BertLayer, {part} trained", layer, rng.standard_normal((9, 6)), at
     number = bert(_BERT_VARIANTS["LoRA on query and value"], num_labels=1, pooling="mean", hidden_act="relu")
     yield "BertClassifier.loss, regression on the mean", LossOf(number, np.array([0.7, -100, -1.2])), ids, at

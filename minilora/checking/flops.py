@@ -101,7 +101,7 @@ def sizes_of(name: str, args: dict[str, Any], implementation: str = "reference")
         sizes |= dict(zip(letters.split(), (int(n) for n in shape), strict=False))
     if name == "attention":
         k, offsets, rows = args["k"], args.get("offsets"), args.get("rows")
-        sizes |= {"P": sum((a.stop - a.start) * (b.stop - b.start) for a, b, _ in _sequences(offsets, len(k), rows)), "again": 0}
+        sizes |= {"P": sum(int((a.stop - a.start) * (b.stop - b.start)) for a, b, _ in _sequences(offsets, len(k), rows)), "again": 0}
         if implementation == "numpy":
             bounds, causal, H = grouped.bounds_of(offsets, len(k)), args.get("causal", True), args["n_head"]
             sizes["P"] = sizes["again"] = 0  # again: those whose scores are computed once more in backward

@@ -36,7 +36,7 @@ def _run(args: Namespace) -> int:
         from minilora.cli.verbs import VERBS  # after parsing: --help needs nothing of it
 
         result = VERBS[args.verb](args, lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True))
-        if args.json:
+        if args.json and result:  # none of a rank other than 0
             print(to_json(result))
         return int(result.get("ok") is False)
     except BrokenPipeError:

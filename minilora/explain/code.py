@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from minilora import functional as F
-from minilora.checking.trace import Call, bare
+from minilora.checking.trace import Call, bare, where
 from minilora.explain.docstring import Doc, doc_of
-from minilora.explain.lines import Line, file_of, lines_of, undone
+from minilora.explain.lines import Line, lines_of, undone
 
 ADD = Doc("y = a + b", "da = dy, db = dy: whoever calls it passes dy on to both terms.", dict.fromkeys("aby", "T n"), "", "")
 
@@ -18,6 +19,11 @@ def functions(call: Call) -> tuple[Any, Any]:
         forward, backward = (getattr(f, "__func__", f) for f in call.run)
         return forward, backward
     return getattr(F, call.name, bare(call.function)), getattr(F, f"{call.name}_backward", bare(call.backward_function))
+
+
+def file_of(function: Any) -> str:
+    """The file, from the package on, and the line of a function."""
+    return re.sub(r".*/(?=minilora/)", "", where(function).replace("\\", "/"))
 
 
 def doc(call: Call) -> Doc:

@@ -41,7 +41,7 @@ def saved_formula(arrays: list[Array], doc: Doc, sizes: dict[str, int]) -> str:
     for array in arrays:
         names = [name for name, axes in doc.letters.items() if shape_of(axes, sizes) == array.shape]
         name = min(names, key=lambda n: (said.find(f" {n} ") % 10**6, n != "x"), default="")  # -1, not said, comes last
-        axes = doc.letters[name] if name else " ".join(str(n) for n in array.shape if n > 1)
+        axes = doc.letters[name] if name else " ".join(str(n) for n in array.shape if n != 1)
         terms.append(f"{array.itemsize} {axes.removesuffix(' 1')}" + (f" ({name})" if name else ""))
     return " + ".join(terms)
 

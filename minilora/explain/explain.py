@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from minilora.checking.trace import Call
-from minilora.explain.code import arrays, code, doc, functions
+from minilora.explain.code import arrays, code, doc, file_of, functions
 from minilora.explain.composite import composed
 from minilora.explain.costs import counted, predicted, saved_formula
 from minilora.explain.docstring import sizes_of
-from minilora.explain.lines import file_of
 from minilora.explain.page import write_page
 from minilora.explain.passes import TEXT, Passes, find, passes
 from minilora.explain.step import explain_step

@@ -58,7 +58,7 @@ def _rotary(a: Arrays, i: int, j: int) -> Arrays:
 
 
 def _attention(a: Arrays, i: int, j: int) -> Arrays:
-    """Of the sequence of token i and the key head of feature j, as in functional/attention.py. g: the key that token i looks at most."""
+    """Of the sequence of token i and the key head of feature j, as in functional/attention.py. g: the key that token i attends to most."""
     H, q, k, v, dy = a["n_head"], a["q"], a["k"], a["v"], a.get("dy")
     G, d = a.get("n_kv_head") or H, q.shape[1] // H
     rows, seq, places = next(s for s in _sequences(a.get("offsets"), len(k), a.get("rows")) if i < s[0].stop)

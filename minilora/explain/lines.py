@@ -11,7 +11,7 @@ import io
 import re
 import tokenize
 from difflib import SequenceMatcher
-from inspect import getsourcefile, getsourcelines
+from inspect import getsourcelines
 from keyword import kwlist
 from textwrap import dedent
 from typing import Any, NamedTuple
@@ -54,15 +54,6 @@ def lines_of(function: Any) -> list[Line]:
         counts = not body and not _PASSIVE.match(code)
         found.append(Line(first + node.lineno - 1, " " * (node.col_offset - 4) + code, comment, names, target[1] if target else "", counts))
     return found
-
-
-def file_of(function: Any) -> str:
-    """The file, from the package on, and the line of a function; "" where there is no source."""
-    try:
-        file, line = (getsourcefile(function) or "").replace("\\", "/"), getsourcelines(function)[1]
-    except (TypeError, OSError):
-        return ""
-    return f"{re.sub(r'.*/(?=minilora/)', '', file)}:{line}"
 
 
 def undone(forward: list[Line], backward: list[Line]) -> list[list[int]]:

@@ -6,14 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from minilora import kernels as K
-from minilora.backend import Array
 from minilora.checking.trace import Call, trace
 from minilora.explain.code import arrays, code
 from minilora.explain.costs import counted
 from minilora.explain.passes import Passes, find
 from minilora.explain.worked import central, check, choices, worked
-from minilora.functional import AdamStep
 from minilora.layers import Layer
 from minilora.lora import lora_layers
 from minilora.optim.optimizers import AdamW
@@ -34,28 +31,27 @@ def explain_step(run: Passes, name: str, token: int | None, feature: int | None,
     if place not in ops:
         raise ValueError(f"{place} has no LoRA for a step to change; the nearest are {', '.join(list(ops)[:3])}.")
     op, p = ops[place], dict(lora_layers(run.model))[place].lora_A
-    w, g = p.data.copy(), p.grad.copy()
+    i, j = check(place, op, token, feature)
+    at = tuple(next(e for e in worked(op, i, j) if e["name"] == "dA")["index"])
+    by_loss, before, way = central(run.exact[0], p.data, at), float(p.data[at]), _way(run, op)
+    optimizer = AdamW(run.model.parameters(), lr=LR)
+    run.model.loss_backward(run.model.loss(run.ids, run.labels)[1])
+    with trace(Layer(), arrays=True) as calls:
+        optimizer.step()
+    first = sum(q.data.size for q in optimizer.flat.parameters[: optimizer.flat.parameters.index(p)])  # where A begins in w
 
     def numbers(call: Call, i: int, j: int) -> list[dict[str, Any]]:
-        """du and dA, and AdamW's first step of that number of A."""
+        """du and dA, and the step of that number of A."""
         entries = [e for e in worked(call, i, j) if e["name"] in ("du", "dA")]
-        return entries + _update(w, g, int(np.ravel_multi_index(entries[-1]["index"], w.shape)))
+        return entries + worked(calls[0], 0, first + int(np.ravel_multi_index(entries[-1]["index"], p.data.shape)))
 
-    i, j = check(place, op, token, feature)
     entries = numbers(op, i, j)
-    at = tuple(entries[1]["index"])
-    entries[1]["finite_difference_of_loss"] = central(run.exact[0], p.data, at)
-    found = {
-        "place": place,
-        "step": True,
-        "parameter": f"{place}.lora_A",
-        "index": list(at),
-        "way": _way(run, op),
-        "worked": entries,
-        "lr": LR,
-    }
-    found |= {"token": i, "feature": j, "code": [code(op)], **arrays(op)} | (choices(op, i, j, numbers) if page else {})
-    return found | {"before": float(w[at]), "loss_after": _step(run), "after": float(p.data[at])}
+    entries[1]["finite_difference_of_loss"] = by_loss
+    loss_after = float(run.model.loss(run.ids, run.labels, keep=False)[0])
+    found: dict[str, Any] = {"place": place, "step": True, "parameter": f"{place}.lora_A", "index": list(at), "lr": LR}
+    found |= {"way": way, "worked": entries, "token": i, "feature": j, "code": [code(op)], **arrays(op)}
+    found |= {"before": before, "after": float(p.data[at]), "loss_after": loss_after}
+    return found | (choices(op, i, j, numbers) if page else {})
 
 
 def _way(run: Passes, op: Call) -> list[dict[str, Any]]:
@@ -75,19 +71,3 @@ def _way(run: Passes, op: Call) -> list[dict[str, Any]]:
         }
         for c in sorted(done, key=lambda c: -1 if c.order is None else c.order)
     ]
-
-
-def _update(w: Array, g: Array, at: int) -> list[dict[str, Any]]:
-    """AdamW's first step of one number."""
-    zeros, step = np.zeros(w.size), AdamStep(LR, 0.0, 0.9, 0.999, 1 - 0.9, 1 - 0.999, 1e-8, True)
-    with trace(Layer(), arrays=True) as calls:  # which copies them
-        K.adamw(w.ravel().copy(), g.ravel(), zeros, zeros.copy(), 1.0, 1.0, step)
-    return worked(calls[0], 0, at)
-
-
-def _step(run: Passes) -> float:
-    """Take the step, of every adapter. Returns the loss after it."""
-    optimizer = AdamW(run.model.parameters(), lr=LR)
-    run.model.loss_backward(run.model.loss(run.ids, run.labels)[1])
-    optimizer.step()
-    return float(run.model.loss(run.ids, run.labels, keep=False)[0])

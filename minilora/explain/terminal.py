@@ -67,7 +67,7 @@ def _step(r: dict[str, Any], say: Say) -> None:
     head = ["backward, from the loss down", "", "dy", "|dy|", "dx, FLOPs", "dW, FLOPs", "gradients"]
     keys = ("place", "name", "dy", "norm_dy", "dx", "dW", "gradients")
     _table(head, [[c[k] for k in keys] for c in r["way"]], say)
-    say(f"\n{at}: its gradient, and AdamW's first step, with lr = {r['lr']} and m and v zero")
+    say(f"\n{at}: its gradient, and AdamW's first step with lr = {r['lr']} (w: all trained parameters, one after the other)")
     _numbers(r["worked"], say)
     say(
         f"\nafter the step of all adapters\n  {at}: {r['before']:.8g} -> {r['after']:.8g}\n  loss: {r['loss']:.6f} -> {r['loss_after']:.6f}"
@@ -77,7 +77,8 @@ def _step(r: dict[str, Any], say: Say) -> None:
 def _code(code: dict[str, Any], say: Say) -> None:
     """Both directions, each forward line with the backward lines that undo it."""
     half = (max(100, min(160, get_terminal_size((130, 40)).columns)) - 5) // 2
-    say(f"\n{' and '.join(code['files'])}")
+    heads = [f"{way} {file}" for way, file in zip(("forward,", "backward, beside what it undoes,"), code["files"], strict=False)]
+    say(f"\n  {heads[0]:<{half}} | {heads[-1]}" if heads[1:] else f"\n  {heads[0]}")
     for f in code["forward"]:
         facing = [f"{b['line']:>4} {b['code'].strip()}" for b in code["backward"] if f["line"] in b["undoes"]] or [""]
         for left, right in zip([f"{f['line']:>4} {f['code']}", *[""] * (len(facing) - 1)], facing, strict=True):
@@ -86,11 +87,12 @@ def _code(code: dict[str, Any], say: Say) -> None:
 
 
 def _numbers(entries: list[dict[str, Any]], say: Say) -> None:
+    kinds = {"numbers": "    = {}", "value": "    = {:.8g}", "finite_difference": "    ~ {:.8g}  by finite difference"}
+    kinds |= {"finite_difference_of_loss": kinds["finite_difference"] + " of the loss of the whole model"}
     for e in entries:
-        say(f"  {e['formula']}" + (f"\n    = {e['numbers']}" if "numbers" in e else "") + f"\n    = {e['value']:.8g}")
-        for key, text in (("finite_difference", ""), ("finite_difference_of_loss", " of the loss of the whole model")):
-            if key in e:
-                say(f"    ~ {e[key]:.8g}  by finite difference{text}")
+        say(f"  {e['formula']}" + (f"    ({e['remark']})" if e.get("remark") else ""))
+        for key in (key for key in kinds if key in e):
+            say(kinds[key].format(e[key]))
 
 
 def _table(head: list[str], rows: list[list[Any]], say: Say) -> None:

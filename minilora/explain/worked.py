@@ -66,6 +66,7 @@ def worked(call: Call, i: int, j: int) -> list[dict[str, Any]]:
     found = []
     for line in formulas().get(call.name, []):
         left_out = (n for n, value in env.items() if value is None)  # a bias, a mask
+        line, _, remark = line.partition("  # ")
         name, expression = re.sub(rf" [*+] ({'|'.join(left_out)})\[[^\]]*\]", "", line).split(" = ", 1)
         array, _, letters = name.rstrip("]").partition("[")
         if any(env.get(n) is None for n in [*re.findall(r"(\w+)\[", expression), *({array} & {*call.gradients})]):
@@ -74,7 +75,7 @@ def worked(call: Call, i: int, j: int) -> list[dict[str, Any]]:
             env.setdefault(letter, j % size)
         index = tuple(env[letter] for letter in letters.split(",")) if letters else ()
         value, numbers, terms = work(expression, env)
-        entry = {"name": array, "index": list(index), "value": value, "numbers": numbers, "terms": terms}
+        entry = {"name": array, "index": list(index), "value": value, "numbers": numbers, "terms": terms, "remark": remark}
         entry["formula"] = _indexed(f"{name} = {read(expression)}", env)
         entry["array"] = None if env.get(array) is None else float(env[array][index])
         if array.startswith("d") and array in call.gradients:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from minilora.backend import choose_backend
+from minilora.data.batches import Batch
 from minilora.formats.adapter import save_adapter
 from minilora.formats.atomic import to_json, write_json, write_text
 from minilora.formats.checkpoint import save_model
@@ -30,11 +32,12 @@ from minilora.runs.folder import clean, new_folder
 from minilora.runs.interrupt import Interruption, locked
 from minilora.runs.plot import have_matplotlib, plot_run
 from minilora.runs.prepare import open_recipe, prepare
-from minilora.runs.recipe import Recipe, ResolvedRecipe
+from minilora.runs.recipe import Recipe, ResolvedRecipe, threads_for
 from minilora.runs.tasks import measure
-from minilora.runs.training import Training
+from minilora.runs.training import Training, assist
 from minilora.training.loss_scale import LossScale
 from minilora.training.memory import advice
+from minilora.training.ranks import Ranks, joined
 from minilora.training.watch import Diverged
 
 PROMPT = "def read_config(path, encoding=None):\n    "  # which the samples of a text model continue
@@ -46,26 +49,44 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print, *,
     resumed: continue the run in the folder `out`, whose resolved recipe is `recipe` (resume.py).
     Raises ValueError or OSError for bad input, before the folder is made; Diverged when the loss is not finite, after saving the last
     good parameters. The first Ctrl-C or SIGTERM ends the run after its step: it saves, and raises KeyboardInterrupt.
+    Started by mpiexec, all ranks share the work, and return {} but for rank 0; an error of one ends all (training/ranks.py).
     """
+    with joined() as ranks:
+        return _finetune(recipe, out, say, resumed, ranks)
+
+
+def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, ranks: Ranks | None) -> dict[str, Any]:
     begun = time.perf_counter()
     check_products()
     if recipe.tf32:
         allow_tf32()
     recipe = replace(recipe, backend=choose_backend(recipe.backend))
+    if ranks is not None:
+        if recipe.backend != "numpy":
+            raise ValueError(f"several ranks compute on CPUs only, not with {recipe.backend}; add --backend numpy.")
+        recipe = replace(recipe, lanes=recipe.lanes or ranks.meet("the start", threads_for(recipe.threads), sum))
+    leads = ranks is None or ranks.rank == 0
     model, tokenizer, task = open_recipe(recipe)
     plan = recipe if isinstance(recipe, ResolvedRecipe) else recipe.resolve(task.steps)
     base = sum(p.data.size for _, p in model.parameters())
     about: dict[str, Any] = {"base": fingerprint(model)[0], "data": task.sha256}
     with ExitStack() as held:
-        state = held.enter_context(_continued(Path(str(out)), about)) if resumed else None
+        state = held.enter_context(_continued(Path(str(out)), about, leads)) if resumed else None
+        if ranks is not None:
+            _greet(ranks, plan, about | {"checkpoint": state.sha256 if state else ""}, next(task.batches(plan.seed)))
         optimizer = prepare(model, plan, task, adapter_config(state.method) if state and state.method else None)
         scale = LossScale.of(model)
         if state is not None:
             restore(state, model, optimizer, scale, str(out))
+        interruption = held.enter_context(Interruption())
+        if ranks is not None:
+            ranks.interruption = interruption
+            if not leads:
+                assist(model, optimizer, task, plan, scale, state or State(), ranks)
+                return {}
         folder = Path(str(out)) if resumed else new_folder(out, plan.method)
         if not resumed:
             held.enter_context(locked(folder))
-        interruption = held.enter_context(Interruption())
         trained = optimizer.flat.data.size
         settings = asdict(plan) | ({} if plan.data is None else {"data": str(Path(plan.data).absolute())})  # found from anywhere
 
@@ -96,7 +117,7 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print, *,
             return size
 
         try:
-            training.run(interruption)
+            training.run(interruption, ranks)
         except (Diverged, KeyboardInterrupt, MemoryError, OSError) as stop:
             done = stop.kept if isinstance(stop, Diverged) else optimizer.t if isinstance(stop, MemoryError) else training.step
             save(done)
@@ -152,15 +173,28 @@ def finetune(recipe: Recipe, out: str | Path | None = None, say: Say = print, *,
 
 
 @contextmanager
-def _continued(folder: Path, about: dict[str, Any]) -> Iterator[State | None]:
-    """The last state of the run in a folder, which is held meanwhile. Raises ValueError when model or data have changed since."""
-    with locked(folder):
-        clean(folder)
+def _continued(folder: Path, about: dict[str, Any], leads: bool) -> Iterator[State | None]:
+    """The last state of the run in a folder, which is held meanwhile. Raises ValueError when model or data have changed since.
+
+    leads: not a rank other than 0, which only reads.
+    """
+    with locked(folder) if leads else nullcontext():
+        if leads:
+            clean(folder)
         state = read_last(folder)
         for what, key in (("the model's weights", "base"), ("the training data", "data")):
             if state is not None and getattr(state, key) != about[key]:
                 raise ValueError(f"{folder}: {what} have changed since the run began; it cannot be continued.")
         yield state
+
+
+def _greet(ranks: Ranks, plan: ResolvedRecipe, about: dict[str, Any], batch: Batch) -> None:
+    """Raise ValueError, naming the rank and the difference, unless all ranks do the same work on the same data."""
+    free = ("model", "data", "threads", "save_every", "keep")  # may differ; for the first two, what they hold is compared
+    settings = {name: value for name, value in asdict(plan).items() if name not in free}
+    tokens = hashlib.sha256(batch.ids.tobytes() + batch.labels.tobytes()).hexdigest()
+    hashes = {f"the {name} with SHA-256": value for name, value in {**about, "first batch": tokens}.items()}
+    ranks.greet({**settings, **hashes}, plan.lanes)
 
 
 def _sample(model: Any, tokenizer: Tokenizer, recipe: ResolvedRecipe) -> str:

@@ -42,10 +42,14 @@ _ONLY_LORA = "use_dora init_lora_weights loraplus_lr_ratio quantize peft_type".s
 
 
 def threads_for(requested: int | None) -> int:
-    """The number requested; by default the number of cores, at most 8. Raises ValueError for one below 0."""
+    """The number requested; by default the number of cores, at most 8, shared by the ranks that mpiexec started on this machine.
+
+    Raises ValueError for one below 0.
+    """
     if (requested or 0) < 0:
         raise ValueError(f"threads must be at least 0, got {requested}.")
-    return requested or min(os.cpu_count() or 1, 8)
+    ranks = next((int(os.environ[name]) for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE") if name in os.environ), 1)
+    return requested or max(1, min((os.cpu_count() or 1) // ranks, 8))
 
 
 def _option(group: str, default: Any, help: str, **about: Any) -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -19,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from minilora.backend import choose_backend
-from minilora.formats.atomic import write_text
+from minilora.formats import mark
+from minilora.formats.atomic import to_json, write_text
 from minilora.formats.fetch import origin
 from minilora.lora.registry import DATA_INITIALISERS
 from minilora.runs import Say
@@ -30,6 +32,7 @@ from minilora.runs.prepare import open_recipe, prefix_for, prepare, steps_of
 from minilora.runs.recipe import METHODS, Recipe, ResolvedRecipe, threads_for
 from minilora.runs.tasks import Task, fingerprint, measure
 from minilora.training.prefix import PrefixCache
+from minilora.training.ranks import Ranks, joined
 from minilora.training.reinitialise import draw
 from minilora.training.watch import Diverged
 
@@ -82,6 +85,7 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Say =
 
     A run has failed when it diverged, or when it is no better than predicting the most frequent class or, for text, than the base model.
     An interrupted study continues when it is started again with the same recipe and folder; rows and seeds may be added.
+    Started by mpiexec, rank 0 hands whole runs to the other ranks, for which the table is empty (training/ranks.py).
     Raises ValueError for a row that changes the data, or a folder that holds another study or a damaged record.
     """
     if seeds < 1:
@@ -90,11 +94,11 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Say =
         if shared := sorted(change.keys() & set(_SHARED)):
             raise ValueError(f"row {name!r} changes {shared[0]}, which all rows of a study share; make it a study of its own.")
     recipe = replace(recipe, backend=choose_backend(recipe.backend), eval_bytes=recipe.text_to_measure)
-    with locked(Path(folder)):
-        return _study(recipe, rows, seeds, Path(folder), say)
+    with joined() as ranks, locked(Path(folder)) if ranks is None or ranks.rank == 0 else nullcontext():
+        return _study(recipe, rows, seeds, Path(folder), say, ranks)
 
 
-def _study(recipe: Recipe, rows: Rows, seeds: int, folder: Path, say: Say) -> list[Summary]:
+def _study(recipe: Recipe, rows: Rows, seeds: int, folder: Path, say: Say, ranks: Ranks | None) -> list[Summary]:
     recipe = replace(recipe, lanes=recipe.lanes or lanes_of(folder) or threads_for(recipe.threads))
     store = StudyFolder(folder, recipe, rows, fingerprint(recipe.data, recipe.encoding) if recipe.data else None)
     done = {(record["row"], record["seed"]) for record in store.records}
@@ -104,17 +108,28 @@ def _study(recipe: Recipe, rows: Rows, seeds: int, folder: Path, say: Say) -> li
     say(f"study     {len(rows)} rows x {seeds} seeds in {store.path}" + (f"; {len(done)} runs were there already" if done else ""))
     runs = [run for run in product(range(seeds), rows) if run[::-1] not in done]
     todo = {(name, seed): replace(recipe, **rows[name], seed=seed).resolve(task.steps) for seed, name in runs}
-    store.begin()
+    if ranks is not None:
+        about = {"the study": to_json(asdict(replace(recipe, threads=0))), "the data": task.sha256, "the base": mark.fingerprint(model)[0]}
+        ranks.greet({**about, "the runs to do": [list(run) for run in runs]}, ranks.size)
+    if ranks is None or ranks.rank == 0:
+        store.begin()
     floor = _floor(model, task, recipe) if todo else 0.0
     prefixes: dict[str, PrefixCache | None] = {}
     try:
         with tqdm(total=sum(each.steps for each in todo.values()), unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
-            for (name, seed), each in todo.items():
+
+            def run(name: str, seed: int) -> dict[str, Any]:
+                each = todo[name, seed]
                 bar.set_description(f"{name}, seed {seed}")
                 if name not in prefixes or each.init_lora_weights in DATA_INITIALISERS:  # whose layers may depend on the seed
                     prefixes[name] = prefix_for(task, each)  # shared by the seeds of a row, whose frozen blocks are the same
-                record = _run(model, task, each, floor, bar, prefixes[name])
+                return _run(model, task, each, floor, bar, prefixes[name])
+
+            for (name, seed), record in _results(run, list(todo), ranks):
                 store.add({"row": name, "seed": seed, **record})
+                bar.update(0 if ranks is None else todo[name, seed].steps)
+        if ranks is not None and ranks.rank:
+            return []
     except KeyboardInterrupt:
         say(f"stopped; {len(store.records)} runs are in {store.path}, and the same command continues from there.")
         raise
@@ -126,6 +141,31 @@ def _study(recipe: Recipe, rows: Rows, seeds: int, folder: Path, say: Say) -> li
     if have_matplotlib(say):
         plot_study(store.path / "study.png", table, records, task.headline.replace("_", " "), floor or None)
     return table
+
+
+_here: dict[str, Callable[[str, int], dict[str, Any]]] = {}  # "run": of a rank that is given its runs
+
+
+def _taken(name: str, seed: int) -> dict[str, Any]:
+    return _here["run"](name, seed)
+
+
+def _results(
+    run: Callable[[str, int], dict[str, Any]], todo: Sequence[tuple[str, int]], ranks: Ranks | None
+) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
+    """(run, its record), in the order of completion; computed by the ranks other than 0, where there are any."""
+    if ranks is None:
+        yield from ((each, run(*each)) for each in todo)
+        return
+    from mpi4py.futures import MPICommExecutor, as_completed
+
+    _here["run"] = run
+    executor: Any = MPICommExecutor(ranks.comm, root=0)
+    with executor as pool:
+        if pool is not None:
+            futures = {pool.submit(_taken, *each): each for each in todo}
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+    ranks.over = True
 
 
 def _run(model: Any, task: Task, recipe: ResolvedRecipe, floor: float, bar: tqdm, prefix: PrefixCache | None) -> dict[str, Any]:
@@ -209,4 +249,4 @@ def study_run(
     names = rows or (["methods"] if recipe.task == "classify" else ["lora", "full", "bottleneck", "bitfit", "layer-norm"])
     folder = folder or f"studies/{'-'.join(rows or [recipe.kind])}{'-quick' * small}"
     table = study(recipe, rows_named(names), (2 if small else 5) if seeds is None else seeds, folder, say)
-    return {"folder": str(folder), "rows": [asdict(line) for line in table]}
+    return {"folder": str(folder), "rows": [asdict(line) for line in table]} if table else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from minilora.runs.recipe import ResolvedRecipe
 from minilora.runs.tasks import Task, measure
 from minilora.runs.tensorboard import Events
 from minilora.training.loss_scale import LossScale
-from minilora.training.watch import Step
+from minilora.training.ranks import Ranks, Stopped
+from minilora.training.watch import Diverged, Step
 
 NORMS = 100  # measurements of the norms of every parameter in a run, at most, and one after the last step's gradient
 
@@ -61,10 +62,10 @@ class Training:
         self.records = Lines(folder / "metrics.jsonl", records)
         self.norms = Lines(folder / "norms.jsonl", [{"parameters": optimizer.flat.paths}, *norms])
 
-    def run(self, interruption: Interruption) -> None:
+    def run(self, interruption: Interruption, ranks: Ranks | None = None) -> None:
         """Take the steps that are left. Raises KeyboardInterrupt after a checkpoint, once an interruption is requested."""
         plan, (unit, nats) = self.plan, self.task.unit
-        options = {"loss_scale": self.scale, "norms_every": -(-plan.steps // NORMS), "done": self.step}
+        options = {"loss_scale": self.scale, "norms_every": -(-plan.steps // NORMS), "done": self.step, "ranks": ranks}
         steps: Any = steps_of(self.model, self.optimizer, self._batches(), plan, prefix_for(self.task, plan), **options)
         with tqdm(total=plan.steps, initial=self.step, unit="step", desc=plan.method, dynamic_ncols=True) as bar, closing(steps):
             for s in steps:
@@ -154,6 +155,15 @@ class Training:
             return None
         checkpoint.restore(state, self.model, self.optimizer, None, str(self.folder))
         return state.step
+
+
+def assist(model: Any, optimizer: AdamW, task: Task, plan: ResolvedRecipe, scale: LossScale | None, state: State, ranks: Ranks) -> None:
+    """Take the steps of a run whose rank 0 records, measures, saves and decides when it ends."""
+    options = {"loss_scale": scale, "done": state.step, "ranks": ranks}
+    batches = islice(task.batches(plan.seed), state.batches, None)
+    with suppress(Stopped, Diverged):
+        for _ in steps_of(model, optimizer, batches, plan, prefix_for(task, plan), **options):
+            pass
 
 
 def _due(step: int, last: int, every: int | None) -> bool:

@@ -16,6 +16,7 @@ from minilora.optim.schedules import Schedule
 from minilora.training.cuda_graph import step_graph
 from minilora.training.loss_scale import LossScale
 from minilora.training.prefix import PrefixCache
+from minilora.training.ranks import Ranks
 from minilora.training.replicas import Replicas
 from minilora.training.watch import Step, Watch
 
@@ -31,6 +32,7 @@ def train(
     accumulate: int = 1,
     threads: int = 1,
     lanes: int | None = None,
+    ranks: Ranks | None = None,
     done: int = 0,
     seed: int = 0,
     check_every: int | None = None,
@@ -44,6 +46,7 @@ def train(
     A step takes fewer than `accumulate` batches where an epoch ends (Batch.ends_epoch).
 
     lanes         parts of a batch, which fix the arithmetic: any number of threads gives the same result (replicas.py); default: threads
+    ranks         the processes that share the lanes (ranks.py); all of them call this with the same arguments
     check_every   steps between two readings of losses and gradient norms, before whose update it is checked that they are finite.
                   Default: 1 on NumPy; 10 on a GPU, where reading synchronises. Steps are yielded when they are read
     prefix        cache for the outputs of frozen blocks, for data that repeat (prefix.py)
@@ -60,7 +63,7 @@ def train(
     scaler = LossScale.of(model) if loss_scale is None else loss_scale
     watch = Watch(flat, 1 if scaler else check_every or (1 if on_host else 10), norms_every, done)
     with (
-        Replicas(model, flat, threads, prefix, lanes=lanes) as replicas,
+        Replicas(model, flat, threads, prefix, lanes=lanes, ranks=ranks) as replicas,
         step_graph(replicas, clip) if cuda_graph and not on_host else nullcontext() as graph,
     ):
         for step in range(done + 1, steps + 1):

@@ -4,7 +4,7 @@ A batch is cut into shards, and shards are dealt to a fixed number of lanes. A l
 summed by a fixed tree. Threads only decide who computes which lane: one thread or eight leave the same gradient, bit for bit.
 
 NumPy releases the GIL in every product and ufunc, so Python threads with one BLAS thread each run in parallel. They are faster than one
-thread with a parallel BLAS, because elementwise work is divided too (docs/flat-buffer.md).
+thread with a parallel BLAS, because elementwise work is divided too (docs/flat-buffer.md). ranks.py divides the lanes among processes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from minilora.kernels.memory import keep_freed_memory
 from minilora.layers import Parameter, reseed
 from minilora.optim.flat import FlatBuffer, adopt, fill_missing
 from minilora.training.prefix import PrefixCache
+from minilora.training.ranks import Ranks, add_by_tree
 
 SHARD = 768  # tokens: enough for products at full speed
 SHARD_ON_DEVICE = 2**14  # products have to be larger there, and memory is scarcer than launches
@@ -33,7 +34,7 @@ class Replicas:
 
     A batch is cut into shards of whole sequences, of about `tokens` tokens at most, and what a shard saves for its backward is freed
     before the next one starts: the memory of a step does not grow with the batch. prefix: cache for the outputs of frozen blocks.
-    lanes: by default as many as threads; on a device always one, which runs in parallel by itself.
+    lanes: by default as many as threads; on a device always one, which runs in parallel by itself. ranks: other processes (ranks.py).
 
     Use as a context manager: it holds the threads, and limits BLAS to one thread each while it is open.
     Raises ValueError for fewer than one thread or lane.
@@ -47,17 +48,19 @@ class Replicas:
         prefix: PrefixCache | None = None,
         tokens: int | None = None,
         lanes: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         lanes = threads if lanes is None else lanes
         if min(threads, lanes) < 1:
             raise ValueError(f"threads must be at least 1, got {threads}." if threads < 1 else f"lanes must be at least 1, got {lanes}.")
         on_host = get_xp(flat.data) is np
         self.lanes = lanes if on_host else 1
-        threads = min(threads, self.lanes)
+        self.ranks, self.block = ranks, range(self.lanes) if ranks is None else ranks.blocks(self.lanes)[ranks.rank]
+        threads = min(threads, len(self.block))
         self.flat, self.prefix, self.tokens = flat, prefix, tokens or (SHARD if on_host else SHARD_ON_DEVICE)
         self.models = [model] + [model.replica() for _ in range(threads - 1)]
         self.parameters = [flat.parameters] + [[p for _, p in each.parameters() if p.trainable] for each in self.models[1:]]
-        self.grads = [flat.grad] + [get_xp(flat.grad).zeros_like(flat.grad) for _ in range(1, self.lanes)]  # of each lane
+        self.grads = [flat.grad] + [get_xp(flat.grad).zeros_like(flat.grad) for _ in self.block[1:]]  # of each lane
         for grad, parameters in zip(self.grads[1:], self.parameters[1:], strict=False):
             adopt(grad, parameters)
         self._open = ExitStack()
@@ -68,8 +71,10 @@ class Replicas:
         self.pool = self._open.enter_context(ThreadPoolExecutor(len(self.models)))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._open.close()
+        if self.ranks is not None:
+            self.ranks.end(kind)
 
     def shards(self, batches: Sequence[Batch]) -> tuple[list[Batch], int]:
         """(the shards of a step's batches, the number of labels in all). Raises ValueError when there is no label."""
@@ -88,18 +93,18 @@ class Replicas:
         """
         shards, count = self.shards(batches)
         divisor = count if scale == 1 else count / scale
-        threads, losses = len(self.models), list[Any]([None] * self.lanes)
+        threads, losses = len(self.models), list[Any]([None] * len(self.block))
         self.flat.check()
 
         def run(thread: int) -> None:
-            for lane in reversed(range(thread, self.lanes, threads)):  # lane 0 last: `flat.grad` is then where the model's gradients are
-                losses[lane] = compute(lane, self.models[thread], self.parameters[thread])
+            for i in reversed(range(thread, len(self.block), threads)):  # 0 last: `flat.grad` is then where the model's gradients are
+                losses[i] = compute(i, self.models[thread], self.parameters[thread])
 
-        def compute(lane: int, model: Any, parameters: list[Parameter]) -> Array | None:
-            total = None
+        def compute(i: int, model: Any, parameters: list[Parameter]) -> Array | None:
+            total, lane = None, self.block[i]
             reseed(model, *seed, lane)
-            if threads < self.lanes:
-                adopt(self.grads[lane], parameters)
+            if threads < len(self.block):
+                adopt(self.grads[i], parameters)
             for p in parameters:
                 p.grad = None
             with np.errstate(all="ignore"):  # `Watch` reports what is not finite, once
@@ -114,15 +119,11 @@ class Replicas:
 
         list((self.pool.map if threads > 1 else map)(run, range(threads)))
         self.flat.gather()
-        add_by_tree(self.grads)
+        rows = dict(zip(self.block, self.grads, strict=True))
+        if self.ranks is None:
+            add_by_tree(rows, self.lanes, self.lanes)
+        else:
+            losses = self.ranks.losses(losses, seed[-1])
+            self.ranks.add(rows, self.lanes, self.flat.grad)
         total = sum(loss for loss in losses if loss is not None)
         return total if scale == 1 else total / scale
-
-
-def add_by_tree(grads: list[Array]) -> None:
-    """grads[0] = their sum: neighbours first, then sums of two, and so on, ((0 + 1) + (2 + 3)) + .... The others are overwritten."""
-    step = 1
-    while step < len(grads):
-        for i in range(0, len(grads) - step, 2 * step):
-            grads[i] += grads[i + step]
-        step *= 2
