@@ -110,7 +110,7 @@ def ours(fault: str) -> tuple[str, str]:
 
     report = ml.gradcheck(Layer(), x)
     fault_ = report.faults[0] if report.faults else None
-    return ("no", "ok") if fault_ is None else ("yes", f"{fault_.gradient} {fault_.cause}")
+    return ("no", "ok") if fault_ is None else ("yes", f"{fault_.gradient} {fault_.cause or f'is wrong by {fault_.error:.0e}'}")
 
 
 def of_torch(fault: str) -> tuple[str, str]:
