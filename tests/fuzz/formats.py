@@ -33,6 +33,7 @@ from .readers import (
     check_run,
     check_study,
     check_table,
+    check_talk,
     check_template,
     check_tokenizer,
     check_toml,
@@ -299,6 +300,7 @@ def all_formats() -> dict[str, Format]:
             [{"d.jsonl": lines([talk]), **template} for talk in TALKS],
             one_of(jsonl=longer(lines_file)),
             read_talk,
+            check_talk,
         ),
         Format(
             "adapter",
