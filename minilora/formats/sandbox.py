@@ -101,16 +101,15 @@ def _serve() -> None:
 
 def _limit() -> Any:
     """Limit the memory of this process. The result starts a timer, which ends the process; or stops it, with 0."""
-    try:
-        import resource
-        import signal
-
-        with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as file:
-            here = int(file.read().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (here + MEMORY, here + MEMORY))
-        return lambda seconds: signal.setitimer(signal.ITIMER_PROF, seconds)
-    except ImportError:  # Windows: the caller's clock alone
+    if os.name == "nt":  # the caller's clock alone
         return lambda seconds: None
+    import resource
+    import signal
+
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as file:
+        here = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (here + MEMORY, here + MEMORY))
+    return lambda seconds: signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _rendered(template: str, context: dict[str, Any], most: int) -> dict[str, str]:
