@@ -132,6 +132,8 @@ def run(cases: int, seed: int = 0, names: list[str] | None = None, jobs: int = 2
                 with lock:
                     found[chunk[0]]["counts"].update(result["counts"])
                     found[chunk[0]]["failures"] += result["failures"]
+                    for number, how, about in result["failures"] if not quiet else ():
+                        bar.write(f"{chunk[0]} {number}: {how}: {about}", file=sys.stderr)
                     bar.update(sum(result["counts"].values()))
                     bar.set_postfix(failures=sum(len(each["failures"]) for each in found.values()))
         worker.close()

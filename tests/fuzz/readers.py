@@ -29,6 +29,7 @@ from minilora.formats.gguf import read_gguf, read_gguf_tokenizer
 from minilora.formats.tensors import map_tensors, stored_dtypes
 from minilora.formats.tokenizer import ByteTokenizer, gguf_tokenizer, load_tokenizer
 from minilora.lora import lora_layers
+from minilora.report.page import report_run
 from minilora.runs import checkpoint
 from minilora.runs.folder import StudyFolder, lanes_of, read_lines
 from minilora.runs.recipe import Recipe
@@ -228,6 +229,18 @@ def read_run(folder: Path) -> Any:
     assert "Traceback" not in shown, "a traceback"
     assert not any((ord(c) < 32 and c not in "\n\t\r") or 127 <= ord(c) < 160 for c in shown), "a control character"
     return run
+
+
+def read_report(folder: Path) -> Any:
+    """The page about a run."""
+    with np.errstate(all="ignore"):
+        report_run(folder, out=folder / "page.html")
+    return (folder / "page.html").read_text(encoding="utf-8")
+
+
+def check_report(folder: Path, page: Any) -> None:
+    """Text of the files cannot become a part of the page."""
+    assert "<b>hostile" not in page
 
 
 def check_run(folder: Path, run: Any) -> None:
