@@ -4,6 +4,7 @@ import ast
 import gzip
 import json
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -60,6 +61,22 @@ def test_the_process_of_templates_is_started_again():
     [process] = sandbox._processes.values()
     process.kill()
     process.wait()
+    assert sandbox.render("{{ 2 }}", {}) == "2"
+
+
+def test_an_interrupted_request_does_not_answer_the_next_one():
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    assert sandbox.render("{{ 1 }}", {}) == "1"
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sandbox.render("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     assert sandbox.render("{{ 2 }}", {}) == "2"
 
 

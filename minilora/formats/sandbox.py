@@ -1,6 +1,6 @@
 """Programs that come with a model, run in a process of their own with limits: chat templates, and regular expressions of adapters.
 
-Either may ask for any time and memory, and neither jinja2's sandbox nor `re` has a limit. This file is both sides: `render` and `matches`
+Either may ask for any time and memory, and neither jinja2's sandbox nor `re` has a limit. This file is both sides: `render` and `can_match`
 send a line of JSON to a process that runs it, which answers with one. The process is started once, ends with this one, and is killed and
 replaced when an answer takes more than SECONDS of processor time. Its memory is limited where the system can do that (not on Windows).
 """
@@ -61,12 +61,15 @@ def _ask(request: dict[str, Any]) -> Any:
         late, answer = threading.Timer(WALL, process.kill), ""
         if os.name == "nt":  # elsewhere the process has a timer of its own
             late.start()
-        with contextlib.suppress(OSError):
+        try:
             print(json.dumps(request), file=process.stdin, flush=True)
             answer = process.stdout.readline()
-        late.cancel()
-        if not answer:
-            _end(process)
+        except OSError:  # it has ended
+            pass
+        finally:
+            late.cancel()
+            if not answer:  # also after Ctrl-C: the next request must not get this one's answer
+                _end(process)
         return json.loads(answer) if answer else None
 
 
