@@ -1,13 +1,18 @@
 """A few thousand cases of the fuzzer with a fixed seed, and inputs it found or that were found before it; see docs/fuzz.md."""
 
+import ast
+import gzip
 import json
 import re
+import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import minilora as ml
+from minilora.data.records import read_bytes
 from minilora.formats import sandbox
 from minilora.formats.chat import render_chat
 from minilora.formats.gguf import read_gguf
@@ -56,6 +61,22 @@ def test_the_process_of_templates_is_started_again():
     [process] = sandbox._processes.values()
     process.kill()
     process.wait()
+    assert sandbox.render("{{ 2 }}", {}) == "2"
+
+
+def test_an_interrupted_request_does_not_answer_the_next_one():
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    assert sandbox.render("{{ 1 }}", {}) == "1"
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sandbox.render("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     assert sandbox.render("{{ 2 }}", {}) == "2"
 
 
@@ -129,3 +150,20 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left on device: '.*x\.json'"):
         write_file(tmp_path / "x.json", write)
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_runs_code_of_a_file():
+    """No module that unpickles, and no eval, exec or compile."""
+    for file in Path(ml.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+            assert not {"pickle", "marshal", "shelve", "dill", "joblib", "yaml"} & set(modules), f"{file}:{node.lineno}"
+            if isinstance(node, ast.Call):
+                assert getattr(node.func, "id", "") not in ("eval", "exec", "compile"), f"{file}:{node.lineno}"
+                assert not any(keyword.arg == "allow_pickle" for keyword in node.keywords), f"{file}:{node.lineno}"
+
+
+def test_compressed_data_have_a_limit(tmp_path):
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(bytes(80 * 2**20)))
+    with pytest.raises(ValueError, match=r"d\.jsonl\.gz is more than 7\d,\d+,\d+ bytes without its compression"):
+        read_bytes(tmp_path / "d.jsonl.gz")

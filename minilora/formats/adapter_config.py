@@ -25,10 +25,8 @@ _OF_OTHERS = {"megatron_core", "qalora_group_size"}  # read with megatron_config
 _KEPT_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica", "normal", "seed")  # initialisers that do not change W
 _ALWAYS = {"bias", "fan_in_fan_out", "modules_to_save", "task_type", "base_model_name_or_path", "target_modules", "save_projection"}
 _EXPRESSIONS = {  # fields with regular expressions, and what lora/targets.py puts around one
-    "target_modules": ("(?:", r")\Z"),
-    "exclude_modules": ("(?:", r")\Z"),
-    "rank_pattern": (r"(.*\.)?(", ")$"),
-    "alpha_pattern": (r"(.*\.)?(", ")$"),
+    **dict.fromkeys(("target_modules", "exclude_modules"), ("(?:", r")\Z")),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (r"(.*\.)?(", ")$")),
     "modules_to_save": (r"(^|.*\.)", r"($|\..*)"),
     "layers_pattern": (r"(?:^|.*?\.)", r"\.(?P<number>\d+)\."),
 }

@@ -28,7 +28,7 @@ def write_file(path: str | Path, write: Callable[[str], object]) -> None:
         put_in_place(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk
             error.filename = str(path)
         raise
 

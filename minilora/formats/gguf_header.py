@@ -99,21 +99,22 @@ class _Cursor:
     def string(self) -> str:
         return self.take(self.number("Q")).decode("utf-8")
 
-    def value(self, kind: int, depth: int = 0) -> Any:
+    def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
-        if kind == _ARRAY and depth < 4:
-            inner, count = self.number("I"), self.number("Q")
-            if inner in (_STRING, _ARRAY):
-                least = 8 if inner == _STRING else 12  # bytes of an empty one
-                return [self.value(inner, depth + 1) for _ in range(_at_most(count, (len(self.data) - self.at) // least))]
-            if inner < len(_NUMBERS):
-                code = _NUMBERS[inner] or "B"
-                values = array("B" if code == "?" else code)
-                values.frombytes(self.take(count * values.itemsize))
-                if sys.byteorder == "big":
-                    values.byteswap()
-                return values.tolist() if count <= _SHORT else values
-        if kind < len(_NUMBERS) and (single := _NUMBERS[kind]):
-            return self.number(single)
+        if kind != _ARRAY:
+            return self.number(_code(kind))
+        inner, count = self.number("I"), self.number("Q")
+        if inner == _STRING:
+            return [self.string() for _ in range(_at_most(count, (len(self.data) - self.at) // 8))]
+        values = array(_code(inner).replace("?", "B"))
+        values.frombytes(self.take(count * values.itemsize))
+        if sys.byteorder == "big":
+            values.byteswap()
+        return values.tolist() if count <= _SHORT else values
+
+
+def _code(kind: int) -> str:
+    if (code := _NUMBERS[kind] if kind < len(_NUMBERS) else None) is None:
         raise ValueError(f"it has a value of type {kind}")
+    return code

@@ -1,6 +1,6 @@
 """Programs that come with a model, run in a process of their own with limits: chat templates, and regular expressions of adapters.
 
-Either may ask for any time and memory, and neither jinja2's sandbox nor `re` has a limit. This file is both sides: `render` and `matches`
+Either may ask for any time and memory, and neither jinja2's sandbox nor `re` has a limit. This file is both sides: `render` and `can_match`
 send a line of JSON to a process that runs it, which answers with one. The process is started once, ends with this one, and is killed and
 replaced when an answer takes more than SECONDS of processor time. Its memory is limited where the system can do that (not on Windows).
 """
@@ -52,39 +52,30 @@ _lock = threading.Lock()
 def _ask(request: dict[str, Any]) -> Any:
     """The answer; None if the process had to be killed."""
     with _lock:
-        process = _processes.get(os.getpid())
+        process: Any = _processes.get(os.getpid())
         if process is None or process.poll() is not None:
-            process = _processes[os.getpid()] = _start()
-        late = threading.Timer(WALL, process.kill)
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "encoding": "ascii"}
+            process = subprocess.Popen([sys.executable, __file__], start_new_session=True, **pipes)  # Ctrl-C is for the run
+            _processes[os.getpid()] = process
+            atexit.register(_end, process)
+        late, answer = threading.Timer(WALL, process.kill), ""
         if os.name == "nt":  # elsewhere the process has a timer of its own
             late.start()
-        answer = ""
-        with contextlib.suppress(OSError):
-            process.stdin.write(json.dumps(request) + "\n")  # type: ignore[union-attr]
-            process.stdin.flush()  # type: ignore[union-attr]
-            answer = process.stdout.readline()  # type: ignore[union-attr]
-        late.cancel()
-        if not answer:
-            _stop(process)
+        try:
+            print(json.dumps(request), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+        except OSError:  # it has ended
+            pass
+        finally:
+            late.cancel()
+            if not answer:  # also after Ctrl-C: the next request must not get this one's answer
+                _end(process)
         return json.loads(answer) if answer else None
 
 
-def _start() -> subprocess.Popen[str]:
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "encoding": "ascii"}
-    process = subprocess.Popen([sys.executable, __file__], start_new_session=True, **pipes)  # Ctrl-C is for the run
-    atexit.register(_stop, process)
-    return process
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    if _processes.get(os.getpid()) is not process:  # it has ended, or is that of the process this one was forked from
-        return
-    del _processes[os.getpid()]
+def _end(process: subprocess.Popen[str]) -> None:
     process.kill()
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):
-            pipe.close()  # type: ignore[union-attr]
-    process.wait()
+    process.communicate()
 
 
 # ---- the other side ----------------------------------------------------------------------------------------------------------------------
@@ -113,17 +104,15 @@ def _serve() -> None:
 
 def _limit() -> Any:
     """Limit the memory of this process. The result starts a timer, which ends the process; or stops it, with 0."""
-    try:
-        import resource
-        import signal
-
-        with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as file:
-            here = int(file.read().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (here + MEMORY, here + MEMORY))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        return lambda seconds: signal.setitimer(signal.ITIMER_PROF, seconds)
-    except ImportError:  # Windows: the caller's clock alone
+    if os.name == "nt":  # the caller's clock alone
         return lambda seconds: None
+    import resource
+    import signal
+
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as file:
+        here = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (here + MEMORY, here + MEMORY))
+    return lambda seconds: signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _rendered(template: str, context: dict[str, Any], most: int) -> dict[str, str]:

@@ -88,12 +88,12 @@ class Worker:
             return struct.unpack("<q", file.read(8))[0]
 
     def watch(self, stop: threading.Event) -> None:
-        seen, began, wall = -1, 0.0, 0.0
+        seen, began, looks = -1, 0.0, 0
         while not stop.wait(0.25):
             at, cpu = self.at(), _cpu(self.process.pid)
             if at != seen:
-                seen, began, wall = at, cpu, time.monotonic()
-            elif cpu - began > LIMIT or time.monotonic() - wall > 60:
+                seen, began, looks = at, cpu, 0
+            elif cpu - began > LIMIT or (looks := looks + 1) > 480:  # not by the clock: someone may stop these processes for a while
                 self.hung = "time"
                 self.process.kill()
                 return
@@ -132,6 +132,8 @@ def run(cases: int, seed: int = 0, names: list[str] | None = None, jobs: int = 2
                 with lock:
                     found[chunk[0]]["counts"].update(result["counts"])
                     found[chunk[0]]["failures"] += result["failures"]
+                    for number, how, about in result["failures"] if not quiet else ():
+                        bar.write(f"{chunk[0]} {number}: {how}: {about}", file=sys.stderr)
                     bar.update(sum(result["counts"].values()))
                     bar.set_postfix(failures=sum(len(each["failures"]) for each in found.values()))
         worker.close()
@@ -150,7 +152,7 @@ def _next(left: Iterator[Any], lock: threading.Lock) -> Any:
         return next(left, None)
 
 
-def table(found: dict[str, Any], seed: int) -> str:
+def table(found: dict[str, Any]) -> str:
     """Markdown: cases of each format, and how they ended."""
     lines = ["| format | cases | refused | accepted | failed |", "|---|---:|---:|---:|---:|"]
     sums = Counter()
@@ -167,6 +169,13 @@ def table(found: dict[str, Any], seed: int) -> str:
         lines.append(f"| {name} | {row['cases']:,} | {row['refused']:,} | {row['accepted']:,} | {row['failed']:,} |")
     lines.append(f"| all | {sums['cases']:,} | {sums['refused']:,} | {sums['accepted']:,} | {sums['failed']:,} |")
     return "\n".join(lines)
+
+
+def write_table(file: Path, text: str) -> None:
+    """Replace the table in a Markdown file."""
+    before, _, rest = file.read_text(encoding="utf-8").partition("| format |")
+    after = rest.partition("\n\n")[2]
+    file.write_text(f"{before}{text}\n\n{after}", encoding="utf-8")
 
 
 def failures(found: dict[str, Any]) -> str:
@@ -208,18 +217,25 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", type=int, metavar="NUMBER")
     parser.add_argument("--json", type=Path, help="write what was found to this file")
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="such files of other runs, whose numbers are added in --table")
+    parser.add_argument("--table", type=Path, help="write the table into this file, docs/fuzz.md")
     args = parser.parse_args()
     if args.only is not None:
         only(args.format[0], args.seed, args.only)
         return 0
     began = time.monotonic()
     found = run(args.cases, args.seed, args.format, args.jobs, args.first)
-    print(table(found, args.seed))
+    print(table(found))
     print(f"\nseed {args.seed}, from case {args.first}, {(time.monotonic() - began) / 60:.0f} minutes, {args.jobs} processes")
     if text := failures(found):
         print("\n" + text)
     if args.json:
         args.json.write_text(json.dumps(found))
+    if args.table:
+        for file in args.add:
+            for name, each in json.loads(file.read_text()).items():
+                found[name]["counts"].update(each["counts"])
+        write_table(args.table, table(found))
     return 1 if text else 0
 
 

@@ -30,9 +30,11 @@ from .readers import (
     check_jsonl,
     check_model,
     check_plain,
+    check_report,
     check_run,
     check_study,
     check_table,
+    check_talk,
     check_template,
     check_tokenizer,
     check_toml,
@@ -43,6 +45,7 @@ from .readers import (
     read_metrics,
     read_model,
     read_plain,
+    read_report,
     read_run,
     read_safetensors,
     read_study,
@@ -83,7 +86,7 @@ TEMPLATES = [
 ]
 WEIGHTS = {  # of the cases; those that take longer get fewer
     **{"safetensors": 12, "index": 8, "config": 3, "gguf": 5, "tokenizer": 4, "template": 6, "conversation": 6, "adapter": 3},
-    **{"run": 3, "study": 12, "checkpoint": 10, "metrics": 6, "jsonl": 14, "csv": 14, "toml": 2, "text": 14},
+    **{"run": 3, "report": 0.2, "study": 12, "checkpoint": 10, "metrics": 6, "jsonl": 14, "csv": 14, "toml": 2, "text": 14},
 }
 PIECES = """{{_'a'_*_10**9_}}|{{_10**10**8_}}|{{_'x'.center(10**9)_}}|{{_'%1000000000d'_%_1_}}|{{_'{:1000000000}'.format(1)_}}
 {{_range(10**9)_}}
@@ -253,6 +256,14 @@ def all_formats() -> dict[str, Format]:
     )
     checkpoint.write(work, state)
     saved = corpus.read_folder(work / "checkpoints" / "step-00000003")
+    names = ["a.weight", "b.bias"]
+    norms = [{"parameters": names}, *({"step": i, "grad_norms": [0.1, 0.2], "norms": [1.0, 2.0]} for i in (1, 4))]
+    measured: Files = {
+        "run.json": json.dumps(run).encode(),
+        "metrics.jsonl": lines([{"step": i, "loss": 1.0 / i, "lr": 1e-3, "grad_norm": 0.5, "tokens": 64} for i in (1, 2, 3, 4)]),
+        "norms.jsonl": lines(norms),
+        "confusion.json": json.dumps({"before": [[1, 2, 0], [0, 1, 0], [1, 1, 1]], "after": [[3, 0], [0, 1]]}).encode(),
+    }
     template = {"t.jinja": corpus.small.CHATML.encode()}
     table = b'text,label\nthe cat,x\n"a ""quoted"", one\nof two lines",y\nlast,z\n'
     toml = b'model = "pydoc"\nrank = 4\nlr = 0.001\nsteps = 20\ntarget-modules = ["c_attn"]\nuse-dora = true\nschedule = "cosine"\n'
@@ -299,6 +310,7 @@ def all_formats() -> dict[str, Format]:
             [{"d.jsonl": lines([talk]), **template} for talk in TALKS],
             one_of(jsonl=longer(lines_file)),
             read_talk,
+            check_talk,
         ),
         Format(
             "adapter",
@@ -308,6 +320,7 @@ def all_formats() -> dict[str, Format]:
             adapters.check,
         ),
         Format("run", [{"run.json": json.dumps(run).encode()}], one_of(json=json_file), read_run, check_run),
+        Format("report", [measured], one_of(json=json_file, jsonl=lines_file), read_report, check_report),
         Format("study", [study], one_of(json=json_file, jsonl=lines_file), read_study, check_study),
         Format("checkpoint", [saved], one_of(json=json_file, safetensors=tensors_file), read_checkpoint, check_checkpoint),
         Format("metrics", [{"metrics.jsonl": metrics}], one_of(jsonl=lines_file), read_metrics),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import minilora as ml
 from minilora.cli import main
@@ -28,6 +29,7 @@ from minilora.formats.gguf import read_gguf, read_gguf_tokenizer
 from minilora.formats.tensors import map_tensors, stored_dtypes
 from minilora.formats.tokenizer import ByteTokenizer, gguf_tokenizer, load_tokenizer
 from minilora.lora import lora_layers
+from minilora.report.page import report_run
 from minilora.runs import checkpoint
 from minilora.runs.folder import StudyFolder, lanes_of, read_lines
 from minilora.runs.recipe import Recipe
@@ -166,14 +168,28 @@ def read_template(folder: Path) -> Any:
 
 
 def check_template(folder: Path, value: Any) -> None:
+    """The spans lie in the text, and a template without functions of transformers is rendered by jinja2 alone."""
     text, whole, spans = value
-    assert isinstance(text, str)
+    template = (folder / "chat_template.jinja").read_bytes().decode("utf-8", "replace")
+    if not any(name in template for name in ("generation", "namespace", "raise_", "strftime", "tojson", "dict", "__", "lipsum")):
+        plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        more = {"bos_token": "<s>", "eos_token": "</s>", "tools": None, "documents": None, "add_generation_prompt": True}
+        assert text == plain.from_string(template).render(messages=corpus.small.TALK, **more)
     for start, end in spans:
         assert 0 <= start <= end <= len(whole)
 
 
 def read_talk(folder: Path) -> Any:
     return load_examples(folder / "d.jsonl", "lm", ByteTokenizer(), 200, chat_template=(folder / "t.jinja").read_text(encoding="utf-8"))
+
+
+def check_talk(folder: Path, examples: Any) -> None:
+    """The ids are the bytes of the conversation, written without jinja2."""
+    for record, example in zip(json_records(folder / "d.jsonl"), examples, strict=True):
+        if "messages" in record:
+            parts = (f"<|im_start|>{m['role']}\n{m.get('content') or ''}<|im_end|>\n" for m in record["messages"])
+            assert bytes(example.ids.tolist()) == "".join(parts).encode()[: len(example.ids)]
+            assert len(example.ids) <= 200
 
 
 class Adapters:
@@ -213,6 +229,18 @@ def read_run(folder: Path) -> Any:
     assert "Traceback" not in shown, "a traceback"
     assert not any((ord(c) < 32 and c not in "\n\t\r") or 127 <= ord(c) < 160 for c in shown), "a control character"
     return run
+
+
+def read_report(folder: Path) -> Any:
+    """The page about a run."""
+    with np.errstate(all="ignore"):
+        report_run(folder, out=folder / "page.html")
+    return (folder / "page.html").read_text(encoding="utf-8")
+
+
+def check_report(folder: Path, page: Any) -> None:
+    """Text of the files cannot become a part of the page."""
+    assert "<b>hostile" not in page
 
 
 def check_run(folder: Path, run: Any) -> None:
@@ -272,10 +300,11 @@ def read_jsonl(folder: Path) -> Any:
 
 def json_records(file: Path) -> list[Any]:
     """What json reads of a file of records."""
-    text = file.read_bytes().decode("utf-8-sig")
+    text = file.read_bytes().decode("utf-8-sig") if file.is_file() else ""
     if text.lstrip().startswith("["):
         return json.loads(text)
-    return [json.loads(line.removeprefix("\ufeff")) for line in text.split("\n") if line.removeprefix("\ufeff").strip()]
+    lines = (line.removeprefix("\ufeff").strip() for line in text.split("\n"))
+    return [json.loads(line) for line in lines if line]
 
 
 def check_jsonl(folder: Path, value: Any) -> None:
