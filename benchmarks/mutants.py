@@ -416,7 +416,7 @@ def judge(mutant: Mutant, entries: list[Any], where: list[int], seconds: list[fl
     del result["code"]
     try:
         function.__code__ = mutant.code
-        signal.alarm(120)
+        signal.alarm(600)
         for i in [*leaves, *models[:12]]:
             report = run(entries[i], max_coordinates=12) if i in leaves else run(entries[i], by_call=True, tol=1e-6)
             if not report.ok and report.verdict != "nothing to check":
@@ -428,7 +428,7 @@ def judge(mutant: Mutant, entries: list[Any], where: list[int], seconds: list[fl
             report = run(entries[i], by_call=True, tol=1e-6)
             if report.verdict != "WRONG":  # a broken promise, or a few coordinates
                 report = run(entries[i], max_coordinates=3)
-            if report.verdict == "WRONG":
+            if report.verdict == "WRONG" and report.faults:
                 fault = report.faults[0]
                 result |= {"composite": entries[i][0], "places": fault.places, "name": fault.name, "gradient": fault.gradient}
                 result |= {"cause": fault.cause, "source": fault.source, "blamed": is_right(mutant, function, original, fault)}
