@@ -28,7 +28,7 @@ from tqdm import tqdm
 from .formats import all_formats
 from .worker import files_of
 
-CHUNK = 250
+CHUNK = 100
 LIMIT = 6.0  # seconds of processor time after which a case is ended; from 2 on it has failed
 ROOT = Path(__file__).parent.parent.parent
 

@@ -29,6 +29,7 @@ from minilora.formats.gguf import read_gguf, read_gguf_tokenizer
 from minilora.formats.tensors import map_tensors, stored_dtypes
 from minilora.formats.tokenizer import ByteTokenizer, gguf_tokenizer, load_tokenizer
 from minilora.lora import lora_layers
+from minilora.quantization.nf4 import is_nf4
 from minilora.report.page import report_run
 from minilora.runs import checkpoint
 from minilora.runs.folder import StudyFolder, lanes_of, read_lines
@@ -50,7 +51,7 @@ def library_tensors(file: Path) -> dict[str, np.ndarray]:
     """The tensors of a file by the safetensors library alone; BF16, which it lacks without ml_dtypes, by hand."""
     n = int.from_bytes(file.read_bytes()[:8], "little")
     entries = json.loads(file.read_bytes()[8 : 8 + n])
-    if any(entry.get("dtype") == "BF16" for entry in entries.values()):
+    if any(entry.get("dtype") == "BF16" for name, entry in entries.items() if name != "__metadata__"):
         data, found = file.read_bytes()[8 + n :], {}
         for name, entry in entries.items():
             if name == "__metadata__":
@@ -105,7 +106,7 @@ def check_model(folder: Path, model: Any) -> None:
     known = {(shape, part.astype("f4").tobytes()) for value in stored for part in (value, value.T) for shape in (part.shape,)}
     drawn = getattr(model.origin, "drawn", ())
     for path, p in model.parameters():
-        if path.rpartition(".")[0] not in drawn:
+        if path.rpartition(".")[0] not in drawn and not is_nf4(p.data):
             assert (p.data.shape, np.ascontiguousarray(p.data, "f4").tobytes()) in known, path
     aliases = {field: alias for alias, field in type(model.config).aliases.items()}
     for name, value in vars(model.config).items():
