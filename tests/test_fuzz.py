@@ -33,7 +33,8 @@ def test_a_few_thousand_cases():
     assert sum(sum(each["counts"].values()) for each in found.values()) >= 2990
     for name, each in found.items():
         assert each["counts"].get("accepted", 0) > 0, f"{name}: every mutated file was refused"
-        assert name == "metrics" or each["counts"].get("refused", 0) > 0, f"{name}: every mutated file was accepted"
+        if name not in ("metrics", "report"):  # which show what there is of a damaged file
+            assert each["counts"].get("refused", 0) > 0, f"{name}: every mutated file was accepted"
 
 
 @pytest.mark.parametrize(
