@@ -558,8 +558,6 @@ def table(results: list[dict[str, Any]]) -> str:
         ("the right cause", "those of a listed cause", n["cause right"], n["listed cause"]),
     ]
     lines += [f"| {what} | {of}: {total:,} | {number:,} | {number / max(total, 1):.1%} |" for what, of, number, total in rows]
-    lines += [
-        "",
     parts = {
         "are not seen": [(r, unseen(r)) for r in missed if unseen(r)],
         "change no gradient": [(r, same[id(r)]) for r in missed if not unseen(r)],
