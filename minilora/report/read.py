@@ -46,7 +46,7 @@ class Run:
         """The result of `read`; None, and a sentence in `missing`, if it raises."""
         try:
             return read()
-        except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError, OSError) as error:
             why = "it is not there" if isinstance(error, FileNotFoundError) and error.filename else " ".join(str(error).split()).rstrip(".")
             self.missing.append(f"{what} cannot be read: {why}.")
             return None
@@ -71,7 +71,7 @@ def read_run(path: str | Path) -> Run:
 
 
 def _number(value: Any) -> float:
-    return float(value) if type(value) in (int, float) and math.isfinite(value) else math.nan
+    return float(value) if type(value) in (int, float) and abs(value) < 1e308 else math.nan
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -92,6 +92,8 @@ def _steps(run: Run) -> None:
 def _norms(run: Run) -> None:
     first, *lines = _lines(run.path / "norms.jsonl")
     grads, values = (np.array([[_number(x) for x in line[kind]] for line in lines]) for kind in ("grad_norms", "norms"))
+    if not all(isinstance(name, str) for name in first["parameters"]):
+        raise ValueError("a name of a parameter is no text")
     if not grads.shape == values.shape == (len(lines), len(first["parameters"])):
         raise ValueError("it has not two numbers for each parameter in every line")
     run.measured = [_number(line["step"]) for line in lines]
