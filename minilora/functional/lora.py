@@ -45,8 +45,8 @@ def lora_linear_backward(
     x^T dy (m, n) is never formed: that is the saving of section 4.2. x may be None without "dA", u without "dB".
     """
     dB = (s * u).T @ dy if "dB" in need else None  # y += (s * u) @ B
-    dx, _, _ = linear_backward(dy, None, W, need={"dx"} & set(need))  # y = linear(x, W, b)
-    if not {"dx", "dA"} & set(need):
+    dx = linear_backward(dy, None, W, need={"dx"})[0] if "dx" in need else None  # y = linear(x, W, b)
+    if dx is None and "dA" not in need:
         return None, None, dB
     du = s * (dy @ B.T)
     dA = None

@@ -72,7 +72,7 @@ class AdaptedLinear(Adapted, Linear):
             y, inner = K.linear(x, W, b)
             return y, self.save(need_dx, W, None, inner) if keep else None
         key = self.dropout.next_key() if keep and self.dropout.p > 0 else None
-        y, values = self.adapted_forward(x, b, self.mask(x, key))
+        y, values = self.adapted_forward(x, b, None if key is None else self.mask(x, key))
         return y, self.save(need_dx, None, key, *values) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
@@ -80,13 +80,11 @@ class AdaptedLinear(Adapted, Linear):
         if self.bias is not None and self.bias.trainable:  # LoraConfig(bias="all" or "lora_only")
             self.bias.add_grad(K.upcast(dy).sum(axis=0))
         if W is None:
-            return self.adapted_backward(dy, values, self.mask(dy, key), need_dx)
+            return self.adapted_backward(dy, values, None if key is None else self.mask(dy, key), need_dx)
         return K.linear_backward(dy, values[0], None, W, {"dx"})[0] if need_dx else None
 
-    def mask(self, x: Array, key: Any) -> Array | None:
-        """The dropout mask (rows of x, in) of a key, or None without."""
-        if key is None:
-            return None
+    def mask(self, x: Array, key: Any) -> Array:
+        """The dropout mask (rows of x, in) of a key."""
         return K.dropout_mask(getattr(self, self.trains[0]).data, (x.shape[0], self.in_features), self.dropout.p, key)
 
 
