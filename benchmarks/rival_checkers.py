@@ -188,10 +188,10 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results |= {tool: answers(tool) for tool in ("minilora", "torch")}
     if args.jax:
-        told = subprocess.run(
+        found = subprocess.run(
             [args.jax, "-m", "benchmarks.rival_checkers", "--tool", "jax"], capture_output=True, text=True, check=True, cwd=ROOT
         )
-        results["jax"] = json.loads(told.stdout.splitlines()[-1])
+        results["jax"] = json.loads(found.stdout.splitlines()[-1])
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     into_page("rival checkers", table(results))
     print(table(results))
