@@ -17,6 +17,7 @@ from tiny import write_jsonl
 
 import minilora as ml
 from minilora.cli import main
+from minilora.formats import atomic
 from minilora.runs import checkpoint, folder, training
 from minilora.runs.finetune import finetune
 from minilora.runs.interrupt import locked
@@ -224,6 +225,17 @@ def test_lines_that_cannot_be_written_are_written_later(tmp_path, capsys):
     lines.add({"step": 3})
     lines.close()
     assert [r["step"] for r in folder.read_lines(tmp_path / "a.jsonl")] == [1, 2, 3]
+
+
+def test_what_was_being_written_is_removed_wherever_it_is(tmp_path):
+    kept = [tmp_path / name for name in ("run.json", ".lock", "adapter/a.safetensors", "checkpoints/step-00000002/state.json")]
+    for path in [*kept, *(atomic.temporary_of(path) for path in kept)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    atomic.temporary_of(tmp_path / "checkpoints" / "step-00000004").mkdir()
+    folder.clean(tmp_path)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(kept)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_a_second_signal_stops_at_once(models, tmp_path, monkeypatch):

@@ -62,9 +62,8 @@ def new_folder(path: str | Path | None, method: str) -> Path:
 
 def clean(folder: Path) -> None:
     """Remove what was being written when an earlier process ended."""
-    for path in [*folder.iterdir(), *(folder / "checkpoints").glob(".*")]:
-        if is_temporary(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in [path for path in folder.rglob(".*") if is_temporary(path)]:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 class Lines:
