@@ -124,7 +124,7 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
             if isinstance(stop, Diverged):
                 say(f"the {plan.product} of step {done}, the last whose loss was finite, is in {folder}")
             if isinstance(stop, KeyboardInterrupt):
-                say(f"stopped after step {done}; minilora finetune --resume {folder} continues from there")
+                say(f"stopped after step {done}; minilora finetune --resume {folder} continues from step {training.saved}")
             if isinstance(stop, MemoryError):
                 traceback.clear_frames(stop.__traceback__)  # which still hold what the failed step had saved
                 fits = advice(model, next(task.batches(plan.seed)), "--tokens-per-batch" if plan.kind == "lm" else "", plan.recompute)

@@ -37,6 +37,7 @@ class Training:
 
     about    what every checkpoint of the run says: base, data, before, method
     seconds, tokens   of the training alone
+    saved             the step of the last checkpoint
     """
 
     def __init__(
@@ -74,10 +75,11 @@ class Training:
                 bar.update()
                 if not s.latest:
                     continue
-                over = self.patience_is_over() or interruption.requested
+                stop = interruption.requested  # read once: a signal that comes later is for the next step
+                over = self.patience_is_over() or stop
                 if over or s.step == plan.steps or _due(s.step, self.saved, plan.save_every):
                     self.save()
-                if interruption.requested:
+                if stop:
                     raise KeyboardInterrupt
                 if over:
                     return
