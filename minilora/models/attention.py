@@ -13,7 +13,7 @@ from minilora.functional.attention import Offsets, Rows
 from minilora.layers import Layer, Linear, Output, Saved, needed
 
 Tables = tuple[Array, Array]  # cos and sin of the rotary angles, (T, head_dim / 2) each
-Extend = Callable[[Array, Array], tuple[Array, Array, np.ndarray]]  # `KVCache.extend` for one layer
+Extend = Callable[..., tuple[Array, Array, np.ndarray]]  # `KVCache.extend` for one layer
 
 
 class KVCache:
@@ -27,9 +27,9 @@ class KVCache:
         self.block, self.length = block, 0
         self._kept: dict[int, Array] = {}  # layer: keys and values, (2, capacity, n_kv_head d)
 
-    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array, np.ndarray]:
+    def extend(self, layer: int, k: Array, v: Array, window: int | None = None) -> tuple[Array, Array, np.ndarray]:
         """Append k and v (t, n_kv_head d) of new tokens to those of this layer; returns all, (length + t, n_kv_head d), as views, and the
-        places (t,) of the new ones.
+        places (t,) of the new ones. With a window, only those that a new token sees: the last t + window - 1.
 
         The model adds t to `length` once all its layers have been extended.
         """
@@ -40,7 +40,8 @@ class KVCache:
                 grown[:, : self.length] = kept[:, : self.length]
             self._kept[layer] = kept = grown
         kept[0, self.length : end], kept[1, self.length : end] = k, v
-        return kept[0, :end], kept[1, :end], np.arange(self.length, end)
+        first = max(0, self.length - window + 1) if window else 0
+        return kept[0, first:end], kept[1, first:end], np.arange(self.length - first, end - first)
 
 
 class Attention(Layer):
@@ -87,11 +88,13 @@ class SelfAttention(Layer):
     """q = rotary(x W_q),  k = rotary(x W_k),  v = x W_v;   o = attention(q, k, v).   x (T, d) -> o (T, n_head head_dim), or its `rows`.
 
     A subclass names W_q, W_k and W_v as its checkpoint does. n_kv_head: the number of heads of keys and values, a divisor of n_head.
+    window: a token sees only tokens that are less far away (functional/attention.py).
     Saved, if a gradient has to pass: q and k as rotated, v, and what K.attention returns.
     """
 
     names: tuple[str, str, str]
     causal = True
+    window: int | None = None
 
     def __init__(self, d: int, n_head: int, n_kv_head: int, head_dim: int, bias: bool, rng: np.random.Generator, dtype: Any) -> None:
         self.n_head, self.n_kv_head = n_head, n_kv_head
@@ -123,8 +126,9 @@ class SelfAttention(Layer):
         if rope is not None:
             (q, r_q), (k, r_k) = K.rotary(q, *_take(rope, rows)), K.rotary(k, *rope)
         if extend is not None:
-            k, v, rows = extend(k, v)
-        o, P = K.attention(q, k, v, self.n_head, offsets, self.causal, keep=through, n_kv_head=self.n_kv_head, rows=rows)
+            k, v, rows = extend(k, v, self.window)
+        heads = {"n_kv_head": self.n_kv_head, "rows": rows, "window": self.window}
+        o, P = K.attention(q, k, v, self.n_head, offsets, self.causal, keep=through, **heads)
         if not keep:
             return o, None
         return o, self.save(need_dx, (need, q, k, v, P, offsets, rows, rope, r_q, r_k) if through else None, s_q, s_k, s_v)
