@@ -15,10 +15,11 @@ from minilora.models.bert import BertConfig, DistilBertConfig
 from minilora.models.config_file import NEUTRAL, OWN
 from minilora.models.gpt2 import GPT2Config
 from minilora.models.llama import LlamaConfig
+from minilora.models.modernbert import ModernBertConfig
 from minilora.models.registry import ARCHITECTURES
 
 CLASSES = {"gpt2": GPT2Config, "bert": BertConfig, "llama": LlamaConfig, "qwen2": LlamaConfig}
-CLASSES |= {"roberta": BertConfig, "xlm-roberta": BertConfig, "distilbert": DistilBertConfig}
+CLASSES |= {"roberta": BertConfig, "xlm-roberta": BertConfig, "distilbert": DistilBertConfig, "modernbert": ModernBertConfig}
 SMALL = {
     "gpt2": {"vocab_size": 11, "n_embd": 6, "n_layer": 2, "n_head": 2, "n_positions": 8},
     "bert": {
@@ -30,6 +31,7 @@ SMALL["roberta"] = SMALL["xlm-roberta"] = {**SMALL["bert"], "pad_token_id": 1}
 SMALL["distilbert"] = {
     **{"vocab_size": 11, "dim": 6, "n_layers": 2, "n_heads": 2, "hidden_dim": 10, "max_position_embeddings": 8, "pad_token_id": None},
 }
+SMALL["modernbert"] = {**SMALL["bert"], "hidden_size": 8}
 SMALL["llama"] = SMALL["qwen2"] = {**SMALL["bert"], "hidden_size": 8, "num_key_value_heads": 1}
 IDS = np.array([3, 1, 4, 1, 5, 9])
 
@@ -136,6 +138,14 @@ PUBLISHED = {
         finetuning_task=sst-2 hidden_dim=3072 initializer_range=0.02 max_position_embeddings=512 model_type=distilbert n_heads=12
         n_layers=6 output_past=true pad_token_id=0 qa_dropout=0.1 seq_classif_dropout=0.2 sinusoidal_pos_embds=false tie_weights_=true
         vocab_size=30522""",
+    "ModernBERT-base": """architectures attention_bias=false attention_dropout=0.0 bos_token_id=50281 classifier_activation=gelu
+        classifier_bias=false classifier_dropout=0.0 classifier_pooling=mean cls_token_id=50281 decoder_bias=true
+        deterministic_flash_attn=false embedding_dropout=0.0 eos_token_id=50282 global_attn_every_n_layers=3 global_rope_theta=160000.0
+        gradient_checkpointing=false hidden_activation=gelu hidden_size=768 initializer_cutoff_factor=2.0 initializer_range=0.02
+        intermediate_size=1152 layer_norm_eps=1e-05 local_attention=128 local_rope_theta=10000.0 max_position_embeddings=8192
+        mlp_bias=false mlp_dropout=0.0 model_type=modernbert norm_bias=false norm_eps=1e-05 num_attention_heads=12 num_hidden_layers=22
+        pad_token_id=50283 position_embedding_type=absolute sep_token_id=50282 tie_word_embeddings=true torch_dtype=float32
+        transformers_version=4.47.0.dev0 vocab_size=50368""",
     "TinyLlama-1.1B-Chat": """architectures attention_bias=false bos_token_id=1 eos_token_id=2 hidden_act=silu hidden_size=2048
         initializer_range=0.02 intermediate_size=5632 max_position_embeddings=2048 model_type=llama num_attention_heads=32
         num_hidden_layers=22 num_key_value_heads=4 pretraining_tp=1 rms_norm_eps=1e-05 rope_scaling=null rope_theta=10000.0
@@ -190,6 +200,15 @@ def test_an_unknown_field_is_named_in_one_line(capsys):
         ("bert", {"pad_token_id": 30522}, "pad_token_id 30522 is no row"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved True"),
         ("roberta", {"is_decoder": True}, "is_decoder True"),
+        ("modernbert", {"layer_types": ["full_attention"]}, "layer_types must be 22 of"),
+        ("modernbert", {"num_hidden_layers": 1, "layer_types": ["chunked_attention"]}, "layer_types must be 1 of"),
+        ("modernbert", {"global_attn_every_n_layers": 0}, "global_attn_every_n_layers must be a positive integer"),
+        ("modernbert", {"rope_scaling": {"rope_type": "linear", "factor": 2}}, "rotary settings .*linear"),
+        ("modernbert", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rotary settings .*yarn"),
+        ("modernbert", {"rope_parameters": {"rope_type": "default"}}, "rotary settings"),
+        ("modernbert", {"classifier_pooling": "max"}, "pooling is 'max'; supported: cls, mean"),
+        ("modernbert", {"hidden_activation": "silu"}, "hidden_act is 'silu'"),
+        ("modernbert", {"hidden_size": 36}, "a head has 3 features"),
         ("roberta", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ("distilbert", {"layer_norm_eps": 1e-5}, "layer_norm_eps 1e-05; supported: no such field"),
         ("distilbert", {"n_heads": 2, "num_attention_heads": 3}, "num_attention_heads"),
@@ -222,7 +241,7 @@ def folder_of(kind, folder):
         ml.save_model(ml.Llama(config, rng=0), folder)
         write_json(folder / "config.json", {**read_json(folder / "config.json"), "attention_dropout": 0.0, "rope_scaling": None})
         return folder
-    if kind in ("roberta", "distilbert"):
+    if kind in ("roberta", "distilbert", "modernbert"):
         config = CLASSES[kind].from_json({"model_type": kind, **SMALL[kind], "pad_token_id": 1, "num_labels": 3})
         ml.save_model(ml.BertClassifier(config, rng=0), folder)
         return folder
@@ -243,7 +262,7 @@ def is_refused(load, folder, what):
     return True
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "roberta", "distilbert"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "roberta", "distilbert", "modernbert"])
 def test_any_value_of_any_field_is_refused_or_runs(kind, tmp_path):
     folder = folder_of(kind, tmp_path / "m")
     raw = read_json(folder / "config.json")

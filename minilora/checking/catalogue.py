@@ -20,6 +20,7 @@ from minilora.checking.subjects import OFFSETS, LossOf, Subject, frozen_but, sha
 from minilora.lora import LoraConfig, lora_layers
 from minilora.models import GPT2, BertClassifier, BertConfig, GPT2Config, Llama, LlamaConfig
 from minilora.models.bert import BertLayer, BertSelfAttention, DistilBertConfig
+from minilora.models.modernbert import ModernBertConfig
 
 Change = Callable[[Any], object] | LoraConfig | BottleneckConfig | PartialConfig | None  # what to do with a model, or inject into it
 
@@ -102,9 +103,13 @@ _GPT2: dict[str, Any] = {"vocab_size": 7, "n_positions": 6, "n_embd": 6, "n_head
 _SIZES: dict[str, Any] = {"vocab_size": 7, "hidden_size": 6, "intermediate_size": 9, "num_hidden_layers": 2, "max_position_embeddings": 6}
 _BERT: dict[str, Any] = {**_SIZES, "num_attention_heads": 3, "dropout": 0.1, "num_labels": 3}
 _PADDED = {"vocab_size": 8, "pad_token_id": 7, "max_position_embeddings": 13}  # padding has no gradient, and so is not among the ids
+_MODERN = {**_BERT, "hidden_size": 12, "pad_token_id": None, "local_attention": 2}
+_BIASED: dict[str, Any] = dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True)
 _ENCODERS = {
     "RoBERTa": BertConfig(**{**_BERT, **_PADDED}, model_type="roberta", type_vocab_size=1),
     "DistilBERT": DistilBertConfig(**_BERT),
+    "ModernBERT": ModernBertConfig(**_MODERN, global_attn_every_n_layers=2),
+    "ModernBERT, mean, biases": ModernBertConfig(**_MODERN, **_BIASED, pooling="mean", layer_types=["sliding_attention"] * 2),
 }
 _LLAMA: dict[str, Any] = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
 

@@ -32,7 +32,8 @@ from minilora.quantization.quantize import check_kind, quantize_model, to_half_p
 
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
 _TOKENIZER_FILES += "vocab.txt vocab.json merges.txt tokenizer.model generation_config.json".split()
-_COPIED = "bos_token_id eos_token_id pad_token_id hidden_dropout_prob attention_probs_dropout_prob attention_dropout".split()
+_COPIED = [f"{name}_token_id" for name in ("bos", "eos", "pad", "cls", "sep")]
+_COPIED += "hidden_dropout_prob attention_probs_dropout_prob attention_dropout".split()
 STORED = "stored"  # a dtype for save_model
 
 

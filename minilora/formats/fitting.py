@@ -45,7 +45,8 @@ def check_sizes(config: Any, tensors: dict[str, Any], where: str) -> None:
     """Raise ValueError for sizes larger than those of the tensors, before a model of these sizes is built."""
     largest = max((n for value in tensors.values() for n in value.shape), default=0)
     sizes = {field.name: getattr(config, field.name) for field in fields(config) if not field.name.endswith("_id")}
-    sizes.pop("max_position_embeddings", None)  # allocates nothing
+    for name in ("max_position_embeddings", "local_attention", "global_attn_every_n_layers"):  # these allocate nothing
+        sizes.pop(name, None)
     if "head_dim" in sizes:
         sizes["num_attention_heads * head_dim"] = sizes["num_attention_heads"] * sizes["head_dim"]
     for name, size in sizes.items():
@@ -134,7 +135,7 @@ def check_fit(source: str | Path, tensors: dict[str, np.ndarray], expected: dict
 
 def warn_of_pooling(model: Any, folder: Path) -> None:
     """Report on standard error that transformers and PEFT cannot reproduce a model with "pooling": "mean"."""
-    if getattr(model.config, "pooling", "first") == "mean":
+    if getattr(model.config, "pooling", "first") == "mean" and model.model_type != "modernbert":
         print(f"{folder}: its classifier reads the mean of the tokens; transformers and PEFT read BERT's pooler instead.", file=sys.stderr)
 
 

@@ -8,6 +8,7 @@ from minilora.models.bert import BertConfig, DistilBertConfig
 from minilora.models.classifier import BertClassifier
 from minilora.models.gpt2 import GPT2, GPT2Config
 from minilora.models.llama import Llama, LlamaConfig
+from minilora.models.modernbert import ModernBertConfig
 
 
 class Architecture(NamedTuple):
@@ -39,6 +40,7 @@ ARCHITECTURES = {  # model_type in config.json: its architecture
     "roberta": _encoder(BertConfig, "Roberta", *_ROBERTA),
     "xlm-roberta": _encoder(BertConfig, "XLMRoberta", *_ROBERTA),
     "distilbert": _encoder(DistilBertConfig, "DistilBert", "distilbert", "vocab_[a-z_]+", "pre_classifier", "classifier"),
+    "modernbert": _encoder(ModernBertConfig, "ModernBert", "model", "decoder", "head.dense", "head.norm", "classifier"),
     "llama": Architecture(LlamaConfig, Llama, ("LlamaForCausalLM", "LlamaModel"), *_LLAMA),
     "qwen2": Architecture(LlamaConfig, Llama, ("Qwen2ForCausalLM", "Qwen2Model"), *_LLAMA),
 }
