@@ -117,7 +117,7 @@ class ModernBertMLP(Layer):
         ab, s_i = self.Wi.forward(x, keep=keep and through, need_dx=need_dx)
         a, b = ab[:, : ab.shape[1] // 2], ab[:, ab.shape[1] // 2 :]
         g, s_act = self.act.forward(a, keep=keep and through)
-        y, s_o = self.Wo.forward(K.multiply(g, b), keep=keep, need_dx=through)
+        y, s_o = self.Wo.forward(g * b, keep=keep, need_dx=through)
         return y, self.save(need_dx, s_i, (g, b, s_act) if through else None, s_o) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
@@ -126,8 +126,8 @@ class ModernBertMLP(Layer):
         if through is None:
             return None
         g, b, s_act = through
-        da = self.act.backward(K.multiply(dm, b), s_act)  #                 g = gelu(a)
-        dab = get_xp(dm).concatenate([da, K.multiply(dm, g)], axis=1)
+        da = self.act.backward(dm * b, s_act)  #                             g = gelu(a)
+        dab = get_xp(dm).concatenate([da, dm * g], axis=1)
         return self.Wi.backward(dab, s_i, need_dx=need_dx)  #               [a b] = x Wi
 
 

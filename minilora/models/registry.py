@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from minilora.models.bert import BertConfig, DistilBertConfig
 from minilora.models.classifier import BertClassifier
 from minilora.models.gpt2 import GPT2, GPT2Config
-from minilora.models.llama import Llama, LlamaConfig
+from minilora.models.llama import Llama
+from minilora.models.llama_config import VARIANTS, LlamaConfig
 from minilora.models.modernbert import ModernBertConfig
 
 
@@ -41,6 +42,8 @@ ARCHITECTURES = {  # model_type in config.json: its architecture
     "xlm-roberta": _encoder(BertConfig, "XLMRoberta", *_ROBERTA),
     "distilbert": _encoder(DistilBertConfig, "DistilBert", "distilbert", "vocab_[a-z_]+", "pre_classifier", "classifier"),
     "modernbert": _encoder(ModernBertConfig, "ModernBert", "model", "decoder", "head.dense", "head.norm", "classifier"),
-    "llama": Architecture(LlamaConfig, Llama, ("LlamaForCausalLM", "LlamaModel"), *_LLAMA),
-    "qwen2": Architecture(LlamaConfig, Llama, ("Qwen2ForCausalLM", "Qwen2Model"), *_LLAMA),
+    **{
+        name: Architecture(LlamaConfig, Llama, (f"{x.classes}ForCausalLM", f"{x.classes}{'Text' * x.gemma}Model"), *_LLAMA)
+        for name, x in VARIANTS.items()
+    },
 }
