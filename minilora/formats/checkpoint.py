@@ -48,7 +48,7 @@ def load_model(
     new_head: bool | None = False,
     seed: int = 0,
 ) -> Any:  # Any: one of the classes of FAMILIES, which have more in common than Layer
-    """A published model on a backend, frozen. Architectures: models/registry.py.
+    """A published model on a backend, frozen. Its architecture is one of models/registry.py.
 
     path_or_id: a folder with config.json and model.safetensors (or shards and model.safetensors.index.json), a .gguf file, an id
     "org/name" on the hub (fetched by huggingface_hub, with its cache and HF_HUB_OFFLINE), or "pydoc", the model in this package.
