@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import minilora as ml
+from minilora.adapters import mixed
 from minilora.formats.atomic import read_json, write_json
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.lora import lora_layers
@@ -234,6 +235,38 @@ def test_sequences_do_not_affect_each_other_and_gradients_of_shards_add_up(name,
     assert oracle.deviation(gradient([(0, 2), (2, 4)]), whole) < 1e-12
     model.body.recompute = True
     assert oracle.deviation(gradient([(0, 4)]), whole) < 1e-12
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_output_of_frozen_blocks_may_be_passed_in(name, backend, tmp_path):
+    model, ids = ml.load_model(write(name, tmp_path / "m"), backend, "float64"), data(name)
+    assert model.prefix(ids, OFFSETS).blocks == model.config.num_hidden_layers - 1
+    targets = r".*\.1\..*(query|q_lin|Wqkv)"
+    ml.inject(model, ml.LoraConfig(r=2, target_modules=targets, task_type="SEQ_CLS", init_lora_weights=False), rng=0)
+    results = []
+    for prefix in (None, model.prefix(ids, OFFSETS)):
+        loss, saved = model.loss(ids, LABELS, OFFSETS, prefix=prefix)
+        model.zero_grad()
+        model.loss_backward(saved)
+        results.append((loss, oracle.gradients(model)))
+    assert prefix.blocks == 1
+    assert float(results[0][0]) == float(results[1][0])
+    assert oracle.deviation(results[1][1], results[0][1]) < 1e-12
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_batch_of_several_adapters(name, backend, tmp_path):
+    """Each sequence has the logits of its own adapter, and of its own head."""
+    base = ml.load_model(write(name, tmp_path / "m"), backend, "float64")
+    models = [base, base.replica(), base.replica()]
+    for seed, model in enumerate(models[1:]):
+        ml.inject(model, ml.LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS", init_lora_weights=False), rng=seed)
+        for path, p in model.parameters():
+            if path.startswith("classifier"):
+                p.data = p.data + seed + 1
+    found = logits(mixed(models, [2, 0, 1, 2], OFFSETS), name)
+    for i, k in enumerate([2, 0, 1, 2]):
+        np.testing.assert_allclose(found[i], logits(models[k], name)[i], rtol=1e-9)
 
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"quantize": "nf4"}], ids=str)
