@@ -13,9 +13,11 @@ import minilora as ml
 from minilora.adapters import mixed
 from minilora.formats.atomic import read_json, write_json
 from minilora.formats.tokenizer import load_tokenizer
+from minilora.kernels import dispatch
 from minilora.lora import lora_layers
 from minilora.models.modernbert import ModernBertConfig
 from minilora.models.registry import ARCHITECTURES
+from minilora.quantization.quantize import to_half_precision
 
 with safe_open(__file__.replace("test_encoders.py", "golden/encoders.safetensors"), "np") as file:
     CONFIGS = json.loads(file.metadata()["about"])["configs"]
@@ -309,6 +311,32 @@ def test_the_last_block_runs_on_the_rows_that_the_head_reads(name, tmp_path, mon
     mean = model.config.pooling == "mean"
     assert rows[:-1] == [None] * (len(rows) - 1)
     assert rows[-1] is None if mean else rows[-1].tolist() == OFFSETS[:-1].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_modernbert_beyond_the_blocks_of_the_kernels(dtype, backend, monkeypatch):
+    """Texts longer than a window and than a block of queries, heads for tensor cores: loss and gradients are those of the reference."""
+    sizes = {"vocab_size": 50, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 40, "num_hidden_layers": 2}
+    config = ModernBertConfig(**sizes, max_position_embeddings=300, local_attention=64, pad_token_id=None, pooling="mean")
+    model = ml.BertClassifier(config, rng=0)
+    if dtype == "bfloat16":
+        to_half_precision(model, dtype)
+    ml.inject(model.to(backend), ml.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), rng=0)
+    ids, offsets = np.random.default_rng(0).integers(0, 50, 480), [0, 300, 307, 480]
+
+    def step():
+        model.zero_grad()
+        loss, saved = model.loss(ids, np.array([0, 1, 1]), offsets)
+        model.loss_backward(saved)
+        return float(loss), oracle.gradients(model)
+
+    loss, found = step()
+    monkeypatch.setattr(dispatch, "PLAIN", True)
+    expected_loss, expected = step()
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    largest = max(float(np.abs(g).max()) for g in expected.values())
+    assert max(float(np.abs(found[key] - g).max()) for key, g in expected.items()) < tolerance * largest
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------------------------
