@@ -11,12 +11,14 @@ from safetensors.numpy import load_file, save_file
 
 import minilora as ml
 from minilora.adapters import mixed
+from minilora.adapters.extraction import extract
 from minilora.formats.atomic import read_json, write_json
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.kernels import dispatch
 from minilora.lora import lora_layers
 from minilora.models.modernbert import ModernBertConfig
 from minilora.models.registry import ARCHITECTURES
+from minilora.quantization.nf4 import is_nf4
 from minilora.quantization.quantize import to_half_precision
 
 with safe_open(__file__.replace("test_encoders.py", "golden/encoders.safetensors"), "np") as file:
@@ -297,6 +299,29 @@ def test_half_precision_and_nf4(name, options, backend, tmp_path):
     _, saved = model.loss(data(name), LABELS, OFFSETS)
     model.loss_backward(saved)
     assert all(bool(np.isfinite(ml.to_numpy(p.grad)).all()) and p.grad.dtype == "float32" for _, p in model.parameters() if p.trainable)
+
+
+HEADS = {"roberta": {"classifier"}, "distilbert": {"pre_classifier", "classifier"}, "modernbert": {"classifier"}}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_is_new_in_a_head_is_neither_quantized_nor_extracted_but_trained(name, tmp_path):
+    """The names of these modules end with "classifier", by which PEFT trains them fully."""
+    base = ml.load_model(write(name, tmp_path / "m"), "numpy", "float64")
+    heads = [path for path, _ in base.parameters() if path.partition(".")[0] in HEADS[name]]
+    quantized = ml.load_model(tmp_path / "m", "numpy", quantize="nf4")
+    assert sorted(path for path, p in quantized.parameters() if p.data.ndim == 2 and not is_nf4(p.data) and "embed" not in path) == sorted(
+        path for path in heads if path.endswith("weight")
+    )
+    tuned = ml.load_model(tmp_path / "m", "numpy", "float64")
+    for i, (path, p) in enumerate(tuned.parameters()):
+        if "embeddings" not in path:
+            p.data = p.data + np.random.default_rng(i).normal(0, 0.1, p.data.shape)
+    found, layers = extract(base, tuned, energy=1.0)
+    assert not {layer.path for layer in layers} & {path.rpartition(".")[0] for path in heads}
+    assert oracle.deviation(logits(found, name), logits(tuned, name)) < 1e-9
+    ml.inject(base, ml.PartialConfig(train=["head"]))
+    assert [path for path, p in base.parameters() if p.trainable] == heads
 
 
 @pytest.mark.parametrize("name", CONFIGS)
