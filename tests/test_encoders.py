@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import minilora as ml
 from minilora.adapters import mixed
 from minilora.adapters.extraction import extract
-from minilora.formats.atomic import read_json, write_json
+from minilora.formats.atomic import write_json
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.kernels import dispatch
 from minilora.lora import lora_layers
@@ -438,7 +438,9 @@ def test_an_adapter_for_another_architecture_of_the_same_sizes(tmp_path):
 def test_a_tokenizer_beyond_the_embedding(tmp_path):
     from small_tokenizers import roberta_bpe, write_tokenizer
 
-    folder = write("roberta", tmp_path / "m")
-    write_tokenizer(folder, roberta_bpe(), {"tokenizer_class": "RobertaTokenizer"})
-    with pytest.raises(ValueError, match=r"the tokenizer has ids up to .*, but the model's embedding has 61 rows"):
-        load_tokenizer(folder, read_json(folder / "config.json")["vocab_size"])
+    library, settings = roberta_bpe(), {"tokenizer_class": "RobertaTokenizer"}
+    rows = library.get_vocab_size()
+    assert load_tokenizer(write_tokenizer(tmp_path / "a", library, settings), rows).vocab_size == rows
+    folder = write_tokenizer(tmp_path / "b", library, {**settings, "additional_special_tokens": ["<new>"]})
+    with pytest.raises(ValueError, match=rf"the tokenizer has ids up to {rows}, but the model's embedding has {rows} rows"):
+        load_tokenizer(folder, rows)
