@@ -28,7 +28,7 @@ from minilora.models.generate import generate
 from minilora.runs import Say, signs
 from minilora.runs.checkpoint import State, adapter_config, method_of, read_last, restore
 from minilora.runs.doctor import check_products
-from minilora.runs.folder import clean, new_folder
+from minilora.runs.folder import check_free, clean, new_folder
 from minilora.runs.interrupt import Interruption, locked
 from minilora.runs.plot import have_matplotlib, plot_run
 from minilora.runs.prepare import open_recipe, prepare
@@ -87,6 +87,7 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
         folder = Path(str(out)) if resumed else new_folder(out, plan.method)
         if not resumed:
             held.enter_context(locked(folder))
+            check_free(folder)  # again: another run may have begun and ended there in between
         trained = optimizer.flat.data.size
         settings = asdict(plan) | ({} if plan.data is None else {"data": str(Path(plan.data).absolute())})  # found from anywhere
 
