@@ -60,7 +60,7 @@ def long_run(run: Path, steps: int) -> list[tuple[float, ...]]:
             time.sleep(1)
             step, now = steps_in(run), held(process.pid)
             bar.update(step - bar.n)
-            if now is not None and 0 < step:
+            if now is not None and step > 0:
                 rows.append((step, *now))
     if process.returncode or steps_in(run) != steps:
         raise RuntimeError(f"the long run ended with status {process.returncode} after {steps_in(run)} steps.")
@@ -97,12 +97,10 @@ def restarts(folder: Path, times: int) -> tuple[list[tuple[float, ...]], list[st
 
 
 def rest(rows: list[tuple[float, ...]]) -> list[str]:
-    """Of each figure: its median in the first and the last tenth, and its highest value."""
+    """Of each figure: its median in the second and the last tenth, and its highest value."""
     table, tenth = np.array(rows), max(1, len(rows) // 10)
-    return [
-        f"{name}: {np.median(table[tenth : 2 * tenth, i]):.1f}, at the end {np.median(table[-tenth:, i]):.1f}, at most {table[:, i].max():.1f}"
-        for i, name in enumerate(NAMES, 1)
-    ]
+    figures = [(np.median(table[tenth : 2 * tenth, i]), np.median(table[-tenth:, i]), table[:, i].max()) for i in (1, 2, 3)]
+    return [f"{name}: {a:.1f}, at the end {b:.1f}, at most {c:.1f}" for name, (a, b, c) in zip(NAMES, figures, strict=True)]
 
 
 def draw(file: Path, parts: dict[str, list[tuple[float, ...]]]) -> None:

@@ -62,9 +62,12 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
         allow_tf32()
     recipe = replace(recipe, backend=choose_backend(recipe.backend))
     if ranks is not None:
-        if recipe.backend != "numpy":
-            raise ValueError(f"several ranks compute on CPUs only, not with {recipe.backend}; add --backend numpy.")
-        recipe = replace(recipe, lanes=recipe.lanes or ranks.meet("the start", threads_for(recipe.threads), sum))
+        lanes = recipe.lanes or ranks.meet("the start", threads_for(recipe.threads) if recipe.backend == "numpy" else 1, sum)
+        recipe = replace(recipe, lanes=lanes)
+        if recipe.backend == "cupy":
+            if lanes != ranks.size:
+                raise ValueError(f"on GPUs each rank computes one lane, but {ranks.size} ranks share {lanes}; start {lanes} ranks.")
+            ranks.on_gpus()
     leads = ranks is None or ranks.rank == 0
     model, tokenizer, task = open_recipe(recipe)
     plan = recipe if isinstance(recipe, ResolvedRecipe) else recipe.resolve(task.steps)

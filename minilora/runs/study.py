@@ -99,6 +99,8 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Say =
 
 
 def _study(recipe: Recipe, rows: Rows, seeds: int, folder: Path, say: Say, ranks: Ranks | None) -> list[Summary]:
+    if ranks is not None and recipe.backend == "cupy":
+        ranks.on_gpus(together=False)
     recipe = replace(recipe, lanes=recipe.lanes or lanes_of(folder) or threads_for(recipe.threads))
     store = StudyFolder(folder, recipe, rows, fingerprint(recipe.data, recipe.encoding) if recipe.data else None)
     done = {(record["row"], record["seed"]) for record in store.records}
