@@ -26,6 +26,7 @@ from minilora.kernels.memory import peak_memory
 from minilora.lora import adaptation, disabled, lora_layers
 from minilora.models.generate import generate
 from minilora.runs import Say, signs
+from minilora.runs.card import card
 from minilora.runs.checkpoint import State, adapter_config, method_of, read_last, restore
 from minilora.runs.doctor import check_products
 from minilora.runs.folder import check_free, clean, new_folder
@@ -168,6 +169,8 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
             method = {"lora": f"LoRA, rank {plan.r}", "full": "full fine-tuning"}.get(plan.method, plan.method)
             title = f"{Path(plan.model).name}, {method}, {len(records)} steps"
             plot_run(folder / "curves.png", records, before["loss"], after["loss"], title, unit, nats)
+        if plan.method != "full":
+            write_text(folder / "adapter" / "README.md", card(plan, _method(plan, model), task.what, figures))
         results = write_run(figures)  # last: with its results, the run has ended
         _print(say, plan, results, {"before": sample_before, "after": sample_after})
         for sign in filter(None, seen):
