@@ -22,6 +22,9 @@ from minilora.models.registry import ARCHITECTURES as FAMILIES
 from minilora.models.registry import Architecture as Family
 from minilora.quantization.nf4 import is_nf4
 
+_NO_SIZE = """max_position_embeddings sliding_window max_window_layers sliding_window_pattern no_rope_layer_interval
+    query_pre_attn_scalar""".split()  # fields that allocate nothing
+
 
 def family_of(raw: dict[str, Any], where: str) -> Family:
     """The architecture that a config.json names. Raises ValueError, listing those supported, for another."""
@@ -45,7 +48,8 @@ def check_sizes(config: Any, tensors: dict[str, Any], where: str) -> None:
     """Raise ValueError for sizes larger than those of the tensors, before a model of these sizes is built."""
     largest = max((n for value in tensors.values() for n in value.shape), default=0)
     sizes = {field.name: getattr(config, field.name) for field in fields(config) if not field.name.endswith("_id")}
-    sizes.pop("max_position_embeddings", None)  # allocates nothing
+    for name in _NO_SIZE:
+        sizes.pop(name, None)
     if "head_dim" in sizes:
         sizes["num_attention_heads * head_dim"] = sizes["num_attention_heads"] * sizes["head_dim"]
     for name, size in sizes.items():

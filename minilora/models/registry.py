@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from minilora.models.bert import BertConfig
 from minilora.models.classifier import BertClassifier
 from minilora.models.gpt2 import GPT2, GPT2Config
-from minilora.models.llama import Llama, LlamaConfig
+from minilora.models.llama import Llama
+from minilora.models.llama_config import VARIANTS, LlamaConfig
 
 
 class Architecture(NamedTuple):
@@ -30,6 +31,8 @@ _LLAMA = "model.", "model.embed_tokens.weight", r".*rotary_emb\.inv_freq"
 ARCHITECTURES = {  # model_type in config.json: its architecture
     "gpt2": Architecture(GPT2Config, GPT2, *_GPT2),
     "bert": Architecture(BertConfig, BertClassifier, _BERT, "bert.", "", _BERT_IGNORED, ("bert.pooler.dense", "classifier")),
-    "llama": Architecture(LlamaConfig, Llama, ("LlamaForCausalLM", "LlamaModel"), *_LLAMA),
-    "qwen2": Architecture(LlamaConfig, Llama, ("Qwen2ForCausalLM", "Qwen2Model"), *_LLAMA),
+    **{
+        name: Architecture(LlamaConfig, Llama, (f"{x.classes}ForCausalLM", f"{x.classes}{'Text' * x.gemma}Model"), *_LLAMA)
+        for name, x in VARIANTS.items()
+    },
 }
