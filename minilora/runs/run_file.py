@@ -130,7 +130,7 @@ def published_classes(name: str | Path, download: bool = True) -> list[str] | No
         return None
     folder = model_folder(name, download)
     raw, family = _config(folder)
-    if "classifier" not in family.fresh or not any(path.startswith("classifier.") for path in read_weights(folder)):
+    if not family.fresh or not any(path.startswith("classifier.") for path in read_weights(folder)):
         return None
     return list(family.config.from_json(raw, f"{folder}/config.json").class_names)
 
@@ -161,7 +161,7 @@ def check_task(model: Any, task: str, source: str | Path) -> None:
     if task == "lm" and not isinstance(model, Decoder):
         raise ValueError(f"{what} is not a decoder, and task lm needs a decoder. Is --task classify meant?")
     if task == "classify" and not isinstance(model, BertClassifier):
-        raise ValueError(f"{what} has no classifier, and task classify needs a BERT.")
+        raise ValueError(f"{what} has no classifier, and task classify needs a BERT or one of its relatives.")
 
 
 def check_window(model: Any, window: int) -> None:
@@ -174,7 +174,7 @@ def _classes(adapter: Path) -> int | None:
     """The number of classes of the head in an adapter's file, None without a head: PEFT keeps it nowhere else."""
     file = adapter / "adapter_model.safetensors"
     tensors = map_tensors(file)[0] if file.is_file() else {}
-    return next((len(value) for name, value in tensors.items() if re.search(r"\.classifier\.(lora_B\.)?weight$", name)), None)
+    return next((len(value) for name, value in tensors.items() if re.search(r"\.classifier\.(out_proj\.)?(lora_B\.)?weight$", name)), None)
 
 
 def adapter_folder(folder: Path) -> Path | None:
