@@ -1,6 +1,7 @@
 """Every single change of our own backward lines, made mechanically: does `gradcheck` see it, blame the right place, and name the cause?
 
     python -m benchmarks.mutants [--every 10] [--only lora]      changes; every 10th, in files whose name has "lora"
+    python -m benchmarks.mutants --keep FILE                     only those that are new, or that a result in this file says are not seen
     python -m benchmarks.mutants --false-alarms 200              no change, and so many seeds: nothing may be wrong
     python -m benchmarks.mutants --table FILE ...                the table in docs/gradcheck.md, from results in these files
 
@@ -583,6 +584,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="only every n-th mutant")
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--only", default="", help="only files whose name contains this")
+    parser.add_argument("--keep", type=Path, help="a file of results, of which those that detect a change stay")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/mutants.json")
     parser.add_argument("--false-alarms", type=int, default=0, metavar="SEEDS")
     parser.add_argument("--table", type=Path, nargs="+", help="files of results")
@@ -596,6 +598,10 @@ def main() -> None:
     entries = list(catalogue())
     entries += [(f"{name}{PLAIN}", *rest) for name, *rest in entries if name.startswith(MODELS)]
     listed = [m for m in mutants() if args.only in m.file][args.start :: args.every]
+    results = []
+    if args.keep:
+        seen, listed = kept(args.keep, listed)
+        results += seen
     where, seconds = coverage(entries, {function_of(m.file, m.function).__code__ for m in listed})
     print(f"{len(listed)} mutants, {len(entries)} entries of {sum(seconds):.0f} s", flush=True)
 
@@ -603,7 +609,6 @@ def main() -> None:
         raise TimeoutError
 
     signal.signal(signal.SIGALRM, stop)
-    results = []
     for n, mutant in enumerate(listed):
         result = judge(mutant, entries, where.get((mutant.file, mutant.line), []), seconds)
         results.append(result)
@@ -614,6 +619,21 @@ def main() -> None:
         )
         args.out.write_text(json.dumps(results, indent=1, default=str).replace(f"{ROOT}/", "") + "\n")
     summary(results)
+
+
+def kept(file: Path, listed: list[Mutant]) -> tuple[list[dict[str, Any]], list[Mutant]]:
+    """Results in the file that detect one of these mutants, and the other mutants. Equal changes of a function follow in order."""
+    known: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for r in json.loads(file.read_text()):
+        known.setdefault((r["file"], r["function"], r["kind"], r["change"]), []).append(r)
+    seen, others = [], []
+    for m in listed:
+        same = known.get((m.file, m.function, m.kind, m.change), [])
+        if same and all(r["detected"] for r in same):
+            seen.append({**same.pop(0), "line": m.line})
+        else:
+            others.append(m)
+    return seen, others
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
