@@ -13,8 +13,8 @@ from minilora.layers import Dropout, Layer, Output, Saved
 class PreNormBlock(Layer):
     """h = x + attn(norm_1(x));   y = h + mlp(norm_2(h)).   x (T, d) -> y (T, d), or the requested `rows` of it, (R, d).
 
-    Each residual add sends the gradient both ways: dh = dy + (the gradient through mlp and norm_2), and so on. A subclass names its
-    four layers as its checkpoint does, and returns them from `parts`. Dropout, if there is any, follows attn and mlp.
+    Each residual add sends the gradient both ways: dh = dy + (the gradient through mlp and norm_2), and so on.
+    A subclass names its four layers as its checkpoint does, and returns them from `parts`. Dropout, if there is any, follows attn and mlp.
     """
 
     drop_1 = drop_2 = Dropout(0.0)
