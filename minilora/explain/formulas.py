@@ -1,4 +1,4 @@
-"""One coordinate of what an operation computes: formulas.txt, and the arrays and numbers that its formulas use beside the arguments."""
+"""One coordinate of what an operation computes: formulas.txt, and what its formulas use that is no expression of whole arrays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 
 from minilora import functional as F
 from minilora.functional.attention import _heads, _probabilities, _sequences
-from minilora.quantization.residual import dense
 
 Arrays = dict[str, Any]
 
@@ -20,35 +19,6 @@ def formulas() -> dict[str, list[str]]:
     """{operation: lines "y[i,j] = expression"}."""
     blocks = Path(__file__).with_name("formulas.txt").read_text(encoding="utf-8").strip().split("\n\n")
     return {name: lines for name, *lines in (block.split("\n") for block in blocks[1:])}
-
-
-def _lora(a: Arrays, i: int, j: int) -> Arrays:
-    x = a["x"] if a.get("mask") is None else a["x"] * a["mask"]
-    return {"u": x @ a["A"], **({"du": a["s"] * (a["dy"] @ a["B"].T)} if "dy" in a else {})}
-
-
-def _dora(a: Arrays, i: int, j: int) -> Arrays:
-    if a.get("mask") is not None:  # another formula: nothing is worked out
-        return dict.fromkeys(("x", "u", "dy"))
-    z = a["x"] @ a["A"]
-    found = {"z": z, "u": a["x"] @ a["W"] + a["s"] * (z @ a["B"])}
-    du = a["dy"] * (a["m"] / a["c"]) if "dy" in a else None
-    return found if du is None else found | {"du": du, "dz": a["s"] * (du @ a["B"].T)}
-
-
-def _vera(a: Arrays, i: int, j: int) -> Arrays:
-    u = (a["x"] if a.get("mask") is None else a["x"] * a["mask"]) @ a["A"]
-    return {"u": u, **({"dB": u.T @ a["dy"], "du": a["dy"] @ (a["d"][:, None] * a["B"] * a["e"]).T} if "dy" in a else {})}
-
-
-def _embedded(a: Arrays, i: int, j: int) -> Arrays:
-    return {"id": int(a["ids"][i]), "u": a["A"][a["ids"]], **({"du": a["s"] * (a["dy"] @ a["B"].T)} if "dy" in a else {})}
-
-
-def _norm(a: Arrays, i: int, j: int) -> Arrays:
-    eps = a.get("eps", 1e-6 if a.get("beta") is None else 1e-5)
-    centred = a["x"] if a.get("beta") is None else a["x"] - a["x"].mean(axis=1, keepdims=True)
-    return {"eps": eps, "n": a["x"].shape[1], "xhat": centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + eps)}
 
 
 def _rotary(a: Arrays, i: int, j: int) -> Arrays:
@@ -87,19 +57,12 @@ def _loss(a: Arrays, i: int, j: int) -> Arrays:
 
 
 GIVEN: dict[str, Callable[[Arrays, int, int], Arrays]] = {
-    "lora_linear": _lora,
-    "dora_linear": _dora,
-    "column_norms": lambda a, i, j: {"V": dense(a["W"]) + a["s"] * a["A"] @ a["B"]},
-    "vera_linear": _vera,
-    "lora_embedding": _embedded,
-    "layer_norm": _norm,
-    "rms_norm": _norm,
     "rotary": _rotary,
     "attention": _attention,
     "cross_entropy": _loss,
     "linear_cross_entropy": _loss,
-    "gelu_tanh": lambda a, i, j: {"root": math.sqrt(2 / math.pi)},
     "embedding": lambda a, i, j: {"id": int(a["ids"][i])},
+    "lora_embedding": lambda a, i, j: {"id": int(a["ids"][i])},
     "take_rows": lambda a, i, j: {"row": i if a["rows"] is None else int(a["rows"][i])},
     "dropout": lambda a, i, j: {"mask": F.dropout_mask(a["x"], a["x"].shape, a["p"], a["key"])},
     "dropout_mask": lambda a, i, j: {"kept": (a["y"] > 0).astype(int)},

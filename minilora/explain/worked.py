@@ -13,7 +13,7 @@ from minilora import functional as F
 from minilora.backend import Array
 from minilora.checking.trace import Call, bare
 from minilora.explain.formulas import GIVEN, formulas
-from minilora.explain.work import read, work
+from minilora.explain.work import read, whole, work
 from minilora.kernels import TABLE
 
 STEP = 1e-5
@@ -63,11 +63,17 @@ def worked(call: Call, i: int, j: int) -> list[dict[str, Any]]:
     arrays = {**arguments(call), "y": call.y, **(call.grads or {}), **({} if dy is None else {"dy": dy})}
     env: dict[str, Any] = {"i": i, "j": j, **arrays}
     env |= GIVEN[call.name](env, i, j) if call.name in GIVEN else {}
+    left_out = "|".join(n for n, value in env.items() if value is None) or "-"  # a bias, a mask
     found = []
     for line in formulas().get(call.name, []):
-        left_out = (n for n, value in env.items() if value is None)  # a bias, a mask
         line, _, remark = line.partition("  # ")
-        name, expression = re.sub(rf" [*+] ({'|'.join(left_out)})\[[^\]]*\]", "", line).split(" = ", 1)
+        line = re.sub(rf" [*+] ({left_out})\b(\[[^\]]*\])?", "", line)
+        if " := " in line:
+            name, expression = line.split(" := ")
+            if all(env.get(n) is not None for n in re.findall(r"(?<!\.)\b([A-Za-z]\w*)\b(?!\()", expression)):
+                env[name] = whole(expression, env)
+            continue
+        name, expression = line.split(" = ", 1)
         array, _, letters = name.rstrip("]").partition("[")
         if any(env.get(n) is None for n in [*re.findall(r"(\w+)\[", expression), *({array} & {*call.gradients})]):
             continue  # without a gradient of y, or of what is frozen
