@@ -17,7 +17,7 @@ from minilora.checking.catalogue import catalogue
 from minilora.checking.trace import arrays_in, owner, trace
 from minilora.cli import main
 from minilora.explain import code as source
-from minilora.explain.costs import bytes_of, counted, predicted, saved_formula
+from minilora.explain.costs import counted, predicted, saved_formula
 from minilora.explain.docstring import sizes_of
 from minilora.explain.explain import explain
 from minilora.explain.formulas import formulas
@@ -66,6 +66,12 @@ def test_formulas_of_cost_equal_what_is_counted_while_it_runs(number):
         sizes = sizes_of(docs.letters, call.shapes)
         total += bytes_of(saved_formula(call.kept, docs, sizes), sizes)
     assert total == sum(c.bytes_saved for c in calls) == sum(map(held_by, roots))
+
+
+def bytes_of(formula, sizes):
+    """The value of a formula such as "4 T m (x) + 8·14"."""
+    terms = [re.findall(r"\w+", term.partition(" (")[0]) for term in formula.split(" + ") if term]
+    return sum(int(np.prod([int(a) if a.isdigit() else sizes[a] for a in term])) for term in terms)
 
 
 def held_by(root):
