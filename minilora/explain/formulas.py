@@ -29,31 +29,25 @@ def _rotary(a: Arrays, i: int, j: int) -> Arrays:
 
 def _attention(a: Arrays, i: int, j: int) -> Arrays:
     """Of the sequence of token i and the key head of feature j, as in functional/attention.py. g: the key that token i attends to most."""
-    H, q, k, v, dy = a["n_head"], a["q"], a["k"], a["v"], a.get("dy")
-    G, d = a.get("n_kv_head") or H, q.shape[1] // H
-    rows, seq, places = next(s for s in _sequences(a.get("offsets"), len(k), a.get("rows")) if i < s[0].stop)
+    q, k, v, H, G = a["q"], a["k"], a["v"], a["n_head"], a["n_kv_head"] or a["n_head"]
+    rows, seq, places = next(s for s in _sequences(a["offsets"], len(k), a["rows"]) if i < s[0].stop)
+    d = q.shape[1] // H
     head, e = divmod(j, d)
     share, nth = divmod(head, H // G)
     Q, K, V = _heads(q[rows], H, G), _heads(k[seq], G, G)[share], _heads(v[seq], G, G)[share]
-    P = _probabilities(Q, _heads(k[seq], G, G), H, a.get("causal", True), places)[share]
+    P = _probabilities(Q, _heads(k[seq], G, G), H, a["causal"], places)[share]
     S = np.where(P > 0, Q[share] @ K.T / math.sqrt(d), -np.inf)
     r, key = int(nth * len(places) + i - rows.start), int(places[i - rows.start])
     found = {"Q": Q[share], "K": K, "V": V, "P": P, "S": S, "d": d, "e": e, "r": r, "g": int(P[r].argmax())}
-    if dy is not None:
-        dO = _heads(dy[rows], H, G)[share]
-        found |= {"dO": dO, "dP": dO @ V.T, "dS": F.softmax_backward(dO @ V.T, P)}
-    return found | {"key": key, "at": int(seq.start) + key, "l": share * d + e}
+    found |= {"key": key, "at": int(seq.start) + key, "l": share * d + e}
+    return found | ({"dO": _heads(a["dy"][rows], H, G)[share]} if "dy" in a else {})
 
 
 def _loss(a: Arrays, i: int, j: int) -> Arrays:
-    z = a["logits"] if "logits" in a else a["x"] @ a["W"]
-    label = np.array(a["labels"].targets if isinstance(a["labels"], F.Labelled) else a["labels"])
-    top = z.max(axis=1)
-    logsumexp = top + np.log(np.exp(z - top[:, None]).sum(axis=1))
-    seen = label != F.IGNORE
-    found = {"z": z, "label": label * seen, "counted": seen * float(a.get("times") or 1), "logsumexp": logsumexp}
-    found |= {"N": a.get("count") or int(seen.sum())}
-    return found if "logits" in a else found | {"p": np.exp(z - logsumexp[:, None])}
+    """labels (T,) are 0 where they do not count; counted (T,) is 0 there, else the factor of the loss."""
+    labels = np.array(a["labels"].targets if isinstance(a["labels"], F.Labelled) else a["labels"])
+    seen = labels != F.IGNORE
+    return {"label": labels * seen, "counted": seen * a.get("times", 1.0), "N": a.get("count") or int(seen.sum())}
 
 
 GIVEN: dict[str, Callable[[Arrays, int, int], Arrays]] = {

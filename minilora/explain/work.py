@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minilora import functional as F
 from minilora.quantization.residual import dense
 
 Env = dict[str, Any]
@@ -19,11 +20,15 @@ _OPERATORS: dict[Any, Any] = {
     **{ast.Gt: operator.gt, ast.Eq: operator.eq, ast.MatMult: operator.matmul},
 }
 _FUNCTIONS: dict[str, Any] = {
-    **{"max": max, "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "tanh": np.tanh},
+    **{"max": max, "exp": np.exp, "sqrt": np.sqrt, "tanh": np.tanh},
     "sigmoid": lambda x: 0.5 * (1 + np.tanh(0.5 * x)),
     "Phi": lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2))),
     "phi": lambda x: np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi),
-    **{"len": len, "dense": dense, "rows": lambda x, ids: x[ids], "mean": lambda x: x.mean(axis=1, keepdims=True)},
+    # of whole arrays
+    **{"len": len, "dense": dense, "softmax": F.softmax, "softmax_backward": F.softmax_backward},
+    "rows": lambda x, ids: x[ids],
+    "mean": lambda x: x.mean(axis=1, keepdims=True),
+    "logsumexp": lambda x: x.max(axis=1) + np.log(np.exp(x - x.max(axis=1, keepdims=True)).sum(axis=1)),
 }
 
 
