@@ -32,14 +32,14 @@ def doc_of(forward: Any, backward: Any = None) -> Doc:
         equation += "\n" + rest[0]
     if not gradient:
         gradient = "\n".join(line for line in text.split("\n") if _GRADIENT.search(line))
-        if gradient and gradient in equation and (found := _GRADIENT.search(gradient)):  # both in one line
-            equation, gradient = equation.partition(gradient)[0] + gradient[: found.start()], gradient[found.start(1) :]
-    saved = re.search(r"\b[Ss]aved[: ].*?(?=\.\s|\.$|\Z)", text, re.DOTALL)
+        if gradient and gradient in equation and (both := _GRADIENT.search(gradient)):  # both in one line
+            equation, gradient = equation.partition(gradient)[0] + gradient[: both.start()], gradient[both.start(1) :]
+    said = re.search(r"\b[Ss]aved[: ].*?(?=\.\s|\.$|\Z)", text, re.DOTALL)
     return Doc(
         equation.strip().rstrip(","),
         gradient.strip(),
         _letters(text),
-        " ".join(saved[0].split()) if saved else "",
+        " ".join(said[0].split()) if said else "",
         next(("; ".join(found) for each in (module, text) if (found := _SOURCE.findall(each))), ""),
     )
 

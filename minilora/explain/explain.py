@@ -77,8 +77,7 @@ def _explain(run: Passes, name: str, token: int | None, feature: int | None, pag
         "costs": _costs(run, whole, op),
     }
     if op is None:
-        inside = [run.float32[c] for c in whole.children if c.during == "forward"]
-        result["children"] = [_child(c, whole.place) for c in inside]
+        result["children"] = _children(run.float32[whole])
     if page and result["worked"]:
         result |= choices(shown, i, j, numbers)
     return result
@@ -104,5 +103,16 @@ def _costs(run: Passes, whole: Call, op: Call | None) -> dict[str, Any]:
     return found
 
 
-def _child(call: Call, place: str) -> dict[str, Any]:
-    return {"place": call.place.removeprefix(place).lstrip("./"), "name": call.name, "backward": call.order} | counted(call)
+def _children(call: Call) -> list[dict[str, Any]]:
+    """What a composite calls, in order, with what it costs. "backward": 1 for the first whose backward is called."""
+    children = [c for c in call.children if c.during == "forward"]
+    orders = sorted(c.order for c in children if c.order is not None)
+    return [
+        {
+            "place": c.place.removeprefix(call.place).lstrip("./"),
+            "name": c.name,
+            "backward": None if c.order is None else orders.index(c.order) + 1,
+            **counted(c),
+        }
+        for c in children
+    ]

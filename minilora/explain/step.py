@@ -24,8 +24,8 @@ def explain_step(run: Passes, name: str, token: int | None, feature: int | None,
     Raises ValueError for a model without a trained LoRALinear, and for a place that is none.
     """
     layers = dict(lora_layers(run.model))
-    calls = ((c.place.removesuffix("/lora_linear"), c) for c in run.calls if (c.grads or {}).get("dA") is not None)
-    ops = {path: c for path, c in calls if path in layers}
+    formed = ((c.place.removesuffix("/lora_linear"), c) for c in run.calls if (c.grads or {}).get("dA") is not None)
+    ops = {path: c for path, c in formed if path in layers}
     if not ops:
         raise ValueError("this model trains no LoRALinear, so there is no step to explain; name a place without --step.")
     place = find(next(iter(ops)) if name == "lora" else name, run)[0].partition("/")[0]
