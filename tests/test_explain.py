@@ -17,7 +17,7 @@ from minilora.checking.catalogue import catalogue
 from minilora.checking.trace import arrays_in, owner, trace
 from minilora.cli import main
 from minilora.explain import code as source
-from minilora.explain.costs import bytes_of, counted, predicted, saved_formula
+from minilora.explain.costs import counted, predicted, saved_formula
 from minilora.explain.docstring import sizes_of
 from minilora.explain.explain import explain
 from minilora.explain.formulas import formulas
@@ -66,6 +66,12 @@ def test_formulas_of_cost_equal_what_is_counted_while_it_runs(number):
         sizes = sizes_of(docs.letters, call.shapes)
         total += bytes_of(saved_formula(call.kept, docs, sizes), sizes)
     assert total == sum(c.bytes_saved for c in calls) == sum(map(held_by, roots))
+
+
+def bytes_of(formula, sizes):
+    """The value of a formula such as "4 T m (x) + 8·14"."""
+    terms = [re.findall(r"\w+", term.partition(" (")[0]) for term in formula.split(" + ") if term]
+    return sum(int(np.prod([int(a) if a.isdigit() else sizes[a] for a in term])) for term in terms)
 
 
 def held_by(root):
@@ -235,6 +241,41 @@ def test_another_model(folder):
     step = explain(model=folder, text=text, step=True)
     assert close(step["worked"][1]["value"], step["worked"][1]["finite_difference_of_loss"], 1e-4)
     assert step["worked"][-1]["value"] == pytest.approx(step["after"], rel=1e-12)
+
+
+def test_a_gguf_file(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'minilora[gguf]'")
+    from test_gguf import random_model, small, write
+    from test_tokenizer import metadata
+
+    file = tmp_path / "model.gguf"
+    model = random_model(small(vocab_size=400, max_position_embeddings=16, intermediate_size=64))
+    about = {f"tokenizer.ggml.{name}": value for name, value in metadata().items()}
+    write(file, model, {"proj": gguf.GGMLQuantizationType.Q8_0}, about)
+    for place in ("lora", "layers.1.self_attn.q_proj", "layers.1", "attention"):
+        worked = [entry for entry in explain(place, file, "the cat sat")["worked"] if "finite_difference" in entry]
+        assert worked
+        assert all(close(entry["value"], entry["finite_difference"], 1e-5) for entry in worked)
+    step = explain(model=file, text="the cat sat", step=True)
+    assert step["worked"][-1]["value"] == pytest.approx(step["after"], rel=1e-12)
+
+
+def test_what_is_printed_where_there_is_no_argument_or_no_result():
+    said = []
+    for place in ("cross_entropy", "adamw", "transformer", "add"):
+        explain(place, say=said.append)
+    text = "\n".join(said)
+    assert "backward  computed by forward  ->  dlogits (T, V) = (6, 5)" in text
+    assert "v (n) = (5,)  ->  written in place" in text
+    assert "backward  dy (13, 128)  ->  gradients of parameters" in text
+    assert "backward  not called: it has no backward function" in text
+    assert text.count("cost, example") == 2
+    assert text.count("cost, LoRA") == 2
+
+
+def test_a_composite_says_in_which_order_backward_is_called():
+    orders = {child["place"]: child["backward"] for child in explain("h.1")["children"]}
+    assert sorted(orders, key=lambda name: orders[name] or 0) == ["add", "drop_2", "mlp", "ln_2", "drop_1", "attn", "ln_1", "take_rows"]
 
 
 def test_a_run_is_explained_with_its_own_adapter(tmp_path):

@@ -123,6 +123,8 @@ def test_in_a_browser(site, dark):
         "derivations/attention.html": "largest error, relative",
         "course/02_mlp_boundary.html": "accuracy, new points",
         "choosing.html": "at twice the rate",
+        "api/functional.html": "Gradients of y = x W + b",
+        "api/layers.html": "Layer",
     }
     if EXPLAINED:
         expected |= {"explained.html": "A whole step", "explained/step.html": "→", "explained/lora_linear.html": "by finite difference"}

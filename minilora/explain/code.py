@@ -39,13 +39,16 @@ def doc(call: Call) -> Doc:
 
 def arrays(call: Call) -> dict[str, list[dict[str, Any]]]:
     """Of each array that goes in and comes out, forward and backward: name, axes in letters, shape, and whether it comes out."""
-    letters, results = doc(call).letters, ["y", *call.gradients]
-    ways = {"forward": [*(n for n in call.shapes if n in call.args), "y"], "backward": ["dy", *call.gradients]}
-    axes = {n: letters.get(n if n in ways["forward"] else "y" if n == "dy" else n[1:], "").replace(" ", ", ") for n in call.shapes}
-    return {
-        way: [{"name": n, "axes": axes[n], "shape": list(call.shapes[n]), "result": n in results} for n in names if n in call.shapes]
-        for way, names in ways.items()
-    }
+    letters = doc(call).letters
+
+    def described(name: str, like: str, result: bool) -> dict[str, Any]:
+        """like: the array that has the same axes."""
+        return {"name": name, "axes": letters.get(like, "").replace(" ", ", "), "shape": list(call.shapes[name]), "result": result}
+
+    forward = [(name, name, False) for name in call.args] + [("y", "y", True)]
+    backward = [("dy", "y", False)] + [(name, name[1:], True) for name in call.gradients]
+    ways = {"forward": forward, "backward": backward}
+    return {way: [described(*each) for each in of if each[0] in call.shapes] for way, of in ways.items()}
 
 
 def code(call: Call) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from minilora import functional as F
 from minilora.backend import Array
-from minilora.checking.trace import Call, bare
+from minilora.checking.trace import Call
+from minilora.explain.code import functions
 from minilora.explain.formulas import GIVEN, formulas
-from minilora.explain.work import read, work
-from minilora.kernels import TABLE
+from minilora.explain.work import read, whole, work
 
 STEP = 1e-5
 OFFERED = (16, 10)  # tokens and features to choose from in a page
@@ -63,11 +62,17 @@ def worked(call: Call, i: int, j: int) -> list[dict[str, Any]]:
     arrays = {**arguments(call), "y": call.y, **(call.grads or {}), **({} if dy is None else {"dy": dy})}
     env: dict[str, Any] = {"i": i, "j": j, **arrays}
     env |= GIVEN[call.name](env, i, j) if call.name in GIVEN else {}
+    left_out = "|".join(n for n, value in env.items() if value is None) or "-"  # a bias, a mask
     found = []
     for line in formulas().get(call.name, []):
-        left_out = (n for n, value in env.items() if value is None)  # a bias, a mask
         line, _, remark = line.partition("  # ")
-        name, expression = re.sub(rf" [*+] ({'|'.join(left_out)})\[[^\]]*\]", "", line).split(" = ", 1)
+        line = re.sub(rf" [*+] ({left_out})\b(\[[^\]]*\])?", "", line)
+        if " := " in line:
+            name, expression = line.split(" := ")
+            if all(env.get(n) is not None for n in re.findall(r"(?<!\.)\b([A-Za-z]\w*)\b(?!\()", expression)):
+                env[name] = whole(expression, env)
+            continue
+        name, expression = line.split(" = ", 1)
         array, _, letters = name.rstrip("]").partition("[")
         if any(env.get(n) is None for n in [*re.findall(r"(\w+)\[", expression), *({array} & {*call.gradients})]):
             continue  # without a gradient of y, or of what is frozen
@@ -87,12 +92,8 @@ def worked(call: Call, i: int, j: int) -> list[dict[str, Any]]:
 
 
 def arguments(call: Call) -> dict[str, Any]:
-    """{name: value} of what a call was given."""
-    reference = bare(TABLE[call.name].kernels[-1].forward) if call.name in TABLE else None
-    candidates = (call.run[0], reference, getattr(F, call.name, None), call.function)
-    every = (signature(f).parameters for f in candidates if f)
-    parameters = next(each for each in every if not any(p.kind == p.VAR_POSITIONAL for p in each.values()))
-    args, options = call.inputs[0]
+    """{name: value} of what a call was given, and the defaults of the rest."""
+    parameters, (args, options) = signature(functions(call)[0]).parameters, call.inputs[0]
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     return defaults | dict(zip(parameters, args, strict=False)) | options
 
