@@ -244,7 +244,10 @@ def _set_defaults(p: argparse.ArgumentParser, path: Path) -> None:
         if action.choices is not None and value not in action.choices:
             raise ValueError(f"{path}: {name} is {value!r}; choose {', '.join(map(str, action.choices))}.")
         if isinstance(value, str) and callable(action.type):
-            value = action.type(value)
+            try:
+                value = action.type(value)
+            except ValueError:
+                raise ValueError(f"{path}: {name} is {value!r:.60}, which --{name.replace('_', '-')} would refuse.") from None
         p.set_defaults(**{action.dest: value})
         action.required = False
         if action.nargs != "?" and not action.option_strings:
