@@ -14,11 +14,12 @@ from minilora.formats.atomic import read_json, write_json
 from minilora.models.bert import BertConfig, DistilBertConfig
 from minilora.models.config_file import NEUTRAL, OWN
 from minilora.models.gpt2 import GPT2Config
-from minilora.models.llama import LlamaConfig
+from minilora.models.llama_config import FULL, SLIDING, VARIANTS, LlamaConfig
+from minilora.models.modernbert import ModernBertConfig
 from minilora.models.registry import ARCHITECTURES
 
-CLASSES = {"gpt2": GPT2Config, "bert": BertConfig, "llama": LlamaConfig, "qwen2": LlamaConfig}
-CLASSES |= {"roberta": BertConfig, "xlm-roberta": BertConfig, "distilbert": DistilBertConfig}
+CLASSES = {"gpt2": GPT2Config, "bert": BertConfig, **dict.fromkeys(VARIANTS, LlamaConfig)}
+CLASSES |= {"roberta": BertConfig, "xlm-roberta": BertConfig, "distilbert": DistilBertConfig, "modernbert": ModernBertConfig}
 SMALL = {
     "gpt2": {"vocab_size": 11, "n_embd": 6, "n_layer": 2, "n_head": 2, "n_positions": 8},
     "bert": {
@@ -30,8 +31,30 @@ SMALL["roberta"] = SMALL["xlm-roberta"] = {**SMALL["bert"], "pad_token_id": 1}
 SMALL["distilbert"] = {
     **{"vocab_size": 11, "dim": 6, "n_layers": 2, "n_heads": 2, "hidden_dim": 10, "max_position_embeddings": 8, "pad_token_id": None},
 }
-SMALL["llama"] = SMALL["qwen2"] = {**SMALL["bert"], "hidden_size": 8, "num_key_value_heads": 1}
+SMALL["modernbert"] = {**SMALL["bert"], "hidden_size": 8}
+SMALL |= {kind: {**SMALL["bert"], "hidden_size": 8, "num_key_value_heads": 1} for kind in VARIANTS}
+SMALL |= {kind: {**SMALL[kind], "head_dim": 4} for kind in ("qwen3", "gemma3_text")}
 IDS = np.array([3, 1, 4, 1, 5, 9])
+_QWEN = [{}, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 4}]
+_QWEN += [{"use_sliding_window": True, "sliding_window": 3, "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL, FULL, SLIDING]}]
+LAYERS = {
+    "mistral": [{}, {"sliding_window": None}, {"sliding_window": 5}],
+    "qwen2": _QWEN,
+    "qwen3": _QWEN,
+    "smollm3": [
+        {},
+        {"no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 3},
+        {"no_rope_layers": [0, 1, 1, 0, 1, 0, 1], "use_sliding_window": True, "sliding_window": 3},
+        {"no_rope_layers": [0, 1, 1, 0, 1, 0, 1], "use_sliding_window": False, "sliding_window": 3},
+        _QWEN[2],
+    ],
+    "gemma3_text": [
+        {},
+        {"sliding_window_pattern": 2, "sliding_window": 3},
+        {"rope_local_base_freq": 5e3, "rope_theta": 7e5},
+        {"layer_types": _QWEN[2]["layer_types"], "rope_parameters": {FULL: {"rope_theta": 3e5, "rope_type": "default"}}},
+    ],
+}
 
 
 # -- live: the fields of transformers --------------------------------------------------------------------------------------------
@@ -49,7 +72,7 @@ def filled_config(transformers, kind, **changes):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return transformers.AutoConfig.for_model(kind, **SMALL[kind], **changes)
+        return transformers.AutoConfig.for_model(kind, **{**SMALL[kind], **changes})
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -79,8 +102,26 @@ def test_defaults_are_those_of_the_architecture(kind, transformers):
         config = type(filled_config(transformers, kind))()
     made = CLASSES[kind].from_json({"model_type": kind}, "config.json")
     for field in fields(made):
-        if field.name not in ("dropout", "pooling", "id2label", "rope_theta") and hasattr(config, field.name):
+        left_out = "dropout", "pooling", "id2label", "rope_theta", "rope_scaling", "layer_types", "no_rope_layers"
+        if field.name not in left_out and hasattr(config, field.name):
             assert getattr(made, field.name) == getattr(config, field.name), field.name
+
+
+@pytest.mark.parametrize(("kind", "change"), [(kind, change) for kind in VARIANTS for change in LAYERS.get(kind, [{}])], ids=str)
+def test_the_kinds_of_layers_are_those_of_transformers(kind, change, transformers):
+    """Windows, rotation and bases of every layer, from the fields that a file has, and from those that it leaves out."""
+    config = filled_config(transformers, kind, **{**change, "num_hidden_layers": 7})
+    made = CLASSES[kind].from_json({"model_type": kind, **SMALL[kind], **change, "num_hidden_layers": 7}, "config.json")
+    types = getattr(config, "layer_types", None) or [SLIDING if getattr(config, "sliding_window", None) else FULL] * 7
+    types = [FULL] * 7 if kind == "llama" else types
+    rotated = getattr(config, "no_rope_layers", None) or [1] * 7
+    kinds = types if kind == "gemma3_text" else [FULL] * 7
+    assert [made.window(i) for i in range(7)] == [config.sliding_window if kind == SLIDING else None for kind in types]
+    assert [made.rotary(i) for i in range(7)] == [kind if yes else None for kind, yes in zip(kinds, rotated, strict=True)]
+    rope = config.rope_parameters
+    assert made.frequencies(FULL)[0][1] == pytest.approx(rope.get(FULL, rope)["rope_theta"] ** -0.5)
+    if kind == "gemma3_text":
+        assert made.frequencies(SLIDING)[0][1] == pytest.approx(rope[SLIDING]["rope_theta"] ** -0.5)
 
 
 def other_value(value):
@@ -101,7 +142,8 @@ def test_neutral_fields_are_neutral_in_transformers(kind, transformers):
             return model.state_dict(), model(torch.tensor(IDS[None]), return_dict=True).logits.numpy()
 
     weights, usual = logits(None)
-    neutral = set(" ".join([*NEUTRAL.values(), CLASSES[kind].neutral]).split()) - {"sliding_window", "is_decoder"}  # those need others
+    neutral = set(" ".join(NEUTRAL.values()).split()) | {"pretraining_tp", "_sliding_window_pattern", "reorder_and_upcast_attn"}
+    neutral |= {*CLASSES[kind].neutral.split()} if kind not in VARIANTS else set()
     ours = {field.name for field in fields(CLASSES[kind])} - OWN
     tried = 0
     for name, value in filled_config(transformers, kind).to_dict().items():
@@ -136,6 +178,14 @@ PUBLISHED = {
         finetuning_task=sst-2 hidden_dim=3072 initializer_range=0.02 max_position_embeddings=512 model_type=distilbert n_heads=12
         n_layers=6 output_past=true pad_token_id=0 qa_dropout=0.1 seq_classif_dropout=0.2 sinusoidal_pos_embds=false tie_weights_=true
         vocab_size=30522""",
+    "ModernBERT-base": """architectures attention_bias=false attention_dropout=0.0 bos_token_id=50281 classifier_activation=gelu
+        classifier_bias=false classifier_dropout=0.0 classifier_pooling=mean cls_token_id=50281 decoder_bias=true
+        deterministic_flash_attn=false embedding_dropout=0.0 eos_token_id=50282 global_attn_every_n_layers=3 global_rope_theta=160000.0
+        gradient_checkpointing=false hidden_activation=gelu hidden_size=768 initializer_cutoff_factor=2.0 initializer_range=0.02
+        intermediate_size=1152 layer_norm_eps=1e-05 local_attention=128 local_rope_theta=10000.0 max_position_embeddings=8192
+        mlp_bias=false mlp_dropout=0.0 model_type=modernbert norm_bias=false norm_eps=1e-05 num_attention_heads=12 num_hidden_layers=22
+        pad_token_id=50283 position_embedding_type=absolute sep_token_id=50282 tie_word_embeddings=true torch_dtype=float32
+        transformers_version=4.47.0.dev0 vocab_size=50368""",
     "TinyLlama-1.1B-Chat": """architectures attention_bias=false bos_token_id=1 eos_token_id=2 hidden_act=silu hidden_size=2048
         initializer_range=0.02 intermediate_size=5632 max_position_embeddings=2048 model_type=llama num_attention_heads=32
         num_hidden_layers=22 num_key_value_heads=4 pretraining_tp=1 rms_norm_eps=1e-05 rope_scaling=null rope_theta=10000.0
@@ -150,6 +200,40 @@ PUBLISHED = {
         num_attention_heads=14 num_hidden_layers=24 num_key_value_heads=2 rms_norm_eps=1e-06 rope_theta=1000000.0 sliding_window=32768
         tie_word_embeddings=true torch_dtype=bfloat16 transformers_version=4.40.1 use_cache=true use_mrope=false
         use_sliding_window=false vocab_size=151936""",
+    "Llama-3.2-1B": """architectures attention_bias=false attention_dropout=0.0 bos_token_id=128000 eos_token_id=128001 head_dim=64
+        hidden_act=silu hidden_size=2048 initializer_range=0.02 intermediate_size=8192 max_position_embeddings=131072 mlp_bias=false
+        model_type=llama num_attention_heads=32 num_hidden_layers=16 num_key_value_heads=8 pretraining_tp=1 rms_norm_eps=1e-05
+        rope_scaling={"factor":32.0,"high_freq_factor":4.0,"low_freq_factor":1.0,"original_max_position_embeddings":8192,"rope_type":"llama3"}
+        rope_theta=500000.0 tie_word_embeddings=true torch_dtype=bfloat16 transformers_version=4.45.0.dev0 use_cache=true
+        vocab_size=128256""",
+    "Qwen3-0.6B": """architectures attention_bias=false attention_dropout=0.0 bos_token_id=151643 eos_token_id=151645 head_dim=128
+        hidden_act=silu hidden_size=1024 initializer_range=0.02 intermediate_size=3072 max_position_embeddings=40960
+        max_window_layers=28 model_type=qwen3 num_attention_heads=16 num_hidden_layers=28 num_key_value_heads=8 rms_norm_eps=1e-06
+        rope_scaling=null rope_theta=1000000 sliding_window=null tie_word_embeddings=true torch_dtype=bfloat16
+        transformers_version=4.51.0 use_cache=true use_sliding_window=false vocab_size=151936""",
+    "Mistral-7B-v0.1": """architectures bos_token_id=1 eos_token_id=2 hidden_act=silu hidden_size=4096 initializer_range=0.02
+        intermediate_size=14336 max_position_embeddings=32768 model_type=mistral num_attention_heads=32 num_hidden_layers=32
+        num_key_value_heads=8 rms_norm_eps=1e-05 rope_theta=10000.0 sliding_window=4096 tie_word_embeddings=false
+        torch_dtype=bfloat16 transformers_version=4.34.0.dev0 use_cache=true vocab_size=32000""",
+    "SmolLM3-3B": """architectures attention_bias=false attention_dropout=0.0 bos_token_id=128000 eos_token_id=128012 hidden_act=silu
+        hidden_size=2048 initializer_range=0.02 intermediate_size=11008 max_position_embeddings=65536 max_window_layers=28
+        mlp_bias=false model_type=smollm3 no_rope_layer_interval=4 no_rope_layers=[1,1,1,0] num_attention_heads=16 num_hidden_layers=4
+        num_key_value_heads=4 pad_token_id=128004 pretraining_tp=2 rms_norm_eps=1e-06 rope_scaling=null rope_theta=5000000.0
+        sliding_window=null torch_dtype=bfloat16 transformers_version=4.54.0.dev0 use_cache=false use_sliding_window=false
+        vocab_size=128256 layer_types=["full_attention","full_attention","full_attention","full_attention"]""",
+    "gemma-3-270m": """_sliding_window_pattern=6 architectures attention_bias=false attention_dropout=0.0 attn_logit_softcapping=null
+        bos_token_id=2 eos_token_id=1 final_logit_softcapping=null head_dim=256 hidden_activation=gelu_pytorch_tanh hidden_size=640
+        initializer_range=0.02 intermediate_size=2048 layer_types=["sliding_attention","full_attention"] max_position_embeddings=32768
+        model_type=gemma3_text num_attention_heads=4 num_hidden_layers=2 num_key_value_heads=1 pad_token_id=0
+        query_pre_attn_scalar=256 rms_norm_eps=1e-06 rope_local_base_freq=10000.0 rope_scaling=null rope_theta=1000000.0
+        sliding_window=512 torch_dtype=bfloat16 transformers_version=4.55.0.dev0 use_bidirectional_attention=false use_cache=true
+        vocab_size=262144""",
+    "gemma-3-1b-it": """architectures attention_bias=false attention_dropout=0.0 attn_logit_softcapping=null bos_token_id=2
+        cache_implementation=hybrid eos_token_id=[1,106] final_logit_softcapping=null head_dim=256 hidden_activation=gelu_pytorch_tanh
+        hidden_size=1152 initializer_range=0.02 intermediate_size=6912 max_position_embeddings=32768 model_type=gemma3_text
+        num_attention_heads=4 num_hidden_layers=26 num_key_value_heads=1 pad_token_id=0 query_pre_attn_scalar=256 rms_norm_eps=1e-06
+        rope_local_base_freq=10000 rope_scaling=null rope_theta=1000000 sliding_window=512 sliding_window_pattern=6
+        torch_dtype=bfloat16 transformers_version=4.50.0.dev0 use_cache=true vocab_size=262144""",
 }
 
 
@@ -176,6 +260,10 @@ def test_an_unknown_field_is_named_in_one_line(capsys):
     assert capsys.readouterr().err == "here.json: unknown, and without effect: layer_scale, use_magic.\n"
 
 
+def _longrope(short, long):
+    return {"rope_type": "longrope", "short_factor": short, "long_factor": long, "original_max_position_embeddings": 512}
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
@@ -190,9 +278,41 @@ def test_an_unknown_field_is_named_in_one_line(capsys):
         ("bert", {"pad_token_id": 30522}, "pad_token_id 30522 is no row"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved True"),
         ("roberta", {"is_decoder": True}, "is_decoder True"),
+        ("modernbert", {"layer_types": ["full_attention"]}, "layer_types must be 22 of"),
+        ("modernbert", {"num_hidden_layers": 1, "layer_types": ["chunked_attention"]}, "layer_types must be 1 of"),
+        ("modernbert", {"global_attn_every_n_layers": 0}, "global_attn_every_n_layers must be a positive integer"),
+        ("modernbert", {"rope_scaling": {"rope_type": "linear", "factor": 2}}, "rotary settings .*linear"),
+        ("modernbert", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rotary settings .*yarn"),
+        ("modernbert", {"rope_parameters": {"rope_type": "default"}}, "rotary settings"),
+        ("modernbert", {"classifier_pooling": "max"}, "pooling is 'max'; supported: cls, mean"),
+        ("modernbert", {"hidden_activation": "silu"}, "hidden_act is 'silu'"),
+        ("modernbert", {"hidden_size": 36}, "a head has 3 features"),
         ("roberta", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ("distilbert", {"layer_norm_eps": 1e-5}, "layer_norm_eps 1e-05; supported: no such field"),
         ("distilbert", {"n_heads": 2, "num_attention_heads": 3}, "num_attention_heads"),
+        ("llama", {"no_rope_layers": [1]}, "a llama has no no_rope_layers"),
+        ("mistral", {"attention_bias": True}, "a mistral has no attention_bias"),
+        ("mistral", {"layer_types": [FULL, SLIDING]}, "layer_types .* supported: sliding_attention"),
+        ("qwen3", {"layer_types": [SLIDING] * 32}, "some layers are of type sliding_attention, but there is no sliding_window"),
+        ("qwen3", {"use_sliding_window": True, "layer_types": ["chunked_attention"] * 32}, "a list of 32, each full_attention or"),
+        ("qwen3", {"layer_types": [FULL] * 31}, "a list of 32"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 numbers for 36 layers"),
+        ("smollm3", {"mlp_bias": 1}, "mlp_bias must be true or false"),
+        ("gemma3_text", {"sliding_window": None}, "no sliding_window"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_activation 'gelu'"),
+        ("gemma3_text", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters .*supported: full_attention"),
+        ("gemma3_text", {"rope_parameters": {SLIDING: {"rope_type": "linear", "factor": 2.0}}}, "without scaling"),
+        ("llama", {"rope_scaling": {"rope_type": "mrope", "factor": 2.0}}, "rope_scaling .*mrope.*supported: rope_type default, linear"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "alpha": 3}}, "type linear does not have alpha"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn"}}, "type yarn lacks factor"),
+        ("llama", {"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "gives no finite frequencies"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}}, "must be above"),
+        ("llama", {"rope_scaling": _longrope([1.0, 2.0], [1.0, 3.0])}, "longrope is supported where short_factor and long_factor"),
+        ("llama", {"rope_scaling": _longrope([1.0, 2.0], [1.0, 2.0])}, "short_factor has 2 numbers; a head of 128 features needs 64"),
+        ("llama", {"rope_scaling": _longrope(2.0, 2.0)}, "short_factor is 2.0, which does not fit"),
     ],
 )
 def test_fields_that_would_change_the_result_are_refused(kind, change, message):
@@ -217,12 +337,12 @@ VALUES = [None, True, -1, 0, 1.5, 1e30, "x", [], {}, [1], {"a": [{"b": 1}]}, 10*
 
 
 def folder_of(kind, folder):
-    if kind == "llama":
-        config = LlamaConfig(**SMALL["llama"])
+    if kind in VARIANTS:
+        config = LlamaConfig(model_type=kind, sliding_window=3 if kind in ("mistral", "gemma3_text") else None, **SMALL[kind])
         ml.save_model(ml.Llama(config, rng=0), folder)
         write_json(folder / "config.json", {**read_json(folder / "config.json"), "attention_dropout": 0.0, "rope_scaling": None})
         return folder
-    if kind in ("roberta", "distilbert"):
+    if kind in ("roberta", "distilbert", "modernbert"):
         config = CLASSES[kind].from_json({"model_type": kind, **SMALL[kind], "pad_token_id": 1, "num_labels": 3})
         ml.save_model(ml.BertClassifier(config, rng=0), folder)
         return folder
@@ -243,7 +363,7 @@ def is_refused(load, folder, what):
     return True
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "roberta", "distilbert"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "qwen3", "smollm3", "gemma3_text", "roberta", "distilbert", "modernbert"])
 def test_any_value_of_any_field_is_refused_or_runs(kind, tmp_path):
     folder = folder_of(kind, tmp_path / "m")
     raw = read_json(folder / "config.json")

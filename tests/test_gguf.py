@@ -12,6 +12,8 @@ import minilora as ml
 from minilora.formats.gguf import in_halves, read_gguf, read_gguf_tokenizer
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.models import Llama, LlamaConfig
+from minilora.models.llama_config import FULL
+from minilora.models.rope import frequencies
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'minilora[gguf]'")
 Type = gguf.GGMLQuantizationType
@@ -31,11 +33,32 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA = {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm"}
+GEMMA |= {"post_feedforward_layernorm": "post_ffw_norm"}
+HEADS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 3}
 VARIANTS = {
     "llama, tied": {"tie_word_embeddings": True},
     "llama, free head, biases": {"attention_bias": True, "mlp_bias": True, "rope_theta": 500.0},
     "llama, wide heads": {"head_dim": 10, "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2"},
+    "llama3": {"rope_scaling": LLAMA3, "rope_theta": 5e5, "head_dim": 16},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
+    "yarn": {"rope_scaling": YARN},
+    "qwen2, yarn with its settings": {"model_type": "qwen2", "rope_scaling": {**YARN, "beta_fast": 3.0, "beta_slow": 0.5}},
+    "qwen3": {"model_type": "qwen3", "head_dim": 12},
+    "qwen3, heads of 128": {"model_type": "qwen3", "head_dim": 128},  # the only ones that transformers reads
+    "qwen3, biases": {"model_type": "qwen3", "head_dim": 12, "attention_bias": True},
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "tie_word_embeddings": True},
+    "gemma3": {
+        **{"model_type": "gemma3_text", "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 3, "num_hidden_layers": 7},
+        **{"tie_word_embeddings": True, "rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    },
+    "gemma3, no windows": {
+        **{"model_type": "gemma3_text", "query_pre_attn_scalar": 8, "sliding_window": 1, "sliding_window_pattern": 1},
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -61,8 +84,19 @@ def interleaved(W, n_head):
 def write(path, model, kinds=(), meta=(), leave_out=(), more=()):
     """The model as llama.cpp's converter writes it. kinds: {part of a published name: Type}; meta: overriding metadata."""
     c = model.config
-    writer, a = gguf.GGUFWriter(path, c.model_type), c.model_type
+    a = c.model_type.removesuffix("_text")
+    writer, rope, windowed = gguf.GGUFWriter(path, a), dict(c.rope_scaling or {}), a == "gemma3" and c.sliding_window_pattern != 1
+    kind = rope.pop("rope_type", None)
+    more = dict(more)
+    if kind == "llama3":
+        more["rope_freqs.weight"] = (frequencies(c.head_dim, c.rope_theta, None)[0] / c.frequencies(FULL)[0]).astype(np.float32)
     values = {
+        f"{a}.rope.scaling.type": kind if kind in ("linear", "yarn") else None,
+        f"{a}.rope.scaling.factor": rope["factor"] if kind in ("linear", "yarn") else None,
+        f"{a}.rope.scaling.original_context_length": rope.get("original_max_position_embeddings") if kind == "yarn" else None,
+        f"{a}.rope.scaling.yarn_beta_fast": rope.get("beta_fast"),
+        f"{a}.rope.scaling.yarn_beta_slow": rope.get("beta_slow"),
+        f"{a}.attention.sliding_window": c.sliding_window if windowed else None,
         f"{a}.block_count": c.num_hidden_layers,
         f"{a}.context_length": c.max_position_embeddings,
         f"{a}.embedding_length": c.hidden_size,
@@ -90,18 +124,20 @@ def write(path, model, kinds=(), meta=(), leave_out=(), more=()):
     for name, value in values.items():
         if value is not None:
             add[type(value)](name, value)
-    for name, value in [*state_dict(model).items(), *dict(more).items()]:
+    for name, value in [*state_dict(model).items(), *more.items()]:
         if name in leave_out:
             continue
         stem, _, kind = name.rpartition(".")
         if stem.startswith("model.layers."):
             number, _, part = stem.removeprefix("model.layers.").partition(".")
-            stem = f"blk.{number}.{NAMES[part]}"
+            stem = f"blk.{number}.{(NAMES | HEADS | (GEMMA if a == 'gemma3' else {}))[part]}"
         else:
             stem = NAMES.get(stem, stem)
-        if c.model_type == "llama" and "q_proj" in name:
+        if a == "gemma3" and name.endswith("norm.weight"):
+            value = value + 1
+        if a in ("llama", "smollm3") and "q_proj" in name:
             value = interleaved(value, c.num_attention_heads)
-        if c.model_type == "llama" and "k_proj" in name:
+        if a in ("llama", "smollm3") and "k_proj" in name:
             value = interleaved(value, c.num_key_value_heads)
         quantized = next((t for part, t in dict(kinds).items() if part in name), Type.F32)
         writer.add_tensor(f"{stem}.{kind}", gguf.quantize(np.ascontiguousarray(value), quantized), raw_dtype=quantized)
@@ -136,11 +172,44 @@ def test_round_trip(name, tmp_path):
     again = model_of(path)
     assert again.config == LlamaConfig(**{**vars(model.config), "bos_token_id": 1, "eos_token_id": 2})
     for (where, p), (_, q) in zip(model.parameters(), again.parameters(), strict=True):
-        np.testing.assert_array_equal(p.data, q.data, err_msg=where)
+        compare = np.testing.assert_allclose if "gemma3" in name and where.endswith("norm.weight") else np.testing.assert_array_equal
+        compare(p.data, q.data, **{"atol": 1e-7} if compare is np.testing.assert_allclose else {}, err_msg=where)
+    ml.save_model(model, tmp_path / "folder")
+    folder = ml.load_model(tmp_path / "folder", "numpy").forward(IDS, keep=False)[0]
+    np.testing.assert_allclose(ml.load_model(path, "numpy").forward(IDS, keep=False)[0], folder, rtol=0, atol=2e-6 * np.abs(folder).max())
+
+
+def test_other_divisors_of_the_frequencies(tmp_path):
+    """Not Llama 3's: they are kept as they are."""
+    divisors = np.array([1, 1.5, 7, 2], np.float32)
+    model = random_model(small())
+    path = write(tmp_path / "a.gguf", model, more={"rope_freqs.weight": divisors})
+    again = model_of(path)
+    np.testing.assert_allclose(again.config.frequencies(FULL)[0], model.config.frequencies(FULL)[0] / divisors)
+    assert again.config.frequencies(FULL)[1] == 1
+    ml.save_model(again, tmp_path / "folder")
+    expected = again.forward(IDS, keep=False)[0]
+    np.testing.assert_array_equal(ml.load_model(tmp_path / "folder", "numpy").forward(IDS, keep=False)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        ({"rope.scaling.factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),  # without a type, llama.cpp assumes linear
+        ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope.scaling.factor": 0.0, "rope.scale_linear": 2.0}, None),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 2.0}, None),
+        ({"rope.scaling.type": "yarn"}, None),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, {**YARN, "factor": 2.0, "original_max_position_embeddings": 9}),
+    ],
+)
+def test_scaling_keys_are_read_as_llama_cpp_reads_them(meta, expected, tmp_path):
+    path = write(tmp_path / "a.gguf", random_model(small()), meta={f"llama.{name}": value for name, value in meta.items()})
+    assert model_of(path).config.rope_scaling == expected
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["llama, tied", "qwen2"])
+@pytest.mark.parametrize("name", ["llama, tied", "qwen2", "qwen3, heads of 128"])
 def test_transformers_reads_the_same_model(name, tmp_path):
     for module in ("torch", "transformers"):
         pytest.importorskip(module, reason=f"{module} is not installed: pip install 'minilora[oracle]'")
@@ -269,9 +338,11 @@ def test_without_the_library(tmp_path, monkeypatch):
         ({"meta": {"llama.block_count": "two"}}, "num_hidden_layers must be a positive integer, got 'two'"),
         ({"meta": {"llama.attention.head_count": 0}}, "num_attention_heads must be a positive integer, got 0"),
         ({"meta": {"llama.attention.head_count": [4, 4]}}, r"num_attention_heads must be a positive integer, got \[4, 4\]"),
-        ({"meta": {"llama.rope.scaling.type": "yarn"}}, "scaled rotary embeddings"),
-        ({"meta": {"llama.rope.scale_linear": 2.0}}, "scaled rotary embeddings"),
-        ({"meta": {"llama.rope.scaling.factor": 2.0}}, "scaled rotary embeddings"),  # without a type, llama.cpp assumes linear
+        ({"meta": {"llama.rope.scaling.type": "longrope"}}, r"rope\.scaling\.type is 'longrope'; supported: none, linear, yarn"),
+        ({"meta": {"llama.rope.scaling.factor": -2.0}}, "factor is -2.0, which does not fit"),
+        ({"meta": {"llama.rope.scaling.attn_factor": 2.0}}, r"rope\.scaling\.attn_factor is 2\.0"),
+        ({"meta": {"llama.rope.scaling.yarn_ext_factor": 0.0}}, r"rope\.scaling\.yarn_ext_factor is 0\.0"),
+        ({"meta": {"llama.attention.sliding_window": 5}}, r"attention\.sliding_window is 5"),
         ({"meta": {"llama.attention.causal": False}}, r"attention\.causal is False"),
         ({"meta": {"llama.rope.dimension_count": 4}}, "rotary embeddings of part of a head"),
         ({"meta": {"llama.expert_count": 8}}, "expert_count is 8"),
@@ -282,7 +353,12 @@ def test_without_the_library(tmp_path, monkeypatch):
         ({"leave_out": ["model.norm.weight"]}, r"'model\.norm\.weight' \(1 tensors in all\)"),
         ({"leave_out": ["model.layers.1.mlp.up_proj.weight"]}, r"'model\.layers\.1\.mlp\.up_proj\.weight' \(1 tensors in all\)"),
         ({"leave_out": ["model.embed_tokens.weight"]}, r"lacks the tensor 'token_embd\.weight'"),
-        ({"more": {"rope_freqs.weight": np.ones(4, np.float32)}}, "scaled rotary embeddings"),
+        ({"more": {"rope_freqs.weight": np.ones(3, np.float32)}}, "short_factor has 3 numbers; a head of 8 features needs 4"),
+        ({"more": {"rope_freqs.weight": np.array([1, 2, -1, 3], np.float32)}}, "short_factor is .*, which does not fit"),
+        (
+            {"more": {"rope_freqs.weight": np.ones(4, np.float32)}, "meta": {"llama.rope.scaling.factor": 2.0}},
+            r"rope_freqs\.weight together with rope\.scaling\.factor",
+        ),
         ({"more": {"extra.weight": np.ones(4, np.float32)}}, r"has a tensor 'extra\.weight', which is not part"),
     ],
 )
@@ -295,7 +371,7 @@ def test_unsupported_settings_are_refused(changes, message, tmp_path):
 def test_another_architecture_is_refused(tmp_path):
     path = write(tmp_path / "a.gguf", random_model(small()))
     path.write_bytes(path.read_bytes().replace(b"llama", b"gemma"))
-    with pytest.raises(ValueError, match="is of architecture 'gemma'; supported: llama, qwen2"):
+    with pytest.raises(ValueError, match="is of architecture 'gemma'; supported: llama, qwen2, qwen3, smollm3, gemma3"):
         read_gguf(path)
 
 

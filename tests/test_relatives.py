@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 
+import ml_dtypes
 import numpy as np
 import pytest
 from golden.make_adapters import ADAMW, quietly
@@ -11,6 +12,8 @@ from safetensors import safe_open
 from test_llama import TOLERANCE, assign, by_prefix
 
 import minilora as ml
+from minilora import kernels as K
+from minilora.formats.atomic import read_json, write_json
 from minilora.models import KVCache, Llama, LlamaConfig
 from minilora.models.generate import generate
 from minilora.models.llama_config import VARIANTS
@@ -185,3 +188,186 @@ def test_a_merged_folder_and_greedy_tokens_match_transformers(name, oracles, fol
         assert deviation(model.decode(ids[a:b], cache), logits[b - 1]) < 1e-5
     with pytest.raises(ValueError, match="33 tokens is longer than the model's 32 positions"):
         model.decode(ids[:4], cache)
+
+
+# -- the contract -----------------------------------------------------------------------------------------------------------------
+
+KINDS = ("qwen3", "mistral", "smollm3", "gemma3")
+
+
+def golden_model(name, dtype="float64"):
+    golden = {key.partition("|")[2]: value for key, value in GOLDEN.items() if key.startswith(f"{name}|")}
+    return golden, adapted(golden, ABOUT["configs"][name], dtype)
+
+
+def step(model, golden, labels=None, prefix=None):
+    """The loss, and the gradients of all trainable parameters."""
+    loss, saved = model.loss(golden["ids"], golden["labels"] if labels is None else labels, OFFSETS, prefix=prefix)
+    model.loss_backward(saved)
+    return float(loss), {path: ml.to_numpy(p.grad) for path, p in model.parameters() if p.trainable}
+
+
+def same(found, expected, tolerance):
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
+    for path, grad in expected[1].items():
+        assert deviation(found[1][path], grad) < tolerance, path
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_recomputed_blocks_and_a_frozen_prefix_change_nothing(name):
+    golden, model = golden_model(name)
+    expected = step(model, golden)
+    golden, model = golden_model(name)
+    model.body.recompute = True
+    same(step(model, golden), expected, 1e-14)
+
+    golden, model = golden_model(name)
+    for path, p in model.parameters():
+        p.trainable = p.trainable and path.startswith(f"model.layers.{len(model.model.layers) - 1}.")
+    prefix = model.prefix(golden["ids"], OFFSETS)
+    assert prefix.blocks == len(model.model.layers) - 1
+    found = step(model, golden, prefix=prefix)
+    same(found, (expected[0], {path: expected[1][path] for path in found[1]}), 1e-12)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_that_nobody_reads_are_left_out(name, monkeypatch):
+    """With one label, the last attention computes one row, of queries alone; the loss and the gradients stay those of the logits."""
+    golden, model = golden_model(name)
+    labels = np.full(29, -100)
+    labels[20] = 5
+    asked = []
+    plain = K.attention
+    monkeypatch.setattr(K, "attention", lambda q, *args, **more: asked.append(len(q)) or plain(q, *args, **more))
+    found = step(model, golden, labels)
+    assert asked == [29] * (len(model.model.layers) - 1) + [1]
+    golden, model = golden_model(name)
+    logits, saved = model.forward(golden["ids"], offsets=OFFSETS)
+    loss, dlogits = ml.cross_entropy(logits, labels)
+    model.backward(dlogits, saved)
+    same(found, (float(loss), {path: p.grad for path, p in model.parameters() if p.trainable}), 1e-11)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", KINDS)
+def test_half_precision_is_close_to_float32(name, dtype, backend):
+    golden, model = golden_model(name, "float32")
+    expected = ml.to_numpy(model.forward(golden["ids"], keep=False, offsets=OFFSETS)[0])
+    exact = step(model, golden)
+    golden, model = golden_model(name, "float32")
+    trained = [path for path, p in model.parameters() if p.trainable]
+    for path, p in model.parameters():
+        if p.data.ndim == 2 and path not in trained:
+            p.data = p.data.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    model.to(backend)
+    logits, _ = model.forward(golden["ids"], keep=False, offsets=OFFSETS)
+    assert logits.dtype.name == dtype
+    close = 0.02 if dtype == "float16" else 0.15
+    assert deviation(ml.to_numpy(logits).astype("float32"), expected) < close
+    found = step(model, golden)
+    assert found[0] == pytest.approx(exact[0], rel=close / 2)
+    for path, grad in found[1].items():
+        assert grad.dtype == np.float32
+        assert np.linalg.norm(grad - exact[1][path]) < 4 * close * np.linalg.norm(exact[1][path]), path
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_nf4_equals_the_model_with_the_weights_that_it_stands_for(name, backend):
+    golden, model = golden_model(name, "float32")
+    done = ml.quantize_model(model)
+    assert len(done) == 7 * len(model.model.layers)
+    golden, dense = golden_model(name, "float32")
+    kept = dict(model.parameters())
+    for path, p in dense.parameters():
+        p.data = kept[path].data.dense() if hasattr(kept[path].data, "dense") else p.data
+    expected = step(dense, golden)
+    same(step(model.to(backend), golden), expected, 1e-4)
+
+
+def test_a_mixed_batch_uses_each_models_own_head_norms():
+    """Norms of heads see each sequence's rows, as every layer does."""
+    golden, model = golden_model("qwen3")
+    base = Llama(model.config, rng=0, dtype="float64").freeze()
+    tuned = base.replica()
+    ml.inject(tuned, ml.PartialConfig(train=["norm"]))
+    rng = np.random.default_rng(0)
+    for path, p in tuned.parameters():
+        if path.endswith(("q_norm.weight", "k_norm.weight")):
+            p.data = p.data + rng.standard_normal(p.data.shape)
+    mixture = ml.mixed([base, tuned], [1, 0, 1], OFFSETS)
+    logits = mixture.forward(golden["ids"], keep=False, offsets=OFFSETS)[0]
+    for (a, b), own in zip(pairwise(OFFSETS), (tuned, base, tuned), strict=True):
+        np.testing.assert_allclose(logits[a:b], own.forward(golden["ids"][a:b], keep=False)[0], rtol=1e-10)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_another_architecture_of_the_same_sizes_is_refused(tmp_path):
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 2}
+    kinds = {"llama": {}, "mistral": {"sliding_window": 3}, "qwen2": {}, "smollm3": {}}
+    models = {kind: Llama(LlamaConfig(model_type=kind, **sizes, **more), rng=i) for i, (kind, more) in enumerate(kinds.items())}
+    ml.inject(models["llama"], ml.LoraConfig(r=2), rng=0)
+    ml.save_adapter(models["llama"], tmp_path)
+    for kind in ("mistral", "qwen2", "smollm3"):
+        with pytest.raises(ValueError, match="made for a base model with other weights"):
+            ml.load_adapter(models[kind], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("qwen3", {"model_type": "llama"}, r"has 'model\.layers\.\d\.self_attn\.\w_norm\.weight' \(4 tensors"),
+        ("mistral", {"model_type": "qwen3"}, r"lacks 'model\.layers\.\d\.self_attn\.\w_norm\.weight' \(4 tensors"),
+        ("mistral", {"model_type": "qwen2"}, r"lacks 'model\.layers\.0\.self_attn\.k_proj\.bias' \(6 tensors"),
+        ("qwen3", {"head_dim": 12}, r"q_proj\.weight has shape \(18, 30\), the model expects \(18, 36\)"),
+        ("qwen3", {"attention_bias": True}, r"lacks 'model\.layers\.0\.self_attn\.k_proj\.bias' \(8 tensors"),
+        ("gemma3", {"model_type": "mistral", "layer_types": None}, "a mistral has no query_pre_attn_scalar"),
+        ("gemma3", {"num_hidden_layers": 4, "layer_types": None}, r"lacks 'model\.layers\.3"),
+        ("gemma3", {"num_hidden_layers": 2}, "layer_types must be a list of 2"),
+        ("gemma3", {"tie_word_embeddings": False}, r"lacks 'lm_head\.weight'"),
+        ("smollm3", {"tie_word_embeddings": False}, r"lacks 'lm_head\.weight'"),
+        ("llama3", {"num_key_value_heads": 3}, r"k_proj\.weight has shape"),
+    ],
+)
+def test_a_configuration_that_contradicts_the_tensors_is_refused(name, change, message, tmp_path):
+    _, model = golden_model(name, "float32")
+    ml.merge(model)
+    ml.save_model(model, tmp_path)
+    write_json(tmp_path / "config.json", {**read_json(tmp_path / "config.json"), "architectures": [], **change})
+    with pytest.raises(ValueError, match=message):
+        ml.load_model(tmp_path, "numpy")
+
+
+@pytest.mark.parametrize("name", ["llama3", "yarn", *KINDS])
+def test_a_sequence_beyond_the_context_is_refused(name):
+    """Beyond the original length, up to max_position_embeddings, it is computed as in transformers: see test_golden."""
+    _, model = golden_model(name)
+    ids = np.zeros(33, np.int64)
+    for call in (lambda: model.forward(ids), lambda: model.decode(ids, KVCache()), lambda: model.loss(ids, ids)):
+        with pytest.raises(ValueError, match="33 tokens is longer than the model's 32 positions"):
+            call()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path):
+    from small_tokenizers import BPE
+
+    from minilora.formats.tokenizer import load_tokenizer
+
+    BPE.save(tmp_path)
+    with pytest.raises(ValueError, match="but the model's embedding has 30 rows"):
+        load_tokenizer(tmp_path, 30)
+
+
+def test_a_window_forgets_what_is_before_it():
+    """A change of the first token reaches, through two layers of window 4, the next six tokens and none after them."""
+    _, model = golden_model("mistral")
+    ids = np.arange(20) % 37
+    before = model.forward(ids, keep=False)[0]
+    after = model.forward(np.concatenate([[30], ids[1:]]), keep=False)[0]
+    changed = np.flatnonzero(np.abs(after - before).max(axis=1) > 0)
+    assert changed.tolist() == list(range(7))
+    cache = KVCache()
+    model.decode(ids[:15], cache)
+    k, v, rows = cache.extend(0, np.zeros((1, 10)), np.zeros((1, 10)), 4)
+    assert (len(k), len(v), rows.tolist()) == (4, 4, [3])

@@ -20,6 +20,7 @@ from minilora.checking.subjects import OFFSETS, LossOf, Subject, frozen_but, sha
 from minilora.lora import LoraConfig, lora_layers
 from minilora.models import GPT2, BertClassifier, BertConfig, GPT2Config, Llama, LlamaConfig
 from minilora.models.bert import BertLayer, BertSelfAttention, DistilBertConfig
+from minilora.models.modernbert import ModernBertConfig
 
 Change = Callable[[Any], object] | LoraConfig | BottleneckConfig | PartialConfig | None  # what to do with a model, or inject into it
 
@@ -104,9 +105,13 @@ _GPT2: dict[str, Any] = {"vocab_size": 7, "n_positions": 6, "n_embd": 6, "n_head
 _SIZES: dict[str, Any] = {"vocab_size": 7, "hidden_size": 6, "intermediate_size": 9, "num_hidden_layers": 2, "max_position_embeddings": 6}
 _BERT: dict[str, Any] = {**_SIZES, "num_attention_heads": 3, "dropout": 0.1, "num_labels": 3}
 _PADDED = {"vocab_size": 8, "pad_token_id": 7, "max_position_embeddings": 13}  # padding has no gradient, and so is not among the ids
+_MODERN = {**_BERT, "hidden_size": 12, "pad_token_id": None, "local_attention": 2}
+_BIASED: dict[str, Any] = dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True)
 _ENCODERS = {
     "RoBERTa": BertConfig(**{**_BERT, **_PADDED}, model_type="roberta", type_vocab_size=1),
     "DistilBERT": DistilBertConfig(**_BERT),
+    "ModernBERT": ModernBertConfig(**_MODERN, global_attn_every_n_layers=2),
+    "ModernBERT, mean, biases": ModernBertConfig(**_MODERN, **_BIASED, pooling="mean", layer_types=["sliding_attention"] * 2),
 }
 _LLAMA: dict[str, Any] = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
 
@@ -144,12 +149,29 @@ _ENCODER_VARIANTS = {
     "head only": _HEAD,
 }
 _TIED = {"tie_word_embeddings": True}
+_YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 3}
+_QWEN3 = {"model_type": "qwen3", "attention_bias": True, "use_sliding_window": True, "sliding_window": 2, "max_window_layers": 1}
+_GEMMA3 = {"model_type": "gemma3_text", "sliding_window": 2, "sliding_window_pattern": 2, "query_pre_attn_scalar": 3, **_TIED}
 _LLAMA_VARIANTS: dict[str, tuple[dict[str, Any], Change]] = {
     "all trained, tied": (_TIED, None),
     "all trained, free head, biases": ({"attention_bias": True, "mlp_bias": True}, None),
     "LoRA on all linear layers, qwen2": ({"model_type": "qwen2", "num_hidden_layers": 1}, _ALL_LINEAR),
     "LoRA on the last v and gate, tied": (_TIED, LoraConfig(r=1, target_modules=["v_proj", "gate_proj"], layers_to_transform=[1])),
     "LoRA on k and the head": ({}, LoraConfig(r=2, target_modules=["k_proj", "lm_head"])),
+    "all trained, scaled frequencies": ({"rope_scaling": _YARN, "num_hidden_layers": 1}, None),
+    "all trained, qwen3, a window": (_QWEN3, None),
+    "LoRA on q, k, v and o, qwen3": (_QWEN3, LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])),
+    "LoRA on the last v, qwen3": (_QWEN3, LoraConfig(r=2, target_modules=["v_proj"], layers_to_transform=[1])),
+    "norms only, qwen3": (_QWEN3, _NORMS),
+    "LoRA on all linear layers, mistral": ({"model_type": "mistral", "sliding_window": 2, "num_hidden_layers": 1}, _ALL_LINEAR),
+    "all trained, smollm3, without rotation": ({"model_type": "smollm3", "no_rope_layers": [0, 1]}, None),
+    "all trained, gemma3": (_GEMMA3, None),
+    "LoRA on the last gate, gemma3": (_GEMMA3, LoraConfig(r=2, target_modules=["gate_proj"], layers_to_transform=[1])),
+    "LoRA on the last up, gemma3": (_GEMMA3, LoraConfig(r=2, target_modules=["up_proj"], layers_to_transform=[1])),
+    "norms only, gemma3": (_GEMMA3, _NORMS),
+    "the last norm after attention, gemma3": (_GEMMA3, lambda model: frozen_but(model, "model.layers.1.post_attention_layernorm")),
+    "the last norm after the mlp, gemma3": (_GEMMA3, lambda model: frozen_but(model, "model.layers.1.post_feedforward_layernorm")),
+    "the last k_norm, gemma3": (_GEMMA3, lambda model: frozen_but(model, "model.layers.1.self_attn.k_norm")),
     "head only": ({}, _HEAD),
     "bottlenecks": ({"mlp_bias": True}, _BOTTLENECK),
     "bottleneck on the last o_proj": ({}, _LAST),

@@ -17,6 +17,7 @@ from minilora.lora.variants.dora import DoRALinear
 from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.lora.variants.vera import Projections, VeraConfig, VeRALinear
 from minilora.models import MLP, Attention, Block, FeedForward
+from minilora.models.attention import HeadNorm
 
 
 def layers(rng: np.random.Generator) -> Iterator[Subject]:
@@ -32,6 +33,8 @@ def layers(rng: np.random.Generator) -> Iterator[Subject]:
     yield "Embedding, a row of padding", L.Embedding(7, 5, 3, **d), np.array([0, 2, 2, 6]), {}
     yield "LayerNorm", shaken(L.LayerNorm(5, dtype="float64"), rng), draw(6, 5), {}
     yield "RMSNorm", shaken(L.RMSNorm(5, dtype="float64"), rng), draw(6, 5), {}
+    yield "RMSNorm, 1 + weight", shaken(L.RMSNorm(5, 1e-6, 1, dtype="float64"), rng), draw(6, 5), {}
+    yield "HeadNorm", shaken(HeadNorm(3, dtype="float64"), rng), draw(6, 6), {}
     for layer in (L.ReLU(), L.GELU(), L.SiLU(), L.Tanh(), L.Dropout(0.4)):
         yield type(layer).__name__, layer, draw(6, 5), {}
     yield "GELU, tanh", L.GELU("tanh"), draw(6, 5), {}

@@ -32,7 +32,8 @@ from minilora.quantization.quantize import check_kind, quantize_model, to_half_p
 
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
 _TOKENIZER_FILES += "vocab.txt vocab.json merges.txt tokenizer.model generation_config.json".split()
-_COPIED = "bos_token_id eos_token_id pad_token_id hidden_dropout_prob attention_probs_dropout_prob attention_dropout".split()
+_COPIED = [f"{name}_token_id" for name in ("bos", "eos", "pad", "cls", "sep")]
+_COPIED += "hidden_dropout_prob attention_probs_dropout_prob attention_dropout".split()
 STORED = "stored"  # a dtype for save_model
 
 
@@ -47,7 +48,7 @@ def load_model(
     new_head: bool | None = False,
     seed: int = 0,
 ) -> Any:  # Any: one of the classes of FAMILIES, which have more in common than Layer
-    """A published model on a backend, frozen. Architectures: models/registry.py.
+    """A published model on a backend, frozen. Its architecture is one of models/registry.py.
 
     path_or_id: a folder with config.json and model.safetensors (or shards and model.safetensors.index.json), a .gguf file, an id
     "org/name" on the hub (fetched by huggingface_hub, with its cache and HF_HUB_OFFLINE), or "pydoc", the model in this package.

@@ -23,7 +23,7 @@ from minilora.models.registry import Architecture as Family
 from minilora.quantization.nf4 import is_nf4
 
 _NO_SIZE = """max_position_embeddings sliding_window max_window_layers sliding_window_pattern no_rope_layer_interval
-    query_pre_attn_scalar""".split()  # fields that allocate nothing
+    query_pre_attn_scalar local_attention global_attn_every_n_layers""".split()  # fields that allocate nothing
 
 
 def family_of(raw: dict[str, Any], where: str) -> Family:
@@ -138,7 +138,7 @@ def check_fit(source: str | Path, tensors: dict[str, np.ndarray], expected: dict
 
 def warn_of_pooling(model: Any, folder: Path) -> None:
     """Report on standard error that transformers and PEFT cannot reproduce a model with "pooling": "mean"."""
-    if getattr(model.config, "pooling", "first") == "mean":
+    if getattr(model.config, "pooling", "first") == "mean" and model.model_type != "modernbert":
         print(f"{folder}: its classifier reads the mean of the tokens; transformers and PEFT read BERT's pooler instead.", file=sys.stderr)
 
 

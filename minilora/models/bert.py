@@ -140,16 +140,14 @@ class BertConfig(ModelConfig):
 
 @dataclass
 class DistilBertConfig(BertConfig):
-    """A config.json of DistilBERT, which has other names."""
+    """Field names as in BertConfig; the config.json of a published DistilBERT has other names for some."""
 
     model_type: str = "distilbert"
     num_hidden_layers: int = 6
 
     choices: ClassVar[Any] = {**BertConfig.choices, "model_type": ("distilbert",)}
-    aliases: ClassVar[Any] = {
-        **{"dim": "hidden_size", "hidden_dim": "intermediate_size", "activation": "hidden_act"},
-        **{"n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"},
-    }
+    aliases: ClassVar[Any] = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
+    aliases |= {"hidden_dim": "intermediate_size", "activation": "hidden_act"}
     fixed: ClassVar[Any] = dict.fromkeys(("intermediate_size", "hidden_act", "layer_norm_eps", "type_vocab_size"), ())
     neutral: ClassVar[Any] = "dropout qa_dropout seq_classif_dropout sinusoidal_pos_embds tie_word_embeddings tie_weights_"
 
@@ -287,22 +285,29 @@ class Bert(Body):
 
     def embed(self, ids: Array, places: np.ndarray, keep: bool, token_types: np.ndarray | None = None) -> tuple[Array, Any]:
         """x_0 = dropout(LN(word[ids] + position[place] + token_type[type])). token_types (T,) are 0 by default."""
-        e = self.embeddings
-        tables = [(e.word_embeddings, ids), (e.position_embeddings, self.place_ids(ids, places))]
-        if (types := getattr(e, "token_type_embeddings", None)) is not None:
-            tables.append((types, np.zeros(len(ids), dtype=np.int64) if token_types is None else token_types))
+        (norm, drop), *tables = self.tables(ids, places, token_types)
         at_sum = any(table.trainable for table, _ in tables)
         (h, *more), s_tables = zip(*(table.forward(index, keep=keep and at_sum) for table, index in tables), strict=True)
-        h, s_norm = e.LayerNorm.forward(sum(more, h), keep=keep, need_dx=at_sum)
-        h, s_drop = e.dropout.forward(h, keep=keep)
-        return h, (at_sum, [(table, s) for (table, _), s in zip(tables, s_tables, strict=True)], s_norm, s_drop)
+        h, s_norm = norm.forward(sum(more, h), keep=keep, need_dx=at_sum)
+        h, s_drop = drop.forward(h, keep=keep)
+        return h, (at_sum, [(table, s) for (table, _), s in zip(tables, s_tables, strict=True)], (norm, s_norm), (drop, s_drop))
 
     def embed_backward(self, dx: Array, saved: Any) -> None:
-        e, (at_sum, tables, s_norm, s_drop) = self.embeddings, saved
-        dh = e.dropout.backward(dx, s_drop)
-        dsum = e.LayerNorm.backward(dh, s_norm, need_dx=at_sum)
+        at_sum, tables, (norm, s_norm), (drop, s_drop) = saved
+        dh = drop.backward(dx, s_drop)
+        dsum = norm.backward(dh, s_norm, need_dx=at_sum)
         for table, s_table in reversed(tables) if at_sum else ():  # word + position + token_type: each gets all of it
             table.backward(dsum, s_table)
+
+    def tables(self, ids: Array, places: np.ndarray, token_types: np.ndarray | None) -> list[tuple[Any, Any]]:
+        """(LN, dropout), and each table of embeddings with the rows to take of it."""
+        e = self.embeddings
+        found = [(e.LayerNorm, e.dropout), (e.word_embeddings, ids), (e.position_embeddings, self.place_ids(ids, places))]
+        if hasattr(e, "token_type_embeddings"):
+            found.append((e.token_type_embeddings, np.zeros(len(ids), dtype=np.int64) if token_types is None else token_types))
+        elif token_types is not None:
+            raise ValueError(f"forward: a {self.config.model_type} has no token types.")
+        return found
 
     def place_ids(self, ids: Array, places: np.ndarray) -> Array:
         """(T,) the rows of the table of positions. RoBERTa counts the tokens of a sequence that are not padding, from pad_token_id + 1;

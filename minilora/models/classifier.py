@@ -2,7 +2,8 @@
 
     logits = p W_c + b_c        p = tanh(f W_p + b_p), f the first row of each sequence of h, or the mean of its rows
 
-In BERT, tanh(f W_p + b_p) is the pooler; sentence encoders leave it out, and p is the mean. DistilBERT has ReLU in place of tanh.
+In BERT, tanh(f W_p + b_p) is the pooler; sentence encoders leave it out, and p is the mean. DistilBERT has ReLU in place of tanh, and
+ModernBERT p = LN(gelu(f W_p)).
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, generator
 from minilora.functional.attention import Offsets
 from minilora.layers import Dropout, Layer, Linear, Output, ReLU, Saved, Sequential, Tanh
-from minilora.models.bert import Bert, BertConfig, put
+from minilora.models.bert import ACTIVATIONS, Bert, BertConfig, put
+from minilora.models.modernbert import ModernBert, ModernBertConfig, norm
 from minilora.models.stack import Body, Prefix, initialise
 
-# The body, and the layers of the head in order, by their names in the checkpoint. The last part of a name says what a layer is (_made).
+# The body, and the layers of the head in order, by their names in the checkpoint. The last part of a name says what a layer is.
 _ROBERTA = "roberta", "dropout classifier.dense classifier.tanh dropout classifier.out_proj"
 _NAMES = {
     "bert": ("bert", "bert.pooler.dense bert.pooler.tanh dropout classifier"),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "distilbert": ("distilbert", "pre_classifier relu dropout classifier"),
+    "modernbert": ("model", "head.dense head.act head.norm dropout classifier"),
 }
 
 
@@ -39,14 +42,17 @@ class BertClassifier(Layer):
     def __init__(self, config: BertConfig, *, rng: Rng = None, dtype: Any = "float32") -> None:
         self.config, self.model_type = config, config.model_type
         rng, (body, names) = generator(rng), _NAMES[self.model_type]
-        setattr(self, body, Bert(config, rng, dtype))
-        self.names = tuple(names.split())
-        d = config.hidden_size
         made: dict[str, Any] = {"tanh": Tanh, "relu": ReLU, "dropout": lambda: Dropout(config.dropout)}
+        self.names, d = tuple(names.split()), config.hidden_size
+        if isinstance(config, ModernBertConfig):
+            setattr(self, body, ModernBert(config, rng, dtype))
+            made |= {"act": ACTIVATIONS[config.classifier_activation], "norm": lambda: norm(config, dtype)}
+            made["dense"] = lambda: Linear(d, d, config.classifier_bias, rng=rng, dtype=dtype)
+        else:
+            setattr(self, body, Bert(config, rng, dtype))
         for name in self.names:
             n = config.num_labels if name == self.names[-1] else d
-            layer = made.get(name.rpartition(".")[2], lambda n=n: Linear(d, n, rng=rng, dtype=dtype))()
-            put(self, name, layer)
+            put(self, name, made.get(name.rpartition(".")[2], lambda n=n: Linear(d, n, rng=rng, dtype=dtype))())
         initialise(self, rng)
 
     @property
@@ -55,7 +61,7 @@ class BertClassifier(Layer):
         return getattr(self, _NAMES[self.model_type][0])
 
     @property
-    def head(self) -> Sequential:
+    def top(self) -> Sequential:
         """The layers of the head, one after the other; for the mean of BERT's tokens, those after its pooler."""
         bare = self.model_type == "bert" and self.config.pooling == "mean"
         return Sequential(*attrgetter(*self.names[2 * bare :])(self))
@@ -73,27 +79,23 @@ class BertClassifier(Layer):
 
         Where the head reads the first row of each sequence, the last block computes no others. prefix: the result of `prefix`.
         """
-        at_h, bounds, mean = self.trains_body, F.bounds_of(offsets, len(x)), self.config.pooling == "mean"
+        embeddings, blocks, last = self.body.parts()
+        at_h = any(layer.trainable for layer in (*embeddings, *blocks, *([last] if last else ())))
+        bounds, mean = F.bounds_of(offsets, len(x)), self.config.pooling == "mean"
         rows = None if mean else bounds[:-1]
         f, s_body = self.body.forward(x, keep and at_h, offsets=offsets, rows=rows, prefix=prefix, token_types=token_types)
         f = K.product(_averages(bounds, f), f) if mean else f
-        logits, s_head = self.head.forward(f, keep=keep, need_dx=at_h)
+        logits, s_head = self.top.forward(f, keep=keep, need_dx=at_h)
         return logits, self.save(need_dx, at_h, bounds, s_body, s_head) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
         at_h, bounds, s_body, s_head = self.load(saved, need_dx)
-        df = self.head.backward(dy, s_head, need_dx=at_h)  #       logits = head(f)
+        df = self.top.backward(dy, s_head, need_dx=at_h)  #        logits = top(f)
         if not at_h:
             return
         if self.config.pooling == "mean":
             df = K.product(_averages(bounds, df).T, df)  #         f = mean of each sequence of h; otherwise its first rows
         self.body.backward(df, s_body)  #                          h = body(ids)
-
-    @property
-    def trains_body(self) -> bool:
-        """Whether anything below the head is trainable."""
-        embeddings, blocks, norm = self.body.parts()
-        return any(layer.trainable for layer in (*embeddings, *blocks, norm) if layer is not None)
 
     def prefix(self, ids: Array, offsets: Offsets = None) -> Prefix | None:
         """The output of the frozen blocks at the bottom, the same in every epoch (models/stack.py); None if there are none."""

@@ -9,6 +9,7 @@ from minilora.models.classifier import BertClassifier
 from minilora.models.gpt2 import GPT2, GPT2Config
 from minilora.models.llama import Llama
 from minilora.models.llama_config import VARIANTS, LlamaConfig
+from minilora.models.modernbert import ModernBertConfig
 
 
 class Architecture(NamedTuple):
@@ -40,6 +41,7 @@ ARCHITECTURES = {  # model_type in config.json: its architecture
     "roberta": _encoder(BertConfig, "Roberta", *_ROBERTA),
     "xlm-roberta": _encoder(BertConfig, "XLMRoberta", *_ROBERTA),
     "distilbert": _encoder(DistilBertConfig, "DistilBert", "distilbert", "vocab_[a-z_]+", "pre_classifier", "classifier"),
+    "modernbert": _encoder(ModernBertConfig, "ModernBert", "model", "decoder", "head.dense", "head.norm", "classifier"),
     **{
         name: Architecture(LlamaConfig, Llama, (f"{x.classes}ForCausalLM", f"{x.classes}{'Text' * x.gemma}Model"), *_LLAMA)
         for name, x in VARIANTS.items()

@@ -19,6 +19,7 @@ import torch
 import transformers
 from make_models import LR, STEPS, trained
 from safetensors.numpy import save_file
+from transformers.models.modernbert import modeling_modernbert
 
 FILE = Path(__file__).with_name("encoders.safetensors")
 LENGTHS = [5, 11, 1, 6]
@@ -35,6 +36,22 @@ CASES: dict[str, dict[str, Any]] = {
         **{"max_position_embeddings": 11, "dropout": 0, "attention_dropout": 0, "seq_classif_dropout": 0, "initializer_range": 0.15},
     },
 }
+_MODERN: dict[str, Any] = {
+    **{"model_type": "modernbert", "vocab_size": 61, "hidden_size": 12, "num_attention_heads": 3, "num_labels": 3, "pad_token_id": 1},
+    **{"num_hidden_layers": 4, "intermediate_size": 17, "max_position_embeddings": 11, "local_attention": 5, "initializer_range": 0.15},
+    **{"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3, "attn_implementation": "sdpa"},
+}
+CASES["modernbert"] = _MODERN
+CASES["modernbert, mean, biases, relu"] = {
+    **{**_MODERN, "num_hidden_layers": 3, "local_attention": 2, "classifier_pooling": "mean", "hidden_activation": "gelu_new"},
+    **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True),
+    "classifier_activation": "relu",
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+    },
+}
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": "all-linear", "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
 TARGETS = {
     "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
@@ -48,6 +65,27 @@ def data(name: str) -> list[np.ndarray]:
     return sequences
 
 
+class Rotary64(torch.nn.Module):
+    """cos and sin of position theta^(-2 i / d), in float64; transformers computes them in float32."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.d, self.parameters_of = config.hidden_size // config.num_attention_heads, config.rope_parameters
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        frequencies = self.parameters_of[kind]["rope_theta"] ** (-torch.arange(0, self.d, 2, dtype=torch.float64) / self.d)
+        angles = position_ids[..., None].double() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def rotated(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> tuple[Any, Any]:
+    """apply_rotary_pos_emb of modeling_modernbert without its casts to float32."""
+    cos, sin, half = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim), q.shape[-1] // 2
+    q, k = (x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin for x in (q, k))
+    return q, k
+
+
 def build(name: str) -> Any:
     """The random model in float64; gains and biases away from 1 and 0, values exact in float16."""
     torch.manual_seed(sorted(CASES).index(name))
@@ -55,6 +93,9 @@ def build(name: str) -> Any:
     with torch.no_grad():
         for p in model.parameters():
             p.copy_((p + 0.2 * torch.randn(p.shape)).half())
+    if name.startswith("modernbert"):
+        modeling_modernbert.apply_rotary_pos_emb = rotated
+        model.model.rotary_emb = Rotary64(model.config)
     return model.double().eval()
 
 
