@@ -82,6 +82,23 @@ def sentencepiece_bpe(post="<s> $A"):
     return library
 
 
+def gemma_bpe():
+    """As Gemma 3's: "▁" in place of a space, byte fallback, a begin token."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    library.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", behavior="merged_with_next")  # only for training, as above
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", *(f"<0x{i:02X}>" for i in range(256))]
+    library.train_from_iterator(WORDS, tokenizers.trainers.BpeTrainer(vocab_size=380, special_tokens=special, show_progress=False))
+    raw = json.loads(library.to_str())
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if not token["content"].startswith("<0x")]
+    library = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    steps = tokenizers.decoders
+    library.decoder = steps.Sequence([steps.Replace("▁", " "), steps.ByteFallback(), steps.Fuse()])
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return library
+
+
 def bert_wordpiece(lowercase=True):
     """As BERT's, with a vocabulary of words and of all the characters in them."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

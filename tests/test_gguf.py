@@ -44,6 +44,7 @@ VARIANTS = {
     "llama, wide heads": {"head_dim": 10, "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2"},
     "llama3": {"rope_scaling": LLAMA3, "rope_theta": 5e5, "head_dim": 16},
+    "mistral": {"model_type": "mistral"},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
     "yarn": {"rope_scaling": YARN},
     "qwen2, yarn with its settings": {"model_type": "qwen2", "rope_scaling": {**YARN, "beta_fast": 3.0, "beta_slow": 0.5}},
@@ -84,7 +85,7 @@ def interleaved(W, n_head):
 def write(path, model, kinds=(), meta=(), leave_out=(), more=()):
     """The model as llama.cpp's converter writes it. kinds: {part of a published name: Type}; meta: overriding metadata."""
     c = model.config
-    a = c.model_type.removesuffix("_text")
+    a = {"mistral": "llama"}.get(c.model_type, c.model_type.removesuffix("_text"))
     writer, rope, windowed = gguf.GGUFWriter(path, a), dict(c.rope_scaling or {}), a == "gemma3" and c.sliding_window_pattern != 1
     kind = rope.pop("rope_type", None)
     more = dict(more)
@@ -170,7 +171,8 @@ def test_round_trip(name, tmp_path):
     model = random_model(small(**VARIANTS[name]))
     path = write(tmp_path / "a.gguf", model)
     again = model_of(path)
-    assert again.config == LlamaConfig(**{**vars(model.config), "bos_token_id": 1, "eos_token_id": 2})
+    kind = "llama" if name == "mistral" else model.config.model_type  # for llama.cpp they are one
+    assert again.config == LlamaConfig(**{**vars(model.config), "model_type": kind, "bos_token_id": 1, "eos_token_id": 2})
     for (where, p), (_, q) in zip(model.parameters(), again.parameters(), strict=True):
         compare = np.testing.assert_allclose if "gemma3" in name and where.endswith("norm.weight") else np.testing.assert_array_equal
         compare(p.data, q.data, **{"atol": 1e-7} if compare is np.testing.assert_allclose else {}, err_msg=where)

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_tokenizers import bert_wordpiece, byte_level_bpe, library_bpe, roberta_bpe, sentencepiece_bpe, write_tokenizer, xlm_roberta
+from small_tokenizers import (
+    bert_wordpiece,
+    byte_level_bpe,
+    gemma_bpe,
+    library_bpe,
+    roberta_bpe,
+    sentencepiece_bpe,
+    write_tokenizer,
+    xlm_roberta,
+)
 
 from minilora.data.examples import example_maker
 from minilora.formats.tokenizer import ByteTokenizer, load_tokenizer
@@ -16,6 +25,7 @@ BERT = {"tokenizer_class": "BertTokenizer", "unk_token": "[UNK]", "cls_token": "
 GPT2 = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 QWEN2 = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+GEMMA = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
 PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
 
 
@@ -91,6 +101,14 @@ FOLDERS = {
     "qwen2": (byte_level_bpe, QWEN2, {}),
     "qwen2, another class": (byte_level_bpe, {**QWEN2, "tokenizer_class": "PreTrainedTokenizerFast"}, {"config": {"model_type": "qwen2"}}),
     "qwen2, prefix space": (byte_level_bpe, {**QWEN2, "add_prefix_space": True}, {"config": {"model_type": "qwen2"}}),
+    "qwen3": (byte_level_bpe, QWEN2, {"config": {"model_type": "qwen3"}}),
+    "qwen3, another class": (byte_level_bpe, {**QWEN2, "tokenizer_class": "PreTrainedTokenizerFast"}, {"config": {"model_type": "qwen3"}}),
+    "qwen3, no class": (byte_level_bpe, {"eos_token": "<|im_end|>"}, {"config": {"model_type": "qwen3"}}),
+    "gemma": (gemma_bpe, GEMMA, {}),
+    "gemma, GemmaTokenizerFast": (gemma_bpe, {**GEMMA, "tokenizer_class": "GemmaTokenizerFast", "add_bos_token": True}, {}),
+    "gemma, no class": (gemma_bpe, None, {"config": {"model_type": "gemma3_text"}}),
+    "gemma, new tokens": (gemma_bpe, {**GEMMA, "eos_token": "<end_of_turn>", "additional_special_tokens": ["<new>"]}, {}),
+    "gemma, named tokens": (gemma_bpe, {**GEMMA, "extra_special_tokens": {"boi_token": "<start_of_image>"}, "legacy": None}, {}),
     "plain": (byte_level_bpe, PLAIN, {}),
     "plain, digits": (library_bpe, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}, {}),
     "plain, cleaned up": (byte_level_bpe, {**PLAIN, "clean_up_tokenization_spaces": True}, {}),

@@ -194,6 +194,16 @@ def test_gguf_metadata_give_special_tokens_digits_and_the_begin_token():
     assert begun.encode("the", add_special=False).tolist() == tokenizer.encode("the").tolist()
 
 
+def test_llama_3_splits_digits_by_three_and_takes_a_known_word_whole():
+    """As its tokenizer.json, which has ignore_merges; "smaug-bpe" has not."""
+    tokens = [*metadata()["tokens"], "20", "202", "zq"]
+    vocabulary = {"merges": [*metadata()["merges"], "2 0", "20 2"], "tokens": tokens, "token_type": [*metadata()["token_type"], 1, 1, 1]}
+    for pre, whole in (("llama-bpe", ["zq"]), ("smaug-bpe", ["z", "q"])):
+        ours = gguf_tokenizer(metadata(pre=pre, **vocabulary), 400)
+        assert [ours.decode([i]) for i in ours.encode("2024")] == ["202", "4"]
+        assert [ours.decode([i]) for i in ours.encode("zq")] == whole
+
+
 def test_the_splitting_of_qwen2_matches_transformers():
     vocabulary = metadata(pre="qwen2")
     ours = gguf_tokenizer(vocabulary, 400)
@@ -230,7 +240,10 @@ def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(made, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"pre": "llama-bpe"}, "of model 'gpt2' and splits text as 'llama-bpe'; supported: .*'smollm', 'gpt-2', 'qwen2'"),
+        (
+            {"pre": "falcon"},
+            "of model 'gpt2' and splits text as 'falcon'; supported: .*'smollm', 'gpt-2', 'qwen2', 'llama-bpe', 'smaug-bpe'",
+        ),
         ({"model": "llama"}, "of model 'llama'"),
         ({"tokens": ["a", "b", "a"]}, "the token 'a' occurs twice in the vocabulary"),
         ({"merges": ["t h e"]}, "the merge 't h e' does not join two tokens"),

@@ -260,7 +260,7 @@ def gguf_tokenizer(vocabulary: dict[str, Any], vocab_size: int, path: str | Path
     return _checked(HFTokenizer(library, bos, eos, stop_ids, template, where=path), vocab_size, path)
 
 
-_PRE = ("smollm", "gpt-2", "qwen2")
+_PRE = ("smollm", "gpt-2", "qwen2", "llama-bpe", "smaug-bpe")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of token_type
 
 

@@ -1,8 +1,9 @@
 """tokenizer.json with the changes that the files beside it make, as transformers' AutoTokenizer (5.23) applies them.
 
-The class named in tokenizer_config.json, or that of the model type, decides. BertTokenizer, GPT2Tokenizer, LlamaTokenizer,
-Qwen2Tokenizer, RobertaTokenizer and XLMRobertaTokenizer take only the vocabulary and the post-processor from tokenizer.json, and build
-the rest from the options of tokenizer_config.json (do_lower_case, legacy, ...); the base class, PreTrainedTokenizerFast, uses the file.
+The class named in tokenizer_config.json, or that of the model type, decides. BertTokenizer, GemmaTokenizer, GPT2Tokenizer,
+LlamaTokenizer, Qwen2Tokenizer, RobertaTokenizer and XLMRobertaTokenizer take only the vocabulary and the post-processor from
+tokenizer.json, and build the rest from the options of tokenizer_config.json (do_lower_case, legacy, ...); the base class,
+PreTrainedTokenizerFast, uses the file unchanged.
 Other classes of transformers that build their own are refused by name. add_bos_token and add_eos_token have no effect beside a
 tokenizer.json. One difference: a special token that is only the default of a class, and not in the vocabulary, is not added, since no
 model was trained on it.
@@ -20,19 +21,21 @@ from minilora.formats import extra
 from minilora.formats.atomic import read_json
 
 _QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as published
+_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 _NAMES = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 _END = "<|endoftext|>"
 _DEFAULTS = {
     "BertTokenizer": dict(zip(_NAMES[2:], ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"), strict=True)),
     "GPT2Tokenizer": dict.fromkeys(_NAMES[:3], _END),
+    "GemmaTokenizer": {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad", "mask")},
     "LlamaTokenizer": dict(zip(_NAMES[:3], ("<s>", "</s>", "<unk>"), strict=True)),
     "Qwen2Tokenizer": {"unk_token": _END, "eos_token": _END, "pad_token": _END},
     "XLMRobertaTokenizer": dict(zip(_NAMES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>"), strict=True)),
 }
 _DEFAULTS["RobertaTokenizer"] = _DEFAULTS["XLMRobertaTokenizer"]
 _OF_MODEL = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer", "roberta": "RobertaTokenizer", "xlm-roberta": "XLMRobertaTokenizer"}
-_OF_MODEL["distilbert"] = "BertTokenizer"
+_OF_MODEL |= {"distilbert": "BertTokenizer", "gemma3_text": "GemmaTokenizer", "qwen3": "Qwen2Tokenizer"}
 _FIXED = {"qwen2": "Qwen2Tokenizer", "modernbert": ""}  # models for which transformers ignores the class that their files name
 _ALIASES = dict.fromkeys(("ElectraTokenizer", "DistilBertTokenizer", "SqueezeBertTokenizer"), "BertTokenizer")
 _MODELS = {"BertTokenizer": "WordPiece", "XLMRobertaTokenizer": "Unigram"}  # the others: BPE
@@ -42,7 +45,7 @@ _LONGER = 1000  # times; published files reach 4
 _OPTIONS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _OTHERS = """Albert Bart Barthez Bartpho BertGeneration BertJapanese Bertweet BigBird BioGpt Blenderbot BlenderbotSmall ByT5 CLIP CTRL
 Camembert Canine Clvp CodeGen CodeLlama Cohere Cpm CpmAnt DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia Esm Esmc
-FNet FSMT FastSpeech2Conformer Flaubert Funnel GPTNeoX GPTNeoXJapanese GPTSw3 Gemma Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM
+FNet FSMT FastSpeech2Conformer Flaubert Funnel GPTNeoX GPTNeoXJapanese GPTSw3 Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM
 Luke Lxmert M2M100 MBart MBart50 MLuke MPNet Marian MarkupLM Mgpstr MobileBert Mvp MyT5 Nllb Nougat OpenAIGPT PLBart Pegasus Perceiver
 Phobert Pop2Piano ProphetNet Qwen3_5 Reformer RemBert RoCBert RoFormer SeamlessM4T Siglip Siglip2 Speech2Text SpeechT5 Splinter
 T5 Tapas Tipsv2 Udop VideoPrism Vits Wav2Vec2CTC Wav2Vec2PhonemeCTC Whisper XGLM XLM XLNet""".split()
@@ -182,6 +185,11 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
             spaces = {"replacement": "▁", "prepend_scheme": "always" if config.get("add_prefix_space", True) else "never"}
             steps = [t.pre_tokenizers.WhitespaceSplit(), t.pre_tokenizers.Metaspace(**spaces)]
             built.pre_tokenizer, built.decoder = t.pre_tokenizers.Sequence(steps), t.decoders.Metaspace(**spaces)
+        elif kind == "GemmaTokenizer":
+            built = t.Tokenizer(t.models.BPE(vocab, merges, unk_token=names.get("unk_token", "<unk>"), fuse_unk=True, byte_fallback=True))
+            built.normalizer = t.normalizers.Replace(" ", "▁")
+            built.pre_tokenizer = t.pre_tokenizers.Split(" ", "merged_with_previous")
+            built.decoder = t.decoders.Sequence([t.decoders.Replace("▁", " "), t.decoders.ByteFallback(), t.decoders.Fuse()])
         elif kind == "LlamaTokenizer":
             built = t.Tokenizer(t.models.BPE(vocab, merges, fuse_unk=True, byte_fallback=True))
             scheme = "never" if space is False else "always" if config.get("legacy") else "first"
@@ -196,14 +204,19 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
 
 
 def split_in_bytes(library: Any, pre: str, add_prefix_space: bool = False) -> None:
-    """Let a byte-level BPE split text as "gpt-2", as "smollm" (digits one by one), or by the regular expression of "qwen2"."""
+    """Let a byte-level BPE split text as "gpt-2", as "smollm" (digits one by one), or by the regular expression of "qwen2" or of Llama 3:
+    "llama-bpe", which takes a word that is a token whole, and "smaug-bpe"."""
     t = import_tokenizers()
-    steps = [t.pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=pre != "qwen2")]
+    pattern = {"qwen2": _QWEN2, "llama-bpe": _LLAMA3, "smaug-bpe": _LLAMA3}.get(pre)
+    steps = [t.pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=pattern is None)]
     if pre == "smollm":
         steps.insert(0, t.pre_tokenizers.Digits(individual_digits=True))
     if pre == "qwen2":
         library.normalizer = t.normalizers.NFC()
-        steps.insert(0, t.pre_tokenizers.Split(t.Regex(_QWEN2), behavior="isolated"))
+    if pre == "llama-bpe":
+        library.model.ignore_merges = True
+    if pattern is not None:
+        steps.insert(0, t.pre_tokenizers.Split(t.Regex(pattern), behavior="isolated"))
     library.pre_tokenizer, library.decoder = t.pre_tokenizers.Sequence(steps), t.decoders.ByteLevel()
 
 
