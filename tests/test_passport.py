@@ -20,6 +20,7 @@ from minilora.runs.run_file import open_model
 
 IDS = np.arange(3, 30)
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 40}
+BASES = "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"
 ADAPTERS = {
     "plain": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "down_proj"]},
     "patterns": {"r": 4, "target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"q_proj": 1.5}},
@@ -32,8 +33,11 @@ ADAPTERS = {
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     here, tokenizer = tmp_path_factory.mktemp("passport"), library_bpe()
-    for name in ("llama", "qwen2"):
-        config = ml.LlamaConfig(model_type=name, vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=64, **SIZES)
+    for name in BASES:
+        more = {"head_dim": 4} if name in ("qwen3", "gemma3_text") else {}
+        more |= {"sliding_window": 64} if name == "mistral" else {}  # mlx-lm does not apply it
+        more |= {"sliding_window": 16, "num_hidden_layers": 6} if name == "gemma3_text" else {}
+        config = ml.LlamaConfig(model_type=name, vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=64, **SIZES | more)
         ml.save_model(ml.Llama(config, rng=0), here / name)
         tokenizer.save(str(here / name / "tokenizer.json"))
     return here
@@ -83,7 +87,7 @@ def test_an_export_read_back_computes_the_same(kind, to, bases, tmp_path, capsys
     assert abs(expected - logits(ml.load_model(bases / "llama"))).max() > 1e-3
 
 
-@pytest.mark.parametrize(("base", "interleaved"), [("llama", True), ("qwen2", False)])
+@pytest.mark.parametrize(("base", "interleaved"), [("llama", True), ("smollm3", True), ("qwen2", False), ("gemma3_text", False)])
 def test_a_gguf_adapter_is_what_llama_cpp_computes(base, interleaved, bases, tmp_path):
     """W + (alpha / r) B A with the rows of q and k as in a GGUF file of the model: src/llama-graph.cpp, build_lora_mm."""
     pytest.importorskip("gguf")
@@ -91,7 +95,7 @@ def test_a_gguf_adapter_is_what_llama_cpp_computes(base, interleaved, bases, tmp
     run("export", tmp_path / "adapter", "--to", "gguf", "--out", tmp_path / "a.gguf")
     meta, stored = read_header(tmp_path / "a.gguf")
     assert {key: meta[key] for key in ("general.type", "general.architecture", "adapter.type", "adapter.lora.alpha")} == {
-        "general.type": "adapter", "general.architecture": base, "adapter.type": "lora", "adapter.lora.alpha": 6.0,
+        "general.type": "adapter", "general.architecture": base.removesuffix("_text"), "adapter.type": "lora", "adapter.lora.alpha": 6.0,
     }  # fmt: skip
     layers = dict(lora_layers(open_model(tmp_path / "adapter", "numpy")))
     names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "mlp.down_proj": "ffn_down"}
@@ -102,7 +106,7 @@ def test_a_gguf_adapter_is_what_llama_cpp_computes(base, interleaved, bases, tmp
             change = in_halves(change, 6 if name == "attn_q" else 2)
         layer = layers[f"model.layers.2.{path}"]
         assert pytest.approx(layer.scaling * layer.lora_A.data @ layer.lora_B.data, abs=1e-6) == change.T
-    assert len(stored) == 2 * 7 * 3
+    assert len(stored) == 2 * len(layers)
 
 
 @pytest.mark.skipif(find_spec("mlx_lm") is None, reason="the oracle mlx-lm: pip install 'mlx[cpu]' mlx-lm")
@@ -123,8 +127,7 @@ class TestMlx:
         return np.array(model(mx.array(IDS[None]))[0])
 
     @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize("kind", ADAPTERS)
-    @pytest.mark.parametrize("base", ["llama", "qwen2"])
+    @pytest.mark.parametrize(("base", "kind"), [*(("llama", kind) for kind in ADAPTERS), *((base, "patterns") for base in BASES[1:])])
     def test_mlx_lm_reads_what_is_exported(self, kind, base, bases, tmp_path):
         expected = adapter(bases / base, tmp_path / "adapter", **ADAPTERS[kind])
         run("export", tmp_path / "adapter", "--to", "mlx", "--out", tmp_path / "out")

@@ -16,14 +16,11 @@ import numpy as np
 
 from minilora.formats import extra
 from minilora.formats.atomic import write_file
-from minilora.formats.gguf import in_halves
+from minilora.formats.gguf import INTERLEAVED, TYPES, dequantized, in_halves
 from minilora.formats.gguf_header import read_header
 from minilora.formats.mlx import Factors
 
-ARCHITECTURES = {  # model_type in config.json: llama.cpp's name
-    "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3", "smollm3": "smollm3"
-}  # fmt: skip
-_INTERLEAVED = ("llama", "mistral", "smollm3")
+ARCHITECTURES = {**{model_type: name for name, model_type in TYPES.items()}, "mistral": "llama", "gpt2": "gpt2"}  # by model_type
 
 
 def write_gguf_adapter(file: Path, layers: Factors, model: Any, alpha: float) -> None:
@@ -52,7 +49,6 @@ def write_gguf_adapter(file: Path, layers: Factors, model: Any, alpha: float) ->
 def from_gguf(file: Path, model: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(the configuration, the tensors) of an adapter for this model, as PEFT has them. Raises ValueError, naming the file; ImportError."""
     extra("gguf", "gguf", f"reading {file}")
-    import gguf
 
     try:
         meta, stored = read_header(file)
@@ -61,14 +57,15 @@ def from_gguf(file: Path, model: Any) -> tuple[dict[str, Any], dict[str, np.ndar
     if (meta.get("general.type"), meta.get("adapter.type")) != ("adapter", "lora"):
         raise ValueError(f"{file} is not a LoRA adapter: general.type is {meta.get('general.type')!r:.40}.")
     expected = ARCHITECTURES.get(kind_of(model))
-    if meta.get("general.architecture") != expected:
-        raise ValueError(f"{file} is for the architecture {meta.get('general.architecture')!r:.40}, the model is {expected}.")
+    if expected is None or meta.get("general.architecture") != expected:
+        model_is = expected or f"{kind_of(model)}, for which there are no such adapters"
+        raise ValueError(f"{file} is for the architecture {meta.get('general.architecture')!r:.40}, the model is {model_is}.")
     paths, tensors, ranks = _names(model), {}, {}
     for name, tensor in stored.items():
         stem, _, part = name.rpartition(".weight.lora_")
         if stem not in paths or part not in ("a", "b") or len(tensor.shape) != 2:
             raise ValueError(f"{file} has a tensor {name!r:.80}, for which the model has no place.")
-        value, path = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32), paths[stem]
+        value, path = np.asarray(dequantized(tensor, file), np.float32), paths[stem]
         ranks[path] = tensor.shape[0 if part == "a" else 1]
         tensors[f"base_model.model.{path}.lora_{part.upper()}.weight"] = value if part == "a" else _reordered(value, path, model, back=True)
     if not ranks:
@@ -99,7 +96,9 @@ def _reordered(B: np.ndarray, path: str, model: Any, back: bool) -> np.ndarray:
     """B (out, r) of q or k for interleaved rotary embeddings; back: for half-split ones. Others are returned unchanged."""
     fields = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     field = fields.get(path.rpartition(".")[2])
-    if field is None or kind_of(model) not in _INTERLEAVED:
+    if field is None or ARCHITECTURES[kind_of(model)] not in INTERLEAVED:
         return B
     heads = getattr(model.config, field)
+    if len(B) % (2 * heads):
+        return B  # of another model: its shape does not fit, either
     return in_halves(B, heads) if back else B.reshape(heads, 2, -1, B.shape[1]).swapaxes(1, 2).reshape(B.shape)
