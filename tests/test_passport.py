@@ -36,7 +36,8 @@ def bases(tmp_path_factory):
     for name in BASES:
         more = {"head_dim": 4} if name in ("qwen3", "gemma3_text") else {}
         more |= {"sliding_window": 64} if name == "mistral" else {}  # mlx-lm does not apply it
-        more |= {"sliding_window": 16, "num_hidden_layers": 6} if name == "gemma3_text" else {}
+        # mlx-lm rounds the root of hidden_size to bfloat16: 4 is exact
+        more |= {"sliding_window": 16, "num_hidden_layers": 6, "hidden_size": 16} if name == "gemma3_text" else {}
         config = ml.LlamaConfig(model_type=name, vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=64, **SIZES | more)
         ml.save_model(ml.Llama(config, rng=0), here / name)
         tokenizer.save(str(here / name / "tokenizer.json"))
