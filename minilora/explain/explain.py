@@ -51,7 +51,7 @@ def _explain(run: Passes, name: str, token: int | None, feature: int | None, pag
     shown = op or call
     as_run = run.float32.get(shown, shown)
     i, j = check(place, shown, token, feature)
-    docs, numbers = doc(shown), worked if op else composed
+    docs, source, numbers = doc(shown), code(shown), worked if op else composed
     sizes = sizes_of(docs.letters, shown.shapes) | as_run.flops.sizes
     why = "nothing here or below is trained" if functions(call)[1] else "it has no backward function"
     result: dict[str, Any] = {
@@ -69,7 +69,7 @@ def _explain(run: Passes, name: str, token: int | None, feature: int | None, pag
         "letters": "P: pairs of a query and a key that are multiplied, h: features of all query heads" if "P" in sizes else "",
         **arrays(shown),
         "no_backward": "" if call.order is not None or call.grads else why,
-        "code": [c for c in [code(shown)] if c["forward"]],
+        "code": [source] if source["forward"] else [],
         "token": i,
         "feature": j,
         "grid": list(grid_of(shown)),

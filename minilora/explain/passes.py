@@ -51,9 +51,6 @@ def passes(name: str | Path, text: str = TEXT) -> Passes:
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens; give a --text of two or more, as the loss is that of the next token.")
     ids, labels = (ids[:-1], ids[1:]) if isinstance(model, Decoder) else (ids, np.zeros(1, dtype=np.int64))
-    for _, layer in model.modules():
-        if isinstance(layer, Dropout):
-            layer.p = 0.0
     full = _traced(model.unfreeze(), ids, labels, arrays=False)[1]
     base = {id(p) for _, p in model.parameters()}
     note = _adapt(model, adapter)
@@ -64,6 +61,10 @@ def passes(name: str | Path, text: str = TEXT) -> Passes:
 
 
 def _traced(model: Any, ids: Array, labels: Array, arrays: bool) -> tuple[Any, list[Call]]:
+    """The loss, and the calls of a pass in both directions, without dropout."""
+    for _, layer in model.modules():
+        if isinstance(layer, Dropout):
+            layer.p = 0.0
     model.zero_grad()
     with trace(model, arrays) as calls:
         loss, saved = model.loss(ids, labels)
@@ -75,8 +76,6 @@ def _adapt(model: Any, adapter: Any) -> str:
     """Give the model its adapter, or a fresh one. Returns a sentence about it."""
     if adapter is not None:
         load_adapter(model, adapter)
-        for _, layer in lora_layers(model):
-            layer.dropout.p = 0.0
         return f"The adapter is that of {adapter}, without dropout."
     task = "CAUSAL_LM" if isinstance(model, Decoder) else "SEQ_CLS"
     inject(model, LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type=task), rng=0)
