@@ -36,7 +36,8 @@ def explain(
     with what there is, for a place, token or feature that is not there, and for a text that the model does not take.
     """
     run = passes(model, text)
-    result = {"model": str(model), "note": run.note, "text": text, "tokens": run.pieces, "ids": run.ids.tolist(), "loss": run.loss}
+    result = {"step": step, "model": str(model), "note": run.note, "text": text}
+    result |= {"tokens": run.pieces, "ids": run.ids.tolist(), "loss": run.loss}
     result |= (explain_step if step else _explain)(run, place, token, feature, html is not None)
     if html is not None:
         write_page(result, html)
