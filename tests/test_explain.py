@@ -143,6 +143,14 @@ def test_a_block_adds_up():
     assert [child["place"] for child in result["children"]][:3] == ["ln_1", "attn", "drop_1"]
 
 
+def test_every_term_of_a_sum_in_a_composite_has_a_name(tmp_path):
+    result = explain("encoder.layer.0", save_small("bert", tmp_path), "a man eating food")
+    names = [entry["name"] for entry in result["worked"]]
+    assert names[:3] == ["x + dense", "LayerNorm + output.dense", "output.LayerNorm.dx + intermediate.dense.dx"]
+    assert not any("?" in name for name in names)
+    assert result["about"].endswith("(R, d)")
+
+
 def test_lora_beside_full_fine_tuning():
     costs = explain("lora")["costs"]
     lora, full = costs["LoRA"], costs["fully trained"]
@@ -258,6 +266,11 @@ def test_a_gguf_file(tmp_path):
         assert all(close(entry["value"], entry["finite_difference"], 1e-5) for entry in worked)
     step = explain(model=file, text="the cat sat", step=True)
     assert step["worked"][-1]["value"] == pytest.approx(step["after"], rel=1e-12)
+
+
+def test_two_arrays_of_one_shape_have_their_own_names(tmp_path):
+    costs = explain("swiglu", save_small("llama", tmp_path), "the cat sat")["costs"]
+    assert sorted(costs["LoRA"]["formulas"]["saved"].split(" + ")) == ["4 T n (g)", "4 T n (u)"]
 
 
 def test_what_is_printed_where_there_is_no_argument_or_no_result():

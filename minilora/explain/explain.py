@@ -58,7 +58,7 @@ def _explain(run: Passes, name: str, token: int | None, feature: int | None, pag
     result: dict[str, Any] = {
         "place": place,
         "name": call.name,
-        "about": (type(call.layer).__doc__ or "").split("\n")[0] if call.layer is not None else "",
+        "about": (type(call.layer).__doc__ or "").split("\n")[0].rstrip(".:") if call.layer is not None else "",
         "operation": op.name if op else "",
         "implementation": as_run.implementation,
         "layer": file_of(functions(whole)[0]) if op and whole.layer is not None else "",
