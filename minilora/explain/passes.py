@@ -49,7 +49,7 @@ def passes(name: str | Path, text: str = TEXT) -> Passes:
     if len(ids) > longest:
         raise ValueError(f"the text has {len(ids)} tokens, and {name} takes {longest} at most; give a shorter --text.")
     if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens; give a --text of two or more, as the loss is that of the next token.")
+        raise ValueError(f"--text must have two tokens or more, as the loss is that of the next token; this has {len(ids)}.")
     ids, labels = (ids[:-1], ids[1:]) if isinstance(model, Decoder) else (ids, np.zeros(1, dtype=np.int64))
     full = _traced(model.unfreeze(), ids, labels, arrays=False)[1]
     base = {id(p) for _, p in model.parameters()}
