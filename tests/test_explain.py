@@ -328,7 +328,7 @@ BAD = {
     "a token out of range": (["lora", "--token", "13"], "no token 13; choose one from 0 to 12"),
     "a negative feature": (["lora", "--feature", "-1"], "no feature -1; choose one from 0 to 127"),
     "a text that is too long": (["--text", "x" * 300], "the text has 300 tokens, and pydoc takes 256 at most"),
-    "a text that is too short": (["--text", "x"], "--text must have two tokens or more, as the loss is that of the next token; this has 1."),
+    "a text that is too short": (["--text", "x"], "must have two tokens or more, as the loss is that of the next token; this has 1."),
     "a step of what is not adapted": (["h.0.ln_1", "--step"], "transformer.h.0.ln_1 has no LoRA for a step to change"),
     "no model": (["--model", "nowhere"], "there is no model at nowhere"),
     "a page that is there": (["--html", "setup.cfg"], "setup.cfg is in use"),
