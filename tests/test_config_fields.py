@@ -11,18 +11,24 @@ from golden import make_models
 
 import minilora as ml
 from minilora.formats.atomic import read_json, write_json
-from minilora.models.bert import BertConfig
-from minilora.models.config_file import NEUTRAL
+from minilora.models.bert import BertConfig, DistilBertConfig
+from minilora.models.config_file import NEUTRAL, OWN
 from minilora.models.gpt2 import GPT2Config
 from minilora.models.llama import LlamaConfig
+from minilora.models.registry import ARCHITECTURES
 
 CLASSES = {"gpt2": GPT2Config, "bert": BertConfig, "llama": LlamaConfig, "qwen2": LlamaConfig}
+CLASSES |= {"roberta": BertConfig, "xlm-roberta": BertConfig, "distilbert": DistilBertConfig}
 SMALL = {
     "gpt2": {"vocab_size": 11, "n_embd": 6, "n_layer": 2, "n_head": 2, "n_positions": 8},
     "bert": {
         **{"vocab_size": 11, "hidden_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 10},
         **{"max_position_embeddings": 8, "pad_token_id": None},
     },
+}
+SMALL["roberta"] = SMALL["xlm-roberta"] = {**SMALL["bert"], "pad_token_id": 1}
+SMALL["distilbert"] = {
+    **{"vocab_size": 11, "dim": 6, "n_layers": 2, "n_heads": 2, "hidden_dim": 10, "max_position_embeddings": 8, "pad_token_id": None},
 }
 SMALL["llama"] = SMALL["qwen2"] = {**SMALL["bert"], "hidden_size": 8, "num_key_value_heads": 1}
 IDS = np.array([3, 1, 4, 1, 5, 9])
@@ -41,10 +47,9 @@ def filled_config(transformers, kind, **changes):
     """A filled configuration of transformers."""
     import warnings
 
-    name = {"gpt2": "GPT2", "bert": "Bert", "llama": "Llama", "qwen2": "Qwen2"}[kind] + "Config"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return getattr(transformers, name)(**SMALL[kind], **changes)
+        return transformers.AutoConfig.for_model(kind, **SMALL[kind], **changes)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -61,7 +66,7 @@ def test_every_field_of_transformers_is_known(kind, transformers, capsys):
     made = CLASSES[kind].from_json(raw, "config.json")
     assert capsys.readouterr() == ("", "")
     for name, value in SMALL[kind].items():
-        assert getattr(made, name) == value
+        assert getattr(made, made.aliases.get(name, name)) == value
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -88,18 +93,16 @@ def test_neutral_fields_are_neutral_in_transformers(kind, transformers):
     """Every neutral field of transformers at another value gives the same logits from the same weights."""
     import torch
 
-    classes = {"gpt2": "GPT2LMHeadModel", "bert": "BertForSequenceClassification", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-
     def logits(weights, **changes):
         torch.manual_seed(0)
-        model = getattr(transformers, classes[kind])(filled_config(transformers, kind, **changes)).eval()
+        model = getattr(transformers, ARCHITECTURES[kind].architectures[0])(filled_config(transformers, kind, **changes)).eval()
         model.load_state_dict(weights or model.state_dict())
         with torch.no_grad():
             return model.state_dict(), model(torch.tensor(IDS[None]), return_dict=True).logits.numpy()
 
     weights, usual = logits(None)
-    neutral = set(" ".join(NEUTRAL.values()).split()) | {"pretraining_tp", "max_window_layers", "reorder_and_upcast_attn"}
-    ours = {field.name for field in fields(CLASSES[kind])}
+    neutral = set(" ".join([*NEUTRAL.values(), CLASSES[kind].neutral]).split()) - {"sliding_window", "is_decoder"}  # those need others
+    ours = {field.name for field in fields(CLASSES[kind])} - OWN
     tried = 0
     for name, value in filled_config(transformers, kind).to_dict().items():
         if name in neutral - ours - {"return_dict"} and other_value(value) is not None:  # without return_dict, transformers' models fail
@@ -121,6 +124,18 @@ PUBLISHED = {
         pooler_num_attention_heads=12 pooler_num_fc_layers=3 pooler_size_per_head=128 pooler_type=first_token_transform
         position_embedding_type=absolute transformers_version=4.6.0.dev0 type_vocab_size=2 use_cache=true vocab_size=119547
         gradient_checkpointing=false classifier_dropout=null torch_dtype=float32 _name_or_path=x""",
+    "roberta-base": """architectures attention_probs_dropout_prob=0.1 bos_token_id=0 eos_token_id=2 hidden_act=gelu
+        hidden_dropout_prob=0.1 hidden_size=768 initializer_range=0.02 intermediate_size=3072 layer_norm_eps=1e-05
+        max_position_embeddings=514 model_type=roberta num_attention_heads=12 num_hidden_layers=12 pad_token_id=1
+        type_vocab_size=1 vocab_size=50265""",
+    "xlm-roberta-base": """architectures attention_probs_dropout_prob=0.1 bos_token_id=0 eos_token_id=2 hidden_act=gelu
+        hidden_dropout_prob=0.1 hidden_size=768 initializer_range=0.02 intermediate_size=3072 layer_norm_eps=1e-05
+        max_position_embeddings=514 model_type=xlm-roberta num_attention_heads=12 num_hidden_layers=12 output_past=true pad_token_id=1
+        position_embedding_type=absolute transformers_version=4.17.0.dev0 type_vocab_size=1 use_cache=true vocab_size=250002""",
+    "distilbert-base-uncased-finetuned-sst-2-english": """activation=gelu architectures attention_dropout=0.1 dim=768 dropout=0.1
+        finetuning_task=sst-2 hidden_dim=3072 initializer_range=0.02 max_position_embeddings=512 model_type=distilbert n_heads=12
+        n_layers=6 output_past=true pad_token_id=0 qa_dropout=0.1 seq_classif_dropout=0.2 sinusoidal_pos_embds=false tie_weights_=true
+        vocab_size=30522""",
     "TinyLlama-1.1B-Chat": """architectures attention_bias=false bos_token_id=1 eos_token_id=2 hidden_act=silu hidden_size=2048
         initializer_range=0.02 intermediate_size=5632 max_position_embeddings=2048 model_type=llama num_attention_heads=32
         num_hidden_layers=22 num_key_value_heads=4 pretraining_tp=1 rms_norm_eps=1e-05 rope_scaling=null rope_theta=10000.0
@@ -174,6 +189,10 @@ def test_an_unknown_field_is_named_in_one_line(capsys):
         ("bert", {"problem_type": "multi_label_classification"}, "problem_type"),
         ("bert", {"pad_token_id": 30522}, "pad_token_id 30522 is no row"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved True"),
+        ("roberta", {"is_decoder": True}, "is_decoder True"),
+        ("roberta", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ("distilbert", {"layer_norm_eps": 1e-5}, "layer_norm_eps 1e-05; supported: no such field"),
+        ("distilbert", {"n_heads": 2, "num_attention_heads": 3}, "num_attention_heads"),
     ],
 )
 def test_fields_that_would_change_the_result_are_refused(kind, change, message):
@@ -203,6 +222,10 @@ def folder_of(kind, folder):
         ml.save_model(ml.Llama(config, rng=0), folder)
         write_json(folder / "config.json", {**read_json(folder / "config.json"), "attention_dropout": 0.0, "rope_scaling": None})
         return folder
+    if kind in ("roberta", "distilbert"):
+        config = CLASSES[kind].from_json({"model_type": kind, **SMALL[kind], "pad_token_id": 1, "num_labels": 3})
+        ml.save_model(ml.BertClassifier(config, rng=0), folder)
+        return folder
     return oracle.write_checkpoint(kind, folder, "float32", num_labels=3) if kind == "bert" else oracle.write_checkpoint(kind, folder)
 
 
@@ -220,7 +243,7 @@ def is_refused(load, folder, what):
     return True
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "roberta", "distilbert"])
 def test_any_value_of_any_field_is_refused_or_runs(kind, tmp_path):
     folder = folder_of(kind, tmp_path / "m")
     raw = read_json(folder / "config.json")

@@ -94,10 +94,10 @@ def test_rows_are_summed_by_many_threads(threads):
 def test_attention(threads, causal, offsets, monkeypatch):
     monkeypatch.setattr(grouped, "KEPT", 8)  # probabilities of some sequences are kept, others are recomputed
     q, k, v, do = device(21, 24), device(21, 12, seed=1), device(21, 12, seed=2), device(21, 24, seed=3)
-    for rows in (None, np.array([2, 6, 9, 20])):
+    for rows, window in ((None, None), (np.array([2, 6, 9, 20]), None), (None, 4), (np.array([2, 6, 9, 20]), 2)):
         q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
-        o, saved = K.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
-        expected, P = F.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
+        o, saved = K.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows, window=window)
+        expected, P = F.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows, window=window)
         close(o, expected)
         got = K.attention_backward(do_, q_, k, v, saved, 6, offsets, 3, rows=rows)
         pair = F.attention_backward(do_, q_, k, v, P, 6, offsets, 3, rows=rows)

@@ -46,18 +46,23 @@ def in_float32(x):
     return ml.to_numpy(x).astype("float64")
 
 
-CASES = {  # offsets, rows, causal, heads, groups
+CASES = {  # offsets, rows, causal, heads, groups, and a window
     "one sequence": ([0, 70], None, True, 2, 1),
     "several": ([0, 3, 68, 90], None, True, 2, 2),
     "both ways": ([0, 5, 75], None, False, 2, 1),
     "some rows": ([0, 66, 130], [2, 40, 65, 69, 129], True, 2, 1),
     "short": ([0, 20, 30, 40], [4, 19, 35], False, 1, 1),
+    "window": ([0, 5, 205, 215], None, True, 2, 1, 40),
+    "window, both ways": ([0, 200], None, False, 2, 2, 20),
+    "window, some rows": ([0, 166, 180], [2, 40, 90, 129, 165, 179], True, 1, 1, 66),
+    "window of one": ([0, 70], None, True, 1, 1, 1),
 }
 
 
 @pytest.mark.parametrize(("d", "case"), [(d, case) for case in CASES for d in (32, 64, 128) if d == 64 or case in ("several", "short")])
 def test_against_the_reference(dtype, d, case, gpu):
-    offsets, rows, causal, heads, groups = CASES[case]
+    offsets, rows, causal, heads, groups, *window = CASES[case]
+    window = window[0] if window else None
     T = offsets[-1]
     q, k, v = column_blocks(T, (heads * d, groups * d, groups * d), dtype, seed=0)
     if rows is not None:
@@ -66,11 +71,11 @@ def test_against_the_reference(dtype, d, case, gpu):
     do = column_blocks(len(q), (heads * d,), dtype, seed=1)[0]
     assert flash.fits(q, k, v, heads)
     with fakecupy.count() as c:
-        o, saved = flash.attention(q, k, v, heads, offsets, causal, n_kv_head=groups, rows=rows)
+        o, saved = flash.attention(q, k, v, heads, offsets, causal, n_kv_head=groups, rows=rows, window=window)
         got = flash.attention_backward(do, q, k, v, saved, heads, offsets, groups, {"dq", "dk", "dv"}, rows)
     assert gpu is not fakecupy.module or (c.launches, c.syncs) == (3, 0)
     here = [in_float32(x) for x in (q, k, v)]
-    expected, P = F.attention(*here, heads, offsets, causal, n_kv_head=groups, rows=rows)
+    expected, P = F.attention(*here, heads, offsets, causal, n_kv_head=groups, rows=rows, window=window)
     reference = F.attention_backward(in_float32(do), *here, P, heads, offsets, groups, rows=rows)
     if rows is not None:  # the reference leaves dk and dv of a sequence without a query unset
         requested = np.unique(np.searchsorted(offsets, rows, side="right") - 1)

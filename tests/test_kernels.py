@@ -124,7 +124,7 @@ def test_the_loss_over_the_vocabulary(need, draw):
 # -- attention: groups, blocks and rows ---------------------------------------------------------------------------------------
 
 
-def check_attention(lengths, heads, causal, rows, need, draw, d=3):
+def check_attention(lengths, heads, causal, rows, need, draw, d=3, window=None):
     H, G = heads
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     T = int(offsets[-1])
@@ -134,10 +134,10 @@ def check_attention(lengths, heads, causal, rows, need, draw, d=3):
     wide[:, : G * d] = k
     k = wide[:, : G * d]  # columns of a fused projection: not contiguous
     options = {"n_kv_head": G, "rows": rows}
-    o, saved = K.attention(q, k, v, H, offsets, causal, **options)
-    expected, P = F.attention(q, k, v, H, offsets, causal, **options)
+    o, saved = K.attention(q, k, v, H, offsets, causal, **options, window=window)
+    expected, P = F.attention(q, k, v, H, offsets, causal, **options, window=window)
     close(o, expected, draw.dtype)
-    close(K.attention(q, k, v, H, offsets, causal, keep=False, **options)[0], expected, draw.dtype)
+    close(K.attention(q, k, v, H, offsets, causal, keep=False, **options, window=window)[0], expected, draw.dtype)
     expected = F.attention_backward(do, q, k, v, P, H, offsets, **options)
     for f, kept in ((K.attention_backward, saved), (F.attention_backward, P)):
         for name, a, e in zip(("dq", "dk", "dv"), f(do, q, k, v, kept, H, offsets, need=need, **options), expected, strict=True):
@@ -156,7 +156,8 @@ def test_attention(causal, heads, lengths, limits, draw, monkeypatch):
     last = np.cumsum(lengths) - 1
     some = np.flatnonzero(np.random.default_rng(2).random(T) < 0.4)
     for rows in (None, last, some if len(some) else last, np.array([T - 1])):
-        check_attention(lengths, heads, causal, rows, ("dq", "dk", "dv"), draw)
+        for window in (None, 1, 3):
+            check_attention(lengths, heads, causal, rows, ("dq", "dk", "dv"), draw, window=window)
     for need in (("dq",), ("dk",), ("dv",), ("dq", "dv")):
         check_attention(lengths, heads, causal, some if len(some) else last, need, draw)
     forget_constants()
@@ -183,13 +184,13 @@ def test_derivatives_of_large_arguments_are_zero_and_one(name, on, draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.booleans(), st.integers(0, 2**32 - 1))
-def test_attention_of_any_batch(lengths, causal, seed):
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.booleans(), st.none() | st.integers(1, 20), st.integers(0, 2**32 - 1))
+def test_attention_of_any_batch(lengths, causal, window, seed):
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.standard_normal(shape)  # noqa: E731
     draw.dtype = "float64"
     rows = np.flatnonzero(rng.random(sum(lengths)) < 0.5)
-    check_attention(lengths, (4, 2), causal, rows if len(rows) else None, ("dq", "dk", "dv"), draw)
+    check_attention(lengths, (4, 2), causal, rows if len(rows) else None, ("dq", "dk", "dv"), draw, window=window)
 
 
 def test_attention_is_stable_at_large_scores(draw):

@@ -85,6 +85,9 @@ def _pairs(rng: np.random.Generator) -> Iterator[Pair]:
     for remark, offsets, causal in (("causal", OFFSETS, True), ("both ways", OFFSETS, False), ("one sequence", None, True)):
         q, k, v = draw(9, 6), draw(9, 6), draw(9, 6)
         yield Pair(F, f"attention, {remark}", "y saved", q=q, k=k, v=v, n_head=3, offsets=offsets, causal=causal)
+    for causal in (True, False):
+        window: dict[str, Any] = {"n_head": 3, "offsets": [0, 9], "causal": causal, "window": 3}
+        yield Pair(F, f"attention, a window{'' if causal else ', both ways'}", "y saved", q=q, k=k, v=v, **window)
     for needless in ("k", "v", "k v"):
         yield Pair(F, f"attention, no {needless}", "y saved", needless, q=q, k=k, v=v, n_head=2, offsets=OFFSETS)
     for needless in ("q", "q v"):

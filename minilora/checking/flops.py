@@ -103,10 +103,11 @@ def sizes_of(name: str, args: dict[str, Any], implementation: str = "reference")
         k, offsets, rows = args["k"], args.get("offsets"), args.get("rows")
         sizes |= {"P": sum(int((a.stop - a.start) * (b.stop - b.start)) for a, b, _ in _sequences(offsets, len(k), rows)), "again": 0}
         if implementation == "numpy":
-            bounds, causal, H = grouped.bounds_of(offsets, len(k)), args.get("causal", True), args["n_head"]
+            bounds, H = grouped.bounds_of(offsets, len(k)), args["n_head"]
             sizes["P"] = sizes["again"] = 0  # again: those whose scores are computed once more in backward
-            for group in grouped._groups(bounds, rows, causal, H, np):
-                pairs = sum(len(group.limit) * (at.stop - at.start) * e for at, e in grouped._blocks(group, H, np))
+            for group in grouped._groups(bounds, rows, args.get("causal", True), args.get("window"), H, np):
+                blocks = grouped._blocks(group, H, np)
+                pairs = len(group.limit) * sum((at.stop - at.start) * (near.stop - near.start) for at, near in blocks)
                 sizes["P"] += pairs
                 keys = group.keys.rows
                 longest = (keys.stop - keys.start) // len(group.limit) if isinstance(keys, slice) else keys.shape[1]

@@ -37,7 +37,7 @@ def _attention(a: Arrays, i: int, j: int) -> Arrays:
     head, e = divmod(j, d)
     share, nth = divmod(head, H // G)
     Q, K, V = _heads(q[rows], H, G), _heads(k[seq], G, G)[share], _heads(v[seq], G, G)[share]
-    P = _probabilities(Q, _heads(k[seq], G, G), H, a["causal"], places)[share]
+    P = _probabilities(Q, _heads(k[seq], G, G), H, a.get("causal", True), places, a.get("window"))[share]
     S = np.where(P > 0, Q[share] @ K.T / math.sqrt(d), -np.inf)
     r, key = int(nth * len(places) + i - rows.start), int(places[i - rows.start])
     found = {"Q": Q[share], "K": K, "V": V, "P": P, "S": S, "d": d, "e": e, "r": r, "g": int(P[r].argmax())}

@@ -47,7 +47,7 @@ def load_model(
     new_head: bool | None = False,
     seed: int = 0,
 ) -> Any:  # Any: one of the classes of FAMILIES, which have more in common than Layer
-    """A published model on a backend, frozen. Architectures: gpt2, bert, llama, qwen2.
+    """A published model on a backend, frozen. Architectures: models/registry.py.
 
     path_or_id: a folder with config.json and model.safetensors (or shards and model.safetensors.index.json), a .gguf file, an id
     "org/name" on the hub (fetched by huggingface_hub, with its cache and HF_HUB_OFFLINE), or "pydoc", the model in this package.
@@ -91,7 +91,7 @@ def load_model(
             new_head = others or config.num_labels != len(published)
     if new_head:
         tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
-    elif isinstance(labels, Sequence) and others and "classifier.weight" in tensors:
+    elif isinstance(labels, Sequence) and others and any(name.startswith("classifier.") for name in tensors):
         raise ValueError(f"{where}: the head is for {', '.join(published)}, not {', '.join(labels)}; new_head=True replaces it.")
     model = family.model(config, rng=Blank(), dtype="float32")
     complete = family.architectures[0] in (raw.get("architectures") or ()) and not new_head
@@ -108,7 +108,7 @@ def load_model(
 def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
     """The configuration with other classes: their names, or their number, which keeps the present names if it is theirs."""
     if not isinstance(config, BertConfig):
-        raise ValueError(f"{where}: this model is not a classifier; labels need a BERT.")
+        raise ValueError(f"{where}: this model is not a classifier; labels need a BERT or one of its relatives.")
     n, names = (labels, None) if isinstance(labels, int) else (len(labels), dict(enumerate(labels)))
     if n == config.num_labels:
         return replace(config, id2label=names or config.id2label)

@@ -1,8 +1,8 @@
 """tokenizer.json with the changes that the files beside it make, as transformers' AutoTokenizer (5.23) applies them.
 
-The class named in tokenizer_config.json, or that of the model type, decides. BertTokenizer, GPT2Tokenizer, LlamaTokenizer, Qwen2Tokenizer
-and XLMRobertaTokenizer take only the vocabulary and the post-processor from tokenizer.json, and build the rest from the options of
-tokenizer_config.json (do_lower_case, add_prefix_space, legacy, ...); the base class, PreTrainedTokenizerFast, uses the file unchanged.
+The class named in tokenizer_config.json, or that of the model type, decides. BertTokenizer, GPT2Tokenizer, LlamaTokenizer,
+Qwen2Tokenizer, RobertaTokenizer and XLMRobertaTokenizer take only the vocabulary and the post-processor from tokenizer.json, and build
+the rest from the options of tokenizer_config.json (do_lower_case, legacy, ...); the base class, PreTrainedTokenizerFast, uses the file.
 Other classes of transformers that build their own are refused by name. add_bos_token and add_eos_token have no effect beside a
 tokenizer.json. One difference: a special token that is only the default of a class, and not in the vocabulary, is not added, since no
 model was trained on it.
@@ -30,16 +30,20 @@ _DEFAULTS = {
     "Qwen2Tokenizer": {"unk_token": _END, "eos_token": _END, "pad_token": _END},
     "XLMRobertaTokenizer": dict(zip(_NAMES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>"), strict=True)),
 }
-_OF_MODEL = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}
+_DEFAULTS["RobertaTokenizer"] = _DEFAULTS["XLMRobertaTokenizer"]
+_OF_MODEL = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer", "roberta": "RobertaTokenizer", "xlm-roberta": "XLMRobertaTokenizer"}
+_OF_MODEL["distilbert"] = "BertTokenizer"
+_FIXED = {"qwen2": "Qwen2Tokenizer", "modernbert": ""}  # models for which transformers ignores the class that their files name
 _ALIASES = dict.fromkeys(("ElectraTokenizer", "DistilBertTokenizer", "SqueezeBertTokenizer"), "BertTokenizer")
 _MODELS = {"BertTokenizer": "WordPiece", "XLMRobertaTokenizer": "Unigram"}  # the others: BPE
-_AROUND = {"BertTokenizer": ("cls_token", "sep_token"), "XLMRobertaTokenizer": ("bos_token", "eos_token")}  # added around a text
+_AROUND = dict.fromkeys(("BertTokenizer", "RobertaTokenizer"), ("cls_token", "sep_token"))  # added around a text
+_AROUND["XLMRobertaTokenizer"] = "bos_token", "eos_token"
 _OPTIONS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _OTHERS = """Albert Bart Barthez Bartpho BertGeneration BertJapanese Bertweet BigBird BioGpt Blenderbot BlenderbotSmall ByT5 CLIP CTRL
 Camembert Canine Clvp CodeGen CodeLlama Cohere Cpm CpmAnt DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia Esm Esmc
 FNet FSMT FastSpeech2Conformer Flaubert Funnel GPTNeoX GPTNeoXJapanese GPTSw3 Gemma Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM
 Luke Lxmert M2M100 MBart MBart50 MLuke MPNet Marian MarkupLM Mgpstr MobileBert Mvp MyT5 Nllb Nougat OpenAIGPT PLBart Pegasus Perceiver
-Phobert Pop2Piano ProphetNet Qwen3_5 Reformer RemBert RoCBert RoFormer Roberta SeamlessM4T Siglip Siglip2 Speech2Text SpeechT5 Splinter
+Phobert Pop2Piano ProphetNet Qwen3_5 Reformer RemBert RoCBert RoFormer SeamlessM4T Siglip Siglip2 Speech2Text SpeechT5 Splinter
 T5 Tapas Tipsv2 Udop VideoPrism Vits Wav2Vec2CTC Wav2Vec2PhonemeCTC Whisper XGLM XLM XLNet""".split()
 
 
@@ -83,8 +87,12 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str]]:
         around = [(token, library.token_to_id(token)) for name in _AROUND[kind] if (token := names.get(name))]
         if len(around) < 2:
             raise ValueError(f"{file}: {kind} needs {' and '.join(_AROUND[kind])}, which are not in the vocabulary.")
-        single = f"{around[0][0]}:0 $A:0 {around[1][0]}:0"
-        library.post_processor = t.processors.TemplateProcessing(single=single, special_tokens=around)
+        if kind == "RobertaTokenizer":
+            trims, space = config.get("trim_offsets", True), config.get("add_prefix_space") or False
+            library.post_processor = t.processors.RobertaProcessing(around[1], around[0], trims, space)
+        else:
+            single = f"{around[0][0]}:0 $A:0 {around[1][0]}:0"
+            library.post_processor = t.processors.TemplateProcessing(single=single, special_tokens=around)
     library.encode_special_tokens = bool(config.get("split_special_tokens"))
     return library, names
 
@@ -136,8 +144,8 @@ def _pop_named(fields: dict[str, Any]) -> dict[str, Any]:
 def _kind(config: dict[str, Any], model: dict[str, Any], raw: dict[str, Any], where: Path) -> str:
     """The class of transformers that would read these files; "" for the base class."""
     name, of_model = config.get("tokenizer_class") or model.get("tokenizer_class"), model.get("model_type")
-    if of_model == "qwen2":
-        return "Qwen2Tokenizer"  # transformers ignores the class that the files of these models name
+    if of_model in _FIXED:
+        return _FIXED[of_model]
     kind = str(name or _OF_MODEL.get(str(of_model), "")).removesuffix("Fast")
     kind = _ALIASES.get(kind, kind)
     if kind.removesuffix("Tokenizer") in _OTHERS:

@@ -38,13 +38,14 @@ def attention(
     keep: bool = True,
     n_kv_head: int | None = None,
     rows: Rows = None,
+    window: int | None = None,
 ) -> tuple[Array, list[Array]]:
     """o = softmax(q k^T / sqrt d) v, for each sequence and each head on its own.
 
     Shapes: q (R, H d) holds H heads of d features in its columns, k and v (T, G d) hold G = n_kv_head (default H) -> o (R, H d).
     Grouped heads (arXiv 2305.13245): with n = H / G, the query heads g n to g n + n - 1 share the key and value head g.
     Sequence i is the rows offsets[i] to offsets[i + 1] of k and v; None means that all rows are one sequence. `causal`
-    lets a token see itself and what precedes it in its sequence.
+    lets a token see itself and what precedes it in its sequence; `window` (arXiv 2004.05150) only what is nearer than that many tokens.
     `rows` (R,), rising and on the host, are the rows of k that the queries belong to: the last layer of a model needs only those that
     its head will read. None: all, R = T.
 
@@ -57,7 +58,7 @@ def attention(
     saved = []
     for at, seq, places in _sequences(offsets, k.shape[0], rows):
         Q, K, V = _heads(q[at], n_head, G), _heads(k[seq], G, G), _heads(v[seq], G, G)
-        P = _probabilities(Q, K, n_head, causal, places)  # (G, n t, s)
+        P = _probabilities(Q, K, n_head, causal, places, window)  # (G, n t, s)
         o[at] = _columns(P @ V, n_head)
         if keep:
             saved.append(P)
@@ -136,16 +137,17 @@ def check_attention(q: Array, k: Array, v: Array, H: int, G: int, rows: Rows) ->
         raise ValueError(f"attention: q {q.shape} and k {k.shape} must have as many rows{'' if rows is None else ' as `rows` names'}.")
 
 
-def _probabilities(Q: Array, K: Array, n_head: int, causal: bool, places: np.ndarray) -> Array:
+def _probabilities(Q: Array, K: Array, n_head: int, causal: bool, places: np.ndarray, window: int | None = None) -> Array:
     """P = softmax(S), S = Q K^T / sqrt d: Q (G, n t, d), K (G, s, d) -> P (G, n t, s).
 
-    causal: a query sees the keys up to its own place, places (t,).
+    A query sees the keys that are less than `window` away from its own place, places (t,), and if causal none after it.
     """
     S = (Q @ K.transpose(0, 2, 1)) * (1 / math.sqrt(Q.shape[-1]))
-    if causal:
+    if causal or window:
         xp = get_xp(S)
-        future = xp.arange(S.shape[2])[None, :] > constant(places, S)[:, None]  # (t, s)
-        S = xp.where(future, -math.inf, S.reshape(n_head, *future.shape)).reshape(S.shape)
+        ahead = xp.arange(S.shape[2])[None, :] - constant(places, S)[:, None]  # (t, s)
+        hidden = (abs(ahead) >= (window or math.inf)) | (causal & (ahead > 0))
+        S = xp.where(hidden, -math.inf, S.reshape(n_head, *hidden.shape)).reshape(S.shape)
     return softmax(S)
 
 

@@ -12,15 +12,16 @@ import numpy as np
 from minilora.backend import Array, constant, get_xp
 
 
-def rotary_tables(positions: np.ndarray, d: int, theta: float, like: Array) -> tuple[Array, Array]:
-    """cos and sin (T, d / 2) of the angles position_t theta^(-2 i / d), for heads of d features.
+def rotary_tables(positions: np.ndarray, d: int, theta: Any, like: Array, factor: float = 1.0) -> tuple[Array, Array]:
+    """cos and sin (T, d / 2) of the angles position_t theta^(-2 i / d), for heads of d features; both times `factor`.
 
+    theta: a number, or in place of theta^(-2 i / d) an array of d / 2 frequencies (models/rope.py).
     Computed in float64 on the host, then moved to where `like` lives, in its dtype: every layer of a model shares them.
     """
     if d < 2 or d % 2:
         raise ValueError(f"rotary: a head has {d} features; they are rotated in pairs, so their number must be even.")
-    angles = positions[:, None] * theta ** (-np.arange(0, d, 2) / d)
-    return constant(np.cos(angles).astype(like.dtype), like), constant(np.sin(angles).astype(like.dtype), like)
+    angles = positions[:, None] * (theta if np.ndim(theta) else theta ** (-np.arange(0, d, 2) / d))
+    return constant((factor * np.cos(angles)).astype(like.dtype), like), constant((factor * np.sin(angles)).astype(like.dtype), like)
 
 
 def rotary(x: Array, cos: Array, sin: Array) -> Array:

@@ -3,11 +3,12 @@
 The steps that NumPy and CUDA take in different ways are in numpy/attention.py and cuda/attention.py; `steps` is one of these modules:
 
     product, scores    a @ b of stacked matrices; scores gives float32 of half precision
-    weights            (S, group.seen of the queries, dtype of Q) -> E (n, G, H / G t, e) and 1 / sum (..., 1), or P and None
+    weights            (S, begin, first and last of the queries, dtype of Q) -> E (n, G, H / G t, e) and 1 / sum (..., 1), or P and None
     through_softmax    (dS, E, 1 / sum) -> E (dS - D')
 
 Sequences of about one length make a group: their matrices are stacked in one (n, G, t, s) array, the shorter ones padded. A block of
-queries sees the keys up to the last that one of them may see, so that half of a causal square is never computed.
+queries sees the keys from the first to the last that one of them may see: half of a causal square is never computed, nor what no
+window reaches.
 
 E = exp(S - max) is kept rather than P = E / sum: with the queries scaled once, O = (E V) / sum, and backward, with dO' = dO / sum,
 
@@ -43,12 +44,16 @@ class Places(NamedTuple):
 
 
 class Group(NamedTuple):
-    """n sequences of up to s keys and t queries each. A query sees the keys 0 to limit (n, t); `seen` is the same where the arrays are."""
+    """n sequences of up to s keys and t queries each. A query sees the keys first to limit, (n, t) each.
+
+    seen: both where the arrays are; None for `first` without a window, where it is 0.
+    """
 
     keys: Places
     queries: Places
+    first: np.ndarray
     limit: np.ndarray
-    seen: Any
+    seen: tuple[Any, Any]
 
 
 def attention(
@@ -62,19 +67,20 @@ def attention(
     keep: bool = True,
     n_kv_head: int | None = None,
     rows: np.ndarray | None = None,
+    window: int | None = None,
 ) -> tuple[Array, list]:
     """As functional.attention. Saved: for each group and block of queries E and 1 / sum, or None where they are computed again."""
     xp, G = get_xp(q, k, v), n_kv_head or n_head
     check_attention(q, k, v, n_head, G, rows)
     o, saved = xp.empty(q.shape, dtype=q.dtype), []
-    for group in _groups(bounds_of(offsets, len(k)), rows, causal, n_head, xp):
+    for group in _groups(bounds_of(offsets, len(k)), rows, causal, window, n_head, xp):
         sizes = len(group.limit), G, k.shape[1] // G
         Q, K, V = _take(q, group.queries, *sizes), _take(k, group.keys, *sizes), _take(v, group.keys, *sizes)
         O = _room(o, group.queries, *sizes)
         parts = []
-        for at, e in _blocks(group, n_head, xp):
-            E, inverse = _weights(steps, _scaled(Q[..., at, :]), K, group, at, e)
-            part = steps.product(E, V[:, :, 0, :e])
+        for at, near in _blocks(group, n_head, xp):
+            E, inverse = _weights(steps, _scaled(Q[..., at, :]), K, group, at, near)
+            part = steps.product(E, V[:, :, 0, near])
             into = O[..., at, :]
             part = part.reshape(into.shape)
             if inverse is None:
@@ -84,7 +90,7 @@ def attention(
             parts.append((E, inverse) if keep and K.shape[3] <= KEPT else None)
         _put(O, o, group.queries)
         if keep:
-            saved.append((causal, parts))
+            saved.append((causal, window, parts))
     return o, saved
 
 
@@ -106,8 +112,8 @@ def attention_backward(
     unread = xp.empty if rows is None else xp.zeros  # a sequence without a query gets no gradient
     dq = xp.empty(q.shape, dtype=q.dtype) if "dq" in need else None
     dk, dv = (unread(k.shape, dtype=k.dtype) if name in need else None for name in ("dk", "dv"))
-    groups = _groups(bounds_of(offsets, len(k)), rows, saved[0][0], n_head, xp) if saved else []
-    for group, (_, parts) in zip(groups, saved, strict=True):
+    groups = _groups(bounds_of(offsets, len(k)), rows, *saved[0][:2], n_head, xp) if saved else []
+    for group, (*_, parts) in zip(groups, saved, strict=True):
         sizes = len(group.limit), G, k.shape[1] // G
         Q, K, V = _take(q, group.queries, *sizes), _take(k, group.keys, *sizes), _take(v, group.keys, *sizes)
         dO = _take(do, group.queries, *sizes)
@@ -116,22 +122,22 @@ def attention_backward(
         dQ = None if dq is None else _room(dq, group.queries, *sizes)
         dK, dV = (None if x is None else _room(x, group.keys, *sizes) for x in (dk, dv))
         blocks = list(zip(_blocks(group, n_head, xp), parts, strict=True))
-        for i, ((at, e), kept) in enumerate(reversed(blocks)):  # the last sees the most keys
+        for i, ((at, near), kept) in enumerate(reversed(blocks)):  # without a window, the last sees the most keys
             Q_at = _scaled(Q[..., at, :])
-            E, inverse = kept or _weights(steps, Q_at, K, group, at, e)
+            E, inverse = kept or _weights(steps, Q_at, K, group, at, near)
             dO_at = dO[..., at, :].reshape(Q_at.shape)
             if inverse is not None:
                 dO_at = dO_at * inverse
             if dV is not None:
-                _collect(dV, steps.product(E.swapaxes(2, 3), dO_at), i == 0)  #     O = E @ V / sum
+                _collect(dV, steps.product(E.swapaxes(2, 3), dO_at), near, i == 0)  # O = E @ V / sum
             if dQ is None and dK is None:
                 continue
-            dS = steps.scores(dO_at, V[:, :, 0, :e].swapaxes(2, 3))
+            dS = steps.scores(dO_at, V[:, :, 0, near].swapaxes(2, 3))
             dS = steps.through_softmax(dS, E, inverse)  #                       E = exp(S - max)
             if dK is not None:
-                _collect(dK, steps.product(dS.swapaxes(2, 3), Q_at), i == 0)  #     S = Q_at @ K^T
+                _collect(dK, steps.product(dS.swapaxes(2, 3), Q_at), near, i == 0)  # S = Q_at @ K^T
             if dQ is not None:
-                part = steps.product(dS, K[:, :, 0, :e])
+                part = steps.product(dS, K[:, :, 0, near])
                 xp.multiply(part.reshape(dQ[..., at, :].shape), 1 / math.sqrt(Q.shape[-1]), out=dQ[..., at, :])
         for part, x, places in ((dQ, dq, group.queries), (dK, dk, group.keys), (dV, dv, group.keys)):
             if part is not None:
@@ -139,30 +145,32 @@ def attention_backward(
     return dq, dk, dv
 
 
-def _collect(total: Array, part: Array, first: bool) -> None:
-    """Add the gradient of the keys that a block sees to that of all, (n, G, 1, s, d); the first assigns."""
-    seen, unseen = total[:, :, 0, : part.shape[2]], total[:, :, 0, part.shape[2] :]
+def _collect(total: Array, part: Array, near: slice, first: bool) -> None:
+    """Add the gradient of the keys `near` a block to that of all, (n, G, 1, s, d); the first assigns."""
+    seen = total[:, :, 0, near]
     if not first:
         seen += part
         return
     seen[...] = part
-    if unseen.size:
-        unseen[...] = 0
+    for unseen in (total[:, :, 0, : near.start], total[:, :, 0, near.stop :]):
+        if unseen.size:
+            unseen[...] = 0
 
 
-def _weights(steps: Any, Q: Array, K: Array, group: Group, at: slice, e: int) -> tuple[Array, Array | None]:
+def _weights(steps: Any, Q: Array, K: Array, group: Group, at: slice, near: slice) -> tuple[Array, Array | None]:
     """E = exp(S - max) (n, G, H / G t, e) and 1 / sum (..., 1), or P and None; S = Q K^T where a query may look; Q is scaled."""
-    return steps.weights(steps.scores(Q, K[:, :, 0, :e].swapaxes(2, 3)), group.seen[:, at], Q.dtype)
+    first, last = (None if x is None else x[:, at] for x in group.seen)
+    return steps.weights(steps.scores(Q, K[:, :, 0, near].swapaxes(2, 3)), near.start, first, last, Q.dtype)
 
 
-def _blocks(group: Group, n_head: int, xp: Any) -> Iterator[tuple[slice, int]]:
-    """(queries, number of keys that at least one of them sees) of each block."""
+def _blocks(group: Group, n_head: int, xp: Any) -> Iterator[tuple[slice, slice]]:
+    """(queries, the keys from the first to the last that one of them sees) of each block."""
     n, t = group.limit.shape
     queries, scores = _sizes(xp)
     step = max(16, min(queries, scores // (n * n_head * (int(group.limit.max()) + 1))))
     for a in range(0, t, step):
         at = slice(a, min(a + step, t))
-        yield at, int(group.limit[:, at].max()) + 1
+        yield at, slice(int(group.first[:, at].min()), int(group.limit[:, at].max()) + 1)
 
 
 def _sizes(xp: Any) -> tuple[int, int]:
@@ -174,7 +182,7 @@ def _sizes(xp: Any) -> tuple[int, int]:
 
 
 @kept_on_device
-def _groups(bounds: np.ndarray, rows: np.ndarray | None, causal: bool, n_head: int, xp: Any) -> list[Group]:
+def _groups(bounds: np.ndarray, rows: np.ndarray | None, causal: bool, window: int | None, n_head: int, xp: Any) -> list[Group]:
     """The groups, from the longest sequences to the shortest."""
     rows = np.arange(bounds[-1]) if rows is None else rows
     cuts = np.searchsorted(rows, bounds)
@@ -190,10 +198,16 @@ def _groups(bounds: np.ndarray, rows: np.ndarray | None, causal: bool, n_head: i
         queries, query_there = _rows_of(cuts, members)
         ends = (lengths[members] - 1)[:, None]
         place = rows[queries] - bounds[members][:, None]
-        limit = np.minimum(place, ends) if causal else np.broadcast_to(ends, queries.shape)
-        seen = limit if xp is np else xp.asarray(limit.astype(np.int32))
-        groups.append(Group(_places(*_rows_of(bounds, members), xp), _places(queries, query_there, xp), limit, seen))
+        first, limit = seen_keys(place, ends, causal, window)
+        seen = None if window is None else xp.asarray(first.astype(np.int32)), xp.asarray(limit.astype(np.int32))
+        groups.append(Group(_places(*_rows_of(bounds, members), xp), _places(queries, query_there, xp), first, limit, seen))
     return groups
+
+
+def seen_keys(place: np.ndarray, ends: np.ndarray, causal: bool, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last key that each query sees, both of the shape of `place`, its own; ends: the last key of its sequence."""
+    window = window or int(ends.max()) + 1
+    return np.maximum(place - window + 1, 0), np.minimum(place + (0 if causal else window - 1), ends)
 
 
 def _rows_of(bounds: np.ndarray, members: list[int]) -> tuple[np.ndarray, np.ndarray | None]:

@@ -39,20 +39,21 @@ class LayerNorm(Layer):
 
 
 class RMSNorm(Layer):
-    """y = weight * x / sqrt(mean(x^2) + eps).   x (T, n) -> y (T, n). Saved as in LayerNorm."""
+    """y = (offset + weight) * x / sqrt(mean(x^2) + eps).   x (T, n) -> y (T, n). offset: 0, or 1 as in Gemma. Saved as in LayerNorm."""
 
-    def __init__(self, n: int, eps: float = 1e-6, *, dtype: Any = "float32") -> None:
-        self.eps = eps
-        self.weight = Parameter(np.ones(n, dtype=dtype))
+    def __init__(self, n: int, eps: float = 1e-6, offset: int = 0, *, dtype: Any = "float32") -> None:
+        self.eps, self.offset = eps, offset
+        self.weight = Parameter(np.full(n, 1 - offset, dtype=dtype))
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
-        y, inner = K.rms_norm(x, self.weight.data, self.eps)
+        y, inner = K.rms_norm(x, self.weight.data + 1 if self.offset else self.weight.data, self.eps)
         return y, self.save(need_dx, inner if need_dx or self.weight.trainable else None) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         (inner,) = self.load(saved, need_dx)
         if inner is None:
             return None
-        dx, dgamma = K.rms_norm_backward(dy, inner, self.weight.data, needed(dx=need_dx, dgamma=self.weight.trainable))
+        gamma = self.weight.data + 1 if self.offset else self.weight.data
+        dx, dgamma = K.rms_norm_backward(dy, inner, gamma, needed(dx=need_dx, dgamma=self.weight.trainable))
         self.weight.add_grad(dgamma)
         return dx

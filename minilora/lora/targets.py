@@ -32,7 +32,8 @@ def find_targets(model: Layer, config: Any, strict: bool = True) -> dict[str, An
     if names == "all-linear":
         head = getattr(model, "output_head", None) or ""
         is_head = not head.endswith(CLASSIFIERS) or config.task_type == "SEQ_CLS"  # to PEFT, a classifier's is one only with this task
-        named = [path for path in linears if path != head or not is_head]
+        full = tuple(config.saved_modules)  # by the ends of names: DistilBERT's "pre_classifier" too
+        named = [path for path in linears if (path != head or not is_head) and not path.endswith(full)]
     else:
         named = [path for path in modules if _is_named(path, names)]
         if blocks:

@@ -10,10 +10,10 @@ import numpy as np
 from minilora import kernels as K
 from minilora.backend import Array, Rng, get_xp
 from minilora.functional.attention import Offsets, Rows
-from minilora.layers import Layer, Linear, Output, Saved, needed
+from minilora.layers import Layer, Linear, Output, RMSNorm, Saved, needed
 
 Tables = tuple[Array, Array]  # cos and sin of the rotary angles, (T, head_dim / 2) each
-Extend = Callable[[Array, Array], tuple[Array, Array, np.ndarray]]  # `KVCache.extend` for one layer
+Extend = Callable[..., tuple[Array, Array, np.ndarray]]  # `KVCache.extend` for one layer
 
 
 class KVCache:
@@ -27,9 +27,9 @@ class KVCache:
         self.block, self.length = block, 0
         self._kept: dict[int, Array] = {}  # layer: keys and values, (2, capacity, n_kv_head d)
 
-    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array, np.ndarray]:
+    def extend(self, layer: int, k: Array, v: Array, window: int | None = None) -> tuple[Array, Array, np.ndarray]:
         """Append k and v (t, n_kv_head d) of new tokens to those of this layer; returns all, (length + t, n_kv_head d), as views, and the
-        places (t,) of the new ones.
+        places (t,) of the new ones. With a window, only those that a new token sees: the last t + window - 1.
 
         The model adds t to `length` once all its layers have been extended.
         """
@@ -40,7 +40,8 @@ class KVCache:
                 grown[:, : self.length] = kept[:, : self.length]
             self._kept[layer] = kept = grown
         kept[0, self.length : end], kept[1, self.length : end] = k, v
-        return kept[0, :end], kept[1, :end], np.arange(self.length, end)
+        first = max(0, self.length - window + 1) if window else 0
+        return kept[0, first:end], kept[1, first:end], np.arange(self.length - first, end - first)
 
 
 class Attention(Layer):
@@ -83,15 +84,33 @@ class Attention(Layer):
         return self.c_attn.backward(dqkv, s_attn, need_dx=need_dx)  #            qkv = c_attn(x)
 
 
+class HeadNorm(RMSNorm):
+    """RMSNorm of each head on its own.   x (T, H n) -> y (T, H n); weight (n,)."""
+
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
+        y, saved = super().forward(x.reshape(-1, len(self.weight.data)), keep, need_dx)
+        return y.reshape(x.shape), saved
+
+    def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
+        dx = super().backward(dy.reshape(-1, len(self.weight.data)), saved, need_dx)
+        return None if dx is None else dx.reshape(dy.shape)
+
+
 class SelfAttention(Layer):
     """q = rotary(x W_q),  k = rotary(x W_k),  v = x W_v;   o = attention(q, k, v).   x (T, d) -> o (T, n_head head_dim), or its `rows`.
 
     A subclass names W_q, W_k and W_v as its checkpoint does. n_kv_head: the number of heads of keys and values, a divisor of n_head.
+    window: a token sees only tokens that are less far away (functional/attention.py). q_norm and k_norm, if there are any, come before the
+    rotation. q_scale: a factor of q, where it is rotated.
     Saved, if a gradient has to pass: q and k as rotated, v, and what K.attention returns.
     """
 
     names: tuple[str, str, str]
     causal = True
+    window: int | None = None
+    q_norm: Any = None
+    k_norm: Any = None
+    q_scale = 1.0
 
     def __init__(self, d: int, n_head: int, n_kv_head: int, head_dim: int, bias: bool, rng: np.random.Generator, dtype: Any) -> None:
         self.n_head, self.n_kv_head = n_head, n_kv_head
@@ -114,26 +133,33 @@ class SelfAttention(Layer):
     ) -> Output:
         """rope: the rotary tables; None: no rotation. extend: as in Attention."""
         to_q, to_k, to_v = self.projections()
-        need = needed(dq=need_dx or to_q.trainable, dk=need_dx or to_k.trainable, dv=need_dx or to_v.trainable)
+        at_q, at_k = need_dx or to_q.trainable, need_dx or to_k.trainable  # below the norms
+        above = [norm is not None and norm.trainable for norm in (self.q_norm, self.k_norm)]
+        need = needed(dq=at_q or above[0], dk=at_k or above[1], dv=need_dx or to_v.trainable)
         through = keep and bool(need)
         q, s_q = to_q.forward(K.take_rows(x, rows), keep=through, need_dx=need_dx)
         k, s_k = to_k.forward(x, keep=through, need_dx=need_dx)
         v, s_v = to_v.forward(x, keep=through, need_dx=need_dx)
-        r_q = r_k = None
+        r_q = r_k = n_q = n_k = None
+        if self.q_norm is not None:
+            q, n_q = self.q_norm.forward(q, keep=through, need_dx=at_q)
+            k, n_k = self.k_norm.forward(k, keep=through, need_dx=at_k)
         if rope is not None:
-            (q, r_q), (k, r_k) = K.rotary(q, *_take(rope, rows)), K.rotary(k, *rope)
+            (q, r_q), (k, r_k) = K.rotary(q, *self._of_queries(rope, rows)), K.rotary(k, *rope)
         if extend is not None:
-            k, v, rows = extend(k, v)
-        o, P = K.attention(q, k, v, self.n_head, offsets, self.causal, keep=through, n_kv_head=self.n_kv_head, rows=rows)
+            k, v, rows = extend(k, v, self.window)
+        heads = {"n_kv_head": self.n_kv_head, "rows": rows, "window": self.window}
+        o, P = K.attention(q, k, v, self.n_head, offsets, self.causal, keep=through, **heads)
         if not keep:
             return o, None
-        return o, self.save(need_dx, (need, q, k, v, P, offsets, rows, rope, r_q, r_k) if through else None, s_q, s_k, s_v)
+        norms = at_q, at_k, n_q, n_k
+        return o, self.save(need_dx, (need, q, k, v, P, offsets, rows, rope, r_q, r_k, norms) if through else None, s_q, s_k, s_v)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         through, s_q, s_k, s_v = self.load(saved, need_dx)
         if through is None:
             return None
-        need, q, k, v, P, offsets, rows, rope, r_q, r_k = through
+        need, q, k, v, P, offsets, rows, rope, r_q, r_k, (at_q, at_k, n_q, n_k) = through
         to_q, to_k, to_v = self.projections()
         dx_q: Any = None
         dx_k: Any = None
@@ -142,16 +168,18 @@ class SelfAttention(Layer):
         if "dv" in need:
             dx_v = to_v.backward(dv, s_v, need_dx=need_dx)  #                           v = x W_v
         if "dk" in need:
-            dk = dk if rope is None else K.rotary_backward(dk, r_k, *rope)  #           k = rotary(x W_k)
-            dx_k = to_k.backward(dk, s_k, need_dx=need_dx)
+            dk = dk if rope is None else K.rotary_backward(dk, r_k, *rope)  #           k = rotary(k_norm(x W_k))
+            dk = dk if self.k_norm is None else self.k_norm.backward(dk, n_k, need_dx=at_k)
+            dx_k = to_k.backward(dk, s_k, need_dx=need_dx) if at_k else None
         if "dq" in need:
-            dq = dq if rope is None else K.rotary_backward(dq, r_q, *_take(rope, rows))  # q = rotary(x[rows] W_q)
-            dx_q = to_q.backward(dq, s_q, need_dx=need_dx)
+            dq = dq if rope is None else K.rotary_backward(dq, r_q, *self._of_queries(rope, rows))  # q = rotary(q_norm(x[rows] W_q))
+            dq = dq if self.q_norm is None else self.q_norm.backward(dq, n_q, need_dx=at_q)
+            dx_q = to_q.backward(dq, s_q, need_dx=need_dx) if at_q else None
         return K.add(K.add(K.take_rows_backward(dx_q, rows, len(k)), dx_k), dx_v) if need_dx else None  # x feeds all three
 
-
-def _take(rope: Tables, rows: Rows) -> list[Array]:
-    return [K.take_rows(table, rows) for table in rope]
+    def _of_queries(self, rope: Tables, rows: Rows) -> list[Array]:
+        """The tables of the rows of q, times q_scale."""
+        return [K.take_rows(table if self.q_scale == 1 else self.q_scale * table, rows) for table in rope]
 
 
 def _thirds(qkv: Array) -> tuple[Array, Array, Array]:

@@ -2,121 +2,49 @@
 
     x_0 = embed_tokens[ids]        x_i = block_i(x_{i-1})        h = norm(x_L)        logits = h lm_head   (or h embed_tokens^T)
 
-Qwen2 is the same model with biases on the projections of q, k and v. Body: models/stack.py. Head, loss and generation:
-models/decoder.py. The residual adds of a block: models/block.py.
+Mistral, Qwen2, Qwen3, SmolLM3 and Gemma 3 are the same model with other settings: models/llama_config.py. Body: models/stack.py. Head, loss
+and generation: models/decoder.py. The residual adds of a block: models/block.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+import math
+from typing import Any
 
 import numpy as np
 
 from minilora import functional as F
 from minilora import kernels as K
-from minilora.backend import Array, Rng, generator
+from minilora.backend import Array, Rng, constant, generator
 from minilora.layers import Embedding, Layer, Linear, Output, RMSNorm, Saved, needed
-from minilora.models.attention import SelfAttention
+from minilora.models.attention import HeadNorm, SelfAttention
 from minilora.models.block import PreNormBlock
-from minilora.models.config_file import ModelConfig
 from minilora.models.decoder import Decoder
+from minilora.models.llama_config import LlamaConfig
 from minilora.models.stack import Body, Parts, initialise
-
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-_DEFAULTS: dict[str, dict[str, Any]] = {  # of transformers, where they differ from LlamaConfig's
-    "llama": {"bos_token_id": 1, "eos_token_id": 2},
-    "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768},
-}
-_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-
-
-@dataclass
-class LlamaConfig(ModelConfig):
-    """Field names as in the config.json of a published Llama or Qwen2 (`model_type` says which).
-
-    num_key_value_heads None is num_attention_heads; head_dim None is hidden_size / num_attention_heads. attention_bias is
-    Llama's, and puts biases on q, k, v and o; Qwen2 always has them on q, k and v. Raises ValueError for sizes that do not fit.
-    """
-
-    model_type: str = "llama"
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-
-    choices: ClassVar[Any] = {"model_type": tuple(_CLASSES)}
-    fixed: ClassVar[Any] = {
-        **choices,
-        "hidden_act": ("silu", "swish"),
-        "is_causal": (True,),
-        "partial_rotary_factor": (1, None),
-        "rope_interleaved": (False,),
-        "use_mrope": (False,),
-        "use_sliding_window": (False, None),
-    }
-    neutral: ClassVar[Any] = "is_decoder pretraining_tp rope_parameters rope_scaling layer_types sliding_window max_window_layers"
-
-    def __post_init__(self) -> None:
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        self.check()
-        if self.head_dim is None:
-            self.check_multiple("hidden_size", "num_attention_heads")
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.head_dim % 2:
-            raise ValueError(f"LlamaConfig: head_dim must be a positive even number, got {self.head_dim}.")
-        self.check_multiple("num_attention_heads", "num_key_value_heads")
-        if self.model_type == "qwen2" and (self.attention_bias or self.mlp_bias):
-            raise ValueError("LlamaConfig: a qwen2 has biases on q, k and v and nowhere else; attention_bias and mlp_bias must be false.")
-
-    @classmethod
-    def read(cls, raw: dict[str, Any], where: str) -> dict[str, Any]:
-        """The fields in a config.json as transformers 4 or 5 writes it, whose rotary settings have other names in each."""
-        kinds = raw.get("layer_types") or []
-        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-            raise ValueError(f"{where} has layer_types {kinds!r:.80}; supported: full_attention.")
-        values = super().read({**_DEFAULTS.get(str(raw.get("model_type", "llama")), {}), **raw}, where)
-        name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"  # in transformers 4 and 5
-        rope = dict(raw.get(name) or {}) if isinstance(raw.get(name) or {}, dict) else {"rope_type": raw[name]}
-        theta = rope.pop("rope_theta", values.get("rope_theta", cls.rope_theta))
-        if any(key not in _ROPE or _ROPE[key] != value for key, value in rope.items()):
-            raise ValueError(f"{where} has {name} {raw[name]!r:.80}; supported: none, or rope_type 'default' with a rope_theta.")
-        return {**values, "rope_theta": theta}
-
-    def to_json(self) -> dict[str, Any]:
-        """The config.json of this model, which transformers 4 and 5 both read."""
-        raw = {name: value for name, value in super().to_json().items() if value is not None or name.endswith("_id")}
-        if self.model_type == "qwen2":
-            del raw["attention_bias"], raw["mlp_bias"]
-        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
-        return {"architectures": [_CLASSES[self.model_type]], "hidden_act": "silu", "rope_parameters": rope, **raw}
 
 
 class LlamaAttention(SelfAttention):
-    """y = o W_o,   o = attention(rotary(x W_q), rotary(x W_k), x W_v).   x (T, d) -> y (T, d)."""
+    """y = o W_o,   o = attention(rotary(q_norm(x W_q)), rotary(k_norm(x W_k)), x W_v) of layer i.   x (T, d) -> y (T, d).
+
+    The norms are those of Qwen3 and Gemma; other models have none.
+    """
 
     names = "q_proj", "k_proj", "v_proj"
 
-    def __init__(self, c: LlamaConfig, rng: np.random.Generator, dtype: Any) -> None:
+    def __init__(self, c: LlamaConfig, i: int, rng: np.random.Generator, dtype: Any) -> None:
         d, heads, head_dim = c.hidden_size, (c.num_attention_heads, c.num_key_value_heads), c.head_dim
-        super().__init__(d, *heads, head_dim, c.attention_bias or c.model_type == "qwen2", rng, dtype)  # type: ignore[arg-type]
+        super().__init__(d, *heads, head_dim, c.attention_bias or c.variant.qkv_bias, rng, dtype)  # type: ignore[arg-type]
         self.o_proj = Linear(c.num_attention_heads * head_dim, d, c.attention_bias, rng=rng, dtype=dtype)  # type: ignore[operator]
+        self.window, self.kind = c.window(i), c.rotary(i)
+        self.q_scale = math.sqrt(head_dim / (c.query_pre_attn_scalar or head_dim))  # type: ignore[operator]
+        if c.variant.head_norms:
+            self.q_norm, self.k_norm = (HeadNorm(head_dim, c.rms_norm_eps, int(c.variant.gemma), dtype=dtype) for _ in "qk")  # type: ignore
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True, *args: Any, **inputs: Any) -> Output:
-        at_o = need_dx or any(layer.trainable for layer in self.projections())
+        """inputs: "rope" has the rotary tables of each kind of layer. This one is of kind `self.kind`; None: it is not rotated."""
+        inputs["rope"] = inputs["rope"].get(self.kind)
+        at_o = need_dx or any(layer.trainable for layer in (*self.projections(), self.q_norm, self.k_norm) if layer)
         o, s_o = super().forward(x, keep and at_o, need_dx, *args, **inputs)
         y, s_y = self.o_proj.forward(o, keep=keep, need_dx=at_o)
         return y, self.save(need_dx, at_o, s_o, s_y) if keep else None
@@ -128,9 +56,9 @@ class LlamaAttention(SelfAttention):
 
 
 class LlamaMLP(Layer):
-    """SwiGLU (arXiv 2002.05202): y = (silu(g) * u) W_down,   g = x W_gate,   u = x W_up.   x (T, d) -> y (T, d).
+    """SwiGLU (arXiv 2002.05202): y = (silu(g) * u) W_down,   g = x W_gate,   u = x W_up.   x (T, d) -> y (T, d). In Gemma gelu_tanh.
 
-    Saved, if a gradient has to pass: what K.swiglu returns for its backward, two arrays (T, intermediate_size).
+    Saved, if a gradient has to pass: what K.swiglu returns for its backward, two arrays (T, intermediate_size); or three.
     """
 
     def __init__(self, c: LlamaConfig, rng: np.random.Generator, dtype: Any) -> None:
@@ -138,12 +66,17 @@ class LlamaMLP(Layer):
         self.gate_proj = Linear(d, f, bias, rng=rng, dtype=dtype)
         self.up_proj = Linear(d, f, bias, rng=rng, dtype=dtype)
         self.down_proj = Linear(f, d, bias, rng=rng, dtype=dtype)
+        self.gelu = c.variant.gemma
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
         need = needed(dg=need_dx or self.gate_proj.trainable, du=need_dx or self.up_proj.trainable)
         g, s_gate = self.gate_proj.forward(x, keep=keep and "dg" in need, need_dx=need_dx)
         u, s_up = self.up_proj.forward(x, keep=keep and "du" in need, need_dx=need_dx)
-        a, s_act = K.swiglu(g, u, keep=keep and bool(need))
+        if self.gelu:
+            h, s_h = K.gelu_tanh(g, keep=keep and "dg" in need)
+            a, s_act = K.multiply(h, u), (h, u, s_h)
+        else:
+            a, s_act = K.swiglu(g, u, keep=keep and bool(need))
         y, s_down = self.down_proj.forward(a, keep=keep, need_dx=bool(need))
         return y, self.save(need_dx, need, s_gate, s_up, s_act, s_down) if keep else None
 
@@ -154,7 +87,12 @@ class LlamaMLP(Layer):
             return None
         dx_g: Any = None
         dx_u: Any = None
-        dg, du = K.swiglu_backward(da, s_act, need)  #                        a = silu(g) * u
+        if self.gelu:
+            h, u, s_h = s_act
+            dg = K.gelu_tanh_backward(K.multiply(da, u), s_h) if "dg" in need else None  # a = gelu_tanh(g) * u
+            du = K.multiply(da, h) if "du" in need else None
+        else:
+            dg, du = K.swiglu_backward(da, s_act, need)  #                    a = silu(g) * u
         if "du" in need:
             dx_u = self.up_proj.backward(du, s_up, need_dx=need_dx)  #        u = up_proj(x)
         if "dg" in need:
@@ -163,16 +101,35 @@ class LlamaMLP(Layer):
 
 
 class LlamaBlock(PreNormBlock):
-    """h = x + self_attn(input_layernorm(x));   y = h + mlp(post_attention_layernorm(h)).   x (T, d) -> y (T, d)."""
+    """h = x + self_attn(input_layernorm(x));   y = h + mlp(post_attention_layernorm(h)).   x (T, d) -> y (T, d). Layer i of a model."""
 
-    def __init__(self, c: LlamaConfig, rng: np.random.Generator, dtype: Any) -> None:
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
-        self.self_attn = LlamaAttention(c, rng, dtype)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
+    def __init__(self, c: LlamaConfig, i: int, rng: np.random.Generator, dtype: Any) -> None:
+        self.input_layernorm = norm(c, dtype)
+        self.self_attn = LlamaAttention(c, i, rng, dtype)
+        self.post_attention_layernorm = norm(c, dtype)
         self.mlp = LlamaMLP(c, rng, dtype)
 
     def parts(self) -> tuple[Layer, Any, Layer, Layer]:
         return self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp
+
+
+class GemmaBlock(LlamaBlock):
+    """As LlamaBlock, with norms also after each part: h = x + post_attention_layernorm(self_attn(input_layernorm(x))), and y likewise."""
+
+    def __init__(self, c: LlamaConfig, i: int, rng: np.random.Generator, dtype: Any) -> None:
+        super().__init__(c, i, rng, dtype)
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(c, dtype), norm(c, dtype)
+
+    drop_1 = property(lambda self: self.post_attention_layernorm)
+    drop_2 = property(lambda self: self.post_feedforward_layernorm)
+
+    def parts(self) -> tuple[Layer, Any, Layer, Layer]:
+        return self.input_layernorm, self.self_attn, self.pre_feedforward_layernorm, self.mlp
+
+
+def norm(c: LlamaConfig, dtype: Any) -> RMSNorm:
+    """A norm over the features of a token."""
+    return RMSNorm(c.hidden_size, c.rms_norm_eps, int(c.variant.gemma), dtype=dtype)
 
 
 class LlamaBody(Body):
@@ -181,15 +138,31 @@ class LlamaBody(Body):
     def __init__(self, c: LlamaConfig, rng: np.random.Generator, dtype: Any) -> None:
         super().__init__(c)
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.pad_token_id, rng=rng, dtype=dtype)
-        self.layers = [LlamaBlock(c, rng, dtype) for _ in range(c.num_hidden_layers)]
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
+        block = GemmaBlock if c.variant.gemma else LlamaBlock
+        self.layers = [block(c, i, rng, dtype) for i in range(c.num_hidden_layers)]
+        self.norm = norm(c, dtype)
 
     def parts(self) -> Parts:
         return Parts([self.embed_tokens], self.layers, self.norm)
 
+    def embed(self, ids: Array, places: np.ndarray, keep: bool) -> tuple[Array, Any]:
+        x, saved = super().embed(ids, places, keep)
+        return (x * self._scale(x) if self.config.variant.gemma else x), saved
+
+    def embed_backward(self, dx: Array, saved: Any) -> None:
+        super().embed_backward(dx * self._scale(dx) if self.config.variant.gemma else dx, saved)  # x = sqrt(d) embed_tokens[ids]
+
+    def _scale(self, x: Array) -> Array:
+        """sqrt(d) (1,), in the dtype of x."""
+        return constant(np.full(1, math.sqrt(self.config.hidden_size)).astype(x.dtype), x)
+
     def block_inputs(self, places: np.ndarray, like: Array) -> dict[str, Any]:
-        """The rotary tables of these positions; float32 where the activations are in half precision."""
-        return {"rope": F.rotary_tables(places, self.config.head_dim, self.config.rope_theta, K.upcast(like[:1]))}
+        """The rotary tables of these positions for each kind of layer; float32 where the activations are in half precision."""
+        tables, like = {}, K.upcast(like[:1])
+        for kind in {block.self_attn.kind for block in self.layers} - {None}:
+            f, factor = self.config.frequencies(kind)
+            tables[kind] = F.rotary_tables(places, self.config.head_dim, f, like, factor)
+        return {"rope": tables}
 
 
 class Llama(Decoder):

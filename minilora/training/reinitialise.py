@@ -34,7 +34,7 @@ def draw(layer: Layer, rng: np.random.Generator) -> None:
             if name == "bias":
                 value = np.zeros(p.data.shape)
             elif isinstance(layer, (LayerNorm, RMSNorm)):
-                value = np.ones(p.data.shape)
+                value = np.ones(p.data.shape) - getattr(layer, "offset", 0)
             else:
                 value = rng.normal(0, _STD, p.data.shape)
             p.data = as_like(value.astype(p.data.dtype), p.data)

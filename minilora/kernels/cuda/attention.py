@@ -20,10 +20,11 @@ def scores(a: Array, b: Array) -> Array:
     return cuda.gemm(a, b, dtype=np.float32 if is_half(a) else a.dtype)
 
 
-def weights(S: Array, seen: Array, dtype: Any) -> tuple[Array, Array | None]:
-    """E = exp(S - max) in place of S, and 1 / sum; of queries in half precision P, in their dtype, and None."""
-    xp, (n, G, rows, e), t = get_xp(S), S.shape, seen.shape[1]
-    args = S, xp.ascontiguousarray(seen), np.int32(G * rows), np.int32(t), np.int32(e)
+def weights(S: Array, begin: int, first: Array | None, last: Array, dtype: Any) -> tuple[Array, Array | None]:
+    """E = exp(S - max) in place of S, and 1 / sum; of queries in half precision P, in their dtype, and None. See numpy/attention.py."""
+    xp, (n, G, rows, e), t = get_xp(S), S.shape, last.shape[1]
+    seen = cuda.NULL if first is None else xp.ascontiguousarray(first), xp.ascontiguousarray(last)
+    args = S, *seen, np.int32(begin), np.int32(G * rows), np.int32(t), np.int32(e)
     if dtype != S.dtype:
         P = xp.empty(S.shape, dtype=dtype)
         cuda.rowwise("softmax", "masked_exp", n * G * rows, e, *args, cuda.NULL, P, like=P)

@@ -8,14 +8,18 @@
 #define LOWEST -3.0e38f                               // what a hidden score is
 #define RESIDENT (D <= 64 ? 4 : HALF ? 3 : 2)         // blocks of the forward kernel that a multiprocessor is to have registers for
 
-struct Tile {  // which rows a block takes, and which it meets; host side: flash.py
+struct Tile {  // which rows a block takes, and which it meets; offset: the place of the first key in its sequence. Host side: flash.py
     int first, count, offset, other_first, other_count;
+};
+struct Keys {  // the first and the last that a query sees, in its sequence
+    int first, last;
+    __device__ bool hide(int key) const { return key < first || key > last; }
 };
 
 // O = softmax(scale Q K^T) V, and of each row the logarithm, to base 2, of the sum that the softmax divides by.
-// A tile's own rows are queries, the others keys; a query sees the keys 0 to limit[query] of its sequence.
+// A tile's own rows are queries, the others keys; a query sees the keys seen[query] of its sequence.
 extern "C" __global__ void __launch_bounds__(128, RESIDENT) flash_forward(
-    const ACT* q, const ACT* k, const ACT* v, const int* tiles, const int* limit, float scale, int heads, int group, long long q_step,
+    const ACT* q, const ACT* k, const ACT* v, const int* tiles, const int* seen, float scale, int heads, int group, long long q_step,
     long long k_step, long long v_step, ACT* o, float* log_sum) {
     extern __shared__ __align__(16) unsigned shared[];
     const int lane = threadIdx.x % 32, t = lane % 4, row = threadIdx.x / 32 * 16 + lane / 4, head = blockIdx.x % heads;
@@ -34,8 +38,8 @@ extern "C" __global__ void __launch_bounds__(128, RESIDENT) flash_forward(
     unsigned a[WORDS / 8][4];
     load_rows(a, q + tile.first * q_step + head * D, q_step, row, tile.count, t);
     float c[D / 8][4] = {}, most[2] = {LOWEST, LOWEST}, sum[2] = {0, 0};
-    int seen[2];
-    for (int i = 0; i < 2; i++) seen[i] = row + 8 * i < tile.count ? limit[tile.first + row + 8 * i] : -1;
+    Keys own[2];
+    for (int i = 0; i < 2; i++) own[i] = row + 8 * i < tile.count ? ((const Keys*)seen)[tile.first + row + 8 * i] : Keys{0, -1};
     const float factor = scale * LOG2E;
 
     for (int step = 0; step < steps; step++) {
@@ -47,16 +51,16 @@ extern "C" __global__ void __launch_bounds__(128, RESIDENT) flash_forward(
         __syncthreads();  // the tile is there, and the one before it is no longer read
         if (STAGES == 2 && step + 1 < steps) fetch(step + 1);
         const unsigned *keys = shared + step % STAGES * size, *values = keys + TILE;
-        const int j = step * LOOP;
+        const int j = tile.offset + step * LOOP;
         float s[LOOP / 16][2][4] = {};
 #pragma unroll
         for (int m = 0; m < LOOP / 16; m++) times_rows(s[m], a, keys, m, lane);
-        if (j + LOOP > min(seen[0], seen[1]) + 1) {
+        if (j + LOOP > min(own[0].last, own[1].last) + 1 || j < own[0].first || j < own[1].first) {
 #pragma unroll
             for (int n = 0; n < LOOP / 8; n++)
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    if (j + 8 * n + 2 * t + i % 2 > seen[i / 2]) s[n / 2][n % 2][i] = LOWEST;
+                    if (own[i / 2].hide(j + 8 * n + 2 * t + i % 2)) s[n / 2][n % 2][i] = LOWEST;
         }
         float now[2] = {most[0], most[1]};
 #pragma unroll
@@ -96,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(128, RESIDENT) flash_forward(
 
 // dQ = scale dS K,  dS = P (dP - delta),  dP = dO V^T,  delta = the sum over a row of dO O, which is kept for the other kernel.
 extern "C" __global__ void __launch_bounds__(128) flash_dq(
-    const ACT* q, const ACT* k, const ACT* v, const ACT* o, const ACT* d_o, const float* log_sum, const int* tiles, const int* limit, float scale,
+    const ACT* q, const ACT* k, const ACT* v, const ACT* o, const ACT* d_o, const float* log_sum, const int* tiles, const int* seen, float scale,
     int heads, int group, long long q_step, long long k_step, long long v_step, float* delta, ACT* dq, long long dq_step) {
     extern __shared__ __align__(16) unsigned shared[];
     const int lane = threadIdx.x % 32, t = lane % 4, row = threadIdx.x / 32 * 16 + lane / 4, head = blockIdx.x % heads;
@@ -112,19 +116,19 @@ extern "C" __global__ void __launch_bounds__(128) flash_dq(
         load_transposed(keys + 2 * TILE, first_key + j * k_step, k_step, count);
     };
     if (STAGES == 2 && steps) fetch(0);
-    const long long o_step = (long long)heads * D, own = tile.first * o_step + head * D;
+    const long long o_step = (long long)heads * D, mine = tile.first * o_step + head * D;
     unsigned a[WORDS / 8][4], a_do[WORDS / 8][4];
     load_rows(a, q + tile.first * q_step + head * D, q_step, row, tile.count, t);
-    load_rows(a_do, d_o + own, o_step, row, tile.count, t);
+    load_rows(a_do, d_o + mine, o_step, row, tile.count, t);
     float c[D / 8][4] = {}, log_sums[2], along[2];
-    int seen[2];
+    Keys own[2];
     for (int i = 0; i < 2; i++) {
         const int r = row + 8 * i;
         const bool there = r < tile.count;
         const long long place = (long long)(tile.first + r) * heads + head;
-        seen[i] = there ? limit[tile.first + r] : -1;
+        own[i] = there ? ((const Keys*)seen)[tile.first + r] : Keys{0, -1};
         log_sums[i] = there ? log_sum[place] : 0;
-        along[i] = dot_of_quad(o + own + r * o_step, d_o + own + r * o_step, there, t);
+        along[i] = dot_of_quad(o + mine + r * o_step, d_o + mine + r * o_step, there, t);
         if (t == 0 && there) delta[place] = along[i];
     }
     const float factor = scale * LOG2E;
@@ -138,8 +142,8 @@ extern "C" __global__ void __launch_bounds__(128) flash_dq(
         __syncthreads();
         if (STAGES == 2 && step + 1 < steps) fetch(step + 1);
         const unsigned *keys = shared + step % STAGES * size, *values = keys + TILE;
-        const int j = step * LOOP;
-        const bool hides = j + LOOP > min(seen[0], seen[1]) + 1;
+        const int j = tile.offset + step * LOOP;
+        const bool hides = j + LOOP > min(own[0].last, own[1].last) + 1 || j < own[0].first || j < own[1].first;
 #pragma unroll
         for (int m = 0; m < LOOP / 16; m++) {
             float s[2][4] = {}, dp[2][4] = {};
@@ -148,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(128) flash_dq(
             if (hides) {
 #pragma unroll
                 for (int i = 0; i < 8; i++)
-                    if (j + 16 * m + i / 4 * 8 + 2 * t + i % 2 > seen[i % 4 / 2]) s[i / 4][i % 4] = LOWEST;
+                    if (own[i % 4 / 2].hide(j + 16 * m + i / 4 * 8 + 2 * t + i % 2)) s[i / 4][i % 4] = LOWEST;
             }
 #pragma unroll
             for (int i = 0; i < 8; i++) {
@@ -166,12 +170,12 @@ extern "C" __global__ void __launch_bounds__(128) flash_dq(
 // the first of them key `offset` of its sequence; the others are the queries that see one of them. Rows of a tile beyond its count are zeros, of Q
 // and dO alike, and add nothing.
 extern "C" __global__ void __launch_bounds__(128) flash_dkv(
-    const ACT* q, const ACT* k, const ACT* v, const ACT* d_o, const float* log_sum, const float* delta, const int* tiles, const int* limit,
+    const ACT* q, const ACT* k, const ACT* v, const ACT* d_o, const float* log_sum, const float* delta, const int* tiles, const int* seen,
     float scale, int heads, int group, long long q_step, long long k_step, long long v_step, ACT* dk, long long dk_step, ACT* dv, long long dv_step) {
     extern __shared__ __align__(16) unsigned shared[];
     const int lane = threadIdx.x % 32, t = lane % 4, row = threadIdx.x / 32 * 16 + lane / 4, shared_head = blockIdx.x % (heads / group);
     const Tile tile = ((const Tile*)tiles)[blockIdx.x / (heads / group)];
-    const int of_a_head = (tile.other_count + LOOP - 1) / LOOP, steps = group * of_a_head, size = 2 * (TILE + TRANSPOSED_TILE) + 3 * LOOP;
+    const int of_a_head = (tile.other_count + LOOP - 1) / LOOP, steps = group * of_a_head, size = 2 * (TILE + TRANSPOSED_TILE) + 4 * LOOP;
     const long long o_step = (long long)heads * D;
     auto fetch = [&](int step) {
         unsigned *queries = shared + step % STAGES * size, *dos = queries + TILE, *rest = dos + TILE;
@@ -185,7 +189,8 @@ extern "C" __global__ void __launch_bounds__(128) flash_dkv(
         rest += 2 * TRANSPOSED_TILE;
         load_numbers((float*)rest, log_sum + first * heads + head, heads, count);
         load_numbers((float*)rest + LOOP, delta + first * heads + head, heads, count);
-        load_numbers((int*)rest + 2 * LOOP, limit + first, 1, count);
+        load_numbers((int*)rest + 2 * LOOP, seen + 2 * first, 2, count);
+        load_numbers((int*)rest + 3 * LOOP, seen + 2 * first + 1, 2, count);
     };
     if (STAGES == 2 && steps) fetch(0);
     unsigned a[WORDS / 8][4], a_v[WORDS / 8][4];
@@ -205,8 +210,9 @@ extern "C" __global__ void __launch_bounds__(128) flash_dkv(
         if (STAGES == 2 && step + 1 < steps) fetch(step + 1);
         const unsigned *queries = shared + step % STAGES * size, *dos = queries + TILE, *transposed = dos + TILE;
         const float *log_sums = (const float*)(transposed + 2 * TRANSPOSED_TILE), *deltas = log_sums + LOOP;
-        const int* limits = (const int*)(deltas + LOOP);
-        const bool hides = key + 8 > limits[0];  // limits never fall from one query to the next
+        const int *firsts = (const int*)(deltas + LOOP), *lasts = firsts + LOOP;
+        const int rows = tile.other_count - step % of_a_head * LOOP;
+        const bool hides = key + 8 > lasts[0] || key < firsts[min(rows, LOOP) - 1];  // neither falls from one query to the next
 #pragma unroll
         for (int m = 0; m < LOOP / 16; m++) {
             float s[2][4] = {}, dp[2][4] = {};
@@ -214,8 +220,10 @@ extern "C" __global__ void __launch_bounds__(128) flash_dkv(
             times_rows(dp, a_v, dos, m, lane);
             if (hides) {
 #pragma unroll
-                for (int i = 0; i < 8; i++)
-                    if (key + i % 4 / 2 * 8 > limits[16 * m + i / 4 * 8 + 2 * t + i % 2]) s[i / 4][i % 4] = LOWEST;
+                for (int i = 0; i < 8; i++) {
+                    const int query = 16 * m + i / 4 * 8 + 2 * t + i % 2;
+                    if (Keys{firsts[query], lasts[query]}.hide(key + i % 4 / 2 * 8)) s[i / 4][i % 4] = LOWEST;
+                }
             }
 #pragma unroll
             for (int i = 0; i < 8; i++) {

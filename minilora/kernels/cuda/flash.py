@@ -17,6 +17,7 @@ from minilora.backend import Array, get_xp, kept_on_device
 from minilora.functional.attention import bounds_of, check_attention
 from minilora.kernels import cuda
 from minilora.kernels.cuda.blas import tf32
+from minilora.kernels.grouped import seen_keys
 
 ROWS = 64  # of a block
 _THREADS = 128
@@ -29,14 +30,18 @@ class Saved(NamedTuple):
     o: Array
     log_sum: Array
     causal: bool
+    window: int | None
 
 
 class Tiles(NamedTuple):
-    """(first, count, offset, other_first, other_count) of each block, and the last key that each query sees, in its sequence."""
+    """(first, count, offset, other_first, other_count) of each block, and the first and last key that each query sees, in its sequence.
+
+    offset: the place in its sequence of the first key.
+    """
 
     of_queries: Array
     of_keys: Array
-    limit: Array
+    seen: Array  # (queries, 2)
 
 
 def fits(q: Array, k: Array, v: Array, n_head: int, *_: Any) -> bool:
@@ -64,15 +69,16 @@ def attention(
     keep: bool = True,
     n_kv_head: int | None = None,
     rows: np.ndarray | None = None,
+    window: int | None = None,
 ) -> tuple[Array, Saved]:
     """As functional.attention."""
     xp, G = get_xp(q), n_kv_head or n_head
     check_attention(q, k, v, n_head, G, rows)
-    tiles, d = _tiles(bounds_of(offsets, len(k)), rows, causal, xp), q.shape[1] // n_head
+    tiles, d = _tiles(bounds_of(offsets, len(k)), rows, causal, window, xp), q.shape[1] // n_head
     o, log_sum = xp.empty(q.shape, dtype=q.dtype), xp.empty((len(q), n_head), dtype=xp.float32)
-    args = (q, k, v, tiles.of_queries, tiles.limit, *_numbers(q, k, v, n_head, G))
+    args = (q, k, v, tiles.of_queries, tiles.seen, *_numbers(q, k, v, n_head, G))
     _launch("flash_forward", len(tiles.of_queries) * n_head, d, (1, 1), *args, o, log_sum)
-    return o, Saved(o, log_sum, causal)
+    return o, Saved(o, log_sum, causal, window)
 
 
 def attention_backward(
@@ -91,17 +97,17 @@ def attention_backward(
     """As functional.attention_backward. The gradients are new, or written `into` arrays, whose rows may lie apart."""
     xp, G = get_xp(q), n_kv_head or n_head
     do = xp.ascontiguousarray(do)
-    tiles, d = _tiles(bounds_of(offsets, len(k)), rows, saved.causal, xp), q.shape[1] // n_head
+    tiles, d = _tiles(bounds_of(offsets, len(k)), rows, saved.causal, saved.window, xp), q.shape[1] // n_head
     numbers = _numbers(q, k, v, n_head, G)
     delta = xp.empty(saved.log_sum.shape, dtype=xp.float32)
     dq, dk, dv = into
     dq = xp.empty(q.shape, dtype=q.dtype) if dq is None else dq
     # flash_dq also computes delta, which flash_dkv reads.
-    args = (q, k, v, saved.o, do, saved.log_sum, tiles.of_queries, tiles.limit, *numbers)
+    args = (q, k, v, saved.o, do, saved.log_sum, tiles.of_queries, tiles.seen, *numbers)
     _launch("flash_dq", len(tiles.of_queries) * n_head, d, (2, 1), *args, delta, dq, _step(dq))
     if {"dk", "dv"} & set(need):
         dk, dv = (xp.empty(k.shape, dtype=k.dtype) if x is None else x for x in (dk, dv))
-        args = (q, k, v, do, saved.log_sum, delta, tiles.of_keys, tiles.limit, *numbers)
+        args = (q, k, v, do, saved.log_sum, delta, tiles.of_keys, tiles.seen, *numbers)
         _launch("flash_dkv", len(tiles.of_keys) * G, d, (2, 2), *args, dk, _step(dk), dv, _step(dv))
     return dq if "dq" in need else None, dk if "dk" in need else None, dv if "dv" in need else None
 
@@ -121,23 +127,26 @@ def _launch(name: str, blocks: int, d: int, tiles: tuple[int, int], q: Array, *a
     itemsize = q.itemsize
     stages, (straight, transposed) = (2, (2, 0)) if itemsize == 2 else (1, tiles)
     loop = min(64, 8192 // (d * itemsize))
-    words = stages * (straight * loop * (d * itemsize // 4 + 4) + transposed * d * (loop * itemsize // 4 + 4) + 3 * loop)
+    words = stages * (straight * loop * (d * itemsize // 4 + 4) + transposed * d * (loop * itemsize // 4 + 4) + 4 * loop)
     if blocks:
         cuda.function(get_xp(q), q.dtype, "flash", name, f"-DD={d}")((blocks,), (_THREADS,), (q, *args), shared_mem=4 * words)
 
 
 @kept_on_device
-def _tiles(bounds: np.ndarray, rows: np.ndarray | None, causal: bool, xp: Any) -> Tiles:
+def _tiles(bounds: np.ndarray, rows: np.ndarray | None, causal: bool, window: int | None, xp: Any) -> Tiles:
     rows = np.arange(bounds[-1]) if rows is None else rows
     cuts = np.searchsorted(rows, bounds)
     of_row = np.repeat(np.arange(len(bounds) - 1), np.diff(cuts))  # the sequence of each query
-    limit = rows - bounds[of_row] if causal else np.diff(bounds)[of_row] - 1
+    first, last = seen_keys(rows - bounds[of_row], np.diff(bounds)[of_row] - 1, causal, window)
     queries, keys = [], []
     for i in range(len(bounds) - 1):
         (q, q_end), (k, k_end) = cuts[i : i + 2], bounds[i : i + 2]
-        queries += [(a, min(ROWS, q_end - a), 0, k, limit[min(a + ROWS, q_end) - 1] + 1) for a in range(q, q_end, ROWS)]
+        for a in range(q, q_end, ROWS):
+            count, at = min(ROWS, q_end - a), first[a]
+            queries.append((a, count, at, k + at, last[a + count - 1] + 1 - at))
         for a in range(k, k_end, ROWS):
-            first = q + np.searchsorted(limit[q:q_end], a - k)
-            keys.append((a, min(ROWS, k_end - a), a - k, first, q_end - first))
+            count = min(ROWS, k_end - a)
+            at, end = q + np.searchsorted(last[q:q_end], a - k), q + np.searchsorted(first[q:q_end], a - k + count)
+            keys.append((a, count, a - k, at, max(end - at, 0)))
     tiles = [np.array(sorted(x, key=lambda tile: -tile[4]), dtype=np.int32).reshape(-1, 5) for x in (queries, keys)]  # the longest first
-    return Tiles(*(xp.asarray(x) for x in (*tiles, limit.astype(np.int32))))
+    return Tiles(*(xp.asarray(x) for x in (*tiles, np.stack([first, last], axis=1).astype(np.int32))))

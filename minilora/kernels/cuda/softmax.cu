@@ -1,18 +1,20 @@
 // Rows of scores, a block for each. See ../grouped.py and losses.py.
 
-// In place: e = exp(s - max) where a query may look, else 0; and 1 / sum. scores (sequences, heads, t, n), limit (sequences, t): the query
-// sees the keys 0 to limit. heads_t is heads times t. With P, in half precision, the rows of it get e / sum, and `inverse` is not written.
-extern "C" __global__ void masked_exp(REAL* scores, const int* limit, int heads_t, int t, int n, REAL* inverse, ACT* P) {
+// In place: e = exp(s - max) where a query may look, else 0; and 1 / sum. scores (sequences, heads, t, n) of the keys from `begin` on; the query
+// sees the keys first to last (sequences, t) each; first null: all up to the last. heads_t is heads times t. With P, in half precision, the rows
+// of it get e / sum, and `inverse` is not written.
+extern "C" __global__ void masked_exp(
+    REAL* scores, const int* first, const int* last, int begin, int heads_t, int t, int n, REAL* inverse, ACT* P) {
     extern __shared__ REAL shared[];
     const long long row = (long long)blockIdx.x * n;
     const int query = blockIdx.x / heads_t * t + blockIdx.x % t;
-    const int seen = limit[query] + 1 < n ? limit[query] + 1 : n;
-    REAL m = scores[row];
-    for (int j = threadIdx.x; j < seen; j += blockDim.x) m = scores[row + j] > m ? scores[row + j] : m;
+    const int end = last[query] + 1 - begin, seen = end < n ? end : n, from = first ? first[query] - begin : 0;
+    REAL m = scores[row + from];
+    for (int j = from + threadIdx.x; j < seen; j += blockDim.x) m = scores[row + j] > m ? scores[row + j] : m;
     m = block_max(m, shared);
     REAL sum = 0;
     for (int j = threadIdx.x; j < n; j += blockDim.x) {
-        REAL e = j < seen ? exp(scores[row + j] - m) : REAL(0);
+        REAL e = from <= j && j < seen ? exp(scores[row + j] - m) : REAL(0);
         scores[row + j] = e;
         sum += e;
     }
