@@ -13,6 +13,7 @@ from minilora.adapters import inject
 from minilora.backend import Array
 from minilora.checking.catalogue_pairs import pairs
 from minilora.checking.trace import Call, trace
+from minilora.explain.code import PYTHONS
 from minilora.formats.adapter import load_adapter
 from minilora.functional import AdamStep
 from minilora.layers import Dropout, Layer
@@ -124,8 +125,8 @@ def example(name: str) -> Call:
             K.dropout_mask(x, x.shape, 0.4, 11)
         elif name == "adamw":
             K.adamw(x[0].copy(), x[1].copy(), x[2] / 9, x[3] ** 2 / 9, 1.0, 1.0, AdamStep(1e-3, 0.01, 0.9, 0.999, 0.1, 0.001, 1e-8, True))
-        elif name == "add":
-            K.add(x, x[::-1])
+        elif name in PYTHONS:
+            getattr(K, name)(x, x[::-1])
         else:
             y, saved = pair.forward(value)
             pair.backward(rng.standard_normal(y.shape), saved)
