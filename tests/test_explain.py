@@ -201,7 +201,7 @@ def test_lines_that_quote_the_line_they_undo_face_it():
 def test_lines_that_call_backward_face_the_call():
     pairs = facing(PreNormBlock.forward, PreNormBlock.backward)
     assert pairs["da = attn.backward(da, s_attn, need_dx=at_a)"][0].startswith("a, s_attn = attn.forward(a,")
-    assert pairs["dm: Any = self.drop_2.backward(dy, s_drop_2)"][-1] == "y = K.add(h, m)"
+    assert pairs["dm: Any = self.drop_2.backward(dy, s_drop_2, need_dx=at_y)"][-1] == "y = K.add(h, m)"
     assert pairs["dh = K.add(dy, dh)"] == ["y = K.add(h, m)"]
 
 
