@@ -10,7 +10,11 @@ from minilora.checking.trace import Call, bare, where
 from minilora.explain.docstring import Doc, doc_of
 from minilora.explain.lines import Line, lines_of, undone
 
-ADD = Doc("y = a + b", "da = dy, db = dy: whoever calls it passes dy on to both terms.", dict.fromkeys("aby", "T n"), "", "")
+_AXES = dict.fromkeys("aby", "T n")
+PYTHONS = {  # operations whose reference is Python's own operator
+    "add": Doc("y = a + b", "da = dy, db = dy: whoever calls it passes dy on to both terms.", _AXES, "", ""),
+    "multiply": Doc("y = a * b, element by element", "da = dy * b, db = dy * a: whoever calls it forms these products.", _AXES, "", ""),
+}
 
 
 def functions(call: Call) -> tuple[Any, Any]:
@@ -28,8 +32,8 @@ def file_of(function: Any) -> str:
 
 def doc(call: Call) -> Doc:
     """Where a docstring names no axes, those of a matrix are T and n."""
-    if call.name == "add":
-        return ADD
+    if call.name in PYTHONS:
+        return PYTHONS[call.name]
     if call.layer is not None:
         return doc_of(type(call.layer))
     found = doc_of(*functions(call))

@@ -14,13 +14,15 @@ def composed(call: Call, i: int, j: int) -> list[dict[str, Any]]:
     """Each sum at [i, j], with the names of what is added; dx, and the gradient of the first trained parameter below."""
     x = call.inputs[0][0][0]
     known, found = {"x": x, "dy": call.dy}, []  # {name: array}, the sums first
-    for child in call.children:
+    for child in (c for c in call.children if c.name != "Dropout"):  # which is off, and passes on what it gets
         if child.name == "add" and child.y.shape == call.y.shape:
             terms = (next((name for name, array in known.items() if np.array_equal(array, term)), "?") for term in child.inputs[0][0])
             name = " + ".join(terms)
             known = {name: child.y, **known}
             found.append(worked(child, i, j)[0] | {"name": name, "formula": f"{name}  at [{i},{j}]"})
-        part = child.place.rpartition(".")[2].rpartition("/")[2]
+        path = child.place.removeprefix(call.place).lstrip("./")
+        part = path.rpartition(".")[2]
+        part = path if part in known else part
         known.setdefault(part, child.y)
         if child.grads and child.grads.get("dx") is not None:
             known[f"{part}.dx"] = child.grads["dx"]

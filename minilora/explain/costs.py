@@ -56,6 +56,8 @@ def saved_formula(arrays: list[Array], doc: Doc, sizes: dict[str, int]) -> str:
         if names:
             name = min(names, key=lambda n: (said.find(f" {n} ") % 10**6, n != "x"))  # -1, not said, comes last
             terms.append(f"{array.itemsize} {doc.letters[name].removesuffix(' 1')} ({name})")
+            if len(names) > 1:
+                shapes.pop(name)  # of two arrays of one shape each has its own name
         else:
             terms.append("·".join(str(n) for n in (array.itemsize, *array.shape) if n != 1))
     return " + ".join(terms)

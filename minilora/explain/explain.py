@@ -36,7 +36,8 @@ def explain(
     with what there is, for a place, token or feature that is not there, and for a text that the model does not take.
     """
     run = passes(model, text)
-    result = {"model": str(model), "note": run.note, "text": text, "tokens": run.pieces, "ids": run.ids.tolist(), "loss": run.loss}
+    result = {"step": step, "model": str(model), "note": run.note, "text": text}
+    result |= {"tokens": run.pieces, "ids": run.ids.tolist(), "loss": run.loss}
     result |= (explain_step if step else _explain)(run, place, token, feature, html is not None)
     if html is not None:
         write_page(result, html)
@@ -51,13 +52,13 @@ def _explain(run: Passes, name: str, token: int | None, feature: int | None, pag
     shown = op or call
     as_run = run.float32.get(shown, shown)
     i, j = check(place, shown, token, feature)
-    docs, numbers = doc(shown), worked if op else composed
+    docs, source, numbers = doc(shown), code(shown), worked if op else composed
     sizes = sizes_of(docs.letters, shown.shapes) | as_run.flops.sizes
     why = "nothing here or below is trained" if functions(call)[1] else "it has no backward function"
     result: dict[str, Any] = {
         "place": place,
         "name": call.name,
-        "about": (type(call.layer).__doc__ or "").split("\n")[0] if call.layer is not None else "",
+        "about": (type(call.layer).__doc__ or "").split("\n")[0].rstrip(".:") if call.layer is not None else "",
         "operation": op.name if op else "",
         "implementation": as_run.implementation,
         "layer": file_of(functions(whole)[0]) if op and whole.layer is not None else "",
@@ -69,7 +70,7 @@ def _explain(run: Passes, name: str, token: int | None, feature: int | None, pag
         "letters": "P: pairs of a query and a key that are multiplied, h: features of all query heads" if "P" in sizes else "",
         **arrays(shown),
         "no_backward": "" if call.order is not None or call.grads else why,
-        "code": [c for c in [code(shown)] if c["forward"]],
+        "code": [source] if source["forward"] else [],
         "token": i,
         "feature": j,
         "grid": list(grid_of(shown)),

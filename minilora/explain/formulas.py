@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from minilora.functional.attention import _heads, _probabilities, _sequences
 Arrays = dict[str, Any]
 
 
+@cache
 def formulas() -> dict[str, list[str]]:
     """{operation: lines "y[i,j] = expression"}."""
     blocks = Path(__file__).with_name("formulas.txt").read_text(encoding="utf-8").strip().split("\n\n")

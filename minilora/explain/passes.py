@@ -13,6 +13,7 @@ from minilora.adapters import inject
 from minilora.backend import Array
 from minilora.checking.catalogue_pairs import pairs
 from minilora.checking.trace import Call, trace
+from minilora.explain.code import PYTHONS
 from minilora.formats.adapter import load_adapter
 from minilora.functional import AdamStep
 from minilora.layers import Dropout, Layer
@@ -49,11 +50,8 @@ def passes(name: str | Path, text: str = TEXT) -> Passes:
     if len(ids) > longest:
         raise ValueError(f"the text has {len(ids)} tokens, and {name} takes {longest} at most; give a shorter --text.")
     if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens; give a --text of two or more, as the loss is that of the next token.")
+        raise ValueError(f"--text must have two tokens or more, as the loss is that of the next token; this has {len(ids)}.")
     ids, labels = (ids[:-1], ids[1:]) if isinstance(model, Decoder) else (ids, np.zeros(1, dtype=np.int64))
-    for _, layer in model.modules():
-        if isinstance(layer, Dropout):
-            layer.p = 0.0
     full = _traced(model.unfreeze(), ids, labels, arrays=False)[1]
     base = {id(p) for _, p in model.parameters()}
     note = _adapt(model, adapter)
@@ -64,6 +62,10 @@ def passes(name: str | Path, text: str = TEXT) -> Passes:
 
 
 def _traced(model: Any, ids: Array, labels: Array, arrays: bool) -> tuple[Any, list[Call]]:
+    """The loss, and the calls of a pass in both directions, without dropout."""
+    for _, layer in model.modules():
+        if isinstance(layer, Dropout):
+            layer.p = 0.0
     model.zero_grad()
     with trace(model, arrays) as calls:
         loss, saved = model.loss(ids, labels)
@@ -75,8 +77,6 @@ def _adapt(model: Any, adapter: Any) -> str:
     """Give the model its adapter, or a fresh one. Returns a sentence about it."""
     if adapter is not None:
         load_adapter(model, adapter)
-        for _, layer in lora_layers(model):
-            layer.dropout.p = 0.0
         return f"The adapter is that of {adapter}, without dropout."
     task = "CAUSAL_LM" if isinstance(model, Decoder) else "SEQ_CLS"
     inject(model, LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type=task), rng=0)
@@ -125,8 +125,8 @@ def example(name: str) -> Call:
             K.dropout_mask(x, x.shape, 0.4, 11)
         elif name == "adamw":
             K.adamw(x[0].copy(), x[1].copy(), x[2] / 9, x[3] ** 2 / 9, 1.0, 1.0, AdamStep(1e-3, 0.01, 0.9, 0.999, 0.1, 0.001, 1e-8, True))
-        elif name == "add":
-            K.add(x, x[::-1])
+        elif name in PYTHONS:
+            getattr(K, name)(x, x[::-1])
         else:
             y, saved = pair.forward(value)
             pair.backward(rng.standard_normal(y.shape), saved)

@@ -49,7 +49,7 @@ def explain_step(run: Passes, name: str, token: int | None, feature: int | None,
     entries = numbers(op, i, j)
     entries[1]["finite_difference_of_loss"] = by_loss
     loss_after = float(run.model.loss(run.ids, run.labels, keep=False)[0])
-    found: dict[str, Any] = {"place": place, "step": True, "parameter": f"{place}.lora_A", "index": list(at), "lr": LR}
+    found: dict[str, Any] = {"place": place, "parameter": f"{place}.lora_A", "index": list(at), "lr": LR}
     found |= {"way": way, "worked": entries, "token": i, "feature": j, "code": [code(op)], **arrays(op)}
     found |= {"before": before, "after": float(p.data[at]), "loss_after": loss_after}
     return found | (choices(op, i, j, numbers) if page else {})

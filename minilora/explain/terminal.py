@@ -22,11 +22,11 @@ COSTS = {
 
 def show(result: dict[str, Any], say: Say) -> None:
     """Print an explanation, in sections."""
-    about = f" ({result['about'].rstrip('.')})" if result.get("about") and " = " not in result["about"] else ""
+    about = f" ({result['about']})" if result.get("about") and " = " not in result["about"] else ""
     say(f"{result['place']}: {result.get('name', 'one step')}{about}\n")
     tokens = " ".join(repr(piece)[1:-1] if piece.strip() else repr(piece) for piece in result["tokens"])
     say(f"model {result['model']}, loss {result['loss']:.4f} on {len(result['tokens'])} tokens: {tokens}\n{result['note']}")
-    _step(result, say) if result.get("step") else _place(result, say)
+    _step(result, say) if result["step"] else _place(result, say)
 
 
 def _place(r: dict[str, Any], say: Say) -> None:

@@ -6,7 +6,7 @@ import ast
 import math
 import operator
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,25 +32,14 @@ _FUNCTIONS: dict[str, Any] = {
 }
 
 
-class Worked(NamedTuple):
-    """The value of an expression, the expression with numbers, and the values of the terms of its sums."""
+def work(expression: str, env: Env) -> tuple[Any, str, list[float]]:
+    """The value of an expression, with names and indices from env; how it reads with numbers; the values of the terms of its sums.
 
-    value: float
-    numbers: str
-    terms: list[float]
-
-
-def work(expression: str, env: Env) -> Worked:
-    """The expression, with names and indices from env."""
+    Without indices it may be one of whole arrays, of which `.T` is the transpose.
+    """
     terms: list[float] = []
     value, node = _work(ast.parse(expression, mode="eval").body, env, terms)
-    numbers = re.sub(r"^\(([^()]*)\)$", r"\1", read(ast.unparse(node)))  # a negative number alone
-    return Worked(float(value), numbers, terms)
-
-
-def whole(expression: str, env: Env) -> Any:
-    """The value of an expression of whole arrays, of which `.T` is the transpose."""
-    return _work(ast.parse(expression, mode="eval").body, env, [])[0]
+    return value, re.sub(r"^\(([^()]*)\)$", r"\1", read(ast.unparse(node))), terms  # a negative number alone needs no parentheses
 
 
 def read(text: str) -> str:
