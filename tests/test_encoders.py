@@ -79,9 +79,9 @@ def test_logits_loss_and_adapter_gradients_match_the_oracles(name, dtype, backen
     assert oracle.deviation(oracle.gradients(model), part(name, "grads")) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_thirty_steps_of_adamw_match_the_oracles(name, tmp_path):
-    model, losses = adapted(name, tmp_path / "m"), []
+def thirty_steps(name, folder):
+    """The deviations of the losses, and of the trained parameters afterwards."""
+    model, losses = adapted(name, folder / "m"), []
     optimizer = ml.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
     for _ in range(STEPS):
         loss, saved = model.loss(data(name), LABELS, OFFSETS)
@@ -89,9 +89,13 @@ def test_thirty_steps_of_adamw_match_the_oracles(name, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss))
-    assert oracle.deviation(np.array(losses), GOLDEN[f"{name}|run"]) < 1e-4
     after = oracle.as_peft(model, {path: p.data for path, p in model.parameters() if p.trainable})
-    assert oracle.deviation(after, part(name, "after")) < 1e-4
+    return oracle.deviation(np.array(losses), GOLDEN[f"{name}|run"]), oracle.deviation(after, part(name, "after"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_thirty_steps_of_adamw_match_the_oracles(name, tmp_path):
+    assert max(thirty_steps(name, tmp_path)) < 1e-4
 
 
 # -- live -------------------------------------------------------------------------------------------------------------------------
@@ -161,6 +165,17 @@ def test_adapters_and_merged_models_both_ways(name, judge, tmp_path):
     assert not any(report.values()), report
     assert oracle.deviation(judge.run(merged.eval(), name)[0].detach().numpy(), changed) < 1e-5
     assert oracle.deviation(logits(ml.load_model(tmp_path / "merged", "numpy"), name), changed) < 1e-5
+
+
+@LIVE
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_linear_layers_adapted_here_load_in_peft(name, judge, tmp_path):
+    """Also of DistilBERT, for which PEFT's own "all-linear" fails: the file names the layers."""
+    import peft
+
+    ml.save_adapter(adapted(name, tmp_path / "m"), tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(judge.build(name), tmp_path / "ours").double().eval()
+    assert oracle.deviation(judge.run(theirs, name)[0].detach().numpy(), GOLDEN[f"{name}|logits"]) < 1e-5
 
 
 @LIVE

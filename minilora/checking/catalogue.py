@@ -146,6 +146,7 @@ _ENCODER_VARIANTS = {
     "LoRA on all linear layers, head": LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"),
     "LoRA on the last block": LoraConfig(r=1, target_modules=r".*\.1\..*(query|q_lin|Wqkv|Wi)"),
     "norms only": _NORMS,
+    "bottleneck on the last Wo": BottleneckConfig(train=[], target_modules=r".*\.1\.(mlp\.Wo|output\.dense|ffn\.lin2)"),
     "head only": _HEAD,
 }
 _TIED = {"tie_word_embeddings": True}
