@@ -171,6 +171,8 @@ def changes(node: ast.AST, parent: ast.AST, final: bool, names: list[str]) -> It
             flip_op = ast.Sub() if isinstance(node.op, ast.Add) else ast.Add()
             yield "sign of a term", ast.AugAssign(node.target, flip_op, node.value), ()
         yield "left out", ast.Pass(), ()
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith("[...]"):
+        yield "added to", ast.AugAssign(node.targets[0], ast.Add(), node.value), ()
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         call = node.value
         yield (
