@@ -8,8 +8,8 @@
 A mutant is one change of one expression or statement in a function that computes a gradient. Its code object takes the place of the
 original's, so nothing is imported again. Detected: a report of the catalogue that runs the changed line is not ok. Place: in a composite (a
 block or a model), the first place that is blamed is a call of the changed function. Cause: what the report says, where the change is one of
-the listed causes. Mutants that nothing detects are run beside the original; where every gradient of the catalogue is the same number, they
-are equivalent, and listed with the reason in EQUIVALENT.
+the listed causes. Mutants that nothing detects are run beside the original; where every gradient of the catalogue is the same but for
+rounding, they are equivalent, and listed with the reason in EQUIVALENT.
 """
 
 from __future__ import annotations
@@ -171,6 +171,8 @@ def changes(node: ast.AST, parent: ast.AST, final: bool, names: list[str]) -> It
             flip_op = ast.Sub() if isinstance(node.op, ast.Add) else ast.Add()
             yield "sign of a term", ast.AugAssign(node.target, flip_op, node.value), ()
         yield "left out", ast.Pass(), ()
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith("[...]"):
+        yield "added to", ast.AugAssign(node.targets[0], ast.Add(), node.value), ()
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         call = node.value
         yield (
@@ -463,7 +465,9 @@ def gradients(entry: Any, function: Any = None, code: Any = None) -> list[dict[s
 
 
 def agree(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
-    return all(a[name] is b[name] or np.array_equal(a[name], b[name]) for a, b in zip(some, others, strict=True) for name in a)
+    """Whether all are equal, but for rounding."""
+    pairs = [(a[name], b[name]) for a, b in zip(some, others, strict=True) for name in a]
+    return all(a is b or np.allclose(a, b, rtol=0, atol=1e-13 * abs(a).max()) for a, b in pairs)
 
 
 def is_right(mutant: Mutant, function: types.FunctionType, original: types.CodeType, fault: Any) -> bool:
