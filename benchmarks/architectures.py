@@ -4,7 +4,8 @@
     python -m benchmarks.architectures --write   writes it into docs/models.md
 
 The models are those of the tests (tests/golden/make_llama.py and make_relatives.py): sequences of 5, 1 and 23 tokens, beyond the
-windows and the original lengths. Needs the extras `oracle` and `gguf`.
+windows and the original lengths. Encoders: make_encoders.py, sequences of 5, 11, 1 and 6 tokens, one with a padding token in it.
+Needs the extras `oracle` and `gguf`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,28 @@ def decoders() -> Iterator[tuple[str, str]]:
         yield "decoders", _row(name, name, make_relatives, make_relatives.OFFSETS)
 
 
-TABLES: list[Callable[[], Iterator[tuple[str, str]]]] = [decoders]
+def encoders() -> Iterator[tuple[str, str]]:
+    """As `decoders`, with a classifier that is trained too, and the largest deviation of the parameters after 30 steps."""
+    sys.path.insert(0, str(ROOT / "tests" / "golden"))
+    import make_encoders
+    import oracle
+    import test_encoders as tests
+
+    for name in make_encoders.CASES:
+        tests.GOLDEN |= make_encoders.golden(name)  # by the installed oracles
+        cells, steps = [], tests.thirty_steps(name, Path(tempfile.mkdtemp()))
+        for dtype in ("float64", "float32"):
+            model = tests.adapted(name, Path(tempfile.mkdtemp()), dtype)
+            loss, saved = model.loss(tests.data(name), tests.LABELS, tests.OFFSETS)
+            model.loss_backward(saved)
+            found = (tests.logits(model, name), "logits"), (loss, "loss")
+            cells.append([oracle.deviation(value, tests.GOLDEN[f"{name}|{key}"]) for value, key in found])
+            cells[-1].append(oracle.deviation(oracle.gradients(model), tests.part(name, "grads")))
+        yield "encoders", " | ".join([f"| {name}", *(f"{cell:.0e}" for cell in (*cells[0], max(cells[1]), *steps))]) + " |"
+
+
+TABLES: list[Callable[[], Iterator[tuple[str, str]]]] = [decoders, encoders]
+HEADERS = {"encoders": "| model | logits | loss | adapter gradients | the same in float32 | 30 steps of AdamW | parameters after them |"}
 
 
 def _row(words: str, name: str, oracle: Any, offsets: list[int]) -> str:
@@ -151,7 +173,8 @@ def tables() -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for make in TABLES:
         for group, row in make():
-            found.setdefault(group, [HEADER, "|" + "---|" * HEADER.count(" | ") + "---|"]).append(row)
+            header = HEADERS.get(group, HEADER)
+            found.setdefault(group, [header, "|" + "---|" * header.count(" | ") + "---|"]).append(row)
             print(row, file=sys.stderr)
     return {group: "\n".join(rows) for group, rows in found.items()}
 

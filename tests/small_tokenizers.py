@@ -124,6 +124,19 @@ def xlm_roberta():
     return library
 
 
+def roberta_bpe():
+    """As RoBERTa's: GPT-2's with other special tokens; a space before <mask> belongs to it."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    alphabet, special = tokenizers.pre_tokenizers.ByteLevel.alphabet(), ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(WORDS, trainer)
+    library.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
+    library.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return library
+
+
 def write_tokenizer(folder, library, settings=None, **files):
     """Write a tokenizer folder as published: tokenizer.json, tokenizer_config.json, and `files` {name without .json: content}."""
     folder.mkdir(parents=True, exist_ok=True)

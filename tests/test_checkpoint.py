@@ -352,7 +352,10 @@ BAD = {
     "NaN": (lambda f: edit(f, lambda t: t[W].__setitem__((1, 2), np.nan)), "not finite"),
     "infinite": (lambda f: edit(f, lambda t: t[W].__setitem__((1, 2), -np.inf)), "not finite"),
     "integers": (lambda f: edit(f, lambda t: t.update({W: t[W].astype(np.int32)})), r"\(int32\) holds values that are not finite"),
-    "architecture": (config(model_type="t5"), "model_type 't5'; supported: gpt2, bert, llama, mistral, qwen2, qwen3, smollm3, gemma3_text"),
+    "architecture": (
+        config(model_type="t5"),
+        "model_type 't5'; supported: gpt2, bert, roberta, .*llama, mistral, qwen2, qwen3, smollm3, gemma3_text",
+    ),
     "architecture of another type": (config(architectures=5), "architectures must be a list of names, got 5"),
     "architecture in a list": (config(architectures=[["x"]]), "is of architecture"),
     "task": (

@@ -7,12 +7,14 @@ import sys
 import numpy as np
 import oracle
 import pytest
-from small_tokenizers import CHATML, library_wordpiece
+from safetensors.numpy import load_file, save_file
+from small_tokenizers import CHATML, bert_wordpiece, library_wordpiece, roberta_bpe, write_tokenizer, xlm_roberta
 from tiny import write_jsonl
 
 import minilora as ml
 from minilora.cli import main
 from minilora.formats.atomic import read_json, write_json
+from minilora.models.registry import ARCHITECTURES
 from minilora.runs.recipe import Recipe
 
 QUICK = ["--steps", 3, "--warmup", 0, "--window", 11, "--threads", 1, "--backend", "numpy"]
@@ -49,6 +51,25 @@ def bert(cwd):
     return oracle.bare_bert(cwd / "bert")
 
 
+@pytest.fixture(params=["bert", "roberta", "xlm-roberta", "distilbert", "modernbert"])
+def encoder(request, cwd):
+    """A folder "bert" with an encoder without a head, and its tokenizer; its model_type."""
+    kind = request.param
+    if kind == "bert":
+        oracle.bare_bert(cwd / "bert")
+        return kind
+    library = {"roberta": roberta_bpe, "xlm-roberta": xlm_roberta}.get(kind, bert_wordpiece)()
+    write_tokenizer(cwd / "bert", library)
+    sizes = {"vocab_size": library.get_vocab_size(), "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = ARCHITECTURES[kind].config.from_json({"model_type": kind, **sizes, "max_position_embeddings": 13, "pad_token_id": 1})
+    ml.save_model(ml.BertClassifier(config, rng=0), cwd / "bert")
+    prefix, file = ARCHITECTURES[kind].prefix, cwd / "bert" / "model.safetensors"
+    save_file({name.removeprefix(prefix): value for name, value in load_file(file).items() if name.startswith(prefix)}, file)
+    raw = read_json(cwd / "bert" / "config.json")
+    write_json(cwd / "bert" / "config.json", {**raw, "architectures": [ARCHITECTURES[kind].architectures[1]], "id2label": None})
+    return kind
+
+
 @pytest.fixture
 def llama(cwd):
     oracle.small_llama(cwd / "llama")
@@ -65,7 +86,7 @@ def write_films(folder):
 # ---- classification ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_classifier_from_data_to_a_merged_folder(bert, cwd, run):
+def test_a_classifier_from_data_to_a_merged_folder(encoder, cwd, run):
     films = write_films(cwd / "films")
     result = run("finetune", *QUICK, "--model", "bert", "--data", "films", "--task", "classify", "--out", "run", json=True)
     assert result["headline"] == "accuracy"
@@ -207,7 +228,7 @@ def other_adapter(cwd):
 
 
 def unknown_architecture(cwd):
-    write_json(cwd / "bert" / "config.json", {**read_json(cwd / "bert" / "config.json"), "model_type": "roberta"})
+    write_json(cwd / "bert" / "config.json", {**read_json(cwd / "bert" / "config.json"), "model_type": "albert"})
     return ["finetune", "--model", "bert", "--data", "films", "--task", "classify"]
 
 
@@ -239,7 +260,7 @@ BAD = {
         "a window of 12 is longer than the model's 11 positions",
     ),
     "an adapter of other weights": (other_adapter, "made for a base model with other weights"),
-    "an unknown architecture": (unknown_architecture, "is of model_type 'roberta'; supported: gpt2, bert"),
+    "an unknown architecture": (unknown_architecture, "is of model_type 'albert'; supported: gpt2, bert"),
     "a tokenizer of another model": (larger_vocabulary, "ids up to 69, but the model's embedding has 61 rows"),
     "a name that is no path": (["info", "nobody/nothing"], "there is no folder nobody/nothing"),
 }

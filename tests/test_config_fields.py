@@ -11,12 +11,15 @@ from golden import make_models
 
 import minilora as ml
 from minilora.formats.atomic import read_json, write_json
-from minilora.models.bert import BertConfig
-from minilora.models.config_file import NEUTRAL
+from minilora.models.bert import BertConfig, DistilBertConfig
+from minilora.models.config_file import NEUTRAL, OWN
 from minilora.models.gpt2 import GPT2Config
 from minilora.models.llama_config import FULL, SLIDING, VARIANTS, LlamaConfig
+from minilora.models.modernbert import ModernBertConfig
+from minilora.models.registry import ARCHITECTURES
 
 CLASSES = {"gpt2": GPT2Config, "bert": BertConfig, **dict.fromkeys(VARIANTS, LlamaConfig)}
+CLASSES |= {"roberta": BertConfig, "xlm-roberta": BertConfig, "distilbert": DistilBertConfig, "modernbert": ModernBertConfig}
 SMALL = {
     "gpt2": {"vocab_size": 11, "n_embd": 6, "n_layer": 2, "n_head": 2, "n_positions": 8},
     "bert": {
@@ -24,9 +27,13 @@ SMALL = {
         **{"max_position_embeddings": 8, "pad_token_id": None},
     },
 }
+SMALL["roberta"] = SMALL["xlm-roberta"] = {**SMALL["bert"], "pad_token_id": 1}
+SMALL["distilbert"] = {
+    **{"vocab_size": 11, "dim": 6, "n_layers": 2, "n_heads": 2, "hidden_dim": 10, "max_position_embeddings": 8, "pad_token_id": None},
+}
+SMALL["modernbert"] = {**SMALL["bert"], "hidden_size": 8}
 SMALL |= {kind: {**SMALL["bert"], "hidden_size": 8, "num_key_value_heads": 1} for kind in VARIANTS}
 SMALL |= {kind: {**SMALL[kind], "head_dim": 4} for kind in ("qwen3", "gemma3_text")}
-THEIRS = {"gpt2": "GPT2", "bert": "Bert", **{kind: variant.classes for kind, variant in VARIANTS.items()}}
 IDS = np.array([3, 1, 4, 1, 5, 9])
 _QWEN = [{}, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 4}]
 _QWEN += [{"use_sliding_window": True, "sliding_window": 3, "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL, FULL, SLIDING]}]
@@ -63,10 +70,9 @@ def filled_config(transformers, kind, **changes):
     """A filled configuration of transformers."""
     import warnings
 
-    name = THEIRS[kind] + ("TextConfig" if kind == "gemma3_text" else "Config")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return getattr(transformers, name)(**{**SMALL[kind], **changes})
+        return transformers.AutoConfig.for_model(kind, **{**SMALL[kind], **changes})
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -83,7 +89,7 @@ def test_every_field_of_transformers_is_known(kind, transformers, capsys):
     made = CLASSES[kind].from_json(raw, "config.json")
     assert capsys.readouterr() == ("", "")
     for name, value in SMALL[kind].items():
-        assert getattr(made, name) == value
+        assert getattr(made, made.aliases.get(name, name)) == value
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -128,19 +134,17 @@ def test_neutral_fields_are_neutral_in_transformers(kind, transformers):
     """Every neutral field of transformers at another value gives the same logits from the same weights."""
     import torch
 
-    classes = {kind: f"{name}ForCausalLM" for kind, name in THEIRS.items()}
-    classes |= {"gpt2": "GPT2LMHeadModel", "bert": "BertForSequenceClassification"}
-
     def logits(weights, **changes):
         torch.manual_seed(0)
-        model = getattr(transformers, classes[kind])(filled_config(transformers, kind, **changes)).eval()
+        model = getattr(transformers, ARCHITECTURES[kind].architectures[0])(filled_config(transformers, kind, **changes)).eval()
         model.load_state_dict(weights or model.state_dict())
         with torch.no_grad():
             return model.state_dict(), model(torch.tensor(IDS[None]), return_dict=True).logits.numpy()
 
     weights, usual = logits(None)
     neutral = set(" ".join(NEUTRAL.values()).split()) | {"pretraining_tp", "_sliding_window_pattern", "reorder_and_upcast_attn"}
-    ours = {field.name for field in fields(CLASSES[kind])}
+    neutral |= {*CLASSES[kind].neutral.split()} if kind not in VARIANTS else set()
+    ours = {field.name for field in fields(CLASSES[kind])} - OWN
     tried = 0
     for name, value in filled_config(transformers, kind).to_dict().items():
         if name in neutral - ours - {"return_dict"} and other_value(value) is not None:  # without return_dict, transformers' models fail
@@ -162,6 +166,26 @@ PUBLISHED = {
         pooler_num_attention_heads=12 pooler_num_fc_layers=3 pooler_size_per_head=128 pooler_type=first_token_transform
         position_embedding_type=absolute transformers_version=4.6.0.dev0 type_vocab_size=2 use_cache=true vocab_size=119547
         gradient_checkpointing=false classifier_dropout=null torch_dtype=float32 _name_or_path=x""",
+    "roberta-base": """architectures attention_probs_dropout_prob=0.1 bos_token_id=0 eos_token_id=2 hidden_act=gelu
+        hidden_dropout_prob=0.1 hidden_size=768 initializer_range=0.02 intermediate_size=3072 layer_norm_eps=1e-05
+        max_position_embeddings=514 model_type=roberta num_attention_heads=12 num_hidden_layers=12 pad_token_id=1
+        type_vocab_size=1 vocab_size=50265""",
+    "xlm-roberta-base": """architectures attention_probs_dropout_prob=0.1 bos_token_id=0 eos_token_id=2 hidden_act=gelu
+        hidden_dropout_prob=0.1 hidden_size=768 initializer_range=0.02 intermediate_size=3072 layer_norm_eps=1e-05
+        max_position_embeddings=514 model_type=xlm-roberta num_attention_heads=12 num_hidden_layers=12 output_past=true pad_token_id=1
+        position_embedding_type=absolute transformers_version=4.17.0.dev0 type_vocab_size=1 use_cache=true vocab_size=250002""",
+    "distilbert-base-uncased-finetuned-sst-2-english": """activation=gelu architectures attention_dropout=0.1 dim=768 dropout=0.1
+        finetuning_task=sst-2 hidden_dim=3072 initializer_range=0.02 max_position_embeddings=512 model_type=distilbert n_heads=12
+        n_layers=6 output_past=true pad_token_id=0 qa_dropout=0.1 seq_classif_dropout=0.2 sinusoidal_pos_embds=false tie_weights_=true
+        vocab_size=30522""",
+    "ModernBERT-base": """architectures attention_bias=false attention_dropout=0.0 bos_token_id=50281 classifier_activation=gelu
+        classifier_bias=false classifier_dropout=0.0 classifier_pooling=mean cls_token_id=50281 decoder_bias=true
+        deterministic_flash_attn=false embedding_dropout=0.0 eos_token_id=50282 global_attn_every_n_layers=3 global_rope_theta=160000.0
+        gradient_checkpointing=false hidden_activation=gelu hidden_size=768 initializer_cutoff_factor=2.0 initializer_range=0.02
+        intermediate_size=1152 layer_norm_eps=1e-05 local_attention=128 local_rope_theta=10000.0 max_position_embeddings=8192
+        mlp_bias=false mlp_dropout=0.0 model_type=modernbert norm_bias=false norm_eps=1e-05 num_attention_heads=12 num_hidden_layers=22
+        pad_token_id=50283 position_embedding_type=absolute sep_token_id=50282 tie_word_embeddings=true torch_dtype=float32
+        transformers_version=4.47.0.dev0 vocab_size=50368""",
     "TinyLlama-1.1B-Chat": """architectures attention_bias=false bos_token_id=1 eos_token_id=2 hidden_act=silu hidden_size=2048
         initializer_range=0.02 intermediate_size=5632 max_position_embeddings=2048 model_type=llama num_attention_heads=32
         num_hidden_layers=22 num_key_value_heads=4 pretraining_tp=1 rms_norm_eps=1e-05 rope_scaling=null rope_theta=10000.0
@@ -253,6 +277,19 @@ def _longrope(short, long):
         ("bert", {"problem_type": "multi_label_classification"}, "problem_type"),
         ("bert", {"pad_token_id": 30522}, "pad_token_id 30522 is no row"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved True"),
+        ("roberta", {"is_decoder": True}, "is_decoder True"),
+        ("modernbert", {"layer_types": ["full_attention"]}, "layer_types must be 22 of"),
+        ("modernbert", {"num_hidden_layers": 1, "layer_types": ["chunked_attention"]}, "layer_types must be 1 of"),
+        ("modernbert", {"global_attn_every_n_layers": 0}, "global_attn_every_n_layers must be a positive integer"),
+        ("modernbert", {"rope_scaling": {"rope_type": "linear", "factor": 2}}, "rotary settings .*linear"),
+        ("modernbert", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rotary settings .*yarn"),
+        ("modernbert", {"rope_parameters": {"rope_type": "default"}}, "rotary settings"),
+        ("modernbert", {"classifier_pooling": "max"}, "pooling is 'max'; supported: cls, mean"),
+        ("modernbert", {"hidden_activation": "silu"}, "hidden_act is 'silu'"),
+        ("modernbert", {"hidden_size": 36}, "a head has 3 features"),
+        ("roberta", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ("distilbert", {"layer_norm_eps": 1e-5}, "layer_norm_eps 1e-05; supported: no such field"),
+        ("distilbert", {"n_heads": 2, "num_attention_heads": 3}, "num_attention_heads"),
         ("llama", {"no_rope_layers": [1]}, "a llama has no no_rope_layers"),
         ("mistral", {"attention_bias": True}, "a mistral has no attention_bias"),
         ("mistral", {"layer_types": [FULL, SLIDING]}, "layer_types .* supported: sliding_attention"),
@@ -305,6 +342,10 @@ def folder_of(kind, folder):
         ml.save_model(ml.Llama(config, rng=0), folder)
         write_json(folder / "config.json", {**read_json(folder / "config.json"), "attention_dropout": 0.0, "rope_scaling": None})
         return folder
+    if kind in ("roberta", "distilbert", "modernbert"):
+        config = CLASSES[kind].from_json({"model_type": kind, **SMALL[kind], "pad_token_id": 1, "num_labels": 3})
+        ml.save_model(ml.BertClassifier(config, rng=0), folder)
+        return folder
     return oracle.write_checkpoint(kind, folder, "float32", num_labels=3) if kind == "bert" else oracle.write_checkpoint(kind, folder)
 
 
@@ -322,7 +363,7 @@ def is_refused(load, folder, what):
     return True
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "qwen3", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "qwen3", "smollm3", "gemma3_text", "roberta", "distilbert", "modernbert"])
 def test_any_value_of_any_field_is_refused_or_runs(kind, tmp_path):
     folder = folder_of(kind, tmp_path / "m")
     raw = read_json(folder / "config.json")

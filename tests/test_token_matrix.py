@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_tokenizers import bert_wordpiece, byte_level_bpe, gemma_bpe, library_bpe, sentencepiece_bpe, write_tokenizer, xlm_roberta
+from small_tokenizers import (
+    bert_wordpiece,
+    byte_level_bpe,
+    gemma_bpe,
+    library_bpe,
+    roberta_bpe,
+    sentencepiece_bpe,
+    write_tokenizer,
+    xlm_roberta,
+)
 
 from minilora.data.examples import example_maker
 from minilora.formats.tokenizer import ByteTokenizer, load_tokenizer
@@ -31,6 +40,7 @@ def decoder_of(library, *more):
     return {"added_tokens_decoder": own | {str(size + i): token for i, token in enumerate(more)}}
 
 
+MASK = {"__type": "AddedToken", **added("<mask>", lstrip=True)}
 FOLDERS = {
     "bert": (bert_wordpiece, BERT, {}),
     "bert, cased": (bert_wordpiece, {**BERT, "do_lower_case": False}, {}),
@@ -43,6 +53,14 @@ FOLDERS = {
     "bert, SqueezeBertTokenizer": (bert_wordpiece, {**BERT, "tokenizer_class": "SqueezeBertTokenizer", "do_lower_case": False}, {}),
     "bert, XLMRobertaTokenizer": (xlm_roberta, {"tokenizer_class": "XLMRobertaTokenizer"}, {"config": {"model_type": "bert"}}),
     "bert, XLMRobertaTokenizer, no prefix space": (xlm_roberta, {"tokenizer_class": "XLMRobertaTokenizer", "add_prefix_space": None}, {}),
+    "distilbert": (bert_wordpiece, {**BERT, "tokenizer_class": "DistilBertTokenizer"}, {"config": {"model_type": "distilbert"}}),
+    "distilbert, no settings": (bert_wordpiece, None, {"config": {"model_type": "distilbert"}}),
+    "roberta": (roberta_bpe, {"tokenizer_class": "RobertaTokenizer", "mask_token": MASK}, {"config": {"model_type": "roberta"}}),
+    "roberta, no settings": (roberta_bpe, None, {"config": {"model_type": "roberta"}}),
+    "roberta, prefix space": (roberta_bpe, {"tokenizer_class": "RobertaTokenizerFast", "add_prefix_space": True}, {}),
+    "roberta, offsets with spaces": (roberta_bpe, {"tokenizer_class": "RobertaTokenizer", "trim_offsets": False}, {}),
+    "xlm-roberta": (xlm_roberta, {"mask_token": MASK}, {"config": {"model_type": "xlm-roberta"}}),
+    "modernbert": (bert_wordpiece, {**BERT, "tokenizer_class": "RobertaTokenizer"}, {"config": {"model_type": "modernbert"}}),
     "gpt2": (byte_level_bpe, GPT2, {}),
     "gpt2, prefix space": (byte_level_bpe, {**GPT2, "add_prefix_space": True}, {}),
     "gpt2, digits in the file": (library_bpe, {**GPT2, "bos_token": "<|end|>", "eos_token": "<|end|>", "unk_token": "<|end|>"}, {}),
@@ -113,6 +131,7 @@ TEXTS += [
     "<s>the cat</s>",
     "x <|im_end|> y<|endoftext|>",
     "[CLS] a [MASK] b[SEP]",
+    "a <mask> b</s>",
     "<unk> <0x41>",
 ]
 

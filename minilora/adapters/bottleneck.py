@@ -17,7 +17,8 @@ from minilora.lora import LoraConfig
 from minilora.lora.layer import trained_dtype
 from minilora.lora.targets import CLASSIFIERS, check_names
 
-PROJECTIONS = ("output.dense", "c_proj", "o_proj", "down_proj")  # into the residual stream, two a block: BERT, GPT-2, and both of Llama
+# into the residual stream, two a block: BERT, GPT-2, both of Llama and of DistilBERT, ModernBERT
+PROJECTIONS = ("output.dense", "c_proj", "o_proj", "down_proj", "out_lin", "lin2", "Wo")
 NON_LINEARITIES: dict[str, Callable[[], Activation]] = {
     "relu": ReLU,
     "gelu": GELU,

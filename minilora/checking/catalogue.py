@@ -19,7 +19,8 @@ from minilora.checking.report import Report
 from minilora.checking.subjects import OFFSETS, LossOf, Subject, frozen_but, shaken
 from minilora.lora import LoraConfig, lora_layers
 from minilora.models import GPT2, BertClassifier, BertConfig, GPT2Config, Llama, LlamaConfig
-from minilora.models.bert import BertLayer, BertSelfAttention
+from minilora.models.bert import BertLayer, BertSelfAttention, DistilBertConfig
+from minilora.models.modernbert import ModernBertConfig
 
 Change = Callable[[Any], object] | LoraConfig | BottleneckConfig | PartialConfig | None  # what to do with a model, or inject into it
 
@@ -88,16 +89,30 @@ def models(rng: np.random.Generator) -> Iterator[Subject]:
     number = bert(_BERT_VARIANTS["LoRA on query and value"], num_labels=1, pooling="mean", hidden_act="relu")
     yield "BertClassifier.loss, regression on the mean", LossOf(number, np.array([0.7, -100, -1.2])), ids, at
     yield "BertClassifier.loss, regression, a count", LossOf(number, np.array([0.7, -100, -1.2]), count=5), ids, at
+    for kind, config in _ENCODERS.items():
+        for name, change in _ENCODER_VARIANTS.items():
+            yield f"{kind}.loss, {name}", LossOf(changed(BertClassifier(config, **d), change), np.array([2, -100, 0])), ids, at
     base = bert(None).freeze()
     several = [base, base.replica(), base.replica()]
     for replica in several[1:]:
         inject(replica, LoraConfig(r=2, target_modules=["query", "intermediate.dense"], layers_to_transform=[1]), rng=rng)
     yield "BertClassifier, mixed, LoRA on the last layer", mixed(several, [1, 0, 2], OFFSETS), ids, at
+    upper = changed(GPT2(GPT2Config(**{**_GPT2, "n_layer": 3}), **d), LoraConfig(r=2, layers_to_transform=[1, 2], target_modules=["c_fc"]))
+    yield "GPT2.loss, LoRA on two blocks above a prefix", LossOf(upper, labels, prefix=True), ids, at
 
 
 _GPT2: dict[str, Any] = {"vocab_size": 7, "n_positions": 6, "n_embd": 6, "n_head": 3, "n_inner": 9, "n_layer": 2}
 _SIZES: dict[str, Any] = {"vocab_size": 7, "hidden_size": 6, "intermediate_size": 9, "num_hidden_layers": 2, "max_position_embeddings": 6}
 _BERT: dict[str, Any] = {**_SIZES, "num_attention_heads": 3, "dropout": 0.1, "num_labels": 3}
+_PADDED = {"vocab_size": 8, "pad_token_id": 7, "max_position_embeddings": 13}  # padding has no gradient, and so is not among the ids
+_MODERN = {**_BERT, "hidden_size": 12, "pad_token_id": None, "local_attention": 2}
+_BIASED: dict[str, Any] = dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True)
+_ENCODERS = {
+    "RoBERTa": BertConfig(**{**_BERT, **_PADDED}, model_type="roberta", type_vocab_size=1),
+    "DistilBERT": DistilBertConfig(**_BERT),
+    "ModernBERT": ModernBertConfig(**_MODERN, global_attn_every_n_layers=2),
+    "ModernBERT, mean, biases": ModernBertConfig(**_MODERN, **_BIASED, pooling="mean", layer_types=["sliding_attention"] * 2),
+}
 _LLAMA: dict[str, Any] = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
 
 _ALL_LINEAR = LoraConfig(r=2, lora_dropout=0.2)
@@ -124,6 +139,14 @@ _BERT_VARIANTS: dict[str, Change] = {
     "bottlenecks in the last layer": _LAST,
     "biases only": _BIASES,
     "norms only": _NORMS,
+    "head only": _HEAD,
+}
+_ENCODER_VARIANTS = {
+    "all trained": None,
+    "LoRA on all linear layers, head": LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"),
+    "LoRA on the last block": LoraConfig(r=1, target_modules=r".*\.1\..*(query|q_lin|Wqkv|Wi)"),
+    "norms only": _NORMS,
+    "bottleneck on the last Wo": BottleneckConfig(train=[], target_modules=r".*\.1\.(mlp\.Wo|output\.dense|ffn\.lin2)"),
     "head only": _HEAD,
 }
 _TIED = {"tie_word_embeddings": True}

@@ -38,7 +38,7 @@ def gradcheck_run(
     else:
         model = load_model(what, backend).unfreeze()
         ids = np.frombuffer(TEXT, np.uint8).astype(np.int64) % model.config.vocab_size
-        report = gradcheck(model, ids[: model.config.max_position_embeddings], by_call=True, tol=1e-6)
+        report = gradcheck(model, ids[: model.config.longest_sequence], by_call=True, tol=1e-6)
     if table or not report.ok:
         say(str(report) if table or not report.faults else "\n".join(map(str, report.faults)))
     result = {

@@ -32,7 +32,8 @@ from minilora.quantization.quantize import check_kind, quantize_model, to_half_p
 
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
 _TOKENIZER_FILES += "vocab.txt vocab.json merges.txt tokenizer.model generation_config.json".split()
-_COPIED = "bos_token_id eos_token_id pad_token_id hidden_dropout_prob attention_probs_dropout_prob attention_dropout".split()
+_COPIED = [f"{name}_token_id" for name in ("bos", "eos", "pad", "cls", "sep")]
+_COPIED += "hidden_dropout_prob attention_probs_dropout_prob attention_dropout".split()
 STORED = "stored"  # a dtype for save_model
 
 
@@ -91,7 +92,7 @@ def load_model(
             new_head = others or config.num_labels != len(published)
     if new_head:
         tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
-    elif isinstance(labels, Sequence) and others and "classifier.weight" in tensors:
+    elif isinstance(labels, Sequence) and others and any(name.startswith("classifier.") for name in tensors):
         raise ValueError(f"{where}: the head is for {', '.join(published)}, not {', '.join(labels)}; new_head=True replaces it.")
     model = family.model(config, rng=Blank(), dtype="float32")
     complete = family.architectures[0] in (raw.get("architectures") or ()) and not new_head
@@ -108,7 +109,7 @@ def load_model(
 def _with_labels(config: Any, labels: int | Sequence[str], where: str) -> Any:
     """The configuration with other classes: their names, or their number, which keeps the present names if it is theirs."""
     if not isinstance(config, BertConfig):
-        raise ValueError(f"{where}: this model is not a classifier; labels need a BERT.")
+        raise ValueError(f"{where}: this model is not a classifier; labels need a BERT or one of its relatives.")
     n, names = (labels, None) if isinstance(labels, int) else (len(labels), dict(enumerate(labels)))
     if n == config.num_labels:
         return replace(config, id2label=names or config.id2label)

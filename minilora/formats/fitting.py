@@ -23,7 +23,7 @@ from minilora.models.registry import Architecture as Family
 from minilora.quantization.nf4 import is_nf4
 
 _NO_SIZE = """max_position_embeddings sliding_window max_window_layers sliding_window_pattern no_rope_layer_interval
-    query_pre_attn_scalar""".split()  # fields that allocate nothing
+    query_pre_attn_scalar local_attention global_attn_every_n_layers""".split()  # fields that allocate nothing
 
 
 def family_of(raw: dict[str, Any], where: str) -> Family:
@@ -61,17 +61,16 @@ def check_sizes(config: Any, tensors: dict[str, Any], where: str) -> None:
 def fill(model: Any, family: Family, tensors: dict[str, np.ndarray], source: Path, seed: int | None) -> tuple[str, ...]:
     """Set every parameter to the tensor of its path, without a copy.
 
-    With a seed, modules of family.fresh that the file lacks are initialised: weights (out, in) from N(0, 0.02^2), biases zero. They are
+    With a seed, modules of family.fresh that the file lacks are initialised: weights from N(0, 0.02^2), biases 0, norms 1. They are
     reported on standard error, and their paths returned. Raises ValueError as `check_fit`, and for a name that occurs twice or a tied
     head that differs from the embedding.
     """
     tensors, parameters = _renamed(model, family, tensors, source), dict(model.parameters())
     fresh, rng = family.fresh if seed is not None else (), np.random.default_rng(seed)
     drawn = tuple(name for name in fresh if not any(path.startswith(f"{name}.") for path in tensors))
-    for name in drawn:
-        W, b = parameters[f"{name}.weight"].data, parameters[f"{name}.bias"].data
-        tensors[f"{name}.weight"] = rng.normal(0, 0.02, W.shape).astype(W.dtype).T
-        tensors[f"{name}.bias"] = np.zeros(b.shape, b.dtype)
+    for path, p in parameters.items():
+        if path.rpartition(".")[0] in drawn:
+            tensors[path] = rng.normal(0, 0.02, p.data.shape).astype(p.data.dtype).T if p.data.ndim == 2 else p.data.copy()
     if drawn:
         print(f"{source} has no {' and no '.join(drawn)}: initialised at random, to be trained or loaded.", file=sys.stderr)
     tensors = oriented(model, tensors)
@@ -89,7 +88,7 @@ def _renamed(model: Layer, family: Family, tensors: dict[str, np.ndarray], sourc
     dropped = None
     for name, value in tensors.items():
         if re.fullmatch(family.ignored, name):
-            dropped = name if name.startswith("cls.") else dropped
+            dropped = name if re.match(r"(cls|lm_head|vocab_.*|decoder)\.", name) else dropped
             continue
         path = name if name in paths or name == head or name.startswith(family.prefix) else family.prefix + name
         path = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", path))  # the first BERTs
@@ -139,7 +138,7 @@ def check_fit(source: str | Path, tensors: dict[str, np.ndarray], expected: dict
 
 def warn_of_pooling(model: Any, folder: Path) -> None:
     """Report on standard error that transformers and PEFT cannot reproduce a model with "pooling": "mean"."""
-    if getattr(model.config, "pooling", "first") == "mean":
+    if getattr(model.config, "pooling", "first") == "mean" and model.model_type != "modernbert":
         print(f"{folder}: its classifier reads the mean of the tokens; transformers and PEFT read BERT's pooler instead.", file=sys.stderr)
 
 

@@ -1,8 +1,9 @@
 """tokenizer.json with the changes that the files beside it make, as transformers' AutoTokenizer (5.23) applies them.
 
-The class named in tokenizer_config.json, or that of the model type, decides. BertTokenizer, GemmaTokenizer, GPT2Tokenizer, LlamaTokenizer,
-Qwen2Tokenizer and XLMRobertaTokenizer take only the vocabulary and the post-processor from tokenizer.json, and build the rest from the
-options of tokenizer_config.json (do_lower_case, legacy, ...); the base class, PreTrainedTokenizerFast, uses the file unchanged.
+The class named in tokenizer_config.json, or that of the model type, decides. BertTokenizer, GemmaTokenizer, GPT2Tokenizer,
+LlamaTokenizer, Qwen2Tokenizer, RobertaTokenizer and XLMRobertaTokenizer take only the vocabulary and the post-processor from
+tokenizer.json, and build the rest from the options of tokenizer_config.json (do_lower_case, legacy, ...); the base class,
+PreTrainedTokenizerFast, uses the file unchanged.
 Other classes of transformers that build their own are refused by name. add_bos_token and add_eos_token have no effect beside a
 tokenizer.json. One difference: a special token that is only the default of a class, and not in the vocabulary, is not added, since no
 model was trained on it.
@@ -32,17 +33,21 @@ _DEFAULTS = {
     "Qwen2Tokenizer": {"unk_token": _END, "eos_token": _END, "pad_token": _END},
     "XLMRobertaTokenizer": dict(zip(_NAMES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>"), strict=True)),
 }
-_OF_MODEL = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}
-_OF_MODEL |= {"gemma3_text": "GemmaTokenizer", "qwen3": "Qwen2Tokenizer"}
+_DEFAULTS["RobertaTokenizer"] = _DEFAULTS["XLMRobertaTokenizer"]
+_OF_MODEL = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer", "roberta": "RobertaTokenizer", "xlm-roberta": "XLMRobertaTokenizer"}
+_OF_MODEL |= {"distilbert": "BertTokenizer", "gemma3_text": "GemmaTokenizer", "qwen3": "Qwen2Tokenizer"}
+_FIXED = {"qwen2": "Qwen2Tokenizer", "modernbert": ""}  # models for which transformers ignores the class that their files name
 _ALIASES = dict.fromkeys(("ElectraTokenizer", "DistilBertTokenizer", "SqueezeBertTokenizer"), "BertTokenizer")
 _MODELS = {"BertTokenizer": "WordPiece", "XLMRobertaTokenizer": "Unigram"}  # the others: BPE
-_AROUND = {"BertTokenizer": ("cls_token", "sep_token"), "XLMRobertaTokenizer": ("bos_token", "eos_token")}  # added around a text
+_AROUND = dict.fromkeys(("BertTokenizer", "RobertaTokenizer"), ("cls_token", "sep_token"))  # added around a text
+_AROUND["XLMRobertaTokenizer"] = "bos_token", "eos_token"
+_LONGER = 1000  # times; published files reach 4
 _OPTIONS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _OTHERS = """Albert Bart Barthez Bartpho BertGeneration BertJapanese Bertweet BigBird BioGpt Blenderbot BlenderbotSmall ByT5 CLIP CTRL
 Camembert Canine Clvp CodeGen CodeLlama Cohere Cpm CpmAnt DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia Esm Esmc
 FNet FSMT FastSpeech2Conformer Flaubert Funnel GPTNeoX GPTNeoXJapanese GPTSw3 Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM
 Luke Lxmert M2M100 MBart MBart50 MLuke MPNet Marian MarkupLM Mgpstr MobileBert Mvp MyT5 Nllb Nougat OpenAIGPT PLBart Pegasus Perceiver
-Phobert Pop2Piano ProphetNet Qwen3_5 Reformer RemBert RoCBert RoFormer Roberta SeamlessM4T Siglip Siglip2 Speech2Text SpeechT5 Splinter
+Phobert Pop2Piano ProphetNet Qwen3_5 Reformer RemBert RoCBert RoFormer SeamlessM4T Siglip Siglip2 Speech2Text SpeechT5 Splinter
 T5 Tapas Tipsv2 Udop VideoPrism Vits Wav2Vec2CTC Wav2Vec2PhonemeCTC Whisper XGLM XLM XLNet""".split()
 
 
@@ -52,6 +57,7 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str]]:
     Raises ValueError, naming the file, for invalid or unsupported content; ImportError without the extra `hf`.
     """
     t, raw = import_tokenizers(), read_json(file)
+    _check_parts(raw, file)
     for table in _charsmaps(raw):
         size = int.from_bytes(table[:4], "little")  # the library does not check this size
         if len(table) < 4 or size % 4 or size > len(table) - 4:
@@ -86,8 +92,12 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str]]:
         around = [(token, library.token_to_id(token)) for name in _AROUND[kind] if (token := names.get(name))]
         if len(around) < 2:
             raise ValueError(f"{file}: {kind} needs {' and '.join(_AROUND[kind])}, which are not in the vocabulary.")
-        single = f"{around[0][0]}:0 $A:0 {around[1][0]}:0"
-        library.post_processor = t.processors.TemplateProcessing(single=single, special_tokens=around)
+        if kind == "RobertaTokenizer":
+            trims, space = config.get("trim_offsets", True), config.get("add_prefix_space") or False
+            library.post_processor = t.processors.RobertaProcessing(around[1], around[0], trims, space)
+        else:
+            single = f"{around[0][0]}:0 $A:0 {around[1][0]}:0"
+            library.post_processor = t.processors.TemplateProcessing(single=single, special_tokens=around)
     library.encode_special_tokens = bool(config.get("split_special_tokens"))
     return library, names
 
@@ -139,8 +149,8 @@ def _pop_named(fields: dict[str, Any]) -> dict[str, Any]:
 def _kind(config: dict[str, Any], model: dict[str, Any], raw: dict[str, Any], where: Path) -> str:
     """The class of transformers that would read these files; "" for the base class."""
     name, of_model = config.get("tokenizer_class") or model.get("tokenizer_class"), model.get("model_type")
-    if of_model == "qwen2":
-        return "Qwen2Tokenizer"  # transformers ignores the class that the files of these models name
+    if of_model in _FIXED:
+        return _FIXED[of_model]
     kind = str(name or _OF_MODEL.get(str(of_model), "")).removesuffix("Fast")
     kind = _ALIASES.get(kind, kind)
     if kind.removesuffix("Tokenizer") in _OTHERS:
@@ -237,11 +247,34 @@ def _content(value: Any) -> str:
     return text if isinstance(text, str) else ""
 
 
+def _steps(part: Any) -> Iterator[dict[str, Any]]:
+    """The steps of a normalizer, a pre-tokenizer or a decoder, with those of sequences."""
+    if isinstance(part, dict):
+        yield part
+        for name in ("normalizers", "pretokenizers", "decoders"):
+            for step in part[name] if isinstance(part.get(name), list) else ():
+                yield from _steps(step)
+
+
+def _check_parts(raw: dict[str, Any], file: Path) -> None:
+    """Raise ValueError for steps that make a text many times as long, one after the other, and for two tokens of one id."""
+    longer = 1
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        for step in _steps(raw.get(name)):
+            content = step.get("content")
+            longer *= 2 if step.get("type") == "ByteLevel" else max(1, len(content)) if isinstance(content, str) else 1
+            if longer > _LONGER:
+                raise ValueError(f"{file}: its {name} could make a text more than {_LONGER:,} times as long; it may be damaged or hostile.")
+    vocabulary = model.get("vocab") if isinstance(model := raw.get("model"), dict) else None
+    ids = [id for id in vocabulary.values() if type(id) is int] if isinstance(vocabulary, dict) else []
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{file}: two tokens of its vocabulary have one id.")
+
+
 def _charsmaps(raw: dict[str, Any]) -> Iterator[bytes]:
     """The character maps of the normalizer of a tokenizer.json, as compiled by SentencePiece."""
-    normalizer = raw.get("normalizer") or {}
-    for step in (normalizer, *(normalizer.get("normalizers") or ())) if isinstance(normalizer, dict) else ():
-        if isinstance(step, dict) and isinstance(charsmap := step.get("precompiled_charsmap"), str):
+    for step in _steps(raw.get("normalizer")):
+        if isinstance(charsmap := step.get("precompiled_charsmap"), str):
             try:
                 yield base64.b64decode(charsmap)
             except ValueError:

@@ -26,7 +26,7 @@ def report(model: Any, tokens: int = 1024, length: int = 64) -> list[Row]:
     their config's num_labels.
     """
     config = model.config
-    length = min(length, config.max_position_embeddings)
+    length = min(length, config.longest_sequence)
     offsets = np.arange(0, tokens + 1, length)
     ids = np.zeros(int(offsets[-1]), dtype=np.int64)
     labels = np.zeros(len(offsets) - 1, dtype=np.int64) if getattr(config, "num_labels", None) else ids

@@ -2,7 +2,7 @@
 
 target_modules    a list of names: each is a whole dotted path, or its last parts ("c_attn", "attn.c_attn")
                   one regular expression, which must match the whole path
-                  "all-linear": every Linear except the output head
+                  "all-linear": every Linear except the output head and what is fully trained
 exclude_modules   names or an expression, as in target_modules
 modules_to_save   a list of names: every module whose path ends with one, at a dot or not ("norm" is "input_layernorm" too)
 """
@@ -32,7 +32,7 @@ def find_targets(model: Layer, config: Any, strict: bool = True) -> dict[str, An
     if names == "all-linear":
         head = getattr(model, "output_head", None) or ""
         is_head = not head.endswith(CLASSIFIERS) or config.task_type == "SEQ_CLS"  # to PEFT, a classifier's is one only with this task
-        named = [path for path in linears if path != head or not is_head]
+        named = [path for path in linears if (path != head or not is_head) and not path.endswith(tuple(config.saved_modules))]
     else:
         named = [path for path in modules if _is_named(path, names)]
         if blocks:

@@ -1,4 +1,4 @@
-"""Self-attention: with one fused projection of queries, keys and values, as in GPT-2, and with three, as in BERT and Llama; KVCache."""
+"""Self-attention with one fused projection of queries, keys and values, as in GPT-2 and ModernBERT, or three; KVCache."""
 
 from __future__ import annotations
 
@@ -45,43 +45,69 @@ class KVCache:
 
 
 class Attention(Layer):
-    """[q k v] = x W_attn;   o = attention(q, k, v);   y = o W_proj.   x (T, d) -> y (T, d).
+    """[q k v] = x W_attn;   o = attention(rotary(q), rotary(k), v);   y = o W_proj.   x (T, d) -> y (T, d).
 
-    `offsets` are the bounds of the sequences in x, and `rows` the rows of y to compute (functional/attention.py). Saved, if a gradient
-    has to pass through the attention: q, k, v and what the attention itself saves.
+    window: as in SelfAttention. `offsets` are the bounds of the sequences in x, and `rows` the rows of y to compute
+    (functional/attention.py). Saved, if a gradient has to pass through the attention: q, k, v and what the attention itself saves.
     """
 
-    def __init__(self, d_model: int, n_head: int, causal: bool = True, *, rng: Rng = None, dtype: Any = "float32") -> None:
+    names = "c_attn", "c_proj"
+    window: int | None = None
+
+    def __init__(
+        self, d_model: int, n_head: int, causal: bool = True, *, bias: bool = True, rng: Rng = None, dtype: Any = "float32"
+    ) -> None:
         if d_model % n_head:
             raise ValueError(f"Attention: d_model {d_model} is not a multiple of n_head {n_head}.")
         self.n_head, self.causal = n_head, causal
-        self.c_attn = Linear(d_model, 3 * d_model, rng=rng, dtype=dtype)
-        self.c_proj = Linear(d_model, d_model, rng=rng, dtype=dtype)
+        for name, n in zip(self.names, (3 * d_model, d_model), strict=True):
+            setattr(self, name, Linear(d_model, n, bias, rng=rng, dtype=dtype))
+
+    def projections(self) -> list[Layer]:
+        """[W_attn, W_proj]."""
+        return [getattr(self, name) for name in self.names]
 
     def forward(
-        self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Offsets = None, rows: Rows = None, extend: Extend | None = None
+        self,
+        x: Array,
+        keep: bool = True,
+        need_dx: bool = True,
+        offsets: Offsets = None,
+        rows: Rows = None,
+        rope: Tables | None = None,
+        extend: Extend | None = None,
     ) -> Output:
-        """extend: in inference, appends k and v of the next tokens of one sequence to the earlier ones; see KVCache."""
-        through = need_dx or self.c_attn.trainable
-        qkv, s_attn = self.c_attn.forward(x, keep=keep and through, need_dx=need_dx)
-        q, k, v = _thirds(qkv)
+        """rope: the rotary tables; None: no rotation. extend: in inference, appends k and v of the next tokens of one sequence to the
+        earlier ones; see KVCache.
+        """
+        W_attn, W_proj = self.projections()
+        through = need_dx or W_attn.trainable
+        qkv, s_attn = W_attn.forward(x, keep=keep and through, need_dx=need_dx)
+        (q, k, v), r = _thirds(qkv), None
+        if rope is not None:
+            qk, r = K.rotary(qkv[:, : 2 * q.shape[1]], *rope)  # the heads of q and k by the same angles
+            q, k = qk[:, : q.shape[1]], qk[:, q.shape[1] :]
         q = K.take_rows(q, rows)
         if extend is not None:
             k, v, rows = extend(k, v)
-        o, inner = K.attention(q, k, v, self.n_head, offsets, self.causal, keep=keep and through, rows=rows)
-        y, s_proj = self.c_proj.forward(o, keep=keep, need_dx=through)
+        o, inner = K.attention(q, k, v, self.n_head, offsets, self.causal, keep=keep and through, rows=rows, window=self.window)
+        y, s_proj = W_proj.forward(o, keep=keep, need_dx=through)
         if not keep:
             return y, None
-        return y, self.save(need_dx, s_attn, (q, k, v, inner, offsets, rows) if through else None, s_proj)
+        return y, self.save(need_dx, s_attn, (q, k, v, inner, offsets, rows, rope, r) if through else None, s_proj)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> Array | None:
         s_attn, through, s_proj = self.load(saved, need_dx)
-        do = self.c_proj.backward(dy, s_proj, need_dx=through is not None)  #    y = c_proj(o)
+        W_attn, W_proj = self.projections()
+        do: Any = W_proj.backward(dy, s_proj, need_dx=through is not None)  #    y = o W_proj
         if through is None:
             return None
-        q, k, v, inner, offsets, rows = through
+        q, k, v, inner, offsets, rows, rope, r = through
         dqkv = K.attention_backward_joined(do, q, k, v, inner, self.n_head, offsets, rows)  # o = attention(q, k, v)
-        return self.c_attn.backward(dqkv, s_attn, need_dx=need_dx)  #            qkv = c_attn(x)
+        if rope is not None:
+            dqk = dqkv[:, : 2 * k.shape[1]]
+            dqk[...] = K.rotary_backward(dqk, r, *rope)  #                       q, k = rotary(q), rotary(k)
+        return W_attn.backward(dqkv, s_attn, need_dx=need_dx)  #                 [q k v] = x W_attn
 
 
 class HeadNorm(RMSNorm):

@@ -1,12 +1,14 @@
-"""BERT with a classifier: pooling, head, loss, and sentence embeddings. Module names as in BertForSequenceClassification.
+"""Encoders with a classifier: pooling, head, loss, and sentence embeddings. Module names as in transformers' ...ForSequenceClassification.
 
-    logits = p W_c + b_c        p = tanh(f W_p + b_p), f the first row of each sequence of h; or p the mean of its rows
+    logits = p W_c + b_c        p = tanh(f W_p + b_p), f the first row of each sequence of h, or the mean of its rows
 
-The first is BERT's pooler, the second what sentence encoders use.
+In BERT, tanh(f W_p + b_p) is the pooler; sentence encoders leave it out, and p is the mean. DistilBERT has ReLU in place of tanh, and
+ModernBERT p = LN(gelu(f W_p)).
 """
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -15,25 +17,54 @@ from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import Array, Rng, as_like, generator
 from minilora.functional.attention import Offsets
-from minilora.layers import Dropout, Layer, Linear, Output, Saved
-from minilora.models.bert import Bert, BertConfig
-from minilora.models.stack import Prefix, initialise
+from minilora.layers import Dropout, Layer, Linear, Output, ReLU, Saved, Sequential, Tanh
+from minilora.models.bert import ACTIVATIONS, Bert, BertConfig, put
+from minilora.models.modernbert import ModernBert, ModernBertConfig, norm
+from minilora.models.stack import Body, Prefix, initialise
+
+# The body, and the layers of the head in order, by their names in the checkpoint. The last part of a name says what a layer is.
+_ROBERTA = "roberta", "dropout classifier.dense classifier.tanh dropout classifier.out_proj"
+_NAMES = {
+    "bert": ("bert", "bert.pooler.dense bert.pooler.tanh dropout classifier"),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "distilbert": ("distilbert", "pre_classifier relu dropout classifier"),
+    "modernbert": ("model", "head.dense head.act head.norm dropout classifier"),
+}
 
 
 class BertClassifier(Layer):
     """ids (T,), offsets of n sequences -> logits (n, num_labels). Initial values (BERT's): N(0, 0.02^2), biases zero."""
 
-    model_type = "bert"
     weights_are_in_out = False
     output_head = "classifier"
 
     def __init__(self, config: BertConfig, *, rng: Rng = None, dtype: Any = "float32") -> None:
-        self.config = config
-        rng = generator(rng)
-        self.bert = Bert(config, rng, dtype)
-        self.dropout = Dropout(config.dropout)
-        self.classifier = Linear(config.hidden_size, config.num_labels, rng=rng, dtype=dtype)
+        self.config, self.model_type = config, config.model_type
+        rng, (body, names) = generator(rng), _NAMES[self.model_type]
+        made: dict[str, Any] = {"tanh": Tanh, "relu": ReLU, "dropout": lambda: Dropout(config.dropout)}
+        self.names, d = tuple(names.split()), config.hidden_size
+        if isinstance(config, ModernBertConfig):
+            setattr(self, body, ModernBert(config, rng, dtype))
+            made |= {"act": ACTIVATIONS[config.classifier_activation], "norm": lambda: norm(config, dtype)}
+            made["dense"] = lambda: Linear(d, d, config.classifier_bias, rng=rng, dtype=dtype)
+        else:
+            setattr(self, body, Bert(config, rng, dtype))
+        for name in self.names:
+            n = config.num_labels if name == self.names[-1] else d
+            put(self, name, made.get(name.rpartition(".")[2], lambda n=n: Linear(d, n, rng=rng, dtype=dtype))())
         initialise(self, rng)
+
+    @property
+    def body(self) -> Body:
+        """The attribute that is a Body."""
+        return getattr(self, _NAMES[self.model_type][0])
+
+    @property
+    def top(self) -> Sequential:
+        """The layers of the head, one after the other; for the mean of BERT's tokens, those after its pooler."""
+        bare = self.model_type == "bert" and self.config.pooling == "mean"
+        return Sequential(*attrgetter(*self.names[2 * bare :])(self))
 
     def forward(
         self,
@@ -46,43 +77,29 @@ class BertClassifier(Layer):
     ) -> Output:
         """x are token ids of packed sequences, `offsets` their bounds. There is no dx: ids are integers.
 
-        BERT's pooler reads the first row of each sequence, so the last block computes no others. prefix: the result of `prefix`.
+        Where the head reads the first row of each sequence, the last block computes no others. prefix: the result of `prefix`.
         """
-        pooler = self.bert.pooler if self.config.pooling == "first" else None
-        at_h = self.bert.embeddings.trainable or self.bert.encoder.trainable
-        at_p = at_h or (pooler is not None and pooler.trainable)
-        bounds = F.bounds_of(offsets, len(x))
-
-        rows = None if pooler is None else bounds[:-1]
-        h, s_bert = self.bert.forward(x, keep and at_h, offsets=offsets, rows=rows, prefix=prefix, token_types=token_types)
-        if pooler is None:
-            p, s_pool = K.product(_averages(bounds, h), h), None
-        else:
-            z, s_dense = pooler.dense.forward(h, keep=keep and at_p, need_dx=at_h)
-            p, s_act = pooler.act.forward(z, keep=keep and at_p)
-            s_pool = s_dense, s_act
-        p, s_drop = self.dropout.forward(p, keep=keep and at_p)
-        logits, s_classifier = self.classifier.forward(p, keep=keep, need_dx=at_p)
-        return logits, self.save(need_dx, at_h, at_p, bounds, s_bert, s_pool, s_drop, s_classifier) if keep else None
+        embeddings, blocks, last = self.body.parts()
+        at_h = any(layer.trainable for layer in (*embeddings, *blocks, *([last] if last else ())))
+        bounds, mean = F.bounds_of(offsets, len(x)), self.config.pooling == "mean"
+        rows = None if mean else bounds[:-1]
+        f, s_body = self.body.forward(x, keep and at_h, offsets=offsets, rows=rows, prefix=prefix, token_types=token_types)
+        f = K.product(_averages(bounds, f), f) if mean else f
+        logits, s_head = self.top.forward(f, keep=keep, need_dx=at_h)
+        return logits, self.save(need_dx, at_h, bounds, s_body, s_head) if keep else None
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = False) -> None:
-        at_h, at_p, bounds, s_bert, s_pool, s_drop, s_classifier = self.load(saved, need_dx)
-        dp: Any = self.classifier.backward(dy, s_classifier, need_dx=at_p)  # logits = p W_c + b_c
-        if not at_p:
+        at_h, bounds, s_body, s_head = self.load(saved, need_dx)
+        df = self.top.backward(dy, s_head, need_dx=at_h)  #        logits = top(f)
+        if not at_h:
             return
-        dp = self.dropout.backward(dp, s_drop)
-        if s_pool is None:
-            dh = K.product(_averages(bounds, dp).T, dp)  #               p = mean of each sequence
-        else:
-            s_dense, s_act = s_pool
-            dz = self.bert.pooler.act.backward(dp, s_act)  #             p = tanh(z)
-            dh = self.bert.pooler.dense.backward(dz, s_dense, need_dx=at_h)  # z = f W_p + b_p, f the first rows of h
-        if at_h:
-            self.bert.backward(dh, s_bert)  #                            h = bert(ids)
+        if self.config.pooling == "mean":
+            df = K.product(_averages(bounds, df).T, df)  #         f = mean of each sequence of h; otherwise its first rows
+        self.body.backward(df, s_body)  #                          h = body(ids)
 
     def prefix(self, ids: Array, offsets: Offsets = None) -> Prefix | None:
         """The output of the frozen blocks at the bottom, the same in every epoch (models/stack.py); None if there are none."""
-        return self.bert.prefix(ids, offsets)
+        return self.body.prefix(ids, offsets)
 
     def loss(
         self,
@@ -106,9 +123,7 @@ class BertClassifier(Layer):
             raise ValueError("loss: no sequence is labelled.")
         logits, saved = self.forward(ids, keep=keep, offsets=offsets, prefix=prefix)
         N = rows.size if count is None else count
-        if rows.size == 0:
-            loss, dlogits = logits.sum() * 0, logits * 0
-        elif self.config.regression:
+        if self.config.regression or rows.size == 0:  # without a label, every error is 0
             z = K.upcast(logits)
             error = (z - as_like(labels[:, None].astype(z.dtype), z)) * as_like((labels != F.IGNORE)[:, None], z)
             loss, dlogits = (error * error).sum() / N, (error * (2 / N)).astype(logits.dtype, copy=False)
@@ -123,7 +138,7 @@ class BertClassifier(Layer):
 
     def embed(self, ids: Array, offsets: Offsets = None) -> Array:
         """(n, d): the mean of the hidden states of each sequence, as in sentence encoders. Inference only; not normalised."""
-        h, _ = self.bert.forward(ids, keep=False, offsets=offsets)
+        h, _ = self.body.forward(ids, keep=False, offsets=offsets)
         return K.product(_averages(F.bounds_of(offsets, len(ids)), h), h)
 
 

@@ -56,7 +56,8 @@ class ModelConfig:
     """Base of a model's configuration: a dataclass whose fields have the names in its config.json.
 
     It has max_position_embeddings and vocab_size, as a field or a property. The rest of config.json, beside the fields:
-    fixed: {name: supported values}. neutral: names without effect. aliases: {another name: field}, as transformers' attribute_map.
+    fixed: {name: supported values}, none for a field that has another name in these files. neutral: names without effect.
+    aliases: {another name: field}, as transformers' attribute_map.
     choices: {field: supported values}.
     """
 
@@ -64,6 +65,11 @@ class ModelConfig:
     fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     neutral: ClassVar[str] = ""
     aliases: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def longest_sequence(self) -> int:
+        """The number of tokens that a sequence may have."""
+        return self.max_position_embeddings  # type: ignore[attr-defined]
 
     @classmethod
     def from_json(cls: type[Config], raw: dict[str, Any], where: str = "config.json") -> Config:
@@ -77,13 +83,13 @@ class ModelConfig:
         Raises ValueError, naming the file `where`, for a fixed field with another value, or two names of one field that differ.
         """
         raw = dict(raw)
+        for name, allowed in {**FIXED, **cls.fixed}.items():
+            if name in raw and raw[name] not in allowed:
+                raise ValueError(f"{where} has {name} {raw[name]!r:.80}; supported: {' or '.join(map(str, allowed or ['no such field']))}.")
         for alias, name in cls.aliases.items():
             value = raw.pop(alias, None)
             if value is not None and raw.setdefault(name, value) != value:
                 raise ValueError(f"{where}: {alias} is {value!r:.40}, but {name}, another name of the same, is {raw[name]!r:.40}.")
-        for name, allowed in {**FIXED, **cls.fixed}.items():
-            if name in raw and raw[name] not in allowed:
-                raise ValueError(f"{where} has {name} {raw[name]!r:.80}; supported: {' or '.join(map(str, allowed))}.")
         honoured = {field.name for field in fields(cls)} - OWN
         known = honoured | FIXED.keys() | cls.fixed.keys() | set(" ".join([*NEUTRAL.values(), cls.neutral]).split())
         if unknown := sorted(raw.keys() - known):

@@ -119,4 +119,4 @@ def draw(logits: np.ndarray, temperature: float, top_k: int, top_p: float, rng: 
 
 def context_length(model: Any) -> int:
     """The longest sequence that the model takes, in tokens."""
-    return int(model.config.max_position_embeddings)
+    return int(model.config.longest_sequence)

@@ -61,8 +61,8 @@ class Body(Layer):
         return {}
 
     def places(self, tokens: int, offsets: Offsets = None) -> np.ndarray:
-        """(T,) the position of each token. Raises ValueError for a sequence beyond max_position_embeddings."""
-        return F.positions(tokens, offsets, self.config.max_position_embeddings)
+        """(T,) the position of each token. Raises ValueError for a sequence beyond the model's positions."""
+        return F.positions(tokens, offsets, self.config.longest_sequence)
 
     def forward(
         self,

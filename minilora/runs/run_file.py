@@ -64,7 +64,7 @@ def open_base(path: str | Path, backend: str, adapter: str | Path | None = None,
     """The base model of a path without an adapter, and the folder of its adapter, if any."""
     base, found = base_of(path)
     if adapter is not None:
-        found = _adapter_folder(Path(adapter)) or Path(adapter)
+        found = adapter_folder(Path(adapter)) or Path(adapter)
     run = run_of(adapter or path)
     recipe = Recipe() if run is None else run.recipe
     labels = ((run and run.labels) or _classes(found)) if found else None  # a model has them in its own config.json
@@ -90,7 +90,7 @@ def base_of(path: str | Path) -> tuple[str, Path | None]:
     folder = Path(path)
     if (folder / "model" / "config.json").is_file():  # a run of full fine-tuning
         return str(folder / "model"), None
-    adapter = _adapter_folder(folder)
+    adapter = adapter_folder(folder)
     if adapter is not None:
         base = read_adapter_config(adapter).base_model_name_or_path
         if not base:
@@ -130,7 +130,7 @@ def published_classes(name: str | Path, download: bool = True) -> list[str] | No
         return None
     folder = model_folder(name, download)
     raw, family = _config(folder)
-    if "classifier" not in family.fresh or not any(path.startswith("classifier.") for path in read_weights(folder)):
+    if not family.fresh or not any(path.startswith("classifier.") for path in read_weights(folder)):
         return None
     return list(family.config.from_json(raw, f"{folder}/config.json").class_names)
 
@@ -161,7 +161,7 @@ def check_task(model: Any, task: str, source: str | Path) -> None:
     if task == "lm" and not isinstance(model, Decoder):
         raise ValueError(f"{what} is not a decoder, and task lm needs a decoder. Is --task classify meant?")
     if task == "classify" and not isinstance(model, BertClassifier):
-        raise ValueError(f"{what} has no classifier, and task classify needs a BERT.")
+        raise ValueError(f"{what} has no classifier, and task classify needs a BERT or one of its relatives.")
 
 
 def check_window(model: Any, window: int) -> None:
@@ -174,9 +174,9 @@ def _classes(adapter: Path) -> int | None:
     """The number of classes of the head in an adapter's file, None without a head: PEFT keeps it nowhere else."""
     file = adapter / "adapter_model.safetensors"
     tensors = map_tensors(file)[0] if file.is_file() else {}
-    return next((len(value) for name, value in tensors.items() if re.search(r"\.classifier\.(lora_B\.)?weight$", name)), None)
+    return next((len(value) for name, value in tensors.items() if re.search(r"\.classifier\.(out_proj\.)?(lora_B\.)?weight$", name)), None)
 
 
-def _adapter_folder(folder: Path) -> Path | None:
+def adapter_folder(folder: Path) -> Path | None:
     """The adapter in a run folder, or the folder itself if it is an adapter, else None."""
     return next((f for f in (folder / "adapter", folder) if (f / "adapter_config.json").is_file()), None)
