@@ -390,3 +390,14 @@ def test_a_window_forgets_what_is_before_it():
     model.decode(ids[:15], cache)
     k, v, rows = cache.extend(0, np.zeros((1, 10)), np.zeros((1, 10)), 4)
     assert (len(k), len(v), rows.tolist()) == (4, 4, [3])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_says_what_it_is(name, tmp_path):
+    from minilora.runs.info import info
+
+    _, model = golden_model(name, "float32")
+    ml.merge(model)
+    ml.save_model(model, tmp_path)
+    kind = ABOUT["configs"][name]["model_type"]
+    assert info(tmp_path)["model_type"] == kind == ml.load_model(tmp_path, "numpy").model_type
