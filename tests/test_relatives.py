@@ -394,10 +394,10 @@ def test_a_window_forgets_what_is_before_it():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_model_says_what_it_is(name, tmp_path):
-    from minilora.runs.info import info
+    from minilora.runs.info import describe
 
     _, model = golden_model(name, "float32")
     ml.merge(model)
     ml.save_model(model, tmp_path)
     kind = ABOUT["configs"][name]["model_type"]
-    assert info(tmp_path)["model_type"] == kind == ml.load_model(tmp_path, "numpy").model_type
+    assert describe(tmp_path)["model_type"] == kind == ml.load_model(tmp_path, "numpy").model_type
