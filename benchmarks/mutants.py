@@ -1,14 +1,15 @@
 """Every single change of our own backward lines, made mechanically: does `gradcheck` see it, blame the right place, and name the cause?
 
     python -m benchmarks.mutants [--every 10] [--only lora]      changes; every 10th, in files whose name has "lora"
+    python -m benchmarks.mutants --keep FILE                     only those that are new, or that a result in this file says are not seen
     python -m benchmarks.mutants --false-alarms 200              no change, and so many seeds: nothing may be wrong
     python -m benchmarks.mutants --table FILE ...                the table in docs/gradcheck.md, from results in these files
 
 A mutant is one change of one expression or statement in a function that computes a gradient. Its code object takes the place of the
 original's, so nothing is imported again. Detected: a report of the catalogue that runs the changed line is not ok. Place: in a composite (a
 block or a model), the first place that is blamed is a call of the changed function. Cause: what the report says, where the change is one of
-the listed causes. Mutants that nothing detects are run beside the original; where every result agrees to the bit, they are equivalent on
-all of the catalogue, and listed with the reason in EQUIVALENT.
+the listed causes. Mutants that nothing detects are run beside the original; where every gradient of the catalogue is the same but for
+rounding, they are equivalent, and listed with the reason in EQUIVALENT.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ PLAIN = " (references)"
 MODELS = ("Block", "BertLayer", "GPT2", "Llama", "BertClassifier")
 
 
-KEPT = "file function line kind change detected composite places name gradient cause blamed causes".split()
+KEPT = "file function line kind change detected composite places name gradient cause blamed causes same".split()
 
 
 class Mutant(NamedTuple):
@@ -170,6 +171,8 @@ def changes(node: ast.AST, parent: ast.AST, final: bool, names: list[str]) -> It
             flip_op = ast.Sub() if isinstance(node.op, ast.Add) else ast.Add()
             yield "sign of a term", ast.AugAssign(node.target, flip_op, node.value), ()
         yield "left out", ast.Pass(), ()
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith("[...]"):
+        yield "added to", ast.AugAssign(node.targets[0], ast.Add(), node.value), ()
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         call = node.value
         yield (
@@ -417,7 +420,7 @@ def judge(mutant: Mutant, entries: list[Any], where: list[int], seconds: list[fl
     try:
         function.__code__ = mutant.code
         signal.alarm(600)
-        for i in [*leaves, *models[:12]]:
+        for i in [*leaves, *models]:
             report = run(entries[i], max_coordinates=12) if i in leaves else run(entries[i], by_call=True, tol=1e-6)
             if not report.ok and report.verdict != "nothing to check":
                 result["detected"] = entries[i][0]
@@ -438,7 +441,33 @@ def judge(mutant: Mutant, entries: list[Any], where: list[int], seconds: list[fl
     finally:
         signal.alarm(0)
         function.__code__ = original
+    if not result["detected"]:
+        result["same"] = all(agree(gradients(entries[i]), gradients(entries[i], function, mutant.code)) for i in where)
     return result
+
+
+def gradients(entry: Any, function: Any = None, code: Any = None) -> list[dict[str, Any]]:
+    """Every gradient of an entry, right after forward and with another forward in between; with this code for the function."""
+    name, layer, x, options = entry
+    original = getattr(function, "__code__", None)
+    dispatch.PLAIN = name.endswith(PLAIN)
+    try:
+        if function is not None:
+            function.__code__ = code
+        with unchanged(layer), np.errstate(all="ignore"):
+            check = Check(layer, x, 1e-7, 0, 1, options)
+            check.analyse()
+            return [check.alone, check.analytic]
+    finally:
+        dispatch.PLAIN = False
+        if function is not None:
+            function.__code__ = original
+
+
+def agree(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
+    """Whether all are equal, but for rounding."""
+    pairs = [(a[name], b[name]) for a, b in zip(some, others, strict=True) for name in a]
+    return all(a is b or np.allclose(a, b, rtol=0, atol=1e-13 * abs(a).max()) for a, b in pairs)
 
 
 def is_right(mutant: Mutant, function: types.FunctionType, original: types.CodeType, fault: Any) -> bool:
@@ -508,19 +537,6 @@ EQUIVALENT = {  # (what the change has, the reason); the first that fits is give
     "self.calls": "a count of calls, read by the initialiser alone",
 }
 SAME_SHAPE = "both names are one array, or arrays of one shape and kind of which only that is read"
-UNSEEN = {  # (file, function): changes of a gradient that no entry which this script runs shows, and why
-    ("models/classifier", "BertClassifier.loss"): "a batch without a label: its gradient is zero, so nothing can be compared",
-    ("layers/norm", "LayerNorm.backward"): "adding up is checked with need_dx=True alone",
-    ("models/decoder", "Decoder.loss_backward"): "models are run by their calls here, without the promise that gradients add up",
-    ("models/stack", "Body.backward"): "a prefix, or the rows of a mixed decoder",
-    ("kernels/grouped", "attention_backward"): "subsets of dq, dk and dv in the kernel",
-}
-
-
-def unseen(r: dict[str, Any]) -> str:
-    """Why a change that changes a gradient was not seen; "" for one that changes none."""
-    equal = r["file"] == "kernels/grouped" and r["kind"] != "condition"
-    return "" if equal else UNSEEN.get((r["file"], r["function"]), "")
 
 
 def false_alarms(seeds: int) -> None:
@@ -549,8 +565,7 @@ def table(results: list[dict[str, Any]]) -> str:
     """What the page says."""
     n = summary(results)
     missed = [r for r in results if not r["detected"]]
-    same = {id(r): next((why for words, why in EQUIVALENT.items() if words in r["change"]), SAME_SHAPE) for r in missed}
-    changed = n["mutants"] - sum(not unseen(r) for r in missed)
+    changed = n["mutants"] - sum(r["same"] for r in missed)
     lines = ["| | of | number | share |", "|---|---|---|---|"]
     rows = [
         ("detected", "changes that change a gradient", n["detected"], changed),
@@ -558,13 +573,13 @@ def table(results: list[dict[str, Any]]) -> str:
         ("the right cause", "those of a listed cause", n["cause right"], n["listed cause"]),
     ]
     lines += [f"| {what} | {of}: {total:,} | {number:,} | {number / max(total, 1):.1%} |" for what, of, number, total in rows]
-    parts = {
-        "are not seen": [(r, unseen(r)) for r in missed if unseen(r)],
-        "change no gradient": [(r, same[id(r)]) for r in missed if not unseen(r)],
-    }
-    for title, part in parts.items():
-        lines += ["", f"{len(part)} of {n['mutants']:,} changes {title}:", "", "| file | change | why |", "|---|---|---|"]
-        lines += [f"| {r['file']}.py:{r['line']} | `{r['change'].replace('|', '/')[:90]}` | {why} |" for r, why in part]
+    for title, same in (("are not seen", False), ("change no gradient", True)):
+        part = [r for r in missed if r["same"] == same]
+        lines += ["", f"{len(part)} of {n['mutants']:,} changes {title}{':' if part else '.'}"]
+        lines += ["", "| file | change | why |", "|---|---|---|"] if part else []
+        for r in part:
+            why = next((why for words, why in EQUIVALENT.items() if words in r["change"]), SAME_SHAPE) if same else ""
+            lines.append(f"| {r['file']}.py:{r['line']} | `{r['change'].replace('|', '/')[:90]}` | {why} |")
     return "\n".join(lines)
 
 
@@ -573,6 +588,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="only every n-th mutant")
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--only", default="", help="only files whose name contains this")
+    parser.add_argument("--keep", type=Path, help="a file of results, of which those that detect a change stay")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/mutants.json")
     parser.add_argument("--false-alarms", type=int, default=0, metavar="SEEDS")
     parser.add_argument("--table", type=Path, nargs="+", help="files of results")
@@ -586,6 +602,10 @@ def main() -> None:
     entries = list(catalogue())
     entries += [(f"{name}{PLAIN}", *rest) for name, *rest in entries if name.startswith(MODELS)]
     listed = [m for m in mutants() if args.only in m.file][args.start :: args.every]
+    results = []
+    if args.keep:
+        seen, listed = kept(args.keep, listed)
+        results += seen
     where, seconds = coverage(entries, {function_of(m.file, m.function).__code__ for m in listed})
     print(f"{len(listed)} mutants, {len(entries)} entries of {sum(seconds):.0f} s", flush=True)
 
@@ -593,7 +613,6 @@ def main() -> None:
         raise TimeoutError
 
     signal.signal(signal.SIGALRM, stop)
-    results = []
     for n, mutant in enumerate(listed):
         result = judge(mutant, entries, where.get((mutant.file, mutant.line), []), seconds)
         results.append(result)
@@ -602,8 +621,23 @@ def main() -> None:
         print(
             n, state, f"{mutant.file}:{mutant.line}", mutant.kind, "|", mutant.change[:90], "|", result["detected"], "|", *found, flush=True
         )
-        args.out.write_text(json.dumps(results, indent=1, default=str) + "\n")
+        args.out.write_text(json.dumps(results, indent=1, default=str).replace(f"{ROOT}/", "") + "\n")
     summary(results)
+
+
+def kept(file: Path, listed: list[Mutant]) -> tuple[list[dict[str, Any]], list[Mutant]]:
+    """Results in the file that detect one of these mutants, and the other mutants. Equal changes of a function follow in order."""
+    known: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for r in json.loads(file.read_text()):
+        known.setdefault((r["file"], r["function"], r["kind"], r["change"]), []).append(r)
+    seen, others = [], []
+    for m in listed:
+        same = known.get((m.file, m.function, m.kind, m.change), [])
+        if same and all(r["detected"] for r in same):
+            seen.append({**same.pop(0), "line": m.line})
+        else:
+            others.append(m)
+    return seen, others
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:

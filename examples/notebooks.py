@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from configparser import ConfigParser
 from pathlib import Path
 
 import jupytext
@@ -23,20 +24,27 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-REPOSITORY = "OWNER/minilora"  # on GitHub: the one place that knows it; the badges and the install cells are made from it
 BRANCH = "main"
 HERE = Path(__file__).resolve().parent
 NOTEBOOKS = HERE / "notebooks"
 SECONDS = 120  # a cell may take
-COLAB = f"https://colab.research.google.com/github/{REPOSITORY}/blob/{BRANCH}/examples/notebooks"
 BADGE = "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-INSTALL = f"""\
-# Run this first in Colab. On your own machine: pip install -e ".[plot]" in a clone, and scikit-learn for the fifth notebook.
+CLONE = '# On your own machine: pip install -e ".[plot]" in a clone, and scikit-learn for the fifth notebook.'
+COLAB = """\
+# In Colab, run this first.
 import sys
 
 if "google.colab" in sys.modules:
-    %pip install -q "minilora[plot] @ git+https://github.com/{REPOSITORY}@{BRANCH}"\
+    %pip install -q "minilora[plot] @ git+{address}@{branch}"\
 """
+
+
+def address() -> str:
+    """Where the repository is published: the GitHub address among `project_urls` of setup.cfg, "" as long as there is none."""
+    setup = ConfigParser()
+    setup.read(HERE.parent / "setup.cfg", encoding="utf-8")
+    found = re.search(r"https://github\.com/[\w.-]+/[\w.-]+", setup.get("metadata", "project_urls", fallback=""))
+    return found[0].removesuffix("/") if found else ""
 
 
 def scripts() -> list[Path]:
@@ -60,9 +68,12 @@ def _cells(script: Path) -> Iterator[NotebookNode]:
     first, *rest = jupytext.read(script).cells
     docstring, imports = _split(first.source)
     title, _, text = docstring.partition("\n")
-    number = script.stem[:2].lstrip("0")
-    yield new_markdown_cell(f"# {number}. {title.rstrip('.')}\n\n{BADGE}({COLAB}/{script.stem}.ipynb)\n{text.rstrip()}")
-    yield new_code_cell(INSTALL, metadata={"tags": ["install"]})
+    number, url = script.stem[:2].lstrip("0"), address()
+    colab = f"{url.replace('github.com', 'colab.research.google.com/github')}/blob/{BRANCH}/examples/notebooks/{script.stem}.ipynb"
+    badge = f"\n{BADGE}({colab})\n" if url else ""
+    yield new_markdown_cell(f"# {number}. {title.rstrip('.')}\n{badge}{text.rstrip()}")
+    install = [CLONE, *([COLAB.format(address=url, branch=BRANCH)] if url else [])]
+    yield new_code_cell("\n".join(install), metadata={"tags": ["install"]})
     yield new_code_cell(re.sub(r"^import argparse\n", "", imports))
     for cell in rest:
         if cell.cell_type == "markdown":

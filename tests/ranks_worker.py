@@ -18,6 +18,11 @@ from minilora.runs.resume import resume
 from minilora.runs.study import study
 from minilora.training.replicas import Replicas
 
+if devices := int(os.environ.get("FAKE_GPUS", 0)):
+    import fakecupy
+
+    sys.modules |= fakecupy.modules
+    fakecupy.module.cuda.runtime.getDeviceCount = lambda: devices
 runs, fault = map(json.loads, sys.argv[1:])
 mine = int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", 0))) == fault.get("rank")
 gradients = Replicas.gradients

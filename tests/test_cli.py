@@ -342,7 +342,8 @@ def test_every_verb_has_help_and_a_wrong_flag_one_line(capsys):
     """Each flag once, each with its dashes, and no traceback."""
     words = {"compare": ["first", "second"], "report": ["run", "other"], "exercise": ["action", "name"]}
     words |= {"explain": ["place"], "gradcheck": ["what"]}
-    words |= {key: ["model"] for key in ("evaluate", "generate", "merge", "extract", "info")}
+    words |= {key: ["model"] for key in ("evaluate", "generate", "merge", "export", "extract", "info")}
+    words |= {"push": ["folder", "hub_id"]}
     for name, p in make_parser()[1].items():
         assert [action.dest for action in p._actions if not action.option_strings] == words.get(name, [])
         assert f"minilora {name}" in p.format_help()

@@ -17,7 +17,7 @@ from minilora.checking.catalogue import catalogue
 from minilora.checking.trace import arrays_in, owner, trace
 from minilora.cli import main
 from minilora.explain import code as source
-from minilora.explain.costs import bytes_of, counted, predicted, saved_formula
+from minilora.explain.costs import counted, predicted, saved_formula
 from minilora.explain.docstring import sizes_of
 from minilora.explain.explain import explain
 from minilora.explain.formulas import formulas
@@ -68,6 +68,12 @@ def test_formulas_of_cost_equal_what_is_counted_while_it_runs(number):
     assert total == sum(c.bytes_saved for c in calls) == sum(map(held_by, roots))
 
 
+def bytes_of(formula, sizes):
+    """The value of a formula such as "4 T m (x) + 8·14"."""
+    terms = [re.findall(r"\w+", term.partition(" (")[0]) for term in formula.split(" + ") if term]
+    return sum(int(np.prod([int(a) if a.isdigit() else sizes[a] for a in term])) for term in terms)
+
+
 def held_by(root):
     """Bytes of the arrays in what a call saved, each once, without those of parameters."""
     own = {id(owner(p.data)) for _, p in root.layer.parameters()}
@@ -109,7 +115,7 @@ def test_every_operation_is_explained(name):
     assert result["operation"] == name
     assert result["equation"]
     assert result["worked"]
-    assert result["code"] or name == "add"
+    assert result["code"] or name in ("add", "multiply")
     for entry in result["worked"]:
         assert entry["array"] is None or close(entry["value"], entry["array"], 1e-9)
         assert "finite_difference" not in entry or close(entry["value"], entry["finite_difference"], 1e-5)
@@ -135,6 +141,14 @@ def test_a_block_adds_up():
     assert {"x + attn", "x + attn + mlp", "dy + ln_2.dx", "dy + ln_2.dx + ln_1.dx", "dx"} <= values.keys()
     assert values["dy + ln_2.dx + ln_1.dx"] == values["dx"]
     assert [child["place"] for child in result["children"]][:3] == ["ln_1", "attn", "drop_1"]
+
+
+def test_every_term_of_a_sum_in_a_composite_has_a_name(tmp_path):
+    result = explain("encoder.layer.0", save_small("bert", tmp_path), "a man eating food")
+    names = [entry["name"] for entry in result["worked"]]
+    assert names[:3] == ["x + dense", "LayerNorm + output.dense", "output.LayerNorm.dx + intermediate.dense.dx"]
+    assert not any("?" in name for name in names)
+    assert result["about"].endswith("(R, d)")
 
 
 def test_lora_beside_full_fine_tuning():
@@ -237,6 +251,46 @@ def test_another_model(folder):
     assert step["worked"][-1]["value"] == pytest.approx(step["after"], rel=1e-12)
 
 
+def test_a_gguf_file(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'minilora[gguf]'")
+    from test_gguf import random_model, small, write
+    from test_tokenizer import metadata
+
+    file = tmp_path / "model.gguf"
+    model = random_model(small(vocab_size=400, max_position_embeddings=16, intermediate_size=64))
+    about = {f"tokenizer.ggml.{name}": value for name, value in metadata().items()}
+    write(file, model, {"proj": gguf.GGMLQuantizationType.Q8_0}, about)
+    for place in ("lora", "layers.1.self_attn.q_proj", "layers.1", "attention"):
+        worked = [entry for entry in explain(place, file, "the cat sat")["worked"] if "finite_difference" in entry]
+        assert worked
+        assert all(close(entry["value"], entry["finite_difference"], 1e-5) for entry in worked)
+    step = explain(model=file, text="the cat sat", step=True)
+    assert step["worked"][-1]["value"] == pytest.approx(step["after"], rel=1e-12)
+
+
+def test_two_arrays_of_one_shape_have_their_own_names(tmp_path):
+    costs = explain("swiglu", save_small("llama", tmp_path), "the cat sat")["costs"]
+    assert sorted(costs["LoRA"]["formulas"]["saved"].split(" + ")) == ["4 T n (g)", "4 T n (u)"]
+
+
+def test_what_is_printed_where_there_is_no_argument_or_no_result():
+    said = []
+    for place in ("cross_entropy", "adamw", "transformer", "add"):
+        explain(place, say=said.append)
+    text = "\n".join(said)
+    assert "backward  computed by forward  ->  dlogits (T, V) = (6, 5)" in text
+    assert "v (n) = (5,)  ->  written in place" in text
+    assert "backward  dy (13, 128)  ->  gradients of parameters" in text
+    assert "backward  not called: it has no backward function" in text
+    assert text.count("cost, example") == 2
+    assert text.count("cost, LoRA") == 2
+
+
+def test_a_composite_says_in_which_order_backward_is_called():
+    orders = {child["place"]: child["backward"] for child in explain("h.1")["children"]}
+    assert sorted(orders, key=lambda name: orders[name] or 0) == ["add", "drop_2", "mlp", "ln_2", "drop_1", "attn", "ln_1", "take_rows"]
+
+
 def test_a_run_is_explained_with_its_own_adapter(tmp_path):
     model = ml.load_model("pydoc", "numpy")
     ml.inject(model, ml.LoraConfig(r=3, target_modules=["c_fc"], base_model_name_or_path="pydoc"), rng=0)
@@ -274,7 +328,7 @@ BAD = {
     "a token out of range": (["lora", "--token", "13"], "no token 13; choose one from 0 to 12"),
     "a negative feature": (["lora", "--feature", "-1"], "no feature -1; choose one from 0 to 127"),
     "a text that is too long": (["--text", "x" * 300], "the text has 300 tokens, and pydoc takes 256 at most"),
-    "a text that is too short": (["--text", "x"], "the text has 1 tokens; give a --text of two or more"),
+    "a text that is too short": (["--text", "x"], "must have two tokens or more, as the loss is that of the next token; this has 1."),
     "a step of what is not adapted": (["h.0.ln_1", "--step"], "transformer.h.0.ln_1 has no LoRA for a step to change"),
     "no model": (["--model", "nowhere"], "there is no model at nowhere"),
     "a page that is there": (["--html", "setup.cfg"], "setup.cfg is in use"),

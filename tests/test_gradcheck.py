@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import minilora as ml
+from minilora import functional as F
 from minilora.checking.catalogue import catalogue
 from minilora.checking.check import Check
+from minilora.checking.subjects import LossOf
 from minilora.cli import main
 from minilora.layers import Parameter
 
@@ -206,6 +208,19 @@ def test_nothing_to_check_is_reported():
     assert ml.gradcheck(model, np.array([1, 2, 3])).ok
 
 
+def test_a_constant_loss_proves_nothing_but_a_gradient_of_it_is_wrong():
+    """A batch without a label: loss and gradient are zero."""
+    model = ml.BertClassifier(ml.BertConfig(7, 6, 1, 3, 9, 6, num_labels=2), rng=0, dtype="float64")
+    loss = LossOf(model, np.array([-100]), count=1)
+    assert loss.forward(np.array([1, 2]))[0] == 0
+    report = ml.gradcheck(loss, np.array([1, 2]), max_coordinates=2)
+    assert report.verdict == "inconclusive"
+    assert "every gradient is zero here" in str(report)
+    model.loss_backward = lambda saved: model.classifier.bias.add_grad(np.ones(2))
+    report = ml.gradcheck(loss, np.array([1, 2]), max_coordinates=2)
+    assert [e.remark for e in report.failures if e.name == "classifier.bias"] == ["is not zero, and the true gradient is"]
+
+
 # -- remarks: true, or none ---------------------------------------------------------------------------------------------
 
 
@@ -258,6 +273,11 @@ REMARKS = [
         broken(backward=lambda self, dy, saved: Dense.backward(self, dy, saved) - dy),
         "dx",
         "lacks exactly dy: the gradient of a residual add",
+    ),
+    (
+        broken(forward=lambda self, x: (F.gelu_tanh(x), x), backward=lambda self, dy, x: F.gelu_backward(dy, x)),
+        "dx",
+        "is the gradient of gelu, and forward computes gelu_tanh",
     ),
     (broken(backward=lambda self, dy, saved: Dense.backward(self, dy, saved) and None), "backward", "raised ValueError: The truth value"),
     (broken(backward=lambda self, dy, saved: (Dense.backward(self, dy, saved), None)), "dx", "is a tuple instead of an array"),
@@ -405,6 +425,17 @@ def test_need_dx_false_in_forward_is_checked_too():
 
     report = ml.gradcheck(Greedy(4, 3, rng=0), X)
     assert [(e.name, e.remark) for e in report.failures] == [("weight", "need_dx=False changes this gradient")]
+
+
+def test_gradients_add_up_without_dx_too():
+    class Fresh(ml.Linear):
+        def backward(self, dy, saved, need_dx=True):
+            if not need_dx:
+                self.weight.grad = None
+            return super().backward(dy, saved, need_dx)
+
+    report = ml.gradcheck(Fresh(4, 3, rng=0), X)
+    assert [(e.name, e.remark) for e in report.failures] == [("weight", "need_dx=False does not add to this gradient: += is missing")]
 
 
 def test_need_dx_false_must_not_compute_dx():

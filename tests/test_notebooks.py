@@ -31,13 +31,26 @@ def test_notebook_is_up_to_date(script):
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1, "one picture"
     assert sum("install" in cell["metadata"].get("tags", []) for cell in code) == 1, "one install cell"
     first, last = ("".join(saved["cells"][i]["source"]) for i in (0, -1))
-    assert f"{notebooks.COLAB}/{script.stem}.ipynb" in first
+    assert first.startswith(f"# {int(script.stem[:2])}. ")
+    assert ("colab.research.google.com" in first) == bool(notebooks.address())
     assert last.startswith("## Exercises")
     assert last.count("\n1. ") == last.count("\n2. ") == 1
     printed = "".join("".join(output.get("text", "")) for output in outputs)
     assert "\nLook at " in printed
     text = json.dumps(saved)
     assert "argparse" not in text
+
+
+def test_the_badge_and_the_install_cell_lead_to_the_published_address(tmp_path, monkeypatch):
+    assert "OWNER" not in "".join(path.read_text(encoding="utf-8") for path in notebooks.NOTEBOOKS.glob("*.ipynb"))
+    monkeypatch.setattr(notebooks, "HERE", tmp_path / "examples")
+    url = "https://github.com/some-one/minilora"
+    for urls, found in (("", ""), ("Documentation = https://example.org/docs", ""), (f"Source = {url}/", url)):
+        (tmp_path / "setup.cfg").write_text(f"[metadata]\nname = minilora\nproject_urls =\n    {urls}\n")
+        assert notebooks.address() == found
+        first, install = notebooks.notebook(SCRIPTS[0]).cells[:2]
+        badge = f"(https://colab.research.google.com/github/some-one/minilora/blob/main/examples/notebooks/{SCRIPTS[0].stem}.ipynb)"
+        assert (badge in first.source) == ("%pip" in install.source) == (f"git+{url}@main" in install.source) == bool(found)
 
 
 def test_an_outdated_notebook_is_noticed(tmp_path, monkeypatch):

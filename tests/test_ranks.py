@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -132,6 +132,23 @@ def test_a_study_hands_its_runs_to_the_ranks(models, tmp_path):  # noqa: F811
     )
     assert alone == found
     assert len(found) == 6
+
+
+@needs_mpi
+def test_gpus_exchange_gradients_by_nccl(models, tmp_path):  # noqa: F811
+    """On the fake CuPy, whose NCCL is MPI: three ranks leave what one process with three lanes leaves on NumPy, but for rounding."""
+    recipes = [recipe_of(models, kind, steps=3, lanes=3, lora_dropout=0.1) for kind in ("text", "classify")]
+    on_gpus = [(replace(recipe, backend="cupy", threads=1), tmp_path / str(i)) for i, recipe in enumerate(recipes)]
+    done = start(3, on_gpus, FAKE_GPUS="3")
+    assert done.returncode == 0, done.stderr
+    for i, recipe in enumerate(recipes):
+        finetune(recipe, tmp_path / f"numpy-{i}", quiet)
+        alone, found = (folder.read_lines(tmp_path / each / "metrics.jsonl") for each in (f"numpy-{i}", str(i)))
+        for name in ("loss", "grad_norm"):
+            assert [r[name] for r in found] == pytest.approx([r[name] for r in alone], rel=1e-4)
+    assert "rank 2 needs a GPU of its own, and its computer has 2; start fewer ranks" in start(3, on_gpus[:1], FAKE_GPUS="2").stderr
+    error = start(2, [(on_gpus[0][0], tmp_path / "2")], FAKE_GPUS="2").stderr
+    assert "on GPUs each rank computes one lane, but 2 ranks share 3; start 3 ranks." in error
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------------------

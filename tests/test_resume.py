@@ -334,6 +334,20 @@ def test_two_processes_in_one_folder(stopped, capsys):
     resume(stopped / "run", quiet)
 
 
+def test_a_folder_that_another_run_has_used_meanwhile(tmp_path, monkeypatch):
+    """It was free when this run looked, and is free again when it takes the lock: another one has begun and ended in between."""
+    run = tmp_path / "run"
+
+    def late(folder):
+        (folder / "run.json").write_text("{}")
+        return locked(folder)
+
+    monkeypatch.setattr("minilora.runs.finetune.locked", late)
+    with pytest.raises(FileExistsError, match="is in use; name another folder"):
+        finetune(Recipe(**SMALL, **TEXT), run, quiet)
+    assert (run / "run.json").read_text() == "{}"
+
+
 def test_a_closed_standard_output_does_not_end_training(models, tmp_path):
     flags = "--steps 3 --window 16 --batch-size 2 --eval-bytes 64 --sample-bytes 4 --lanes 1".split()
     line = " ".join(command(*flags, "--out", tmp_path / "run"))

@@ -12,8 +12,9 @@ def cells(path: Path) -> str:
     """The notebook at `path` as one page."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     parts = [part for cell in notebook["cells"] for part in _cell(cell, path.stem)]
+    title, *text = [line for line in parts[0].splitlines() if not line.startswith("[![Open In Colab]")]
     files = f"[The script](../{path.stem}.py) · [the notebook]({path.name}), with these outputs"
-    parts[0] = "\n".join(files if line.startswith("[![Open In Colab]") else line for line in parts[0].splitlines())
+    parts[0] = "\n".join([title, "", files, *text])
     return "\n\n".join(parts) + "\n"
 
 

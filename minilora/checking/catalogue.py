@@ -97,6 +97,8 @@ def models(rng: np.random.Generator) -> Iterator[Subject]:
     for replica in several[1:]:
         inject(replica, LoraConfig(r=2, target_modules=["query", "intermediate.dense"], layers_to_transform=[1]), rng=rng)
     yield "BertClassifier, mixed, LoRA on the last layer", mixed(several, [1, 0, 2], OFFSETS), ids, at
+    upper = changed(GPT2(GPT2Config(**{**_GPT2, "n_layer": 3}), **d), LoraConfig(r=2, layers_to_transform=[1, 2], target_modules=["c_fc"]))
+    yield "GPT2.loss, LoRA on two blocks above a prefix", LossOf(upper, labels, prefix=True), ids, at
 
 
 _GPT2: dict[str, Any] = {"vocab_size": 7, "n_positions": 6, "n_embd": 6, "n_head": 3, "n_inner": 9, "n_layer": 2}

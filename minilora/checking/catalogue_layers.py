@@ -11,6 +11,7 @@ from minilora import layers as L
 from minilora.adapters import BottleneckLinear, PerSequence
 from minilora.backend import Array, as_like
 from minilora.checking.subjects import OFFSETS, Subject, frozen_but, shaken
+from minilora.layers.base import Output
 from minilora.lora import LoRALinear
 from minilora.lora.init.data import Watched
 from minilora.lora.variants.dora import DoRALinear
@@ -18,6 +19,15 @@ from minilora.lora.variants.embedding import LoRAEmbedding
 from minilora.lora.variants.vera import Projections, VeraConfig, VeRALinear
 from minilora.models import MLP, Attention, Block, FeedForward
 from minilora.models.attention import HeadNorm
+
+
+class InBuffer(L.Linear):
+    """A Linear whose gradients are part of a buffer that holds other numbers, as an optimizer's does after a step."""
+
+    def forward(self, x: Array, keep: bool = True, need_dx: bool = True) -> Output:
+        for _, p in self.parameters():
+            p.home = p.data + 1
+        return super().forward(x, keep, need_dx)
 
 
 def layers(rng: np.random.Generator) -> Iterator[Subject]:
@@ -29,6 +39,7 @@ def layers(rng: np.random.Generator) -> Iterator[Subject]:
     d: dict[str, Any] = {"rng": rng, "dtype": "float64"}
     yield "Linear", L.Linear(5, 4, **d), draw(6, 5), {}
     yield "Linear, no bias", L.Linear(5, 4, bias=False, **d), draw(6, 5), {}
+    yield "Linear, gradients in a buffer", InBuffer(5, 4, **d), draw(6, 5), {}
     yield "Embedding", L.Embedding(7, 5, **d), rng.integers(0, 7, 9), {}
     yield "Embedding, a row of padding", L.Embedding(7, 5, 3, **d), np.array([0, 2, 2, 6]), {}
     yield "LayerNorm", shaken(L.LayerNorm(5, dtype="float64"), rng), draw(6, 5), {}

@@ -24,7 +24,7 @@ class Known:
     dy         the cotangent
     factors    {words: number}, such as {"s": 0.5}: one that is left out, or applied twice, is named
     terms      {words: array}: parts of the gradient, one of which may be left out, doubled, or of the wrong sign
-    others     {words: array}: gradients of other functions
+    others     {words: (array, array)}: the gradient of another function, and the true one
     n_head     into how many groups of columns the array is cut
     again      () -> the gradient from a backward right after forward, with no other call in between; `alone`: the first one of these
     """
@@ -32,7 +32,7 @@ class Known:
     dy: np.ndarray
     factors: dict[str, float] = field(default_factory=dict)
     terms: dict[str, np.ndarray] = field(default_factory=dict)
-    others: dict[str, np.ndarray] = field(default_factory=dict)
+    others: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     n_head: int = 1
     alone: Any = None
     again: Callable[[], Any] = lambda: None
@@ -71,8 +71,8 @@ def cause(g: np.ndarray, numeric: np.ndarray, at: np.ndarray, precision: float, 
         return f"is {factor:.6g} times the true gradient{_named(factor, known.factors)}"
     if g.ndim == 2 and is_right(g.T):
         return "is transposed"
-    for words, other in known.others.items():
-        if np.linalg.norm(other.ravel()[at] - analytic) <= 10 * precision * size:
+    for words, (other, true) in known.others.items():
+        if explains(true.ravel()[at]) and np.linalg.norm(other.ravel()[at] - analytic) <= 10 * precision * size:
             return f"is the gradient of {words}"
     for words, term in known.terms.items():
         part = term.ravel()[at] if term.shape == g.shape else np.zeros(1)
@@ -131,10 +131,15 @@ def known_of(name: str, args: dict[str, Any], gradient: str, dy: Array, factors:
         known.terms = {words: make(dy, **args) for words, make in makers.items()}
     except (TypeError, AttributeError, ValueError):  # the call had arguments of another kind: a factored weight
         known.terms = {}
-    other = {"gelu": "gelu_tanh", "gelu_tanh": "gelu"}.get(name)
-    if other:
-        known.others = {f"{other}, and forward computes {name}": getattr(F, f"{other}_backward")(dy, args["x"])}
+    if name in ("gelu", "gelu_tanh"):
+        known.others = gelus(dy, args["x"])
     return known
+
+
+def gelus(dy: Array, x: Array) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`others` of a function that may be GELU, by erf or by tanh."""
+    by_erf, by_tanh = to_numpy(F.gelu_backward(dy, x)), to_numpy(F.gelu_tanh_backward(dy, x))
+    return {"gelu, and forward computes gelu_tanh": (by_erf, by_tanh), "gelu_tanh, and forward computes gelu": (by_tanh, by_erf)}
 
 
 def _xhat(x: np.ndarray, eps: float, centred: bool = True) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, backend_name, get_xp, to_backend, to_numpy
-from minilora.checking.causes import Known, cause, misshapen, not_finite
+from minilora.checking.causes import Known, cause, gelus, misshapen, not_finite
 from minilora.checking.differences import Derivative, derivative, relative_error
 from minilora.checking.report import Broken, Entry
 from minilora.layers import Layer, reseed
@@ -257,7 +257,11 @@ class Check:
     def known(self, name: str, dy: Array, factors: dict[str, float]) -> Known:
         """What is known of the gradient `name`; an object that knows more has a method of this name."""
         knows = getattr(self.layer, "known", None)
-        return knows(name, dy, factors) if knows else Known(to_numpy(dy) if name == "dx" else np.zeros(()), factors)
+        if knows:
+            return knows(name, dy, factors)
+        if name != "dx":
+            return Known(np.zeros(()), factors)
+        return Known(to_numpy(dy), factors, others=gelus(dy, self.x) if dy.shape == self.x.shape else {})
 
     def direction(self, names: Collection[str], called: str = "") -> Entry:
         """One random direction through these arrays at once: it also covers the coordinates that were not sampled."""
@@ -302,13 +306,17 @@ class Check:
                     yield Entry(path, "is frozen but has a gradient")
             elif not self.matches(path, 2):
                 yield Entry(path, f"two backward passes do not add up{': += is missing' if self.matches(path, 1) else ''}")
+        added = [path for path, p in self.params.items() if _trainable(p) and self.matches(path, 2)]
         takes = {method: "need_dx" in signature(getattr(self.layer, method)).parameters for method in ("forward", "backward")}
-        for options in [{}, {"need_dx": False}][: 1 + takes["forward"]] if takes["backward"] else []:
-            dx = self.backward(self.forward(**options)[1], need_dx=False)
+        passes = [{}, {"need_dx": False}][: 1 + takes["forward"]] if takes["backward"] else []
+        for times, options in enumerate(passes, 3):  # they add to the two before
+            dx = self.call("backward", self.c.copy(), self.forward(**options)[1], need_dx=False)
             if dx is not None:
                 yield Entry("dx", "need_dx=False still computes dx")
-            changed = [path for path, p in self.params.items() if _trainable(p) and not self.matches(path, 1)]
-            yield from (Entry(path, "need_dx=False changes this gradient") for path in changed)
+            changed = [path for path in added if not self.matches(path, times)]
+            for path in changed:
+                how = "does not add to this gradient: += is missing" if self.matches(path, 1) else "changes this gradient"
+                yield Entry(path, f"need_dx=False {how}")
             if changed or dx is not None:
                 return
 

@@ -19,11 +19,13 @@ Subject = tuple[str, Any, Array, dict[str, Any]]  # name, object, x, forward opt
 class LossOf(Layer):
     """A model's `loss`, and its `loss_backward` for dy = 1, with the contract of a layer: y is the loss."""
 
-    def __init__(self, model: Any, labels: np.ndarray, count: int | None = None) -> None:
+    def __init__(self, model: Any, labels: np.ndarray, count: int | None = None, prefix: bool = False) -> None:
         self.name, self.model, self.labels, self.count = f"{type(model).__name__}.loss", model, labels, count
+        self.prefix = prefix  # whether the frozen blocks at the bottom are run on their own
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Offsets = None) -> Output:
-        return self.model.loss(x, self.labels, offsets, self.count, keep=keep)
+        prefix = self.model.prefix(x, offsets) if self.prefix else None
+        return self.model.loss(x, self.labels, offsets, self.count, keep=keep, prefix=prefix)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> None:
         trained = [p for _, p in self.parameters() if p.trainable]

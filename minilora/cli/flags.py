@@ -24,6 +24,8 @@ _VERBS = {
     "evaluate": "measure a model on data: loss, perplexity, or accuracy, F1 and Matthews correlation",
     "generate": "continue a text, token by token",
     "merge": "fold an adapter into its model, as a folder that transformers loads",
+    "export": "write an adapter in the format of PEFT, mlx-lm, or llama.cpp and Ollama",
+    "push": "publish an adapter or a model on the hub",
     "extract": "turn a full fine-tune into a LoRA of its base model, by singular value decomposition",
     "compare": "the largest change of each weight between two models, with their adapters",
     "report": "one HTML page about a run, or two: curves, norms, singular values, similarity, time, samples",
@@ -104,6 +106,17 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the merged model")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the merged model (default: that of the base's files)")
 
+    add = verbs["export"].add_argument
+    add("model", help="a run folder, an adapter folder of PEFT or mlx-lm, or a model with --adapter")
+    _add_adapter(add)
+    add("--to", choices=("peft", "mlx", "gguf"), required=True, help="gguf: for llama.cpp and Ollama")
+    add("--out", type=Path, required=True, metavar="PATH", help="a new folder; with gguf a new file")
+
+    add = verbs["push"].add_argument
+    add("folder", type=Path, help="a run folder, an adapter folder or a model folder")
+    add("hub_id", metavar="HUB_ID", help="where it is published, as name/adapter")
+    add("--private", action="store_true", help="for nobody else to see")
+
     add = verbs["extract"].add_argument
     add("model", help="a run of full fine-tuning, a model, or an adapter whose rank is to change")
     add("--base", help="the model it was tuned from (default: that of the run or adapter)")
@@ -128,6 +141,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     add = verbs["info"].add_argument
     add("model", **_ANY_MODEL)
     add("--kernels", action="store_true", help="the implementation that runs for each operation of the model, and why")
+    add("--for", dest="readers", metavar="READERS", help="which of these read the adapter: peft, mlx, llama.cpp, vllm, or all")
     _add_weights(add)
     _add_fields(add, "backend", "numpy")
 
@@ -185,7 +199,7 @@ def _add_fields(add: Callable[..., Any], names: str, default: str = "") -> None:
 
 
 def _add_adapter(add: Callable[..., Any]) -> None:
-    add("--adapter", metavar="FOLDER", help="an adapter to load into the model")
+    add("--adapter", metavar="FOLDER", help="an adapter to load into the model: a folder, or a .gguf file")
     _add_weights(add)
 
 
@@ -230,7 +244,10 @@ def _set_defaults(p: argparse.ArgumentParser, path: Path) -> None:
         if action.choices is not None and value not in action.choices:
             raise ValueError(f"{path}: {name} is {value!r}; choose {', '.join(map(str, action.choices))}.")
         if isinstance(value, str) and callable(action.type):
-            value = action.type(value)
+            try:
+                value = action.type(value)
+            except ValueError:
+                raise ValueError(f"{path}: {name} is {value!r:.60}, which --{name.replace('_', '-')} would refuse.") from None
         p.set_defaults(**{action.dest: value})
         action.required = False
         if action.nargs != "?" and not action.option_strings:

@@ -16,10 +16,12 @@ from minilora.report.page import report_run
 from minilora.runs import Say
 from minilora.runs.doctor import doctor
 from minilora.runs.evaluate import evaluate_run
+from minilora.runs.export import export
 from minilora.runs.finetune import finetune
 from minilora.runs.generate import generate_run
 from minilora.runs.info import describe
 from minilora.runs.merge import compare, extract_run, merge_run
+from minilora.runs.push import push
 from minilora.runs.recipe import WITHOUT_EFFECT, Recipe
 from minilora.runs.resume import resume
 from minilora.runs.study import study_run
@@ -75,6 +77,8 @@ VERBS: dict[str, Callable[[Namespace, Say], dict[str, Any]]] = {
     "evaluate": lambda args, say: evaluate_run(**_given(args), say=say),
     "generate": _generate,
     "merge": _merge,
+    "export": lambda args, say: export(**_given(args), say=say),
+    "push": lambda args, say: push(**_given(args), say=say),
     "extract": lambda args, say: extract_run(**_given(args), say=say),
     "compare": _compare,
     "report": lambda args, say: report_run(**_given(args), say=say),

@@ -17,6 +17,7 @@ inspect ipaddress keyword linecache locale lzma mailbox mimetypes netrc numbers 
 plistlib poplib pprint profile pstats pyclbr queue quopri random rlcompleter runpy sched secrets selectors shelve shlex shutil signal
 smtplib socket socketserver statistics stringprep struct subprocess symtable tabnanny tarfile tempfile textwrap threading timeit
 token trace traceback tracemalloc tty types typing uuid warnings wave weakref webbrowser zipapp zipimport""".split()
+GENERAL = Path(__file__).parent / "general.txt"  # a page of English, on which fine-tuning is not meant to change a model
 HELD_OUT = "bisect bz2 cProfile difflib enum ssl string tokenize".split()
 
 

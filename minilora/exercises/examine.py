@@ -10,7 +10,7 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from inspect import isfunction, ismodule
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from minilora.checking.catalogue import catalogue
 from minilora.checking.gradcheck import gradcheck
 from minilora.checking.report import Fault
+from minilora.checking.trace import exchanged
 from minilora.exercises.template import Blank, Exercise, exercises
 from minilora.functional import AdamStep
 
@@ -73,14 +74,13 @@ def _find(blank: Blank, names: dict[str, Any]) -> Function:
 def _in_place(functions: dict[Blank, Function]) -> Iterator[None]:
     """Meanwhile each function stands wherever minilora has its own."""
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("minilora.")]
-    places = [(o, b, b.solution) for b in functions for o in {b.owner, *modules} if vars(o).get(b.name) is b.solution]
-    try:
-        for owner, blank, _ in places:
-            setattr(owner, blank.name, functions[blank])
+    with ExitStack() as stack:
+        for blank, function in functions.items():
+            solution = blank.solution
+            for owner in {blank.owner, *modules}:
+                if vars(owner).get(blank.name) is solution:
+                    stack.enter_context(exchanged(owner, blank.name, function))
         yield
-    finally:
-        for owner, blank, solution in places:
-            setattr(owner, blank.name, solution)
 
 
 def _watched(blank: Blank, function: Function) -> Function:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import sys
 from functools import lru_cache
-from operator import attrgetter
 from pathlib import Path
+from pkgutil import resolve_name
 from textwrap import dedent
 from typing import Any, NamedTuple
 
@@ -57,8 +56,7 @@ def exercises() -> dict[str, Exercise]:
         for blank in data["write"]:
             module, _, function = blank["function"].partition(":")
             owner, _, name = function.rpartition(".")
-            home = importlib.import_module(f"minilora.{module}")
-            blanks.append(Blank(attrgetter(owner)(home) if owner else home, name, blank["returns"], blank.get("keep", 0)))
+            blanks.append(Blank(resolve_name(f"minilora.{module}:{owner}"), name, blank["returns"], blank.get("keep", 0)))
         hints = [*data["hints"], inspect.getdoc(blanks[0].solution) or ""][:3]
         e = Exercise(path.stem.partition("_")[2], path.stem, data["title"], data["text"].strip("\n"), blanks, hints, data["checks"])
         found[e.name] = e

@@ -10,7 +10,11 @@ from minilora.checking.trace import Call, bare, where
 from minilora.explain.docstring import Doc, doc_of
 from minilora.explain.lines import Line, lines_of, undone
 
-ADD = Doc("y = a + b", "da = dy, db = dy: whoever calls it passes dy on to both terms.", dict.fromkeys("aby", "T n"), "", "")
+_AXES = dict.fromkeys("aby", "T n")
+PYTHONS = {  # operations whose reference is Python's own operator
+    "add": Doc("y = a + b", "da = dy, db = dy: whoever calls it passes dy on to both terms.", _AXES, "", ""),
+    "multiply": Doc("y = a * b, element by element", "da = dy * b, db = dy * a: whoever calls it forms these products.", _AXES, "", ""),
+}
 
 
 def functions(call: Call) -> tuple[Any, Any]:
@@ -28,8 +32,8 @@ def file_of(function: Any) -> str:
 
 def doc(call: Call) -> Doc:
     """Where a docstring names no axes, those of a matrix are T and n."""
-    if call.name == "add":
-        return ADD
+    if call.name in PYTHONS:
+        return PYTHONS[call.name]
     if call.layer is not None:
         return doc_of(type(call.layer))
     found = doc_of(*functions(call))
@@ -39,13 +43,16 @@ def doc(call: Call) -> Doc:
 
 def arrays(call: Call) -> dict[str, list[dict[str, Any]]]:
     """Of each array that goes in and comes out, forward and backward: name, axes in letters, shape, and whether it comes out."""
-    letters, results = doc(call).letters, ["y", *call.gradients]
-    ways = {"forward": [*(n for n in call.shapes if n in call.args), "y"], "backward": ["dy", *call.gradients]}
-    axes = {n: letters.get(n if n in ways["forward"] else "y" if n == "dy" else n[1:], "").replace(" ", ", ") for n in call.shapes}
-    return {
-        way: [{"name": n, "axes": axes[n], "shape": list(call.shapes[n]), "result": n in results} for n in names if n in call.shapes]
-        for way, names in ways.items()
-    }
+    letters = doc(call).letters
+
+    def described(name: str, like: str, result: bool) -> dict[str, Any]:
+        """like: the array that has the same axes."""
+        return {"name": name, "axes": letters.get(like, "").replace(" ", ", "), "shape": list(call.shapes[name]), "result": result}
+
+    forward = [(name, name, False) for name in call.args] + [("y", "y", True)]
+    backward = [("dy", "y", False)] + [(name, name[1:], True) for name in call.gradients]
+    ways = {"forward": forward, "backward": backward}
+    return {way: [described(*each) for each in of if each[0] in call.shapes] for way, of in ways.items()}
 
 
 def code(call: Call) -> dict[str, Any]:

@@ -1,15 +1,14 @@
 """Forward and backward lines of the source, and which forward lines each backward line undoes.
 
 A backward line undoes the forward line that its trailing comment quotes, and the one whose function or layer it calls backward. Without
-either it undoes the line that reads the array whose gradient it forms. Where nothing fits, lines are paired in mirrored order.
+either it undoes the line that reads the array whose gradient it forms. Where nothing fits, every line that computes something new, and not
+the same as forward again, undoes all of forward.
 """
 
 from __future__ import annotations
 
 import ast
-import io
 import re
-import tokenize
 from difflib import SequenceMatcher
 from inspect import getsourcelines
 from keyword import kwlist
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _TARGET = re.compile(r"(\w+)(?:\[.*?\])?(?:: \w+)? [-+*]?= ")
-_PASSIVE = re.compile(r"check_|xp\b.*=|raise |.*(self\.load\(|empty_like|zeros)|(?!.*([-+*/@]|\w\())")
+_PASSIVE = re.compile(r"check_|raise |.*(self\.load\(|empty_like|zeros)|(?!.*([-+*/@]|\w\())")
 
 
 class Line(NamedTuple):
@@ -39,16 +38,13 @@ def lines_of(function: Any) -> list[Line]:
     except (TypeError, OSError):
         return []
     text = dedent("".join(source))
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    comments = {t.start[0]: (t.start[1], t.string.lstrip("# ")) for t in tokens if t.type == tokenize.COMMENT}
-    (tree,), rows, found = ast.parse(text).body, text.split("\n"), []
+    (tree,), rows, found = ast.parse(text).body, [row.partition("  #") for row in text.split("\n")], []
     for node in sorted((n for n in ast.walk(tree) if isinstance(n, ast.stmt)), key=lambda n: n.lineno)[1:]:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # the docstring
             continue
         body = getattr(node, "body", None)
-        span = range(node.lineno, (body[0].lineno if body else (node.end_lineno or node.lineno) + 1))
-        code = " ".join(rows[i - 1][: comments[i][0] if i in comments else None].strip() for i in span)
-        comment = " ".join(comments[i][1] for i in span if i in comments)
+        own = rows[node.lineno - 1 : body[0].lineno - 1 if body else node.end_lineno]
+        code, comment = (" ".join(part.strip() for part in parts if part) for parts in ([r[0] for r in own], [r[2] for r in own]))
         names = frozenset(_NAME.findall(code)) - set(kwlist)
         target = _TARGET.match(code)
         counts = not body and not _PASSIVE.match(code)
@@ -65,14 +61,10 @@ def undone(forward: list[Line], backward: list[Line]) -> list[list[int]]:
         own = sorted({*quoted, *called}) or (_reads(line, forward) if line.counts else [])
         result.append(own or (last if line.counts and line.target.startswith("d") else []))
         last = quoted or called or last
-    if not any(result):
-        free = [i for i, line in enumerate(forward) if line.counts]
-        again = {line.text for line in forward}  # computed again, not undone
-        left = [k for k, line in enumerate(backward) if line.counts and line.text not in again]
-        mirrored = len(left) == len(free) and not any(backward[k].text.startswith("return") for k in left)
-        for k, i in zip(left, reversed(free) if mirrored else [0] * len(left), strict=True):
-            result[k] = [i] if mirrored else free
-    return result
+    if any(result):
+        return result
+    all_of_it, again = [i for i, line in enumerate(forward) if line.counts], {line.text for line in forward}
+    return [all_of_it if line.counts and line.text not in again else [] for line in backward]
 
 
 def _quoted(comment: str, forward: list[Line]) -> list[int]:

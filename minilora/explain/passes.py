@@ -13,6 +13,7 @@ from minilora.adapters import inject
 from minilora.backend import Array
 from minilora.checking.catalogue_pairs import pairs
 from minilora.checking.trace import Call, trace
+from minilora.explain.code import PYTHONS
 from minilora.formats.adapter import load_adapter
 from minilora.functional import AdamStep
 from minilora.layers import Dropout, Layer
@@ -26,7 +27,7 @@ TEXT = "def add(a, b):"
 
 
 class Passes(NamedTuple):
-    """calls: in float32, of a step that trains the adapters; full: that trains everything; exact: `calls` in float64, with arrays."""
+    """A step that trains the adapters (calls, float32), and one that trains everything (full)."""
 
     model: Any
     note: str
@@ -35,9 +36,9 @@ class Passes(NamedTuple):
     ids: Array
     labels: Array
     loss: float
-    calls: list[Call]
-    full: list[Call]
-    exact: list[Call]
+    calls: list[Call]  # in float64, with arrays
+    float32: dict[Call, Call]  # the same call in float32, for what it costs
+    full: list[Call]  # in float32
 
 
 def passes(name: str | Path, text: str = TEXT) -> Passes:
@@ -49,20 +50,22 @@ def passes(name: str | Path, text: str = TEXT) -> Passes:
     if len(ids) > longest:
         raise ValueError(f"the text has {len(ids)} tokens, and {name} takes {longest} at most; give a shorter --text.")
     if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens; give a --text of two or more, as the loss is that of the next token.")
+        raise ValueError(f"--text must have two tokens or more, as the loss is that of the next token; this has {len(ids)}.")
     ids, labels = (ids[:-1], ids[1:]) if isinstance(model, Decoder) else (ids, np.zeros(1, dtype=np.int64))
-    for _, layer in model.modules():
-        if isinstance(layer, Dropout):
-            layer.p = 0.0
     full = _traced(model.unfreeze(), ids, labels, arrays=False)[1]
     base = {id(p) for _, p in model.parameters()}
     note = _adapt(model, adapter)
-    calls = _traced(model, ids, labels, arrays=False)[1]
-    loss, exact = _traced(model.to(dtype="float64"), ids, labels, arrays=True)
-    return Passes(model, note, base, [tokenizer.decode([i]) for i in ids.tolist()], ids, labels, float(loss), calls, full, exact)
+    counted = _traced(model, ids, labels, arrays=False)[1]
+    loss, calls = _traced(model.to(dtype="float64"), ids, labels, arrays=True)
+    pieces, float32 = [tokenizer.decode([i]) for i in ids.tolist()], dict(zip(calls, counted, strict=True))
+    return Passes(model, note, base, pieces, ids, labels, float(loss), calls, float32, full)
 
 
 def _traced(model: Any, ids: Array, labels: Array, arrays: bool) -> tuple[Any, list[Call]]:
+    """The loss, and the calls of a pass in both directions, without dropout."""
+    for _, layer in model.modules():
+        if isinstance(layer, Dropout):
+            layer.p = 0.0
     model.zero_grad()
     with trace(model, arrays) as calls:
         loss, saved = model.loss(ids, labels)
@@ -74,8 +77,6 @@ def _adapt(model: Any, adapter: Any) -> str:
     """Give the model its adapter, or a fresh one. Returns a sentence about it."""
     if adapter is not None:
         load_adapter(model, adapter)
-        for _, layer in lora_layers(model):
-            layer.dropout.p = 0.0
         return f"The adapter is that of {adapter}, without dropout."
     task = "CAUSAL_LM" if isinstance(model, Decoder) else "SEQ_CLS"
     inject(model, LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type=task), rng=0)
@@ -89,44 +90,43 @@ def _adapt(model: Any, adapter: Any) -> str:
 
 
 def find(place: str, run: Passes) -> tuple[str, Call]:
-    """The full name of a place, and its call in `run.exact`; of an operation that the model does not call, an example's.
+    """The full name of a place, and its call; of an operation that the model does not call, an example's.
 
     Raises ValueError, with the nearest names, for a place that is not there.
     """
+    name = "lora_linear" if place == "lora" else place
+    if calls := [c for c in run.calls if c.name == name and c.is_operation]:
+        call = max(calls, key=lambda c: sum(g is not None for g in (c.grads or {}).values()))  # the first with most gradients
+        return call.place, call
+    if place == "lora":
+        raise ValueError("this model has no LoRA layer; name another place.")
+    if name in K.TABLE:
+        return name, example(name)
     paths = [path for path, _ in run.model.modules() if path]
-    called = {c.name for c in run.exact if c.is_operation}
-    name = {"lora": "lora_linear"}.get(place, place)
-    if name in K.TABLE or name in called:
-        mine = [c for c in run.exact if c.name == name and c.is_operation]
-        mine.sort(key=lambda c: -sum(g is not None for g in (c.grads or {}).values()))  # the first with most gradients
-        if not mine and place == "lora":
-            raise ValueError("this model has no LoRA layer; name another place.")
-        return (mine[0].place, mine[0]) if mine else (name, example(name))
-    ends = [p for p in [*paths, *dict.fromkeys(c.place for c in run.exact if c.is_operation)] if p == place or p.endswith(f".{place}")]
-    if place in ends or len(ends) == 1:
-        path = place if place in ends else ends[0]
-        mine = [c for c in run.exact if c.place == path and c.during == "forward"]
-        if mine:
-            return path, next((c for c in mine if c.order is not None), mine[0])
+    known = [*paths, *dict.fromkeys(c.place for c in run.calls if c.is_operation)]
+    ends = [p for p in known if f".{p}".endswith(f".{place}")]
+    if place not in ends and len(ends) != 1:
+        near = ends[:3] or get_close_matches(place, [*paths, *(p.partition(".")[2] for p in paths), *K.TABLE, "lora"], 3, 0.3) or paths[:3]
+        raise ValueError(f"there is no {place} in this model, and no operation of that name; the nearest are {', '.join(near)}.")
+    path = place if place in ends else ends[0]
+    mine = [c for c in run.calls if c.place == path and c.during == "forward"]
+    if not mine:
         raise ValueError(f"{path} is not called in a step of this model; name a place above or below it.")
-    near = ends[:3] or get_close_matches(place, [*paths, *(p.partition(".")[2] for p in paths), *K.TABLE, "lora"], 3, 0.3) or paths[:3]
-    raise ValueError(f"there is no {place} in this model, and no operation of that name; the nearest are {', '.join(near)}.")
+    return path, next((c for c in mine if c.order is not None), mine[0])
 
 
 def example(name: str) -> Call:
     """A call of an operation on small random arrays."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((6, 5))
-    examples = reversed(list(pairs(rng)))  # those without a remark in the name come first, and are kept last
-    known = {key.partition(",")[0]: (pair, value) for key, pair, value, _ in examples}
-    pair, value = known.get(name, (Layer(), x))
+    pair, value = next(((pair, value) for key, pair, value, _ in list(pairs(rng)) if key.partition(",")[0] == name), (Layer(), x))
     with trace(pair, arrays=True) as calls:
         if name == "dropout_mask":
             K.dropout_mask(x, x.shape, 0.4, 11)
         elif name == "adamw":
             K.adamw(x[0].copy(), x[1].copy(), x[2] / 9, x[3] ** 2 / 9, 1.0, 1.0, AdamStep(1e-3, 0.01, 0.9, 0.999, 0.1, 0.001, 1e-8, True))
-        elif name == "add":
-            K.add(x, x[::-1])
+        elif name in PYTHONS:
+            getattr(K, name)(x, x[::-1])
         else:
             y, saved = pair.forward(value)
             pair.backward(rng.standard_normal(y.shape), saved)

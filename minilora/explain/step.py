@@ -23,17 +23,18 @@ def explain_step(run: Passes, name: str, token: int | None, feature: int | None,
 
     Raises ValueError for a model without a trained LoRALinear, and for a place that is none.
     """
-    trained = (c for c in run.exact if c.name == "lora_linear" and c.parent is not None and c.parent.layer is not None and c.grads)
-    ops = {c.parent.place: c for c in trained if c.parent and c.grads and c.grads.get("dA") is not None}
+    layers = dict(lora_layers(run.model))
+    formed = ((c.place.removesuffix("/lora_linear"), c) for c in run.calls if (c.grads or {}).get("dA") is not None)
+    ops = {path: c for path, c in formed if path in layers}
     if not ops:
         raise ValueError("this model trains no LoRALinear, so there is no step to explain; name a place without --step.")
     place = find(next(iter(ops)) if name == "lora" else name, run)[0].partition("/")[0]
     if place not in ops:
         raise ValueError(f"{place} has no LoRA for a step to change; the nearest are {', '.join(list(ops)[:3])}.")
-    op, p = ops[place], dict(lora_layers(run.model))[place].lora_A
+    op, p = ops[place], layers[place].lora_A
     i, j = check(place, op, token, feature)
     at = tuple(next(e for e in worked(op, i, j) if e["name"] == "dA")["index"])
-    by_loss, before, way = central(run.exact[0], p.data, at), float(p.data[at]), _way(run, op)
+    by_loss, before, way = central(run.calls[0], p.data, at), float(p.data[at]), _way(run, op)
     optimizer = AdamW(run.model.parameters(), lr=LR)
     run.model.loss_backward(run.model.loss(run.ids, run.labels)[1])
     with trace(Layer(), arrays=True) as calls:
@@ -48,7 +49,7 @@ def explain_step(run: Passes, name: str, token: int | None, feature: int | None,
     entries = numbers(op, i, j)
     entries[1]["finite_difference_of_loss"] = by_loss
     loss_after = float(run.model.loss(run.ids, run.labels, keep=False)[0])
-    found: dict[str, Any] = {"place": place, "step": True, "parameter": f"{place}.lora_A", "index": list(at), "lr": LR}
+    found: dict[str, Any] = {"place": place, "parameter": f"{place}.lora_A", "index": list(at), "lr": LR}
     found |= {"way": way, "worked": entries, "token": i, "feature": j, "code": [code(op)], **arrays(op)}
     found |= {"before": before, "after": float(p.data[at]), "loss_after": loss_after}
     return found | (choices(op, i, j, numbers) if page else {})
@@ -59,7 +60,7 @@ def _way(run: Passes, op: Call) -> list[dict[str, Any]]:
     around: list[Any] = [op]
     while around[-1] is not None:
         around.append(around[-1].parent)
-    done = [c for c in run.exact if c.parent in around[1:] and (c.grads or c.order is not None) and (c.order or 0) <= (op.order or 0)]
+    done = [c for c in run.calls if c.parent in around[1:] and (c.grads or c.order is not None) and (c.order or 0) <= (op.order or 0)]
     return [
         {
             "place": c.place.lstrip("/") or "the model",

@@ -22,11 +22,11 @@ COSTS = {
 
 def show(result: dict[str, Any], say: Say) -> None:
     """Print an explanation, in sections."""
-    about = f" ({result['about'].rstrip('.')})" if result.get("about") and " = " not in result["about"] else ""
+    about = f" ({result['about']})" if result.get("about") and " = " not in result["about"] else ""
     say(f"{result['place']}: {result.get('name', 'one step')}{about}\n")
     tokens = " ".join(repr(piece)[1:-1] if piece.strip() else repr(piece) for piece in result["tokens"])
     say(f"model {result['model']}, loss {result['loss']:.4f} on {len(result['tokens'])} tokens: {tokens}\n{result['note']}")
-    _step(result, say) if result.get("step") else _place(result, say)
+    _step(result, say) if result["step"] else _place(result, say)
 
 
 def _place(r: dict[str, Any], say: Say) -> None:
@@ -41,19 +41,16 @@ def _place(r: dict[str, Any], say: Say) -> None:
             say(f"\n{name}\n{indent(r[name], '  ')}")
     sizes = ", ".join(f"{letter} = {size}" for letter, size in r["sizes"].items())
     say(f"\nshapes{', with ' if sizes else ''}{sizes}{' (' if r['letters'] else ''}{r['letters']}{')' if r['letters'] else ''}")
-    for name in ("forward", "backward"):
-        into, out = (", ".join(_array(a) for a in r[name] if a["result"] == result) for result in (False, True))
-        if out:
-            say(f"  {name:<9} {into}  ->  {out}")
-    if r["no_backward"]:
-        say(f"  backward  not called: {r['no_backward']}")
+    say(f"  forward   {_arrays(r['forward'], '', 'written in place')}")
+    backward = _arrays(r["backward"], "computed by forward", "gradients of parameters")
+    say(f"  backward  {'not called: ' + r['no_backward'] if r['no_backward'] else backward}")
     for code in r["code"]:
         _code(code, say)
     if r["worked"]:
         say(f"\none number: token {r['token']} of 0 to {r['grid'][0] - 1}, feature {r['feature']} of 0 to {r['grid'][1] - 1}")
         _numbers(r["worked"], say)
     if "children" in r:
-        head = ["what it calls, in this order", "", "back", "forward", "dx", "dW", "not formed", "bytes saved"]
+        head = ["what it calls, in this order", "", "backward as no.", "forward", "dx", "dW", "not formed", "bytes saved"]
         keys = ("place", "name", "backward", "forward", "dx", "dW", "skipped", "saved")
         _table(head, [[c[k] for k in keys] for c in r["children"]], say)
     for name, costs in r["costs"].items():
@@ -109,6 +106,12 @@ def _cell(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return (" x " if all(isinstance(v, int) for v in value) else ", ").join(map(str, value))
     return "" if value is None else value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _arrays(arrays: list[dict[str, Any]], no_argument: str, no_result: str) -> str:
+    """What goes in, and what comes out."""
+    into, out = (", ".join(_array(a) for a in arrays if a["result"] == result) for result in (False, True))
+    return f"{into or no_argument}  ->  {out or no_result}"
 
 
 def _array(a: dict[str, Any]) -> str:

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from minilora import functional as F
 from minilora.backend import Array
-from minilora.checking.trace import Call, bare
+from minilora.checking.trace import Call
+from minilora.explain.code import functions
 from minilora.explain.formulas import GIVEN, formulas
 from minilora.explain.work import read, work
-from minilora.kernels import TABLE
 
 STEP = 1e-5
 OFFERED = (16, 10)  # tokens and features to choose from in a page
@@ -23,9 +22,8 @@ Numbers = Callable[[Call, int, int], list[dict[str, Any]]]
 
 def grid_of(call: Call) -> tuple[int, int]:
     """How many tokens and features there are to choose from: the shape of y, else of the first argument that is a matrix."""
-    arrays = [call.y, *arguments(call).values()]
-    shape = next((a.shape for a in arrays if getattr(a, "ndim", 0) == 2), None)
-    return shape or next(((1, len(a)) if a.dtype.kind == "f" else (len(a), 1) for a in arrays if getattr(a, "ndim", 0) == 1), (1, 1))
+    shapes = [getattr(a, "shape", ()) for a in (call.y, *arguments(call).values())]
+    return next((s for s in shapes if len(s) == 2), None) or next(((1, *s) for s in shapes if len(s) == 1), (1, 1))
 
 
 def check(place: str, call: Call, token: int | None, feature: int | None) -> tuple[int, int]:
@@ -50,10 +48,9 @@ def choices(call: Call, i: int, j: int, numbers: Numbers) -> dict[str, Any]:
 
 def cotangent(call: Call) -> Array | None:
     """dy; where an operation has no backward of its own, that of the layer whose result it is."""
-    parent = call.parent
-    is_loss = call.run[1] is None and bool(call.grads)
-    if call.dy is None and not is_loss and parent is not None and parent.dy is not None and np.shape(parent.y) == np.shape(call.y):
-        return parent.dy if np.array_equal(parent.y, call.y) else None
+    is_loss, parent = call.run[1] is None and call.grads, call.parent
+    if call.dy is None and not is_loss and parent is not None and np.array_equal(parent.y, call.y):
+        return parent.dy
     return call.dy
 
 
@@ -63,11 +60,16 @@ def worked(call: Call, i: int, j: int) -> list[dict[str, Any]]:
     arrays = {**arguments(call), "y": call.y, **(call.grads or {}), **({} if dy is None else {"dy": dy})}
     env: dict[str, Any] = {"i": i, "j": j, **arrays}
     env |= GIVEN[call.name](env, i, j) if call.name in GIVEN else {}
+    left_out = "|".join(n for n, value in env.items() if value is None) or "-"  # a bias, a mask
     found = []
     for line in formulas().get(call.name, []):
-        left_out = (n for n, value in env.items() if value is None)  # a bias, a mask
-        line, _, remark = line.partition("  # ")
-        name, expression = re.sub(rf" [*+] ({'|'.join(left_out)})\[[^\]]*\]", "", line).split(" = ", 1)
+        formula, _, remark = re.sub(rf" [*+] ({left_out})\b(\[[^\]]*\])?", "", line).partition("  # ")
+        if " := " in formula:
+            name, expression = formula.split(" := ")
+            if all(env.get(n) is not None for n in re.findall(r"(?<!\.)\b([A-Za-z]\w*)\b(?!\()", expression)):
+                env[name] = work(expression, env)[0]
+            continue
+        name, expression = formula.split(" = ", 1)
         array, _, letters = name.rstrip("]").partition("[")
         if any(env.get(n) is None for n in [*re.findall(r"(\w+)\[", expression), *({array} & {*call.gradients})]):
             continue  # without a gradient of y, or of what is frozen
@@ -75,7 +77,7 @@ def worked(call: Call, i: int, j: int) -> list[dict[str, Any]]:
             env.setdefault(letter, j % size)
         index = tuple(env[letter] for letter in letters.split(",")) if letters else ()
         value, numbers, terms = work(expression, env)
-        entry = {"name": array, "index": list(index), "value": value, "numbers": numbers, "terms": terms, "remark": remark}
+        entry = {"name": array, "index": list(index), "value": float(value), "numbers": numbers, "terms": terms, "remark": remark}
         entry["formula"] = _indexed(f"{name} = {read(expression)}", env)
         entry["array"] = None if env.get(array) is None else float(env[array][index])
         if array.startswith("d") and array in call.gradients:
@@ -87,12 +89,8 @@ def worked(call: Call, i: int, j: int) -> list[dict[str, Any]]:
 
 
 def arguments(call: Call) -> dict[str, Any]:
-    """{name: value} of what a call was given."""
-    reference = bare(TABLE[call.name].kernels[-1].forward) if call.name in TABLE else None
-    candidates = (call.run[0], reference, getattr(F, call.name, None), call.function)
-    every = (signature(f).parameters for f in candidates if f)
-    parameters = next(each for each in every if not any(p.kind == p.VAR_POSITIONAL for p in each.values()))
-    args, options = call.inputs[0]
+    """{name: value} of what a call was given, and the defaults of the rest."""
+    parameters, (args, options) = signature(functions(call)[0]).parameters, call.inputs[0]
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     return defaults | dict(zip(parameters, args, strict=False)) | options
 

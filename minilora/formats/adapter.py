@@ -23,11 +23,13 @@ import numpy as np
 
 from minilora.adapters.bottleneck import bottleneck_parameters
 from minilora.backend import Array, as_like, to_numpy
-from minilora.formats.adapter_config import BARE, check_expressions, prefix_of, read_adapter_config, to_json
-from minilora.formats.atomic import write_json
+from minilora.formats.adapter_config import BARE, check_expressions, config_of, prefix_of, to_json
+from minilora.formats.atomic import read_json, write_json
 from minilora.formats.fetch import origin
 from minilora.formats.fitting import FAMILIES, check_fit, drawn_parameters, warn_of_pooling
+from minilora.formats.gguf_adapter import from_gguf
 from minilora.formats.mark import check_base, mark_of
+from minilora.formats.mlx import Factors, from_mlx, is_mlx
 from minilora.formats.tensors import holds_bfloat16, map_tensors, rounded, write_tensors
 from minilora.kernels.half import upcast
 from minilora.layers import Layer, Linear
@@ -77,7 +79,7 @@ def _bare_prefix(model: Layer, trained: set[str]) -> str:
 
 
 def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = False) -> Any:
-    """Inject the adapter in a folder into a base model. Returns its configuration.
+    """Inject the adapter in a folder of PEFT or mlx-lm, or in a GGUF file, into a base model. Returns its configuration.
 
     Everything is checked before the model is touched, and every tensor is loaded: the base's own weights in the file are fully trained
     (modules_to_save) where they differ from those of the model. An adapter of a model without its head is recognised.
@@ -85,16 +87,8 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
     case for one that was trained on a rounded or quantized copy. Raises FileNotFoundError; ValueError when the configuration needs
     something that is not supported, or when the adapter was made for another model.
     """
-    folder = Path(folder)
-    file = folder / "adapter_model.safetensors"
-    if not (folder / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"there is no adapter in {folder}: expected adapter_config.json and adapter_model.safetensors.")
-    config, bare = read_adapter_config(folder), ""
-    if (folder / "adapter_model.bin").exists() and not file.exists():
-        raise FileNotFoundError(
-            f"{folder} has only adapter_model.bin, a pickle, which is never read; save it with safe_serialization=True."
-        )
-    tensors, metadata = map_tensors(file)
+    folder, bare = Path(folder), ""
+    config, tensors, metadata = _read(folder, model)
     try:
         check_expressions(config, [path for path, _ in model.modules()])
         if isinstance(config, LoraConfig):
@@ -128,6 +122,35 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
     if left := [module for module in origin(model).drawn if f"{module}.weight" not in taken]:
         print(f"{folder} has no {' and no '.join(left)} either: the random initial values here are unchanged.", file=sys.stderr)
     return config
+
+
+def _read(folder: Path, model: Any) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
+    """(the configuration, the tensors as in PEFT's file, its metadata) of an adapter in any of the formats."""
+    if folder.suffix == ".gguf" and folder.is_file():
+        raw, tensors = from_gguf(folder, model)
+        return config_of(raw, folder), tensors, {}
+    where, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not where.is_file():
+        raise FileNotFoundError(f"there is no adapter in {folder}: expected adapter_config.json and adapter_model.safetensors.")
+    if is_mlx(raw := read_json(where)):
+        raw, tensors = from_mlx(folder, raw)
+        return config_of(raw, where), tensors, {}
+    config = config_of(raw, where)
+    if (folder / "adapter_model.bin").exists() and not file.exists():
+        raise FileNotFoundError(
+            f"{folder} has only adapter_model.bin, a pickle, which is never read; save it with safe_serialization=True."
+        )
+    return config, *map_tensors(file)
+
+
+def factors(model: Layer) -> Factors:
+    """{path: (A (in, r), B (r, out), scaling, DoRA's magnitudes or None)} of the LoRA layers, as they are in the file."""
+    joined, found = _with_the_initial_product(model), {}
+    for path, layer in lora_layers(model):
+        A, B = (to_numpy(joined.get(f"{path}.{name}", getattr(layer, name).data)) for name in _LINEAR)
+        m = getattr(layer, "lora_magnitude_vector", None)
+        found[path] = A, B, layer.scaling, None if m is None else to_numpy(m.data)
+    return found
 
 
 def _not_the_base(model: Layer, trained: Iterable[str]) -> list[str]:

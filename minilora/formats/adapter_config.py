@@ -11,6 +11,7 @@ from typing import Any
 from minilora.formats.atomic import read_json
 from minilora.formats.fetch import origin
 from minilora.formats.fitting import FAMILIES
+from minilora.formats.mlx import from_mlx, is_mlx
 from minilora.formats.sandbox import can_match
 from minilora.layers import Layer
 from minilora.lora import LoraConfig, lora_layers
@@ -33,13 +34,20 @@ _EXPRESSIONS = {  # fields with regular expressions, and what lora/targets.py pu
 
 
 def read_adapter_config(folder: str | Path) -> Any:
-    """adapter_config.json as a configuration. Raises ValueError, naming the field, for what would change the result and is not supported.
+    """adapter_config.json of PEFT or mlx-lm as a configuration.
+
+    Raises ValueError, naming the field, for what would change the result and is not supported.
 
     The initialiser does not matter, since the tensors replace its values: it is read as True. But if it changed the base weights (PiSSA,
     OLoRA, CorDA, LoftQ, LoRA-GA), the tensors are the difference from weights that the model does not have.
     """
     path = Path(folder) / "adapter_config.json"
     raw = read_json(path)
+    return config_of(from_mlx(Path(folder), raw)[0] if is_mlx(raw) else raw, path)
+
+
+def config_of(raw: dict[str, Any], path: Path) -> Any:
+    """A configuration in PEFT's layout. path: the file that it comes from, for messages. Raises as `read_adapter_config`."""
     peft_type = raw.get("peft_type", "LORA")
     if not isinstance(peft_type, str) or peft_type not in METHODS:
         raise ValueError(f"{path}: peft_type is {peft_type!r:.80}; supported: {', '.join(METHODS)}.")

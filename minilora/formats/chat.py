@@ -87,8 +87,8 @@ def _render(template: str | None, messages: Messages, prompt: bool, more: dict[s
     except (TypeError, ValueError, RecursionError):
         raise ValueError("messages must consist of strings, numbers, lists and objects only.") from None
     marks = f"[{''.join(MARKS)}]"
-    if (marked := marks_answers(template)) and re.search(marks, text):
-        raise ValueError(f"messages must not contain the noncharacters {' and '.join(map(ascii, MARKS))}.")
+    if (marked := marks_answers(template)) and re.search(marks, template + text):
+        raise ValueError(f"messages and the chat template must not contain the noncharacters {' and '.join(map(ascii, MARKS))}.")
     extra("jinja2", "hf", "a chat template")
     text = sandbox.render(_GENERATION.sub(_as_filter, template), {**context, "messages": plain, "add_generation_prompt": prompt})
     pieces = re.split(marks, text) if marked else [text]

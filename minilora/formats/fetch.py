@@ -76,6 +76,15 @@ def weight_files(folder: Path) -> list[Path]:
     return list(shards)
 
 
+def model_type_of(name: str) -> str | None:
+    """The model_type of a model at hand, None where it is not; nothing is downloaded."""
+    try:
+        kind = read_json(model_folder(name, download=False) / "config.json").get("model_type")
+    except (OSError, ValueError, ImportError):
+        return None
+    return kind if isinstance(kind, str) else None
+
+
 def _snapshot(hub_id: str, download: bool) -> Path:
     """The local snapshot of a model on the hub."""
     hub = extra("huggingface_hub", "hf", f"there is no folder {hub_id}, and fetching it from the hub")

@@ -18,8 +18,8 @@ from minilora.formats.gguf_header import Tensor, read_header
 from minilora.models.llama_config import VARIANTS, LlamaConfig
 from minilora.models.rope import frequencies
 
-_TYPES = {name: name for name in ("llama", "qwen2", "qwen3", "smollm3")} | {"gemma3": "gemma3_text"}  # its architecture: model_type
-_INTERLEAVED = ("llama", "smollm3")
+TYPES = {name: name for name in ("llama", "qwen2", "qwen3", "smollm3")} | {"gemma3": "gemma3_text"}  # its architecture: model_type
+INTERLEAVED = ("llama", "smollm3")
 _TOP = ["model.embed_tokens", "model.norm", "lm_head"]
 _BLOCK = """input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj post_attention_layernorm
     mlp.gate_proj mlp.up_proj mlp.down_proj""".split()
@@ -77,11 +77,11 @@ def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any],
         stem, _, kind = tensor.name.rpartition(".")
         if (name := published.get(stem)) is None or kind not in ("weight", "bias"):
             raise ValueError(f"{path} has a tensor {tensor.name!r}, which is not part of a supported model.")
-        value = _dequantized(tensor, path)
+        value = dequantized(tensor, path)
         n_head = heads.get(name.rpartition(".")[2])
         if variant.gemma and stem.endswith("norm"):
             value = value - 1
-        if architecture in _INTERLEAVED and n_head is not None:
+        if architecture in INTERLEAVED and n_head is not None:
             if len(value) % (2 * n_head):
                 raise ValueError(f"{path}: {tensor.name} has {len(value)} rows, not a multiple of 2 x {n_head} heads.")
             value = in_halves(value, n_head)
@@ -124,9 +124,9 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _config(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -> dict[str, Any]:
     """The metadata of the model as transformers' config.json. Raises ValueError for what is not supported."""
     architecture = meta.get("general.architecture")
-    if architecture not in tuple(_TYPES):
-        raise ValueError(f"{path} is of architecture {architecture!r:.80}; supported: {', '.join(_TYPES)}.")
-    variant = VARIANTS[_TYPES[architecture]]
+    if architecture not in tuple(TYPES):
+        raise ValueError(f"{path} is of architecture {architecture!r:.80}; supported: {', '.join(TYPES)}.")
+    variant = VARIANTS[TYPES[architecture]]
     found = {name.removeprefix(f"{architecture}."): value for name, value in meta.items() if name.startswith(f"{architecture}.")}
     for name in _SIZES.keys() - _OPTIONAL - found.keys():
         raise ValueError(f"{path} has no {architecture}.{name} in its metadata.")
@@ -141,7 +141,7 @@ def _config(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -> dict
     if "token_embd.weight" not in stored or len(stored["token_embd.weight"].shape) != 2:
         raise ValueError(f"{path} lacks the tensor 'token_embd.weight', or it is not a matrix.")
     raw = {
-        "model_type": _TYPES[architecture],
+        "model_type": TYPES[architecture],
         "vocab_size": stored["token_embd.weight"].shape[0],
         **{field: _short(found[name]) for name, field in _SIZES.items() if name in found},
         "tie_word_embeddings": "output.weight" not in stored,
@@ -182,7 +182,7 @@ def _scaling(found: dict[str, Any], stored: dict[str, Tensor], path: Path) -> di
     if (tensor := stored.get(_FREQUENCIES)) is not None:
         if kind != "none" and factor != 1:
             raise ValueError(f"{path}: {_FREQUENCIES} together with rope.scaling.factor is not supported.")
-        return _llama3(found, [float(x) for x in _dequantized(tensor, path).ravel()])
+        return _llama3(found, [float(x) for x in dequantized(tensor, path).ravel()])
     if kind == "none" or factor == 1:
         return None
     if kind == "linear":
@@ -209,7 +209,7 @@ def _short(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _dequantized(tensor: Tensor, path: Path) -> np.ndarray:
+def dequantized(tensor: Tensor, path: Path) -> np.ndarray:
     """A tensor in floating point, (out, in)."""
     import gguf
 

@@ -1,8 +1,9 @@
 """tokenizer.json with the changes that the files beside it make, as transformers' AutoTokenizer (5.23) applies them.
 
-The class named in tokenizer_config.json, or that of the model type, decides. BertTokenizer, GemmaTokenizer, GPT2Tokenizer, LlamaTokenizer,
-Qwen2Tokenizer, RobertaTokenizer and XLMRobertaTokenizer take only the vocabulary and the post-processor from tokenizer.json, and build
-the rest from the options of tokenizer_config.json (do_lower_case, legacy, ...); the base class, PreTrainedTokenizerFast, uses the file.
+The class named in tokenizer_config.json, or that of the model type, decides. BertTokenizer, GemmaTokenizer, GPT2Tokenizer,
+LlamaTokenizer, Qwen2Tokenizer, RobertaTokenizer and XLMRobertaTokenizer take only the vocabulary and the post-processor from
+tokenizer.json, and build the rest from the options of tokenizer_config.json (do_lower_case, legacy, ...); the base class,
+PreTrainedTokenizerFast, uses the file unchanged.
 Other classes of transformers that build their own are refused by name. add_bos_token and add_eos_token have no effect beside a
 tokenizer.json. One difference: a special token that is only the default of a class, and not in the vocabulary, is not added, since no
 model was trained on it.
@@ -33,13 +34,14 @@ _DEFAULTS = {
     "XLMRobertaTokenizer": dict(zip(_NAMES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>"), strict=True)),
 }
 _DEFAULTS["RobertaTokenizer"] = _DEFAULTS["XLMRobertaTokenizer"]
-_OF_MODEL = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer", "gemma3_text": "GemmaTokenizer", "qwen3": "Qwen2Tokenizer"}
-_OF_MODEL |= {"roberta": "RobertaTokenizer", "xlm-roberta": "XLMRobertaTokenizer", "distilbert": "BertTokenizer"}
+_OF_MODEL = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer", "roberta": "RobertaTokenizer", "xlm-roberta": "XLMRobertaTokenizer"}
+_OF_MODEL |= {"distilbert": "BertTokenizer", "gemma3_text": "GemmaTokenizer", "qwen3": "Qwen2Tokenizer"}
 _FIXED = {"qwen2": "Qwen2Tokenizer", "modernbert": ""}  # models for which transformers ignores the class that their files name
 _ALIASES = dict.fromkeys(("ElectraTokenizer", "DistilBertTokenizer", "SqueezeBertTokenizer"), "BertTokenizer")
 _MODELS = {"BertTokenizer": "WordPiece", "XLMRobertaTokenizer": "Unigram"}  # the others: BPE
 _AROUND = dict.fromkeys(("BertTokenizer", "RobertaTokenizer"), ("cls_token", "sep_token"))  # added around a text
 _AROUND["XLMRobertaTokenizer"] = "bos_token", "eos_token"
+_LONGER = 1000  # times; published files reach 4
 _OPTIONS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _OTHERS = """Albert Bart Barthez Bartpho BertGeneration BertJapanese Bertweet BigBird BioGpt Blenderbot BlenderbotSmall ByT5 CLIP CTRL
 Camembert Canine Clvp CodeGen CodeLlama Cohere Cpm CpmAnt DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia Esm Esmc
@@ -55,6 +57,7 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str]]:
     Raises ValueError, naming the file, for invalid or unsupported content; ImportError without the extra `hf`.
     """
     t, raw = import_tokenizers(), read_json(file)
+    _check_parts(raw, file)
     for table in _charsmaps(raw):
         size = int.from_bytes(table[:4], "little")  # the library does not check this size
         if len(table) < 4 or size % 4 or size > len(table) - 4:
@@ -244,11 +247,34 @@ def _content(value: Any) -> str:
     return text if isinstance(text, str) else ""
 
 
+def _steps(part: Any) -> Iterator[dict[str, Any]]:
+    """The steps of a normalizer, a pre-tokenizer or a decoder, with those of sequences."""
+    if isinstance(part, dict):
+        yield part
+        for name in ("normalizers", "pretokenizers", "decoders"):
+            for step in part[name] if isinstance(part.get(name), list) else ():
+                yield from _steps(step)
+
+
+def _check_parts(raw: dict[str, Any], file: Path) -> None:
+    """Raise ValueError for steps that make a text many times as long, one after the other, and for two tokens of one id."""
+    longer = 1
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        for step in _steps(raw.get(name)):
+            content = step.get("content")
+            longer *= 2 if step.get("type") == "ByteLevel" else max(1, len(content)) if isinstance(content, str) else 1
+            if longer > _LONGER:
+                raise ValueError(f"{file}: its {name} could make a text more than {_LONGER:,} times as long; it may be damaged or hostile.")
+    vocabulary = model.get("vocab") if isinstance(model := raw.get("model"), dict) else None
+    ids = [id for id in vocabulary.values() if type(id) is int] if isinstance(vocabulary, dict) else []
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{file}: two tokens of its vocabulary have one id.")
+
+
 def _charsmaps(raw: dict[str, Any]) -> Iterator[bytes]:
     """The character maps of the normalizer of a tokenizer.json, as compiled by SentencePiece."""
-    normalizer = raw.get("normalizer") or {}
-    for step in (normalizer, *(normalizer.get("normalizers") or ())) if isinstance(normalizer, dict) else ():
-        if isinstance(step, dict) and isinstance(charsmap := step.get("precompiled_charsmap"), str):
+    for step in _steps(raw.get("normalizer")):
+        if isinstance(charsmap := step.get("precompiled_charsmap"), str):
             try:
                 yield base64.b64decode(charsmap)
             except ValueError:

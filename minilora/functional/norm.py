@@ -1,4 +1,4 @@
-"""Layer norm (arXiv 1607.06450) and RMS norm (arXiv 1910.07467), over the features of each token."""
+"""Layer norm and RMS norm, over the features of each token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minilora.backend import Array, get_xp
 
 
 def layer_norm(x: Array, gamma: Array, beta: Array, eps: float = 1e-5) -> tuple[Array, tuple[Array, Array]]:
-    """y = gamma xhat + beta,   xhat = (x - mean) / sqrt(var + eps), mean and variance over the features.
+    """y = gamma xhat + beta,   xhat = (x - mean) / sqrt(var + eps), mean and variance over the features (arXiv 1607.06450).
 
     Shapes: x (T, n), gamma (n,), beta (n,) -> y (T, n). Saved: xhat (T, n) and rstd (T, 1); recomputing both
     from x would cost two reductions over x.
@@ -44,7 +44,7 @@ def layer_norm_backward(
 
 
 def rms_norm(x: Array, gamma: Array, eps: float = 1e-6) -> tuple[Array, tuple[Array, Array]]:
-    """y = gamma xhat,   xhat = x / sqrt(mean(x^2) + eps). Shapes and saved as in `layer_norm`; no mean is taken off."""
+    """y = gamma xhat,   xhat = x / sqrt(mean(x^2) + eps) (arXiv 1910.07467). Shapes and saved as in `layer_norm`; no mean is taken off."""
     rstd = 1 / check_norm(x, gamma).sqrt((x * x).mean(axis=1, keepdims=True) + eps)
     xhat = x * rstd
     return gamma * xhat, (xhat, rstd)

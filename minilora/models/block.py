@@ -13,8 +13,9 @@ from minilora.layers import Dropout, Layer, Output, Saved
 class PreNormBlock(Layer):
     """h = x + attn(norm_1(x));   y = h + mlp(norm_2(h)).   x (T, d) -> y (T, d), or the requested `rows` of it, (R, d).
 
-    Each residual add sends the gradient both ways: dh = dy + (the gradient through mlp and norm_2), and so on. A subclass names its
-    four layers as its checkpoint does, and returns them from `parts`. drop_1 and drop_2 follow attn and mlp: dropout, or Gemma's norms.
+    Each residual add sends the gradient both ways: dh = dy + (the gradient through mlp and norm_2), and so on.
+    A subclass names its four layers as its checkpoint does, and returns them from `parts`. drop_1 and drop_2 follow attn and mlp: dropout,
+    or Gemma's norms.
     """
 
     drop_1: Layer = Dropout(0.0)

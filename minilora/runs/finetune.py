@@ -26,14 +26,15 @@ from minilora.kernels.memory import peak_memory
 from minilora.lora import adaptation, disabled, lora_layers
 from minilora.models.generate import generate
 from minilora.runs import Say, signs
+from minilora.runs.card import card
 from minilora.runs.checkpoint import State, adapter_config, method_of, read_last, restore
 from minilora.runs.doctor import check_products
-from minilora.runs.folder import clean, new_folder
+from minilora.runs.folder import check_free, clean, new_folder
 from minilora.runs.interrupt import Interruption, locked
 from minilora.runs.plot import have_matplotlib, plot_run
 from minilora.runs.prepare import open_recipe, prepare
 from minilora.runs.recipe import Recipe, ResolvedRecipe, threads_for
-from minilora.runs.tasks import measure
+from minilora.runs.tasks import general_task, measure
 from minilora.runs.training import Training, assist
 from minilora.training.loss_scale import LossScale
 from minilora.training.memory import advice
@@ -62,11 +63,15 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
         allow_tf32()
     recipe = replace(recipe, backend=choose_backend(recipe.backend))
     if ranks is not None:
-        if recipe.backend != "numpy":
-            raise ValueError(f"several ranks compute on CPUs only, not with {recipe.backend}; add --backend numpy.")
-        recipe = replace(recipe, lanes=recipe.lanes or ranks.meet("the start", threads_for(recipe.threads), sum))
+        lanes = recipe.lanes or ranks.meet("the start", threads_for(recipe.threads) if recipe.backend == "numpy" else 1, sum)
+        recipe = replace(recipe, lanes=lanes)
+        if recipe.backend == "cupy":
+            if lanes != ranks.size:
+                raise ValueError(f"on GPUs each rank computes one lane, but {ranks.size} ranks share {lanes}; start {lanes} ranks.")
+            ranks.on_gpus()
     leads = ranks is None or ranks.rank == 0
     model, tokenizer, task = open_recipe(recipe)
+    general = general_task(recipe, tokenizer)
     plan = recipe if isinstance(recipe, ResolvedRecipe) else recipe.resolve(task.steps)
     base = sum(p.data.size for _, p in model.parameters())
     about: dict[str, Any] = {"base": fingerprint(model)[0], "data": task.sha256}
@@ -87,8 +92,10 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
         folder = Path(str(out)) if resumed else new_folder(out, plan.method)
         if not resumed:
             held.enter_context(locked(folder))
+            check_free(folder)  # again: another run may have begun and ended there in between
         trained = optimizer.flat.data.size
-        settings = asdict(plan) | ({} if plan.data is None else {"data": str(Path(plan.data).absolute())})  # found from anywhere
+        paths = {name: value for name in ("data", "forgetting") if (value := getattr(plan, name))}
+        settings = asdict(plan) | {name: str(Path(value).absolute()) for name, value in paths.items()}  # found from anywhere
 
         def write_run(results: dict[str, Any]) -> dict[str, Any]:
             """Write run.json. Returns the results in it: those given, and the loss scale, if there is one."""
@@ -104,8 +111,9 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
         if state is not None:
             say(f"continued from the checkpoint of step {state.step}")
         else:
-            figures = measure(model, task, plan.threads, matrix=True)
-            state = State(before={"figures": figures, "sample": _sample(model, tokenizer, plan)}, method=method_of(model))
+            first = {"figures": measure(model, task, plan.threads, matrix=True), "sample": _sample(model, tokenizer, plan)}
+            first |= {"general": measure(model, general, plan.threads)["loss"]} if general else {}
+            state = State(before=first, method=method_of(model))
         about |= {"before": state.before, "method": state.method}
         training = held.enter_context(closing(Training(model, optimizer, task, plan, folder, scale, about, state)))
 
@@ -134,6 +142,7 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
         size = save(training.step)
         records, before, sample_before = training.records.records, dict(about["before"]["figures"]), about["before"]["sample"]
         after, sample_after = measure(model, task, plan.threads, matrix=True), _sample(model, tokenizer, plan)
+        known = {"before": about["before"].get("general")}
         seen = [signs.still_zero(model)]
         if "confusion" in after:
             seen.append(signs.never_predicted(after["confusion"], task.labels or []))
@@ -153,6 +162,7 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
             "saved_bytes": size,
             "model_bytes": 4 * base,
             "steps": len(records),
+            **({"forgetting": {"text": general.what, **known, "after": measure(model, general, plan.threads)["loss"]}} if general else {}),
             **({} if best is None else {"best_step": best}),
             **({} if scale is None else {"steps_left_out": sum(record["grad_norm"] is None for record in records)}),
             "tokens_per_second": training.tokens / training.seconds,
@@ -164,6 +174,8 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
             method = {"lora": f"LoRA, rank {plan.r}", "full": "full fine-tuning"}.get(plan.method, plan.method)
             title = f"{Path(plan.model).name}, {method}, {len(records)} steps"
             plot_run(folder / "curves.png", records, before["loss"], after["loss"], title, unit, nats)
+        if plan.method != "full":
+            write_text(folder / "adapter" / "README.md", card(plan, _method(plan, model), task.what, figures))
         results = write_run(figures)  # last: with its results, the run has ended
         _print(say, plan, results, {"before": sample_before, "after": sample_after})
         for sign in filter(None, seen):
@@ -237,6 +249,8 @@ def _print(say: Say, recipe: ResolvedRecipe, results: dict[str, Any], samples: d
     name, before, after = results["headline"], results["before"], results["after"]
     losses = f"loss {before['loss']:.4f}, {after['loss']:.4f}"
     say(f"held out  {name.replace('_', ' ')} {before[name]:.3f} before, {after[name]:.3f} after; {losses}")
+    if (general := results.get("forgetting")) and general["before"] is not None:
+        say(f"general   loss {general['before']:.4f} before, {general['after']:.4f} after, on {general['text']}, which is not trained on")
     say(f"speed     {results['tokens_per_second']:,.0f} tokens a second, {results['seconds']:.1f} s in all")
     say(f"saved     {recipe.product} of {results['saved_bytes'] / 1e3:,.0f} kB; the model has {results['model_bytes'] / 1e3:,.0f} kB")
     for when, text in samples.items() if samples["after"] else ():

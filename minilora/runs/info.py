@@ -11,16 +11,25 @@ from minilora.kernels.report import report
 from minilora.layers import Linear
 from minilora.lora import adaptation, lora_layers
 from minilora.runs import Say, silent
+from minilora.runs.export import passport
 from minilora.runs.run_file import open_base, run_of
 
 
 def describe(
-    model: str | Path, allow_other_weights: bool = False, kernels: bool = False, backend: str = "numpy", say: Say = silent
+    model: str | Path,
+    allow_other_weights: bool = False,
+    kernels: bool = False,
+    backend: str = "numpy",
+    readers: str | None = None,
+    say: Say = silent,
 ) -> dict[str, Any]:
     """Parameters, memory, adapters, results, and the names of adaptable layers. Raises as the loaders do.
 
     kernels: also which implementation each operation of the model runs on `backend`, and why (kernels/report.py).
+    readers: instead, which of these programs read the adapter (export.py).
     """
+    if readers is not None:
+        return {"model": str(model), "readers": passport(model, readers, say)}
     opened, adapter = open_base(model, backend)
     count = sum(p.data.size for _, p in opened.parameters())
     names: dict[str, list[str]] = {}

@@ -43,7 +43,7 @@ def merge_run(
         changes = {name: float(abs(p.data - before[name]).max()) for name, p in merged.parameters() if name in before}
     else:
         changes = merge(merged)
-    save_model(merged, out, dtype)
+    save_model(merged, check_free(out), dtype)  # again: another process may have written there meanwhile
     say(f"merged {len(changes)} adapters into {out}; the largest change of a weight is {max(changes.values()):.3g}")
     if still := [name for name, change in changes.items() if change == 0]:
         note(f"warning: {len(still)} adapters are still zero, {still[0]} first: was anything trained?")
@@ -93,7 +93,7 @@ def extract_run(
         "folder": str(out),
         "base": base,
         "layers": [asdict(layer) for layer in layers],
-        "saved_bytes": save_adapter(adapted, out),
+        "saved_bytes": save_adapter(adapted, check_free(out)),
         "largest_change": max(layer.largest_change for layer in layers),
         "largest_error": max(layer.largest_error for layer in layers),
         "left_out": {path: changes[path] for path in embeddings_changed(original, changes)},

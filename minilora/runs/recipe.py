@@ -27,7 +27,7 @@ GROUPS = ("data", "method", "adapter", "optimisation", "memory and speed", "outp
 WITHOUT_EFFECT = {  # {kind of data: (in words, settings that it does not read)}
     "text": ("plain text", "tokens_per_batch mask_prompt"),
     "lm": ("records to continue", "batch_size eval_bytes sample_bytes"),
-    "classify": ("texts with a class", "tokens_per_batch mask_prompt eval_bytes sample_bytes"),
+    "classify": ("texts with a class", "tokens_per_batch mask_prompt eval_bytes sample_bytes forgetting"),
 }
 
 # Peak learning rates. Those of LoRA and of full fine-tuning of the bundled model are the best of one grid (benchmarks/lora_vs_full.py);
@@ -83,6 +83,10 @@ class Recipe:
     train_size: int | None = _data(None, "number of texts with a class to train on", unset="all", metavar="N", least=1)
     eval_size: int | None = _data(None, "number of them to measure on", unset="all that are held out", metavar="N", least=1)
     eval_bytes: int | None = _data(None, "held-out text to measure on", unset="65536 for pydoc, else 8192 tokens", metavar="N", least=1)
+
+    forgetting: str | None = _data(
+        None, "a text whose loss is measured before and after, by decoders; '' for none", unset="a page of English", metavar="PATH"
+    )
 
     method: str = _method("lora", "what to train", choices=METHODS)
     reinit: int | None = _method(None, "method full: reinitialise the pooler and the top L blocks", unset="no", metavar="L", least=0)

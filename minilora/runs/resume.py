@@ -29,12 +29,12 @@ def resume(run: str | Path, say: Say = print, **changes: Any) -> dict[str, Any]:
         raise ValueError(f"{run} has ended after step {record['results'].get('steps')}; there is nothing to continue.")
     known = {field.name for field in fields(ResolvedRecipe)}
     values = record.get("configuration")
-    if not isinstance(values, dict) or not known - {"lanes", *FREE} <= values.keys():
+    if not isinstance(values, dict) or not known - {"lanes", "forgetting", *FREE} <= values.keys():
         raise ValueError(f"{file} is damaged, or of another version: its configuration is not complete.")
     values = {"lanes": values.get("threads", 1), **{name: value for name, value in values.items() if name in known}}
     check_types(ResolvedRecipe, values, str(file))
     for name, value in changes.items():
-        value = str(Path(value).absolute()) if name == "data" else value
+        value = str(Path(value).absolute()) if name in ("data", "forgetting") and value else value
         if name not in FREE and values[name] != value:
             raise ValueError(f"{run} has {name} {values[name]!r}, not {value!r}; a run continues with its own settings, or is a new one.")
     values |= {"threads": threads_for(None), **{name: value for name, value in changes.items() if name in FREE}}

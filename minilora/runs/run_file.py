@@ -64,7 +64,7 @@ def open_base(path: str | Path, backend: str, adapter: str | Path | None = None,
     """The base model of a path without an adapter, and the folder of its adapter, if any."""
     base, found = base_of(path)
     if adapter is not None:
-        found = _adapter_folder(Path(adapter)) or Path(adapter)
+        found = adapter_folder(Path(adapter)) or Path(adapter)
     run = run_of(adapter or path)
     recipe = Recipe() if run is None else run.recipe
     labels = ((run and run.labels) or _classes(found)) if found else None  # a model has them in its own config.json
@@ -90,7 +90,7 @@ def base_of(path: str | Path) -> tuple[str, Path | None]:
     folder = Path(path)
     if (folder / "model" / "config.json").is_file():  # a run of full fine-tuning
         return str(folder / "model"), None
-    adapter = _adapter_folder(folder)
+    adapter = adapter_folder(folder)
     if adapter is not None:
         base = read_adapter_config(adapter).base_model_name_or_path
         if not base:
@@ -177,6 +177,6 @@ def _classes(adapter: Path) -> int | None:
     return next((len(value) for name, value in tensors.items() if re.search(r"\.classifier\.(out_proj\.)?(lora_B\.)?weight$", name)), None)
 
 
-def _adapter_folder(folder: Path) -> Path | None:
+def adapter_folder(folder: Path) -> Path | None:
     """The adapter in a run folder, or the folder itself if it is an adapter, else None."""
     return next((f for f in (folder / "adapter", folder) if (f / "adapter_config.json").is_file()), None)

@@ -30,9 +30,7 @@ def rising(records: Sequence[dict[str, Any]], patience: int | None) -> str:
     if len(measured) < 3 or measured[-3] != min(measured, key=lambda each: each[1]):
         return ""
     step, best = measured[-3]
-    what = (
-        f"the held-out loss has risen from {best:.4f} at step {step} to {measured[-1][1]:.4f}: the model learns the training data by heart"
-    )
+    what = f"the held-out loss has risen from {best:.4f} at step {step} to {measured[-1][1]:.4f}: the model overfits"
     return f"{what}; the result of step {step} is kept" + ("." if patience else ", and --patience ends such a run.")
 
 

@@ -30,7 +30,7 @@ from minilora.runs.interrupt import locked
 from minilora.runs.plot import have_matplotlib, plot_study
 from minilora.runs.prepare import open_recipe, prefix_for, prepare, steps_of
 from minilora.runs.recipe import METHODS, Recipe, ResolvedRecipe, threads_for
-from minilora.runs.tasks import Task, fingerprint, measure
+from minilora.runs.tasks import Task, fingerprint, general_task, measure
 from minilora.training.prefix import PrefixCache
 from minilora.training.ranks import Ranks, joined
 from minilora.training.reinitialise import draw
@@ -70,6 +70,7 @@ class Summary:
     trained: int
     steps: int
     seconds: float
+    forgetting: float = math.nan  # rise of the loss on a general text, nats a token; nan for classifiers
 
 
 def rows_named(names: Sequence[str]) -> Rows:
@@ -99,11 +100,14 @@ def study(recipe: Recipe, rows: Rows, seeds: int, folder: str | Path, say: Say =
 
 
 def _study(recipe: Recipe, rows: Rows, seeds: int, folder: Path, say: Say, ranks: Ranks | None) -> list[Summary]:
+    if ranks is not None and recipe.backend == "cupy":
+        ranks.on_gpus(together=False)
     recipe = replace(recipe, lanes=recipe.lanes or lanes_of(folder) or threads_for(recipe.threads))
     store = StudyFolder(folder, recipe, rows, fingerprint(recipe.data, recipe.encoding) if recipe.data else None)
     done = {(record["row"], record["seed"]) for record in store.records}
 
-    model, _, task = open_recipe(recipe)
+    model, tokenizer, task = open_recipe(recipe)
+    general = general_task(recipe, tokenizer)
     say(f"data      {task.what}")
     say(f"study     {len(rows)} rows x {seeds} seeds in {store.path}" + (f"; {len(done)} runs were there already" if done else ""))
     runs = [run for run in product(range(seeds), rows) if run[::-1] not in done]
@@ -114,6 +118,7 @@ def _study(recipe: Recipe, rows: Rows, seeds: int, folder: Path, say: Say, ranks
     if ranks is None or ranks.rank == 0:
         store.begin()
     floor = _floor(model, task, recipe) if todo else 0.0
+    known = measure(model, general, threads_for(recipe.threads))["loss"] if todo and general else 0.0
     prefixes: dict[str, PrefixCache | None] = {}
     try:
         with tqdm(total=sum(each.steps for each in todo.values()), unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
@@ -123,7 +128,10 @@ def _study(recipe: Recipe, rows: Rows, seeds: int, folder: Path, say: Say, ranks
                 bar.set_description(f"{name}, seed {seed}")
                 if name not in prefixes or each.init_lora_weights in DATA_INITIALISERS:  # whose layers may depend on the seed
                     prefixes[name] = prefix_for(task, each)  # shared by the seeds of a row, whose frozen blocks are the same
-                return _run(model, task, each, floor, bar, prefixes[name])
+                replica, record = _run(model, task, each, floor, bar, prefixes[name])
+                if general and record["value"] is not None:
+                    record["forgetting"] = measure(replica, general, each.threads)["loss"] - known
+                return record
 
             for (name, seed), record in _results(run, list(todo), ranks):
                 store.add({"row": name, "seed": seed, **record})
@@ -168,8 +176,8 @@ def _results(
     ranks.over = True
 
 
-def _run(model: Any, task: Task, recipe: ResolvedRecipe, floor: float, bar: tqdm, prefix: PrefixCache | None) -> dict[str, Any]:
-    """Train and measure a replica of the model, which is left unchanged."""
+def _run(model: Any, task: Task, recipe: ResolvedRecipe, floor: float, bar: tqdm, prefix: PrefixCache | None) -> tuple[Any, dict[str, Any]]:
+    """Train and measure a replica of the model, which is left unchanged. Returns the replica and the record of the run."""
     replica = model.replica()
     rng = np.random.default_rng((recipe.seed, 1))
     for path, layer in replica.modules():
@@ -184,12 +192,12 @@ def _run(model: Any, task: Task, recipe: ResolvedRecipe, floor: float, bar: tqdm
             bar.update()
     except Diverged as error:
         bar.update(end - bar.n)
-        return {**record, "why": str(error)}
+        return replica, {**record, "why": str(error)}
     measured = measure(replica, task, recipe.threads)
     value = measured[task.headline]
     if math.isfinite(value):
         record |= {"value": value, "failed": not (value > floor if task.headline in _HIGHER else value < floor)}
-    return {**record, "measured": measured}
+    return replica, {**record, "measured": measured}
 
 
 def _floor(model: Any, task: Task, recipe: Recipe) -> float:
@@ -203,6 +211,7 @@ def _floor(model: Any, task: Task, recipe: Recipe) -> float:
 def summarise(row: str, records: Sequence[dict[str, Any]], headline: str) -> Summary:
     """The figures of one row; the standard deviation is that of a sample (n - 1)."""
     values = sorted((r["value"] for r in records if r["value"] is not None), reverse=headline not in _HIGHER)  # the worst first
+    forgotten = [r["forgetting"] for r in records if r.get("forgetting") is not None]
     return Summary(
         row,
         runs=len(records),
@@ -214,16 +223,21 @@ def summarise(row: str, records: Sequence[dict[str, Any]], headline: str) -> Sum
         trained=records[0]["trained"],
         steps=records[0]["steps"],
         seconds=statistics.fmean(r["seconds"] for r in records),
+        forgetting=statistics.fmean(forgotten) if forgotten else math.nan,
     )
 
 
 def format_table(table: Sequence[Summary], headline: str) -> str:
     """The table as text."""
-    width = max(len(line.row) for line in table)
-    lines = [f"{headline.replace('_', ' '):<{width}}    mean    std   worst    best  failed      trained  steps  seconds"]
+    width, shown = max(len(line.row) for line in table), any(math.isfinite(line.forgetting) for line in table)
+    title = "    mean    std   worst    best  failed      trained  steps  seconds" + "  forgets" * shown
+    lines = [f"{headline.replace('_', ' '):<{width}}{title}"]
     for s in table:
         figures = f"{s.mean:7.3f} {s.std:6.3f} {s.worst:7.3f} {s.best:7.3f}"
-        lines.append(f"{s.row:<{width}} {figures} {f'{s.failed}/{s.runs}':>7} {s.trained:12,} {s.steps:6,} {s.seconds:8.1f}")
+        lines.append(
+            f"{s.row:<{width}} {figures} {f'{s.failed}/{s.runs}':>7} {s.trained:12,} {s.steps:6,} {s.seconds:8.1f}"
+            + f" {s.forgetting:8.3f}" * shown
+        )
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from minilora.data.batches import Batch, check_length, held_out_windows, random_
 from minilora.data.datasets import Dataset, batches_of, endless, few, load_dataset, load_examples, pack, packed_batches, sample
 from minilora.data.examples import Example, class_names
 from minilora.data.records import SPLITS, is_dataset, listed, note, read_bytes, read_records, split_files
-from minilora.data.text import read_text, split_text, stdlib_source
+from minilora.data.text import GENERAL, read_text, split_text, stdlib_source
 from minilora.formats.fitting import named
 from minilora.formats.tokenizer import ByteTokenizer, Tokenizer
 from minilora.functional import cross_entropy, mse
@@ -200,6 +200,16 @@ def _measured_text(what: str, tokens: np.ndarray, recipe: Recipe, tokenizer: Tok
         raise ValueError(f"{recipe.data} has {len(tokens)} token: there is nothing to predict.")
     batches = list(held_out_windows(tokens, recipe.window, 4, max(1, recipe.text_to_measure // recipe.window)))
     return Task(what, _headline(tokenizer), batches, counts={"total_tokens": len(tokens) - 1})
+
+
+def general_task(recipe: Recipe, tokenizer: Tokenizer) -> Task | None:
+    """The text on which a model shows what it has forgotten (`Recipe.forgetting`); None for classifiers, or where none is wanted."""
+    if recipe.kind == "classify" or recipe.forgetting == "":
+        return None
+    path = GENERAL if recipe.forgetting is None else Path(recipe.forgetting)
+    tokens = tokens_of(read_text(path, "utf-8" if recipe.forgetting is None else recipe.encoding), tokenizer)
+    window = min(recipe.window, len(tokens) - 1)
+    return _measured_text(path.name, tokens, replace(recipe, window=max(1, window), eval_bytes=8192), tokenizer)
 
 
 def fingerprint(data: str | Path, encoding: str = "utf-8") -> str:

@@ -50,7 +50,7 @@ def train(
     check_every   steps between two readings of losses and gradient norms, before whose update it is checked that they are finite.
                   Default: 1 on NumPy; 10 on a GPU, where reading synchronises. Steps are yielded when they are read
     prefix        cache for the outputs of frozen blocks, for data that repeat (prefix.py)
-    cuda_graph    on a GPU: replay steps of one shape as a CUDA graph (cuda_graph.py)
+    cuda_graph    on one GPU: replay steps of one shape as a CUDA graph (cuda_graph.py)
     loss_scale    scale of float16 gradients (loss_scale.py); default: a new one if activations are float16. Every step is then read;
                   one whose gradients overflow is yielded with a norm that is not finite, and without an update
     norms_every   steps between two measurements of Step.norms, the norms by parameter (watch.py); default: none
@@ -64,7 +64,7 @@ def train(
     watch = Watch(flat, 1 if scaler else check_every or (1 if on_host else 10), norms_every, done)
     with (
         Replicas(model, flat, threads, prefix, lanes=lanes, ranks=ranks) as replicas,
-        step_graph(replicas, clip) if cuda_graph and not on_host else nullcontext() as graph,
+        step_graph(replicas, clip) if cuda_graph and not on_host and ranks is None else nullcontext() as graph,
     ):
         for step in range(done + 1, steps + 1):
             batch = _take(batches, accumulate, step, steps)

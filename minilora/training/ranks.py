@@ -7,6 +7,8 @@ Every rank prepares the same model, takes the same batches and makes the same up
                 and finishes the tree (replicas.py)
     all-gather  of the finished parts: the gradient (n,) is then the same on all ranks, whatever their number
 
+On GPUs, NCCL carries the gradients (nccl.py), and a rank computes one lane.
+
 Each rank sends and receives about 2 n numbers a step, as in an all-reduce, whose order of summation MPI leaves open (docs/scale.md).
 A wait ends after MINILORA_WAIT seconds (1800) with an error that names the ranks that are missing; an error of one rank ends all.
 """
@@ -29,7 +31,9 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from minilora import __version__
+from minilora.backend import Array, get_xp
 from minilora.data.records import note
+from minilora.training.nccl import Nccl, take_gpu
 
 _RANK = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # MPICH and Intel MPI, Slurm, Open MPI
 _SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
@@ -48,12 +52,20 @@ class Ranks:
     """
 
     def __init__(self, mpi: Any) -> None:
-        self.comm, self.status = mpi.COMM_WORLD, mpi.Status()
+        self.mpi, self.comm, self.status = mpi, mpi.COMM_WORLD, mpi.Status()
+        self.gradients = self.comm.Dup()  # so that they are not taken for messages
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
+        self.nccl: Nccl | None = None
         self.limit = float(os.environ.get("MINILORA_WAIT", 1800))
         self.interruption: Any = SimpleNamespace(requested=False)
         self.over = False
         self.sent: list[Any] = []  # requests, which hold their buffers until these have left
+
+    def on_gpus(self, together: bool = True) -> None:
+        """From here on this rank computes on a GPU: one of its own if all work together, and then exchanges gradients by NCCL."""
+        take_gpu(self.comm.Split_type(self.mpi.COMM_TYPE_SHARED).Get_rank(), f"rank {self.rank}" if together else "")
+        if together:
+            self.nccl = Nccl(self.rank, self.size, lambda mine: self.meet("the start", mine, lambda every: every[0]), self._wait)
 
     def blocks(self, lanes: int) -> list[range]:
         """The lanes of every rank."""
@@ -102,18 +114,17 @@ class Ranks:
             raise Stopped
         return [None if loss is None else np.dtype(loss[1]).type(loss[0]) for loss in answer]
 
-    def add(self, rows: dict[int, np.ndarray], lanes: int, total: np.ndarray) -> None:
+    def add(self, rows: dict[int, Array], lanes: int, total: Array) -> None:
         """total (n,) = the sum of all lanes. rows: {lane: gradient (n,)} of this rank; they are overwritten, `total` may be one of them."""
-        cuts = [total.size * rank // self.size for rank in range(self.size + 1)]
-        widths = [b - a for a, b in pairwise(cuts)]
+        xp, cuts = get_xp(total), [total.size * rank // self.size for rank in range(self.size + 1)]
         starts = [list(add_by_tree(dict.fromkeys(block, 0), block.stop, lanes)) for block in self.blocks(lanes)]
         rows = add_by_tree(rows, self.blocks(lanes)[self.rank].stop, lanes)
-        send = np.concatenate([row[a:b] for a, b in pairwise(cuts) for row in rows.values()])
-        parts = np.empty((sum(map(len, starts)), widths[self.rank]), total.dtype)
-        counts = [len(rows) * width for width in widths], [len(each) * widths[self.rank] for each in starts]
-        self._finish(self.comm.Ialltoallv([send, counts[0]], [parts, counts[1]]))
-        slices = dict(zip((lane for each in starts for lane in each), parts, strict=True))
-        self._finish(self.comm.Iallgatherv(add_by_tree(slices, lanes, lanes)[0], [total, widths]))
+        exchange = self._exchange if self.nccl is None else self.nccl.exchange
+        received = [xp.empty((len(each), cuts[self.rank + 1] - cuts[self.rank]), total.dtype) for each in starts]
+        exchange([xp.stack([row[a:b] for row in rows.values()]) for a, b in pairwise(cuts)], received)
+        slices = dict(zip((lane for each in starts for lane in each), (part for parts in received for part in parts), strict=True))
+        finished = add_by_tree(slices, lanes, lanes)[0]
+        exchange([finished] * self.size, [total[a:b] for a, b in pairwise(cuts)])
 
     def end(self, kind: type[BaseException] | None) -> None:
         """Training has ended here, by an exception of this kind or as planned: meet once more, unless only this rank has failed."""
@@ -153,8 +164,14 @@ class Ranks:
             raise TimeoutError(f"rank {missing} did not arrive at {where} within {limit:g} s.")
         return [received[rank] for rank in ranks]
 
-    def _finish(self, request: Any) -> None:
-        if not _within(self.limit, request.Test, rest=False):
+    def _exchange(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
+        """Send send[j] to rank j, and receive receive[j] from it, for all j."""
+        requests = [self.gradients.Irecv(each, rank) for rank, each in enumerate(receive)]
+        requests += [self.gradients.Isend(each, rank) for rank, each in enumerate(send)]
+        self._wait(lambda: self.mpi.Request.Testall(requests))
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        if not _within(self.limit, done, rest=False):
             raise TimeoutError(f"the exchange of gradients did not end within {self.limit:g} s: a rank or the network hangs.")
 
 

@@ -34,7 +34,7 @@ class Replicas:
 
     A batch is cut into shards of whole sequences, of about `tokens` tokens at most, and what a shard saves for its backward is freed
     before the next one starts: the memory of a step does not grow with the batch. prefix: cache for the outputs of frozen blocks.
-    lanes: by default as many as threads; on a device always one, which runs in parallel by itself. ranks: other processes (ranks.py).
+    lanes: by default as many as threads; on a device one a rank, which runs in parallel by itself. ranks: other processes (ranks.py).
 
     Use as a context manager: it holds the threads, and limits BLAS to one thread each while it is open.
     Raises ValueError for fewer than one thread or lane.
@@ -54,7 +54,7 @@ class Replicas:
         if min(threads, lanes) < 1:
             raise ValueError(f"threads must be at least 1, got {threads}." if threads < 1 else f"lanes must be at least 1, got {lanes}.")
         on_host = get_xp(flat.data) is np
-        self.lanes = lanes if on_host else 1
+        self.lanes = lanes if on_host else 1 if ranks is None else ranks.size
         self.ranks, self.block = ranks, range(self.lanes) if ranks is None else ranks.blocks(self.lanes)[ranks.rank]
         threads = min(threads, len(self.block))
         self.flat, self.prefix, self.tokens = flat, prefix, tokens or (SHARD if on_host else SHARD_ON_DEVICE)

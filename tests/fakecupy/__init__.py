@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fakecupy import blas, cuda, graph
+from fakecupy import blas, cuda, graph, nccl
 from fakecupy.arrays import argument, ndarray, offered, operand
 from fakecupy.counting import Counts, count, note
 from fakecupy.graph import perform, waits
@@ -161,7 +161,8 @@ def _make_module() -> CuPy:
     cupy.get_default_memory_pool = lambda: pool
     runtime = space(getDeviceCount=lambda: 1, getDevice=lambda: 0)
     cupy.cuda = space(runtime=runtime, get_current_stream=graph.current, Stream=graph.Stream, is_available=lambda: True)
-    cupy.cuda.Device = lambda: space(compute_capability="90")
+    cupy.cuda.Device = lambda number=0: space(compute_capability="90", use=lambda: None)
+    cupy.cuda.nccl = nccl
     cupy.cuda.MemoryPool, cupy.cuda.using_allocator = MemoryPool, lambda allocator: contextlib.nullcontext()
     return cupy
 

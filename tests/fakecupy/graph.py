@@ -6,6 +6,7 @@ During capture, everything that would make the host wait and copies from the hos
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from fakecupy.counting import note
@@ -26,7 +27,7 @@ class Graph:
 
 
 class Stream:
-    """The parts that minilora uses: `with stream:`, begin_capture, end_capture, synchronize, ptr."""
+    """The parts that minilora uses: `with stream:`, begin_capture, end_capture, synchronize, record, ptr."""
 
     _open: Graph | None = None
     _current: list[Stream] = []  # noqa: RUF012
@@ -54,6 +55,10 @@ class Stream:
     def synchronize(self) -> None:
         waits()
         note(syncs=1)
+
+    def record(self) -> Any:
+        """An event, as cupy.cuda.Event: everything before it has been done at once."""
+        return SimpleNamespace(done=True)
 
 
 class Default(Stream):

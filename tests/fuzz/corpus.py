@@ -131,6 +131,30 @@ def gguf_bytes(about: dict[str, Any]) -> bytes:
     return header + bytes(-len(header) % 32) + about["data"]
 
 
+def gguf_adapter() -> dict[str, Any]:
+    """The structure of an adapter of rank 2 for the model "llama" of `models`: q and v of its one block."""
+    meta = [("general.type", STRING, "adapter"), ("general.architecture", STRING, "llama"), ("adapter.type", STRING, "lora")]
+    meta.append(("adapter.lora.alpha", F32, 4.0))
+    rng, infos, data = np.random.default_rng(0), [], b""
+    for name, rows in (("attn_q", 8), ("attn_v", 4)):
+        for part, dims in (("a", (8, 2)), ("b", (2, rows))):
+            infos.append((f"blk.0.{name}.weight.lora_{part}", list(dims), 2, 0, len(data)))
+            data += rng.normal(size=dims[0] * dims[1]).astype("<f4").tobytes()
+            data += bytes(-len(data) % 32)
+    return {"version": 3, "tensors": len(infos), "fields": len(meta), "meta": meta, "infos": infos, "data": data}
+
+
+def mlx_adapter(folder: Path, base: Path) -> Files:
+    """The same adapter as a folder of mlx-lm."""
+    from minilora.formats.adapter import factors
+    from minilora.formats.mlx import write_mlx
+
+    adapted = ml.load_model(base, "numpy")
+    ml.inject(adapted, ml.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), rng=0)
+    write_mlx(folder, factors(adapted), 1, None)
+    return read_folder(folder)
+
+
 def gguf(kind: str = "llama") -> dict[str, Any]:
     """The structure of a small model with its tokenizer."""
     tokens = sorted(small.library_bpe().get_vocab().items(), key=lambda each: each[1])

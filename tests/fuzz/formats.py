@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,11 +56,6 @@ from .readers import (
     same_tensors,
 )
 
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass
-
 
 @dataclass
 class Format:
@@ -86,6 +80,7 @@ TEMPLATES = [
 ]
 WEIGHTS = {  # of the cases; those that take longer get fewer
     **{"safetensors": 12, "index": 8, "config": 3, "gguf": 5, "tokenizer": 4, "template": 6, "conversation": 6, "adapter": 3},
+    **{"mlx": 3, "gguf-adapter": 3},
     **{"run": 3, "report": 0.2, "study": 12, "checkpoint": 10, "metrics": 6, "jsonl": 14, "csv": 14, "toml": 2, "text": 14},
 }
 PIECES = """{{_'a'_*_10**9_}}|{{_10**10**8_}}|{{_'x'.center(10**9)_}}|{{_'%1000000000d'_%_1_}}|{{_'{:1000000000}'.format(1)_}}
@@ -345,6 +340,22 @@ def all_formats() -> dict[str, Format]:
             one_of(txt=text_file(TEXT_WORDS), gz=mutate.mutate_bytes),
             read_plain,
             check_plain,
+        ),
+    ]
+    found += [
+        Format(
+            "mlx",
+            [corpus.mlx_adapter(work / "mlx", work / "llama")],
+            one_of(json=json_file, safetensors=tensors_file),
+            adapters.read,
+            adapters.check_mlx,
+        ),
+        Format(
+            "gguf-adapter",
+            [{"a.gguf": b""}],
+            lambda rng, _: {"a.gguf": gguf_file(rng, corpus.gguf_adapter())},
+            lambda folder: adapters.read(folder / "a.gguf"),
+            adapters.check_gguf,
         ),
     ]
     for each in found:

@@ -1,0 +1,71 @@
+"""`minilora export`: an adapter in the format of another program; `minilora info --for`: which programs read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minilora.formats.adapter import factors, save_adapter
+from minilora.formats.adapter_config import read_adapter_config
+from minilora.formats.fetch import model_type_of
+from minilora.formats.gguf_adapter import kind_of, write_gguf_adapter
+from minilora.formats.mlx import write_mlx
+from minilora.formats.passport import check, readers, verdict
+from minilora.lora import adaptation
+from minilora.runs import Say, silent
+from minilora.runs.folder import check_free
+from minilora.runs.run_file import adapter_folder, open_model
+
+_READERS = {"peft": "peft", "mlx": "mlx", "gguf": "llama.cpp"}
+
+
+def export(
+    model: str | Path,
+    to: str,
+    out: str | Path,
+    adapter: str | Path | None = None,
+    allow_other_weights: bool = False,
+    say: Say = silent,
+) -> dict[str, Any]:
+    """Write the adapter of a run or an adapter folder as `to`: "peft" or "mlx", a new folder; "gguf", a new file. Returns what was written.
+
+    Raises ValueError when there is no adapter, or the format cannot hold it (formats/passport.py); FileExistsError when `out` is in use.
+    """
+    out = check_free(out)
+    opened = open_model(model, "numpy", adapter, "float32", allow_other_weights)
+    config = adaptation(opened).config
+    if config is None:
+        raise ValueError(f"{model} has no adapter to export.")
+    check(_READERS[to], config, kind_of(opened), str(adapter or model))
+    base = config.base_model_name_or_path
+    if to == "peft":
+        save_adapter(opened, out)
+    elif to == "mlx":
+        write_mlx(out, factors(opened), len(opened.body.parts()[1]), base)
+    else:
+        write_gguf_adapter(out, factors(opened), opened, config.lora_alpha)
+    files = [out] if out.is_file() else sorted(out.iterdir())
+    say(f"wrote {', '.join(str(file) for file in files)}: {sum(file.stat().st_size for file in files) / 1e3:,.0f} kB")
+    return {"to": to, "files": [str(file) for file in files]}
+
+
+def passport(path: str | Path, names: str, say: Say = silent) -> dict[str, dict[str, list[str]]]:
+    """Which programs read an adapter: {name: {"refused": [why, ...], "needs": [what, ...]}}, both empty where it is read as it is.
+
+    path: a run or an adapter folder; adapter_config.json is enough, so that it can be asked before anything is trained.
+    names: of readers, separated by commas, or "all". Raises ValueError for a folder without an adapter, and for an unknown name.
+    """
+    if (folder := adapter_folder(Path(path))) is None:
+        raise ValueError(f"{path} has no adapter: there is no adapter_config.json.")
+    config, result = read_adapter_config(folder), {}
+    base = config.base_model_name_or_path
+    model_type = model_type_of(base) if base else None
+    if model_type is None:
+        say(f"base        {base or 'not named'}: not at hand, so whether its architecture is supported is not checked")
+    for name in readers() if names == "all" else names.split(","):
+        refused, needs = verdict(name, config, model_type)
+        result[name] = {"refused": refused, "needs": needs}
+        source = f" ({readers()[name]['source']})"
+        does = f"does not read it. {'; '.join(refused)}{source}" if refused else f"reads it{''.join(f'; {need}' for need in needs)}"
+        say(f"{name:<11} {readers()[name]['name']} {does}")
+    return result
