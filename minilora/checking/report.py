@@ -58,6 +58,11 @@ class Fault:
         return f"{self.place or self.name}: {self.gradient} {cause}{more}  [{self.source}]".replace(":  ", ": ")
 
 
+def wrong(entries: list[Entry], tol: float) -> list[Entry]:
+    """Those entries that are WRONG."""
+    return [e for e in entries if e.verdict(tol) == "WRONG"]
+
+
 class Broken(Exception):
     """The check cannot continue; the entry, its one argument, says why."""
 
