@@ -8,7 +8,7 @@ call that is wrong while everything it calls is right has the mistake in its own
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +17,11 @@ import numpy as np
 
 from minilora import functional as F
 from minilora.backend import Array
-from minilora.checking.calls import Call, names_of, needed_of, where
+from minilora.checking.calls import Call, Function, names_of, needed_of, where
 from minilora.checking.causes import Known, cause, known_of, unusable
 from minilora.checking.check import Check, parameters_of, unchanged
-from minilora.checking.report import Broken, Entry, Fault, wrong
-from minilora.checking.trace import Calls, exchanged, trace
+from minilora.checking.report import Entry, Fault, wrong
+from minilora.checking.trace import Calls, exchanged, layers_of, trace
 from minilora.kernels import dispatch
 from minilora.layers import Layer, Parameter
 
@@ -102,42 +102,44 @@ def fault_of(call: Call, entries: list[Entry]) -> Fault:
 
 
 def handed(call: Call) -> str:
-    """Which gradient a layer hands to a layer inside it is wrong, and how; "" if none is, or nothing ran backward."""
-    part, dx = part_of(call), None
+    """Which gradient a layer hands to a layer inside it is wrong, and how; "" if none is, or nothing ran backward.
+
+    What each layer inside returned is moved: the derivative along it is what its backward has to be handed.
+    """
+    part = part_of(call)
     if part is None:
         return ""
-    with unchanged(part):
+    with unchanged(part), ExitStack() as stack:
         check = Check(part, part.x, _RANDOM_TOL, 0, _EXACTLY, {})
-        with suppress(Broken), trace(call.layer, arrays=True) as calls:
-            y, saved = check.forward()
-            check.c, check.rounding = check.draw(y.shape), 1e-15 * float(abs(y).sum())
-            dx = check.backward(saved)
-        inner = [c for c in calls if c.parent is None and not c.is_operation and c.layer is not call.layer and c.dy is not None]
+        root = recorded(check)[0]
+        inner = [c for c in root.children if not c.is_operation and c.layer is not call.layer and c.dy is not None]
         passed = {f"the gradient through {c.place}": (c.grads or {}).get("dx") for c in inner}
-        known = Known(check.c, terms={words: dx for words, dx in passed.items() if dx is not None})
-
-        def how(name: str, g: Any) -> str:
-            """How the gradient g of the array `name` is wrong, as a clause; "" if it is right."""
+        known = Known(root.dy, terms={words: dx for words, dx in passed.items() if dx is not None})
+        gradients = [(f"hands {c.place}.backward a dy", c.place, c.dy) for c in sorted(inner, key=lambda c: c.order or 0)]
+        if inner and "dx" in check.checked and hasattr(dx := (root.grads or {}).get("dx"), "shape"):
+            gradients.append(("returns a dx", "dx", dx))
+        for child in inner:
+            moved = check.checked[child.place] = SimpleNamespace(data=np.zeros(child.y.shape))
+            attribute = child.name.partition(".")[2] or "forward"
+            stack.enter_context(exchanged(child.layer, attribute, _moving(child.run[0], moved)))
+        check.c, check.rounding = root.dy, 1e-15 * float(abs(root.y).sum()) if inner else 0.0
+        for what, name, g in gradients:
             check.analytic = {name: g}
-            if check.direction([name]).verdict(_RANDOM_TOL) != "WRONG":
-                return ""
-            at, numeric, _ = check.numeric(name)
-            remark = unusable(g, check.checked[name].data.shape, numeric, at, check.c) or cause(g, numeric, at, _RANDOM_TOL, known)
-            return f"{'of which' if remark[:1].isdigit() else 'that'} {remark or 'is not the gradient of what it returned'}"
-
-        for child in sorted(inner, key=lambda c: c.order or 0):
-            check.checked[child.place] = moved = SimpleNamespace(data=np.zeros(child.y.shape))
-
-            def forward(*args: Any, run: Any = child.run[0], moved: Any = moved, **options: Any) -> Any:
-                y, saved = run(*args, **options)
-                return y + moved.data, saved
-
-            with exchanged(child.layer, "forward", forward):
-                if clause := how(child.place, child.dy):
-                    return f"hands {child.place}.backward a dy {clause}"
-        if inner and "dx" in check.checked and hasattr(dx, "shape") and (clause := how("dx", dx)):
-            return f"returns a dx {clause}"
+            if check.direction([name]).verdict(_RANDOM_TOL) == "WRONG":
+                at, numeric, _ = check.numeric(name)
+                how = unusable(g, check.checked[name].data.shape, numeric, at, check.c) or cause(g, numeric, at, _RANDOM_TOL, known)
+                return f"{what} {'of which' if how[:1].isdigit() else 'that'} {how or 'is not the gradient of what it returned'}"
     return ""
+
+
+def _moving(forward: Function, by: Any) -> Function:
+    """A forward whose result is moved by an array."""
+
+    def moved(*args: Any, **options: Any) -> tuple[Array, Any]:
+        y, saved = forward(*args, **options)
+        return y + by.data, saved
+
+    return moved
 
 
 def wiring(call: Call) -> str:
@@ -148,8 +150,8 @@ def wiring(call: Call) -> str:
         what = child.name if child.is_operation else f"{child.place.removeprefix(call.place).strip('.')}.backward"
         if child.order is None:
             ran = any(c.order is not None for c in call.children if c.layer is child.layer)  # recomputed
-            gives = not child.is_operation and not ran and child.saved is not None and child.layer.trainable
-            if gives and call.order is not None:
+            trains = not child.is_operation and child.saved is not None and getattr(child.layer, "trainable", True)
+            if trains and not ran and call.order is not None:
                 return f"never calls {what}"
         elif child.is_operation:
             if name := foreign(child):
@@ -173,11 +175,8 @@ def foreign(call: Call) -> str:
     for name, a in zip(names, given, strict=False):
         had = call.args.get(name, a)
         is_saved = isinstance(a, dispatch.Saved) and (len(names) == 1 or name not in call.args)
-        if a is None or is_saved or (isinstance(had, float) and a == had):
-            continue
-        if isinstance(had, float) or hasattr(had, "nbytes") != hasattr(a, "nbytes"):
-            return name
-        if hasattr(a, "nbytes") and had is not a and not (a.shape == had.shape and np.array_equal(a, had)):
+        is_number = isinstance(had, float) or hasattr(had, "nbytes") or hasattr(a, "nbytes")
+        if a is not None and a is not had and is_number and not is_saved and not np.array_equal(a, had):
             return name
     return ""
 
@@ -201,16 +200,16 @@ class Part(Layer):
 
     def __init__(self, call: Call) -> None:
         self.of, self.names = call, dict[str, str]()
-        self.key = next(iter(call.args))
-        self.x = call.args[self.key]
+        self.key, self.x = next(iter(call.args.items()))
+        self.tensors = dict(parameters_of(call.layer))
         self.need_dx = call.args.get("need_dx", True)
 
     def parameters(self) -> Iterator[tuple[str, Any]]:
-        return iter(parameters_of(self.of.layer))
+        return iter(self.tensors.items())
 
     def modules(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, self
-        yield from getattr(self.of.layer, "modules", lambda prefix: ())(prefix)
+        yield from layers_of(self.of.layer, prefix)
 
     def forward(self, x: Array) -> Any:  # type: ignore[override]
         return self.of.again({self.key: x})
@@ -237,12 +236,6 @@ class OperationPart(Part):
         self.x = arrays.pop(self.key, None)
         self.tensors = {name: Parameter(a) for name, a in arrays.items()}
         self.names = {"dx": f"d{self.key}", **{name: f"d{name}" for name in arrays}}
-
-    def parameters(self) -> Iterator[tuple[str, Any]]:
-        return iter(self.tensors.items())
-
-    def modules(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
-        yield prefix, self
 
     def forward(self, x: Array) -> Any:  # type: ignore[override]
         result = self.of.again({self.key: x, **{name: p.data for name, p in self.tensors.items()}})

@@ -88,7 +88,10 @@ def exchanged(owner: Any, name: str, value: Any) -> Iterator[None]:
 def layers_of(model: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """(path, layer) of a model and everything below it that has forward and backward, each once."""
     if hasattr(model, "modules"):
-        yield from {id(layer): (path, layer) for path, layer in reversed(list(model.modules(path)))}.values()
+        found = dict[int, tuple[str, Any]]()
+        for place, layer in model.modules(path):
+            found.setdefault(id(layer), (place, layer))
+        yield from found.values()
         return
     if hasattr(model, "__dict__"):
         yield path, model

@@ -41,12 +41,8 @@ def gradcheck_run(
         report = gradcheck(model, ids[: model.config.max_position_embeddings], by_call=True, tol=1e-6)
     if table or not report.ok:
         say(str(report) if table or not report.faults else "\n".join(map(str, report.faults)))
-    result = {
-        "verdict": report.verdict,
-        "checked": len(report.entries),
-        "worst": report.worst,
-        "faults": [asdict(f) for f in report.faults],
-    }
+    result = {"verdict": report.verdict, "checked": len(report.entries), "worst": report.worst}
+    result["faults"] = [asdict(fault) for fault in report.faults]
     if not report.ok:
         raise failed(f"{what}: {report.verdict}; --table prints every gradient.", result)
     say(f"{what}: all {len(report.entries)} checks agree with finite differences, relative error at most {report.worst:.1e}")
@@ -61,22 +57,20 @@ def failed(text: str, result: dict[str, Any]) -> ArithmeticError:
 
 
 def _whole_catalogue(backend: str, say: Callable[[str], None]) -> dict[str, Any]:
-    errors, wrong = {}, dict[str, Report]()
+    reports = dict[str, Report]()
     say(f"{'what':<48} {'gradients':>9} {'worst error':>12}")
-    for name, report in tqdm(
-        catalogue.check_all(backend), total=len(list(catalogue.catalogue())), disable=None, leave=False, file=sys.stderr
-    ):
+    total = len(list(catalogue.catalogue()))
+    for name, report in tqdm(catalogue.check_all(backend), total=total, disable=None, leave=False, file=sys.stderr):
         say(f"{name:<48} {len(report.entries):>9} {report.worst:>12.1e}  {report.verdict}")
-        errors[name] = report.worst
+        reports[name] = report
         if not report.ok:
-            wrong[name] = report
             say(str(report))
-    if wrong:
+    errors = {name: report.worst for name, report in reports.items()}
+    if wrong := [name for name, report in reports.items() if not report.ok]:
+        faults = [asdict(fault) for report in reports.values() for fault in report.faults]
         what = "backward passes disagree with finite differences, or could not be compared"
-        faults = [asdict(fault) for report in wrong.values() for fault in report.faults]
-        raise failed(
-            f"{len(wrong)} of {len(errors)} {what}: {', '.join(wrong)}.", {"checked": len(errors), "errors": errors, "faults": faults}
-        )
+        text = f"{len(wrong)} of {len(errors)} {what}: {', '.join(wrong)}."
+        raise failed(text, {"checked": len(errors), "errors": errors, "faults": faults})
     say(f"all {len(errors)} agree with central differences in float64, relative error at most {max(errors.values()):.1e}")
     return {"checked": len(errors), "worst": max(errors.values()), "errors": errors}
 
