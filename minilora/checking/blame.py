@@ -214,11 +214,10 @@ class Part(Layer):
     def forward(self, x: Array) -> Any:  # type: ignore[override]
         return self.of.again({self.key: x})
 
-    def backward(self, dy: Array, saved: Any, need_dx: bool | None = None) -> Any:
-        takes = "need_dx" in names_of(self.of.run[1])
-        need_dx = need_dx if self.need_dx else False
-        dx = self.of.run[1](dy, saved, **({} if need_dx is None or not takes else {"need_dx": need_dx}))
-        return None if need_dx is False and not takes else dx
+    def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Any:
+        need_dx, takes = need_dx and self.need_dx, "need_dx" in names_of(self.of.run[1])
+        dx = self.of.run[1](dy, saved, **({"need_dx": False} if takes and not need_dx else {}))
+        return dx if need_dx or takes else None
 
     def __deepcopy__(self, memo: Any) -> Part:
         return self
