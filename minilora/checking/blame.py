@@ -113,6 +113,7 @@ def handed(call: Call) -> str:
         check = Check(part, part.x, _RANDOM_TOL, 0, _EXACTLY, {})
         root = recorded(check)[0]
         inner = [c for c in root.children if not c.is_operation and c.layer is not call.layer and c.dy is not None]
+        inner = [c for c in inner if sum(c.layer is other.layer for other in inner) == 1]  # to move one call moves every call of its layer
         passed = {f"the gradient through {c.place}": (c.grads or {}).get("dx") for c in inner}
         known = Known(root.dy, terms={words: dx for words, dx in passed.items() if dx is not None})
         gradients = [(f"hands {c.place}.backward a dy", c.place, c.dy) for c in sorted(inner, key=lambda c: c.order or 0)]
