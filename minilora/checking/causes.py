@@ -185,13 +185,11 @@ def _pattern(shape: tuple[int, ...], at: np.ndarray, wrong: np.ndarray, right: n
     if len(shape) != 2:
         return ""
     rows, columns = np.unravel_index(at, shape)
-    for lines, what, group in ((columns, "columns", shape[1] // n_head), (rows, "rows", 1)):
+    heads = {"heads": columns // (shape[1] // n_head)} if n_head > 1 else {}
+    for kind, lines in {**heads, "columns": columns, "rows": rows}.items():
         bad, good = set(lines[wrong].tolist()), set(lines[right].tolist())
-        if not bad & good and good:
-            head = sorted({i // group for i in bad})
-            heads = n_head > 1 and what == "columns" and bad == {i for i in lines.tolist() if i // group in head}
-            numbers, kind = (head, "heads") if heads else (sorted(bad), what)
-            return f": all of {kind if len(numbers) > 1 else kind[:-1]} {', '.join(_ranges(numbers))}"
+        if good and not bad & good:
+            return f": all of {kind if len(bad) > 1 else kind[:-1]} {', '.join(_ranges(sorted(bad)))}"
     return ""
 
 

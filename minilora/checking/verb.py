@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -78,21 +78,19 @@ def _whole_catalogue(backend: str, say: Callable[[str], None]) -> dict[str, Any]
 def layer_in(what: str, shape: str | None = None) -> tuple[Any, np.ndarray]:
     """The layer that "path/file.py:Name" names, and an input for it. The file is run."""
     path, _, name = what.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None or not Path(path).is_file():
+    if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such Python file.")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        layer = getattr(module, name, None)
+        names = runpy.run_path(path)
+        layer = names.get(name)
         layer = layer() if callable(layer) and not hasattr(layer, "weight") else layer
     except Exception as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise ValueError(f"{path}{line}: {type(error).__name__}: {getattr(error, 'msg', error)}.") from error
     if layer is None:
-        raise ValueError(f"{path} has no {name}; it has {', '.join(n for n in vars(module) if not n.startswith('_')) or 'nothing'}.")
-    if shape is None and hasattr(module, "x"):
-        return layer, np.asarray(module.x)
+        raise ValueError(f"{path} has no {name}; it has {', '.join(n for n in names if not n.startswith('_')) or 'nothing'}.")
+    if shape is None and "x" in names:
+        return layer, np.asarray(names["x"])
     widths = [p.data.shape[0] for _, p in parameters_of(layer) if getattr(p.data, "ndim", 0) == 2]
     try:
         sizes = [int(n) for n in shape.split("x")] if shape else [5, widths[0]]
