@@ -41,7 +41,7 @@ class Call:
     order: int | None = None  # of the backward call among all of them; None if there was none
     foreign: bool = False  # backward was handed what another call saved
     changed: bool = False  # what was saved was written to before backward
-    sums: list[float] = field(default_factory=list)  # of the arrays that were saved
+    sums: list[float] = field(default_factory=list)  # of the arrays that a layer saved
     kept: list[Array] = field(default_factory=list)  # arrays that the pass keeps, and that no call inside this one or before it saved
     flops: Flops = field(default_factory=Flops)  # of an operation
 

@@ -117,7 +117,6 @@ class Recorder:
             reference = dispatch.TABLE[name].kernels[-1].forward if name in dispatch.TABLE else forward
             source = getattr(F, name, bare(reference)), getattr(F, f"{name}_backward", bare(backward))
             gradients = gradient_names(name, *source)
-
         calls: list[Call] = []
 
         @wraps(forward)
@@ -138,8 +137,8 @@ class Recorder:
         An operation may be called twice there, with results of different shapes.
         """
         by_saved = (c for c in reversed(calls) if c.saved is not None and any(a is c.saved for a in given))
-        dy = shapes({"y": given[0]} if given else {}).items()
-        without = (c for c in reversed(calls) if c.order is None and c.parent is self.parent() and (c.layer or dy <= c.shapes.items()))
+        y = shapes({"y": given[0]} if given and calls and calls[0].is_operation else {}).items()
+        without = (c for c in reversed(calls) if c.order is None and c.parent is self.parent() and y <= c.shapes.items())
         return next(by_saved, None) or next(without, None)
 
     def parent(self) -> Call | None:
@@ -166,7 +165,7 @@ class Recorder:
         result = self.run(call, False, args, options)
         y, *more = result if isinstance(result, tuple) else (result,)
         call.saved = None if not more else more[0] if len(more) == 1 else tuple(more)
-        call.y, call.sums = self.kept(y), self.sums(call.saved)
+        call.y = self.kept(y)
         call.shapes |= shapes({"y": y})
         if call.is_operation:
             call.flops = forward_flops(call.name, named, call.implementation)
@@ -176,6 +175,8 @@ class Recorder:
                 own = [] if parent.is_operation else [p.data.shape for _, p in parent.layer.parameters()]
                 cost, is_dW = call.flops.forward, getattr(y, "shape", None) in own
                 call.flops = Flops(dx=0 if is_dW else cost, dW=cost if is_dW else 0, sizes=call.flops.sizes)
+        else:
+            call.sums = self.sums(call.saved)
         if not self.stack:
             self.account(call)
         return result
