@@ -129,7 +129,8 @@ def handed(call: Call) -> str:
             if check.direction([name]).verdict(_RANDOM_TOL) == "WRONG":
                 at, numeric, _ = check.numeric(name)
                 how = unusable(g, check.checked[name].data.shape, numeric, at, check.c) or cause(g, numeric, at, _RANDOM_TOL, known)
-                return f"{what} {'of which' if how[:1].isdigit() else 'that'} {how or 'is not the gradient of what it returned'}"
+                how = how or ("" if name == "dx" else "is not the gradient of what it returned")
+                return how and f"{what} {'of which' if how[0].isdigit() else 'that'} {how}"
     return ""
 
 

@@ -137,8 +137,9 @@ class Recorder:
         An operation may be called twice there, with results of different shapes.
         """
         by_saved = (c for c in reversed(calls) if c.saved is not None and any(a is c.saved for a in given))
-        y = shapes({"y": given[0]} if given and calls and calls[0].is_operation else {}).items()
-        without = (c for c in reversed(calls) if c.order is None and c.parent is self.parent() and y <= c.shapes.items())
+        without = (c for c in reversed(calls) if c.order is None and c.parent is self.parent())
+        dy = getattr(given[0], "shape", None) if given else None
+        without = (c for c in without if not c.is_operation or c.shapes.get("y", dy) == dy)
         return next(by_saved, None) or next(without, None)
 
     def parent(self) -> Call | None:
