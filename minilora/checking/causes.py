@@ -72,7 +72,7 @@ def cause(g: np.ndarray, numeric: np.ndarray, at: np.ndarray, precision: float, 
     if g.ndim == 2 and is_right(g.T):
         return "is transposed"
     for words, (other, true) in known.others.items():
-        if explains(true.ravel()[at]) and np.linalg.norm(other.ravel()[at] - analytic) <= 10 * precision * size:
+        if explains(analytic - other.ravel()[at] + true.ravel()[at]):
             return f"is the gradient of {words}"
     for words, term in known.terms.items():
         part = term.ravel()[at] if term.shape == g.shape else np.zeros(1)
