@@ -60,7 +60,6 @@ class BertConfig(ModelConfig):
     Raises ValueError for what does not fit.
     """
 
-    model_type: str = "bert"
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -76,6 +75,7 @@ class BertConfig(ModelConfig):
     pooling: str = "first"
     pad_token_id: int | None = None
     dropout: float = 0.0
+    model_type: str = "bert"
 
     choices: ClassVar[Any] = {
         "model_type": ("bert", "roberta", "xlm-roberta"),
