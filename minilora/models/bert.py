@@ -192,7 +192,7 @@ class BertLayer(Layer):
 
     def __init__(self, c: BertConfig, rng: np.random.Generator, dtype: Any) -> None:
         *roles, q, k, v = _BLOCK.get(c.model_type, _BERT_BLOCK).split()
-        self.roles = tuple(roles)
+        self.find = attrgetter(*roles)
 
         def dense(d_in: int, d_out: int) -> Linear:
             return Linear(d_in, d_out, rng=rng, dtype=dtype)
@@ -209,7 +209,7 @@ class BertLayer(Layer):
 
     def parts(self) -> Any:
         """(attn, W_o, drop_1, norm_1, W_i, act, W_2, drop_2, norm_2)."""
-        return attrgetter(*self.roles)(self)
+        return self.find(self)
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True, offsets: Offsets = None, rows: Rows = None) -> Output:
         attn, W_o, drop_1, norm_1, W_i, act, W_2, drop_2, norm_2 = self.parts()
