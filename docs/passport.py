@@ -9,7 +9,8 @@ from minilora.formats.passport import readers
 
 PAGE = Path(__file__).parent / "adapters-elsewhere.md"
 FEATURES = {
-    "method": "VeRA, bottleneck adapters, partial tuning",
+    "method": "bottleneck adapters, partial tuning",
+    "vera": "VeRA",
     "dora": "DoRA",
     "modules_to_save": "fully trained modules (`modules_to_save`)",
     "bias": "biases",

@@ -17,6 +17,7 @@ from minilora.formats.gguf import in_halves
 from minilora.formats.gguf_header import read_header
 from minilora.formats.passport import readers, verdict
 from minilora.lora import lora_layers
+from minilora.lora.variants.vera import VeraConfig
 from minilora.runs.run_file import open_model
 
 ROOT = Path(__file__).parent.parent
@@ -187,6 +188,9 @@ def test_plain_lora_is_read_by_all():
     assert verdict("peft", ml.BottleneckConfig())[0] == [
         "bottleneck adapters, reduction 16, with layer norms: it has no method of this kind"
     ]
+    vera = VeraConfig(r=4, target_modules=["q_proj"])
+    assert verdict("peft", vera) == ([], [])
+    assert all(verdict(reader, vera, "llama")[0] for reader in ("mlx", "llama.cpp", "vllm"))
     assert "bert" in verdict("mlx", ml.LoraConfig(), "bert")[0][0]
 
 
