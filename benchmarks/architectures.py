@@ -14,6 +14,7 @@ import contextlib
 import io
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,8 +60,29 @@ def encoders() -> Iterator[tuple[str, str]]:
         yield "encoders", " | ".join([f"| {name}", *(f"{cell:.0e}" for cell in (*cells[0], max(cells[1]), *steps))]) + " |"
 
 
-TABLES: list[Callable[[], Iterator[tuple[str, str]]]] = [decoders, encoders]
-HEADERS = {"encoders": "| model | logits | loss | adapter gradients | the same in float32 | 30 steps of AdamW | parameters after them |"}
+def windows() -> Iterator[tuple[str, str]]:
+    """Processor seconds of attention, forward and backward: 4 heads of 64 features in float32, the best of three."""
+    from minilora import kernels as K
+
+    for tokens in (2048, 4096, 8192):
+        q, k, v = np.random.default_rng(0).standard_normal((3, tokens, 256)).astype("float32")
+        cells = []
+        for window in (None, 512):
+            seconds = []
+            for _ in range(3):
+                began = time.process_time()
+                o, saved = K.attention(q, k, v, 4, window=window)
+                K.attention_backward(o, q, k, v, saved, 4)
+                seconds.append(time.process_time() - began)
+            cells.append(f"{min(seconds):.2f}")
+        yield "windows", f"| {tokens:,} | {' | '.join(cells)} |"
+
+
+TABLES: list[Callable[[], Iterator[tuple[str, str]]]] = [decoders, encoders, windows]
+HEADERS = {
+    "encoders": "| model | logits | loss | adapter gradients | the same in float32 | 30 steps of AdamW | parameters after them |",
+    "windows": "| tokens | seconds, all keys | seconds, a window of 512 |",
+}
 
 
 def _row(words: str, name: str, oracle: Any, offsets: list[int]) -> str:

@@ -1,10 +1,10 @@
 """SmolLM2-135M on prompts and completions from Python's help, 8 pairs per batch, LoRA r 8 on all linear layers.
 
-    python -m benchmarks.completions [--random] [--rounds 5] [--threads 2] [--no-compile]
+    python -m benchmarks.completions [--random] [--shape qwen3-0.6b] [--pairs 8] [--rounds 5] [--threads 2] [--no-compile]
 
 The loss covers the completion. A prompt is a run of sentences of 60 to 120 tokens, its completion the sentences that follow, 20 to 60
 tokens. The rival pads each batch to its longest pair, with labels of -100. --random: a Llama of SmolLM2's shape with random weights
-and random tokens, which needs no download.
+and random tokens, which needs no download. --shape: the same of another model's shape.
 """
 
 from __future__ import annotations
@@ -18,9 +18,24 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import RIVALS, compare
+from benchmarks.harness import RIVALS, compare, positive
 
-BATCH, PROMPT, COMPLETION = 8, (60, 120), (20, 60)
+PROMPT, COMPLETION = (60, 120), (20, 60)
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        **{"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
+        **{"num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e5},
+    },
+    "qwen3-0.6b": {
+        **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28},
+        **{"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960, "rope_theta": 1e6},
+    },
+    "gemma3-270m": {
+        **{"model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
+        **{"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "max_position_embeddings": 32768, "rope_theta": 1e6},
+        **{"sliding_window": 512, "query_pre_attn_scalar": 256, "pad_token_id": 0},
+    },
+}
 RANDOM = {"action": "store_true", "help": "random weights and tokens"}
 Pair = tuple[list[int], list[int]]
 
@@ -28,7 +43,7 @@ Pair = tuple[list[int], list[int]]
 def prepare(o: Namespace) -> None:
     import minilora as ml
 
-    model, encode = smollm2(o.random)
+    model, encode = smollm2(o.random, o.shape)
     ml.save_model(model, o.folder / "model")
     ml.inject(model, ml.LoraConfig(r=8, task_type="CAUSAL_LM"), rng=0)
     ml.save_adapter(model, o.folder / "adapter")
@@ -36,14 +51,13 @@ def prepare(o: Namespace) -> None:
     (o.folder / "pairs.json").write_text(json.dumps([pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]))
 
 
-def smollm2(random: bool) -> tuple[Any, Callable[[str], list[int]] | None]:
-    """(model, function from text to tokens); random: (a random model of the same shape, None)."""
+def smollm2(random: bool, shape: str = "") -> tuple[Any, Callable[[str], list[int]] | None]:
+    """(model, function from text to tokens); random: (a random model of the same shape, or of another one, None)."""
     import minilora as ml
 
-    if random:
-        shape = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
-        shape |= {"num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e5}
-        return ml.Llama(ml.LlamaConfig(**shape, tie_word_embeddings=True), rng=0).freeze(), None
+    if random or shape:
+        config = ml.LlamaConfig(**SHAPES[shape or "smollm2-135m"], tie_word_embeddings=True)
+        return ml.Llama(config, rng=0).freeze(), None
     from minilora.formats.tokenizer import load_tokenizer
     from tests.assets import smollm2 as file
 
@@ -89,7 +103,7 @@ def ours(o: Namespace) -> Iterator[float]:
     for prompt, completion in json.loads((o.folder / "pairs.json").read_text()):
         labels = np.array([IGNORE] * (len(prompt) - 1) + completion)  # the target of each token but the last
         examples.append(Example(np.array([*prompt, *completion])[:-1], labels))
-    return training(adapted(o), endless(lambda rng: batches_of(examples, BATCH, rng)), o)
+    return training(adapted(o), endless(lambda rng: batches_of(examples, o.pairs, rng)), o)
 
 
 def rival(o: Namespace) -> Iterator[float]:
@@ -100,7 +114,7 @@ def rival(o: Namespace) -> Iterator[float]:
     pairs = json.loads((o.folder / "pairs.json").read_text())
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
-        for numbers in shuffled(len(pairs), BATCH):
+        for numbers in shuffled(len(pairs), o.pairs):
             chosen = [pairs[i] for i in numbers]
             longest = max(len(prompt) + len(completion) for prompt, completion in chosen)
             ids, labels, mask = [], [], []
@@ -111,10 +125,12 @@ def rival(o: Namespace) -> Iterator[float]:
                 mask.append([1] * (longest - pad) + [0] * pad)
             yield {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
 
-    return training(adapted("LlamaForCausalLM", o, use_cache=False), batches())
+    return training(adapted("AutoModelForCausalLM", o, use_cache=False), batches())
 
 
 SIDES = {"ours": ours, **dict.fromkeys(RIVALS, rival)}
 
 if __name__ == "__main__":
-    sys.exit(compare("completions", __doc__, SIDES, steps=2, random=RANDOM))
+    shape = {"choices": [*SHAPES], "default": "", "help": "random weights of this shape, and random tokens"}
+    pairs = {"type": positive, "default": 8, "help": "pairs in a batch"}
+    sys.exit(compare("completions", __doc__, SIDES, steps=2, random=RANDOM, shape=shape, pairs=pairs))

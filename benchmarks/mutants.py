@@ -44,7 +44,7 @@ FILES = [
     *(f"layers/{name}" for name in "activations base dropout embedding linear norm sequential".split()),
     *("lora/layer", "lora/variants/dora", "lora/variants/vera", "lora/variants/embedding", "lora/init/data"),
     *("adapters/bottleneck", "adapters/several"),
-    *(f"models/{name}" for name in "attention bert block classifier decoder gpt2 llama stack".split()),
+    *(f"models/{name}" for name in "attention bert block classifier decoder gpt2 llama modernbert stack".split()),
 ]
 # functions that compute gradients under other names, and the variables of forward that are one (all lines of a function: None)
 ALSO: dict[str, set[str] | None] = {

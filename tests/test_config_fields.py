@@ -376,6 +376,39 @@ def test_any_value_of_any_field_is_refused_or_runs(kind, tmp_path):
     assert refused > 100
 
 
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_any_value_of_any_rotary_setting_is_refused_or_finite(kind, name):
+    length = {"original_max_position_embeddings": 512}
+    settings = {
+        "linear": {"factor": 2.0},
+        "dynamic": {"factor": 2.0},
+        "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **length},
+        "yarn": {"factor": 4.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": True, **length},
+        "longrope": {"short_factor": [1.0] * 2, "long_factor": [1.0] * 2, "factor": 2.0, "attention_factor": 1.1, **length},
+    }
+    refused = 0
+    for rope_type, options in settings.items():
+        for key in ("rope_theta", "rope_type", "type", *options):
+            for value in (*VALUES, 1e-30, 5, [0.5, 2.0], [1.0, "a"]):
+                rope = {"rope_type": rope_type, **options, key: value}
+                rope = {FULL: rope} if kind == "gemma3_text" and name == "rope_parameters" else rope
+                raw = {"model_type": kind, **SMALL[kind], "sliding_window": 3, "head_dim": 4, name: rope}
+                message = ""
+                try:
+                    config = LlamaConfig.from_json(raw, "here.json")
+                except ValueError as error:
+                    message = str(error)
+                if message:
+                    assert message.startswith("here.json")
+                    refused += 1
+                    continue
+                frequencies, factor = config.frequencies(FULL)
+                assert np.isfinite(frequencies).all(), raw
+                assert np.isfinite(factor), raw
+    assert refused > 100
+
+
 @pytest.mark.parametrize("what", ["lora", "dora", "vera", "bottleneck", "partial"])
 def test_any_value_of_any_field_of_an_adapter_is_refused_or_runs(what, tmp_path):
     config = {

@@ -163,13 +163,13 @@ def test_dropout_masks_match_float32(kind, draw):
 def test_attention(kind, causal, offsets, draw, monkeypatch):
     monkeypatch.setattr(grouped, "KEPT", 8)  # some sequences recompute saved values
     q, k, v, do = draw(21, 24), draw(21, 24)[:, :12], draw(21, 12), draw(21, 24)
-    for rows in (None, np.array([2, 6, 9, 20])):
+    for rows, window in ((None, None), (np.array([2, 6, 9, 20]), None), (None, 3)):
         q_, do_ = (q, do) if rows is None else (q[: len(rows)], do[: len(rows)])
-        o, saved = K.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows)
-        expected, reference = K.attention(*in_float32([q_, k, v]), 6, offsets, causal, n_kv_head=3, rows=rows)
+        o, saved = K.attention(q_, k, v, 6, offsets, causal, n_kv_head=3, rows=rows, window=window)
+        expected, reference = K.attention(*in_float32([q_, k, v]), 6, offsets, causal, n_kv_head=3, rows=rows, window=window)
         check(kind, [o], [expected], ["half"])
         if saved.by.where != "reference":
-            kept = [part[0] for _, parts in saved.value for part in parts if part is not None]
+            kept = [part[0] for *_, parts in saved.value for part in parts if part is not None]
             assert kept
             assert all(E.dtype == KINDS[kind] for E in kept)
         got = K.attention_backward(do_, q_, k, v, saved, 6, offsets, 3, rows=rows)
@@ -196,9 +196,8 @@ def test_masks_and_angles_are_float32(kind, backend):
     layer = adapted("gpt2", kind, backend, lora_dropout=0.1).transformer.h[0].attn.c_attn
     mask = layer.mask(layer.weight.data, 3)
     assert float(mask.max()) == np.float32(1 / 0.9)
-    assert all(
-        table.dtype == np.float32 for table in adapted("llama", kind, backend).model.block_inputs(np.arange(3), layer.weight.data)["rope"]
-    )
+    rope = adapted("llama", kind, backend).model.block_inputs(np.arange(3), layer.weight.data)["rope"]
+    assert [table.dtype.name for tables in rope.values() for table in tables] == ["float32"] * 2
 
 
 @pytest.mark.parametrize("head", ["half", "float32"])

@@ -160,6 +160,25 @@ def test_adapters_go_both_ways_and_thirty_steps_match_peft(name, oracles, folder
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_gemmas_embedding_and_norms_are_adapted_as_in_peft(oracles, folders, tmp_path):
+    """The update of the embedding is scaled with it; norms are trained as 1 + weight."""
+    import peft
+    import torch
+
+    fields = {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["q_norm", "post_attention_layernorm"]}
+    theirs = peft.get_peft_model(oracles.base_model("gemma3", False).float(), peft.LoraConfig(r=3, task_type="CAUSAL_LM", **fields))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    theirs.eval().save_pretrained(tmp_path)
+    model, ids = ml.load_model(folders["gemma3"], "numpy"), oracles.batch("gemma3")[0].numpy()
+    ml.load_adapter(model, tmp_path)
+    assert deviation(model.forward(ids, keep=False)[0], their_logits(theirs, ids)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CASES)
 def test_a_merged_folder_and_greedy_tokens_match_transformers(name, oracles, folders, tmp_path):
     """From 6 tokens to 32: beyond the windows and the original length. With a cache, as without one."""
@@ -371,3 +390,14 @@ def test_a_window_forgets_what_is_before_it():
     model.decode(ids[:15], cache)
     k, v, rows = cache.extend(0, np.zeros((1, 10)), np.zeros((1, 10)), 4)
     assert (len(k), len(v), rows.tolist()) == (4, 4, [3])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_says_what_it_is(name, tmp_path):
+    from minilora.runs.info import describe
+
+    _, model = golden_model(name, "float32")
+    ml.merge(model)
+    ml.save_model(model, tmp_path)
+    kind = ABOUT["configs"][name]["model_type"]
+    assert describe(tmp_path)["model_type"] == kind == ml.load_model(tmp_path, "numpy").model_type

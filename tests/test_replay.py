@@ -20,6 +20,9 @@ pytestmark = pytest.mark.skipif(not cuda.ENABLED, reason="records launches of th
 GPT2 = ml.GPT2Config(vocab_size=40, n_positions=16, n_embd=12, n_layer=2, n_head=2)
 SIZES = {"num_hidden_layers": 2, "hidden_size": 12, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
 LLAMA = ml.LlamaConfig(vocab_size=40, max_position_embeddings=16, **SIZES)
+GEMMA = ml.LlamaConfig(
+    vocab_size=40, max_position_embeddings=16, model_type="gemma3_text", sliding_window=3, sliding_window_pattern=2, head_dim=6, **SIZES
+)
 TEXT = np.random.default_rng(0).integers(0, 40, 500)
 
 
@@ -40,7 +43,7 @@ def losses(config, record, steps=9, dropout=0.0, batches=None, recompute=False, 
     return [(step.loss, step.grad_norm) for step in run], ml.to_numpy(optimizer.flat.data)
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["GPT-2", "Llama"])
+@pytest.mark.parametrize("config", [GPT2, LLAMA, GEMMA], ids=["GPT-2", "Llama", "Gemma 3"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_replayed_run_equals_a_plain_run(config, accumulate, gpu):
     """Other data, another rate and another bias correction in every step; some rows have no label."""

@@ -168,10 +168,8 @@ class LlamaBody(Body):
 class Llama(Decoder):
     """ids (T,) -> logits (T, vocab_size). Initial values, as in transformers: N(0, 0.02^2), biases zero."""
 
-    model_type = "llama"
-
     def __init__(self, config: LlamaConfig, *, rng: Rng = None, dtype: Any = "float32") -> None:
-        self.config = config
+        self.config, self.model_type = config, config.model_type
         rng = generator(rng)
         self.model = LlamaBody(config, rng, dtype)
         if not config.tie_word_embeddings:

@@ -65,7 +65,8 @@ def frequencies(d: int, theta: float, rope: dict[str, Any] | None) -> tuple[np.n
 
     Raises ValueError where the settings give no finite frequencies.
     """
-    f, rope = theta ** (-np.arange(0, d, 2) / d), rope or {}
+    theta, rope = float(theta), {name: float(x) if type(x) is int else x for name, x in (rope or {}).items()}  # an int may be beyond int64
+    f = theta ** (-np.arange(0, d, 2) / d)
     kind, s, L = rope.get("rope_type"), rope.get("factor", 1), rope.get(_LENGTH, 1)
     attention = 1.0
     with np.errstate(all="ignore"):
