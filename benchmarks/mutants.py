@@ -44,7 +44,7 @@ FILES = [
     *(f"layers/{name}" for name in "activations base dropout embedding linear norm sequential".split()),
     *("lora/layer", "lora/variants/dora", "lora/variants/vera", "lora/variants/embedding", "lora/init/data"),
     *("adapters/bottleneck", "adapters/several"),
-    *(f"models/{name}" for name in "attention bert block classifier decoder gpt2 llama stack".split()),
+    *(f"models/{name}" for name in "attention bert block classifier decoder gpt2 llama modernbert stack".split()),
 ]
 # functions that compute gradients under other names, and the variables of forward that are one (all lines of a function: None)
 ALSO: dict[str, set[str] | None] = {
@@ -527,14 +527,13 @@ USERS = {  # the operations or layers that run a function which is no backward o
 }
 
 
-EQUIVALENT = {  # (what the change has, the reason); the first that fits is given
+EQUIVALENT = {  # (what the file and the change have, the reason); the first that fits is given
     "empty": "the array is overwritten before it is read",
     "zeros": "minus zero is zero",
     ".T).T": "the matrix is symmetric",
     "average": "a vector is its own transpose",
-    "e.T": "a vector is its own transpose",
-    "d.T": "a vector is its own transpose",
-    "self.calls": "a count of calls, read by the initialiser alone",
+    **dict.fromkeys(("e.T", "d.T", " e).T", " M).T", " dy).T"), "a vector is its own transpose"),
+    "init/data": "a count of calls, read by the initialiser alone",
 }
 SAME_SHAPE = "both names are one array, or arrays of one shape and kind of which only that is read"
 
@@ -578,7 +577,7 @@ def table(results: list[dict[str, Any]]) -> str:
         lines += ["", f"{len(part)} of {n['mutants']:,} changes {title}{':' if part else '.'}"]
         lines += ["", "| file | change | why |", "|---|---|---|"] if part else []
         for r in part:
-            why = next((why for words, why in EQUIVALENT.items() if words in r["change"]), SAME_SHAPE) if same else ""
+            why = next((why for words, why in EQUIVALENT.items() if words in f"{r['file']} {r['change']}"), SAME_SHAPE) if same else ""
             lines.append(f"| {r['file']}.py:{r['line']} | `{r['change'].replace('|', '/')[:90]}` | {why} |")
     return "\n".join(lines)
 

@@ -217,10 +217,10 @@ def test_a_random_pooler_is_saved_with_other_methods(config, tmp_path):
 def test_mean_pooling_is_reported_when_written(tmp_path, capsys):
     model = ml.BertClassifier(BertConfig(**SIZES, pooling="mean"), rng=0)
     ml.save_model(model, tmp_path / "m")
-    assert "mean of the tokens; transformers and PEFT read BERT's pooler" in capsys.readouterr().err
+    assert "mean of the tokens; transformers and PEFT read the first one" in capsys.readouterr().err
     ml.inject(model, ml.LoraConfig(r=2, target_modules=["query"]), rng=0)
     ml.save_adapter(model, tmp_path / "a")
-    assert "mean of the tokens; transformers and PEFT read BERT's pooler" in capsys.readouterr().err
+    assert "mean of the tokens; transformers and PEFT read the first one" in capsys.readouterr().err
 
 
 # -- adapters of models without a head ----------------------------------------------------------------------------------------------

@@ -162,6 +162,26 @@ def test_the_wiring_of_a_block(becomes):
     assert "test_blame.py:" in fault.source
 
 
+@pytest.mark.parametrize("rows", [9, 4])
+def test_a_layer_that_is_called_twice(rows):
+    """What is handed to one of its calls cannot be told apart from the other, so nothing is said of it."""
+
+    class Twice(ml.Sequential):
+        def forward(self, x, keep=True, need_dx=True):
+            h, first = self.layers[0].forward(x)
+            y, second = self.layers[0].forward(h[:rows])
+            return y, self.save(need_dx, first, second)
+
+        def backward(self, dy, saved, need_dx=True):
+            first, second = self.load(saved, need_dx)
+            dh = np.zeros((9, 6))
+            dh[:rows] = 1.5 * self.layers[0].backward(dy, second)
+            return self.layers[0].backward(dh, first)
+
+    fault = first(Twice(ml.Linear(6, 6, rng=0, dtype="float64")))
+    assert (fault.name, fault.gradient, fault.cause) == ("Twice", "dx", "is 1.5 times the true gradient")
+
+
 def test_an_exception_names_the_innermost_call(monkeypatch):
     def raises(g, *_):
         raise KeyError("gone")

@@ -11,11 +11,15 @@ from safetensors.numpy import load_file, save_file
 
 import minilora as ml
 from minilora.adapters import mixed
-from minilora.formats.atomic import read_json, write_json
+from minilora.adapters.extraction import extract
+from minilora.formats.atomic import write_json
 from minilora.formats.tokenizer import load_tokenizer
+from minilora.kernels import dispatch
 from minilora.lora import lora_layers
 from minilora.models.modernbert import ModernBertConfig
 from minilora.models.registry import ARCHITECTURES
+from minilora.quantization.nf4 import is_nf4
+from minilora.quantization.quantize import to_half_precision
 
 with safe_open(__file__.replace("test_encoders.py", "golden/encoders.safetensors"), "np") as file:
     CONFIGS = json.loads(file.metadata()["about"])["configs"]
@@ -297,6 +301,29 @@ def test_half_precision_and_nf4(name, options, backend, tmp_path):
     assert all(bool(np.isfinite(ml.to_numpy(p.grad)).all()) and p.grad.dtype == "float32" for _, p in model.parameters() if p.trainable)
 
 
+HEADS = {"roberta": {"classifier"}, "distilbert": {"pre_classifier", "classifier"}, "modernbert": {"classifier"}}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_is_new_in_a_head_is_neither_quantized_nor_extracted_but_trained(name, tmp_path):
+    """The names of these modules end with "classifier", by which PEFT trains them fully."""
+    base = ml.load_model(write(name, tmp_path / "m"), "numpy", "float64")
+    heads = [path for path, _ in base.parameters() if path.partition(".")[0] in HEADS[name]]
+    quantized = ml.load_model(tmp_path / "m", "numpy", quantize="nf4")
+    assert sorted(path for path, p in quantized.parameters() if p.data.ndim == 2 and not is_nf4(p.data) and "embed" not in path) == sorted(
+        path for path in heads if path.endswith("weight")
+    )
+    tuned = ml.load_model(tmp_path / "m", "numpy", "float64")
+    for i, (path, p) in enumerate(tuned.parameters()):
+        if "embeddings" not in path:
+            p.data = p.data + np.random.default_rng(i).normal(0, 0.1, p.data.shape)
+    found, layers = extract(base, tuned, energy=1.0)
+    assert not {layer.path for layer in layers} & {path.rpartition(".")[0] for path in heads}
+    assert oracle.deviation(logits(found, name), logits(tuned, name)) < 1e-9
+    ml.inject(base, ml.PartialConfig(train=["head"]))
+    assert [path for path, p in base.parameters() if p.trainable] == heads
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_last_block_runs_on_the_rows_that_the_head_reads(name, tmp_path, monkeypatch):
     model = adapted(name, tmp_path / "m", "float64")
@@ -309,6 +336,32 @@ def test_the_last_block_runs_on_the_rows_that_the_head_reads(name, tmp_path, mon
     mean = model.config.pooling == "mean"
     assert rows[:-1] == [None] * (len(rows) - 1)
     assert rows[-1] is None if mean else rows[-1].tolist() == OFFSETS[:-1].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_modernbert_beyond_the_blocks_of_the_kernels(dtype, backend, monkeypatch):
+    """Texts longer than a window and than a block of queries, heads for tensor cores: loss and gradients are those of the reference."""
+    sizes = {"vocab_size": 50, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 40, "num_hidden_layers": 2}
+    config = ModernBertConfig(**sizes, max_position_embeddings=300, local_attention=64, pad_token_id=None, pooling="mean")
+    model = ml.BertClassifier(config, rng=0)
+    if dtype == "bfloat16":
+        to_half_precision(model, dtype)
+    ml.inject(model.to(backend), ml.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), rng=0)
+    ids, offsets = np.random.default_rng(0).integers(0, 50, 480), [0, 300, 307, 480]
+
+    def step():
+        model.zero_grad()
+        loss, saved = model.loss(ids, np.array([0, 1, 1]), offsets)
+        model.loss_backward(saved)
+        return float(loss), oracle.gradients(model)
+
+    loss, found = step()
+    monkeypatch.setattr(dispatch, "PLAIN", True)
+    expected_loss, expected = step()
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    largest = max(float(np.abs(g).max()) for g in expected.values())
+    assert max(float(np.abs(found[key] - g).max()) for key, g in expected.items()) < tolerance * largest
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------------------------
@@ -385,7 +438,9 @@ def test_an_adapter_for_another_architecture_of_the_same_sizes(tmp_path):
 def test_a_tokenizer_beyond_the_embedding(tmp_path):
     from small_tokenizers import roberta_bpe, write_tokenizer
 
-    folder = write("roberta", tmp_path / "m")
-    write_tokenizer(folder, roberta_bpe(), {"tokenizer_class": "RobertaTokenizer"})
-    with pytest.raises(ValueError, match=r"the tokenizer has ids up to .*, but the model's embedding has 61 rows"):
-        load_tokenizer(folder, read_json(folder / "config.json")["vocab_size"])
+    library, settings = roberta_bpe(), {"tokenizer_class": "RobertaTokenizer"}
+    rows = library.get_vocab_size()
+    assert load_tokenizer(write_tokenizer(tmp_path / "a", library, settings), rows).vocab_size == rows
+    folder = write_tokenizer(tmp_path / "b", library, {**settings, "additional_special_tokens": ["<new>"]})
+    with pytest.raises(ValueError, match=rf"the tokenizer has ids up to {rows}, but the model's embedding has {rows} rows"):
+        load_tokenizer(folder, rows)

@@ -5,6 +5,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from minilora.formats.gguf import in_halves
 from minilora.formats.gguf_header import read_header
 from minilora.formats.passport import readers, verdict
 from minilora.lora import lora_layers
+from minilora.lora.variants.vera import VeraConfig
 from minilora.runs.run_file import open_model
 
+ROOT = Path(__file__).parent.parent
 IDS = np.arange(3, 30)
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 40}
 BASES = "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"
@@ -185,6 +188,9 @@ def test_plain_lora_is_read_by_all():
     assert verdict("peft", ml.BottleneckConfig())[0] == [
         "bottleneck adapters, reduction 16, with layer norms: it has no method of this kind"
     ]
+    vera = VeraConfig(r=4, target_modules=["q_proj"])
+    assert verdict("peft", vera) == ([], [])
+    assert all(verdict(reader, vera, "llama")[0] for reader in ("mlx", "llama.cpp", "vllm"))
     assert "bert" in verdict("mlx", ml.LoraConfig(), "bert")[0][0]
 
 
@@ -306,3 +312,13 @@ def test_push(hub, bases, tmp_path, capsys):
     assert "your token may not write there (HTTP 403)" in refused(capsys, "push", tmp_path / "adapter", "me/adapter")
     assert "is not an id of the hub" in refused(capsys, "push", tmp_path / "adapter", "adapter")
     assert "has no adapter and no model" in refused(capsys, "push", bases, "me/adapter")
+
+
+def test_the_page_has_the_rules_of_the_table():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("passport", ROOT / "docs" / "passport.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    assert page.PAGE.read_text(encoding="utf-8") == page.filled(page.PAGE.read_text(encoding="utf-8"))
+    assert page.FEATURES.keys() == {name for rules in readers().values() for part in ("refuses", "needs") for name in rules.get(part, {})}

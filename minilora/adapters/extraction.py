@@ -53,10 +53,10 @@ def extract(
         raise ValueError(f"extract: the rank must be at least 1, got {r}.")
     changed = largest_changes(base, tuned)
     head = getattr(base, "output_head", "") or ""
-    head = head if head.endswith(CLASSIFIERS) else ""  # fully trained, as it is new
     ours, theirs = dict(base.modules()), dict(tuned.modules())
+    of_head = {path for path in ours if head.endswith(CLASSIFIERS) and path.partition(".")[0].endswith(head)}  # fully trained, as it is new
     products, result = {}, []
-    for path in [path for path, layer in ours.items() if isinstance(layer, Linear) and changed[f"{path}.weight"] and path != head]:
+    for path in [path for path, layer in ours.items() if isinstance(layer, Linear) and changed[f"{path}.weight"] and path not in of_head]:
         dW = _weight(theirs[path]).astype("float64") - _weight(ours[path]).astype("float64")
         if energy is None and r > min(dW.shape):
             raise ValueError(f"extract: rank {r} is beyond {path}, which is {dW.shape[0]} x {dW.shape[1]}.")
@@ -73,7 +73,7 @@ def extract(
     config = LoraConfig()
     if whole:
         norms = [p for p, layer in ours.items() if isinstance(layer, (LayerNorm, RMSNorm)) and changed[f"{p}.weight"]]
-        heads = [head] if head and any(changed[f"{head}.{name}"] for name, _ in ours[head].parameters()) else []
+        heads = [head] if any(changed[f"{path}.{name}"] for path in of_head for name, _ in ours[path].parameters()) else []
         biased = any(value for path, value in changed.items() if path.endswith(".bias"))
         config = LoraConfig(bias="all" if biased else "none", modules_to_save=[*norms, *heads] or None)
     adapted = with_lora(base, products, config)

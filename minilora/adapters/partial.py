@@ -52,7 +52,7 @@ class PartialConfig:
             if head not in modules:
                 why = "names no output head" if head is None else f"has no head of its own: {head} shares its weight with the embedding"
                 raise ValueError(f"train: this model {why}; name what to train in modules_to_save.")
-            full.append(head)
+            full += find_modules(model, [head])  # by the ends of names, as in PEFT: DistilBERT's "pre_classifier" too
         if "norm" in self.train:
             full += (norms := [path for path, layer in modules.items() if isinstance(layer, (LayerNorm, RMSNorm))])
             if not norms:

@@ -8,7 +8,7 @@ call that is wrong while everything it calls is right has the mistake in its own
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from minilora import functional as F
-from minilora.backend import Array, to_numpy
-from minilora.checking.calls import Call, names_of, where
-from minilora.checking.causes import Known, cause, known_of, misshapen
-from minilora.checking.check import Check, unchanged
-from minilora.checking.report import Broken, Entry, Fault
-from minilora.checking.trace import Calls, exchanged, trace
+from minilora.backend import Array
+from minilora.checking.calls import Call, Function, names_of, needed_of, where
+from minilora.checking.causes import Known, cause, known_of, unusable
+from minilora.checking.check import Check, parameters_of, unchanged
+from minilora.checking.report import Entry, Fault, wrong
+from minilora.checking.trace import Calls, exchanged, layers_of, trace
 from minilora.kernels import dispatch
 from minilora.layers import Layer, Parameter
 
@@ -31,39 +31,23 @@ _RANDOM_TOL = 1e-6
 
 def blame(check: Check, entries: list[Entry], seen: list[Entry] | None = None) -> list[Fault]:
     """The calls that are themselves wrong. entries: those of `check`. seen: is extended by the entries of every other call."""
-    calls = recorded(check)
-    broken = any(not e.coordinates and e.verdict(check.tol) == "WRONG" for e in entries)  # a promise, or no gradient to compare
-    wrong = _wrong(calls, check, entries, broken, seen)
-    if list(wrong) == calls[:1] and not broken:  # what is added, or written to, shows in no call on its own
-        wrong = _wrong(calls, check, entries, True)
-    guilty = [call for call, bad in wrong.items() if bad]
+    calls, bad = recorded(check), wrong(entries, check.tol)
+    broken = any(not e.coordinates for e in bad)  # a promise, or no gradient to compare
+    found = _wrong_calls(calls, check, entries, broken, seen)
+    if list(found) == calls[:1] and not broken:  # what is added, or written to, shows in no call on its own
+        found = _wrong_calls(calls, check, entries, True)
+    guilty = [call for call in found if found[call]]
     if calls.failed is not None and guilty in ([], calls[:1]):  # an exception in a call that has no gradients yet
-        bad = [e for e in entries if e.verdict(check.tol) == "WRONG"]
-        guilty, wrong[calls.failed] = [calls.failed], bad or [Entry("forward", "raised an exception")]
+        guilty, found[calls.failed] = [calls.failed], bad or [Entry("forward", "raised an exception")]
     faults: dict[tuple[str, str], Fault] = {}
     for call in [call for call in guilty if call.order is not None] or guilty:  # an exception may have kept the others from running
-        fault = fault_of(call, wrong[call])
-        known = faults.setdefault((fault.source, fault.gradient), fault)
-        if known is not fault:
-            known.places.append(fault.place)
-    if not faults and (bad := [e for e in entries if e.verdict(check.tol) == "WRONG"]):
+        fault = fault_of(call, found[call])
+        first = faults.setdefault((fault.source, fault.gradient), fault)
+        if first is not fault:
+            first.places.append(fault.place)
+    if not faults and bad:
         return [Fault([""], type(check.layer).__name__, bad[0].name, bad[0].remark, "")]
     return list(faults.values())
-
-
-def _wrong(calls: Calls, check: Check, entries: list[Entry], promises: bool, seen: list[Entry] | None = None) -> dict[Call, list[Entry]]:
-    """What is wrong with each wrong call; [] if something inside it is."""
-    wrong: dict[Call, list[Entry]] = {}
-    for call in calls[0].below() if calls else ():
-        if any(child in wrong for child in call.children):
-            wrong[call] = []
-            continue
-        found = entries if call is calls[0] else judged(call, check.tol, promises)
-        if bad := [e for e in found if e.verdict(check.tol) == "WRONG"]:
-            wrong[call] = bad
-        if seen is not None and call is not calls[0]:
-            seen += [replace(e, name=f"{call.place}: {e.name}") for e in found]
-    return wrong
 
 
 def recorded(check: Check) -> Calls:
@@ -72,6 +56,23 @@ def recorded(check: Check) -> Calls:
         y, saved = check.forward()
         check.layer.backward(check.draw(y.shape), saved)
     return calls
+
+
+def _wrong_calls(
+    calls: Calls, check: Check, entries: list[Entry], promises: bool, seen: list[Entry] | None = None
+) -> dict[Call, list[Entry]]:
+    """What is wrong with each wrong call; [] if something inside it is."""
+    found: dict[Call, list[Entry]] = {}
+    for call in calls[0].below() if calls else ():
+        if any(child in found for child in call.children):
+            found[call] = []
+            continue
+        its = entries if call is calls[0] else judged(call, check.tol, promises)
+        if bad := wrong(its, check.tol):
+            found[call] = bad
+        if seen is not None and call is not calls[0]:
+            seen += [replace(e, name=f"{call.place}: {e.name}") for e in its]
+    return found
 
 
 def judged(call: Call, tol: float, promises: bool = False) -> list[Entry]:
@@ -85,9 +86,9 @@ def judged(call: Call, tol: float, promises: bool = False) -> list[Entry]:
             return []
         directions = [[name] for name in check.checked] if call.is_operation else [list(check.checked)]
         found = check.entries(directions, promises and not call.is_operation)
-        if any(e.verdict(tol) == "WRONG" for e in found):
+        if wrong(found, tol):
             exact = Check(part, part.x, tol, 0, _EXACTLY, {}).entries(promises=False)
-            found = exact if any(e.verdict(tol) == "WRONG" for e in exact) else found
+            found = exact if wrong(exact, tol) else found
     for entry in found:
         entry.name = part.names.get(entry.name, entry.name)
     return found
@@ -101,52 +102,46 @@ def fault_of(call: Call, entries: list[Entry]) -> Fault:
 
 
 def handed(call: Call) -> str:
-    """Which gradient a layer hands to a layer inside it is wrong, and how; "" if none is, or nothing ran backward."""
+    """Which gradient a layer hands to a layer inside it is wrong, and how; "" if none is, or nothing ran backward.
+
+    What each layer inside returned is moved: the derivative along it is what its backward has to be handed.
+    """
     part = part_of(call)
     if part is None:
         return ""
-    dx = None
-    with unchanged(part):
+    with unchanged(part), ExitStack() as stack:
         check = Check(part, part.x, _RANDOM_TOL, 0, _EXACTLY, {})
-        with suppress(Broken), trace(call.layer, arrays=True) as calls:
-            y, saved = check.forward()
-            check.c, check.rounding = check.draw(y.shape), 1e-15 * float(abs(y).sum())
-            dx = check.backward(saved)
-        if check.c is None:
-            return ""
-        inner = [c for c in calls if c.parent is None and not c.is_operation and c.layer is not call.layer and c.dy is not None]
-        known = Known(to_numpy(check.c))
-        known.terms = {f"the gradient through {c.place}": c.grads["dx"] for c in inner if c.grads and c.grads.get("dx") is not None}
-
-        def wrong(name: str, g: Any) -> str | None:
-            """How the gradient g of the array `name` is wrong; None if it is right."""
+        root = recorded(check)[0]
+        inner = [c for c in root.children if not c.is_operation and c.layer is not call.layer and c.dy is not None]
+        inner = [c for c in inner if sum(c.layer is other.layer for other in inner) == 1]  # to move one call moves every call of its layer
+        passed = {f"the gradient through {c.place}": (c.grads or {}).get("dx") for c in inner}
+        known = Known(root.dy, terms={words: dx for words, dx in passed.items() if dx is not None})
+        gradients = [(f"hands {c.place}.backward a dy", c.place, c.dy) for c in sorted(inner, key=lambda c: c.order or 0)]
+        if inner and "dx" in check.checked and hasattr(dx := (root.grads or {}).get("dx"), "shape"):
+            gradients.append(("returns a dx", "dx", dx))
+        for child in inner:
+            moved = check.checked[child.place] = SimpleNamespace(data=np.zeros(child.y.shape))
+            attribute = child.name.partition(".")[2] or "forward"
+            stack.enter_context(exchanged(child.layer, attribute, _moving(child.run[0], moved)))
+        check.c, check.rounding = root.dy, 1e-15 * float(abs(root.y).sum()) if inner else 0.0
+        for what, name, g in gradients:
             check.analytic = {name: g}
-            if not hasattr(g, "shape"):
-                return f"is a {type(g).__name__} instead of an array"
-            if g.shape == check.checked[name].data.shape and check.direction([name]).verdict(_RANDOM_TOL) != "WRONG":
-                return None
-            at, numeric, _ = check.numeric(name)
-            return misshapen(g, check.checked[name].data.shape, numeric, at, known.dy) or cause(g, numeric, at, _RANDOM_TOL, known)
-
-        for child in sorted(inner, key=lambda c: c.order or 0):
-            check.checked[child.place] = moved = SimpleNamespace(data=np.zeros(child.y.shape))
-
-            def forward(*args: Any, run: Any = child.run[0], moved: Any = moved, **options: Any) -> Any:
-                y, saved = run(*args, **options)
-                return y + moved.data, saved
-
-            with exchanged(child.layer, "forward", forward):
-                how = wrong(child.place, child.dy)
-            if how is not None:
-                name = child.place.removeprefix(call.place).strip(".")
-                return f"hands {name}.backward a dy {_clause(how or 'is not the gradient of what it returned')}"
-        if inner and "dx" in check.checked and hasattr(dx, "shape") and (how := wrong("dx", dx)):
-            return f"returns a dx {_clause(how)}"
+            if check.direction([name]).verdict(_RANDOM_TOL) == "WRONG":
+                at, numeric, _ = check.numeric(name)
+                how = unusable(g, check.checked[name].data.shape, numeric, at, check.c) or cause(g, numeric, at, _RANDOM_TOL, known)
+                how = how or ("" if name == "dx" else "is not the gradient of what it returned")
+                return how and f"{what} {'of which' if how[0].isdigit() else 'that'} {how}"
     return ""
 
 
-def _clause(how: str) -> str:
-    return f"{'of which' if how[0].isdigit() else 'that'} {how}"
+def _moving(forward: Function, by: Any) -> Function:
+    """A forward whose result is moved by an array."""
+
+    def moved(*args: Any, **options: Any) -> tuple[Array, Any]:
+        y, saved = forward(*args, **options)
+        return y + by.data, saved
+
+    return moved
 
 
 def wiring(call: Call) -> str:
@@ -157,8 +152,8 @@ def wiring(call: Call) -> str:
         what = child.name if child.is_operation else f"{child.place.removeprefix(call.place).strip('.')}.backward"
         if child.order is None:
             ran = any(c.order is not None for c in call.children if c.layer is child.layer)  # recomputed
-            gives = not child.is_operation and not ran and child.saved is not None and child.layer.trainable
-            if gives and call.order is not None:
+            trains = not child.is_operation and child.saved is not None and getattr(child.layer, "trainable", True)
+            if trains and not ran and call.order is not None:
                 return f"never calls {what}"
         elif child.is_operation:
             if name := foreign(child):
@@ -182,11 +177,8 @@ def foreign(call: Call) -> str:
     for name, a in zip(names, given, strict=False):
         had = call.args.get(name, a)
         is_saved = isinstance(a, dispatch.Saved) and (len(names) == 1 or name not in call.args)
-        if a is None or is_saved or (isinstance(had, float) and a == had):
-            continue
-        if isinstance(had, float) or hasattr(had, "nbytes") != hasattr(a, "nbytes"):
-            return name
-        if hasattr(a, "nbytes") and had is not a and not (a.shape == had.shape and np.array_equal(a, had)):
+        is_number = isinstance(had, float) or hasattr(had, "nbytes") or hasattr(a, "nbytes")
+        if a is not None and a is not had and is_number and not is_saved and not np.array_equal(a, had):
             return name
     return ""
 
@@ -195,12 +187,13 @@ def part_of(call: Call) -> Part | None:
     """The call on its own; None if it has no gradients."""
     if call.during == "backward" or call.name.endswith(".loss"):
         return None
-    part: Part | None
-    if call.is_operation:
-        judge = call.order is not None and not foreign(call) if call.run[1] else call.grads is not None
-        part = OperationPart(call) if judge else None
+    if not call.is_operation:
+        has_gradients = bool(call.args) and call.y is not None and call.args.get("keep", True)
+    elif call.run[1]:
+        has_gradients = call.order is not None and not foreign(call)
     else:
-        part = Part(call) if call.args and call.y is not None and call.args.get("keep", True) else None
+        has_gradients = call.grads is not None
+    part = (OperationPart if call.is_operation else Part)(call) if has_gradients else None
     return part if part is not None and getattr(part.x, "dtype", np.dtype(object)).kind in "fiu" else None
 
 
@@ -209,26 +202,24 @@ class Part(Layer):
 
     def __init__(self, call: Call) -> None:
         self.of, self.names = call, dict[str, str]()
-        self.key = next(iter(call.args))
-        self.x = call.args[self.key]
+        self.key, self.x = next(iter(call.args.items()))
+        self.tensors = dict(parameters_of(call.layer))
         self.need_dx = call.args.get("need_dx", True)
-        self.options = {name: value for name, value in call.args.items() if name != self.key}
 
     def parameters(self) -> Iterator[tuple[str, Any]]:
-        return iter(self.of.layer.parameters())
+        return iter(self.tensors.items())
 
     def modules(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, self
-        yield from getattr(self.of.layer, "modules", lambda prefix: ())(prefix)
+        yield from layers_of(self.of.layer, prefix)
 
     def forward(self, x: Array) -> Any:  # type: ignore[override]
-        return self.of.run[0](x, **self.options)
+        return self.of.again({self.key: x})
 
-    def backward(self, dy: Array, saved: Any, need_dx: bool | None = None) -> Any:
-        takes = "need_dx" in names_of(self.of.run[1])
-        need_dx = need_dx if self.need_dx else False
-        dx = self.of.run[1](dy, saved, **({} if need_dx is None or not takes else {"need_dx": need_dx}))
-        return None if need_dx is False and not takes else dx
+    def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Any:
+        need_dx, takes = need_dx and self.need_dx, "need_dx" in names_of(self.of.run[1])
+        dx = self.of.run[1](dy, saved, **({"need_dx": False} if takes and not need_dx else {}))
+        return dx if need_dx or takes else None
 
     def __deepcopy__(self, memo: Any) -> Part:
         return self
@@ -239,28 +230,16 @@ class OperationPart(Part):
 
     def __init__(self, call: Call) -> None:
         self.of, self.need_dx = call, True
-        given = (a for a in (*call.inputs[0][0], *call.inputs[0][1].values()) if isinstance(a, (set, frozenset)))
-        needed = call.need if call.run[1] else next(given, None)
+        needed = call.need if call.run[1] else needed_of(*call.inputs[0])
         arrays = {g[1:]: call.args.get(g[1:]) for g in call.gradients if needed is None or g in needed}
-        arrays = {name: a for name, a in arrays.items() if getattr(getattr(a, "dtype", None), "kind", "") == "f" and hasattr(a, "nbytes")}
+        arrays = {name: a for name, a in arrays.items() if getattr(getattr(a, "dtype", None), "kind", "") == "f"}
         self.key = next(iter(arrays), "")
         self.x = arrays.pop(self.key, None)
         self.tensors = {name: Parameter(a) for name, a in arrays.items()}
         self.names = {"dx": f"d{self.key}", **{name: f"d{name}" for name in arrays}}
 
-    def parameters(self) -> Iterator[tuple[str, Any]]:
-        return iter(self.tensors.items())
-
-    def modules(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
-        yield prefix, self
-
     def forward(self, x: Array) -> Any:  # type: ignore[override]
-        args, options = self.of.inputs[0]
-        values = {self.key: x, **{name: p.data for name, p in self.tensors.items()}}
-        result = self.of.run[0](
-            *(values.get(name, a) for name, a in zip(self.of.args, args, strict=False)),
-            **{name: values.get(name, a) for name, a in options.items()},
-        )
+        result = self.of.again({self.key: x, **{name: p.data for name, p in self.tensors.items()}})
         return (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
 
     def backward(self, dy: Array, saved: Any) -> Any:  # type: ignore[override]
@@ -270,15 +249,14 @@ class OperationPart(Part):
             args, options = self.of.inputs[1]
             result = self.of.run[1](dy, *(saved[0] if a is self.of.saved and a is not None else a for a in args[1:]), **options)
             grads = result if isinstance(result, tuple) else (result,)
-        named = dict(zip(self.of.gradients, grads, strict=False))
-        needless = [g for g, value in named.items() if value is not None and isinstance(self.of.need, set) and g not in self.of.need]
-        if needless:
+        named = {g: value for g, value in zip(self.of.gradients, grads, strict=False) if value is not None}
+        if needless := [g for g in named if isinstance(self.of.need, set) and g not in self.of.need]:
             raise ValueError(f"{needless[0]} was formed, and is not needed")  # a promise of every backward
         for name, p in self.tensors.items():
             g = named.get(f"d{name}")
             p.grad = g if p.grad is None or g is None else p.grad + g
         return named.get(f"d{self.key}")
 
-    def known(self, name: str, dy: Array, factors: dict[str, float]) -> Known:
+    def known(self, name: str, dy: Array) -> Known:
         """What may be wrong with a gradient."""
-        return known_of(self.of.name, self.of.args, self.names[name], dy, factors)
+        return known_of(self.of.name, self.of.args, self.names[name], dy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from inspect import Parameter as Argument
@@ -17,54 +17,47 @@ Function = Callable[..., Any]
 
 @dataclass(eq=False)
 class Call:
-    """One call of a layer or an operation, and its backward call if there was one.
+    """One call of a layer or an operation, and its backward call if there was one. Without `arrays`, arrays are None here."""
 
-    place             dotted path of the layer, as `model.parameters()` has it; of an operation "path/operation"; "" is the model itself
-    name              the layer's class, or the operation
-    function          the Python functions that ran, also `backward_function`; `where` finds their file and line
-    layer             the layer; None for an operation
-    during            "forward", or "backward" for what is called in the backward pass: recomputed layers, and products
-    args, y, saved    of forward, args by name; dy, need and grads (by name) of backward. Without `arrays`, arrays are None here
-    shapes            of all of them, by name
-    gradients         the names of what backward returns, in order
-    implementation    of an operation: "reference", "numpy" or "cuda"; "" for a layer
-    order             of the backward call among all of them; None if there was none
-    foreign, changed  backward was handed what another call saved; what was saved was written to before
-    kept, bytes_saved the arrays that the pass keeps, and that no call inside this one or before it saved; their bytes
-    flops             of an operation
-    run, inputs       (forward, backward) as called, and the arguments of each, in order and by name
-    """
-
-    place: str
-    name: str
-    function: Function
+    place: str  # dotted path of the layer, as `model.parameters()` has it, "" for the model itself; of an operation "path/operation"
+    name: str  # the layer's class, or the operation
+    layer: Any  # None for an operation
+    run: tuple[Any, Any]  # (forward, backward) as called
+    function: Function  # the Python functions that ran; `where` finds their file and line
     backward_function: Function | None
-    layer: Any
-    parent: Call | None
-    run: tuple[Any, Any]
-    gradients: list[str] = field(default_factory=lambda: ["dx"])
-    during: str = "forward"
+    gradients: list[str]  # the names of what backward returns, in order
+    parent: Call | None = None
     children: list[Call] = field(default_factory=list)
-    args: dict[str, Any] = field(default_factory=dict)
+    during: str = "forward"  # or "backward", for what is called in the backward pass: recomputed layers, and products
+    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)  # of forward and of backward: in order, by name
+    args: dict[str, Any] = field(default_factory=dict)  # of forward, all by name
     y: Any = None
     saved: Any = None
     dy: Any = None
-    need: Any = None
-    grads: dict[str, Any] | None = None
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    implementation: str = ""
-    order: int | None = None
-    foreign: bool = False
-    changed: bool = False
-    sums: list[float] = field(default_factory=list)
-    kept: list[Array] = field(default_factory=list)
-    bytes_saved: int = 0
-    flops: Flops = field(default_factory=Flops)
-    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    need: Any = None  # of backward: the gradients that are needed, of a layer need_dx
+    grads: dict[str, Any] | None = None  # what backward returned, by name
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of all these arrays, by name
+    implementation: str = ""  # of an operation: "reference", "numpy" or "cuda"
+    order: int | None = None  # of the backward call among all of them; None if there was none
+    foreign: bool = False  # backward was handed what another call saved
+    changed: bool = False  # what was saved was written to before backward
+    sums: list[float] = field(default_factory=list)  # of the arrays that a layer saved
+    kept: list[Array] = field(default_factory=list)  # arrays that the pass keeps, and that no call inside this one or before it saved
+    flops: Flops = field(default_factory=Flops)  # of an operation
 
     @property
     def is_operation(self) -> bool:
         return self.layer is None
+
+    @property
+    def bytes_saved(self) -> int:
+        return sum(a.nbytes for a in self.kept)
+
+    def again(self, changed: dict[str, Any]) -> Any:
+        """The result of forward once more, with some of its arguments changed, by name."""
+        args, options = self.inputs[0]
+        values = self.args | changed
+        return self.run[0](*(values[name] for name, _ in zip(self.args, args, strict=False)), **{name: values[name] for name in options})
 
     def below(self) -> Iterator[Call]:
         """All calls inside this one and then itself, the innermost first."""
@@ -103,6 +96,11 @@ def gradient_names(name: str, forward: Any, backward: Any) -> list[str]:
     return {"embedding": ["dE"], "column_norms": ["dA", "dB"]}.get(name) or [f"d{next(iter(signature(forward).parameters))}"]
 
 
+def needed_of(args: tuple[Any, ...], options: dict[str, Any]) -> Collection[str] | None:
+    """The set among the arguments of an operation: the gradients that are needed. None: all."""
+    return next((a for a in (*args, *options.values()) if isinstance(a, (set, frozenset))), None)
+
+
 def bare(function: Any) -> Any:
     """The function itself, below partials and wrappers."""
     while isinstance(function, partial):
@@ -118,8 +116,9 @@ def _names(function: Any) -> list[str]:
 
 def names_of(function: Any) -> list[str]:
     """The names of a function's arguments, without self."""
-    is_method = hasattr(function, "__func__")
-    return _names(function.__func__ if is_method else function)[is_method:] if function is not None else []
+    if hasattr(function, "__func__"):  # a method: remembering it would keep its layer
+        return _names(function.__func__)[1:]
+    return _names(function) if function else []
 
 
 def bind(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, backend_name, get_xp, to_backend, to_numpy
-from minilora.checking.causes import Known, cause, gelus, misshapen, not_finite
+from minilora.checking.causes import Known, cause, gelus, not_finite, unusable
 from minilora.checking.differences import Derivative, derivative, relative_error
 from minilora.checking.report import Broken, Entry
 from minilora.layers import Layer, reseed
@@ -235,33 +235,26 @@ class Check:
             if name != "dx" and not n.any():
                 return Entry(name, "no gradient was written; y does not depend on it", 0.0, len(at))
             return Entry(name, "backward returned None" if name == "dx" else "no gradient was written")
-        if not hasattr(g, "shape"):
-            return Entry(name, f"is a {type(g).__name__} instead of an array")
-        g = to_numpy(g)
-        if remark := misshapen(g, shape, n, at, to_numpy(self.c)) or not_finite(g):
+        if remark := unusable(g, shape, n, at, self.c):
             return Entry(name, remark)
-        a, floor = g.ravel()[at], self.floor(name)
+        g, floor = to_numpy(g), self.floor(name)
+        a = g.ravel()[at]
         size = max(float(np.linalg.norm(a)), float(np.linalg.norm(n)), floor)
         entry = Entry(name, "", relative_error(a, n, floor), len(at), noise / size if size else _INF)
         skipped = len(self.kinks[name])
         if entry.verdict(self.tol) == "WRONG":
-            known = self.known(name, self.c, {"1 / tokens": 1 / len(self.c) if self.c.ndim else 1.0})
-            known.alone, known.again = self.alone[name], lambda: self.gradients(self.forward()[1])[name]
+            knows = getattr(self.layer, "known", None)  # of an object that knows more
+            known = knows(name, self.c) if knows else Known()
+            if name == "dx" and not knows:
+                known = Known(to_numpy(self.c), others=gelus(self.c, self.x) if self.c.shape == self.x.shape else {})
+            known.factors = {"1 / tokens": 1 / len(self.c) if self.c.ndim else 1.0} | known.factors
+            known.alone, known.again = self.alone[name], self.gradients(self.forward()[1])[name]
             entry.remark = cause(g, n, at, max(0.01 * self.tol, entry.precision), known)
         elif not size:
             entry.remark = "every gradient is zero here; choose another x"
         elif skipped:
             entry.remark = f"left out {skipped} of {skipped + len(at)}: at a kink, or y varies too fast there"
         return entry
-
-    def known(self, name: str, dy: Array, factors: dict[str, float]) -> Known:
-        """What is known of the gradient `name`; an object that knows more has a method of this name."""
-        knows = getattr(self.layer, "known", None)
-        if knows:
-            return knows(name, dy, factors)
-        if name != "dx":
-            return Known(np.zeros(()), factors)
-        return Known(to_numpy(dy), factors, others=gelus(dy, self.x) if dy.shape == self.x.shape else {})
 
     def direction(self, names: Collection[str], called: str = "") -> Entry:
         """One random direction through these arrays at once: it also covers the coordinates that were not sampled."""

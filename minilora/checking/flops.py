@@ -7,6 +7,7 @@ exactly, for everything in the catalogue (tests/test_trace.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,19 +37,35 @@ _ACTIVATIONS = {"dx", "dq", "dk", "dv", "dg", "du"}
 class Flops:
     """FLOPs of a call: forward; dx, the gradients of activations; dW, those of parameters; skipped, those that are not formed.
 
-    `each`: by the keys of FORMULAS. `sizes`: the values of their letters.
+    `costs`: by the keys of FORMULAS, what is added where it is formed, and where it is skipped. `sizes`: the values of their letters.
     """
 
     forward: int = 0
     dx: int = 0
     dW: int = 0
     skipped: int = 0
-    each: dict[str, int] = field(default_factory=dict)
+    costs: dict[str, tuple[int, int]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         return self.forward + self.dx + self.dW
+
+    def formed(self, gradients: Collection[str]) -> Flops:
+        """The same after a backward that formed these gradients."""
+        counts = dict.fromkeys(("forward", "dx", "dW", "skipped"), 0)
+        for key, costs in self.costs.items():
+            kind = kind_of(key, gradients)
+            counts[kind] += costs[kind == "skipped"]
+        return Flops(counts["forward"], counts["dx"], counts["dW"], counts["skipped"], self.costs, self.sizes)
+
+
+def kind_of(key: str, gradients: Collection[str]) -> str:
+    """What a key of FORMULAS counts as, in a call that forms these gradients: "forward", "dx", "dW" or "skipped"."""
+    if key == "forward":
+        return key
+    first = next((g for g in key.split() if g in gradients), None)
+    return "skipped" if first is None else "dx" if first in _ACTIVATIONS else "dW"
 
 
 def value(formula: str, sizes: dict[str, int]) -> int:
@@ -56,41 +73,20 @@ def value(formula: str, sizes: dict[str, int]) -> int:
     return sum(math.prod(int(s) if s.isdigit() else sizes[s] for s in term.split()) for term in formula.split(" + "))
 
 
-def forward_flops(name: str, args: dict[str, Any], implementation: str, form: bool = True) -> Flops:
+def forward_flops(name: str, args: dict[str, Any], implementation: str) -> Flops:
     """Those of a call with these arguments, all gradients skipped so far."""
-    formulas = FORMULAS.get(name)
-    if formulas is None:
-        return Flops()
-    sizes = sizes_of(name, args, implementation)
-    each = {key: value(formula, sizes) for key, formula in formulas.items()}
-    if implementation == "numpy" and name == "lora_linear" and args.get("b") is not None:
-        each["forward"] += value("2 T n", sizes)  # the bias is a row of B there
-    if name == "attention" and sizes["again"]:
-        each["dq dk dv"] = value("2 again h", sizes)  # the scores of long sequences are computed again
-    skipped = sum(cost for key, cost in each.items() if key != "forward")
-    W = args.get("W")
-    if isinstance(W, Residual):  # W - L R: products with it are operations of their own
-        terms = {key: [t for t in f.split(" + ") if not {"m", "n"} <= set(t.split())] for key, f in formulas.items()}
-        each = {key: value(" + ".join(t) or "0", sizes) for key, t in terms.items()}
-    return Flops(each.get("forward", 0), 0, 0, skipped, each, sizes)
-
-
-def backward_flops(name: str, flops: Flops, done: set[str]) -> Flops:
-    """The same after a backward that formed the gradients `done`."""
-    dx, dW, skipped = 0, 0, 0
+    sizes = sizes_of(name, args, implementation) if name in FORMULAS else {}
+    costs = {}
     for key, formula in FORMULAS.get(name, {}).items():
-        if key == "forward":
-            continue
-        first = next((g for g in key.split() if g in done), "")
-        if not first:
-            skipped += value(formula, flops.sizes)
-        elif first in _ACTIVATIONS:
-            dx += flops.each[key]
-        else:
-            dW += flops.each[key]
-    if "dq dk dv" in flops.each and done:
-        dx += flops.each["dq dk dv"]
-    return Flops(flops.forward, dx, dW, skipped, flops.each, flops.sizes)
+        formed = formula
+        if isinstance(args.get("W"), Residual):  # W - L R: products with it are operations of their own
+            formed = " + ".join(t for t in formula.split(" + ") if not {"m", "n"} <= set(t.split())) or "0"
+        elif key == "forward" and name == "lora_linear" and implementation == "numpy" and args.get("b") is not None:
+            formed += " + 2 T n"  # the bias is a row of B there
+        costs[key] = value(formed, sizes), value(formula, sizes)
+    if sizes.get("again"):
+        costs["dq dk dv"] = (value("2 again h", sizes),) * 2  # the scores of long sequences are computed again
+    return Flops(costs=costs, sizes=sizes).formed(())
 
 
 def sizes_of(name: str, args: dict[str, Any], implementation: str = "reference") -> dict[str, int]:

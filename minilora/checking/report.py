@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 CONCLUSIVE = 1e-4  # finite differences less precise than this would hide the mistakes that a check should find
-
-
 _INF = float("inf")
 
 
@@ -29,23 +27,24 @@ class Entry:
             return "WRONG"
         return "ok" if self.precision <= max(tol, CONCLUSIVE) else "inconclusive"
 
+    def line(self, tol: float, width: int) -> str:
+        """Its line in a table whose names are that wide."""
+        words = [f"  {self.name:<{width}}", f"{self.error:8.1e}", self.verdict(tol), *([self.remark] if self.remark else [])]
+        if tol < self.precision < _INF:
+            advice = "; choose smaller values" if self.verdict(tol) == "inconclusive" else ""
+            words.append(f"finite differences are good to {self.precision:.0e} here{advice}")
+        return "  ".join(words)
+
 
 @dataclass
 class Fault:
-    """A call that is itself wrong, while everything it calls is right.
+    """A call that is itself wrong, while everything it calls is right."""
 
-    places      dotted paths of all calls in which this function is wrong; of an operation "path/operation"; "" is the whole object
-    name        the layer's class, or the operation
-    gradient    "dW" of an operation, "dx" or a parameter's path of a layer; or the method that failed
-    cause       what is wrong with it; "" where no cause that was tried explains it
-    source      file:line of the backward function
-    """
-
-    places: list[str]
-    name: str
-    gradient: str
-    cause: str
-    source: str
+    places: list[str]  # of all calls in which this function is wrong; of an operation "path/operation"; "" is the whole object
+    name: str  # the layer's class, or the operation
+    gradient: str  # "dW" of an operation, "dx" or a parameter's path of a layer; or the method that failed
+    cause: str  # what is wrong with it; "" where no cause that was tried explains it
+    source: str  # file:line of the backward function
     error: float = _INF
 
     @property
@@ -56,6 +55,11 @@ class Fault:
         more = f" (and in {len(self.places) - 1} more places)" if len(self.places) > 1 else ""
         cause = self.cause or f"is wrong by {self.error:.1e}, relative to its size"
         return f"{self.place or self.name}: {self.gradient} {cause}{more}  [{self.source}]".replace(":  ", ": ")
+
+
+def wrong(entries: list[Entry], tol: float) -> list[Entry]:
+    """Those entries that are WRONG."""
+    return [e for e in entries if e.verdict(tol) == "WRONG"]
 
 
 class Broken(Exception):
@@ -100,12 +104,5 @@ class Report:
                 "Set p.trainable = True on the parameters to check."
             )
         width = max(len(e.name) for e in self.entries)
-        lines = [f"{self.what}: {self.verdict}, worst relative error {self.worst:.1e} (tolerance {self.tol:.0e})"]
-        lines[:0] = [str(fault) for fault in self.faults]
-        for e in self.entries:
-            verdict, remarks = e.verdict(self.tol), [e.remark] if e.remark else []
-            if self.tol < e.precision < _INF:
-                advice = "; choose smaller values" if verdict == "inconclusive" else ""
-                remarks.append(f"finite differences are good to {e.precision:.0e} here{advice}")
-            lines.append("  ".join([f"  {e.name:<{width}}", f"{e.error:8.1e}", verdict, *remarks]))
-        return "\n".join(lines)
+        summary = f"{self.what}: {self.verdict}, worst relative error {self.worst:.1e} (tolerance {self.tol:.0e})"
+        return "\n".join([*map(str, self.faults), summary, *(e.line(self.tol, width) for e in self.entries)])

@@ -10,18 +10,17 @@ it nothing is exchanged, so that a trace costs nothing where there is none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import wraps
+from itertools import count
 from typing import Any
 
 from minilora import functional as F
 from minilora import kernels as K
-from minilora.checking.calls import Call, Function, arrays_in, bare, bind, gradient_names, owner, shapes
-from minilora.checking.calls import names_of as names_of
+from minilora.checking.calls import Call, Function, arrays_in, bare, bind, gradient_names, needed_of, owner, shapes
 from minilora.checking.calls import where as where
-from minilora.checking.flops import backward_flops, forward_flops
+from minilora.checking.flops import Flops, forward_flops
 from minilora.kernels import dispatch
 from minilora.layers import Layer
 from minilora.lora.variants import dora, embedding, vera
@@ -48,33 +47,31 @@ def trace(model: Any, arrays: bool = False) -> Iterator[Calls]:
     arrays: keep arguments, results and gradients, copied, as an array may be written to later; parameters are not copied.
     """
     recorder = Recorder(model, arrays)
-    layers, seen_of = list(layers_of(model)), dict[Any, Any]()
     with ExitStack() as stack:
-
-        def exchange(owner: Any, names: tuple[str, str], pair: Any, seen: Any) -> None:
-            for name, function, other in zip(names, pair, seen, strict=True):
+        for owner, attributes, *what in list(pairs_of(model)):
+            pair = [getattr(owner, attribute, None) for attribute in attributes]
+            for attribute, function, seen in zip(attributes, pair, recorder.seen(*what, *pair), strict=True):
                 if function is not None:
-                    stack.enter_context(exchanged(owner, name, other))
-
-        for path, layer in layers:
-            for names in METHODS if isinstance(layer, Layer) else METHODS[:1]:
-                pair = [getattr(layer, name, None) for name in names]
-                if all(map(callable, pair)):
-                    exchange(layer, names, pair, recorder.methods(path, layer, *pair))
-        for module, operations in OPERATIONS.items():
-            for name in operations.split():
-                pair = [getattr(module, name), getattr(module, f"{name}_backward", None)]
-                seen = recorder.functions(name, *pair)
-                seen_of |= zip(pair, seen, strict=True)
-                exchange(module, (name, f"{name}_backward"), pair, seen)
-        for _, layer in layers:
-            if callable(f := getattr(layer, "f", None)):  # layers that hold their functions: activations, and pairs under test
-                pair = [f, getattr(layer, "f_backward", None)]
-                made = recorder.functions(getattr(f, "__name__", "f"), *pair)
-                exchange(layer, ("f", "f_backward"), pair, [seen_of.get(g, new) for g, new in zip(pair, made, strict=True)])
+                    stack.enter_context(exchanged(owner, attribute, seen))
         dispatch.observers.append(recorder.chosen)
         stack.callback(dispatch.observers.remove, recorder.chosen)
         yield recorder.calls
+
+
+def pairs_of(model: Any) -> Iterator[tuple[Any, tuple[str, str], str, str, Any]]:
+    """Each forward and backward to note: their owner and its attributes; name, path and layer of a call, no layer for an operation."""
+    layers, names = list(layers_of(model)), dict[Any, str]()
+    for path, layer in layers:
+        for methods in METHODS if isinstance(layer, Layer) else METHODS[:1]:
+            if all(callable(getattr(layer, method, None)) for method in methods):
+                yield layer, methods, type(layer).__name__ + f".{methods[0]}".removesuffix(".forward"), path, layer
+    for module, operations in OPERATIONS.items():
+        for name in operations.split():
+            names[getattr(module, name)] = name
+            yield module, (name, f"{name}_backward"), name, "", None
+    for _, layer in layers:
+        if callable(f := getattr(layer, "f", None)):  # layers that hold their functions: activations, and pairs under test
+            yield layer, ("f", "f_backward"), names.get(f, getattr(f, "__name__", "f")), "", None
 
 
 @contextmanager
@@ -91,7 +88,10 @@ def exchanged(owner: Any, name: str, value: Any) -> Iterator[None]:
 def layers_of(model: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """(path, layer) of a model and everything below it that has forward and backward, each once."""
     if hasattr(model, "modules"):
-        yield from {id(layer): (path, layer) for path, layer in reversed(list(model.modules(path)))}.values()
+        found = dict[int, tuple[str, Any]]()
+        for place, layer in model.modules(path):
+            found.setdefault(id(layer), (place, layer))
+        yield from found.values()
         return
     if hasattr(model, "__dict__"):
         yield path, model
@@ -106,56 +106,41 @@ class Recorder:
     """Notes calls. `stack`: those that have begun, (call, whether it is in backward)."""
 
     def __init__(self, model: Any, arrays: bool) -> None:
-        self.arrays, self.calls, self.count = arrays, Calls(), 0
+        self.arrays, self.calls, self.orders = arrays, Calls(), count()
         self.stack: list[tuple[Call, bool]] = []
         self.parameters = {id(owner(p.data)) for _, p in getattr(model, "parameters", tuple)()}
 
-    # -- what takes the place of methods and functions ------------------------------------------------------------------
-
-    def methods(self, path: str, layer: Any, forward: Any, backward: Any) -> tuple[Function, Function]:
-        """The two methods of a layer, seen."""
-        name = type(layer).__name__ + ("" if forward.__name__ in ("forward", "<lambda>") else f".{forward.__name__}")
-
-        def seen_forward(*args: Any, **options: Any) -> Any:
-            return self.forward(Call(path, name, forward, backward, layer, self.parent(), (forward, backward)), args, options)
-
-        def seen_backward(*args: Any, **options: Any) -> Any:
-            mine = [c for c in reversed(self.calls) if c.layer is layer and c.run[0] == forward]
-            saved = args[min(len(args), 2) - 1] if args else options.get("saved")
-            call = self.found(mine, saved)
-            if call is not None:
-                call.foreign, call.changed = call.saved is not saved, call.sums != self.sums(call.saved)
-            return self.backward(call, backward, args, options)
-
-        return seen_forward, seen_backward
-
-    def functions(self, name: str, forward: Any, backward: Any) -> tuple[Function, Function]:
-        """The two functions of an operation, seen."""
-        table = dispatch.TABLE[name].kernels[-1].forward if name in dispatch.TABLE else forward
-        sources = getattr(F, name, bare(table)), getattr(F, f"{name}_backward", bare(backward))
-        gradients = gradient_names(name, *sources)
+    def seen(self, name: str, path: str, layer: Any, forward: Any, backward: Any) -> tuple[Function, Function]:
+        """What takes the place of two functions, and notes each call of them."""
+        source, gradients = (forward, backward), ["dx"]
+        if layer is None:
+            reference = dispatch.TABLE[name].kernels[-1].forward if name in dispatch.TABLE else forward
+            source = getattr(F, name, bare(reference)), getattr(F, f"{name}_backward", bare(backward))
+            gradients = gradient_names(name, *source)
+        calls: list[Call] = []
 
         @wraps(forward)
         def seen_forward(*args: Any, **options: Any) -> Any:
-            parent = self.parent()
-            place = f"{parent.place if parent else ''}/{name}"
-            return self.forward(Call(place, name, *sources, None, parent, (forward, backward), gradients), args, options)
+            calls.append(Call(path, name, layer, (forward, backward), *source, gradients))
+            return self.forward(calls[-1], args, options)
 
         @wraps(backward or forward)
-        def seen_backward(dy: Any, *args: Any, **options: Any) -> Any:
-            kept = next((a for a in args if isinstance(a, dispatch.Saved)), self)
-            mine = [c for c in reversed(self.calls) if c.name == name and c.is_operation]
-            here = [c for c in mine if c.parent is self.parent() and c.shapes.get("y") in (None, getattr(dy, "shape", None))]
-            return self.backward(self.found([c for c in mine if c.saved is kept] or here, kept), backward, (dy, *args), options)
+        def seen_backward(*args: Any, **options: Any) -> Any:
+            call = self.undone(calls, (*args, *options.values()))
+            return self.backward(call, args, options) if call else backward(*args, **options)
 
         return seen_forward, seen_backward
 
-    @staticmethod
-    def found(calls: list[Call], saved: Any) -> Call | None:
-        """The call that left `saved`, else the last whose backward was not called yet."""
-        return next((c for c in calls if c.saved is saved), None) or next((c for c in calls if c.order is None), None)
+    def undone(self, calls: list[Call], given: tuple[Any, ...]) -> Call | None:
+        """The call that a backward with these arguments undoes: the one that saved one of them, else its caller's last without backward.
 
-    # -- notes ----------------------------------------------------------------------------------------------------------
+        An operation may be called twice there, with results of different shapes.
+        """
+        by_saved = (c for c in reversed(calls) if c.saved is not None and any(a is c.saved for a in given))
+        without = (c for c in reversed(calls) if c.order is None and c.parent is self.parent())
+        dy = getattr(given[0], "shape", None) if given else None
+        without = (c for c in without if not c.is_operation or c.shapes.get("y", dy) == dy)
+        return next(by_saved, None) or next(without, None)
 
     def parent(self) -> Call | None:
         return self.stack[-1][0] if self.stack else None
@@ -169,52 +154,57 @@ class Recorder:
                 call.function, call.backward_function = bare(kernel.forward), bare(kernel.backward)
 
     def forward(self, call: Call, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        call.parent = parent = self.parent()
         call.during = "backward" if any(backward for _, backward in self.stack) else "forward"
-        if call.parent is not None:
-            call.parent.children.append(call)
+        if call.is_operation:
+            call.place = f"{parent.place if parent else ''}/{call.name}"
+        if parent is not None:
+            parent.children.append(call)
         self.calls.append(call)
-        named = bind(call.function, args, options)
-        call.args, call.shapes = self.kept(named), shapes(named)
-        result = self.noted(call, False, args, options)
-        more = result[1:] if isinstance(result, tuple) else ()
-        y, call.saved = (result[0], more[0] if len(more) == 1 else more) if more else (result, None)
+        inputs, named = (self.kept(args), self.kept(options)), bind(call.function, args, options)
+        call.inputs, call.args, call.shapes = [inputs], bind(call.function, *inputs), shapes(named)
+        result = self.run(call, False, args, options)
+        y, *more = result if isinstance(result, tuple) else (result,)
+        call.saved = None if not more else more[0] if len(more) == 1 else tuple(more)
         call.y = self.kept(y)
         call.shapes |= shapes({"y": y})
         if call.is_operation:
             call.flops = forward_flops(call.name, named, call.implementation)
             if more and call.run[1] is None:  # a loss: its gradients are computed with it
                 self.note_gradients(call, more)
-            elif call.parent is not None and call.during != call.parent.during:  # a product in the backward pass of a layer
-                own = [] if call.parent.is_operation else [p.data.shape for _, p in call.parent.layer.parameters()]
+            elif parent is not None and call.during != parent.during:  # a product in the backward pass of a layer
+                own = [] if parent.is_operation else [p.data.shape for _, p in parent.layer.parameters()]
                 cost, is_dW = call.flops.forward, getattr(y, "shape", None) in own
-                call.flops = replace(call.flops, forward=0, skipped=0, dx=0 if is_dW else cost, dW=cost if is_dW else 0)
-        call.sums = self.sums(call.saved)
+                call.flops = Flops(dx=0 if is_dW else cost, dW=cost if is_dW else 0, sizes=call.flops.sizes)
+        else:
+            call.sums = self.sums(call.saved)
         if not self.stack:
             self.account(call)
         return result
 
-    def backward(self, call: Call | None, run: Function, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if call is None:
-            return run(*args, **options)
-        call.order, self.count = self.count, self.count + 1
-        call.dy = self.kept(args[0]) if len(args) > 1 else None
-        sets = (a for a in (*args, *options.values()) if isinstance(a, (set, frozenset)))
-        call.need = next(sets, None) if call.is_operation else bind(run, args, options).get("need_dx")
+    def backward(self, call: Call, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        call.order = next(self.orders)
+        call.inputs[1:] = [(self.kept(args), self.kept(options))]
+        call.dy = call.inputs[1][0][0] if len(args) > 1 else None
         call.shapes |= shapes({"dy": args[0] if args else None})
-        result = self.noted(call, True, args, options)
+        if call.is_operation:
+            call.need = needed_of(args, options)
+        else:
+            call.need = bind(call.run[1], args, options).get("need_dx")
+            call.foreign = all(a is not call.saved for a in (*args, *options.values()))
+            call.changed = call.sums != self.sums(call.saved)
+        result = self.run(call, True, args, options)
         self.note_gradients(call, result if isinstance(result, tuple) else (result,))
         return result
 
-    def note_gradients(self, call: Call, values: tuple[Any, ...]) -> None:
+    def note_gradients(self, call: Call, values: Iterable[Any]) -> None:
         grads = dict(zip(call.gradients, values, strict=False))
         call.grads = self.kept(grads)
         call.shapes |= shapes(grads)
-        call.flops = backward_flops(call.name, call.flops, {name for name, g in grads.items() if g is not None})
+        call.flops = call.flops.formed({name for name, g in grads.items() if g is not None})
 
-    def noted(self, call: Call, backward: bool, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def run(self, call: Call, backward: bool, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """The result of the call, which is on the stack meanwhile."""
-        if self.arrays:
-            call.inputs = [*call.inputs[:1], (self.kept(args), self.kept(options))]
         self.stack.append((call, backward))
         try:
             return call.run[backward](*args, **options)
@@ -244,4 +234,3 @@ class Recorder:
         for call in root.below():
             mine = {id(owner(a)) for a in arrays_in(call.saved)} & held.keys()
             call.kept = [a for a in map(held.pop, mine) if id(a) not in self.parameters]
-            call.bytes_saved = sum(a.nbytes for a in call.kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -41,12 +41,8 @@ def gradcheck_run(
         report = gradcheck(model, ids[: model.config.longest_sequence], by_call=True, tol=1e-6)
     if table or not report.ok:
         say(str(report) if table or not report.faults else "\n".join(map(str, report.faults)))
-    result = {
-        "verdict": report.verdict,
-        "checked": len(report.entries),
-        "worst": report.worst,
-        "faults": [asdict(f) for f in report.faults],
-    }
+    result = {"verdict": report.verdict, "checked": len(report.entries), "worst": report.worst}
+    result["faults"] = [asdict(fault) for fault in report.faults]
     if not report.ok:
         raise failed(f"{what}: {report.verdict}; --table prints every gradient.", result)
     say(f"{what}: all {len(report.entries)} checks agree with finite differences, relative error at most {report.worst:.1e}")
@@ -61,22 +57,20 @@ def failed(text: str, result: dict[str, Any]) -> ArithmeticError:
 
 
 def _whole_catalogue(backend: str, say: Callable[[str], None]) -> dict[str, Any]:
-    errors, wrong = {}, dict[str, Report]()
+    reports = dict[str, Report]()
     say(f"{'what':<48} {'gradients':>9} {'worst error':>12}")
-    for name, report in tqdm(
-        catalogue.check_all(backend), total=len(list(catalogue.catalogue())), disable=None, leave=False, file=sys.stderr
-    ):
+    total = len(list(catalogue.catalogue()))
+    for name, report in tqdm(catalogue.check_all(backend), total=total, disable=None, leave=False, file=sys.stderr):
         say(f"{name:<48} {len(report.entries):>9} {report.worst:>12.1e}  {report.verdict}")
-        errors[name] = report.worst
+        reports[name] = report
         if not report.ok:
-            wrong[name] = report
             say(str(report))
-    if wrong:
+    errors = {name: report.worst for name, report in reports.items()}
+    if wrong := [name for name, report in reports.items() if not report.ok]:
+        faults = [asdict(fault) for report in reports.values() for fault in report.faults]
         what = "backward passes disagree with finite differences, or could not be compared"
-        faults = [asdict(fault) for report in wrong.values() for fault in report.faults]
-        raise failed(
-            f"{len(wrong)} of {len(errors)} {what}: {', '.join(wrong)}.", {"checked": len(errors), "errors": errors, "faults": faults}
-        )
+        text = f"{len(wrong)} of {len(errors)} {what}: {', '.join(wrong)}."
+        raise failed(text, {"checked": len(errors), "errors": errors, "faults": faults})
     say(f"all {len(errors)} agree with central differences in float64, relative error at most {max(errors.values()):.1e}")
     return {"checked": len(errors), "worst": max(errors.values()), "errors": errors}
 
@@ -84,21 +78,19 @@ def _whole_catalogue(backend: str, say: Callable[[str], None]) -> dict[str, Any]
 def layer_in(what: str, shape: str | None = None) -> tuple[Any, np.ndarray]:
     """The layer that "path/file.py:Name" names, and an input for it. The file is run."""
     path, _, name = what.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None or not Path(path).is_file():
+    if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such Python file.")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        layer = getattr(module, name, None)
+        names = runpy.run_path(path)
+        layer = names.get(name)
         layer = layer() if callable(layer) and not hasattr(layer, "weight") else layer
     except Exception as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise ValueError(f"{path}{line}: {type(error).__name__}: {getattr(error, 'msg', error)}.") from error
     if layer is None:
-        raise ValueError(f"{path} has no {name}; it has {', '.join(n for n in vars(module) if not n.startswith('_')) or 'nothing'}.")
-    if shape is None and hasattr(module, "x"):
-        return layer, np.asarray(module.x)
+        raise ValueError(f"{path} has no {name}; it has {', '.join(n for n in names if not n.startswith('_')) or 'nothing'}.")
+    if shape is None and "x" in names:
+        return layer, np.asarray(names["x"])
     widths = [p.data.shape[0] for _, p in parameters_of(layer) if getattr(p.data, "ndim", 0) == 2]
     try:
         sizes = [int(n) for n in shape.split("x")] if shape else [5, widths[0]]

@@ -139,7 +139,7 @@ def check_fit(source: str | Path, tensors: dict[str, np.ndarray], expected: dict
 def warn_of_pooling(model: Any, folder: Path) -> None:
     """Report on standard error that transformers and PEFT cannot reproduce a model with "pooling": "mean"."""
     if getattr(model.config, "pooling", "first") == "mean" and model.model_type != "modernbert":
-        print(f"{folder}: its classifier reads the mean of the tokens; transformers and PEFT read BERT's pooler instead.", file=sys.stderr)
+        print(f"{folder}: its classifier reads the mean of the tokens; transformers and PEFT read the first one instead.", file=sys.stderr)
 
 
 class Blank(np.random.Generator):

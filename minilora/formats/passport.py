@@ -35,7 +35,7 @@ def features(config: Any) -> dict[str, str]:
     differ = differ or any(alpha != config.lora_alpha for alpha in config.alpha_pattern.values())
     rank = max([config.r, *config.rank_pattern.values()])
     found = {
-        "method": "" if config.peft_type == "LORA" else config.method,
+        "vera": config.method if config.peft_type == "VERA" else "",
         "dora": "DoRA" if config.use_dora else "",
         "modules_to_save": f"modules_to_save ({', '.join(saved)})" if saved else "",
         "bias": f"bias={config.bias!r}" if config.bias != "none" else "",

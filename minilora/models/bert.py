@@ -2,7 +2,7 @@
 
     x_0 = LN(word[ids] + position[place] + token_type[type])        x_i = block_i(x_{i-1})        h = x_L
 
-They differ in names (_BODY, _BLOCK), in the place of the first token, and in the head (models/classifier.py, with the loss). Module names
+They differ in names (_BLOCK, _BLOCKS), in the place of the first token, and in the head (models/classifier.py, with the loss). Module names
 are those of the published checkpoints, which keep weights as (out, in); they are transposed when read, as views.
 """
 
@@ -51,8 +51,8 @@ class BertConfig(ModelConfig):
     """Field names as in the config.json of a published BERT or RoBERTa (`model_type` says which), and two more.
 
     problem_type: "single_label_classification" (cross-entropy), "regression" (squared error, num_labels 1), None: by num_labels.
-    pooling: what the head reads; "first" is the first token, "mean" the mean over the tokens of a sequence, for sentence encoders, which
-    BERT's pooler is left out for.
+    pooling: what the head reads; "first" is the first token, "mean" the mean over the tokens of a sequence, for sentence encoders. BERT's
+    pooler has no part in the mean.
     pad_token_id: the row of the word embeddings that gets no gradient, as in torch; a default of the model_type if config.json has none,
     None for no such row. The places of RoBERTa's tokens begin after it.
     dropout: in training; the rates in the file are those of pre-training and are not used.
@@ -60,7 +60,6 @@ class BertConfig(ModelConfig):
     Raises ValueError for what does not fit.
     """
 
-    model_type: str = "bert"
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -76,6 +75,7 @@ class BertConfig(ModelConfig):
     pooling: str = "first"
     pad_token_id: int | None = None
     dropout: float = 0.0
+    model_type: str = "bert"
 
     choices: ClassVar[Any] = {
         "model_type": ("bert", "roberta", "xlm-roberta"),
@@ -104,6 +104,7 @@ class BertConfig(ModelConfig):
 
     @property
     def longest_sequence(self) -> int:
+        """The number of tokens that a sequence may have."""
         return self.max_position_embeddings - (self.pad_token_id + 1 if self.counts_from_padding else 0)  # type: ignore[operator]
 
     @property

@@ -30,9 +30,10 @@ def quantize_model(model: Layer, kind: str = "nf4") -> list[str]:
     kind.
     """
     check_kind(kind)
-    done = []
+    done, head = [], getattr(model, "output_head", None) or "-"  # "pre_classifier" and "classifier.out_proj" belong to a "classifier"
     for path, layer in model.modules():
-        if isinstance(layer, Linear) and path != getattr(model, "output_head", None) and not isinstance(layer.weight.data, Matrix):
+        is_head = path.partition(".")[0].endswith(head)
+        if isinstance(layer, Linear) and not is_head and not isinstance(layer.weight.data, Matrix):
             layer.weight.trainable = False
             layer.weight.data = NF4.of(layer.weight.data)
             done.append(path)

@@ -121,8 +121,8 @@ def compare(first: str, second: str, allow_other_weights: bool = False, say: Say
     models = [open_model(name, "numpy", allow_other_weights=allow_other_weights) for name in (first, second)]
     classes = [getattr(model.config, "num_labels", None) for model in models]
     for i, name in enumerate((first, second)):
-        random_head = models[i].output_head in origin(models[i]).drawn and adaptation(models[i]).config is None
-        if None not in classes and classes[0] != classes[1] and random_head:
+        drawn = any(path.startswith(models[i].output_head) for path in origin(models[i]).drawn)
+        if None not in classes and classes[0] != classes[1] and drawn and adaptation(models[i]).config is None:
             models[i] = load_model(name, "numpy", labels=classes[1 - i])
     changes = largest_changes(*models)
     changed = sorted((path for path, change in changes.items() if change), key=lambda path: -changes[path])
