@@ -23,7 +23,18 @@ from minilora.lora import lora_layers  # noqa: E402
 from minilora.runs.export import export  # noqa: E402
 
 IDS = np.array([1, 5, 9, 13, 40, 41, 66, 3])
-KINDS = ("llama, tied", "llama, free head, biases", "llama3", "mistral", "qwen2", "qwen3, heads of 128", "smollm3", "gemma3")
+KINDS = (
+    "llama, tied",
+    "llama, free head, biases",
+    "llama3",
+    "linear",
+    "yarn",
+    "mistral",
+    "qwen2",
+    "qwen3, heads of 128",
+    "smollm3",
+    "gemma3",
+)
 
 
 def theirs(model: Path, adapter: Path | None) -> np.ndarray:

@@ -385,12 +385,12 @@ def test_any_value_of_any_rotary_setting_is_refused_or_finite(kind, name):
         "dynamic": {"factor": 2.0},
         "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **length},
         "yarn": {"factor": 4.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": True, **length},
-        "longrope": {"short_factor": [1.0] * 2, "long_factor": [1.0] * 2, "factor": 2.0, "attention_factor": 1.1, **length},
+        "longrope": {"short_factor": [1.0] * 2, "long_factor": [1.0] * 2, "factor": 2.0, **length},
     }
     refused = 0
     for rope_type, options in settings.items():
-        for key in ("rope_theta", "rope_type", "type", *options):
-            for value in (*VALUES, 1e-30, 5, [0.5, 2.0], [1.0, "a"]):
+        for key in ("rope_theta", "rope_type", "type", "attention_factor", *options):
+            for value in (*VALUES, 1e-30, 1, 5, [0.5, 2.0], [1.0, "a"], 0.5):
                 rope = {"rope_type": rope_type, **options, key: value}
                 rope = {FULL: rope} if kind == "gemma3_text" and name == "rope_parameters" else rope
                 raw = {"model_type": kind, **SMALL[kind], "sliding_window": 3, "head_dim": 4, name: rope}

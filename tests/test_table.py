@@ -57,6 +57,7 @@ OPERATIONS = {  # draw: activations and frozen weights; real: parameters
 LABELS = np.arange(T) * 57 % 600
 FUNCTIONS = {
     "add": lambda draw, real: case(draw(T, M), draw(T, M)),
+    "multiply": lambda draw, real: case(draw(T, M), draw(T, M)),
     "cross_entropy": lambda draw, real: case(draw(T, 600), LABELS, -100, 0.5),
     "linear_cross_entropy": lambda draw, real: case(draw(T, M), draw(M, 600), LABELS, 17, ("dx",)),
     "dropout_mask": lambda draw, real: case(real(M), (T, M), 0.3, 5),
@@ -112,7 +113,7 @@ def test_every_operation_has_a_reference_pair_and_is_tried_here():
     for name, op in dispatch.TABLE.items():
         assert [k.where for k in op.kernels].count("reference") == 1
         assert op.kernels[-1].where == "reference"
-        assert callable(getattr(F, name, None)) or name == "add"
+        assert callable(getattr(F, name, None)) or name in ("add", "multiply")
         if name not in FUNCTIONS:
             assert op.kernels[-1].backward is getattr(F, f"{name}_backward")
         assert all(kernel.gain and (kernel.fits is None or kernel.when) for kernel in op.kernels[:-1])

@@ -199,7 +199,7 @@ def _llama3(found: dict[str, Any], divisors: list[float]) -> dict[str, Any]:
     theta, d = _short(found.get("rope.freq_base", 1e4)), 2 * len(divisors)
     if min(divisors, default=0) > 0 and usual["factor"] > 1 and type(theta) is float and theta > 0:
         f, scaled = (frequencies(d, theta, rope)[0] for rope in (None, usual))
-        if np.allclose(f / scaled, divisors, rtol=1e-5):
+        if np.allclose(f, scaled * divisors, rtol=1e-5, atol=0):
             return usual
     return {"rope_type": "longrope", "short_factor": divisors, "long_factor": divisors, "factor": 1.0, **length}
 

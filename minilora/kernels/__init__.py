@@ -66,6 +66,7 @@ attention, attention_backward = operation("attention",
     CUDA(cu_attention, "many short sequences at once", fits=cuda.agree(3), when=DTYPES), saves="saved", activations=(0, 1, 2))
 # without a backward pass; the reference is given
 add = function("add", operator.add, CUDA(cu_pointwise, "16 bytes a thread", fits=cu_pointwise.of_two, when=DTYPES), dtypes=ANY)
+multiply = function("multiply", operator.mul, CUDA(cu_pointwise, "16 bytes a thread", fits=cu_pointwise.of_two, when=DTYPES), dtypes=ANY)
 cross_entropy = function("cross_entropy", F.cross_entropy)
 linear_cross_entropy = function("linear_cross_entropy", F.linear_cross_entropy,
     NUMPY(np_losses, "one buffer, every step in place", fits=np_losses.fits, when="the head is frozen", dtypes=ANY),

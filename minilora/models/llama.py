@@ -74,7 +74,7 @@ class LlamaMLP(Layer):
         u, s_up = self.up_proj.forward(x, keep=keep and "du" in need, need_dx=need_dx)
         if self.gelu:
             h, s_h = K.gelu_tanh(g, keep=keep and "dg" in need)
-            a, s_act = h * u, (h if "du" in need else None, u if "dg" in need else None, s_h)
+            a, s_act = K.multiply(h, u), (h if "du" in need else None, u if "dg" in need else None, s_h)
         else:
             a, s_act = K.swiglu(g, u, keep=keep and bool(need))
         y, s_down = self.down_proj.forward(a, keep=keep, need_dx=bool(need))
@@ -89,8 +89,8 @@ class LlamaMLP(Layer):
         dx_u: Any = None
         if self.gelu:
             h, u, s_h = s_act
-            dg = K.gelu_tanh_backward(da * u, s_h) if "dg" in need else None  # a = gelu_tanh(g) * u
-            du = da * h if "du" in need else None
+            dg = K.gelu_tanh_backward(K.multiply(da, u), s_h) if "dg" in need else None  # a = gelu_tanh(g) * u
+            du = K.multiply(da, h) if "du" in need else None
         else:
             dg, du = K.swiglu_backward(da, s_act, need)  #                    a = silu(g) * u
         if "du" in need:

@@ -208,7 +208,8 @@ class LlamaConfig(ModelConfig):
         length = raw.get("original_max_position_embeddings")
         if length is not None and (rope.get("rope_type") or rope.get("type")) in ("llama3", "yarn", "longrope"):
             rope["original_max_position_embeddings"] = length
-        values["rope_scaling"] = check_scaling(rope, words, values.get("max_position_embeddings", cls.max_position_embeddings))
+        limit = values.get("max_position_embeddings", cls.max_position_embeddings)
+        values["rope_scaling"] = check_scaling(rope, words, limit if type(limit) is int and 0 < limit < 2**31 else 1)  # else refused later
         return values | ({} if theta is None else {"rope_theta": theta})
 
     def to_json(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Rotary frequencies for sequences beyond the length of pre-training: `rope_scaling` in config.json, or `rope_parameters`.
 
-    f_i = theta^(-2 i / d), i = 0 ... d / 2 - 1, the angle that pair i of a head turns by from one position to the next; it repeats
-    after 2 pi / f_i positions. L is original_max_position_embeddings, s the factor.
+    f_i = theta^(-2 i / d), i = 0 ... d / 2 - 1, the angle by which pair i of a head is rotated from one position to the next; it
+    repeats after 2 pi / f_i positions. L is original_max_position_embeddings, s the factor.
 
 linear     f_i / s                                                                                      (arXiv 2306.15595)
 dynamic    f_i up to max_position_embeddings, where it is transformers' too; longer sequences are refused
@@ -77,8 +77,8 @@ def frequencies(d: int, theta: float, rope: dict[str, Any] | None) -> tuple[np.n
             kept = np.clip((L * f / (2 * math.pi) - low) / np.float64(high - low), 0, 1)  # repeats, from low to high
             f = f / s * (1 - kept) + f * kept
         elif kind == "yarn":
-            turns = np.array([rope.get("beta_fast", 32), rope.get("beta_slow", 1)])
-            ends = d * np.log(L / (turns * 2 * math.pi)) / (2 * np.log(theta))  # the i at which a pair repeats so often in L
+            rotations = np.array([rope.get("beta_fast", 32), rope.get("beta_slow", 1)])
+            ends = d * np.log(L / (rotations * 2 * math.pi)) / (2 * np.log(theta))  # the i at which a pair repeats so often in L
             first, last = (math.floor(ends[0]), math.ceil(ends[1])) if rope.get("truncate", True) and np.isfinite(ends).all() else ends
             first, last = max(first, 0), min(last, d - 1)
             kept = 1 - np.clip((np.arange(d // 2) - first) / (last - first if last != first else 1e-3), 0, 1)
@@ -89,10 +89,11 @@ def frequencies(d: int, theta: float, rope: dict[str, Any] | None) -> tuple[np.n
             if len(rope["short_factor"]) != d // 2:
                 raise ValueError(f"longrope: short_factor has {len(rope['short_factor'])} numbers; a head of {d} features needs {d // 2}.")
             f = f / np.array(rope["short_factor"])
-            attention = math.sqrt(1 + math.log(s) / math.log(L)) if s > 1 else 1.0
-    if not np.isfinite(f).all():
+            attention = float(np.sqrt(1 + np.log(s) / np.log(L))) if s > 1 else 1.0
+    attention = rope.get("attention_factor", attention)
+    if not np.isfinite([*f, attention]).all():
         raise ValueError(f"rope_type {kind} with theta {theta} and {rope!r:.200} gives no finite frequencies.")
-    return f, rope.get("attention_factor", attention)
+    return f, attention
 
 
 def _scale(s: float, m: float = 1) -> float:

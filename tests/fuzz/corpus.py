@@ -32,14 +32,18 @@ def model(kind: str) -> Any:
         return ml.GPT2(ml.GPT2Config(vocab_size=400, n_positions=16, n_embd=8, n_layer=2, n_head=2), rng=0).freeze()
     if kind == "bert":
         return ml.BertClassifier(ml.BertConfig(vocab_size=400, **SIZES, intermediate_size=12, num_labels=3), rng=0).freeze()
-    options = {"qwen2": {"model_type": "qwen2"}, "tied": {"tie_word_embeddings": True}}.get(kind, {})
+    options: dict[str, Any] = {"qwen2": {"model_type": "qwen2"}, "tied": {"tie_word_embeddings": True}}.get(kind, {})
+    if kind == "gemma3":
+        options = {"model_type": "gemma3_text", "sliding_window": 3, "sliding_window_pattern": 2, "tie_word_embeddings": True}
+    if kind == "yarn":
+        options = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}}
     return ml.Llama(ml.LlamaConfig(vocab_size=400, **SIZES, intermediate_size=12, num_key_value_heads=1, **options), rng=0).freeze()
 
 
 def models(folder: Path) -> dict[str, Files]:
     """{kind: files of a model folder}."""
     found = {}
-    for kind in ("gpt2", "bert", "llama", "qwen2", "tied"):
+    for kind in ("gpt2", "bert", "llama", "qwen2", "tied", "gemma3", "yarn"):
         ml.save_model(model(kind), folder / kind)
         found[kind] = read_folder(folder / kind)
     base = ml.load_model(folder / "llama", "numpy", quantize="nf4")
@@ -155,14 +159,16 @@ def mlx_adapter(folder: Path, base: Path) -> Files:
     return read_folder(folder)
 
 
-def gguf(kind: str = "llama") -> dict[str, Any]:
-    """The structure of a small model with its tokenizer."""
+def gguf(name: str = "llama") -> dict[str, Any]:
+    """The structure of a small model with its tokenizer. "scaled": a llama with rope_freqs."""
+    kind = "llama" if name == "scaled" else name
     tokens = sorted(small.library_bpe().get_vocab().items(), key=lambda each: each[1])
     merges = [" ".join(pair) for pair in json.loads(small.library_bpe().to_str())["model"]["merges"]]
     n, d, ff = len(tokens), 32, 24
     meta = [("general.architecture", STRING, kind), ("general.file_type", U32, 0)]
     sizes = {"block_count": 1, "context_length": 16, "embedding_length": d, "feed_forward_length": ff, "attention.head_count": 2}
     sizes |= {"attention.head_count_kv": 1, "vocab_size": n, "rope.dimension_count": 16}
+    sizes |= {"attention.key_length": 16, "attention.sliding_window": 4} if kind == "gemma3" else {}
     meta += [(f"{kind}.{name}", U32, value) for name, value in sizes.items()]
     meta += [(f"{kind}.attention.layer_norm_rms_epsilon", F32, 1e-5), (f"{kind}.rope.freq_base", F32, 10000.0)]
     meta += [("tokenizer.ggml.model", STRING, "gpt2"), ("tokenizer.ggml.pre", STRING, "smollm")]
@@ -174,9 +180,16 @@ def gguf(kind: str = "llama") -> dict[str, Any]:
     shapes = {"token_embd": (n, d), "output_norm": (d,), "blk.0.attn_norm": (d,), "blk.0.ffn_norm": (d,)}
     shapes |= {"blk.0.attn_q": (d, d), "blk.0.attn_k": (16, d), "blk.0.attn_v": (16, d), "blk.0.attn_output": (d, d)}
     shapes |= {"blk.0.ffn_gate": (ff, d), "blk.0.ffn_up": (ff, d), "blk.0.ffn_down": (d, ff)}
+    if kind == "gemma3":
+        norms = {"attn_q_norm": 16, "attn_k_norm": 16, "post_attention_norm": d, "post_ffw_norm": d}
+        shapes |= {f"blk.0.{part}": (size,) for part, size in norms.items()}
+    if name == "scaled":
+        meta += [("llama.rope.scaling.type", STRING, "none"), ("llama.rope.scaling.factor", F32, 2.0)]
+        shapes["rope_freqs"] = (8,)
     rng, infos, data = np.random.default_rng(0), [], b""
     for name, shape in shapes.items():
         values = rng.standard_normal(shape).astype("<f4")
+        values = abs(values) + 1 if name == "rope_freqs" else values
         half = name == "blk.0.ffn_up"
         infos.append((f"{name}.weight", list(shape[::-1]), len(shape), 1 if half else 0, len(data)))
         data += (values.astype("<f2") if half else values).tobytes()

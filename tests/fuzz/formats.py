@@ -221,7 +221,7 @@ def all_formats() -> dict[str, Format]:
     shards = {file: safetensors.numpy.save({name: llama[name] for name in held}) for file, held in parts.items()}
     weight_map = {name: file for file, held in parts.items() for name in held}
     shards["model.safetensors.index.json"] = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
-    trees = {kind: corpus.gguf(kind) for kind in ("llama", "qwen2")}
+    trees = {kind: corpus.gguf(kind) for kind in ("llama", "qwen2", "gemma3", "scaled")}
     run = {
         "version": "0.1.0",
         "configuration": {
