@@ -21,7 +21,7 @@ BPE = HFTokenizer(byte_level_bpe(), bos_id=3, eos_id=0, chat_template=CHATML)
 class Parrot(Decoder):
     """A model that generates given tokens, whatever its input, and spaces after them."""
 
-    config = SimpleNamespace(max_position_embeddings=100)
+    config = SimpleNamespace(longest_sequence=100)
 
     def __init__(self, ids, size):
         self.ids, self.size = list(ids), size

@@ -45,6 +45,7 @@ def test_toml_keys_are_the_names_of_the_fields(tmp_path, monkeypatch):
         **{field.name: field.default for field in fields(Recipe) if type(field.default) in (int, float, str) and field.default != ""},
         **{
             "data": "x.txt",
+            "forgetting": "y.txt",
             "bias": "all",
             "quantize": "nf4",
             "modules_to_save": ["ln_f"],
@@ -86,6 +87,7 @@ def test_resolve_gives_a_frozen_complete_copy():
     assert asdict(plan).keys() == asdict(recipe).keys()
     open_fields = {
         "data",
+        "forgetting",
         "layers_to_transform",
         "reinit",
         "loraplus_lr_ratio",
