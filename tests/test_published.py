@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from small_tokenizers import sentencepiece_bpe
 
 import minilora as ml
+from minilora.formats.tokenizer import load_tokenizer
 from minilora.models import Llama, LlamaConfig
 
 SIZES = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10}
@@ -31,3 +33,16 @@ def test_gemma_with_hidden_act():
     assert "hidden_act" not in config.to_json()
     with pytest.raises(ValueError, match="hidden_activation 'silu'; supported: gelu_pytorch_tanh"):
         LlamaConfig.from_json({**raw, "hidden_activation": "silu"})
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "smollm3", "llama"])
+def test_class_of_tokenizer(tmp_path, model_type):
+    """Mistral-7B-v0.3 names LlamaTokenizer, and transformers reads its tokenizer.json as it is."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'minilora[oracle]'")
+    sentencepiece_bpe().save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path, None)
+    for text in ("", "the cat", "  the  cat ", "<s>the cat</s> the mat", " <s> the </s>"):
+        assert ours.encode(text).tolist() == theirs(text)["input_ids"], text
