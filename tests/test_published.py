@@ -8,6 +8,7 @@ from small_tokenizers import sentencepiece_bpe
 import minilora as ml
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.models import Llama, LlamaConfig
+from minilora.runs.export import export
 
 SIZES = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10}
 SIZES |= {"num_hidden_layers": 3, "max_position_embeddings": 40}
@@ -46,3 +47,9 @@ def test_class_of_tokenizer(tmp_path, model_type):
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path, None)
     for text in ("", "the cat", "  the  cat ", "<s>the cat</s> the mat", " <s> the </s>"):
         assert ours.encode(text).tolist() == theirs(text)["input_ids"], text
+
+
+def test_export_without_suffix(tmp_path):
+    """Every reader of minilora knows a GGUF file by its suffix, so that another name could not be loaded again."""
+    with pytest.raises(ValueError, match=r"must end in \.gguf"):
+        export("pydoc", "gguf", tmp_path / "adapter")
