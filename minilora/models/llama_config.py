@@ -188,6 +188,8 @@ class LlamaConfig(ModelConfig):
         """The fields in a config.json as transformers 4 or 5 writes it, whose rotary settings have other names in each."""
         variant = VARIANTS.get(str(raw.get("model_type", "llama")), VARIANTS["llama"])
         raw = {**variant.defaults, **raw}
+        if variant.gemma:  # which reads hidden_activation; Gemma 2 and some conversions of Gemma 3 have both
+            raw.pop("hidden_act", None)
         if "layer_types" not in variant.fields:  # transformers does not read it
             kinds = raw.pop("layer_types", None) or []
             usual = SLIDING if "sliding_window" in variant.fields and raw.get("sliding_window") else FULL

@@ -32,6 +32,8 @@ def export(
     Raises ValueError when there is no adapter, or the format cannot hold it (formats/passport.py); FileExistsError when `out` is in use.
     """
     out = check_free(out)
+    if to == "gguf" and out.suffix != ".gguf":
+        raise ValueError(f"{out}: the name of a GGUF file must end in .gguf, or nothing reads it as one.")
     opened = open_model(model, "numpy", adapter, "float32", allow_other_weights)
     config = adaptation(opened).config
     if config is None:
