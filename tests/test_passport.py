@@ -81,7 +81,7 @@ def test_an_export_read_back_computes_the_same(kind, to, bases, tmp_path, capsys
     out = tmp_path / ("a.gguf" if to == "gguf" else "out")
     if (to, kind) == ("gguf", "dora"):
         error = refused(capsys, "export", tmp_path / "adapter", "--to", to, "--out", out)
-        assert "llama.cpp and Ollama does not read " in error
+        assert "llama.cpp does not read " in error
         assert "DoRA: it has no magnitudes of weights" in error
         assert not out.exists()
         return

@@ -207,6 +207,8 @@ def general_task(recipe: Recipe, tokenizer: Tokenizer) -> Task | None:
     if recipe.kind == "classify" or recipe.forgetting == "":
         return None
     path = GENERAL if recipe.forgetting is None else Path(recipe.forgetting)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no text {path} to measure forgetting on; name another with --forgetting, or none with ''.")
     tokens = tokens_of(read_text(path, "utf-8" if recipe.forgetting is None else recipe.encoding), tokenizer)
     window = min(recipe.window, len(tokens) - 1)
     return _measured_text(path.name, tokens, replace(recipe, window=max(1, window), eval_bytes=8192), tokenizer)
