@@ -22,7 +22,7 @@ def quiet(*_):
     pass
 
 
-def loss_on(model, text, window=64):
+def loss_on(model, text, window=256):
     """Mean negative log-likelihood of every byte but the first, each read in its window."""
     text, total = np.frombuffer(text, np.uint8), 0.0
     for start in range(0, len(text) - 1, window):

@@ -24,9 +24,7 @@ def main() -> None:
     SMALL.pop("batch_size", None)
     after = {
         name: {
-            b: min(
-                bits_after(lr=lr, batch_size=b, steps=windows // b, forgetting="", **fields) for lr in (rates[1:2] if args.quick else rates)
-            )
+            b: min(bits_after(lr=lr, batch_size=b, steps=windows // b, **fields) for lr in (rates[1:2] if args.quick else rates))
             for b in batches
         }
         for name, (fields, rates) in METHODS.items()

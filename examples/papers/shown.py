@@ -50,7 +50,7 @@ def adapted(**fields: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(run folder, results) of the main job, the bundled model trained on Python source. `fields` override those of the recipe."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        recipe = Recipe(**{"sample_bytes": 0, "backend": "numpy", **fields, **SMALL})
+        recipe = Recipe(**{"sample_bytes": 0, "backend": "numpy", "forgetting": "", **fields, **SMALL})
         yield run, finetune(recipe, run, say=lambda line: None)
 
 

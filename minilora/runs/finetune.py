@@ -71,7 +71,7 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
             ranks.on_gpus()
     leads = ranks is None or ranks.rank == 0
     model, tokenizer, task = open_recipe(recipe)
-    general = general_task(recipe, tokenizer)
+    general = general_task(model, recipe, tokenizer)
     plan = recipe if isinstance(recipe, ResolvedRecipe) else recipe.resolve(task.steps)
     base = sum(p.data.size for _, p in model.parameters())
     about: dict[str, Any] = {"base": fingerprint(model)[0], "data": task.sha256}

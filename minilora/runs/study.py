@@ -107,7 +107,7 @@ def _study(recipe: Recipe, rows: Rows, seeds: int, folder: Path, say: Say, ranks
     done = {(record["row"], record["seed"]) for record in store.records}
 
     model, tokenizer, task = open_recipe(recipe)
-    general = general_task(recipe, tokenizer)
+    general = general_task(model, recipe, tokenizer)
     say(f"data      {task.what}")
     say(f"study     {len(rows)} rows x {seeds} seeds in {store.path}" + (f"; {len(done)} runs were there already" if done else ""))
     runs = [run for run in product(range(seeds), rows) if run[::-1] not in done]

@@ -25,9 +25,12 @@ from minilora.formats.fitting import named
 from minilora.formats.tokenizer import ByteTokenizer, Tokenizer
 from minilora.functional import cross_entropy, mse
 from minilora.kernels import upcast
+from minilora.models.generate import context_length
 from minilora.runs.recipe import Recipe
 from minilora.runs.run_file import Run
 from minilora.training.evaluate import classification_metrics, confusion, evaluate, map_batches, pearson, perplexity
+
+_GENERAL_WINDOW = 256
 
 
 @dataclass
@@ -202,16 +205,19 @@ def _measured_text(what: str, tokens: np.ndarray, recipe: Recipe, tokenizer: Tok
     return Task(what, _headline(tokenizer), batches, counts={"total_tokens": len(tokens) - 1})
 
 
-def general_task(recipe: Recipe, tokenizer: Tokenizer) -> Task | None:
-    """The text on which a model shows what it has forgotten (`Recipe.forgetting`); None for classifiers, or where none is wanted."""
+def general_task(model: Any, recipe: Recipe, tokenizer: Tokenizer) -> Task | None:
+    """The text on which a model shows what it has forgotten (`Recipe.forgetting`); None for classifiers, or where none is wanted.
+
+    Its windows do not depend on the recipe's, so that runs can be compared.
+    """
     if recipe.kind == "classify" or recipe.forgetting == "":
         return None
     path = GENERAL if recipe.forgetting is None else Path(recipe.forgetting)
     if not path.exists():
         raise FileNotFoundError(f"there is no text {path} to measure forgetting on; name another with --forgetting, or none with ''.")
     tokens = tokens_of(read_text(path, "utf-8" if recipe.forgetting is None else recipe.encoding), tokenizer)
-    window = min(recipe.window, len(tokens) - 1)
-    return _measured_text(path.name, tokens, replace(recipe, window=max(1, window), eval_bytes=8192), tokenizer)
+    window = max(1, min(_GENERAL_WINDOW, context_length(model), len(tokens) - 1))
+    return _measured_text(path.name, tokens, replace(recipe, window=window, eval_bytes=8192), tokenizer)
 
 
 def fingerprint(data: str | Path, encoding: str = "utf-8") -> str:
