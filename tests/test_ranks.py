@@ -228,6 +228,6 @@ def test_a_rank_that_fails_ends_all(rank, models, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_is_named(rank, models, tmp_path):  # noqa: F811
     recipe = recipe_of(models, "text", lanes=3)
-    done = start(3, [(recipe, tmp_path / "run")], {"rank": rank, "step": 3, "do": "hang"}, MINILORA_WAIT="4")
+    done = start(3, [(recipe, tmp_path / "run")], {"rank": rank, "step": 3, "do": "hang"}, MINILORA_WAIT="3")
     assert done.returncode != 0
-    assert f"rank {rank} did not arrive at step 3 within {4 if rank else 8} s." in done.stderr
+    assert f"rank {rank} did not arrive at step 3 within {3 if rank else 6} s." in done.stderr
