@@ -111,7 +111,7 @@ def write_results(
 
 # -- README.md of this folder, written from the results by python -m examples.papers.shown ------------------------------------------
 
-SCRIPTS = "methods few_sample rank learning_rate rslora subspace forgetting quantised latency".split()
+SCRIPTS = "methods few_sample bias_correction rank learning_rate rslora subspace forgetting quantised latency".split()
 HEAD = """# The papers, reproduced at small scale
 
 Each script trains, prints the published claims next to the measurements, and writes the figures and a picture to `results/`:
@@ -119,8 +119,9 @@ Each script trains, prints the published claims next to the measurements, and wr
     pip install -e '.[plot]'
     python -m examples.papers.rank                    # from the root of the repository; --quick: a short test run
 
-`methods` and `few_sample` adapt MiniLM to real texts and download both by name (`tests/assets.py`); the others use the bundled
-model of 0.86 M parameters. **no** means that this small model does not show the effect; it does not refute a claim about large models.
+`methods`, `few_sample` and `bias_correction` adapt MiniLM to real texts and download both by name (`tests/assets.py`); the others use
+the bundled model of 0.86 M parameters. **no** means that this small model does not show the effect; it does not refute a claim about
+large models.
 Measured on two cores. `python -m examples.papers.shown` writes this page from the results.
 """
 
