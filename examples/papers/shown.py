@@ -111,7 +111,7 @@ def write_results(
 
 # -- README.md of this folder, written from the results by python -m examples.papers.shown ------------------------------------------
 
-SCRIPTS = "methods few_sample bias_correction rank learning_rate rslora subspace forgetting quantised latency".split()
+SCRIPTS = "methods few_sample bias_correction rank learning_rate batch_size rslora subspace forgetting quantised latency".split()
 HEAD = """# The papers, reproduced at small scale
 
 Each script trains, prints the published claims next to the measurements, and writes the figures and a picture to `results/`:
