@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -23,6 +24,11 @@ def describe() -> dict[str, Any]:
         **{name: _version(name) for name in ("numpy", "torch", "transformers", "peft")},
         **{name: os.environ[name] for name in ("OPENBLAS_CORETYPE", "LD_PRELOAD") if name in os.environ},
     }
+
+
+def slug() -> str:
+    """The processor in letters, digits and hyphens, for the name of a file: results of one never replace another's."""
+    return re.sub("[^a-z0-9]+", "-", _cpu().partition(",")[0].lower() + _cpu().partition(",")[2].rpartition(",")[0]).strip("-")
 
 
 def peak_memory() -> int:

@@ -15,6 +15,9 @@ BLOCK = 2**17
 def blocks(*arrays: Any) -> Iterator[list[Any]]:
     """Matching pieces of contiguous arrays of one size, as one-dimensional views; a number or None is the same in each."""
     flat = [a.reshape(-1) if isinstance(a, np.ndarray) else a for a in arrays]
+    if flat[0].size <= BLOCK:
+        yield flat
+        return
     for i in range(0, flat[0].size, BLOCK):
         yield [a[i : i + BLOCK] if isinstance(a, np.ndarray) else a for a in flat]
 

@@ -11,7 +11,7 @@ from minilora.kernels.numpy.blocks import BLOCK, row_blocks
 
 def fits(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: float, mask: Array | None = None) -> bool:
     """Whether x and y together are larger than a block: below that the reference is as fast."""
-    return x.ndim == 2 and x.dtype == A.dtype and len(x) * sum(W.shape) >= BLOCK
+    return len(x) * sum(W.shape) >= BLOCK and x.ndim == 2 and x.dtype == A.dtype
 
 
 def lora_linear(
