@@ -74,6 +74,8 @@ def choose(op: Operation, args: tuple[Any, ...]) -> tuple[Kernel, tuple[Any, ...
     if kernels is None:
         kernels = op.found[key] = _candidates(op, x, None if op.weight < 0 else args[op.weight].dtype)
     for kernel in kernels:
+        if PLAIN and kernel.where != "reference":
+            continue
         if kernel.fits is None or kernel.fits(*args):
             for observe in observers:
                 observe(op, kernel, args)
@@ -84,7 +86,7 @@ def choose(op: Operation, args: tuple[Any, ...]) -> tuple[Kernel, tuple[Any, ...
 def _candidates(op: Operation, x: Any, weight: Any) -> tuple[Kernel, ...]:
     """The implementations for the backend and dtype of x, with a weight of a dtype."""
     here, dtype = "numpy" if isinstance(x, (np.ndarray, np.generic)) else "cuda", x.dtype
-    enabled = not PLAIN and (here == "numpy" or cuda.ENABLED)
+    enabled = here == "numpy" or cuda.ENABLED
     half = dtype.name in HALF
     if weight is not None and weight.name in HALF and not half:
         return ()
