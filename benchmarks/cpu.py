@@ -1,9 +1,10 @@
-"""All benchmarks of speed and memory on this CPU, one after the other, into benchmarks/results/cpu.json.
+"""All benchmarks of speed and memory on this CPU, one after the other, into benchmarks/results/cpu-<processor>.json.
 
     python -m benchmarks.cpu [--only dense toy ...] [--rounds 5] [--threads 2] [--no-compile] [--random] [--out FILE]
 
 The file holds the machine and the JSON of each benchmark under its name. Results of benchmarks that are not run now are kept if they
-come from the same machine. The exit code is 1 if any benchmark fails.
+come from the same machine. Nothing is kept of a benchmark during which other work kept the machine busy. The exit code is 1 if any
+benchmark fails or is not kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import ROOT, options
-from benchmarks.machine import describe
+from benchmarks.machine import describe, slug
+from benchmarks.report import DISTURBED
 
 RUNS = {
     "dense": ["dense"],
@@ -24,6 +26,7 @@ RUNS = {
     "completions": ["completions"],
     "epochs": ["epochs"],
     "toy": ["toy"],
+    "straight": ["straight"],
     "start": ["start"],
     "generation": ["generation"],
     "full_vs_lora_step": ["full_vs_lora_step"],
@@ -39,7 +42,7 @@ def main() -> int:
             "only": {"nargs": "+", "choices": list(RUNS), "default": list(RUNS), "help": "benchmarks to run"},
             "no-compile": {"action": "store_true", "help": "leave out torch.compile"},
             "random": {"action": "store_true", "help": "random weights instead of SmolLM2's"},
-            "out": {"type": Path, "default": ROOT / "benchmarks" / "results" / "cpu.json", "help": "the file to write"},
+            "out": {"type": Path, "default": ROOT / "benchmarks" / "results" / f"cpu-{slug()}.json", "help": "the file to write"},
         },
     )
     machine, failed = describe(), []
@@ -50,8 +53,9 @@ def main() -> int:
     for name in args.only:
         print(f"\n== {name}", flush=True)
         code, result = run(RUNS[name], args)
-        failed += [name] if code else []
-        if result is not None:
+        busy = ((result or {}).get("busy_cores_between_turns") or {"median": 0})["median"] > DISTURBED
+        failed += [name] if code or busy else []
+        if result is not None and not busy:
             results[name] = {key: value for key, value in result.items() if key != "machine"}
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")

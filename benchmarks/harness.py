@@ -65,10 +65,12 @@ class Worker:
     def round(self) -> None:
         """Request one round of steps and add its time to `measured`."""
         self._pause()
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        self.measured.seconds.append(self._read()["seconds"])
+        answer = self._request("go")
+        self.measured.seconds.append(answer["seconds"])
+
+    def where(self) -> None:
+        """Ask where the time of a step goes (where.py)."""
+        self.measured.where = self._request("where")["where"]
 
     def stop(self) -> None:
         """Close standard input, which ends the process."""
@@ -79,6 +81,15 @@ class Worker:
         busy = busy_cores(PAUSE)
         self.measured.others += [] if busy is None else [busy]
 
+    def _request(self, what: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{what}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:  # it has ended; `_read` says why
+            pass
+        return self._read()
+
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -86,13 +97,16 @@ class Worker:
         if "error" in answer:
             self.stop()
             raise Failed(f"{self.measured.side}: {answer['error']}")
-        self.measured.losses += answer["losses"]
-        self.measured.memory, self.measured.loaded = answer["memory"], answer["loaded"]
+        if "losses" in answer:
+            self.measured.losses += answer["losses"]
+            self.measured.memory, self.measured.loaded = answer["memory"], answer["loaded"]
         return answer
 
     def _last_error(self) -> str:
         self.process.wait()
         self.errors.seek(0)
+        if self.process.returncode == -9:
+            return "the process was killed, as the system does when memory runs out; choose smaller batches, or fewer sides"
         return (self.errors.read().strip().splitlines() or [f"the process ended with exit code {self.process.returncode}"])[-1]
 
 
@@ -141,7 +155,7 @@ def compare(
         settings = {**vars(args), "warmup": warmup, "folder": folder}
         try:
             prepare(workload, settings)
-            measured = (turns_of_processes if fresh else turns)(workload, names, settings)
+            measured = turns_of_processes(workload, names, settings) if fresh else turns(workload, names, settings, where=True)
         except Failed as failed:
             print(f"benchmarks.{workload}: {failed}", file=sys.stderr)
             return 1
@@ -164,8 +178,8 @@ def prepare(workload: str, settings: Mapping[str, Any]) -> None:
         raise Failed(f"{failed}" + (" (pip install 'minilora[oracle]')" if "No module named" in str(failed) else "")) from None
 
 
-def turns(workload: str, names: Sequence[str], settings: Mapping[str, Any]) -> list[Measured]:
-    """Measure all sides, one process each. A rival that cannot be set up is reported and left out."""
+def turns(workload: str, names: Sequence[str], settings: Mapping[str, Any], where: bool = False) -> list[Measured]:
+    """Measure all sides, one process each. A rival that cannot be set up is reported and left out. where: ask the first, at the end."""
     workers = []
     for name in names:
         try:
@@ -177,6 +191,8 @@ def turns(workload: str, names: Sequence[str], settings: Mapping[str, Any]) -> l
     for i in range(settings["rounds"]):
         for worker in workers[:: 1 if i % 2 == 0 else -1]:
             worker.round()
+    if where:
+        workers[0].where()
     for worker in workers:
         worker.stop()
     return [worker.measured for worker in workers]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -11,18 +12,26 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from minilora.tuned import kernels, processor, sizes
+
 
 def describe() -> dict[str, Any]:
     """CPU, and versions of the libraries that compute."""
     return {
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "blas": _blas(),
+        "tuned": {"kernels": kernels, **sizes},
         **{name: _version(name) for name in ("numpy", "torch", "transformers", "peft")},
         **{name: os.environ[name] for name in ("OPENBLAS_CORETYPE", "LD_PRELOAD") if name in os.environ},
     }
+
+
+def slug() -> str:
+    """The processor in letters, digits and hyphens, for the name of a file: results of one never replace another's."""
+    return re.sub("[^a-z0-9]+", "-", processor().partition(",")[0].lower() + processor().partition(",")[2].rpartition(",")[0]).strip("-")
 
 
 def peak_memory() -> int:
@@ -56,15 +65,6 @@ def _times() -> tuple[int, int] | None:
         return None
     ticks = [int(word) for word in stat.read_text().splitlines()[0].split()[1:9]]
     return sum(ticks), ticks[3] + ticks[4]
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    features = [feature for feature in ("avx512f", "avx2") if feature in fields.get("flags", "").split()]
-    return f"{name}, family {fields['cpu family']} model {fields['model']}, {features[0] if features else 'no avx2'}" if fields else name
 
 
 def _blas() -> str:

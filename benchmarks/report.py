@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks import where
+
 DISTURBED = 0.1  # cores that are busy with other work
 COMPARED = 200  # number of steps whose losses are compared; later, training amplifies rounding errors
 
@@ -17,7 +19,7 @@ COMPARED = 200  # number of steps whose losses are compared; later, training amp
 class Measured:
     """One side: seconds of each round, losses of all steps, peak memory of its process in bytes, and that before the first step (loaded).
 
-    others: number of busy cores before each turn, while all sides idle.
+    others: number of busy cores before each turn, while all sides idle. where: where the time of a step goes (where.py).
     """
 
     side: str
@@ -26,6 +28,7 @@ class Measured:
     memory: int = 0
     loaded: int = 0
     others: list[float] = field(default_factory=list)
+    where: dict[str, Any] = field(default_factory=dict)
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
@@ -69,6 +72,7 @@ def summary(sides: Sequence[Measured], steps: int, tolerance: float | None) -> d
     result["ok"] = bool(others) and (tolerance is None or apart <= tolerance)
     busy = [cores for m in sides for cores in m.others]
     result["busy_cores_between_turns"] = {"median": statistics.median(busy), "max": max(busy)} if busy else None
+    result |= {"where": first.where} if first.where else {}
     return result
 
 
@@ -90,8 +94,10 @@ def show(result: Mapping[str, Any], about: Mapping[str, str], words: tuple[str, 
     if {"malloc", "compile"} <= result["sides"].keys():
         compiled, plain = (result["sides"][name]["seconds_per_step"] for name in ("compile", "malloc"))
         print(f"torch.compile takes {ratios(compiled, plain)['median']:.2f} times as long as without it")
+    if "where" in result:
+        print(where.text(result["where"]))
     if busy := result["busy_cores_between_turns"]:
-        warning = "; the machine is too busy for reliable figures" if busy["median"] > DISTURBED else ""
+        warning = "; the machine is too busy for reliable figures, which are not kept" if busy["median"] > DISTURBED else ""
         print("between the turns, with all sides idle, {median:.2f} cores were busy, at most {max:.2f}".format(**busy) + warning)
     if "best" not in result:
         print("FAILED: there is no rival to compare with.")

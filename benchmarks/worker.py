@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from benchmarks import where
 from benchmarks.machine import peak_memory
 
 
@@ -39,7 +40,10 @@ def main() -> None:
         steps = workload.SIDES[o.side](o)
         loaded = memory()  # before the first step
         answer(losses=list(islice(steps, o.warmup)), memory=memory(), loaded=loaded)
-        for _ in sys.stdin:
+        for request in sys.stdin:
+            if request == "where\n":
+                answer(where=where.of_the_next(steps, o.threads))
+                continue
             start = time.perf_counter()
             losses = list(islice(steps, o.steps))
             seconds = time.perf_counter() - start

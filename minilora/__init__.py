@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from minilora import moved as moved
+from minilora import tuned
 
 if TYPE_CHECKING:
     from minilora.adapters import BottleneckConfig, BottleneckLinear, PartialConfig, combine, extract, input_roots, mixed
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from minilora.quantization.quantize import quantize_model
 
 __version__ = "0.1.0"
+tuned.apply()  # before NumPy is loaded
 
 _HOME = {
     "adapters": "BottleneckConfig BottleneckLinear PartialConfig combine extract input_roots mixed",

@@ -1,5 +1,6 @@
 """The arithmetic of benchmarks/, and one small run end to end."""
 
+import argparse
 import importlib.util
 import json
 import math
@@ -7,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import minilora as ml
+from benchmarks import straight, toy, where
 from benchmarks.report import COMPARED, Measured, disagreement, exponent, ratios, summary
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +76,35 @@ def test_a_small_run():
     assert result["losses"]["apart"] < 1e-5
     assert result["losses"]["last"] < result["losses"]["first"]
     assert all(side["seconds_per_step"][0] > 0 and side["peak_memory_bytes"] > 1e7 for side in result["sides"].values())
+
+
+def test_the_floor_is_made_of_every_product_of_a_step():
+    model = ml.MLP([6, 5, 4], rng=0)
+    ml.inject(model, ml.LoraConfig(r=2), rng=0)
+    x, labels = np.ones((7, 6), "float32"), np.arange(7) % 4
+
+    def step():
+        logits, saved = model.forward(x, need_dx=False)
+        model.backward(ml.cross_entropy(logits, labels)[1], saved, need_dx=False)
+
+    (made,) = where.products(step)
+    T, r = 7, 2
+    expected = 0
+    for m, n, need_dx in ((6, 5, False), (5, 4, True)):
+        expected += 2 * T * (m * n + m * r + r * n)  # x W, u = x A, u B
+        expected += 2 * T * (r * n + r * n + m * r)  # dB = u^T dy, du = dy B^T, dA = x^T du
+        expected += 2 * T * (m * n + m * r) * need_dx  # dy W^T, du A^T
+    assert sum(2 * room.size * a.shape[-1] for _, a, _, room in made) == expected
+    found = where.where(step, threads=2, rounds=1)
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    assert found["floor_seconds"] > 0
+
+
+def test_the_straight_line_takes_the_same_steps(tmp_path):
+    o = argparse.Namespace(folder=tmp_path)
+    toy.prepare(o)
+    ours, line = ([next(steps) for _ in range(5)] for steps in (toy.ours(o), straight.line(o)))
+    assert ours == line
 
 
 def test_bad_input_is_one_sentence():

@@ -11,18 +11,17 @@ import minilora as ml
 from minilora import functional as F
 from minilora import kernels as K
 from minilora.backend import forget_constants
+from minilora.tuned import sizes
 
-MODULES = ("grouped", "numpy.attention", "numpy.blocks", "numpy.lora", "numpy.losses")
-grouped, attention_module, blocks_module, lora_module, losses_module = (import_module(f"minilora.kernels.{name}") for name in MODULES)
+grouped, attention_module = (import_module(f"minilora.kernels.{name}") for name in ("grouped", "numpy.attention"))
 TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
 
 
 @pytest.fixture(autouse=True)
 def use_small_blocks(monkeypatch):
     """Use blocks so small that every loop runs more than once."""
-    for module in (blocks_module, lora_module):
-        monkeypatch.setattr(module, "BLOCK", 23)
-    monkeypatch.setattr(losses_module, "LOGITS", 2600)
+    monkeypatch.setitem(sizes, "block", 23)
+    monkeypatch.setitem(sizes, "logits", 2600)
 
 
 def close(a, b, dtype):

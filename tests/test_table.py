@@ -14,6 +14,7 @@ from minilora import kernels as K
 from minilora.kernels import cuda, dispatch
 from minilora.kernels.half import upcast
 from minilora.kernels.report import report
+from minilora.tuned import sizes
 
 DTYPES = {"float64": "float64", "float32": "float32", "float16": "float16", "bfloat16": ml_dtypes.bfloat16}
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 8 * 2.0**-11, "bfloat16": 8 * 2.0**-8}
@@ -70,10 +71,9 @@ FUNCTIONS = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks so small that every kernel is chosen, and every loop runs more than once."""
-    for name in ("numpy.blocks", "numpy.lora"):
-        monkeypatch.setattr(import_module(f"minilora.kernels.{name}"), "BLOCK", 23)
-    for name in ("numpy.losses", "cuda.losses"):
-        monkeypatch.setattr(import_module(f"minilora.kernels.{name}"), "LOGITS", 256 * T)
+    monkeypatch.setitem(sizes, "block", 23)
+    monkeypatch.setitem(sizes, "logits", 256 * T)
+    monkeypatch.setattr(import_module("minilora.kernels.cuda.losses"), "LOGITS", 256 * T)
 
 
 @pytest.fixture(params=DTYPES)

@@ -161,6 +161,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     add("--table", action="store_true", help="print every gradient, not only what is wrong")
     _add_fields(add, "backend")
 
+    verbs["doctor"].add_argument("--tune", action="store_true", help="measure first what suits this processor, and keep it")
     add = verbs["exercise"].add_argument
     add("action", choices=("list", "start", "check", "hint", "solution"))
     add("name", nargs="?", help="of an exercise, its number or its file (default: the next one that is not solved)")

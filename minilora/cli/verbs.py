@@ -86,5 +86,5 @@ VERBS: dict[str, Callable[[Namespace, Say], dict[str, Any]]] = {
     "explain": lambda args, say: explain(**_given(args), say=say),
     "gradcheck": _gradcheck,
     "exercise": lambda args, say: exercise(**_given(args), say=say),
-    "doctor": lambda args, say: doctor(say),
+    "doctor": lambda args, say: doctor(say, args.tune),
 }

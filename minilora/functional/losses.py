@@ -38,8 +38,9 @@ def labelled(labels: Array | Labelled, ignore_index: int = IGNORE) -> Labelled:
         raise TypeError("labels must be a NumPy array: keep them on the host, they are moved when needed.")
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise TypeError(f"labels must be a one-dimensional integer array, got {labels.dtype} of shape {labels.shape}.")
-    rows = np.flatnonzero(labels != ignore_index)
-    return Labelled(None if rows.size == labels.size else rows, labels[rows], labels.size)
+    counts = labels != ignore_index
+    rows = None if np.count_nonzero(counts) == counts.size else np.flatnonzero(counts)
+    return Labelled(rows, labels if rows is None else labels[rows], labels.size)
 
 
 def cross_entropy(logits: Array, labels: Array | Labelled, ignore_index: int = IGNORE, times: float = 1.0) -> tuple[Array, Array]:

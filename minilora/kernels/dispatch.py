@@ -74,7 +74,7 @@ def choose(op: Operation, args: tuple[Any, ...]) -> tuple[Kernel, tuple[Any, ...
     if kernels is None:
         kernels = op.found[key] = _candidates(op, x, None if op.weight < 0 else args[op.weight].dtype)
     for kernel in kernels:
-        if kernel.where != "reference" and (PLAIN or (kernel.where == "cuda" and not cuda.ENABLED)):
+        if PLAIN and kernel.where != "reference":
             continue
         if kernel.fits is None or kernel.fits(*args):
             for observe in observers:
@@ -86,11 +86,12 @@ def choose(op: Operation, args: tuple[Any, ...]) -> tuple[Kernel, tuple[Any, ...
 def _candidates(op: Operation, x: Any, weight: Any) -> tuple[Kernel, ...]:
     """The implementations for the backend and dtype of x, with a weight of a dtype."""
     here, dtype = "numpy" if isinstance(x, (np.ndarray, np.generic)) else "cuda", x.dtype
+    enabled = here == "numpy" or cuda.ENABLED
     half = dtype.name in HALF
     if weight is not None and weight.name in HALF and not half:
         return ()
     *kernels, reference = op.kernels
-    fitting = [k for k in kernels if k.where == here and dtype.name in k.dtypes]
+    fitting = [k for k in kernels if enabled and k.where == here and dtype.name in k.dtypes]
     return (*fitting, *([] if half and dtype.name not in reference.dtypes else [reference]))
 
 
@@ -114,17 +115,19 @@ def operation(
     saves   the parameter of `backward` that takes what forward saved: "x" its first argument, "y" its result, else what it returns beside y
     """
     forward, backward = getattr(F, name), getattr(F, f"{name}_backward")
-    drops_keep = "keep" not in signature(forward).parameters
+    own = [kernel(name) for kernel in kernels]
+    takes_keep = any("keep" in signature(kernel.forward).parameters for kernel in own)  # and computes less without
+    drops_keep = takes_keep and "keep" not in signature(forward).parameters
     returns_saved = saves not in ("", "x", "y")
 
     def reference(*args: Any, **options: Any) -> tuple[Any, Any]:
-        if drops_keep and options:
+        if drops_keep:
             options.pop("keep", None)
         result = forward(*args, **options)
         return result if returns_saved else (result, args[0] if saves == "x" else result if saves == "y" else None)
 
-    op = _add(name, forward, kernels, Kernel("reference", reference, backward, dtypes=dtypes), activations)
-    takes_keep = any("keep" in signature(kernel.forward).parameters for kernel in op.kernels[:-1])  # and computes less without
+    run_reference = forward if returns_saved and not drops_keep else reference
+    op = _add(name, forward, own, Kernel("reference", run_reference, backward, dtypes=dtypes), activations)
     place = _place(backward, saves) - 1 if saves else 0
 
     def run(*args: Any, keep: bool = True, **options: Any) -> tuple[Any, Saved | None]:
@@ -155,7 +158,7 @@ def function(
     name: str, reference: Function, *kernels: Callable[[str], Kernel], activations: tuple[int, ...] = (1,), dtypes: tuple[str, ...] = REAL
 ) -> Function:
     """As `operation`, for what has no backward: a loss, which returns its gradients beside it, or a step of an optimizer."""
-    op = _add(name, reference, kernels, Kernel("reference", reference, dtypes=dtypes), activations)
+    op = _add(name, reference, [kernel(name) for kernel in kernels], Kernel("reference", reference, dtypes=dtypes), activations)
 
     def run(*args: Any, **options: Any) -> Any:
         kernel, inputs, was_upcast = choose(op, args)
@@ -165,8 +168,8 @@ def function(
     return run
 
 
-def _add(name: str, forward: Function, kernels: tuple[Callable[[str], Kernel], ...], reference: Kernel, activations: Any) -> Operation:
-    TABLE[name] = Operation(name, (*(kernel(name) for kernel in kernels), reference), _place(forward, "W"), activations, {})
+def _add(name: str, forward: Function, kernels: list[Kernel], reference: Kernel, activations: Any) -> Operation:
+    TABLE[name] = Operation(name, (*kernels, reference), _place(forward, "W"), activations, {})
     return TABLE[name]
 
 

@@ -74,7 +74,7 @@ class Parameter:
 
 def needed(**names: bool) -> set[str]:
     """The names whose value is true: which gradients a backward is to compute."""
-    return {name for name, yes in names.items() if yes}
+    return set(filter(names.get, names))
 
 
 class Saved(NamedTuple):
@@ -180,18 +180,17 @@ class Layer:
 
     def load(self, saved: Saved | None, need_dx: bool) -> tuple[Any, ...]:
         """Unpack what `save` packed. Raises RuntimeError when it does not fit this call."""
-        name = type(self).__name__
         if saved is None:
-            raise RuntimeError(f"{name}.backward: nothing was saved; call forward with keep=True.")
+            raise RuntimeError(f"{type(self).__name__}.backward: nothing was saved; call forward with keep=True.")
         if need_dx and not saved.need_dx:
-            raise RuntimeError(f"{name}.backward: need_dx=True, but forward was called with need_dx=False.")
+            raise RuntimeError(f"{type(self).__name__}.backward: need_dx=True, but forward was called with need_dx=False.")
         if saved.flags != self._flags():
-            raise RuntimeError(f"{name}.backward: a parameter was frozen or unfrozen since forward; run forward again.")
+            raise RuntimeError(f"{type(self).__name__}.backward: a parameter was frozen or unfrozen since forward; run forward again.")
         return saved.values
 
     def _flags(self) -> tuple[bool, ...]:
         """`trainable` of every parameter here and below."""
-        known = self.__dict__.get("_known_flags")
+        known = self._known_flags
         if known is None or known[0] != Parameter.changes:
             known = self._known_flags = (Parameter.changes, tuple(p.trainable for _, p in self.parameters()))
         return known[1]

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from minilora import tuned
 from minilora.backend import import_cupy
 from minilora.kernels.cuda import blas
 from minilora.runs import Say, silent
+from minilora.runs.tune import tune
 
 PACKAGES = (
     "minilora numpy safetensors tokenizers threadpoolctl ml_dtypes gguf matplotlib pyarrow jinja2 huggingface_hub mpi4py "
@@ -59,8 +61,14 @@ def check_products() -> None:
         raise RuntimeError(f"this NumPy's matrix products are wrong ({wrong[0]}); install another build of NumPy, and see minilora doctor.")
 
 
-def doctor(say: Say = silent) -> dict[str, Any]:
-    """Versions, BLAS, memory, the GPU, and the test of products. Raises RuntimeError, after printing, when products are wrong."""
+def doctor(say: Say = silent, measure: bool = False) -> dict[str, Any]:
+    """Versions, BLAS, memory, the GPU, what suits the processor (measured first with `measure`), and the test of products.
+
+    Raises RuntimeError, after printing, when products are wrong.
+    """
+    if measure:
+        tune(say)
+        tuned.apply()
     wrong = wrong_products()
     about: dict[str, Any] = {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -74,6 +82,8 @@ def doctor(say: Say = silent) -> dict[str, Any]:
         "memory_bytes": _memory(),
         "free_disk_bytes": shutil.disk_usage(".").free,
         "gpu": _gpu(),
+        "processor": tuned.processor(),
+        "tuned": {"kernels": tuned.kernels, "sizes": tuned.sizes} if tuned.path().is_file() else None,
         "wrong_products": wrong,
     }
     say(f"python     {about['python']}")
@@ -83,10 +93,19 @@ def doctor(say: Say = silent) -> dict[str, Any]:
     size = "unknown" if about["memory_bytes"] is None else f"{about['memory_bytes'] / 1e9:.1f} GB"
     say(f"machine    {about['cores']} cores, memory {size}, {about['free_disk_bytes'] / 1e9:.1f} GB free on this disk")
     say(f"gpu        {about['gpu']}")
+    say(f"tuned      {_tuned()}")
     say(f"products   {'right' if not wrong else 'WRONG: ' + '; '.join(wrong)}")
     if wrong:
         raise RuntimeError(f"{len(wrong)} matrix products are wrong; install another build of NumPy.")
     return about
+
+
+def _tuned() -> str:
+    """What `tune` found for this processor."""
+    if not tuned.path().is_file():
+        return "no; minilora doctor --tune measures what suits this processor, in about a minute"
+    sizes = ", ".join(f"{name} {size:,}" for name, size in tuned.sizes.items())
+    return f"kernels {tuned.kernels or 'as OpenBLAS chooses'}, {sizes} ({tuned.path()})"
 
 
 def _version(name: str) -> str | None:

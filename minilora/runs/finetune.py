@@ -14,6 +14,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
+from minilora import tuned
 from minilora.backend import choose_backend
 from minilora.data.batches import Batch
 from minilora.formats.adapter import save_adapter
@@ -101,7 +102,7 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
             """Write run.json. Returns the results in it: those given, and the loss scale, if there is one."""
             results = results | ({} if scale is None else {"loss_scale": scale.state()})
             about = {"configuration": settings, "labels": task.labels, "trained_on": task.trained_on}
-            write_json(folder / "run.json", {**about, "results": results})
+            write_json(folder / "run.json", {**about, "sizes": tuned.sizes, "kernels": tuned.kernels_in_use(), "results": results})
             return results
 
         write_run({})
@@ -206,7 +207,7 @@ def _greet(ranks: Ranks, plan: ResolvedRecipe, about: dict[str, Any], batch: Bat
     settings = {name: value for name, value in asdict(plan).items() if name not in free}
     tokens = hashlib.sha256(batch.ids.tobytes() + batch.labels.tobytes()).hexdigest()
     hashes = {f"the {name} with SHA-256": value for name, value in {**about, "first batch": tokens}.items()}
-    ranks.greet({**settings, **hashes}, plan.lanes)
+    ranks.greet({**settings, **tuned.sizes, **hashes}, plan.lanes)
 
 
 def _sample(model: Any, tokenizer: Tokenizer, recipe: ResolvedRecipe) -> str:

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from minilora import tuned
 from minilora.formats.atomic import read_json
 from minilora.models.config_file import check_types, made
 from minilora.runs import Say
@@ -38,4 +39,9 @@ def resume(run: str | Path, say: Say = print, **changes: Any) -> dict[str, Any]:
         if name not in FREE and values[name] != value:
             raise ValueError(f"{run} has {name} {values[name]!r}, not {value!r}; a run continues with its own settings, or is a new one.")
     values |= {"threads": threads_for(None), **{name: value for name, value in changes.items() if name in FREE}}
-    return finetune(made(ResolvedRecipe, values, str(file)), run, say, resumed=True)
+    began, now = record.get("kernels", ""), tuned.kernels_in_use()
+    if began != now:
+        own = "OpenBLAS's own choice"
+        say(f"kernels   {now or own}, but the run began with {began or own}: its last digits may differ; set OPENBLAS_CORETYPE={began}")
+    with tuned.using(tuned.check(record.get("sizes", tuned.SIZES), str(file))):
+        return finetune(made(ResolvedRecipe, values, str(file)), run, say, resumed=True)

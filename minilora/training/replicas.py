@@ -24,8 +24,8 @@ from minilora.layers import Parameter, reseed
 from minilora.optim.flat import FlatBuffer, adopt, fill_missing
 from minilora.training.prefix import PrefixCache
 from minilora.training.ranks import Ranks, add_by_tree
+from minilora.tuned import sizes
 
-SHARD = 768  # tokens: enough for products at full speed
 SHARD_ON_DEVICE = 2**14  # products have to be larger there, and memory is scarcer than launches
 
 
@@ -57,7 +57,7 @@ class Replicas:
         self.lanes = lanes if on_host else 1 if ranks is None else ranks.size
         self.ranks, self.block = ranks, range(self.lanes) if ranks is None else ranks.blocks(self.lanes)[ranks.rank]
         threads = min(threads, len(self.block))
-        self.flat, self.prefix, self.tokens = flat, prefix, tokens or (SHARD if on_host else SHARD_ON_DEVICE)
+        self.flat, self.prefix, self.tokens = flat, prefix, tokens or (sizes["shard"] if on_host else SHARD_ON_DEVICE)
         self.models = [model] + [model.replica() for _ in range(threads - 1)]
         self.parameters = [flat.parameters] + [[p for _, p in each.parameters() if p.trainable] for each in self.models[1:]]
         self.grads = [flat.grad] + [get_xp(flat.grad).zeros_like(flat.grad) for _ in self.block[1:]]  # of each lane

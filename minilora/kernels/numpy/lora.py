@@ -6,12 +6,13 @@ import numpy as np
 
 from minilora import functional as F
 from minilora.backend import Array
-from minilora.kernels.numpy.blocks import BLOCK, row_blocks
+from minilora.kernels.numpy.blocks import row_blocks
+from minilora.tuned import sizes
 
 
 def fits(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: float, mask: Array | None = None) -> bool:
     """Whether x and y together are larger than a block: below that the reference is as fast."""
-    return x.ndim == 2 and x.dtype == A.dtype and len(x) * sum(W.shape) >= BLOCK
+    return len(x) * sum(W.shape) >= sizes["block"] and x.ndim == 2 and x.dtype == A.dtype
 
 
 def lora_linear(

@@ -9,8 +9,7 @@ import numpy as np
 from minilora import functional as F
 from minilora.backend import Array, get_xp
 from minilora.kernels.half import upcast
-
-LOGITS = 2**20  # how many exist at a time
+from minilora.tuned import sizes
 
 
 def fits(x: Array, W: Array, labels: Array, count: int | None = None, need: Collection[str] = ("dx", "dW")) -> bool:
@@ -26,7 +25,7 @@ def linear_cross_entropy(
     dtype, x = x.dtype, upcast(x)
     F.check_ids(labels, W.shape[1], "linear_cross_entropy")
     (T, d), V = x.shape, W.shape[1]
-    width = min(V, max(256, LOGITS // max(T, 1)))
+    width = min(V, max(256, sizes["logits"] // max(T, 1)))
     buffer, product = np.empty(T * width, x.dtype), np.empty((T, d), x.dtype)
     m, total = np.full((T, 1), -np.inf, x.dtype), np.zeros((T, 1), x.dtype)
     dx = np.zeros((T, d), x.dtype) if "dx" in need else None
