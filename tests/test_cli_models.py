@@ -103,6 +103,23 @@ def test_a_classifier_from_data_to_a_merged_folder(encoder, cwd, run):
         assert result[name] == pytest.approx(result["run"], abs=1e-5), name
 
 
+def test_a_head_is_reported_as_random_where_it_remains_so(bert, cwd, capsys):
+    """The base has no classifier, the run has one."""
+    write_films(cwd / "films")
+    verbs = {
+        "finetune": ["--model", "bert", "--data", "films", "--task", "classify", "--out", "run", *QUICK],
+        "evaluate": ["run"],
+        "merge": ["run", "--out", "merged"],
+        "export": ["run", "--to", "peft", "--out", "exported"],
+        "info": ["run"],
+        "compare": ["run", "bert"],
+    }
+    for verb, words in verbs.items():
+        assert main([verb, *map(str, words)]) == 0
+        err = capsys.readouterr().err
+        assert err.count("bert has no classifier: initialised at random") == (verb in ("finetune", "compare")), verb
+
+
 def test_full_fine_tuning_keeps_class_names(bert, cwd, run):
     films = write_films(cwd / "films")
     run("finetune", *QUICK, "--model", "bert", "--data", films, "--task", "classify", "--method", "full", "--out", "run")

@@ -70,7 +70,8 @@ def open_base(path: str | Path, backend: str, adapter: str | Path | None = None,
     labels = ((run and run.labels) or _classes(found)) if found else None  # a model has them in its own config.json
     typed = base == str(path)  # a name in a file must not lead to a download
     try:
-        model = load_model(base, backend, dtype or recipe.dtype, labels, recipe.quantize, download=typed, new_head=None)
+        options: Any = {"download": typed, "new_head": None, "report": found is None}
+        model = load_model(base, backend, dtype or recipe.dtype, labels, recipe.quantize, **options)
     except FileNotFoundError as error:
         if typed:
             raise
