@@ -176,6 +176,14 @@ def test_chats_from_csv_or_folder_to_a_generated_answer(llama, cwd, run):
     assert {"loss", "tokens", "perplexity"} < losses[0].keys()
 
 
+def test_a_text_beyond_the_positions_is_reported(llama, cwd, run, capsys):
+    for words, total in ((["--tokens", 94], 96), (["--tokens", 150], 152), (["--tokens", 1, "--prompt", "the cat" * 60], None)):
+        assert main(["generate", "llama", "--prompt", "the cat", "--temperature", "0", "--backend", "numpy", *map(str, words)]) == 0
+        err = capsys.readouterr().err
+        assert (f"warning: the text has {total or ''}" in err) == (total != 96)
+        assert ("and the model reads 96" in err) == (total != 96)
+
+
 def test_a_template_that_leaves_the_sandbox_writes_nothing(llama, cwd, capsys):
     (llama / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     write_jsonl(cwd / "chats.jsonl", CHATS)

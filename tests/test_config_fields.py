@@ -11,15 +11,12 @@ from golden import make_models
 
 import minilora as ml
 from minilora.formats.atomic import read_json, write_json
-from minilora.models.bert import BertConfig, DistilBertConfig
+from minilora.models.bert import BertConfig
 from minilora.models.config_file import NEUTRAL, OWN
-from minilora.models.gpt2 import GPT2Config
 from minilora.models.llama_config import FULL, SLIDING, VARIANTS, LlamaConfig
-from minilora.models.modernbert import ModernBertConfig
 from minilora.models.registry import ARCHITECTURES
 
-CLASSES = {"gpt2": GPT2Config, "bert": BertConfig, **dict.fromkeys(VARIANTS, LlamaConfig)}
-CLASSES |= {"roberta": BertConfig, "xlm-roberta": BertConfig, "distilbert": DistilBertConfig, "modernbert": ModernBertConfig}
+CLASSES = {kind: architecture.config for kind, architecture in ARCHITECTURES.items()}
 SMALL = {
     "gpt2": {"vocab_size": 11, "n_embd": 6, "n_layer": 2, "n_head": 2, "n_positions": 8},
     "bert": {

@@ -20,12 +20,7 @@ _READERS = {"peft": "peft", "mlx": "mlx", "gguf": "llama.cpp"}
 
 
 def export(
-    model: str | Path,
-    to: str,
-    out: str | Path,
-    adapter: str | Path | None = None,
-    allow_other_weights: bool = False,
-    say: Say = silent,
+    model: str | Path, to: str, out: str | Path, adapter: str | Path | None = None, allow_other_weights: bool = False, say: Say = silent
 ) -> dict[str, Any]:
     """Write the adapter of a run or an adapter folder as `to`: "peft" or "mlx", a new folder; "gguf", a new file. Returns what was written.
 

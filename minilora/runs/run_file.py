@@ -47,11 +47,7 @@ class _Results(TypedDict):
 
 
 def open_model(
-    path: str | Path,
-    backend: str = "auto",
-    adapter: str | Path | None = None,
-    dtype: str | None = None,
-    allow_other_weights: bool = False,
+    path: str | Path, backend: str = "auto", adapter: str | Path | None = None, dtype: str | None = None, allow_other_weights: bool = False
 ) -> Any:
     """The model of a path, with the adapter of that path or of `adapter`; dtype: by default its run's. Raises as the loaders do."""
     model, found = open_base(path, backend, adapter, dtype)
