@@ -150,6 +150,39 @@ def test_neutral_fields_are_neutral_in_transformers(kind, transformers):
     assert tried >= 5
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+def test_honoured_and_fixed_fields_mean_what_they_do_in_transformers(kind, transformers, tmp_path):
+    """Every other one of transformers' fields at other values: the logits are transformers', or the folder is refused."""
+    import torch
+
+    cls, usual, compared, refused = CLASSES[kind], filled_config(transformers, kind), set(), set()
+    named = {name: alias for alias, name in cls.aliases.items()}
+    for field in sorted({field.name for field in fields(cls)} - OWN | cls.fixed.keys()):
+        value = getattr(usual, name := named.get(field, field), ...)
+        others = [3 * value] if isinstance(value, float) else [2 * value, value + 1] if type(value) is int else [not value]
+        others = [choice for choice in cls.choices.get(field, others) if choice != value and value not in (None, ...)]
+        for other in others:
+            torch.manual_seed(0)
+            try:
+                theirs = getattr(transformers, ARCHITECTURES[kind].architectures[0])(filled_config(transformers, kind, **{name: other}))
+                for p in theirs.parameters():
+                    p.data += 0.3 * torch.randn_like(p)
+                with torch.no_grad():
+                    expected = theirs.eval()(torch.tensor(IDS[None])).logits.numpy()
+            except Exception:  # not a configuration of transformers
+                continue
+            theirs.save_pretrained(tmp_path)
+            try:
+                logits = ml.load_model(tmp_path, "numpy").forward(IDS, keep=False)[0]
+            except ValueError:
+                refused.add(name)
+                continue
+            assert abs(logits - expected.reshape(logits.shape)).max() < 1e-5 * abs(expected).max(), (name, other)
+            compared.add(name)
+    assert len(compared) > 5
+    assert refused - compared <= cls.fixed.keys()
+
+
 # -- published files --------------------------------------------------------------------------------------------------------------
 
 PUBLISHED = {
