@@ -272,7 +272,7 @@ def gguf_tokenizer(vocabulary: dict[str, Any], vocab_size: int, path: str | Path
 
 
 _PRE = ("smollm", "gpt-2", "qwen2", "llama-bpe", "smaug-bpe")
-_LONGEST = 256  # characters of a token of SentencePiece, which is split everywhere; Gemma's longest has 48
+_LONGEST = 256  # characters of a token of SentencePiece: it is split at every place
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of token_type
 
 
