@@ -88,9 +88,8 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
     something that is not supported, or when the adapter was made for another model.
     """
     folder, bare = Path(folder), ""
-    raw, tensors, metadata = _read(folder, model)
-    config = config_of(raw, folder if folder.is_file() else folder / "adapter_config.json")
-    check_kind(model, raw, tensors, metadata, folder, allow_other_weights)
+    raw, found, metadata = _read(folder, model)
+    config, tensors = config_of(raw, folder if folder.is_file() else folder / "adapter_config.json"), found
     try:
         check_expressions(config, [path for path, _ in model.modules()])
         if isinstance(config, LoraConfig):
@@ -107,6 +106,7 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
                 layout = _Layout(dry_run, config)
     except ValueError as error:
         raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
+    check_kind(model, raw, found, metadata, folder, allow_other_weights)
     check_base(model, without, metadata, folder, allow_other_weights)
     kept = {path for path in drawn_parameters(dry_run) if layout.key(path) in tensors}
     taken = {path: p for path, p in dry_run.parameters() if (p.trainable or path in kept) and path.startswith(bare)}
