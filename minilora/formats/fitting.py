@@ -74,7 +74,8 @@ def fill(model: Any, family: Family, tensors: dict[str, np.ndarray], source: Pat
             tensors[path] = rng.normal(0, 0.02, p.data.shape).astype(p.data.dtype).T if p.data.ndim == 2 else p.data.copy()
     head = f"{model.output_head}.weight"
     if family.embedding and head in parameters.keys() - tensors.keys():
-        raise ValueError(f"{source} has no {head}: it was saved without its head, as AutoModel does; save it with AutoModelForCausalLM.")
+        save = "save the model with its head (AutoModelForCausalLM, not AutoModel), or tie it to the embedding (tie_word_embeddings)"
+        raise ValueError(f"{source} lacks {head!r}: {save}.")
     tensors = oriented(model, tensors)
     check_fit(source, tensors, {path: p.data.shape for path, p in parameters.items()})
     for path, p in parameters.items():
