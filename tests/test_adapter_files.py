@@ -199,7 +199,7 @@ def test_weights_that_stay_random_are_reported(tmp_path, capsys):
     write_json(tmp_path / "a" / "adapter_config.json", {**raw, "modules_to_save": ["classifier", "score"]})
     capsys.readouterr()
     ml.load_adapter(ml.load_model(base, "numpy", labels=3), tmp_path / "a")
-    assert "a has no bert.pooler.dense either: the random initial values here are unchanged." in capsys.readouterr().err
+    assert "a has no bert.pooler.dense, and its base has none: initialised at random." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", [ml.BottleneckConfig(), ml.PartialConfig(train=["norm"])])
@@ -268,6 +268,43 @@ def _zero(source, folder):
     tensors = load_file(source / "adapter_model.safetensors")
     save_file({k: v * (0 if "_B" in k else 1) for k, v in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder
+
+
+ENCODERS = {"kinds": ("roberta", "bert", "xlm-roberta"), "target_modules": ["query"], "task_type": "SEQ_CLS"}
+OTHERS = {  # what an adapter of PEFT says of the first model, and those that refuse it for that
+    "the class, noted without a task": {"kinds": ("llama", "mistral", "qwen2")},
+    "the class of an encoder": {**ENCODERS, "task_type": None},
+    "the base, where it is at hand": {"kinds": ("llama", "mistral", "qwen2"), "task_type": "CAUSAL_LM", "base": True},
+    "the base of an encoder": {**ENCODERS, "base": True},
+    "the name of the body": {**ENCODERS, "kinds": ("roberta", "bert")},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_adapter_for_another_architecture_of_the_same_sizes(name, tmp_path, peft, capsys):
+    """Without our mark, by what PEFT writes: LoRA of q and v has the same names and sizes in a Llama, a Mistral and a Qwen2."""
+    import transformers
+
+    config = {"target_modules": ["q_proj"], "r": 2, **OTHERS[name]}
+    kinds, named = config.pop("kinds"), config.pop("base", False)
+    auto = transformers.AutoModelForCausalLM if kinds[0] == "llama" else transformers.AutoModelForSequenceClassification
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for kind in kinds:
+            heads = {"num_key_value_heads": 2} if kinds[0] == "llama" else {}
+            auto.from_config(transformers.AutoConfig.for_model(kind, **SIZES, **heads)).save_pretrained(tmp_path / kind)
+        theirs = peft.get_peft_model(auto.from_pretrained(tmp_path / kinds[0]), peft.LoraConfig(**config))
+        theirs.peft_config["default"].base_model_name_or_path = str(tmp_path / kinds[0]) if named else "elsewhere"
+        theirs.save_pretrained(tmp_path / "a")
+    ml.load_adapter(ml.load_model(tmp_path / kinds[0], "numpy"), tmp_path / "a")
+    for kind in kinds[1:]:
+        what = f"a: this adapter was made for a model of type {kinds[0]}, and the model here is of type {kind}"
+        with pytest.raises(ValueError, match=f"{what}; load it anyway with --allow-other-weights"):
+            ml.load_adapter(ml.load_model(tmp_path / kind, "numpy"), tmp_path / "a")
+    if kinds[0] == "llama":
+        capsys.readouterr()
+        ml.load_adapter(ml.load_model(tmp_path / kinds[1], "numpy"), tmp_path / "a", allow_other_weights=True)
+        assert f"made for a model of type llama, and the model here is of type {kinds[1]}." in capsys.readouterr().err
 
 
 def test_an_adapter_without_a_base_name_does_not_use_the_bundled_model(tmp_path):

@@ -121,6 +121,14 @@ def bare(folder, pooler=True):
     return edit(folder, change)
 
 
+def test_a_decoder_without_its_head_is_refused(tmp_path):
+    folder = edit(oracle.small_llama(tmp_path / "m"), lambda t: t.pop("lm_head.weight"))
+    with pytest.raises(
+        ValueError, match=r"m lacks 'lm_head.weight': save the model with its head \(AutoModelForCausalLM, not AutoModel\), or tie it"
+    ):
+        ml.load_model(folder, "numpy")
+
+
 def test_a_bare_bert_gets_a_classifier_and_reports_it(tmp_path, capsys):
     expected = ml.load_model(oracle.write_checkpoint("bert", tmp_path / "w"), "numpy", "float64")
     assert capsys.readouterr().err == ""

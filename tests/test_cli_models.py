@@ -103,6 +103,23 @@ def test_a_classifier_from_data_to_a_merged_folder(encoder, cwd, run):
         assert result[name] == pytest.approx(result["run"], abs=1e-5), name
 
 
+def test_a_head_is_reported_as_random_where_it_remains_so(bert, cwd, capsys):
+    """The base has no classifier, the run has one."""
+    write_films(cwd / "films")
+    verbs = {
+        "finetune": ["--model", "bert", "--data", "films", "--task", "classify", "--out", "run", *QUICK],
+        "evaluate": ["run"],
+        "merge": ["run", "--out", "merged"],
+        "export": ["run", "--to", "peft", "--out", "exported"],
+        "info": ["run"],
+        "compare": ["run", "bert"],
+    }
+    for verb, words in verbs.items():
+        assert main([verb, *map(str, words)]) == 0
+        err = capsys.readouterr().err
+        assert err.count("bert has no classifier: initialised at random") == (verb in ("finetune", "compare")), verb
+
+
 def test_full_fine_tuning_keeps_class_names(bert, cwd, run):
     films = write_films(cwd / "films")
     run("finetune", *QUICK, "--model", "bert", "--data", films, "--task", "classify", "--method", "full", "--out", "run")
@@ -157,6 +174,14 @@ def test_chats_from_csv_or_folder_to_a_generated_answer(llama, cwd, run):
     losses = [run("evaluate", "llama", "--data", "pairs.csv", *more, json=True) for more in ([], ["--no-mask-prompt"])]
     assert losses[0]["labelled_tokens"] < losses[1]["labelled_tokens"]
     assert {"loss", "tokens", "perplexity"} < losses[0].keys()
+
+
+def test_a_text_beyond_the_positions_is_reported(llama, cwd, run, capsys):
+    for words, total in ((["--tokens", 94], 96), (["--tokens", 150], 152), (["--tokens", 1, "--prompt", "the cat" * 60], None)):
+        assert main(["generate", "llama", "--prompt", "the cat", "--temperature", "0", "--backend", "numpy", *map(str, words)]) == 0
+        err = capsys.readouterr().err
+        assert (f"warning: the text has {total or ''}" in err) == (total != 96)
+        assert ("and the model reads 96" in err) == (total != 96)
 
 
 def test_a_template_that_leaves_the_sandbox_writes_nothing(llama, cwd, capsys):

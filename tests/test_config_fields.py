@@ -11,15 +11,12 @@ from golden import make_models
 
 import minilora as ml
 from minilora.formats.atomic import read_json, write_json
-from minilora.models.bert import BertConfig, DistilBertConfig
+from minilora.models.bert import BertConfig
 from minilora.models.config_file import NEUTRAL, OWN
-from minilora.models.gpt2 import GPT2Config
 from minilora.models.llama_config import FULL, SLIDING, VARIANTS, LlamaConfig
-from minilora.models.modernbert import ModernBertConfig
 from minilora.models.registry import ARCHITECTURES
 
-CLASSES = {"gpt2": GPT2Config, "bert": BertConfig, **dict.fromkeys(VARIANTS, LlamaConfig)}
-CLASSES |= {"roberta": BertConfig, "xlm-roberta": BertConfig, "distilbert": DistilBertConfig, "modernbert": ModernBertConfig}
+CLASSES = {kind: architecture.config for kind, architecture in ARCHITECTURES.items()}
 SMALL = {
     "gpt2": {"vocab_size": 11, "n_embd": 6, "n_layer": 2, "n_head": 2, "n_positions": 8},
     "bert": {
@@ -151,6 +148,39 @@ def test_neutral_fields_are_neutral_in_transformers(kind, transformers):
             np.testing.assert_allclose(logits(weights, **{name: other_value(value)})[1], usual, atol=1e-6, err_msg=name)
             tried += 1
     assert tried >= 5
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_honoured_and_fixed_fields_mean_what_they_do_in_transformers(kind, transformers, tmp_path):
+    """Every other one of transformers' fields at other values: the logits are transformers', or the folder is refused."""
+    import torch
+
+    cls, usual, compared, refused = CLASSES[kind], filled_config(transformers, kind), set(), set()
+    named = {name: alias for alias, name in cls.aliases.items()}
+    for field in sorted({field.name for field in fields(cls)} - OWN | cls.fixed.keys()):
+        value = getattr(usual, name := named.get(field, field), ...)
+        others = [3 * value] if isinstance(value, float) else [2 * value, value + 1] if type(value) is int else [not value]
+        others = [choice for choice in cls.choices.get(field, others) if choice != value and value not in (None, ...)]
+        for other in others:
+            torch.manual_seed(0)
+            try:
+                theirs = getattr(transformers, ARCHITECTURES[kind].architectures[0])(filled_config(transformers, kind, **{name: other}))
+                for p in theirs.parameters():
+                    p.data += 0.3 * torch.randn_like(p)
+                with torch.no_grad():
+                    expected = theirs.eval()(torch.tensor(IDS[None])).logits.numpy()
+            except Exception:  # not a configuration of transformers
+                continue
+            theirs.save_pretrained(tmp_path)
+            try:
+                logits = ml.load_model(tmp_path, "numpy").forward(IDS, keep=False)[0]
+            except ValueError:
+                refused.add(name)
+                continue
+            assert abs(logits - expected.reshape(logits.shape)).max() < 1e-5 * abs(expected).max(), (name, other)
+            compared.add(name)
+    assert len(compared) > 5
+    assert refused - compared <= cls.fixed.keys()
 
 
 # -- published files --------------------------------------------------------------------------------------------------------------

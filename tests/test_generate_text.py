@@ -183,6 +183,14 @@ def test_tools_have_a_separate_template(tmp_path):
         find_chat_template(tmp_path)
 
 
+def test_calls_of_tools_may_have_no_content(tmp_path):
+    template = "{% for m in messages %}{{ m.content is none }} {{ m.name is defined }} {% endfor %}"
+    calls = {"role": "assistant", "content": None, "name": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert render_chat(template, [calls]) == "True False "
+    with pytest.raises(ValueError, match='message 1 must be an object with the strings "role" and "content"'):
+        render_chat(template, [{**calls, "tool_calls": None}])
+
+
 def test_only_the_part_of_a_long_conversation_that_fits_is_rendered():
     make = example_maker("lm", BYTES, 64, True, None, "{% for m in messages %}{{ m.content }}{% endfor %}")
     talk = [{"role": ("user", "assistant")[i % 2], "content": "words "} for i in range(4000)]

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from small_tokenizers import BPE, CHATML, SPECIAL
+from small_tokenizers import BPE, CHATML, SPECIAL, WORDS, gemma_bpe
 
 import minilora as ml
 from minilora.formats.gguf import in_halves, read_gguf, read_gguf_tokenizer
@@ -441,6 +441,39 @@ def test_a_merged_model_includes_its_tokenizer(tmp_path):
     tokenizer, text = load_tokenizer(tmp_path / "merged", len(tokens)), "the cat sat 2024<|end|>"
     assert tokenizer.encode(text).tolist() == BPE.encode(text).tolist()
     assert (tokenizer.stop_ids, tokenizer.chat_template) == ({0}, CHATML)
+
+
+def test_gemmas_tokenizer_is_the_one_that_the_file_was_made_from(tmp_path):
+    """SentencePiece without merges: the ids of the original, and of transformers' conversion where it is installed."""
+    raw, rng = json.loads(gemma_bpe().to_str()), np.random.default_rng(0)
+    raw["model"]["vocab"]["▁▁"] = len(raw["model"]["vocab"])  # which the file has as two spaces
+    raw["model"]["merges"].append(["▁", "▁"])
+    library = type(gemma_bpe()).from_str(json.dumps(raw))
+    tokens, special = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get), {token["content"] for token in raw["added_tokens"]}
+    meta = {
+        "model": "llama",
+        "pre": "default",
+        "tokens": ["  " if token == "▁▁" else token for token in tokens],
+        "scores": [-float(i) for i in range(len(tokens))],
+        "merges": None,
+        "token_type": [3 if token in special else 6 if token.startswith("<0x") else 1 for token in tokens],
+        **{"eos_token_id": 1, "bos_token_id": 2, "unknown_token_id": 3, "add_space_prefix": False, "add_bos_token": None},
+    }
+    meta = {"tokenizer.chat_template": None, **{f"tokenizer.ggml.{name}": value for name, value in meta.items()}}
+    sizes = {**VARIANTS["gemma3"], "vocab_size": len(tokens), "num_hidden_layers": 1}
+    path = write(tmp_path / "a.gguf", random_model(small(**sizes)), meta=meta)
+    letters = [*"the catsnmo,ï☃日 \n<>0x▁", *special]
+    texts = ["".join(rng.choice(letters, n)) for n in rng.integers(0, 60, 300)] + [WORDS[0], "  two  spaces", "<0x0A>"]
+    ml.save_model(ml.load_model(path, "numpy"), tmp_path / "saved")
+    read, again = load_tokenizer(path, None), load_tokenizer(tmp_path / "saved", None)
+    for text in texts:
+        ids = library.encode(text).ids
+        assert read.encode(text).tolist() == again.encode(text).tolist() == ids, text
+        assert read.decode(ids) == library.decode(ids, skip_special_tokens=False), text
+    transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")
+    for theirs in ({"gguf_file": "a.gguf"}, {"subfolder": "saved"}):
+        auto = transformers.AutoTokenizer.from_pretrained(tmp_path, **theirs)
+        assert [read.encode(text).tolist() for text in texts] == [auto(text)["input_ids"] for text in texts]
 
 
 def test_an_unreadable_tokenizer_is_reported_as_missing(tmp_path, capsys):

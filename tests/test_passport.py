@@ -203,6 +203,15 @@ def test_it_is_said_before_anything_is_trained(tmp_path, capsys):
     assert "has no adapter" in refused(capsys, "info", tmp_path / "nowhere", "--for", "all")
 
 
+def test_a_full_fine_tuning_is_to_be_extracted_first(bases, tmp_path, capsys):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    for file in (bases / "llama").iterdir():
+        (tmp_path / "run" / "model" / file.name).symlink_to(file)
+    makes = f"minilora extract {tmp_path / 'run'} --out FOLDER makes one of a fine-tuned model."
+    for words in (["info", tmp_path / "run", "--for", "all"], ["export", tmp_path / "run", "--to", "peft", "--out", tmp_path / "a"]):
+        assert refused(capsys, *words).endswith(f"{tmp_path / 'run'} has no adapter: there is no adapter_config.json; {makes}")
+
+
 def test_damaged_adapters_of_other_programs(bases, tmp_path, capsys):
     adapter(bases / "llama", tmp_path / "adapter", **ADAPTERS["plain"])
     run("export", tmp_path / "adapter", "--to", "mlx", "--out", tmp_path / "mlx")

@@ -244,7 +244,11 @@ def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(made, tmp_path):
             {"pre": "falcon"},
             "of model 'gpt2' and splits text as 'falcon'; supported: .*'smollm', 'gpt-2', 'qwen2', 'llama-bpe', 'smaug-bpe'",
         ),
-        ({"model": "llama"}, "of model 'llama'"),
+        ({"model": "llama"}, "of model 'llama' .* and 'llama' without add_space_prefix"),
+        (
+            {"model": "llama", "add_space_prefix": False, "tokens": ["a", "b" * 257], "token_type": [1, 1]},
+            "has 257 characters; at most 256 are supported",
+        ),
         ({"tokens": ["a", "b", "a"]}, "the token 'a' occurs twice in the vocabulary"),
         ({"merges": ["t h e"]}, "the merge 't h e' does not join two tokens"),
         ({"merges": ["q q"]}, "the merge 'q q' does not join two tokens into a third"),

@@ -28,7 +28,7 @@ from minilora.formats.atomic import read_json, write_json
 from minilora.formats.fetch import origin
 from minilora.formats.fitting import FAMILIES, check_fit, drawn_parameters, warn_of_pooling
 from minilora.formats.gguf_adapter import from_gguf
-from minilora.formats.mark import check_base, mark_of
+from minilora.formats.mark import check_base, check_kind, mark_of
 from minilora.formats.mlx import Factors, from_mlx, is_mlx
 from minilora.formats.tensors import holds_bfloat16, map_tensors, rounded, write_tensors
 from minilora.kernels.half import upcast
@@ -88,7 +88,8 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
     something that is not supported, or when the adapter was made for another model.
     """
     folder, bare = Path(folder), ""
-    config, tensors, metadata = _read(folder, model)
+    raw, found, metadata = _read(folder, model)
+    config, tensors = config_of(raw, folder if folder.is_file() else folder / "adapter_config.json"), found
     try:
         check_expressions(config, [path for path, _ in model.modules()])
         if isinstance(config, LoraConfig):
@@ -105,6 +106,7 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
                 layout = _Layout(dry_run, config)
     except ValueError as error:
         raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
+    check_kind(model, raw, found, metadata, folder, allow_other_weights)
     check_base(model, without, metadata, folder, allow_other_weights)
     kept = {path for path in drawn_parameters(dry_run) if layout.key(path) in tensors}
     taken = {path: p for path, p in dry_run.parameters() if (p.trainable or path in kept) and path.startswith(bare)}
@@ -120,27 +122,24 @@ def load_adapter(model: Layer, folder: str | Path, allow_other_weights: bool = F
             value = layout.transposed(path, tensors[layout.key(path)]).astype(p.data.dtype)
             p.data = as_like(np.ascontiguousarray(value), p.data)
     if left := [module for module in origin(model).drawn if f"{module}.weight" not in taken]:
-        print(f"{folder} has no {' and no '.join(left)} either: the random initial values here are unchanged.", file=sys.stderr)
+        print(f"{folder} has no {' and no '.join(left)}, and its base has none: initialised at random.", file=sys.stderr)
     return config
 
 
-def _read(folder: Path, model: Any) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
-    """(the configuration, the tensors as in PEFT's file, its metadata) of an adapter in any of the formats."""
+def _read(folder: Path, model: Any) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
+    """(the configuration and the tensors as in PEFT's files, the metadata of these) of an adapter in any of the formats."""
     if folder.suffix == ".gguf" and folder.is_file():
-        raw, tensors = from_gguf(folder, model)
-        return config_of(raw, folder), tensors, {}
+        return *from_gguf(folder, model), {}
     where, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not where.is_file():
         raise FileNotFoundError(f"there is no adapter in {folder}: expected adapter_config.json and adapter_model.safetensors.")
     if is_mlx(raw := read_json(where)):
-        raw, tensors = from_mlx(folder, raw)
-        return config_of(raw, where), tensors, {}
-    config = config_of(raw, where)
+        return *from_mlx(folder, raw), {}
     if (folder / "adapter_model.bin").exists() and not file.exists():
         raise FileNotFoundError(
             f"{folder} has only adapter_model.bin, a pickle, which is never read; save it with safe_serialization=True."
         )
-    return config, *map_tensors(file)
+    return raw, *map_tensors(file)
 
 
 def factors(model: Layer) -> Factors:

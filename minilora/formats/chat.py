@@ -97,12 +97,14 @@ def _render(template: str | None, messages: Messages, prompt: bool, more: dict[s
 
 
 def _plain(i: int, message: Any) -> dict[str, Any]:
-    """A message as transformers passes it to a template: without None values, and with reasoning under both of its names.
+    """A message as transformers passes it to a template: reasoning has both of its names. None is left out, but as the content of calls.
 
     Raises ValueError for one without a role, or with neither text nor calls of tools.
     """
-    message = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
-    if not isinstance(message.get("role"), str) or not isinstance(message.get("content", "" if "tool_calls" in message else None), str):
+    calls = isinstance(message, dict) and message.get("tool_calls") is not None
+    kept = ["content"] if calls else []  # templates ask whether it is none
+    message = {key: value for key, value in message.items() if value is not None or key in kept} if isinstance(message, dict) else {}
+    if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str | None if calls else str):
         raise ValueError(f'message {i + 1} must be an object with the strings "role" and "content".')
     reasoning = next((message[key] for key in _REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}

@@ -47,6 +47,7 @@ def load_model(
     download: bool = True,
     new_head: bool | None = False,
     seed: int = 0,
+    report: bool = True,
 ) -> Any:  # Any: one of the classes of FAMILIES, which have more in common than Layer
     """A published model on a backend, frozen. Its architecture is one of models/registry.py.
 
@@ -57,7 +58,8 @@ def load_model(
     what `inject` makes trainable stay in float32.
     labels: the class names of a classifier, or their number; by default those of config.json. A classifier in the checkpoint is kept,
     unless new_head=True; None replaces it where its classes are others. A classifier or pooler that is missing or replaced is initialised
-    from N(0, 0.02^2) with `seed`, and reported on standard error; `model.origin.drawn` lists them.
+    from N(0, 0.02^2) with `seed`, and reported on standard error, unless an adapter that may have it follows (report=False);
+    `model.origin.drawn` lists them.
     quantize: "nf4" keeps the weights of linear layers, except the head, in four bits (quantization/nf4.py). A folder in
     NF4, as written by bitsandbytes, is read without `quantize`.
     download: False looks up an id only in the local cache of the hub.
@@ -97,6 +99,8 @@ def load_model(
     model = family.model(config, rng=Blank(), dtype="float32")
     complete = family.architectures[0] in (raw.get("architectures") or ()) and not new_head
     drawn = fill(model, family, tensors, source, None if complete else seed)
+    if drawn and report:
+        print(f"{source} has no {' and no '.join(drawn)}: initialised at random, to be trained or loaded.", file=sys.stderr)
     name = BUNDLED if str(path_or_id) == BUNDLED else str(source.absolute())  # adapters name their base by it
     model.origin = Origin(name, str(path_or_id) if is_hub_id(path_or_id) else None, drawn)
     if quantize:

@@ -62,9 +62,9 @@ def check_sizes(config: Any, tensors: dict[str, Any], where: str) -> None:
 def fill(model: Any, family: Family, tensors: dict[str, np.ndarray], source: Path, seed: int | None) -> tuple[str, ...]:
     """Set every parameter to the tensor of its path, without a copy.
 
-    With a seed, modules of family.fresh that the file lacks are initialised: weights from N(0, 0.02^2), biases 0, norms 1. They are
-    reported on standard error, and their paths returned. Raises ValueError as `check_fit`, and for a name that occurs twice or a tied
-    head that differs from the embedding.
+    With a seed, modules of family.fresh that the file lacks are initialised: weights from N(0, 0.02^2), biases 0, norms 1. Their paths
+    are returned. Raises ValueError as `check_fit`, and for a name that occurs twice, a decoder's head that is missing, or a tied head
+    that differs from the embedding.
     """
     tensors, parameters = _renamed(model, family, tensors, source), dict(model.parameters())
     fresh, rng = family.fresh if seed is not None else (), np.random.default_rng(seed)
@@ -72,8 +72,10 @@ def fill(model: Any, family: Family, tensors: dict[str, np.ndarray], source: Pat
     for path, p in parameters.items():
         if path.rpartition(".")[0] in drawn:
             tensors[path] = rng.normal(0, 0.02, p.data.shape).astype(p.data.dtype).T if p.data.ndim == 2 else p.data.copy()
-    if drawn:
-        print(f"{source} has no {' and no '.join(drawn)}: initialised at random, to be trained or loaded.", file=sys.stderr)
+    head = f"{model.output_head}.weight"
+    if family.embedding and head in parameters.keys() - tensors.keys():
+        save = "save the model with its head (AutoModelForCausalLM, not AutoModel), or tie it to the embedding (tie_word_embeddings)"
+        raise ValueError(f"{source} lacks {head!r}: {save}.")
     tensors = oriented(model, tensors)
     check_fit(source, tensors, {path: p.data.shape for path, p in parameters.items()})
     for path, p in parameters.items():

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from minilora.formats import extra
 from minilora.formats.gguf_header import Tensor, read_header
 from minilora.models.llama_config import VARIANTS, LlamaConfig
 from minilora.models.rope import frequencies
@@ -60,7 +59,7 @@ def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any],
     unsupported architectures, options and quantizations, and unknown tensors.
     """
     path = Path(path)
-    meta, stored = _open(path)
+    meta, stored = read_header(path)
     config = _config(meta, stored, path)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     import gguf
@@ -94,7 +93,7 @@ def read_gguf_tokenizer(path: str | Path) -> tuple[int, dict[str, Any]]:
 
     Raises as `read_gguf`.
     """
-    meta, stored = _open(Path(path))
+    meta, stored = read_header(Path(path))
     found = {re.sub(r"^tokenizer\.(ggml\.)?", "", name): value for name, value in meta.items() if name.startswith("tokenizer.")}
     if isinstance(types := found.get("token_type"), array):
         found["token_type"] = types.tolist()
@@ -108,17 +107,6 @@ def in_halves(W: np.ndarray, n_head: int) -> np.ndarray:
     """
     heads = W.reshape(n_head, -1, 2, *W.shape[1:])  # (H, d / 2, 2, m)
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(W.shape)
-
-
-def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(metadata, {name: tensor}) of a file. Raises FileNotFoundError, ImportError, or ValueError for an unreadable file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
-    extra("gguf", "gguf", f"reading {path}")
-    try:
-        return read_header(path)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{path} is not a readable GGUF file: it is truncated or of another format ({error}).") from None
 
 
 def _config(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -> dict[str, Any]:

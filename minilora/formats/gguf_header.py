@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minilora.formats import extra
+
 _NUMBERS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # by type; as in the modules struct and array
 _STRING, _ARRAY = 8, 9
 _SHORT = 4096
@@ -34,10 +36,20 @@ class Tensor(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(metadata, {name: tensor}) of a file. Raises ValueError, without the name of the file, when it is damaged.
+    """(metadata, {name: tensor}) of a file. Raises FileNotFoundError, ImportError, or ValueError for an unreadable file.
 
     An array is a list, but a long one of numbers an array.array, which takes no more memory than it does in the file.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    extra("gguf", "gguf", f"reading {path}")
+    try:
+        return _header(path)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{path} is not a readable GGUF file: it is truncated or of another format ({error}).") from None
+
+
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     import gguf
 
     data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)

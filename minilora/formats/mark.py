@@ -9,6 +9,7 @@ Equal fingerprints mean the same base. Otherwise the samples distinguish a round
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Matrix, as_like, to_numpy
-from minilora.formats.fetch import origin
+from minilora.formats.fetch import model_type_of, origin
+from minilora.formats.fitting import FAMILIES
 from minilora.formats.tensors import holds_bfloat16, rounded
 from minilora.kernels.half import is_half
 from minilora.layers import Layer, Linear
@@ -25,6 +27,7 @@ from minilora.quantization.residual import dense
 
 KEY = "minilora.base"
 _LOFTQ = "loftq:"
+_ANYWAY = "--allow-other-weights (allow_other_weights=True)"
 _SAMPLES = 64
 _FAR = 0.5  # relative difference: about 0.1 after rounding to four bits, 1.4 between unrelated weights
 
@@ -38,7 +41,7 @@ def mark_of(model: Layer, without: Collection[str], loftq: bool = False) -> dict
 def check_base(model: Layer, without: Collection[str], metadata: dict[str, str], source: Path, allow: bool) -> None:
     """Raise ValueError if the mark in `metadata` is of other weights; report a copy of this base on standard error.
 
-    allow: report other weights too, instead of raising. Adapters without a mark, such as PEFT's, are accepted.
+    allow: report other weights too, instead of raising. Adapters without a mark, such as PEFT's: `check_kind`.
     """
     if (mark := metadata.get(KEY)) is None:
         return
@@ -51,10 +54,29 @@ def check_base(model: Layer, without: Collection[str], metadata: dict[str, str],
     elif allow:
         print(f"{source}: it was trained on a base model with other weights.", file=sys.stderr)
     else:
-        raise ValueError(
-            f"{source}: this adapter was made for a base model with other weights; "
-            "load it anyway with --allow-other-weights (allow_other_weights=True)."
-        )
+        raise ValueError(f"{source}: this adapter was made for a base model with other weights; load it anyway with {_ANYWAY}.")
+
+
+def check_kind(model: Any, raw: dict[str, Any], tensors: Collection[str], metadata: dict[str, str], source: Path, allow: bool) -> None:
+    """As `check_base` for an adapter without a mark, if it was trained on a model of another model_type than this one.
+
+    raw: adapter_config.json. PEFT notes the module of the base's class in auto_mapping where it has no task_type, and always the name of
+    the base, which may be at hand; and keys begin with the name of the body, which encoders do not share.
+    """
+    ours, mapping = getattr(model, "model_type", None), raw.get("auto_mapping")
+    if KEY in metadata or ours not in FAMILIES:
+        return
+    module = re.match(r"transformers\.models\.(\w+)", str(mapping.get("parent_library"))) if isinstance(mapping, dict) else None
+    theirs = module[1] if module else model_type_of(str(raw.get("base_model_name_or_path")))
+    if theirs is None:
+        bodies = {key.split(".")[2] for key in tensors if key.startswith("base_model.model.") and key.count(".") > 2}
+        theirs = next((body for body in sorted(bodies & FAMILIES.keys()) if f"{body}." != FAMILIES[ours].prefix), ours)
+    if theirs.replace("-", "_").removesuffix("_text") == ours.replace("-", "_").removesuffix("_text"):
+        return
+    why = f"{source}: this adapter was made for a model of type {theirs}, and the model here is of type {ours}"
+    if not allow:
+        raise ValueError(f"{why}; load it anyway with {_ANYWAY}.")
+    print(f"{why}.", file=sys.stderr)
 
 
 def _difference(mark: str, model: Layer, ours: np.ndarray) -> str | None:

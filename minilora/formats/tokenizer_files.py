@@ -186,10 +186,7 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
             steps = [t.pre_tokenizers.WhitespaceSplit(), t.pre_tokenizers.Metaspace(**spaces)]
             built.pre_tokenizer, built.decoder = t.pre_tokenizers.Sequence(steps), t.decoders.Metaspace(**spaces)
         elif kind == "GemmaTokenizer":
-            built = t.Tokenizer(t.models.BPE(vocab, merges, unk_token=names.get("unk_token", "<unk>"), fuse_unk=True, byte_fallback=True))
-            built.normalizer = t.normalizers.Replace(" ", "▁")
-            built.pre_tokenizer = t.pre_tokenizers.Split(" ", "merged_with_previous")
-            built.decoder = t.decoders.Sequence([t.decoders.Replace("▁", " "), t.decoders.ByteFallback(), t.decoders.Fuse()])
+            built = gemma(vocab, merges, names.get("unk_token", "<unk>"))
         elif kind == "LlamaTokenizer":
             built = t.Tokenizer(t.models.BPE(vocab, merges, fuse_unk=True, byte_fallback=True))
             scheme = "never" if space is False else "always" if config.get("legacy") else "first"
@@ -200,6 +197,15 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
             built = t.Tokenizer(t.models.BPE(vocab, merges))
             split_in_bytes(built, "qwen2" if kind == "Qwen2Tokenizer" else "gpt-2", space or False)
         built.post_processor = library.post_processor or t.processors.TemplateProcessing(single="$A:0")
+    return built
+
+
+def gemma(vocab: dict[str, int], merges: Any, unk_token: str) -> Any:
+    """Gemma's tokenizer: "▁" in place of a space, and the bytes of a character without a token."""
+    t = import_tokenizers()
+    built = t.Tokenizer(t.models.BPE(vocab, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
+    built.normalizer, built.pre_tokenizer = t.normalizers.Replace(" ", "▁"), t.pre_tokenizers.Split(" ", "merged_with_previous")
+    built.decoder = t.decoders.Sequence([t.decoders.Replace("▁", " "), t.decoders.ByteFallback(), t.decoders.Fuse()])
     return built
 
 

@@ -24,18 +24,11 @@ from minilora.models.attention import SelfAttention
 from minilora.models.config_file import ModelConfig
 from minilora.models.stack import Body, Parts
 
-ACTIVATIONS: dict[str, Callable[[], Layer]] = {
-    "gelu": GELU,
-    "gelu_new": lambda: GELU("tanh"),
-    "gelu_pytorch_tanh": lambda: GELU("tanh"),
-    "relu": ReLU,
-}
-_DEFAULTS = {  # of transformers, where they differ from BertConfig's
-    "bert": {"pad_token_id": 0},
-    "roberta": {"pad_token_id": 1, "vocab_size": 50265},
-    "xlm-roberta": {"pad_token_id": 1},
-    "distilbert": {"pad_token_id": 0},
-}
+ACTIVATIONS: dict[str, Callable[[], Layer]] = {"gelu": GELU, "relu": ReLU}
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), lambda: GELU("tanh"))
+# Defaults of transformers, where they differ from BertConfig's
+_DEFAULTS = {"bert": {"pad_token_id": 0}, "distilbert": {"pad_token_id": 0}}
+_DEFAULTS |= {"roberta": {"pad_token_id": 1, "vocab_size": 50265}, "xlm-roberta": {"pad_token_id": 1}}
 # the parts of a block by their roles (BertLayer.parts), then W_q, W_k and W_v
 _BERT_BLOCK = """attention.self attention.output.dense attention.output.dropout attention.output.LayerNorm
     intermediate.dense intermediate.act output.dense output.dropout output.LayerNorm query key value"""

@@ -109,7 +109,7 @@ def draw(logits: np.ndarray, temperature: float, top_k: int, top_p: float, rng: 
     logits = logits.astype(np.float64)
     if temperature == 0:
         return int(logits.argmax())
-    p = np.exp((logits - logits.max()) / temperature)
+    p = np.exp((logits - logits.max()) / max(temperature, 1e-300))
     order = np.argsort(-p, kind="stable")[: top_k or None]
     p = p[order] / p[order].sum()
     kept = int(np.searchsorted(np.cumsum(p), top_p)) + 1  # including the token that reaches top_p

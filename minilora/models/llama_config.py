@@ -30,14 +30,8 @@ _SMOLLM3 = {"vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, 
 _SMOLLM3 |= {"max_position_embeddings": 32768, "pad_token_id": 128004, "bos_token_id": 128000, "eos_token_id": 128001}
 _GEMMA: dict[str, Any] = {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
 _GEMMA |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072, "sliding_window": 4096}
-_GEMMA |= {
-    "rope_theta": 1e6,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-    "tie_word_embeddings": True,
-    "query_pre_attn_scalar": 256,
-}
+_GEMMA |= {"rope_theta": 1e6, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+_GEMMA |= {"tie_word_embeddings": True, "query_pre_attn_scalar": 256}
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 
 VARIANTS = {
@@ -99,21 +93,11 @@ class LlamaConfig(ModelConfig):
     pad_token_id: int | None = None
 
     choices: ClassVar[Any] = {"model_type": tuple(VARIANTS)}
-    fixed: ClassVar[Any] = {
-        **choices,
-        "hidden_act": ("silu", "swish"),
-        "hidden_activation": ("gelu_pytorch_tanh",),
-        "is_causal": (True,),
-        "partial_rotary_factor": (1, None),
-        "rope_interleaved": (False,),
-        "use_mrope": (False,),
-        "attn_logit_softcapping": (None,),
-        "final_logit_softcapping": (None,),
-        "use_bidirectional_attention": (False, None),
-    }
-    neutral: ClassVar[Any] = (
-        "is_decoder pretraining_tp rope_parameters original_max_position_embeddings _sliding_window_pattern cache_implementation"
-    )
+    fixed: ClassVar[Any] = {**choices, "hidden_act": ("silu", "swish"), "hidden_activation": ("gelu_pytorch_tanh",), "is_causal": (True,)}
+    fixed |= {"partial_rotary_factor": (1, None), "rope_interleaved": (False,), "use_mrope": (False,)}
+    fixed |= {"attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "use_bidirectional_attention": (False, None)}
+    neutral: ClassVar[Any] = """is_decoder pretraining_tp rope_parameters original_max_position_embeddings _sliding_window_pattern
+        cache_implementation"""
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:

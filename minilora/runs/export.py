@@ -20,12 +20,7 @@ _READERS = {"peft": "peft", "mlx": "mlx", "gguf": "llama.cpp"}
 
 
 def export(
-    model: str | Path,
-    to: str,
-    out: str | Path,
-    adapter: str | Path | None = None,
-    allow_other_weights: bool = False,
-    say: Say = silent,
+    model: str | Path, to: str, out: str | Path, adapter: str | Path | None = None, allow_other_weights: bool = False, say: Say = silent
 ) -> dict[str, Any]:
     """Write the adapter of a run or an adapter folder as `to`: "peft" or "mlx", a new folder; "gguf", a new file. Returns what was written.
 
@@ -34,10 +29,10 @@ def export(
     out = check_free(out)
     if to == "gguf" and out.suffix != ".gguf":
         raise ValueError(f"{out}: the name of a GGUF file must end in .gguf, or nothing reads it as one.")
+    if adapter is None:
+        _adapter_of(model)
     opened = open_model(model, "numpy", adapter, "float32", allow_other_weights)
     config = adaptation(opened).config
-    if config is None:
-        raise ValueError(f"{model} has no adapter to export.")
     check(_READERS[to], config, kind_of(opened), str(adapter or model))
     base = config.base_model_name_or_path
     if to == "peft":
@@ -57,9 +52,7 @@ def passport(path: str | Path, names: str, say: Say = silent) -> dict[str, dict[
     path: a run or an adapter folder; adapter_config.json is enough, so that it can be asked before anything is trained.
     names: of readers, separated by commas, or "all". Raises ValueError for a folder without an adapter, and for an unknown name.
     """
-    if (folder := adapter_folder(Path(path))) is None:
-        raise ValueError(f"{path} has no adapter: there is no adapter_config.json.")
-    config, result = read_adapter_config(folder), {}
+    config, result = read_adapter_config(_adapter_of(path)), {}
     base = config.base_model_name_or_path
     model_type = model_type_of(base) if base else None
     if model_type is None:
@@ -71,3 +64,11 @@ def passport(path: str | Path, names: str, say: Say = silent) -> dict[str, dict[
         does = f"does not read it. {'; '.join(refused)}{source}" if refused else f"reads it{''.join(f'; {need}' for need in needs)}"
         say(f"{name:<11} {readers()[name]['name']} {does}")
     return result
+
+
+def _adapter_of(path: str | Path) -> Path:
+    """The folder of the adapter of a path. Raises ValueError, with what makes one, where there is none."""
+    if (folder := adapter_folder(Path(path))) is None:
+        makes = f"minilora extract {path} --out FOLDER makes one of a fine-tuned model"
+        raise ValueError(f"{path} has no adapter: there is no adapter_config.json; {makes}.")
+    return folder

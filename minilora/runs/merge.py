@@ -81,7 +81,8 @@ def extract_run(
                 raise ValueError(f"{model} does not name the model it was tuned from; name it with --base.")
             base = run.recipe.model
     tuned = open_model(model, "numpy", allow_other_weights=allow_other_weights)
-    original = load_model(base, "numpy", labels=getattr(tuned.config, "num_labels", None), download=typed, new_head=None)
+    options: Any = {"download": typed, "new_head": None, "report": False}
+    original = load_model(base, "numpy", labels=getattr(tuned.config, "num_labels", None), **options)
     measured = roots = None
     if data is not None:
         measured = task_of(tuned, model, data, tokenizer_source=model, split=None, say=say, task=task, window=window)
@@ -123,7 +124,7 @@ def compare(first: str, second: str, allow_other_weights: bool = False, say: Say
     for i, name in enumerate((first, second)):
         drawn = any(path.startswith(models[i].output_head) for path in origin(models[i]).drawn)
         if None not in classes and classes[0] != classes[1] and drawn and adaptation(models[i]).config is None:
-            models[i] = load_model(name, "numpy", labels=classes[1 - i])
+            models[i] = load_model(name, "numpy", labels=classes[1 - i], report=False)
     changes = largest_changes(*models)
     changed = sorted((path for path, change in changes.items() if change), key=lambda path: -changes[path])
     for path in changed[:10]:

@@ -47,11 +47,7 @@ class _Results(TypedDict):
 
 
 def open_model(
-    path: str | Path,
-    backend: str = "auto",
-    adapter: str | Path | None = None,
-    dtype: str | None = None,
-    allow_other_weights: bool = False,
+    path: str | Path, backend: str = "auto", adapter: str | Path | None = None, dtype: str | None = None, allow_other_weights: bool = False
 ) -> Any:
     """The model of a path, with the adapter of that path or of `adapter`; dtype: by default its run's. Raises as the loaders do."""
     model, found = open_base(path, backend, adapter, dtype)
@@ -70,7 +66,8 @@ def open_base(path: str | Path, backend: str, adapter: str | Path | None = None,
     labels = ((run and run.labels) or _classes(found)) if found else None  # a model has them in its own config.json
     typed = base == str(path)  # a name in a file must not lead to a download
     try:
-        model = load_model(base, backend, dtype or recipe.dtype, labels, recipe.quantize, download=typed, new_head=None)
+        options: Any = {"download": typed, "new_head": None, "report": found is None}
+        model = load_model(base, backend, dtype or recipe.dtype, labels, recipe.quantize, **options)
     except FileNotFoundError as error:
         if typed:
             raise
