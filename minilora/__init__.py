@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from minilora.lora import LoraConfig, LoRALinear, disabled, factorize, inject, merge, unmerge
     from minilora.lora.variants.vera import VeraConfig
     from minilora.models import GPT2, MLP, Attention, BertClassifier, BertConfig, Block, GPT2Config, KVCache, Llama, LlamaConfig
+    from minilora.models.generate import generate
     from minilora.optim.flat import clip_grad_norm
     from minilora.optim.optimizers import SGD, Adam, AdamW, create_loraplus_optimizer
     from minilora.optim.schedules import schedule
@@ -56,6 +57,7 @@ _HOME = {
     "layers": "GELU Dropout Embedding Layer LayerNorm Linear Parameter RMSNorm ReLU Sequential SiLU Tanh",
     "lora": "LoRALinear LoraConfig disabled factorize inject merge unmerge",
     "models": "Attention BertClassifier BertConfig Block GPT2 MLP GPT2Config KVCache Llama LlamaConfig",
+    "models.generate": "generate",
     "optim.flat": "clip_grad_norm",
     "optim.optimizers": "SGD Adam AdamW create_loraplus_optimizer",
     "optim.schedules": "schedule",

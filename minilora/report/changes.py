@@ -107,7 +107,7 @@ def _adapted(run: Run) -> dict[str, Change]:
 def _fully_trained(run: Run) -> dict[str, Change]:
     """Every linear layer, but those that the base has not."""
     classes: dict[str, Any] = {"labels": run.labels, "new_head": True} if run.labels else {}
-    base = load_model(run.settings["model"], "numpy", download=False, **classes)
+    base = load_model(run.settings["model"], "numpy", download=False, report=False, **classes)
     before = {path: layer.weight.data for path, layer in base.modules() if isinstance(layer, Linear) and path not in origin(base).drawn}
     after = dict(open_model(run.path, "numpy").modules())
     return {path: change_of(after[path].weight.data - W, W) for path, W in before.items()}
