@@ -26,11 +26,10 @@ import numpy as np
 
 from benchmarks.completions import SHAPES
 from benchmarks.footprint_count import Count, count
+from benchmarks.footprint_tables import DTYPES, LENGTH, RANK, tables
 from benchmarks.harness import ROOT, Failed, Worker, options
-from benchmarks.machine import describe
+from benchmarks.machine import busy_cores, describe
 
-LENGTH, RANK = 512, 8
-DTYPES = ("float32", "bfloat16", "nf4")
 SHOWN = {  # from the smallest
     "minilm": "MiniLM-L6",
     "gpt2": "GPT-2 small",
@@ -130,7 +129,8 @@ def point(name: str, dtype: str, sequences: int, args: Any) -> dict[str, Any]:
             worker.round()
         worker.stop()
     m = worker.measured
-    return {**chosen, "threads": args.threads, "seconds": m.seconds, "peak_memory_bytes": m.memory, "built_bytes": m.loaded, "loss": m.losses[0]}
+    found = {"peak_memory_bytes": m.memory, "built_bytes": m.loaded, "loss": m.losses[0], "busy_cores": max(m.others, default=0.0)}
+    return {**chosen, "threads": args.threads, "seconds": m.seconds, **found}
 
 
 def speed(threads: int) -> float:
@@ -165,13 +165,25 @@ def results_file(cpu: str) -> Path:
     return ROOT / "benchmarks" / "results" / f"footprint-{'-'.join(words)}.json"
 
 
+def write(results: dict[str, Any]) -> int:
+    """Write the tables of docs/what-fits.md and README.md, between <!-- name --> and <!-- /name -->."""
+    for page in (ROOT / "docs" / "what-fits.md", ROOT / "README.md"):
+        text = page.read_text()
+        for name, table in tables(results, {shape: configuration(shape) for shape in SHOWN}, SHOWN).items():
+            begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+            if begin in text:
+                text = text[: text.index(begin)] + f"{begin}\n\n{table}\n\n" + text[text.index(end) :]
+        page.write_text(text)
+    return 0
+
+
 def key_of(found: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(found[name] for name in ("model", "dtype", "sequences", "threads", "recompute"))
 
 
 def main() -> int:
     more: dict[str, dict[str, Any]] = {"only": {"nargs": "+", "choices": list(SHOWN), "default": list(SHOWN), "help": "models"}}
-    more["dtypes"] = {"nargs": "+", "choices": DTYPES, "default": DTYPES, "help": "of the frozen weights"}
+    more["dtypes"] = {"nargs": "+", "choices": [*DTYPES], "default": [*DTYPES], "help": "of the frozen weights"}
     more["sequences"] = {"nargs": "+", "type": int, "default": [1, 2], "help": f"of {LENGTH} tokens in a step"}
     more["recompute"] = {"action": "store_true", "help": "keep only the input of each block"}
     more["count"] = {"action": "store_true", "help": "count, and measure nothing"}
@@ -180,12 +192,14 @@ def main() -> int:
     machine = describe()
     file = results_file(machine["cpu"])
     if args.write:
-        from benchmarks.footprint_tables import write
-
+        if not file.is_file():
+            print(f"benchmarks.footprint: there is no {file}; measure first, without --write.", file=sys.stderr)
+            return 1
         return write(json.loads(file.read_text()))
     kept = json.loads(file.read_text()) if file.is_file() else {"points": []}
     if not args.count:
-        kept |= {"machine": machine, "speed": {str(n): speed(n) for n in sorted({1, args.threads})}}
+        kept |= {"machine": machine, "busy_cores": busy_cores(1.0)}
+        kept["speed"] = {str(n): speed(n) for n in sorted({1, args.threads})}
         print("products: " + ", ".join(f"{each / 1e9:.0f} GFLOP/s on {n} threads" for n, each in kept["speed"].items()))
     print(f"{'':14}{'':9} tokens {'counted':>9}{'measured':>10}{'':7}{'TFLOP':>8}{'floor':>9}{'step':>9}")
     for name in args.only:

@@ -19,11 +19,12 @@ import numpy as np
 from minilora import kernels as K
 from minilora.checking.flops import forward_flops, value
 from minilora.kernels.dispatch import choose
+from minilora.kernels.grouped import QUERIES, SCORES
 from minilora.kernels.numpy.losses import LOGITS
 from minilora.quantization.nf4 import BLOCK, NESTED
 from minilora.training.replicas import SHARD
 
-PROCESS = 45e6  # bytes of Python, NumPy and the code, measured
+PROCESS = 47e6  # bytes of Python, NumPy, BLAS and the code, measured
 BYTES = {"float32": 4, "bfloat16": 2}  # of a number of an activation or a matrix; with NF4 both are float32 where they are not in NF4
 LETTERS = {
     "d": "hidden size",
@@ -47,12 +48,14 @@ class Family(NamedTuple):
     linear: str  # in > out of each linear layer of a block
     vectors: str  # numbers in the norms and biases of a block
     tables: str  # numbers in matrices outside of the blocks
-    ends: str  # numbers in vectors there
+    ends: str  # numbers in vectors there, and others that are always float32
     saved: str  # numbers a token that a block saves for its backward pass, in the dtype of activations
     statistics: str  # numbers a token that a block saves in float32: 1 / sqrt(var + eps) of each norm
     outside: str  # numbers a token that are saved outside of the blocks: the gradient of the last hidden state
     rotary: str  # the same in float32: cos and sin
-    scratch: str  # numbers a token that exist at once in the backward pass of a feed-forward layer, besides what was saved
+    feed_forward: str  # numbers a token that exist at once in the backward pass of this layer, besides what was saved
+    attention: str  # the same of attention, besides two blocks of scores
+    half: str  # bytes a token that exist at once where the activation of half-precision arrays is upcast
     head: str = ""  # numbers in a classifier, which is fully trained
     unused: str = ""  # as `linear`: adapted layers outside of the blocks that a step does not run
 
@@ -66,7 +69,9 @@ _LLAMA = Family(
     statistics="2",
     outside="d",
     rotary="n",
-    scratch="3 f + 4 d",
+    feed_forward="3 f + 4 d",
+    attention="4 d + 3 q + 2 k",
+    half="26 f + 2 d",
 )
 FAMILIES = {
     "llama": _LLAMA,
@@ -76,7 +81,8 @@ FAMILIES = {
         saved="6 d + 3 q + 3 k + 4 f + 7 r",
         statistics="4 + h + g",
         rotary="2 n",
-        scratch="3 f + 5 d",
+        feed_forward="3 f + 5 d",
+        half="18 f + 2 d",
     ),
     "gpt2": Family(
         linear="d > 3 d, d > d, d > f, f > d",
@@ -87,18 +93,22 @@ FAMILIES = {
         statistics="2",
         outside="d",
         rotary="0",
-        scratch="2 f + 3 d",
+        feed_forward="2 f + 3 d",
+        attention="8 d",
+        half="16 f + 2 d",
     ),
     "bert": Family(
         linear="d > d, d > d, d > d, d > d, d > f, f > d",
         vectors="9 d + f",
-        tables="V d + P d + K d + c d",
-        ends="3 d + c",
+        tables="V d + P d + K d",
+        ends="3 d + c d + c",  # the original head too
         saved="8 d + 2 f + 6 r",
         statistics="2",
         outside="0",
         rotary="0",
-        scratch="2 f + 4 d",
+        feed_forward="2 f + 4 d",
+        attention="f + 10 d",
+        half="16 f + 2 d",
         head="c d + c",
         unused="d > d",  # the pooler, where the head reads the mean
     ),
@@ -172,24 +182,28 @@ def saved(family: Family, sizes: dict[str, int], tokens: int, dtype: str, recomp
 
 
 def scratch(family: Family, sizes: dict[str, int], tokens: int, dtype: str, recompute: bool = False) -> int:
-    """Bytes that exist at once besides, at the worst moment of a step: in a feed-forward layer's backward pass, or in the head's.
+    """Bytes that exist at once besides, at the worst moment of a step: in the backward pass of a layer, or in the head.
 
     In half precision an operation's arguments are upcast (kernels/half.py): a whole weight, and arrays of intermediate size. With
     recompute, a block runs forward while what the block above saved still exists.
     """
-    d, f = sizes["d"], sizes["f"]
-    width = min(sizes["V"], max(256, LOGITS // tokens))
-    logits = 4 * tokens * (width + 3 * d)
-    if dtype == "bfloat16":
-        backward = max(4 * d * f + tokens * (14 * f + 6 * d), tokens * (26 * f + 2 * d))
-        logits += 4 * width * d
+    d, f, q, k = (sizes[name] for name in "dfqk")
+    half, each = dtype == "bfloat16", BYTES.get(dtype, 4)
+    scores = 8 * min(SCORES, QUERIES * sizes["h"] * tokens)  # and their gradient, of a block of queries
+    width = min(sizes["V"], max(256, LOGITS // tokens))  # of a block of the vocabulary
+    head = 4 * (tokens * (width + 3 * d) + half * width * d) if value(family.outside, sizes) else 0
+    if half:
+        upcast = tokens * value(family.half, sizes)
+        attention = scores + tokens * (2 * value(family.attention, sizes) + 12 * q + 16 * k)
+        backward = max(upcast, attention, 4 * d * f + tokens * (14 * f + 6 * d))
+        forward = max(upcast, 4 * d * f + tokens * (8 * f + 8 * d))
     else:
-        backward = 4 * tokens * value(family.scratch, sizes)
+        backward = max(4 * tokens * value(family.feed_forward, sizes), scores + 4 * tokens * value(family.attention, sizes))
+        forward = 4 * tokens * (2 * f + 4 * d)
     if recompute:
-        each = BYTES.get(dtype, 4)
         block = tokens * (each * value(family.saved, sizes) + 4 * value(family.statistics, sizes))
-        backward = max(block + backward, 2 * block + each * tokens * (2 * f + 2 * d))
-    return max(backward, logits if value(family.outside, sizes) else 0)
+        return max(block + backward, 2 * block + forward, head)
+    return max(backward, head)
 
 
 def flops(family: Family, config: Any, sizes: dict[str, int], tokens: int, sequence: int, recompute: bool = False) -> int:

@@ -7,10 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import minilora as ml
+from benchmarks import footprint_count
 from benchmarks.report import COMPARED, Measured, disagreement, exponent, ratios, summary
+from minilora.checking.calls import arrays_in, owner
+from minilora.checking.trace import trace
+from minilora.lora import adaptation
+from minilora.models.bert import BertConfig
 
+needs_ml_dtypes = pytest.mark.skipif(not importlib.util.find_spec("ml_dtypes"), reason="bfloat16 needs ml_dtypes")
 ROOT = Path(__file__).parent.parent
 
 
@@ -78,3 +86,63 @@ def test_bad_input_is_one_sentence():
     done = run("--rounds", "0")
     assert done.returncode == 2
     assert done.stderr.endswith("error: argument --rounds: '0' should be an integer of at least 1\n")
+
+
+def a_small_model(kind, dtype="float32"):
+    """(configuration, model) of a family, with LoRA of rank 8 on all linear layers."""
+    from benchmarks import footprint
+
+    sizes = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+    if kind == "gpt2":
+        config = ml.GPT2Config(vocab_size=300, n_positions=256, n_embd=48, n_layer=3, n_head=4)
+    elif kind == "bert":
+        config = BertConfig(**sizes, pooling="mean")
+    else:
+        more = {} if kind == "llama, head of its own" else {"tie_word_embeddings": True}
+        more |= {"sliding_window": 100, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16} if kind == "gemma3_text" else {}
+        kind = kind.partition(",")[0]
+        config = ml.LlamaConfig(**sizes, model_type=kind, num_key_value_heads=2, head_dim=16, max_position_embeddings=512, **more)
+    model = footprint.build(config, dtype)
+    ml.inject(model, footprint.lora_config(config), rng=0)
+    return config, model
+
+
+KINDS = ["llama", "llama, head of its own", "qwen3", "gemma3_text", "gpt2", "bert"]
+DTYPES = ["float32", pytest.param("bfloat16", marks=needs_ml_dtypes), "nf4"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_counted_from_a_configuration_is_what_a_model_holds_and_saves(kind, dtype, recompute):
+    config, model = a_small_model(kind, dtype)
+    T, classes = 200, getattr(config, "num_labels", 0)
+    counted = footprint_count.count(config, dtype, 2, T, threads=2, recompute=recompute)
+    frozen = {id(p.data): p.data for _, p in model.parameters() if not p.trainable}
+    original = adaptation(model).base_values.values()  # of a classifier's head, before training
+    assert counted.weights == sum(value.nbytes for value in [*frozen.values(), *original])
+    optimizer = ml.AdamW(model.parameters())
+    assert counted.trained == optimizer.flat.data.size
+    assert counted.adapters == 6 * optimizer.flat.data.nbytes
+
+    model.body.recompute = recompute
+    labels = np.zeros(1 if classes else T, int)
+    _, kept = model.loss(np.arange(T), labels, np.array([0, T]))
+    parameters = {id(owner(p.data)) for _, p in model.parameters()}
+    arrays = {id(owner(a)): owner(a) for a in arrays_in(kept) if a.dtype.kind not in "iu"}
+    each = footprint_count.BYTES.get(dtype, 4)
+    of_the_head = 4 * classes + each * config.hidden_size if classes else 0  # for each sequence: the gradient of the logits, and the mean
+    assert counted.saved == sum(a.nbytes for i, a in arrays.items() if i not in parameters) - of_the_head
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_flops_of_a_configuration_are_those_that_run(kind, recompute):
+    config, model = a_small_model(kind)
+    T, classes = 200, getattr(config, "num_labels", 0)
+    model.body.recompute = recompute
+    with trace(model) as calls:
+        _, kept = model.loss(np.arange(2 * T) % 300, np.zeros(2 if classes else 2 * T, int), np.array([0, T, 2 * T]))
+        model.loss_backward(kept)
+    ran = sum(call.flops.total for call in calls if "classifier" not in call.place and call.name != "linear")
+    assert footprint_count.count(config, "float32", 2, T, recompute=recompute).flops == ran
