@@ -10,7 +10,8 @@
     python -m benchmarks.full_vs_lora_step              full fine-tuning against LoRA, both minilora
     python -m benchmarks.growth                         time and memory against tokens, rank, layers, vocabulary
     python -m benchmarks.cpu                            all of these, into benchmarks/results/cpu.json
+    python -m benchmarks.footprint                      memory and time of a step of models up to 8B, counted and measured
     python -m benchmarks.lora_vs_full                   share of full fine-tuning's improvement that LoRA reaches
 
-All but the last need the extra `oracle` for the rivals (pip install 'minilora[oracle]'); --help lists the options.
+All but the last two need the extra `oracle` for the rivals (pip install 'minilora[oracle]'); --help lists the options.
 """

@@ -22,7 +22,6 @@ from minilora.kernels.dispatch import choose
 from minilora.kernels.grouped import QUERIES, SCORES
 from minilora.kernels.numpy.losses import LOGITS
 from minilora.quantization.nf4 import BLOCK, NESTED
-from minilora.training.replicas import SHARD
 
 PROCESS = 47e6  # bytes of Python, NumPy, BLAS and the code, measured
 BYTES = {"float32": 4, "bfloat16": 2}  # of a number of an activation or a matrix; with NF4 both are float32 where they are not in NF4
@@ -244,9 +243,9 @@ def _blank(*shape: int) -> np.ndarray:
 
 
 def count(config: Any, dtype: str, sequences: int, length: int, threads: int = 2, recompute: bool = False, r: int = 8) -> Count:
-    """Of a step on `sequences` of `length` tokens, on as many lanes as threads. Raises ValueError for sequences that share a shard."""
-    if 2 * length <= SHARD and sequences > threads:
-        raise ValueError(f"two sequences of {length} tokens share a shard of {SHARD}; count sequences of more than {SHARD // 2} tokens.")
+    """Of a step on `sequences` of `length` tokens, a lane each. Raises ValueError for more of them than threads."""
+    if sequences > threads:
+        raise ValueError(f"{sequences} sequences would share {threads} lanes; count at most one sequence a thread.")
     kind = getattr(config, "model_type", "gpt2")
     family, sizes = FAMILIES[kind], sizes_of(config, r)
     tied = getattr(config, "tie_word_embeddings", True) or kind == "bert"
