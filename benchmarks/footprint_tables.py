@@ -10,6 +10,7 @@ from benchmarks.report import DISTURBED
 
 LENGTH, RANK = 512, 8
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "nf4": "NF4"}
+Points = Mapping[tuple[str, str, int, bool], dict[str, Any]]  # by model, dtype, sequences and recompute
 TO_MEASURE = "to be measured"  # on an idle machine
 
 
@@ -17,12 +18,15 @@ def tables(results: dict[str, Any], configs: Mapping[str, Any], names: Mapping[s
     """{mark: table in Markdown}."""
     points = {(p["model"], p["dtype"], p["sequences"], p["recompute"]): p for p in results["points"]}
     made = {"formulas": _formulas(), "parts": _parts(configs, names), "processor": _processor(results)}
-    made |= {f"memory-{n}": _memory(points, configs, names, n) for n in (1, 2)}
-    return made | {"times": _times(points, results, configs, names), "laptop": _laptop(points, configs, names)}
+    for n in (1, 2):
+        made[f"memory-{n}"] = _memory(points, configs, names, n)
+        made[f"times-{n}"] = _times(points, results, configs, names, n)
+    return made | {"laptop": _laptop(points, configs, names)}
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+    lines = [f"| {' | '.join(row)} |" for row in [header, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def _formulas() -> str:
@@ -57,33 +61,30 @@ def _parts(configs: Mapping[str, Any], names: Mapping[str, str]) -> str:
     return _table(header, rows)
 
 
-def _memory(points: Mapping[Any, Any], configs: Mapping[str, Any], names: Mapping[str, str], sequences: int) -> str:
-    """Measured and counted peaks."""
+def _memory(points: Points, configs: Mapping[str, Any], names: Mapping[str, str], sequences: int) -> str:
+    """Measured peaks, and how much lower or higher the count is."""
     rows = []
     for name, config in configs.items():
         cells = []
         for dtype in DTYPES:
-            total, found = count(config, dtype, sequences, LENGTH).total, points.get((name, dtype, sequences, False))
-            measured = "" if found is None else f"{found['peak_memory_bytes'] / 1e6:,.0f}"
-            apart = "" if found is None else f"{total / found['peak_memory_bytes'] - 1:+.0%}"
-            cells += [f"{total / 1e6:,.0f}", measured, apart]
+            for recompute in (False, True)[: 2 if dtype == "nf4" else 1]:
+                total = count(config, dtype, sequences, LENGTH, recompute=recompute).total
+                found = points.get((name, dtype, sequences, recompute))
+                peak = found["peak_memory_bytes"] if found else 0
+                cells.append(f"{peak / 1e6:,.0f} ({total / peak - 1:+.1%})" if found else f"{total / 1e6:,.0f} by count")
         rows.append([names[name], *cells])
-    return _table(["model", *(f"{words}{what}" for words in DTYPES.values() for what in (", counted", ", measured", ""))], rows)
+    return _table(["model", *DTYPES.values(), "NF4, `--recompute`"], rows)
 
 
-def _times(points: Mapping[Any, Any], results: dict[str, Any], configs: Mapping[str, Any], names: Mapping[str, str]) -> str:
+def _times(points: Points, results: dict[str, Any], configs: Mapping[str, Any], names: Mapping[str, str], sequences: int) -> str:
     """TFLOP of a step, the floor, and seconds."""
     rows, speeds = [], results["speed"]
     for name, config in configs.items():
-        cells = []
-        for sequences in (1, 2):
-            counted = count(config, "float32", sequences, LENGTH)
-            floor = counted.flops / speeds[str(counted.lanes)] if idle(results) else None
-            cells += [f"{counted.flops / 1e12:.2f}", TO_MEASURE if floor is None else f"{floor:.1f} s"]
-            cells += [_seconds(points.get((name, dtype, sequences, False))) for dtype in DTYPES]
-        rows.append([names[name], *cells])
-    each = ["TFLOP", "floor", *DTYPES.values()]
-    return _table(["model", *(f"{what}, {n} x {LENGTH}" for n in (1, 2) for what in each)], rows)
+        counted = count(config, "float32", sequences, LENGTH)
+        floor = f"{counted.flops / speeds[str(counted.lanes)]:.1f} s" if idle(results) else TO_MEASURE
+        seconds = [_seconds(points.get((name, dtype, sequences, False))) for dtype in DTYPES]
+        rows.append([names[name], f"{counted.flops / 1e12:.2f}", floor, *seconds])
+    return _table(["model", "TFLOP", "floor", *DTYPES.values()], rows)
 
 
 def idle(results: dict[str, Any]) -> bool:
@@ -97,18 +98,19 @@ def _seconds(found: Any) -> str:
     return f"{min(found['seconds']):.1f} s" if found.get("busy_cores", 1) <= DISTURBED else TO_MEASURE
 
 
-def _laptop(points: Mapping[Any, Any], configs: Mapping[str, Any], names: Mapping[str, str]) -> str:
+def _laptop(points: Points, configs: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """README's table: the memory as measured, or by count where it was not."""
     rows = []
     for name, config in configs.items():
-        found = [points.get((name, dtype, 1, False)) for dtype in DTYPES]
-        cells = [
-            f"{count(config, dtype, 1, LENGTH).total / 1e9:.1f} GB by count" if p is None else f"{p['peak_memory_bytes'] / 1e9:.2f} GB"
-            for dtype, p in zip(DTYPES, found, strict=True)
-        ]
+        cells = []
+        for dtype, recompute in [*((dtype, False) for dtype in DTYPES), ("nf4", True)]:
+            total = count(config, dtype, 1, LENGTH, recompute=recompute).total
+            found = points.get((name, dtype, 1, recompute))
+            cells.append(f"{found['peak_memory_bytes'] / 1e9:.2f} GB" if found else f"{total / 1e9:.1f} GB by count")
+        found = points.get((name, "float32", 1, False)) or points.get((name, "nf4", 1, False))
         parameters = count(config, "float32", 1, LENGTH).weights / 4e6
-        rows.append([names[name], f"{parameters:,.0f} M", *cells, _seconds(found[0] or found[2])])
-    return _table(["model", "parameters", *DTYPES.values(), f"a step of {LENGTH} tokens"], rows)
+        rows.append([names[name], f"{parameters:,.0f} M", *cells, _seconds(found)])
+    return _table(["model", "parameters", *DTYPES.values(), "NF4, `--recompute`", "a step, float32 (8B: NF4)"], rows)
 
 
 def _processor(results: dict[str, Any]) -> str:

@@ -189,7 +189,7 @@ def test_the_tables_say_what_was_not_measured_on_an_idle_machine():
     results = {"points": [found | {"busy_cores": 0.0}], "speed": {"1": 1e11, "2": 2e11}, "busy_cores": 0.0}
     results["machine"] = {"cpu": "a processor", "cores": 2, "numpy": "2", "blas": "a BLAS"}
     idle = footprint_tables.tables(results, {"small": small_config("qwen3")}, {"small": "Small"})
-    assert idle["laptop"].splitlines()[-1] == "| Small | 0 M | 0.20 GB | 0.1 GB by count | 0.1 GB by count | 1.5 s |"
+    assert idle["laptop"].splitlines()[-1] == "| Small | 0 M | 0.20 GB | 0.1 GB by count | 0.1 GB by count | 0.1 GB by count | 1.5 s |"
     assert idle["processor"].endswith("Products: 100 GFLOP/s on 1 thread, 200 GFLOP/s on 2 threads.")
     results["points"][0]["busy_cores"] = results["busy_cores"] = 0.5
     busy = footprint_tables.tables(results, {"small": small_config("qwen3")}, {"small": "Small"})
