@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks.completions import SHAPES
 from benchmarks.footprint_count import Count, count
-from benchmarks.footprint_tables import DTYPES, LENGTH, RANK, tables
+from benchmarks.footprint_tables import DTYPES, LENGTH, RANK, THREADS, tables
 from benchmarks.harness import ROOT, Failed, Worker, options
 from benchmarks.machine import busy_cores, describe
 
@@ -184,11 +184,14 @@ def key_of(found: dict[str, Any]) -> tuple[Any, ...]:
 def main() -> int:
     more: dict[str, dict[str, Any]] = {"only": {"nargs": "+", "choices": list(SHOWN), "default": list(SHOWN), "help": "models"}}
     more["dtypes"] = {"nargs": "+", "choices": [*DTYPES], "default": [*DTYPES], "help": "of the frozen weights"}
-    more["sequences"] = {"nargs": "+", "type": int, "default": [1, 2], "help": f"of {LENGTH} tokens in a step"}
+    more["sequences"] = {"nargs": "+", "type": int, "default": [1, 2], "help": f"of {LENGTH} tokens in a step, one a thread at most"}
     more["recompute"] = {"action": "store_true", "help": "keep only the input of each block"}
     more["count"] = {"action": "store_true", "help": "count, and measure nothing"}
     more["write"] = {"action": "store_true", "help": "write the tables, and measure nothing"}
-    args = options(__doc__, rounds=1, **more)
+    args = options(__doc__, rounds=1, threads=THREADS, **more)
+    if not 1 <= min(args.sequences) <= max(args.sequences) <= args.threads:
+        print(f"benchmarks.footprint: --sequences must be from 1 to the number of threads, {args.threads}.", file=sys.stderr)
+        return 2
     machine = describe()
     file = results_file(machine["cpu"])
     if args.write:
@@ -199,7 +202,7 @@ def main() -> int:
     kept = json.loads(file.read_text()) if file.is_file() else {"points": []}
     if not args.count:
         kept |= {"machine": machine, "busy_cores": busy_cores(1.0)}
-        kept["speed"] = {str(n): speed(n) for n in sorted({1, args.threads})}
+        kept["speed"] = {str(n): speed(n) for n in sorted({1, THREADS, *args.sequences})}
         print("products: " + ", ".join(f"{each / 1e9:.0f} GFLOP/s on {n} threads" for n, each in kept["speed"].items()))
     print(f"{'':14}{'':9} tokens {'counted':>9}{'measured':>10}{'':7}{'TFLOP':>8}{'floor':>9}{'step':>9}")
     for name in args.only:

@@ -171,7 +171,10 @@ def trained(family: Family, sizes: dict[str, int]) -> int:
 
 
 def saved(family: Family, sizes: dict[str, int], tokens: int, dtype: str, recompute: bool = False) -> int:
-    """Bytes that the forward pass of one shard keeps for its backward pass. recompute: of each block its input, and the last norm's."""
+    """Bytes that the forward pass of one shard keeps for its backward pass. recompute: of each block its input, and the last norm's.
+
+    The first norm of the lowest block saves nothing, as nobody needs its gradient; the norm after the last block saves as much.
+    """
     each, d, L = BYTES.get(dtype, 4), sizes["d"], sizes["L"]
     outside = each * value(family.outside, sizes) + 4 * value(family.rotary, sizes)
     if recompute:

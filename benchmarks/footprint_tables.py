@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.footprint_count import FAMILIES, LETTERS, count
 from benchmarks.report import DISTURBED
 
-LENGTH, RANK = 512, 8
+LENGTH, RANK, THREADS = 512, 8, 2
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "nf4": "NF4"}
 Points = Mapping[tuple[str, str, int, bool], dict[str, Any]]  # by model, dtype, sequences and recompute
 TO_MEASURE = "to be measured"  # on an idle machine
@@ -16,7 +16,7 @@ TO_MEASURE = "to be measured"  # on an idle machine
 
 def tables(results: dict[str, Any], configs: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
     """{mark: table in Markdown}."""
-    points = {(p["model"], p["dtype"], p["sequences"], p["recompute"]): p for p in results["points"]}
+    points = {(p["model"], p["dtype"], p["sequences"], p["recompute"]): p for p in results["points"] if p["threads"] == THREADS}
     made = {"formulas": _formulas(), "parts": _parts(configs, names), "processor": _processor(results)}
     for n in (1, 2):
         made[f"memory-{n}"] = _memory(points, configs, names, n)

@@ -185,7 +185,15 @@ def test_a_count_refuses_sequences_that_share_a_lane():
 
 
 def test_the_tables_say_what_was_not_measured_on_an_idle_machine():
-    found = {"model": "small", "dtype": "float32", "sequences": 1, "recompute": False, "seconds": [2.0, 1.5], "peak_memory_bytes": 2e8}
+    found = {
+        "model": "small",
+        "dtype": "float32",
+        "sequences": 1,
+        "threads": 2,
+        "recompute": False,
+        "seconds": [2.0, 1.5],
+        "peak_memory_bytes": 2e8,
+    }
     results = {"points": [found | {"busy_cores": 0.0}], "speed": {"1": 1e11, "2": 2e11}, "busy_cores": 0.0}
     results["machine"] = {"cpu": "a processor", "cores": 2, "numpy": "2", "blas": "a BLAS"}
     idle = footprint_tables.tables(results, {"small": small_config("qwen3")}, {"small": "Small"})
