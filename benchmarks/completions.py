@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.harness import RIVALS, compare, positive
 
 PROMPT, COMPLETION = (60, 120), (20, 60)
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         **{"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
@@ -29,6 +30,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
         **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28},
         **{"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960, "rope_theta": 1e6},
+    },
+    "llama-3.2-1b": {
+        **{"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+        **{"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5},
+        "rope_scaling": LLAMA3 | {"factor": 32.0},
+    },
+    "llama-3.1-8b": {  # its head is a matrix of its own; 32 GB in float32
+        **{"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+        **{"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5},
+        **{"rope_scaling": LLAMA3 | {"factor": 8.0}, "tie_word_embeddings": False},
     },
     "gemma3-270m": {
         **{"model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
@@ -56,7 +67,7 @@ def smollm2(random: bool, shape: str = "") -> tuple[Any, Callable[[str], list[in
     import minilora as ml
 
     if random or shape:
-        config = ml.LlamaConfig(**SHAPES[shape or "smollm2-135m"], tie_word_embeddings=True)
+        config = ml.LlamaConfig(**{"tie_word_embeddings": True, **SHAPES[shape or "smollm2-135m"]})
         return ml.Llama(config, rng=0).freeze(), None
     from minilora.formats.tokenizer import load_tokenizer
     from tests.assets import smollm2 as file

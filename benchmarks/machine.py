@@ -30,8 +30,9 @@ def describe() -> dict[str, Any]:
 
 
 def slug() -> str:
-    """The processor in letters, digits and hyphens, for the name of a file: results of one never replace another's."""
-    return re.sub("[^a-z0-9]+", "-", processor().partition(",")[0].lower() + processor().partition(",")[2].rpartition(",")[0]).strip("-")
+    """The processor for the name of a file, as amd-epyc-25-17 (family 25, model 17): results of one never replace another's."""
+    words = re.findall("[a-z0-9]+", processor().rpartition(",")[0].lower())
+    return "-".join(word for word in words if word not in ("family", "model"))
 
 
 def peak_memory() -> int:

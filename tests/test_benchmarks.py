@@ -6,15 +6,23 @@ import json
 import math
 import subprocess
 import sys
+import tracemalloc
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import minilora as ml
-from benchmarks import straight, toy, where
+from benchmarks import footprint, footprint_count, footprint_tables, straight, toy, where
 from benchmarks.report import COMPARED, Measured, disagreement, exponent, ratios, summary
+from minilora.checking.calls import arrays_in, owner
+from minilora.checking.trace import trace
+from minilora.kernels.dispatch import PLAIN
+from minilora.lora import adaptation
+from minilora.models.bert import BertConfig
 
+needs_ml_dtypes = pytest.mark.skipif(not importlib.util.find_spec("ml_dtypes"), reason="bfloat16 needs ml_dtypes")
 ROOT = Path(__file__).parent.parent
 
 
@@ -111,3 +119,118 @@ def test_bad_input_is_one_sentence():
     done = run("--rounds", "0")
     assert done.returncode == 2
     assert done.stderr.endswith("error: argument --rounds: '0' should be an integer of at least 1\n")
+
+
+def small_config(kind, times=1):
+    """A configuration of a family. times: a factor of its width."""
+    d, more = 48 * times, {}
+    sizes = {"vocab_size": 300, "hidden_size": d, "intermediate_size": 2 * d, "num_hidden_layers": 3, "num_attention_heads": 4}
+    if kind == "gpt2":
+        return ml.GPT2Config(vocab_size=300, n_positions=512, n_embd=d, n_layer=3, n_head=4)
+    if kind == "bert":
+        return BertConfig(**sizes, pooling="mean")
+    if kind != "llama, head of its own":
+        more["tie_word_embeddings"] = True
+    if kind == "gemma3_text":
+        more |= {"sliding_window": 100, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16 * times}
+    heads = {"num_key_value_heads": 2, "head_dim": 16 * times, "max_position_embeddings": 512}
+    return ml.LlamaConfig(**sizes, **heads, model_type=kind.partition(",")[0], **more)
+
+
+def a_small_model(kind, dtype="float32"):
+    """(configuration, model) of a family, with LoRA of rank 8 on all linear layers."""
+    config = small_config(kind)
+    model = footprint.build(config, dtype)
+    ml.inject(model, footprint.lora_config(config), rng=0)
+    return config, model
+
+
+optimised = pytest.mark.skipif(PLAIN, reason="references save other arrays than the kernels that are counted")
+KINDS = ["llama", "llama, head of its own", "qwen3", "gemma3_text", "gpt2", "bert"]
+DTYPES = ["float32", pytest.param("bfloat16", marks=needs_ml_dtypes), "nf4"]
+
+
+@optimised
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_counted_from_a_configuration_is_what_a_model_holds_and_saves(kind, dtype, recompute):
+    config, model = a_small_model(kind, dtype)
+    T, classes = 200, getattr(config, "num_labels", 0)
+    counted = footprint_count.count(config, dtype, 2, T, threads=2, recompute=recompute)
+    frozen = {id(p.data): p.data for _, p in model.parameters() if not p.trainable}
+    original = adaptation(model).base_values.values()  # of a classifier's head, before training
+    assert counted.weights == sum(value.nbytes for value in [*frozen.values(), *original])
+    optimizer = ml.AdamW(model.parameters())
+    assert counted.trained == optimizer.flat.data.size
+    assert counted.adapters == 6 * optimizer.flat.data.nbytes
+
+    model.body.recompute = recompute
+    labels = np.zeros(1 if classes else T, int)
+    _, kept = model.loss(np.arange(T), labels, np.array([0, T]))
+    parameters = {id(owner(p.data)) for _, p in model.parameters()}
+    arrays = {id(owner(a)): owner(a) for a in arrays_in(kept) if a.dtype.kind not in "iu"}
+    each = footprint_count.BYTES.get(dtype, 4)
+    of_the_head = 4 * classes + each * config.hidden_size if classes else 0  # for each sequence: the gradient of the logits, and the mean
+    assert counted.saved == sum(a.nbytes for i, a in arrays.items() if i not in parameters) - of_the_head
+
+
+@optimised
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_flops_of_a_configuration_are_those_that_run(kind, recompute):
+    config, model = a_small_model(kind)
+    T, classes = 200, getattr(config, "num_labels", 0)
+    model.body.recompute = recompute
+    with trace(model) as calls:
+        _, kept = model.loss(np.arange(2 * T) % 300, np.zeros(2 if classes else 2 * T, int), np.array([0, T, 2 * T]))
+        model.loss_backward(kept)
+    ran = sum(call.flops.total for call in calls if "classifier" not in call.place and call.name != "linear")
+    assert footprint_count.count(config, "float32", 2, T, recompute=recompute).flops == ran
+
+
+@optimised
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "bert"])
+def test_the_peak_of_a_step_is_within_a_tenth_of_the_count(monkeypatch, kind, dtype, recompute):
+    """Of what NumPy allocates. The process, and what the C allocator keeps, are not in it."""
+    config = small_config(kind, 6)
+    monkeypatch.setattr(footprint, "configuration", lambda name: config)
+    tracemalloc.start()
+    try:
+        steps = footprint.ours(Namespace(model=kind, dtype=dtype, sequences=1, recompute=recompute, threads=1))
+        next(steps)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    steps.close()
+    counted = footprint_count.count(config, dtype, 1, footprint.LENGTH, 1, recompute)
+    assert counted.total - footprint_count.PROCESS == pytest.approx(peak, rel=0.1)
+
+
+def test_a_count_refuses_sequences_that_share_a_lane():
+    with pytest.raises(ValueError, match=r"^8 sequences would share 2 lanes; count at most one sequence a thread\.$"):
+        footprint_count.count(small_config("llama"), "float32", 8, 256, threads=2)
+
+
+def test_the_tables_say_what_was_not_measured_on_an_idle_machine():
+    found = {
+        "model": "small",
+        "dtype": "float32",
+        "sequences": 1,
+        "threads": 2,
+        "recompute": False,
+        "seconds": [2.0, 1.5],
+        "peak_memory_bytes": 2e8,
+    }
+    results = {"points": [found | {"busy_cores": 0.0}], "speed": {"1": 1e11, "2": 2e11}, "busy_cores": 0.0}
+    results["machine"] = {"cpu": "a processor", "cores": 2, "numpy": "2", "blas": "a BLAS"}
+    idle = footprint_tables.tables(results, {"small": small_config("qwen3")}, {"small": "Small"})
+    assert idle["laptop"].splitlines()[-1] == "| Small | 0 M | 0.20 GB | 0.1 GB by count | 0.1 GB by count | 0.1 GB by count | 1.5 s |"
+    assert idle["processor"].endswith("Products: 100 GFLOP/s on 1 thread, 200 GFLOP/s on 2 threads.")
+    results["points"][0]["busy_cores"] = results["busy_cores"] = 0.5
+    busy = footprint_tables.tables(results, {"small": small_config("qwen3")}, {"small": "Small"})
+    assert busy["laptop"].endswith("| to be measured |")
+    assert "Products: to be measured." in busy["processor"]
+    assert "4 d + 3 q + 3 k + 3 f + 7 r" in busy["formulas"]
