@@ -5,8 +5,10 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 import types
 
+import ml_dtypes
 import numpy as np
 import oracle
 import pytest
@@ -187,6 +189,47 @@ def test_bfloat16_and_unaligned_tensors_are_read(tmp_path):
     assert tensors["x"].dtype == np.float32
     assert np.abs(tensors["x"] - x).max() < 2**-7 * np.abs(x).max()
     np.testing.assert_array_equal(tensors["x"].view(np.uint32), x.view(np.uint32) & 0xFFFF0000)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantize"), [("float32", ""), ("float64", ""), ("bfloat16", ""), ("float16", ""), ("float32", "nf4"), (None, "")]
+)
+def test_a_file_in_bfloat16_loads_as_the_same_numbers_in_float32_do(dtype, quantize, tmp_path):
+    config = ml.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    ml.save_model(ml.Llama(config, rng=0), tmp_path / "half", dtype="bfloat16")
+    ml.save_model(ml.load_model(tmp_path / "half", "numpy"), tmp_path / "float", dtype="float32")
+    models = [ml.load_model(tmp_path / name, "numpy", dtype, quantize=quantize) for name in ("half", "float")]
+    for (path, p), (_, q) in zip(*(model.parameters() for model in models), strict=True):
+        assert p.data.dtype == q.data.dtype, path
+        np.testing.assert_array_equal(ml.to_numpy(p.data), ml.to_numpy(q.data))
+    assert is_mapped(dict(models[0].parameters())["model.layers.0.mlp.up_proj.weight"].data) == (dtype == "bfloat16")
+
+
+def test_loading_a_file_in_bfloat16_never_holds_it_in_float32(tmp_path):
+    """The peak is what remains, and what the conversion of one weight takes."""
+    config = ml.LlamaConfig(vocab_size=96, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4)
+    ml.save_model(ml.Llama(config, rng=0), tmp_path / "model", dtype="bfloat16")
+    in_float32 = 2 * (tmp_path / "model" / "model.safetensors").stat().st_size
+    for dtype, quantize, share in (("float32", "nf4", 0.5), ("bfloat16", "", 0.1)):
+        ml.load_model(tmp_path / "model", "numpy", dtype, quantize=quantize)  # what is imported and cached counts once
+        tracemalloc.start()
+        model = ml.load_model(tmp_path / "model", "numpy", dtype, quantize=quantize)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < share * in_float32, (dtype, quantize, peak / in_float32)
+        del model
+
+
+@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC1])  # infinity, -infinity, NaN
+def test_what_is_not_finite_in_bfloat16_is_refused(bits, tmp_path):
+    config = ml.LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    ml.save_model(ml.Llama(config, rng=0), tmp_path / "m", dtype="bfloat16")
+    tensors = map_tensors(tmp_path / "m" / "model.safetensors", ml_dtypes.bfloat16)[0]
+    tensors = {name: value.copy() for name, value in tensors.items()}
+    tensors["model.norm.weight"].view(np.uint16)[1] = bits
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="holds values that are not finite"):
+        ml.load_model(tmp_path / "m", "numpy")
 
 
 def test_gguf_files_use_the_gguf_reader(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from minilora.lora import adapter_parameters, lora_layers
 from minilora.models.bert import BertConfig
 from minilora.models.decoder import Decoder
 from minilora.quantization.nf4 import is_nf4
-from minilora.quantization.quantize import check_kind, quantize_model, to_half_precision
+from minilora.quantization.quantize import bfloat16_or_none, check_kind, quantize_model, to_half_precision
 
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
 _TOKENIZER_FILES += "vocab.txt vocab.json merges.txt tokenizer.model generation_config.json".split()
@@ -85,7 +85,7 @@ def load_model(
         del raw["quantization_config"]
     config: Any = family.config.from_json(raw, where)
     published = config.class_names if isinstance(config, BertConfig) else []
-    tensors = tensors or unpacked(read_weights(source), source)
+    tensors = tensors or unpacked(read_weights(source, None if kind is None else bfloat16_or_none()), source)
     check_sizes(config, tensors, where)
     others = isinstance(labels, Sequence) and list(labels) != published and named(published)
     if labels is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import numpy as np
 
@@ -45,9 +46,9 @@ def is_hub_id(name: str | Path) -> bool:
     return first not in _OWN_FOLDERS and not Path(first).exists() and Path(name).suffix not in _SUFFIXES
 
 
-def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """{name: array} of a folder's safetensors files, mapped. Raises FileNotFoundError or ValueError."""
-    return {name: value for file in weight_files(folder) for name, value in map_tensors(file)[0].items()}
+def read_weights(folder: Path, bfloat16: Any = None) -> dict[str, np.ndarray]:
+    """{name: array} of a folder's safetensors files, as `map_tensors`. Raises FileNotFoundError or ValueError."""
+    return {name: value for file in weight_files(folder) for name, value in map_tensors(file, bfloat16)[0].items()}
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from minilora.formats.fetch import origin
+from minilora.kernels.half import is_half
 from minilora.layers import Layer, Linear
 from minilora.lora import adapter_parameters
 from minilora.models.registry import ARCHITECTURES as FAMILIES
@@ -133,10 +134,18 @@ def check_fit(source: str | Path, tensors: dict[str, np.ndarray], expected: dict
         value = tensors[key]
         if value.shape != tuple(shape):
             raise ValueError(f"{source} does not fit the model: {key} has shape {value.shape}, the model expects {tuple(shape)}.")
-        with np.errstate(invalid="ignore"):  # min and max take no memory, unlike isfinite, and are NaN if one element is
-            low, high = (0, 0) if is_nf4(value) or value.size == 0 else (value.min(), value.max())  # NF4 is checked when it is read
-        if value.dtype.kind != "f" or not max(-low, high) <= np.finfo(np.float32).max:
+        if not (is_nf4(value) or _finite(value)):  # NF4 is checked when it is read
             raise ValueError(f"{source}: {key} ({value.dtype}) holds values that are not finite floating-point numbers.")
+
+
+def _finite(value: np.ndarray) -> bool:
+    """Whether these are floating-point numbers, all finite in float32."""
+    if value.size == 0:
+        return value.dtype.kind == "f" or is_half(value)
+    if is_half(value) and value.dtype.kind == "V":  # bfloat16, whose exponent is all ones where it is not finite
+        return bool((value.view(np.uint16) & 0x7FFF).max() < 0x7F80)
+    with np.errstate(invalid="ignore"):  # min and max take no memory, unlike isfinite, and are NaN if one element is
+        return value.dtype.kind == "f" and bool(max(-value.min(), value.max()) <= np.finfo(np.float32).max)
 
 
 def warn_of_pooling(model: Any, folder: Path) -> None:

@@ -24,11 +24,11 @@ _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
 _DTYPES |= {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}
 
 
-def map_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def map_tensors(path: str | Path, bfloat16: Any = None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """({name: array}, metadata) of a safetensors file. The arrays are read-only views of the mapped file, read from disk on first use.
 
     The file must not be modified while they exist; `write_tensors` is safe, since it replaces the file instead of writing into it.
-    BF16, which NumPy lacks, becomes float32 in memory.
+    BF16, which NumPy lacks, becomes float32 in memory, or stays in the file as an array of the dtype `bfloat16` (ml_dtypes').
     Raises FileNotFoundError; ValueError when the file is truncated, inconsistent, of another format, or holds an unsupported dtype.
     """
     header, start = _header(Path(path))
@@ -40,7 +40,9 @@ def map_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]
             value = np.ndarray(entry["shape"], _DTYPES[entry["dtype"]], buffer=data, offset=start + entry["data_offsets"][0])
         except (ValueError, OverflowError) as error:  # an empty array of 2^61 rows, or of 99 dimensions
             raise _unreadable(path, f"{name!r:.80} has shape {entry['shape']!s:.80}: {error}") from None
-        if entry["dtype"] == "BF16":  # the upper half of a float32
+        if entry["dtype"] == "BF16" and bfloat16 is not None:
+            value = value.view(bfloat16)
+        elif entry["dtype"] == "BF16":  # the upper half of a float32
             value = (value.astype(np.uint32) << 16).view(np.float32)
         tensors[name] = value if value.flags.aligned else value.copy()
     return tensors, metadata

@@ -53,6 +53,14 @@ def half_dtype(kind: str) -> Any:
     return np.dtype(ml_dtypes.bfloat16)
 
 
+def bfloat16_or_none() -> Any:
+    """bfloat16, where ml_dtypes is installed."""
+    try:
+        return half_dtype("bfloat16")
+    except ImportError:
+        return None
+
+
 def to_half_precision(model: Layer, kind: str) -> None:
     """Convert every matrix of the model to "float16" or "bfloat16", vectors (biases, weights of norms) to float32, and freeze all.
 
