@@ -20,8 +20,8 @@ from minilora import kernels as K
 from minilora.checking.flops import forward_flops, value
 from minilora.kernels.dispatch import choose
 from minilora.kernels.grouped import QUERIES, SCORES
-from minilora.kernels.numpy.losses import LOGITS
 from minilora.quantization.nf4 import BLOCK, NESTED
+from minilora.tuned import SIZES
 
 PROCESS = 47e6  # bytes of Python, NumPy, BLAS and the code, measured
 BYTES = {"float32": 4, "bfloat16": 2}  # of a number of an activation or a matrix; with NF4 both are float32 where they are not in NF4
@@ -187,12 +187,12 @@ def scratch(family: Family, sizes: dict[str, int], tokens: int, dtype: str, reco
     """Bytes that exist at once besides, at the worst moment of a step: in the backward pass of a layer, or in the head.
 
     In half precision an operation's arguments are upcast (kernels/half.py): a whole weight, and arrays of intermediate size. With
-    recompute, a block runs forward while what the block above saved still exists.
+    recompute, what a block saves exists while it runs forward once more, and then backward.
     """
     d, f, q, k = (sizes[name] for name in "dfqk")
     half, each = dtype == "bfloat16", BYTES.get(dtype, 4)
     scores = 8 * min(SCORES, QUERIES * sizes["h"] * tokens)  # and their gradient, of a block of queries
-    width = min(sizes["V"], max(256, LOGITS // tokens))  # of a block of the vocabulary
+    width = min(sizes["V"], max(256, SIZES["logits"] // tokens))  # of a block of the vocabulary
     head = 4 * (tokens * (width + 3 * d) + half * width * d) if value(family.outside, sizes) else 0
     if half:
         upcast = tokens * value(family.half, sizes)
@@ -204,7 +204,7 @@ def scratch(family: Family, sizes: dict[str, int], tokens: int, dtype: str, reco
         forward = 4 * tokens * (2 * f + 4 * d)
     if recompute:
         block = tokens * (each * value(family.saved, sizes) + 4 * value(family.statistics, sizes))
-        return max(block + backward, 2 * block + forward, head)
+        return max(block + max(backward, forward), head)
     return max(backward, head)
 
 

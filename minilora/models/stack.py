@@ -95,6 +95,7 @@ class Body(Layer):
             again = _again(block, h, dict(options)) if self.recompute and keep and needs[-1] else None
             h, s_block = block.forward(h, keep=keep and needs[-1], **options)
             saves.append(again or s_block)
+            del s_block  # with `again`, before the next block runs
         h = K.take_rows(h, taken)
         if norm is not None:
             h, s_norm = norm.forward(h, keep=keep, need_dx=needs[-1])
@@ -111,6 +112,7 @@ class Body(Layer):
                 return
             s_block = saves[i]() if callable(saves[i]) else saves[i]
             dh = blocks[first + i].backward(dh, s_block, need_dx=needs[i])  #            x_i = block_i(x_{i-1})
+            del s_block
         if needs[0]:
             self.embed_backward(dh, s_x)  #                                              x_0 = embed(ids)
 
