@@ -141,7 +141,7 @@ def _copied(x: np.ndarray, xp: Any) -> Array:
 def import_cupy() -> Any:
     """The cupy module, after a check that it can be used.
 
-    Raises ImportError that names the extra to install, or RuntimeError that names the missing driver or device.
+    Raises ImportError that names the extra to install, or RuntimeError that names what is missing or too old: driver, device, capability.
     """
     try:
         import cupy
@@ -149,15 +149,38 @@ def import_cupy() -> Any:
         why = "" if error.name == "cupy" else f" What is installed cannot be imported ({error}): is it for another CUDA?"
         needs = "the cupy backend needs CuPy: pip install 'minilora[cuda13]' (driver 580 or newer) or 'minilora[cuda12]'."
         raise ImportError(needs + why) from error
+    runtime = cupy.cuda.runtime
     try:
-        devices = cupy.cuda.runtime.getDeviceCount()
+        devices = runtime.getDeviceCount()
     except Exception as error:  # CuPy raises CUDARuntimeError, which cannot be named without CuPy
+        driver = runtime.driverGetVersion()  # 0 where there is none
+        if driver and "InsufficientDriver" in str(error):
+            ours, theirs = (f"{v // 1000}.{v % 1000 // 10}" for v in (runtime.runtimeGetVersion(), driver))
+            raise RuntimeError(
+                f"CuPy is of CUDA {ours}, and the NVIDIA driver is too old for it, of CUDA {theirs}; update the driver (580 or newer for "
+                "CUDA 13), pip install 'minilora[cuda12]' in place of cuda13, or use --backend numpy."
+            ) from error
         raise RuntimeError(
             f"CuPy is installed but found no usable NVIDIA driver ({error}); install one, or use --backend numpy."
         ) from error
     if devices == 0:
         raise RuntimeError("CuPy is installed but sees no GPU; is CUDA_VISIBLE_DEVICES empty? Otherwise use --backend numpy.")
+    _check_capability(cupy)
     return cupy
+
+
+@lru_cache
+def _check_capability(cupy: Any) -> None:
+    """Raise RuntimeError for a GPU that this CuPy's CUDA does not compile for (release notes of CUDA 12.0 and 13.0)."""
+    cuda, capability = cupy.cuda.runtime.runtimeGetVersion() // 1000, int(cupy.cuda.Device().compute_capability)
+    least = {12: 50, 13: 75}.get(cuda, 0)
+    if capability < least:
+        name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["name"].decode()
+        older = "pip install 'minilora[cuda12]' in place of cuda13, or " if cuda == 13 and capability >= 50 else ""
+        raise RuntimeError(
+            f"CuPy of CUDA {cuda} does not support this GPU ({name}, compute capability {capability / 10}, and it needs {least / 10}); "
+            f"{older}use --backend numpy."
+        )
 
 
 def choose_backend(name: str = "auto", quiet: bool = False) -> str:
@@ -176,7 +199,7 @@ def choose_backend(name: str = "auto", quiet: bool = False) -> str:
         if name == "cupy":
             raise
         if not quiet:
-            reason = "CuPy cannot be imported" if isinstance(error, ImportError) else "CuPy finds no GPU"
+            reason = "CuPy cannot be imported" if isinstance(error, ImportError) else str(error).partition(";")[0]
             print(f"backend: numpy ({reason})", file=sys.stderr)
     return "numpy"
 
