@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu --call 1        what to run first: versions, launches, the GPU tests
     python -m benchmarks.gpu --call 2        GPT-2 small in bfloat16, and the toy
-    python -m benchmarks.gpu --call 3        the main job by kernel, and compute-sanitizer
+    python -m benchmarks.gpu --call 3        the main job by kernel, the loss by blocks of logits, compute-sanitizer
     python -m benchmarks.gpu --call 4        SmolLM2's shape in bfloat16, GPT-2 small in TF32
     python -m benchmarks.gpu --call 5        curves on both backends, MiniLM on film snippets
     python -m benchmarks.gpu [--only launches dense-bf16 ...] [--rounds 5] [--rivals eager half compile half-compile]
@@ -38,7 +38,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 CALLS = {
     1: ("launches", "suite"),
     2: ("dense-bf16", "toy", "dense-bf16-compile"),
-    3: ("profile", "memcheck", "racecheck"),
+    3: ("profile", "logits", "memcheck", "racecheck"),
     4: ("completions-bf16", "dense-tf32", "completions-bf16-compile", "dense-tf32-compile"),
     5: ("curves", "snippets"),
 }
@@ -51,6 +51,7 @@ MEASUREMENTS: dict[str, tuple[int, tuple[str, ...]]] = {  # name: seconds that i
     "toy": (60, gpu_jobs.RIVALS),
     "dense-bf16-compile": (180, COMPILED),
     "profile": (45, ()),
+    "logits": (30, ()),
     "memcheck": (120, ()),
     "racecheck": (120, ()),
     "completions-bf16": (90, EAGER),

@@ -4,6 +4,7 @@ versions   the device, the libraries, and whether products go by cuBLAS or by Cu
 launches   the time of a step of GPT-2 small, kernel by kernel and as a CUDA graph; on a tiny batch, this is the time of Python alone
 suite      the GPU tests: --backend cupy -k cupy, with pytest-xdist and pytest-timeout where they are installed
 profile    the device time of a step of the main job by kernel, and by the file that the kernel comes from
+logits     the time of the head and its loss by how many logits exist at a time: those of training, and as many as fit in L2
 memcheck   NVIDIA's compute-sanitizer over the attention kernels in bfloat16: addresses out of bounds
 racecheck  the same: shared memory that is read and written without a barrier in between
 curves     the main job on NumPy and CuPy: losses of 200 steps, and the held-out loss with weights and activations in bfloat16
@@ -132,6 +133,42 @@ def by_kernel(events: Iterable[dict[str, Any]], steps: int) -> dict[str, Any]:
     return {"ms_a_step": sum(time.values()), "launches_a_step": sum(launched.values()) / steps, "by_source": by_source, "kernels": kernels}
 
 
+def logits(o: Namespace, keep: Keep) -> dict[str, Any]:
+    """Milliseconds of the head of GPT-2 small and its loss, 8 x 1024 tokens, bfloat16, as a CUDA graph, by rows x columns at a time.
+
+    A logit takes 6 bytes, of float32 and of bfloat16, and half of L2 is taken for them.
+    """
+    from minilora.backend import import_cupy, synchronize
+    from minilora.kernels.cuda import losses
+    from minilora.kernels.cuda.replay import Replay
+    from minilora.quantization.quantize import half_dtype
+
+    cupy, rng = import_cupy(), np.random.default_rng(0)
+    T, d, V = (16, 32, 3000) if o.dry else (8192, 768, 50257)
+    x, head = (cupy.asarray(rng.standard_normal((n, d)).astype(half_dtype("bfloat16"))) for n in (T, V))
+    labels = cupy.asarray(rng.integers(0, V, T))
+    l2, usual = int(cupy.cuda.runtime.getDeviceProperties(0)["l2CacheSize"]), losses.LOGITS
+    result: dict[str, Any] = {"ms": {}, "l2_bytes": l2, **how_it_runs()}
+    for rows, losses.LOGITS in product((T, T // 2, T // 4), (usual, 2**24, l2 // 12)):
+        parts, replay, seconds = [slice(i, i + rows) for i in range(0, T, rows)], Replay(), []
+
+        def work(x: Any, labels: Any) -> tuple[Any, ...]:
+            done = [losses.linear_cross_entropy(x[part], head.T, labels[part], T, {"dx"}) for part in parts]  # noqa: B023
+            return sum(loss for loss, *_ in done), *(dx for _, dx, _ in done)
+
+        for _ in range(3 if o.dry else 20):
+            start = time.perf_counter()
+            replay("logits", work, [x, labels])
+            synchronize("cupy")
+            seconds.append(time.perf_counter() - start)
+        result["graph"] = replay.captured is not None
+        replay.close()
+        result["ms"][f"{rows} x {min(V, max(256, losses.LOGITS // rows))}"] = 1e3 * float(np.median(seconds[len(seconds) // 2 :]))
+        keep(result)
+    losses.LOGITS = usual
+    return result
+
+
 def suite(o: Namespace, keep: Keep) -> dict[str, Any]:
     # on an H100, 12 processes take 50 s
     options = {"xdist": ["-n", "12", "--dist", "worksteal"], "pytest_timeout": ["--timeout", "120"]}
@@ -214,4 +251,4 @@ def curves(o: Namespace, keep: Keep) -> dict[str, Any]:
     return {"losses_apart": apart, "held_out": ends, "bfloat16_beyond_float32": ends["bfloat16"] / ends["cupy"] - 1, **how_it_runs()}
 
 
-FIGURES: dict[str, Figure] = {f.__name__: f for f in (versions, launches, suite, profile, memcheck, racecheck, curves)}
+FIGURES: dict[str, Figure] = {f.__name__: f for f in (versions, launches, suite, profile, logits, memcheck, racecheck, curves)}
