@@ -63,8 +63,9 @@ def bindings() -> Any:
         cublas.destroy(cublas.create())
         return cublas
     except ImportError as error:
+        why = str(error).partition("\n")[0]  # CuPy lists the folders in which it has looked
         raise ImportError(
-            f"CuPy cannot load cuBLAS, which products need ({error}); pip install 'minilora[cuda13]', or 'minilora[cuda12]' for a CuPy of "
+            f"CuPy cannot load cuBLAS, which products need ({why}); pip install 'minilora[cuda13]', or 'minilora[cuda12]' for a CuPy of "
             "CUDA 12, brings it, or use --backend numpy."
         ) from error
     except (OSError, AttributeError, RuntimeError) as error:
