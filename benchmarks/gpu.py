@@ -6,7 +6,7 @@
     python -m benchmarks.gpu --call 4        SmolLM2's shape in bfloat16, GPT-2 small in TF32
     python -m benchmarks.gpu --call 5        curves on both backends, MiniLM on film snippets
     python -m benchmarks.gpu [--only launches dense-bf16 ...] [--rounds 5] [--rivals eager half compile half-compile]
-    python -m benchmarks.gpu --dry-run       all five calls without a GPU: tiny sizes, the fake CuPy of the tests
+    python -m benchmarks.gpu --dry-run       all five calls with tiny models; without a GPU, on the fake CuPy of the tests
     python -m benchmarks.gpu --fake          only the curves, of 200 steps, on the fake CuPy
     python -m benchmarks.gpu --merge FILE    add results that were measured on another computer
 
@@ -190,13 +190,13 @@ def main() -> int:
             },
             "minutes": {"type": positive, "help": "the time for a call (default: 9; without --call 60)"},
             "out": {"type": Path, "help": "the folder to write to (default: benchmarks/results; in a dry run one that is removed)"},
-            "dry-run": {"action": "store_true", "help": "all calls without a GPU, or --call, with tiny models; the only rival is eager"},
+            "dry-run": {"action": "store_true", "help": "all calls, or --call, with tiny models; the only rival is eager"},
             "fake": {"action": "store_true", "help": "only the curves, on the fake CuPy of the tests; needs no GPU"},
             "merge": {"type": Path, "metavar": "FILE", "help": "add the results of this file to those of its machine"},
         },
     )
     if args.fake:
-        gpu_jobs.fake_cupy()
+        gpu_jobs.fake_cupy(always=True)
         print(json.dumps(gpu_figures.curves(Namespace(dry=True, steps=200), lambda result: None), indent=1))
         return 0
     if args.merge:

@@ -174,7 +174,7 @@ def suite(o: Namespace, keep: Keep) -> dict[str, Any]:
     options = {"xdist": ["-n", "12", "--dist", "worksteal"], "pytest_timeout": ["--timeout", "120"]}
     more = [word for name, words in options.items() if find_spec(name) and not o.dry for word in words]
     missing = [name for name in options if not find_spec(name)]
-    chosen = ["tests/test_blas.py", "-k", "fake and empty"] if o.dry else ["-k", "cupy"]
+    chosen = ["tests/test_blas.py", "-k", f"{_backend(o)} and empty"] if o.dry else ["-k", "cupy"]
     return _pytest([], [*chosen, *more], o) | ({"not_installed": missing} if missing else {})
 
 
@@ -192,7 +192,7 @@ def _sanitized(tool: str, o: Namespace) -> dict[str, Any]:
     if program is None and not o.dry:
         return {"left_out": "compute-sanitizer is not installed"}
     before = [] if o.dry else [str(program), "--tool", tool, "--error-exitcode", "9"]
-    chosen = "fake and bfloat16 and 32 and short" if o.dry else "cupy and bfloat16"
+    chosen = f"{_backend(o)} and bfloat16{' and 32 and short' * o.dry}"
     # CuPy's memory pool would hide accesses beyond the end of an array from the tool
     return _pytest(before, ["tests/test_flash.py", "-k", chosen, "-p", "benchmarks.gpu_figures"], o)
 
@@ -205,10 +205,13 @@ def pytest_sessionstart(session: Any) -> None:
         cupy.cuda.set_allocator(None)
 
 
+def _backend(o: Namespace) -> str:
+    return "fake" if o.dry and "fakecupy" in sys.modules else "cupy"
+
+
 def _pytest(before: list[str], chosen: list[str], o: Namespace) -> dict[str, Any]:
     """Tests in their own process, up to the time that there is: the exit code (None: cut off), failures, and the last lines."""
-    backend = "fake" if o.dry else "cupy"
-    command = [*before, sys.executable, "-m", "pytest", "--backend", backend, "-q", "-rfE", "-p", "no:cacheprovider", *chosen]
+    command = [*before, sys.executable, "-m", "pytest", "--backend", _backend(o), "-q", "-rfE", "-p", "no:cacheprovider", *chosen]
     no_network = {"PIP_RETRIES": "0", "PIP_DEFAULT_TIMEOUT": "5"}  # tests that need files are skipped soon, not late
     start, code = time.perf_counter(), None
     with tempfile.TemporaryFile("w+") as output:

@@ -1,7 +1,7 @@
 """Training on a GPU against torch and PEFT of the same dtypes, with sdpa attention, eager and compiled: time per step, peak device memory.
 
 `measure` runs one job of JOBS for benchmarks/gpu.py; benchmarks/worker.py calls `prepare` and the sides. In a dry run (benchmarks/gpu.py)
-models are tiny, CuPy is the fake one of the tests, and the rivals run on the CPU.
+models are tiny, CuPy is the fake one of the tests where there is no GPU, and the rivals run on the CPU.
 """
 
 from __future__ import annotations
@@ -90,8 +90,16 @@ def turns(names: Sequence[str], settings: dict[str, Any], keep: Keep) -> dict[st
 # -- the sides of a job, called by benchmarks/worker.py -------------------------------------------------------------------------
 
 
-def fake_cupy() -> None:
-    """Let `import cupy` return the fake CuPy of the tests."""
+def fake_cupy(always: bool = False) -> None:
+    """Let `import cupy` return the fake CuPy of the tests, where there is no GPU."""
+    from minilora.backend import import_cupy
+
+    try:
+        if not always:
+            import_cupy()
+            return
+    except (ImportError, RuntimeError):
+        pass
     sys.path.insert(0, str(ROOT / "tests"))
     import fakecupy
 
