@@ -94,8 +94,7 @@ def to_backend(x: Array, backend: str, dtype: Any = None) -> Array:
         return x.to_backend(backend, dtype)
     if backend == "cupy":
         return import_cupy().asarray(x, dtype=dtype)
-    host = x if isinstance(x, (np.ndarray, np.generic)) else x.get()
-    return np.asarray(host, dtype=dtype)
+    return np.asarray(x if isinstance(x, (np.ndarray, np.generic)) else x.get(), dtype=dtype)
 
 
 def to_numpy(x: Array) -> np.ndarray:
@@ -116,8 +115,7 @@ def constant(x: np.ndarray, like: Array) -> Array:
 def kept_on_device(make: Callable[..., Any]) -> Callable[..., Any]:
     """functools.lru_cache, for a function that makes arrays on a device which every layer of a step reads.
 
-    NumPy arrays among its arguments are compared by content; the function gets them read-only.
-    """
+    NumPy arrays among its arguments are compared by content; the function gets them read-only."""
 
     @lru_cache(maxsize=256)
     def cached(*args: Any) -> Any:
@@ -153,47 +151,27 @@ def import_cupy() -> Any:
     try:
         devices = runtime.getDeviceCount()
     except Exception as error:  # CuPy raises CUDARuntimeError, which cannot be named without CuPy
-        driver = runtime.driverGetVersion()  # 0 where there is none
-        if driver and "InsufficientDriver" in str(error):
-            ours, theirs = (f"{v // 1000}.{v % 1000 // 10}" for v in (runtime.runtimeGetVersion(), driver))
-            raise RuntimeError(
-                f"CuPy is of CUDA {ours}, and the NVIDIA driver is too old for it, of CUDA {theirs}; update the driver (580 or newer for "
-                "CUDA 13), pip install 'minilora[cuda12]' in place of cuda13, or use --backend numpy."
-            ) from error
-        raise RuntimeError(
-            f"CuPy is installed but found no usable NVIDIA driver ({error}); install one, or use --backend numpy."
-        ) from error
+        theirs, cuda = runtime.driverGetVersion() // 1000, runtime.runtimeGetVersion() // 1000  # 0: there is no driver
+        why = f"it is of CUDA {theirs}, CuPy of CUDA {cuda}: update it" if 0 < theirs <= cuda else f"{error}; install one"
+        raise RuntimeError(f"CuPy is installed but found no usable NVIDIA driver; {why}, or use --backend numpy.") from error
     if devices == 0:
         raise RuntimeError("CuPy is installed but sees no GPU; is CUDA_VISIBLE_DEVICES empty? Otherwise use --backend numpy.")
-    _check_capability(cupy)
+    has, least = int(cupy.cuda.Device().compute_capability), {12: 50, 13: 75}.get(runtime.runtimeGetVersion() // 1000, 0)
+    if has < least:  # NVIDIA's release notes of CUDA 12.0 and 13.0
+        why = f"its compute capability is {has / 10}, and this CUDA needs {least / 10}"
+        raise RuntimeError(f"CuPy does not support this GPU; {why}. pip install 'minilora[cuda12]', for 5.0 on, or use --backend numpy.")
     return cupy
-
-
-@lru_cache
-def _check_capability(cupy: Any) -> None:
-    """Raise RuntimeError for a GPU that this CuPy's CUDA does not compile for (release notes of CUDA 12.0 and 13.0)."""
-    cuda, capability = cupy.cuda.runtime.runtimeGetVersion() // 1000, int(cupy.cuda.Device().compute_capability)
-    least = {12: 50, 13: 75}.get(cuda, 0)
-    if capability < least:
-        name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["name"].decode()
-        older = "pip install 'minilora[cuda12]' in place of cuda13, or " if cuda == 13 and capability >= 50 else ""
-        raise RuntimeError(
-            f"CuPy of CUDA {cuda} does not support this GPU ({name}, compute capability {capability / 10}, and it needs {least / 10}); "
-            f"{older}use --backend numpy."
-        )
 
 
 def choose_backend(name: str = "auto", quiet: bool = False) -> str:
     """Resolve 'auto' | 'numpy' | 'cupy' to a backend that works here.
 
-    'auto' takes CuPy where it can be used, else NumPy, and says so in one line on standard error.
-    'cupy' raises as `import_cupy` does.
+    'auto' takes CuPy where it can be used, else NumPy, and says so on standard error; 'cupy' raises as `import_cupy` does.
     """
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"unknown backend {name!r}; choose auto, numpy or cupy.")
     try:
-        if name != "numpy":
-            import_cupy()
+        if name != "numpy" and import_cupy():
             return "cupy"
     except (ImportError, RuntimeError) as error:
         if name == "cupy":
@@ -215,8 +193,7 @@ def seed(value: int) -> None:
 
 def generator(rng: Rng = None) -> np.random.Generator:
     """A host generator: rng itself, one seeded by an integer, or the module's own."""
-    if rng is None:
-        return _generator
+    rng = _generator if rng is None else rng
     return rng if isinstance(rng, np.random.Generator) else np.random.default_rng(rng)
 
 

@@ -52,9 +52,7 @@ def gemm(a: Array, b: Array, out: Array | None = None, alpha: float = 1.0, beta:
 @cache
 def bindings() -> Any:
     """The module cublas.py; None with MINILORA_BLAS=cupy, and where its library cannot be called, of which a warning tells.
-
-    Raises ImportError where there is no cuBLAS: then CuPy's own calls fail too.
-    """
+    Raises ImportError where there is no cuBLAS: then CuPy's own calls fail too."""
     if os.environ.get("MINILORA_BLAS") == "cupy":
         return None
     try:
@@ -64,10 +62,8 @@ def bindings() -> Any:
         return cublas
     except ImportError as error:
         why = str(error).partition("\n")[0]  # CuPy lists the folders in which it has looked
-        raise ImportError(
-            f"CuPy cannot load cuBLAS, which products need ({why}); pip install 'minilora[cuda13]', or 'minilora[cuda12]' for a CuPy of "
-            "CUDA 12, brings it, or use --backend numpy."
-        ) from error
+        brings = "pip install 'minilora[cuda13]', for a CuPy of CUDA 12 'minilora[cuda12]', or use --backend numpy."
+        raise ImportError(f"CuPy cannot load cuBLAS, which products need ({why}); {brings}") from error
     except (OSError, AttributeError, RuntimeError) as error:
         why = " ".join(str(error).split())
     warnings.warn(

@@ -59,11 +59,8 @@ def _has_the_instructions(xp: Any) -> bool:
     """From compute capability 8.0 on, Ampere's. A warning says what an older GPU lacks."""
     capability = int(xp.cuda.Device().compute_capability)
     if capability < 80:
-        warnings.warn(
-            f"this GPU's compute capability is {capability / 10}, below 8.0: attention runs without its kernel, and bfloat16 and TF32 "
-            "without tensor cores, slowly; --dtype float16 is faster here.",
-            stacklevel=2,
-        )
+        slow = "attention runs without its kernel, bfloat16 and TF32 without tensor cores; --dtype float16 is faster here."
+        warnings.warn(f"this GPU's compute capability is {capability / 10}, below 8.0: {slow}", stacklevel=2)
     return capability >= 80
 
 

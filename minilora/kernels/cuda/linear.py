@@ -51,10 +51,9 @@ def lora_linear(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: floa
     F.check_lora(W, A, B)
     if b is not None and is_half(x):  # y = x W + [u 1] [s B; b]: the bias costs no pass over y
         F.check_linear(x, W, b)
-        A, B, u = lora_factors(A, B, b, s, x)
-        r = A.shape[1]
-        cuda.gemm(_masked(x, mask), A, u[:, :r])
-        return cuda.gemm(x, W, cuda.gemm(u, B), 1, 1), u[:, :r]
+        A, B, wide = lora_factors(A, B, b, s, x)
+        u = cuda.gemm(_masked(x, mask), A, wide[:, : A.shape[1]])
+        return cuda.gemm(x, W, cuda.gemm(wide, B), 1, 1), u
     A, B = cast_two(A, B, x)
     y, u = linear(x, W, b)[0], product(_masked(x, mask), A)
     return cuda.gemm(u, B, y, s, 1), u

@@ -65,8 +65,7 @@ def cast_two(A: Array, B: Array, like: Array) -> tuple[Array, Array]:
 
 
 def lora_factors(A: Array, B: Array, b: Array, s: float, x: Array) -> tuple[Array, Array, Array]:
-    """A (m, r), [s B; b; 0] (r + k, n) and [u 1 0] (T, r + k) in x's dtype, but for u (T, r), which is to be written; r + k is a multiple
-    of 8."""
+    """A (m, r), [s B; b; 0] (r + k, n) and [? 1 0] (T, r + k) in x's dtype, r + k a multiple of 8; ? (T, r) is to be written."""
     xp, (r, n), more = get_xp(A, B, b, x), B.shape, 8 - B.shape[0] % 8
     A16, B16, u = (xp.empty(shape, dtype=x.dtype) for shape in (A.shape, (r + more, n), (len(x), r + more)))
     A, B, b = map(xp.ascontiguousarray, (A, B, b))
