@@ -111,7 +111,8 @@ def measure(name: str, o: dict[str, Any], seconds: float, store: Store) -> dict[
             result["unfinished"] = f"stopped after {seconds:.0f} s"
         elif code:
             errors.seek(0)
-            result["failed"] = (" ".join(errors.read().split()) or f"exit code {code}")[-500:]
+            lines = errors.read().strip().splitlines() or [f"exit code {code}"]
+            result |= {"failed": lines[-1], "traceback": lines[-12:-1]}
         return result
 
 

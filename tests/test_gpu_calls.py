@@ -98,6 +98,12 @@ time.sleep(60)
     assert not state.is_file() or state.read_text().split()[2] == "Z"
 
 
+def test_why_a_measurement_failed_is_one_line():
+    result = gpu.measure("launches", {}, 60, print)  # lacks the option `dry`
+    assert result["failed"] == "AttributeError: 'Namespace' object has no attribute 'dry'"
+    assert any("gpu.py" in line for line in result["traceback"])
+
+
 def test_nothing_is_begun_without_the_time_for_it(monkeypatch, tmp_path, capsys):
     machine, asked = {"device": "NVIDIA H200"}, []
 
