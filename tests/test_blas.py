@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minilora.backend import import_cupy
+from minilora.cli import main
+from minilora.kernels import cuda
 from minilora.kernels.cuda import blas
 
 LAYOUTS = ("rows", "columns", "part of a wider one", "every other row", "every other column")
@@ -129,3 +131,26 @@ def test_products_where_cublas_cannot_be_called(fake_cupy, monkeypatch):
     monkeypatch.setenv("MINILORA_BLAS", "cupy")
     assert blas.bindings() is None
     blas.bindings.cache_clear()
+
+
+def test_without_cublas_one_sentence_says_what_to_install(fake_cupy, monkeypatch, capsys, cwd):
+    def create():
+        raise ImportError('Failure finding "libcublas.so.13": No such file\n  listdir("/usr/lib"):\n    libc.so')
+
+    monkeypatch.setattr(fakecupy.blas, "create", create)
+    with pytest.raises(ImportError, match=r"cannot load cuBLAS, .*libcublas.so.13.: No such file\); pip install 'minilora\[cuda13\]'"):
+        blas.gemm(fake_cupy.ones((2, 2)), fake_cupy.ones((2, 2)))
+    if cuda.ENABLED:
+        assert main(["finetune", "--backend", "cupy", "--steps", "1", "--out", "run"]) == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith("minilora: error: CuPy cannot load cuBLAS")
+    assert main(["doctor"]) == 0
+    assert "gpu        none (CuPy cannot load cuBLAS, which products need (Failure finding" in capsys.readouterr().out
+
+
+def test_tf32_is_kept_where_products_go_by_cupy(fake_cupy, monkeypatch):
+    """cupy.cublas.gemm ignores CUPY_TF32; CuPy's matrix product does not."""
+    monkeypatch.setattr(blas, "bindings", lambda: None)
+    monkeypatch.setattr(fake_cupy.cublas, "gemm", lambda *_, **__: pytest.fail("without TF32"))
+    monkeypatch.setenv("CUPY_TF32", "1")
+    x = fake_cupy.asarray(np.arange(4, dtype="float32").reshape(2, 2))
+    np.testing.assert_array_equal(blas.gemm(x, x, x + 1, 2.0, 1.0).get(), [[5, 8], [15, 26]])

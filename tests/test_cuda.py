@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 import fakecupy
+import ml_dtypes
 import numpy as np
 import pytest
 from fakecupy import cuda as emulator
@@ -18,7 +19,7 @@ from minilora.kernels.cuda import flash
 from minilora.kernels.cuda import losses as losses_module
 
 # and how many kernels each has
-FILES = {"activations": 4, "adamw": 1, "dropout": 1, "elementwise": 4, "flash": 3, "norm": 2, "rotary": 1, "softmax": 3}
+FILES = {"activations": 4, "adamw": 1, "dropout": 1, "elementwise": 5, "flash": 3, "norm": 2, "rotary": 1, "softmax": 3}
 VARIANTS = [(file, dtype, ()) for file in FILES for dtype in cuda.REAL if file != "flash"]
 VARIANTS += [("flash", dtype, (f"-DD={d}",)) for dtype in cuda.REAL if dtype != "float64" for d in flash.HEADS]
 off = emulator.COMPILER is None or not cuda.ENABLED
@@ -172,6 +173,25 @@ def test_without_the_sources_the_reference_runs_on_the_device(monkeypatch, fake_
     for (a, kernel), (b, reference) in zip(with_them, run(), strict=True):
         close(a, b)
         assert (kernel.by.where, reference.by.where) == ("cuda", "reference")
+
+
+@needs_gpp
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(("r", "masked"), [(1, False), (3, True), (8, True), (12, False)])
+def test_the_bias_is_a_row_of_b_in_half_precision(dtype, r, masked, threads):
+    """y = x W + b + s (x mask) A B in 4 launches: the factors, x A, [u 1 0] [s B; b; 0], and x W, added to it."""
+    x, W = device(9, 16, dtype=dtype), device(16, 10, dtype=dtype, seed=1)
+    b, A, B = device(10, dtype="float32", seed=2), device(16, r, dtype="float32", seed=3), device(r, 10, dtype="float32", seed=4)
+    mask = fakecupy.module.asarray((np.arange(9 * 16) % 3).reshape(9, 16).astype("float32")) if masked else None
+    with fakecupy.count() as c:
+        y, saved = K.lora_linear(x, W, b, A, B, 0.75, mask)
+    assert c.launches == (4 if mask is None else 6)
+    exact = [None if a is None else a.get().astype("float64") for a in (x, W, b, A, B)]
+    expected, u = F.lora_linear(*exact, 0.75, None if mask is None else mask.get())
+    eps = float(ml_dtypes.finfo(dtype).eps)
+    assert (y.dtype, saved.value.shape) == (dtype, (9, r))
+    np.testing.assert_allclose(y.get().astype("float64"), expected, atol=2 * eps * np.abs(expected).max())
+    np.testing.assert_allclose(saved.value.get().astype("float64"), u, atol=2 * eps * np.abs(u).max())
 
 
 @needs_gpp

@@ -106,7 +106,7 @@ def test_saved_and_loaded(method, tmp_path):
     ml.save_adapter(model, tmp_path)
     again = gpt2()
     ml.load_adapter(again, tmp_path)
-    assert distance(logits(again), logits(model)) < 1e-6
+    assert distance(logits(again), logits(model)) < 2e-6  # PiSSA's is saved as a difference of rank 2 r: 1.06e-6 with NumPy 2.5's BLAS
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from safetensors import safe_open
+from versions import skip_before
 
 import minilora as ml
 from minilora import functional as F
@@ -79,7 +80,9 @@ def test_golden(name, dtype, backend):
 def test_live(name):
     """The installed oracles: in float64, and in float32 as transformers computes it."""
     for module in ("torch", "transformers", "peft"):
-        pytest.importorskip(module, reason=f"{module} is not installed: pip install 'minilora[oracle]'")
+        found = pytest.importorskip(module, reason=f"{module} is not installed: pip install 'minilora[oracle]'")
+    if "adapted head" in name:
+        skip_before(found, (0, 20), "warns of a tied layer that is adapted")
     from golden import make_llama
 
     golden = {key: value.numpy() for key, value in make_llama.tensors(name).items()}
@@ -99,7 +102,8 @@ def test_transformers_reads_the_config_that_is_written(name):
     raw = ABOUT["configs"][name]
     config = LlamaConfig.from_json(raw)
     theirs = transformers.AutoConfig.for_model(**config.to_json()).to_dict()
-    unlike = [key for key in raw.keys() - {"architectures", "dtype", "id2label", "initializer_range"} if theirs[key] != raw[key]]
+    apart = {"architectures", "dtype", "id2label", "initializer_range", "transformers_version"}
+    unlike = [key for key in raw.keys() - apart if theirs[key] != raw[key]]
     assert unlike == []
     assert theirs["architectures"] == [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[raw["model_type"]]]
     assert LlamaConfig.from_json(theirs) == config == LlamaConfig.from_json(config.to_json())

@@ -345,7 +345,7 @@ def test_a_step_neither_synchronises_nor_has_more_products(kind, fake_cupy):
             optimizer.step()
         assert (c.syncs, c.to_host, loss.dtype) == (0, 0, np.float32)
         counts.append(c)
-    assert counts[0].products == counts[1].products
+    assert sorted(counts[0].products) == sorted(counts[1].products)  # x W comes last in half precision
     assert counts[0].launches < 1.35 * counts[1].launches  # A and B are downcast, and some results
 
 

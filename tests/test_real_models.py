@@ -35,6 +35,7 @@ def minilm():
 
 @pytest.fixture(scope="module")
 def smollm2():
+    pytest.importorskip("gguf", reason="SmolLM2 is a GGUF file: pip install 'minilora[gguf]'")
     return downloaded(assets.smollm2)
 
 

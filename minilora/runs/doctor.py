@@ -125,8 +125,8 @@ def _memory() -> int | None:
 def _gpu() -> str:
     try:
         cupy = import_cupy()
+        how = "cuBLAS" if blas.bindings() is not None else "CuPy"
     except (ImportError, RuntimeError) as error:
         return f"none ({str(error).partition(';')[0]})"
     about, driver = cupy.cuda.runtime.getDeviceProperties(0), cupy.cuda.runtime.driverGetVersion()
-    how = "cuBLAS" if blas.bindings() is not None else "CuPy"
     return f"{about['name'].decode()}, {about['totalGlobalMem'] / 1e9:.1f} GB, driver for CUDA {driver // 1000}, products by {how}"

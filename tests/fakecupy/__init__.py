@@ -54,6 +54,7 @@ LACKS = (  # names of NumPy that CuPy 14.2 lacks and that code might use
 )
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # CuPy 14 supports it if ml_dtypes is installed
 POOL_BYTES = 4096  # the size that the fake memory pool reports
+PROPERTIES = {"name": b"NVIDIA Fake", "totalGlobalMem": 2**33, "l2CacheSize": 50 * 2**20}  # of the device; L2 as of an H100
 _DTYPES = "?bBhHiIlLqQefdFD" + BFLOAT16.char  # NumPy's characters of the dtypes that CuPy supports
 _ATOMIC = "iILQefd"  # dtypes of add.at; int64 is missing in CuPy
 
@@ -159,7 +160,8 @@ def _make_module() -> CuPy:
     cupy.is_available = lambda: True
     pool = space(total_bytes=lambda: POOL_BYTES, used_bytes=lambda: POOL_BYTES // 2, free_all_blocks=lambda: None)
     cupy.get_default_memory_pool = lambda: pool
-    runtime = space(getDeviceCount=lambda: 1, getDevice=lambda: 0)
+    runtime = space(getDeviceCount=lambda: 1, getDevice=lambda: 0, getDeviceProperties=lambda number: dict(PROPERTIES))
+    runtime.driverGetVersion, runtime.runtimeGetVersion = lambda: 13000, lambda: 13000
     cupy.cuda = space(runtime=runtime, get_current_stream=graph.current, Stream=graph.Stream, is_available=lambda: True)
     cupy.cuda.Device = lambda number=0: space(compute_capability="90", use=lambda: None)
     cupy.cuda.nccl = nccl

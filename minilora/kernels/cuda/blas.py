@@ -51,7 +51,8 @@ def gemm(a: Array, b: Array, out: Array | None = None, alpha: float = 1.0, beta:
 
 @cache
 def bindings() -> Any:
-    """The module cublas.py; None with MINILORA_BLAS=cupy, and where its library cannot be called, of which a warning tells."""
+    """The module cublas.py; None with MINILORA_BLAS=cupy, and where its library cannot be called, of which a warning tells.
+    Raises ImportError where there is no cuBLAS: then CuPy's own calls fail too."""
     if os.environ.get("MINILORA_BLAS") == "cupy":
         return None
     try:
@@ -59,7 +60,11 @@ def bindings() -> Any:
 
         cublas.destroy(cublas.create())
         return cublas
-    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+    except ImportError as error:
+        why = str(error).partition("\n")[0]  # CuPy lists the folders in which it has looked
+        brings = "pip install 'minilora[cuda13]', for a CuPy of CUDA 12 'minilora[cuda12]', or use --backend numpy."
+        raise ImportError(f"CuPy cannot load cuBLAS, which products need ({why}); {brings}") from error
+    except (OSError, AttributeError, RuntimeError) as error:
         why = " ".join(str(error).split())
     warnings.warn(
         f"products go by CuPy's own calls, which are slower and cannot be captured, as cuBLAS cannot be called: {why}", stacklevel=2
@@ -163,7 +168,7 @@ def _handle(xp: Any) -> int:
 
 
 def _by_cupy(xp: Any, a: Array, b: Array, out: Array, alpha: float, beta: float) -> None:
-    if a.ndim == 2 and a.dtype == out.dtype and a.dtype.char in "fd":
+    if a.ndim == 2 and a.dtype == out.dtype and (a.dtype.char == "d" or (a.dtype.char == "f" and not tf32())):  # gemm knows no TF32
         from cupy import cublas
 
         cublas.gemm("N", "N", a, b, out=out, alpha=alpha, beta=beta)

@@ -45,3 +45,17 @@ extern "C" __global__ void cast_two(const REAL* a, const REAL* b, ACT* a16, ACT*
         else b16[i - n_a] = b[i - n_a];
     }
 }
+
+// The factors of y = [u 1 0] [s B; b; 0] in half precision, the bias being one more row of B: A16 (n_a numbers), B16 (r + more, n), and columns r to
+// r + more of u, whose others a product fills. See linear.py.
+extern "C" __global__ void lora_factors(
+    const REAL* A, const REAL* B, const REAL* b, REAL s, ACT* A16, ACT* B16, ACT* u, long long n_a, int r, int more, int n, long long count) {
+    const long long n_b = (long long)r * n;
+    GRID_STRIDE(i, count) {  // A, then B and what is below it, then what is beside u, row by row
+        const long long j = i - n_a, beside = j - n_b - (long long)more * n;
+        if (j < 0) A16[i] = A[i];
+        else if (j < n_b) B16[j] = s * B[j];
+        else if (beside < 0) B16[j] = j - n_b < n ? b[j - n_b] : REAL(0);
+        else u[beside / more * (r + more) + r + beside % more] = beside % more ? REAL(0) : REAL(1);
+    }
+}

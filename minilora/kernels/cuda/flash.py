@@ -7,6 +7,7 @@ each row and head the logarithm of the sum that the softmax divides by. Memory i
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -55,8 +56,12 @@ def fits(q: Array, k: Array, v: Array, n_head: int, *_: Any) -> bool:
 
 @cache
 def _has_the_instructions(xp: Any) -> bool:
-    """From compute capability 8.0 on, Ampere's."""
-    return int(xp.cuda.Device().compute_capability) >= 80
+    """From compute capability 8.0 on, Ampere's. A warning says what an older GPU lacks."""
+    capability = int(xp.cuda.Device().compute_capability)
+    if capability < 80:
+        slow = "attention runs without its kernel, bfloat16 and TF32 without tensor cores; --dtype float16 is faster here."
+        warnings.warn(f"this GPU's compute capability is {capability / 10}, below 8.0: {slow}", stacklevel=2)
+    return capability >= 80
 
 
 def attention(

@@ -12,7 +12,7 @@ from typing import Any
 from minilora import functional as F
 from minilora.backend import Array, Matrix
 from minilora.kernels import cuda
-from minilora.kernels.cuda.pointwise import cast_two, rows_of
+from minilora.kernels.cuda.pointwise import cast_two, lora_factors, rows_of
 from minilora.kernels.half import is_half, upcast
 
 
@@ -49,6 +49,11 @@ def linear_backward(
 def lora_linear(x: Array, W: Array, b: Array | None, A: Array, B: Array, s: float, mask: Array | None = None) -> tuple[Array, Array]:
     """As functional.lora_linear."""
     F.check_lora(W, A, B)
+    if b is not None and is_half(x):  # y = x W + [u 1] [s B; b]: the bias costs no pass over y
+        F.check_linear(x, W, b)
+        A, B, wide = lora_factors(A, B, b, s, x)
+        u = cuda.gemm(_masked(x, mask), A, wide[:, : A.shape[1]])
+        return cuda.gemm(x, W, cuda.gemm(wide, B), 1, 1), u
     A, B = cast_two(A, B, x)
     y, u = linear(x, W, b)[0], product(_masked(x, mask), A)
     return cuda.gemm(u, B, y, s, 1), u

@@ -64,6 +64,16 @@ def cast_two(A: Array, B: Array, like: Array) -> tuple[Array, Array]:
     return a, b
 
 
+def lora_factors(A: Array, B: Array, b: Array, s: float, x: Array) -> tuple[Array, Array, Array]:
+    """A (m, r), [s B; b; 0] (r + k, n) and [? 1 0] (T, r + k) in x's dtype, r + k a multiple of 8; ? (T, r) is to be written."""
+    xp, (r, n), more = get_xp(A, B, b, x), B.shape, 8 - B.shape[0] % 8
+    A16, B16, u = (xp.empty(shape, dtype=x.dtype) for shape in (A.shape, (r + more, n), (len(x), r + more)))
+    A, B, b = map(xp.ascontiguousarray, (A, B, b))
+    args = A, B, b, np.float32(s), A16, B16, u, np.int64(A.size), np.int32(r), np.int32(more), np.int32(n)
+    cuda.elementwise("elementwise", "lora_factors", A.size + B16.size + len(x) * more, *args, like=x)
+    return A16, B16, u
+
+
 def _with_derivative(name: str, x: Array, keep: bool = True) -> tuple[Array, Array | None]:
     """y = f(x), saved f'(x), which takes no more memory than x."""
     xp = get_xp(x)
