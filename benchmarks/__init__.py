@@ -16,3 +16,5 @@
 
 All but the last two need the extra `oracle` for the rivals (pip install 'minilora[oracle]'); --help lists the options.
 """
+
+import minilora  # noqa: F401  (before NumPy is loaded: it names OpenBLAS's kernels, where they have been measured)

@@ -131,14 +131,15 @@ def where(step: Callable[[], Any], threads: int, rounds: int = ROUNDS) -> dict[s
     step: takes the same step each time it is called, on at most `threads` threads. Returns medians of `rounds` rounds, in seconds, and
     shares of the wall time of all threads, which add up to 1 (page faults are a part of the others).
     """
+    times = 1 + int(0.1 / seconds(step))
+    wall, processor, faults, operations_of = timed(step, rounds * times)  # before operands are kept, which is not part of a step
     made = products(step)
-    threads, times = min(threads, len(made)), 1 + int(0.1 / seconds(step))
+    threads = min(threads, len(made))
     floors, steps, products_of = [], [], [defaultdict[str, float](float) for _ in made]
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(len(made)) as pool:
         for _ in range(rounds):
             floors.append(seconds(lambda: [list(pool.map(repeat, made, products_of)) for _ in range(times)]) / times)
             steps.append(seconds(lambda: [step() for _ in range(times)]) / times)
-    wall, processor, faults, operations_of = timed(step, rounds * times)
     all_threads = threads * wall
     cost = {kind: sum(each[kind] for each in products_of) for kind in sorted(operations_of)}
     shares = {"products": sum(cost.values()), **{kind: operations_of[kind] - cost[kind] for kind in cost}}
