@@ -153,3 +153,13 @@ def test_a_resumed_run_keeps_its_sizes(tmp_path, monkeypatch, capfd):
     assert whole == stopped
     finetune(recipe, tmp_path / "other")
     assert (tmp_path / "other" / "adapter" / "adapter_model.safetensors").read_bytes() != whole
+
+
+@pytest.mark.parametrize(("threads", "lanes"), [(3, 2), (2, 1), (100_000, 1)])
+def test_threads_that_do_not_help_are_named(threads, lanes, tmp_path, capfd):
+    recipe = {"steps": 1, "batch_size": 2, "window": 64, "eval_bytes": 2048, "sample_bytes": 0, "forgetting": ""}
+    finetune(Recipe(backend="numpy", threads=threads, lanes=lanes, **recipe), tmp_path / "run")
+    shown = capfd.readouterr().out
+    assert f"threads   {threads} are no faster than {min(lanes, os.cpu_count())}: the machine has" in shown
+    finetune(Recipe(backend="numpy", threads=1, lanes=lanes, **recipe), tmp_path / "one")
+    assert "threads  " not in capfd.readouterr().out

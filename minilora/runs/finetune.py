@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -107,6 +108,8 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
 
         write_run({})
         say(f"model     {plan.model}: {base:,} parameters, {plan.backend}, {plan.threads} thread{'s' * (plan.threads > 1)}")
+        if plan.backend == "numpy" and plan.threads > (most := min(plan.lanes, os.cpu_count() or 1)):
+            say(f"threads   {plan.threads} are no faster than {most}: the machine has {os.cpu_count()} cores, and a step {plan.lanes} lanes")
         say(f"data      {task.what}")
         say(f"method    {_method(plan, model)}: {trained:,} trainable parameters, {trained / base:.1%} of the model")
         if state is not None:
