@@ -109,7 +109,7 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
         write_run({})
         say(f"model     {plan.model}: {base:,} parameters, {plan.backend}, {plan.threads} thread{'s' * (plan.threads > 1)}")
         if plan.backend == "numpy" and plan.threads > (most := min(plan.lanes, os.cpu_count() or 1)):
-            say(f"threads   {plan.threads} are no faster than {most}: the machine has {os.cpu_count()} cores, and a step {plan.lanes} lanes")
+            say(f"threads   {plan.threads} are no faster than {most}: the machine has {os.cpu_count()} cores, a step {plan.lanes} lanes")
         say(f"data      {task.what}")
         say(f"method    {_method(plan, model)}: {trained:,} trainable parameters, {trained / base:.1%} of the model")
         if state is not None:
