@@ -27,7 +27,7 @@ kernels = ""
 
 def path() -> Path:
     """The file."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilora" / "tuned.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minilora" / "tuned.json"
 
 
 def processor() -> str:
@@ -69,7 +69,7 @@ def using(changed: dict[str, int]) -> Iterator[None]:
 def apply() -> None:
     """Take what the file says, if it was measured on this processor. One that is damaged is named on standard error, and ignored."""
     global kernels
-    if not path().is_file():
+    if not os.path.isfile(path()):  # False, too, in a folder that may not be read
         return
     try:
         found = json.loads(path().read_text(encoding="utf-8"))

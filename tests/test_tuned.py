@@ -88,6 +88,13 @@ def test_kernels_are_named_before_numpy_is_loaded():
     assert printed(before="import numpy; ") == "True None\n"
 
 
+@pytest.mark.parametrize("home", ["/proc/1/root/root", "", "/no/such/folder", "\\"])
+def test_a_home_that_is_missing_or_not_readable_does_not_matter(home):
+    env = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"} | {"HOME": home}
+    done = subprocess.run([sys.executable, "-c", "import minilora"], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_tuning_takes_what_gains_two_percent(monkeypatch, capfd):
     speeds = {"": ("SkylakeX", 100e9), "Haswell": ("Haswell", 107e9), "Zen": ("Haswell", 106e9)}
     ratios = {"shard": [(384, 0.99), (512, 1.2)], "block": [(2**15, 0.9), (2**16, 0.8)], "logits": [(2**18, 1.0)]}
@@ -163,3 +170,13 @@ def test_threads_that_do_not_help_are_named(threads, lanes, tmp_path, capfd):
     assert f"threads   {threads} are no faster than {min(lanes, os.cpu_count())}: the machine has" in shown
     finetune(Recipe(backend="numpy", threads=1, lanes=lanes, **recipe), tmp_path / "one")
     assert "threads  " not in capfd.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="needs root, to become another user")
+def test_the_folder_of_another_user_does_not_matter(tmp_path):
+    keep(GOOD)
+    tuned.path().parent.chmod(0o700)
+    tmp_path.chmod(0o700)
+    script = "import os; from minilora import tuned; os.setuid(65534); tuned.apply()"
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
