@@ -36,8 +36,9 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     name = fields.get("model name") or platform.processor() or platform.machine()
-    features = [feature for feature in ("avx512f", "avx2") if feature in fields.get("flags", "").split()]
-    return f"{name}, family {fields['cpu family']} model {fields['model']}, {features[0] if features else 'no avx2'}" if fields else name
+    numbers = [fields.get(key, "?") for key in (("cpu family", "model") if "cpu family" in fields else ("CPU implementer", "CPU part"))]
+    vectors = [v for v in ("avx512f", "avx2", "sve", "asimd") if v in (fields.get("flags") or fields.get("Features", "")).split()]
+    return f"{name}, family {numbers[0]} model {numbers[1]}, {vectors[0] if vectors else 'no avx2'}" if fields else name
 
 
 def kernels_in_use() -> str:

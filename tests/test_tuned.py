@@ -88,6 +88,24 @@ def test_kernels_are_named_before_numpy_is_loaded():
     assert printed(before="import numpy; ") == "True None\n"
 
 
+ARM = "processor\t: 0\nFeatures\t: fp asimd sve\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n"
+AMD = "model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: 17\nflags\t\t: fpu avx2 avx512f\n"
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        (ARM, ", family 0x41 model 0xd40, sve"),
+        (AMD, "AMD EPYC, family 25 model 17, avx512f"),
+        ("uarch\t: sifive,u74\n", ", family ? model ?, no avx2"),
+    ],
+)
+def test_processors_have_names(info, expected, monkeypatch):
+    monkeypatch.setattr(tuned.Path, "is_file", lambda self: True)
+    monkeypatch.setattr(tuned.Path, "read_text", lambda self, **options: info)
+    assert tuned.processor().endswith(expected)
+
+
 @pytest.mark.parametrize("home", ["/proc/1/root/root", "", "/no/such/folder", "\\"])
 def test_a_home_that_is_missing_or_not_readable_does_not_matter(home):
     env = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"} | {"HOME": home}
