@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -33,9 +34,9 @@ def keep_freed_memory() -> None:
     M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX, MADV_HUGEPAGE = -1, -4, -8, 14
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):  # -1: never return any
         libc.mallopt(option, value)
-    with open("/proc/sys/vm/overcommit_memory") as setting:
-        if setting.read().strip() == "2":  # addresses count as memory here
-            return
+    setting = Path("/proc/sys/vm/overcommit_memory")
+    if setting.is_file() and setting.read_text().strip() == "2":  # addresses count as memory there
+        return
     libc.malloc.restype, size, page = ctypes.c_size_t, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2, 2**21
     if at := libc.malloc(ctypes.c_size_t(size)):  # at the end of the heap
         begin = -(-at // page) * page
