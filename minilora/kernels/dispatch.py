@@ -74,7 +74,7 @@ def choose(op: Operation, args: tuple[Any, ...]) -> tuple[Kernel, tuple[Any, ...
     if kernels is None:
         kernels = op.found[key] = _candidates(op, x, None if op.weight < 0 else args[op.weight].dtype)
     for kernel in kernels:
-        if PLAIN and kernel.where != "reference":
+        if (PLAIN and kernel.where != "reference") or (kernel.where == "cuda" and not cuda.ENABLED):
             continue
         if kernel.fits is None or kernel.fits(*args):
             for observe in observers:
@@ -86,12 +86,11 @@ def choose(op: Operation, args: tuple[Any, ...]) -> tuple[Kernel, tuple[Any, ...
 def _candidates(op: Operation, x: Any, weight: Any) -> tuple[Kernel, ...]:
     """The implementations for the backend and dtype of x, with a weight of a dtype."""
     here, dtype = "numpy" if isinstance(x, (np.ndarray, np.generic)) else "cuda", x.dtype
-    enabled = here == "numpy" or cuda.ENABLED
     half = dtype.name in HALF
     if weight is not None and weight.name in HALF and not half:
         return ()
     *kernels, reference = op.kernels
-    fitting = [k for k in kernels if enabled and k.where == here and dtype.name in k.dtypes]
+    fitting = [k for k in kernels if k.where == here and dtype.name in k.dtypes]
     return (*fitting, *([] if half and dtype.name not in reference.dtypes else [reference]))
 
 

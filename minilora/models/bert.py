@@ -24,8 +24,8 @@ from minilora.models.attention import SelfAttention
 from minilora.models.config_file import ModelConfig
 from minilora.models.stack import Body, Parts
 
-ACTIVATIONS: dict[str, Callable[[], Layer]] = {"gelu": GELU, "relu": ReLU}
-ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), lambda: GELU("tanh"))
+ACTIVATIONS: dict[str, Callable[[], Layer]] = {"gelu": GELU, **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), lambda: GELU("tanh"))}
+ACTIVATIONS["relu"] = ReLU
 # Defaults of transformers, where they differ from BertConfig's
 _DEFAULTS = {"bert": {"pad_token_id": 0}, "distilbert": {"pad_token_id": 0}}
 _DEFAULTS |= {"roberta": {"pad_token_id": 1, "vocab_size": 50265}, "xlm-roberta": {"pad_token_id": 1}}
