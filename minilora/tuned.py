@@ -22,7 +22,7 @@ from typing import Any
 
 SIZES = {"shard": 768, "block": 2**17, "logits": 2**20}  # where nothing has been measured: the best on a Zen 4
 sizes = dict(SIZES)
-kernels = ""
+kernels, applied = "", False  # applied: whether they and the sizes come from the file
 
 
 def path() -> Path:
@@ -69,7 +69,7 @@ def using(changed: dict[str, int]) -> Iterator[None]:
 
 def apply() -> None:
     """Take what the file says, if it was measured on this processor. One that is damaged is named on standard error, and ignored."""
-    global kernels
+    global kernels, applied
     if not os.path.isfile(path()):  # False, too, in a folder that may not be read
         return
     try:
@@ -86,6 +86,6 @@ def apply() -> None:
         print(f"{why}; the usual sizes are used: run minilora doctor --tune again.", file=sys.stderr)
         return
     sizes.update(measured)
-    kernels = found["kernels"]
+    kernels, applied = found["kernels"], True
     if kernels and "numpy" not in sys.modules:
         os.environ.setdefault("OPENBLAS_CORETYPE", kernels)

@@ -25,6 +25,7 @@ GOOD = {"kernels": "", "sizes": SIZES}
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuned, "kernels", "")
+    monkeypatch.setattr(tuned, "applied", False)
     for name, size in tuned.SIZES.items():
         monkeypatch.setitem(tuned.sizes, name, size)
 
@@ -43,10 +44,12 @@ def test_measured_sizes_are_used(capfd):
     assert "tuned      kernels as OpenBLAS chooses, shard 256, block 16,384, logits 262,144 (" in capfd.readouterr().out
 
 
-def test_those_of_another_processor_are_not():
+def test_those_of_another_processor_are_not(capfd):
     keep(GOOD | {"processor": "another"})
     tuned.apply()
     assert tuned.sizes == tuned.SIZES
+    assert main(["doctor"]) == 0
+    assert "tuned      no; minilora doctor --tune" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def doctor(say: Say = silent, measure: bool = False) -> dict[str, Any]:
         "free_disk_bytes": shutil.disk_usage(".").free,
         "gpu": _gpu(),
         "processor": tuned.processor(),
-        "tuned": {"kernels": tuned.kernels, "sizes": tuned.sizes} if os.path.isfile(tuned.path()) else None,
+        "tuned": {"kernels": tuned.kernels, "sizes": tuned.sizes} if tuned.applied else None,
         "wrong_products": wrong,
     }
     say(f"python     {about['python']}")
@@ -102,8 +102,8 @@ def doctor(say: Say = silent, measure: bool = False) -> dict[str, Any]:
 
 def _tuned() -> str:
     """What `tune` found for this processor."""
-    if not os.path.isfile(tuned.path()):
-        return "no; minilora doctor --tune measures what suits this processor, in about a minute"
+    if not tuned.applied:
+        return "no; minilora doctor --tune measures what suits this processor, in about two minutes"
     sizes = ", ".join(f"{name} {size:,}" for name, size in tuned.sizes.items())
     return f"kernels {tuned.kernels or 'as OpenBLAS chooses'}, {sizes} ({tuned.path()})"
 

@@ -1,4 +1,4 @@
-"""`minilora doctor --tune`: measure what suits this processor, and keep it (tuned.py). About a minute on an idle machine.
+"""`minilora doctor --tune`: measure what suits this processor, and keep it (tuned.py). About two minutes on two idle cores.
 
 First OpenBLAS's kernels, each in its own process: the speed of products with the shapes of small models. Then, with the best of these, the
 sizes of tuned.py: a step of a small GPT-2, each size in turn against the usual one. Another value has to gain 2 % to be taken.
