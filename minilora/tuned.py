@@ -26,7 +26,9 @@ kernels, applied = "", False  # applied: whether they and the sizes come from th
 
 
 def path() -> Path:
-    """The file."""
+    """The file, which MINILORA_TUNED may name; MINILORA_TUNED=/dev/null: nothing that was measured is used."""
+    if named := os.environ.get("MINILORA_TUNED"):
+        return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minilora" / "tuned.json"
 
 

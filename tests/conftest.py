@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["MINILORA_TUNED"] = os.devnull  # before minilora is imported, here and in every process of a test
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Model and adapter folders: round trips, PEFT's layout, and broken files."""
 
 import json
+import os
 import struct
 
 import numpy as np
@@ -236,3 +237,12 @@ def test_a_failed_write_leaves_only_the_old_file(tmp_path):
         write_file(path, fail)
     assert json.loads(path.read_text()) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_file_does_not_take_the_place_of_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="not replaced"):
+        write_json(tmp_path / "pipe", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
+    assert (tmp_path / "pipe").is_fifo()

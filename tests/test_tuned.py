@@ -23,6 +23,7 @@ GOOD = {"kernels": "", "sizes": SIZES}
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv("MINILORA_TUNED")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuned, "kernels", "")
     monkeypatch.setattr(tuned, "applied", False)
@@ -133,6 +134,12 @@ def test_tuning_takes_what_gains_two_percent(monkeypatch, capfd):
     assert asked[-3:] == [("shard", "Haswell"), ("block", "Haswell"), ("logits", "Haswell")]
     assert tuned.sizes["block"] == 2**16
     assert "block      65,536; times of a step" in capfd.readouterr().out
+
+
+def test_nothing_is_measured_that_cannot_be_kept(monkeypatch, capsys):
+    monkeypatch.setenv("MINILORA_TUNED", os.devnull)
+    assert main(["doctor", "--tune"]) == 1
+    assert f"{os.devnull} is not a file, so nothing can be kept there: unset MINILORA_TUNED first." in capsys.readouterr().err
 
 
 def test_an_interrupted_measurement_leaves_the_file_as_it_was(monkeypatch):

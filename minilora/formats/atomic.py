@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,9 +16,12 @@ from typing import Any
 def write_file(path: str | Path, write: Callable[[str], object]) -> None:
     """Call write(temporary path), then rename the result to `path`: a reader never sees a partial file, after a power failure neither.
 
-    On any error the temporary file is removed and `path` keeps its old content. Raises OSError when the folder cannot be written.
+    On any error the temporary file is removed and `path` keeps its old content. Raises OSError when the folder cannot be written, and for a
+    device or a pipe: the new file would take its place.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "this is not a file, and is not replaced by one", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_of(path)
     temporary.touch(exist_ok=False)

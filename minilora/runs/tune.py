@@ -27,7 +27,9 @@ GAIN, ROUNDS = 0.98, 7
 
 
 def tune(say: Say = silent) -> dict[str, Any]:
-    """Measure, write the file, and return what is in it. An interruption leaves the file as it was."""
+    """Measure, write the file, and return what is in it. An interruption leaves the file as it was. ValueError if it cannot be one."""
+    if tuned.path().exists() and not tuned.path().is_file():
+        raise ValueError(f"{tuned.path()} is not a file, so nothing can be kept there: unset MINILORA_TUNED first.")
     speeds: dict[str, list[float]] = {}  # by the kernels that a name leads to, FLOP/s of each round
     names: dict[str, str] = {}
     for _ in range(2):
@@ -62,9 +64,9 @@ def tune(say: Say = silent) -> dict[str, Any]:
 
 def _in_a_process(what: str, kernels: str) -> Any:
     """The JSON that `main` prints, with these kernels and the usual sizes."""
-    unset = ("OPENBLAS_CORETYPE", "XDG_CACHE_HOME")
-    env = {name: value for name, value in os.environ.items() if name not in unset} | {"XDG_CACHE_HOME": os.devnull}
-    env |= {"OPENBLAS_CORETYPE": kernels} if kernels else {}
+    env = os.environ | {"MINILORA_TUNED": os.devnull, "OPENBLAS_CORETYPE": kernels}
+    if not kernels:
+        del env["OPENBLAS_CORETYPE"]
     done = subprocess.run([sys.executable, "-m", "minilora.runs.tune", what], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring {what} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
