@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from minilora import moved as moved
 from minilora import tuned
 
 if TYPE_CHECKING:

@@ -1,34 +1,12 @@
-"""Old names: a moved module, and a renamed value, raise one sentence that names the new one."""
+"""Names: one `inject`, and a renamed initialiser, whose old name raises one sentence that has the new one."""
 
 import importlib
-import importlib.util
-import re
 
 import numpy as np
 import pytest
 
 import minilora as ml
 from minilora.formats.atomic import read_json, write_json
-from minilora.moved import MOVED
-
-
-@pytest.mark.parametrize("old", MOVED)
-def test_a_moved_module_names_its_new_place(old):
-    message = f"minilora.{old} has moved to {MOVED[old]}."
-    with pytest.raises(ModuleNotFoundError, match=f"^{re.escape(message)}$"):
-        importlib.import_module(f"minilora.{old}")
-    for new in re.findall(r"minilora[\w.]*\w", message)[1:]:
-        assert importlib.util.find_spec(new) is not None
-
-
-def test_a_part_of_a_dissolved_package_says_where_the_package_went():
-    with pytest.raises(ModuleNotFoundError, match=r"minilora\.family has moved to minilora\.lora\.variants, minilora\.lora\.init and"):
-        importlib.import_module("minilora.family.dora")
-
-
-def test_a_module_that_never_was_is_refused_as_always():
-    with pytest.raises(ModuleNotFoundError, match=r"No module named 'minilora\.nothing'"):
-        importlib.import_module("minilora.nothing")
 
 
 def test_there_is_one_inject_under_each_of_its_names():
