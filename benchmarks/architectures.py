@@ -145,14 +145,14 @@ def _greedy(oracle: Any, name: str) -> str:
     import torch
 
     import minilora as ml
-    from minilora.models.generate import context_length, generate
+    from minilora.models.generate import generate
 
     with tempfile.TemporaryDirectory() as folder:
         base = oracle.base_model(name, False).float()
         base.save_pretrained(folder)
         model = ml.load_model(folder, "numpy")
     ids = oracle.batch(name)[0].numpy()[:5]
-    n, prompt = context_length(model) - len(ids), torch.tensor(ids[None])
+    n, prompt = model.config.longest_sequence - len(ids), torch.tensor(ids[None])
     sampling = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": n, "do_sample": False, "pad_token_id": 0}
     expected = base.generate(prompt, **sampling)[0, 5:].tolist()
     n, text = len(expected), ids.tolist()

@@ -259,11 +259,11 @@ def test_sequences_do_not_affect_each_other_and_gradients_of_shards_add_up(name,
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_output_of_frozen_blocks_may_be_passed_in(name, backend, tmp_path):
     model, ids = ml.load_model(write(name, tmp_path / "m"), backend, "float64"), data(name)
-    assert model.prefix(ids, OFFSETS).blocks == model.config.num_hidden_layers - 1
+    assert model.body.prefix(ids, OFFSETS).blocks == model.config.num_hidden_layers - 1
     targets = r".*\.1\..*(query|q_lin|Wqkv)"
     ml.inject(model, ml.LoraConfig(r=2, target_modules=targets, task_type="SEQ_CLS", init_lora_weights=False), rng=0)
     results = []
-    for prefix in (None, model.prefix(ids, OFFSETS)):
+    for prefix in (None, model.body.prefix(ids, OFFSETS)):
         loss, saved = model.loss(ids, LABELS, OFFSETS, prefix=prefix)
         model.zero_grad()
         model.loss_backward(saved)

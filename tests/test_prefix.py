@@ -91,7 +91,7 @@ def test_threads_keep_each_sequence_once():
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda batch: cache(model, batch), batches * 2))
     for batch in batches:
-        np.testing.assert_allclose(cache(model, batch).x, model.prefix(batch.ids, batch.offsets).x, atol=1e-13)
+        np.testing.assert_allclose(cache(model, batch).x, model.body.prefix(batch.ids, batch.offsets).x, atol=1e-13)
     assert cache.bytes == sum(x.nbytes for x in cache.kept.values())
 
 

@@ -243,7 +243,7 @@ def test_recomputed_blocks_and_a_frozen_prefix_change_nothing(name):
     golden, model = golden_model(name)
     for path, p in model.parameters():
         p.trainable = p.trainable and path.startswith(f"model.layers.{len(model.model.layers) - 1}.")
-    prefix = model.prefix(golden["ids"], OFFSETS)
+    prefix = model.body.prefix(golden["ids"], OFFSETS)
     assert prefix.blocks == len(model.model.layers) - 1
     found = step(model, golden, prefix=prefix)
     same(found, (expected[0], {path: expected[1][path] for path in found[1]}), 1e-12)

@@ -24,7 +24,7 @@ class LossOf(Layer):
         self.prefix = prefix  # whether the frozen blocks at the bottom are run on their own
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = False, offsets: Offsets = None) -> Output:
-        prefix = self.model.prefix(x, offsets) if self.prefix else None
+        prefix = self.model.body.prefix(x, offsets) if self.prefix else None
         return self.model.loss(x, self.labels, offsets, self.count, keep=keep, prefix=prefix)
 
     def backward(self, dy: Array, saved: Saved | None, need_dx: bool = True) -> None:

@@ -11,12 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora import __version__
+from minilora.formats import tomllib
 from minilora.runs.recipe import GROUPS, Recipe
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _VERBS = {
     "finetune": "adapt a model to data; without arguments, the bundled model to Python source",

@@ -11,10 +11,7 @@ from pkgutil import resolve_name
 from textwrap import dedent
 from typing import Any, NamedTuple
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from minilora.formats import tomllib
 
 
 class Blank(NamedTuple):

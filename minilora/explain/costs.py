@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from minilora.backend import Array
-from minilora.checking.flops import _ACTIVATIONS, FORMULAS, value
+from minilora.checking.flops import FORMULAS, kind_of, value
 from minilora.checking.trace import Call
 from minilora.explain.code import doc
 from minilora.explain.docstring import Doc, sizes_of
@@ -36,8 +36,7 @@ def predicted(call: Call) -> dict[str, str]:
     formed = {name for name in call.gradients if name in call.shapes}
     factors = {kind: Counter[str]() for kind in KINDS}  # {kind: {letters: factor}}
     for key, formula in FORMULAS.get(call.name, {}).items():
-        first = next((g for g in key.split() if g in formed), "")
-        kind = "forward" if key == "forward" else "skipped" if not first else "dx" if first in _ACTIVATIONS else "dW"
+        kind = kind_of(key, formed)
         for factor, _, letters in (term.partition(" ") for term in formula.split(" + ")):
             factors[kind][letters] += int(factor)
     found = {kind: " + ".join(f"{factor} {letters}" for letters, factor in each.items()) for kind, each in factors.items() if each}

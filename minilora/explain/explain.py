@@ -7,14 +7,13 @@ from typing import Any
 
 from minilora.checking.trace import Call
 from minilora.explain.code import arrays, code, doc, file_of, functions
-from minilora.explain.composite import composed
 from minilora.explain.costs import costs, counted
 from minilora.explain.docstring import sizes_of
 from minilora.explain.page import write_page
 from minilora.explain.passes import TEXT, Passes, find, passes
 from minilora.explain.step import explain_step
 from minilora.explain.terminal import show
-from minilora.explain.worked import check, choices, grid_of, worked
+from minilora.explain.worked import check, choices, composed, grid_of, worked
 from minilora.lora import lora_layers
 from minilora.runs import Say, silent
 

@@ -19,7 +19,6 @@ from minilora.functional import AdamStep
 from minilora.layers import Dropout, Layer
 from minilora.lora import LoraConfig, lora_layers
 from minilora.models.decoder import Decoder
-from minilora.models.generate import context_length
 from minilora.runs.run_file import open_base, tokenizer_of
 
 R, ALPHA, STD = 8, 16, 0.02  # of a fresh LoRA, and the standard deviation of its B
@@ -46,7 +45,7 @@ def passes(name: str | Path, text: str = TEXT) -> Passes:
     model, adapter = open_base(name, "numpy", dtype="float32")
     tokenizer = tokenizer_of(name, model.config.vocab_size)
     ids = tokenizer.encode_prompt(text) if isinstance(model, Decoder) else tokenizer.encode(text)
-    longest = context_length(model)
+    longest = model.config.longest_sequence
     if len(ids) > longest:
         raise ValueError(f"the text has {len(ids)} tokens, and {name} takes {longest} at most; give a shorter --text.")
     if len(ids) < 2:

@@ -1,7 +1,13 @@
 """Files: checkpoints, adapters, GGUF, tokenizers, chat templates. Knows no training."""
 
+import sys
 from importlib import import_module
 from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib as tomllib
+else:
+    import tomli as tomllib
 
 
 def extra(module: str, name: str, what: str) -> Any:

@@ -22,7 +22,12 @@ from minilora.quantization.nf4 import BLOCK, CODE, NESTED, NF4
 _STATE = ".quant_state.bitsandbytes__nf4"
 _LARGEST = 1e38  # of a magnitude: the sum of two is finite in float32
 _PARTS = ("absmax", "nested_absmax", "nested_quant_map", "quant_map")
-_DECIDE = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+_DECIDE = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}
 CONFIG = {**_DECIDE, "bnb_4bit_compute_dtype": "float32"}  # what config.json says of it
 
 

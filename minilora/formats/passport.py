@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from minilora.formats import tomllib
 from minilora.lora import LoraConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "tok_embeddings", "lm_head"}
 _USUAL = 16  # vLLM's largest rank, unless it is started for another

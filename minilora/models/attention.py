@@ -83,10 +83,10 @@ class Attention(Layer):
         W_attn, W_proj = self.projections()
         through = need_dx or W_attn.trainable
         qkv, s_attn = W_attn.forward(x, keep=keep and through, need_dx=need_dx)
-        (q, k, v), r = _thirds(qkv), None
+        d, qk, r = qkv.shape[1] // 3, qkv, None
         if rope is not None:
-            qk, r = K.rotary(qkv[:, : 2 * q.shape[1]], *rope)  # the heads of q and k by the same angles
-            q, k = qk[:, : q.shape[1]], qk[:, q.shape[1] :]
+            qk, r = K.rotary(qkv[:, : 2 * d], *rope)  # the heads of q and k by the same angles
+        q, k, v = qk[:, :d], qk[:, d : 2 * d], qkv[:, 2 * d :]
         q = K.take_rows(q, rows)
         if extend is not None:
             k, v, rows = extend(k, v)
@@ -187,9 +187,7 @@ class SelfAttention(Layer):
             return None
         need, q, k, v, P, offsets, rows, rope, r_q, r_k, (at_q, at_k, n_q, n_k) = through
         to_q, to_k, to_v = self.projections()
-        dx_q: Any = None
-        dx_k: Any = None
-        dx_v: Any = None
+        dx_q = dx_k = dx_v = None
         dq, dk, dv = K.attention_backward(dy, q, k, v, P, self.n_head, offsets, self.n_kv_head, need, rows)  # o = attention(q, k, v)
         if "dv" in need:
             dx_v = to_v.backward(dv, s_v, need_dx=need_dx)  #                           v = x W_v
@@ -206,9 +204,3 @@ class SelfAttention(Layer):
     def _of_queries(self, rope: Tables, rows: Rows) -> list[Array]:
         """The tables of the rows of q, times q_scale."""
         return [K.take_rows(table if self.q_scale == 1 else self.q_scale * table, rows) for table in rope]
-
-
-def _thirds(qkv: Array) -> tuple[Array, Array, Array]:
-    """The three column blocks of (T, 3d), as views."""
-    d = qkv.shape[1] // 3
-    return qkv[:, :d], qkv[:, d : 2 * d], qkv[:, 2 * d :]

@@ -24,11 +24,18 @@ from minilora.models.attention import SelfAttention
 from minilora.models.config_file import ModelConfig
 from minilora.models.stack import Body, Parts
 
-ACTIVATIONS: dict[str, Callable[[], Layer]] = {"gelu": GELU, **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), lambda: GELU("tanh"))}
-ACTIVATIONS["relu"] = ReLU
-# Defaults of transformers, where they differ from BertConfig's
-_DEFAULTS = {"bert": {"pad_token_id": 0}, "distilbert": {"pad_token_id": 0}}
-_DEFAULTS |= {"roberta": {"pad_token_id": 1, "vocab_size": 50265}, "xlm-roberta": {"pad_token_id": 1}}
+ACTIVATIONS: dict[str, Callable[[], Layer]] = {
+    "gelu": GELU,
+    "gelu_new": lambda: GELU("tanh"),
+    "gelu_pytorch_tanh": lambda: GELU("tanh"),
+    "relu": ReLU,
+}
+_DEFAULTS = {  # of transformers, where they differ from BertConfig's
+    "bert": {"pad_token_id": 0},
+    "roberta": {"pad_token_id": 1, "vocab_size": 50265},
+    "xlm-roberta": {"pad_token_id": 1},
+    "distilbert": {"pad_token_id": 0},
+}
 # the parts of a block by their roles (BertLayer.parts), then W_q, W_k and W_v
 _BERT_BLOCK = """attention.self attention.output.dense attention.output.dropout attention.output.LayerNorm
     intermediate.dense intermediate.act output.dense output.dropout output.LayerNorm query key value"""
@@ -76,7 +83,11 @@ class BertConfig(ModelConfig):
         "problem_type": (None, "single_label_classification", "regression"),
         "pooling": ("first", "mean"),
     }
-    fixed: ClassVar[Any] = {"position_embedding_type": ("absolute",), "is_decoder": (False,), "is_causal": (False,)}
+    fixed: ClassVar[Any] = {
+        "position_embedding_type": ("absolute",),
+        "is_decoder": (False,),
+        "is_causal": (False,),
+    }
     neutral: ClassVar[Any] = """tie_word_embeddings
         directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type"""
 
@@ -140,8 +151,13 @@ class DistilBertConfig(BertConfig):
     num_hidden_layers: int = 6
 
     choices: ClassVar[Any] = {**BertConfig.choices, "model_type": ("distilbert",)}
-    aliases: ClassVar[Any] = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
-    aliases |= {"hidden_dim": "intermediate_size", "activation": "hidden_act"}
+    aliases: ClassVar[Any] = {
+        "dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "hidden_dim": "intermediate_size",
+        "activation": "hidden_act",
+    }
     fixed: ClassVar[Any] = dict.fromkeys(("intermediate_size", "hidden_act", "layer_norm_eps", "type_vocab_size"), ())
     neutral: ClassVar[Any] = "dropout qa_dropout seq_classif_dropout sinusoidal_pos_embds tie_word_embeddings tie_weights_"
 

@@ -77,7 +77,7 @@ class BertClassifier(Layer):
     ) -> Output:
         """x are token ids of packed sequences, `offsets` their bounds. There is no dx: ids are integers.
 
-        Where the head reads the first row of each sequence, the last block computes no others. prefix: the result of `prefix`.
+        Where the head reads the first row of each sequence, the last block computes no others. prefix: the result of `body.prefix`.
         """
         embeddings, blocks, last = self.body.parts()
         at_h = any(layer.trainable for layer in (*embeddings, *blocks, *([last] if last else ())))
@@ -96,10 +96,6 @@ class BertClassifier(Layer):
         if self.config.pooling == "mean":
             df = K.product(_averages(bounds, df).T, df)  #         f = mean of each sequence of h; otherwise its first rows
         self.body.backward(df, s_body)  #                          h = body(ids)
-
-    def prefix(self, ids: Array, offsets: Offsets = None) -> Prefix | None:
-        """The output of the frozen blocks at the bottom, the same in every epoch (models/stack.py); None if there are none."""
-        return self.body.prefix(ids, offsets)
 
     def loss(
         self,

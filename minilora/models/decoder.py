@@ -81,7 +81,7 @@ class Decoder(Layer):
         """The sum over labelled rows of -log p(labels_t | ids_0 ... ids_t), divided by `count` (default: the number of those rows).
 
         ids (T,); labels (T,) on the host: labels[t] is the token that row t has to predict (already shifted), or -100; or F.Labelled,
-        whose labels may be on a device. prefix: the result of `prefix(ids, offsets)`.
+        whose labels may be on a device. prefix: the result of `body.prefix(ids, offsets)`.
         The last block, the head and the softmax run on labelled rows only, the latter two in blocks of the vocabulary (all of it
         at once where the head is not a plain Linear). With keep=True the gradient of h is computed here, and `loss_backward(saved)`
         continues from it. Raises ValueError when no row is labelled and no `count` is given.
@@ -113,10 +113,6 @@ class Decoder(Layer):
             self.lm_head.weight.add_grad(dW)
         if dh is not None:  # None: only the head is trained
             self.body.backward(dh, s_h)  #                                         h = body(ids)
-
-    def prefix(self, ids: Array, offsets: Offsets = None) -> Prefix | None:
-        """The output of the frozen blocks at the bottom, the same in every epoch (models/stack.py); None if there are none."""
-        return self.body.prefix(ids, offsets)
 
     def decode(self, ids: Array, cache: KVCache) -> Array:
         """The logits (vocab_size,) of the token after `ids` (t,), which follow the tokens in the cache and are added to it.

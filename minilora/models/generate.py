@@ -35,7 +35,7 @@ def generate(
     if len(prompt) == 0:
         raise ValueError("generate: the prompt is empty; give at least one token.")
     rng = np.random.default_rng(rng)
-    limit = context_length(model)
+    limit = model.config.longest_sequence
     ids = np.asarray(prompt, dtype=np.int64)[-limit:]
     cache, new = KVCache(), ids
     for _ in range(n):
@@ -115,8 +115,3 @@ def draw(logits: np.ndarray, temperature: float, top_k: int, top_p: float, rng: 
     kept = int(np.searchsorted(np.cumsum(p), top_p)) + 1  # including the token that reaches top_p
     p = p[:kept]
     return int(order[rng.choice(len(p), p=p / p.sum())])
-
-
-def context_length(model: Any) -> int:
-    """The longest sequence that the model takes, in tokens."""
-    return int(model.config.longest_sequence)

@@ -36,11 +36,20 @@ class GPT2Config(ModelConfig):
     layer_norm_epsilon: float = 1e-5
     dropout: float = 0.0
 
-    fixed: ClassVar[Any] = dict.fromkeys(("is_causal", "scale_attn_weights", "tie_word_embeddings"), (True,))
-    fixed |= {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_by_inverse_layer_idx": (False,)}
+    fixed: ClassVar[Any] = {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "is_causal": (True,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "tie_word_embeddings": (True,),
+    }
     neutral: ClassVar[Any] = "pad_token_id n_ctx is_decoder reorder_and_upcast_attn"
-    aliases: ClassVar[Any] = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
-    aliases |= {"max_position_embeddings": "n_positions"}
+    aliases: ClassVar[Any] = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
 
     def __post_init__(self) -> None:
         self.check()

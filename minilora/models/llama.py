@@ -85,8 +85,7 @@ class LlamaMLP(Layer):
         da = self.down_proj.backward(dy, s_down, need_dx=bool(need))  #       y = down_proj(a)
         if not need:
             return None
-        dx_g: Any = None
-        dx_u: Any = None
+        dx_g = dx_u = None
         if self.gelu:
             h, u, s_h = s_act
             dg = K.gelu_tanh_backward(K.multiply(da, u), s_h) if "dg" in need else None  # a = gelu_tanh(g) * u

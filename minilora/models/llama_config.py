@@ -23,15 +23,53 @@ class Variant(NamedTuple):
 
 
 _WINDOWED = "use_sliding_window sliding_window layer_types"
-_QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768}
-_QWEN |= {"sliding_window": 4096, "max_window_layers": 28}
-_MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 4096 * 32, "sliding_window": 4096}
-_SMOLLM3 = {"vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4}
-_SMOLLM3 |= {"max_position_embeddings": 32768, "pad_token_id": 128004, "bos_token_id": 128000, "eos_token_id": 128001}
-_GEMMA: dict[str, Any] = {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
-_GEMMA |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072, "sliding_window": 4096}
-_GEMMA |= {"rope_theta": 1e6, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-_GEMMA |= {"tie_word_embeddings": True, "query_pre_attn_scalar": 256}
+_QWEN = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_MISTRAL = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096 * 32,
+    "sliding_window": 4096,
+}
+_SMOLLM3 = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+    "rope_theta": 2e6,
+    "no_rope_layer_interval": 4,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "pad_token_id": 128004,
+}
+_GEMMA = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "query_pre_attn_scalar": 256,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 
 VARIANTS = {
@@ -39,15 +77,11 @@ VARIANTS = {
     "mistral": Variant("Mistral", "sliding_window", _MISTRAL | _ENDS),
     "qwen2": Variant("Qwen2", f"{_WINDOWED} max_window_layers", _QWEN, qkv_bias=True),
     "qwen3": Variant("Qwen3", f"attention_bias {_WINDOWED} max_window_layers", _QWEN | {"head_dim": 128}, head_norms=True),
-    "smollm3": Variant(
-        "SmolLM3",
-        f"attention_bias mlp_bias {_WINDOWED} no_rope_layers no_rope_layer_interval",
-        _SMOLLM3 | {"tie_word_embeddings": True, "rope_theta": 2e6, "no_rope_layer_interval": 4},
-    ),
+    "smollm3": Variant("SmolLM3", f"attention_bias mlp_bias {_WINDOWED} no_rope_layers no_rope_layer_interval", _SMOLLM3),
     "gemma3_text": Variant(
         "Gemma3",
         "attention_bias sliding_window layer_types sliding_window_pattern query_pre_attn_scalar rope_local_base_freq",
-        _GEMMA | {"sliding_window_pattern": 6, "rope_local_base_freq": 1e4},
+        _GEMMA,
         head_norms=True,
         gemma=True,
     ),
@@ -93,9 +127,18 @@ class LlamaConfig(ModelConfig):
     pad_token_id: int | None = None
 
     choices: ClassVar[Any] = {"model_type": tuple(VARIANTS)}
-    fixed: ClassVar[Any] = {**choices, "hidden_act": ("silu", "swish"), "hidden_activation": ("gelu_pytorch_tanh",), "is_causal": (True,)}
-    fixed |= {"partial_rotary_factor": (1, None), "rope_interleaved": (False,), "use_mrope": (False,)}
-    fixed |= {"attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "use_bidirectional_attention": (False, None)}
+    fixed: ClassVar[Any] = {
+        **choices,
+        "hidden_act": ("silu", "swish"),
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "is_causal": (True,),
+        "partial_rotary_factor": (1, None),
+        "rope_interleaved": (False,),
+        "use_mrope": (False,),
+        "attn_logit_softcapping": (None,),
+        "final_logit_softcapping": (None,),
+        "use_bidirectional_attention": (False, None),
+    }
     neutral: ClassVar[Any] = """is_decoder pretraining_tp rope_parameters original_max_position_embeddings _sliding_window_pattern
         cache_implementation"""
 

@@ -55,10 +55,16 @@ class ModernBertConfig(BertConfig):
     local_rope_theta: float = 10000.0
 
     choices: ClassVar[Any] = {
-        **{**BertConfig.choices, "model_type": ("modernbert",), "pooling": ("cls", "mean")},
+        **BertConfig.choices,
+        "model_type": ("modernbert",),
+        "pooling": ("cls", "mean"),
         "classifier_activation": BertConfig.choices["hidden_act"],
     }
-    aliases: ClassVar[Any] = {"hidden_activation": "hidden_act", "norm_eps": "layer_norm_eps", "classifier_pooling": "pooling"}
+    aliases: ClassVar[Any] = {
+        "hidden_activation": "hidden_act",
+        "norm_eps": "layer_norm_eps",
+        "classifier_pooling": "pooling",
+    }
     fixed: ClassVar[Any] = dict.fromkeys(("hidden_act", "pooling", "type_vocab_size"), ())
     neutral: ClassVar[Any] = """tie_word_embeddings position_embedding_type rope_parameters rope_scaling initializer_cutoff_factor
         cls_token_id embedding_dropout mlp_dropout decoder_bias deterministic_flash_attn sparse_prediction sparse_pred_ignore_index

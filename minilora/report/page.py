@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.formats import extra
 from minilora.formats.atomic import write_text
 from minilora.report.changes import Change, changes_of, similarity
 from minilora.report.read import Run, read_run
@@ -47,11 +48,9 @@ def report_run(run: str | Path, other: str | Path | None = None, out: str | Path
 
 
 def _template() -> Any:
-    try:
-        from jinja2 import Environment, PackageLoader
-    except ImportError:
-        raise ImportError("minilora report needs jinja2: pip install 'minilora[html]'") from None
-    environment = Environment(loader=PackageLoader("minilora.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    jinja2 = extra("jinja2", "html", "minilora report")
+    loader = jinja2.PackageLoader("minilora.report", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {f.__name__: f for f in (median, number, short)}
     environment.tests["finite"] = math.isfinite
     environment.globals |= {"log": math.log, "ticks": ticks, "unique": count(1).__next__, "zip": zip}

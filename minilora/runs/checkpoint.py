@@ -72,7 +72,7 @@ def capture(model: Any, optimizer: AdamW, scale: LossScale | None, **about: Any)
             tensors |= {f"{path}.offset_A": layer.offset.A, f"{path}.offset_B": layer.offset.B}
     return State(
         updates=optimizer.t,
-        loss_scale=None if scale is None else scale.state(),
+        loss_scale=None if scale is None else asdict(scale),
         parameters={path: list(p.data.shape) for path, p in zip(flat.paths, flat.parameters, strict=True)},
         tensors={name: to_numpy(value) for name, value in tensors.items()},
         **about,

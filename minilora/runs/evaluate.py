@@ -8,7 +8,6 @@ from typing import Any
 
 from minilora.formats.fetch import BUNDLED
 from minilora.models.decoder import Decoder
-from minilora.models.generate import context_length
 from minilora.runs import Say
 from minilora.runs.recipe import Recipe, threads_for
 from minilora.runs.run_file import check_task, check_window, open_model, run_of, tokenizer_of
@@ -49,7 +48,8 @@ def task_of(model: Any, run: str, data: str | None, *, tokenizer_source: str, sp
     had = Recipe() if made is None else made.recipe
     changed = {name: value for name, value in {"data": data, **changed}.items() if value is not None}
     if made is None:
-        changed = {"window": min(had.window, context_length(model)), "task": "lm" if isinstance(model, Decoder) else "classify", **changed}
+        task = "lm" if isinstance(model, Decoder) else "classify"
+        changed = {"window": min(had.window, model.config.longest_sequence), "task": task, **changed}
     check_task(model, changed.get("task", had.task), tokenizer_source)
     if data is None and made is None and tokenizer_source != BUNDLED:
         raise ValueError(f"{tokenizer_source} is not a run, which would know its data; give --data.")

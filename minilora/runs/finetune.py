@@ -101,7 +101,7 @@ def _finetune(recipe: Recipe, out: str | Path | None, say: Say, resumed: bool, r
 
         def write_run(results: dict[str, Any]) -> dict[str, Any]:
             """Write run.json. Returns the results in it: those given, and the loss scale, if there is one."""
-            results = results | ({} if scale is None else {"loss_scale": scale.state()})
+            results = results | ({} if scale is None else {"loss_scale": asdict(scale)})
             about = {"configuration": settings, "labels": task.labels, "trained_on": task.trained_on}
             write_json(folder / "run.json", {**about, "sizes": tuned.sizes, "kernels": tuned.kernels_in_use(), "results": results})
             return results

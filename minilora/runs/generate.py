@@ -8,7 +8,7 @@ from typing import Any
 
 from minilora.data.records import note
 from minilora.models.decoder import Decoder
-from minilora.models.generate import context_length, generate_text
+from minilora.models.generate import generate_text
 from minilora.runs.run_file import open_model, tokenizer_of
 
 
@@ -51,6 +51,6 @@ def generate_run(
 
     result = generate_text(opened, tokenizer, ids, tokens, temperature, seed, **options, show=show_piece)
     show_piece("\n")
-    if (total := len(ids) + result["tokens"]) > (limit := context_length(opened)):
+    if (total := len(ids) + result["tokens"]) > (limit := opened.config.longest_sequence):
         note(f"warning: the text has {total} tokens, and the model reads {limit}: the older half was forgotten each time that it was full.")
     return {"prompt": prompt, **result}

@@ -20,7 +20,6 @@ from minilora.formats.tokenizer import Tokenizer, load_tokenizer
 from minilora.models import BertClassifier
 from minilora.models.config_file import check_types, made
 from minilora.models.decoder import Decoder
-from minilora.models.generate import context_length
 from minilora.runs.recipe import Recipe
 
 # Fields of a recipe that say how the model of a run was loaded, what it was trained on, and how it was measured.
@@ -163,8 +162,8 @@ def check_task(model: Any, task: str, source: str | Path) -> None:
 
 def check_window(model: Any, window: int) -> None:
     """Raise ValueError when the window is longer than the model's positions."""
-    if window > context_length(model):
-        raise ValueError(f"a window of {window} is longer than the model's {context_length(model)} positions.")
+    if window > (longest := model.config.longest_sequence):
+        raise ValueError(f"a window of {window} is longer than the model's {longest} positions.")
 
 
 def _classes(adapter: Path) -> int | None:

@@ -25,7 +25,6 @@ from minilora.formats.fitting import named
 from minilora.formats.tokenizer import ByteTokenizer, Tokenizer
 from minilora.functional import cross_entropy, mse
 from minilora.kernels import upcast
-from minilora.models.generate import context_length
 from minilora.runs.recipe import Recipe
 from minilora.runs.run_file import Run
 from minilora.training.evaluate import classification_metrics, confusion, evaluate, map_batches, pearson, perplexity
@@ -216,7 +215,7 @@ def general_task(model: Any, recipe: Recipe, tokenizer: Tokenizer) -> Task | Non
     if not path.exists():
         raise FileNotFoundError(f"there is no text {path} to measure forgetting on; name another with --forgetting, or none with ''.")
     tokens = tokens_of(read_text(path, "utf-8" if recipe.forgetting is None else recipe.encoding), tokenizer)
-    window = max(1, min(_GENERAL_WINDOW, context_length(model), len(tokens) - 1))
+    window = max(1, min(_GENERAL_WINDOW, model.config.longest_sequence, len(tokens) - 1))
     return _measured_text(path.name, tokens, replace(recipe, window=window, eval_bytes=8192), tokenizer)
 
 

@@ -76,7 +76,7 @@ class Training:
                 if not s.latest:
                     continue
                 stop = interruption.requested  # read once: a signal that comes later is for the next step
-                over = self.patience_is_over() or stop
+                over = stop or (plan.patience is not None and self.best()[2] >= plan.patience)
                 if over or s.step == plan.steps or _due(s.step, self.saved, plan.save_every):
                     self.save()
                 if stop:
@@ -119,9 +119,6 @@ class Training:
             return math.inf, 0, 0
         at = min(range(len(measured)), key=measured.__getitem__)
         return *measured[at], len(measured) - 1 - at
-
-    def patience_is_over(self) -> bool:
-        return self.plan.patience is not None and self.best()[2] >= self.plan.patience
 
     def save(self, kind: str = "step") -> None:
         """Write a checkpoint. If that fails, training goes on, and the last one stays."""

@@ -7,8 +7,8 @@ has the range of float32 and needs no scale.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -48,7 +48,3 @@ class LossScale:
     def lost(self) -> bool:
         """Whether so many steps were skipped that the scale cannot be the cause."""
         return self.left_out >= self.LIMIT
-
-    def state(self) -> dict[str, Any]:
-        """The arguments of a LossScale that continues from here."""
-        return asdict(self)

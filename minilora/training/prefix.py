@@ -18,7 +18,7 @@ from minilora.models.stack import Prefix
 
 
 class PrefixCache:
-    """`cache(model, batch)` is model.prefix(batch.ids, batch.offsets), with each sequence computed once.
+    """`cache(model, batch)` is model.body.prefix(batch.ids, batch.offsets), with each sequence computed once.
 
     Up to `limit` bytes are kept, where the model is; other sequences are computed again. Raises ValueError for a model with another
     number of frozen blocks.
@@ -40,7 +40,7 @@ class PrefixCache:
         key = ids.tobytes()
         if key in self.kept:
             return self.kept[key]
-        prefix = model.prefix(ids, np.array([0, len(ids)]))
+        prefix = model.body.prefix(ids, np.array([0, len(ids)]))
         if prefix is None:
             return None
         if self.kept and prefix.blocks != self.blocks:

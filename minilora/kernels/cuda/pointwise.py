@@ -135,23 +135,19 @@ def _draw(x: Array | None, y: Array, p: float, key: Any) -> Array:
     return y
 
 
-def rotary(x: Array, cos: Array, sin: Array) -> tuple[Array, None]:
-    """As functional.rotary."""
-    return _rotate(x, cos, sin, 1), None
-
-
-def rotary_backward(dy: Array, cos: Array, sin: Array) -> Array:
-    """As functional.rotary_backward."""
-    return _rotate(dy, cos, sin, -1)
-
-
-def _rotate(x: Array, cos: Array, sin: Array, sign: int) -> Array:
+def rotary(x: Array, cos: Array, sin: Array, sign: int = 1) -> tuple[Array, None]:
+    """As functional.rotary; backward is the same with sign -1."""
     xp = F.check_rotary(x, cos, sin)
     x, cos, sin = map(xp.ascontiguousarray, (x, cos, sin))
     half, y = cos.shape[1], xp.empty_like(x)
     args = (x, cos, sin, cuda.real_of(x)(sign), np.int32(x.shape[1] // (2 * half)), np.int32(half), y)
     cuda.elementwise("rotary", "rotary", x.size // 2, *args)
-    return y
+    return y, None
+
+
+def rotary_backward(dy: Array, cos: Array, sin: Array) -> Array:
+    """As functional.rotary_backward."""
+    return rotary(dy, cos, sin, -1)[0]
 
 
 def adamw(w: Array, g: Array, m: Array, v: Array, rates: Any, decays: Any, step: F.AdamStep) -> None:
