@@ -52,8 +52,9 @@ def test_a_frozen_prefix_is_computed_once_with_equal_results(kind, backend):
     model, batch = model_of(kind).to(backend), batch_of(kind)
     loss, expected = gradient(model, batch)
     cache, calls = PrefixCache(), []
-    plain = type(model).prefix
-    model.prefix = lambda *args: calls.append(len(args[0])) or plain(model, *args)
+    body = model.body
+    plain = type(body).prefix
+    body.prefix = lambda *args: calls.append(len(args[0])) or plain(body, *args)
     for _ in range(3):
         again, found = gradient(model, batch, cache)
         assert again == pytest.approx(loss, rel=1e-12)
