@@ -16,12 +16,11 @@ from minilora.report.page import report_run
 from minilora.runs import Say
 from minilora.runs.doctor import doctor
 from minilora.runs.evaluate import evaluate_run
-from minilora.runs.export import export
+from minilora.runs.export import export, push
 from minilora.runs.finetune import finetune
 from minilora.runs.generate import generate_run
 from minilora.runs.info import describe
 from minilora.runs.merge import compare, extract_run, merge_run
-from minilora.runs.push import push
 from minilora.runs.recipe import WITHOUT_EFFECT, Recipe
 from minilora.runs.resume import resume
 from minilora.runs.study import study_run

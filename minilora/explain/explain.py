@@ -1,4 +1,4 @@
-"""`minilora explain`: everything about one place of a model, as a dictionary; terminal.py and page.py show it."""
+"""`minilora explain`: everything about one place of a model, as a dictionary, which terminal.py shows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from minilora.checking.trace import Call
 from minilora.explain.code import arrays, code, doc, file_of, functions
 from minilora.explain.costs import costs, counted
 from minilora.explain.docstring import sizes_of
-from minilora.explain.page import write_page
 from minilora.explain.passes import TEXT, Passes, find, passes
 from minilora.explain.step import explain_step
-from minilora.explain.terminal import show
+from minilora.explain.terminal import COSTS, show
 from minilora.explain.worked import check, choices, composed, grid_of, worked
+from minilora.formats import extra
+from minilora.formats.atomic import to_json, write_text
 from minilora.lora import lora_layers
 from minilora.runs import Say, silent
 
@@ -42,6 +43,18 @@ def explain(
         write_page(result, html)
     show(result, say)
     return result
+
+
+def write_page(result: dict[str, Any], file: str | Path) -> None:
+    """Write the explanation as one HTML page that needs no network. Raises FileExistsError if the file is there; ImportError."""
+    jinja2 = extra("jinja2", "html", "--html")
+    if Path(file).exists():
+        raise FileExistsError(f"{file} is in use; name another file, or remove it first.")
+    loader = jinja2.PackageLoader("minilora.explain", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    choices = {at: [{k: v for k, v in e.items() if k != "terms"} for e in entries] for at, entries in result.get("choices", {}).items()}
+    data = to_json({"choices": choices}).replace("<", "\\u003c")  # a script ends at "</script>"
+    write_text(file, environment.get_template("explain.html.j2").render(r=result, labels=COSTS, data=data))
 
 
 def _explain(run: Passes, name: str, token: int | None, feature: int | None, page: bool) -> dict[str, Any]:

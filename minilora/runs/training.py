@@ -22,7 +22,6 @@ from minilora.runs.interrupt import Interruption
 from minilora.runs.prepare import prefix_for, steps_of
 from minilora.runs.recipe import ResolvedRecipe
 from minilora.runs.tasks import Task, measure
-from minilora.runs.tensorboard import Events
 from minilora.training.loss_scale import LossScale
 from minilora.training.ranks import Ranks, Stopped
 from minilora.training.watch import Diverged, Step
@@ -163,6 +162,26 @@ def assist(model: Any, optimizer: AdamW, task: Task, plan: ResolvedRecipe, scale
     with suppress(Stopped, Diverged):
         for _ in steps_of(model, optimizer, batches, plan, prefix_for(task, plan), **options):
             pass
+
+
+class Events:
+    """The figures of a run as TensorBoard events (--log tensorboard): `add(record)` writes those of a step. ImportError without it."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError as error:
+            raise ImportError("--log tensorboard needs TensorBoard: pip install tensorboard.") from error
+        self.event, self.summary = event_pb2.Event, summary_pb2.Summary
+        self.writer = EventFileWriter(str(folder / "tensorboard"))
+
+    def add(self, record: dict[str, Any]) -> None:
+        values = [self.summary.Value(tag=k, simple_value=v) for k, v in record.items() if k != "step" and v is not None]
+        self.writer.add_event(self.event(step=record["step"], summary=self.summary(value=values)))
+
+    def close(self) -> None:
+        self.writer.close()
 
 
 def _due(step: int, last: int, every: int | None) -> bool:

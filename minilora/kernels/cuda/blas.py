@@ -78,7 +78,8 @@ def _by_cublas(xp: Any, a: Array, b: Array, out: Array, alpha: float, beta: floa
     kind, c_kind = _TYPES[a.dtype.char], _TYPES[out.dtype.char]
     compute = _FLOAT64 if a.dtype.char == "d" else _TF32 if a.dtype.char == "f" and tf32() else _FLOAT32
     scale, add = _number(alpha, compute == _FLOAT64)[1], _number(beta, compute == _FLOAT64)[1]
-    shapes = (_handle(xp), in_b.transposed, in_a.transposed, n, m, k, scale)
+    handle = _handle_of(xp, xp.cuda.runtime.getDevice()).here(xp.cuda.get_current_stream().ptr)
+    shapes = (handle, in_b.transposed, in_a.transposed, n, m, k, scale)
     of_b, of_a, of_c = (b.data.ptr, kind, in_b.lead), (a.data.ptr, kind, in_a.lead), (target.data.ptr, c_kind, in_c.lead)
     if out.ndim == 2:
         blas.gemm_ex(*shapes, *of_b, *of_a, add, *of_c, compute, _DEFAULT_ALGORITHM)
@@ -161,10 +162,6 @@ class _Handle:
 @cache
 def _handle_of(xp: Any, device: int) -> _Handle:
     return _Handle(xp)
-
-
-def _handle(xp: Any) -> int:
-    return _handle_of(xp, xp.cuda.runtime.getDevice()).here(xp.cuda.get_current_stream().ptr)
 
 
 def _by_cupy(xp: Any, a: Array, b: Array, out: Array, alpha: float, beta: float) -> None:
