@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from shutil import get_terminal_size
 from textwrap import indent
 from typing import Any
@@ -115,5 +114,5 @@ def _arrays(arrays: list[dict[str, Any]], no_argument: str, no_result: str) -> s
 
 
 def _array(a: dict[str, Any]) -> str:
-    shape: Sequence[int] = tuple(a["shape"])
+    shape = tuple(a["shape"])
     return f"{a['name']} ({a['axes']}) = {shape}" if a["axes"] else f"{a['name']} {shape}"

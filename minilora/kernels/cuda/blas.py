@@ -101,11 +101,7 @@ class _Layout(NamedTuple):
 def _factor(x: Array, ways: tuple[bool, ...] = (False, True)) -> tuple[Array, _Layout]:
     """x and its layout. What lies in none of these ways is copied."""
     layout = _layout(x.shape, x.strides, x.itemsize, ways)
-    if layout is None:
-        x = x.copy()
-        layout = _layout(x.shape, x.strides, x.itemsize, ways)
-        assert layout is not None
-    return x, layout
+    return (x, layout) if layout is not None else _factor(x.copy(), ways)
 
 
 @lru_cache(maxsize=4096)  # a step asks for the same ones, hundreds of times
