@@ -4,8 +4,6 @@
 computed from a counter with integer arithmetic (functional/dropout.py): equal seeds give equal values on both backends.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable
@@ -115,7 +113,8 @@ def constant(x: np.ndarray, like: Array) -> Array:
 def kept_on_device(make: Callable[..., Any]) -> Callable[..., Any]:
     """functools.lru_cache, for a function that makes arrays on a device which every layer of a step reads.
 
-    NumPy arrays among its arguments are compared by content; the function gets them read-only."""
+    NumPy arrays among its arguments are compared by content; the function gets them read-only.
+    """
 
     @lru_cache(maxsize=256)
     def cached(*args: Any) -> Any:
@@ -151,13 +150,15 @@ def import_cupy() -> Any:
     try:
         devices = runtime.getDeviceCount()
     except Exception as error:  # CuPy raises CUDARuntimeError, which cannot be named without CuPy
-        theirs, cuda = runtime.driverGetVersion() // 1000, runtime.runtimeGetVersion() // 1000  # 0: there is no driver
+        theirs = runtime.driverGetVersion() // 1000  # 0: there is no driver
+        cuda = runtime.runtimeGetVersion() // 1000
         why = f"it is of CUDA {theirs}, CuPy of CUDA {cuda}: update it" if 0 < theirs <= cuda else f"{error}; install one"
         raise RuntimeError(f"CuPy is installed but found no usable NVIDIA driver; {why}, or use --backend numpy.") from error
     if devices == 0:
         raise RuntimeError("CuPy is installed but sees no GPU; is CUDA_VISIBLE_DEVICES empty? Otherwise use --backend numpy.")
-    has, least = int(cupy.cuda.Device().compute_capability), {12: 50, 13: 75}.get(runtime.runtimeGetVersion() // 1000, 0)
-    if has < least:  # NVIDIA's release notes of CUDA 12.0 and 13.0
+    has = int(cupy.cuda.Device().compute_capability)
+    least = {12: 50, 13: 75}.get(runtime.runtimeGetVersion() // 1000, 0)  # NVIDIA's release notes of CUDA 12.0 and 13.0
+    if has < least:
         why = f"its compute capability is {has / 10}, and this CUDA needs {least / 10}"
         raise RuntimeError(f"CuPy does not support this GPU; {why}. pip install 'minilora[cuda12]', for 5.0 on, or use --backend numpy.")
     return cupy
@@ -171,7 +172,8 @@ def choose_backend(name: str = "auto", quiet: bool = False) -> str:
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"unknown backend {name!r}; choose auto, numpy or cupy.")
     try:
-        if name != "numpy" and import_cupy():
+        if name != "numpy":
+            import_cupy()
             return "cupy"
     except (ImportError, RuntimeError) as error:
         if name == "cupy":

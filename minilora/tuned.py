@@ -9,8 +9,6 @@ Each changes the order of sums, and so the last digits of a result. run.json nam
 says so where the kernels are others.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """Bottleneck adapters: a small trainable network after a frozen projection (Houlsby et al., arXiv 1902.00751, section 2.1)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

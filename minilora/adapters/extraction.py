@@ -4,8 +4,6 @@ The rank: with the singular values S of dW, the energy that rank r keeps is sum_
 With the inputs of each layer it is that of L dW, L^T L = x^T x / T: what counts is the change of the outputs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

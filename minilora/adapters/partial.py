@@ -1,7 +1,5 @@
 """PartialConfig: train some of the model's own parameters, and freeze the rest."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar

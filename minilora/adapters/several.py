@@ -6,8 +6,6 @@ models["sql"].forward(ids)                                      # to switch, use
 ml.mixed([base, *models.values()], [1, 0, 2], offsets).forward(ids, keep=False, offsets=offsets)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

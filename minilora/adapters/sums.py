@@ -1,7 +1,5 @@
 """Weighted sums of LoRA adapters, as PEFT's add_weighted_adapter has them:   W + sum_i w_i s_i A_i B_i."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

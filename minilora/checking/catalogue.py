@@ -3,8 +3,6 @@
 Pairs and layers are in files of their own; here are the models, trained and adapted in every way.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The part of the catalogue that is layers, plain and adapted (minilora/layers, minilora/lora, minilora/adapters)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The part of the catalogue that is pairs of functions (minilora/functional, and those of LoRA's variants)."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from inspect import signature
 from types import SimpleNamespace

@@ -3,8 +3,6 @@
 A cause states a fact about the numbers, which was tested: with it undone, the gradient is right. It never guesses.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress

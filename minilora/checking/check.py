@@ -6,8 +6,6 @@ A plain sum of y would test nothing where it is a constant (softmax, layer norm)
 contract of `layers/base.py`: forward(x) -> (y, saved), backward(dy, saved) -> dx, parameters() -> (path, p) with p.data, p.grad.
 """
 
-from __future__ import annotations
-
 import copy
 import traceback
 from collections.abc import Collection, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Derivatives from values of a function: central differences, with an estimate of their error."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """`gradcheck(layer, x)`: every gradient of a layer or model against finite differences, and which call is to blame for a wrong one."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator

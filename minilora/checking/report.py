@@ -1,7 +1,5 @@
 """The result of `gradcheck`: one entry for each gradient, and the report in words."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 CONCLUSIVE = 1e-4  # finite differences less precise than this would hide the mistakes that a check should find

@@ -8,8 +8,6 @@ Inside the `with`, the methods of the model's layers and the functions of `kerne
 it nothing is exchanged, so that a trace costs nothing where there is none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps

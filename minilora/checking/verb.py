@@ -1,7 +1,5 @@
 """`minilora gradcheck`: everything in the package, one model, or a layer in a reader's own file."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 from collections.abc import Callable

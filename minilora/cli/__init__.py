@@ -3,8 +3,6 @@
 With --json a verb prints exactly one JSON object on standard output; everything else goes to standard error.
 """
 
-from __future__ import annotations
-
 import sys
 from argparse import Namespace
 

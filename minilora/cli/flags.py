@@ -1,7 +1,5 @@
 """The flags of every verb. Those of a recipe, and their names in a TOML file, come from the fields of `Recipe`."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import sys

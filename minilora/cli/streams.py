@@ -1,7 +1,5 @@
 """Standard output and error as the command line writes to them: no control characters, and no end of a run when the reader has gone."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The verbs: each passes its flags to a function that Python users call too, and returns what --json prints."""
 
-from __future__ import annotations
-
 import sys
 from argparse import Namespace
 from collections.abc import Callable

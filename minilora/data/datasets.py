@@ -6,8 +6,6 @@
 data/records.py reads the formats, data/examples.py defines the kinds of records, docs/data.md documents both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappush, heapreplace

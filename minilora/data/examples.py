@@ -11,8 +11,6 @@ A published head keeps its own classes in their own order. Otherwise the classes
 everything else as text. The result depends neither on the order of the records nor on the machine.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -8,8 +8,6 @@
 Suffixes and the names of splits are read in any letter case. Every other file is plain text. Errors name the file and the line.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Text to train on: Python source of the standard library, which needs no download, or the user's files. A token is a byte."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

@@ -4,8 +4,6 @@ The student's functions take the place of minilora's own in every module that ha
 checked by finite differences.
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 import traceback

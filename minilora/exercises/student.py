@@ -1,7 +1,5 @@
 """The verbs of `minilora exercise`: files in the student's folder, and beside them progress.json, how far the student has come."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import subprocess

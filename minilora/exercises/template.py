@@ -1,7 +1,5 @@
 """An exercise, and the code that a student gets: minilora's own source, without the bodies to write."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import sys

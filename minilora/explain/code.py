@@ -1,7 +1,5 @@
 """The source of a call in both directions, and what its docstring says."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """FLOPs and saved bytes of a call: as counted while it ran, and as formulas in terms of T, m, n, r."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

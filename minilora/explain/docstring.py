@@ -1,7 +1,5 @@
 """What a docstring says: the equation, the gradient, named shapes, what is saved, and the source."""
 
-from __future__ import annotations
-
 import re
 from inspect import cleandoc, getmodule
 from typing import Any, NamedTuple

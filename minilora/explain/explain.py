@@ -1,7 +1,5 @@
 """`minilora explain`: everything about one place of a model, as a dictionary, which terminal.py shows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

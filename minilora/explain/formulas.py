@@ -1,7 +1,5 @@
 """One coordinate of what an operation computes: formulas.txt, and what its formulas use that is no expression of whole arrays."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import cache

@@ -5,8 +5,6 @@ either it undoes the line that reads the array whose gradient it forms. Where no
 the same as forward again, undoes all of forward.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from difflib import SequenceMatcher

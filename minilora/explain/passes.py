@@ -1,7 +1,5 @@
 """The passes that are explained: one text, forward and backward, with LoRA and fully trained; and the places in them."""
 
-from __future__ import annotations
-
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """`minilora explain --step`: from the token ids to one changed number of one adapter."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What `minilora explain` prints."""
 
-from __future__ import annotations
-
 from shutil import get_terminal_size
 from textwrap import indent
 from typing import Any

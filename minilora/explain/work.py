@@ -1,7 +1,5 @@
 """Works a formula out: its value, and how it reads with numbers. It walks the syntax tree; nothing is run as code."""
 
-from __future__ import annotations
-
 import ast
 import math
 import operator

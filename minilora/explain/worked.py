@@ -3,8 +3,6 @@
 Of a layer that is made of layers: the sums in its two directions, and gradients beside finite differences.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from inspect import signature

@@ -1,7 +1,5 @@
 """adapter_config.json: in PEFT's layout for its methods, so that older versions read it too; else the fields of the configuration."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from dataclasses import asdict, fields

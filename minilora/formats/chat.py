@@ -4,8 +4,6 @@ A template comes from the publisher of the model: it receives plain data only, c
 of time, memory and output (sandbox.py).
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Sequence

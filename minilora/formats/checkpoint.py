@@ -1,7 +1,5 @@
 """Published models: a folder with config.json and model.safetensors (one file or shards), a .gguf file, or an id on the hub."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from collections.abc import Iterable, Sequence

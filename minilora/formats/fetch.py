@@ -1,7 +1,5 @@
 """Locating a model: the bundled one, a folder, or an id on the hub; reading its tensors; and noting where it came from."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath

@@ -4,8 +4,6 @@ PyTorch stores the weight of a Linear as (out, in); here it is (in, out). It is 
 dtype are not copied.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence

@@ -6,8 +6,6 @@
 Equal fingerprints mean the same base. Otherwise the samples distinguish a rounded or quantized copy from other weights.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import sys

@@ -7,8 +7,6 @@ by its whole path.
 Source: mlx-lm 0.32, tuner/utils.py (load_adapters), tuner/lora.py and tuner/dora.py.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@
 <path>.quant_state.bitsandbytes__nf4         JSON, as bytes       shape, block sizes, offset
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Which programs read an adapter: the rules of passport.toml, applied to its configuration. Nothing has to be trained for that."""
 
-from __future__ import annotations
-
 from functools import cache
 from importlib.resources import files
 from typing import Any

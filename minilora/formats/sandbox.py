@@ -5,8 +5,6 @@ send a line of JSON to a process that runs it, which answers with one. The proce
 replaced when an answer takes more than SECONDS of processor time. Its memory is limited where the system can do that (not on Windows).
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import json

@@ -3,8 +3,6 @@
 The format: 8 bytes with the length n of the header; n bytes of JSON, {name: {dtype, shape, data_offsets: [begin, end]}}; the data.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

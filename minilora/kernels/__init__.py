@@ -4,8 +4,6 @@ dispatch.py chooses the first implementation of a row that takes the arrays; the
 rounding (tests/test_kernels.py). MINILORA_KERNELS=plain runs references only; `minilora info --kernels` prints what a model uses, and why.
 """
 
-from __future__ import annotations
-
 import operator
 from functools import partial
 from typing import Any

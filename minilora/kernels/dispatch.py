@@ -7,8 +7,6 @@ The choice depends on the backend and dtype of x, and on a condition of each imp
 alignment). Half precision that no implementation takes is upcast before the operation, and the results are downcast (half.py).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from inspect import signature

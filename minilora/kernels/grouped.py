@@ -18,8 +18,6 @@ divide by `sum` rows of d features in place of rows of s. Beyond KEPT keys E is 
 length of a sequence. In half precision, on a GPU, E is P itself, and nothing is divided later: dO / sum could be too small for float16.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 kernels/dispatch.py does so around any operation. That saves memory, not time; on a GPU the CUDA kernels and cuBLAS take half precision.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

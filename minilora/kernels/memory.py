@@ -1,7 +1,5 @@
 """Memory: peaks, and how freed memory is kept."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

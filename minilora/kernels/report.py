@@ -1,7 +1,5 @@
 """Which implementation of each operation a model uses here, and why: what `minilora info --kernels` prints."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The best low-rank product: W ~ A B by truncated singular value decomposition."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Put any adapter into any tree of layers, fold it into the weights, and switch it off: inject, merge, unmerge, disabled."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

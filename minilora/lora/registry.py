@@ -3,8 +3,6 @@
 The tables name what is elsewhere as "module:name". It is loaded when a configuration needs it, so that reading LoRA needs none of it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import partial

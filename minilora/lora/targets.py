@@ -7,8 +7,6 @@ exclude_modules   names or an expression, as in target_modules
 modules_to_save   a list of names: every module whose path ends with one, at a dot or not ("norm" is "input_layernorm" too)
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Collection, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Self-attention with one fused projection of queries, keys and values, as in GPT-2 and ModernBERT, or three; KVCache."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

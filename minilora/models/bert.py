@@ -6,8 +6,6 @@ They differ in names (_BLOCK, _BLOCKS), in the place of the first token, and in 
 are those of the published checkpoints, which keep weights as (out, in); they are transposed when read, as views.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A pre-norm transformer block, written out by hand, for any attention and feed-forward layer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from minilora import kernels as K

@@ -6,8 +6,6 @@ In BERT, tanh(f W_p + b_p) is the pooler; sentence encoders leave it out, and p 
 ModernBERT p = LN(gelu(f W_p)).
 """
 
-from __future__ import annotations
-
 from operator import attrgetter
 from typing import Any
 

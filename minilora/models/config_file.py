@@ -6,8 +6,6 @@ neutral    cannot change what is computed: NEUTRAL, by reason, and `neutral` of 
 unknown    any other: named on standard error
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence

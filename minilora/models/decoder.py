@@ -5,8 +5,6 @@
 The body is in models/stack.py, its parts are in the file of each model.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

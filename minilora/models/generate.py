@@ -1,7 +1,5 @@
 """Sampling from a decoder, one token at a time, with a cache of keys and values."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ The residual adds of a block: models/block.py. Attention: models/attention.py. B
 models/decoder.py. The published checkpoint keeps its "Conv1D" weights as (in, out), which is the orientation used here.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -6,8 +6,6 @@ Mistral, Qwen2, Qwen3, SmolLM3 and Gemma 3 are the same model with other setting
 and generation: models/decoder.py. The residual adds of a block: models/block.py.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

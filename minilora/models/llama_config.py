@@ -1,7 +1,5 @@
 """The configuration of Llama and of its relatives, and what each of them has that the others do not: one table."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 

@@ -1,7 +1,5 @@
 """A multi-layer perceptron: dense layers with a non-linearity between them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any

@@ -6,8 +6,6 @@ Queries and keys are rotated. Every third layer is global; in the others a token
 has another base. The first block has no norm before its attention. Classifier and loss: models/classifier.py.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

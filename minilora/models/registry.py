@@ -1,7 +1,5 @@
 """The table of architectures. A new architecture is one file in this folder and one line here."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from minilora.models.bert import BertConfig, DistilBertConfig

@@ -10,8 +10,6 @@ yarn       f_i and f_i / s mixed likewise, from beta_fast to beta_slow times; co
 longrope   f_i / short_factor_i, where long_factor is the same; cos and sin times an attention factor     (arXiv 2402.13753)
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

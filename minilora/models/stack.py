@@ -9,8 +9,6 @@ prefix      frozen blocks at the bottom return the same result for the same text
 recompute   a block saves only its input, and runs forward again in the backward pass
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

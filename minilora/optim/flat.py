@@ -1,7 +1,5 @@
 """One contiguous buffer for all trainable parameters, one for their gradients (docs/flat-buffer.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

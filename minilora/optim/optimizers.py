@@ -1,7 +1,5 @@
 """SGD, Adam, AdamW and LoRA+: a handful of vector operations on the flat buffer, however many parameters there are."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

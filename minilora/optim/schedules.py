@@ -3,8 +3,6 @@
 All start with a linear warm-up: step s < warmup has the factor (s + 1) / (warmup + 1), so that no step has rate 0.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

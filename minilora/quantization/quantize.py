@@ -1,7 +1,5 @@
 """What the frozen weights of a model are kept in: NF4 for its linear layers, or half precision for all of its matrices."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

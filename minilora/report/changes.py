@@ -9,8 +9,6 @@ With dW = U diag(S) V^T, (m, n):
 U_i are the first i columns of U. Random subspaces of R^m have phi(i, j) = max(i, j) / m on average.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`minilora report`: one HTML page about a run, or two, that needs no network. The templates beside it choose and draw the pictures."""
 
-from __future__ import annotations
-
 import math
 from itertools import count
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the folder of a run holds, read file by file, so that a page about an unfinished or damaged run says what is missing."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

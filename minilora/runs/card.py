@@ -1,7 +1,5 @@
 """The model card of an adapter: the README.md that the hub shows, with the head that PEFT and the hub read."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

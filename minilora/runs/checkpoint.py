@@ -8,8 +8,6 @@ A checkpoint is written to a folder of another name, synchronised with the disk,
 The position in the data is the number of batches taken, since batches and dropout masks are functions of the seed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from dataclasses import asdict, dataclass, field

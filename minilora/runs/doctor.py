@@ -4,8 +4,6 @@ Some builds of BLAS return wrong numbers for some layouts (numpy/numpy#31776), a
 small integers: every product and sum is exact in float32, so that the right result is known to the bit from integer arithmetic.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -1,7 +1,5 @@
 """`minilora evaluate`: measure a model on data; a run with the settings that it was made with."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 huggingface_hub finds the token, which is never printed or stored here.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

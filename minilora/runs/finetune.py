@@ -1,7 +1,5 @@
 """`minilora finetune`: adapt a model to data, and measure it before and after."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

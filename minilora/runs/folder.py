@@ -22,8 +22,6 @@ table.txt       the table
 study.png       its picture
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterable

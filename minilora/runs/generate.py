@@ -1,7 +1,5 @@
 """`minilora generate`: continue a text, or answer in a chat."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`minilora info`: the contents of a model or a run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`minilora merge`, `extract` and `compare`: an adapter as part of its model, the reverse, and the distance of two models."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

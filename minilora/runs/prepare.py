@@ -1,7 +1,5 @@
 """From a recipe to what the training loop needs: the model, its tokenizer, the data, the trainable parameters and their optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any

@@ -1,7 +1,5 @@
 """`minilora finetune --resume RUN`: continue a run from its last checkpoint, bit for bit as if it had not been interrupted."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 from typing import Any

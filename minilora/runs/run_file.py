@@ -1,7 +1,5 @@
 """Opening the model of a path: a run folder, an adapter folder, a model folder or file, an id of the hub, or the bundled model."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass, field, fields, replace

@@ -1,7 +1,5 @@
 """Signs that a run goes wrong, each with its cause and what to do about it, in one sentence."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from typing import Any

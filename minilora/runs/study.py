@@ -5,8 +5,6 @@ classifier, the adapters, the batches and the dropout masks; the examples to tra
 read once: each run has a replica, which shares the weights that it does not train.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence

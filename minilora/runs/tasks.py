@@ -3,8 +3,6 @@
 `finetune` and `evaluate` both read data here, with the same settings: on the same data they measure the same batches.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import sys

@@ -1,7 +1,5 @@
 """The training of a run: its steps, their records, checkpoints, measurements on held-out data, and interruptions."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterator

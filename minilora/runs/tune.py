@@ -4,8 +4,6 @@ First OpenBLAS's kernels, each in its own process: the speed of products with th
 sizes of tuned.py: a step of a small GPT-2, each size in turn against the usual one. Another value has to gain 2 % to be taken.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

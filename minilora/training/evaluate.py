@@ -1,7 +1,5 @@
 """Held-out loss, and metrics of predictions, with values and edge cases as in scikit-learn."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The training loop: the body of `train` is one optimizer step. Printing, logging and saving are left to the caller."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import nullcontext
 

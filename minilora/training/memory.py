@@ -1,7 +1,5 @@
 """Out of memory: the size of batch that would have fitted."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from minilora.backend import backend_name, import_cupy

@@ -1,7 +1,5 @@
 """The exchange of gradients between GPUs, by NCCL. MPI starts the ranks and introduces them to each other (ranks.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

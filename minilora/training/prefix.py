@@ -4,8 +4,6 @@ With adapters in the top 2 of 6 blocks, every epoch after the first costs a thir
 computed alone: its outputs, to the bit, do not depend on the batch in which it first came, nor on what the cache holds.
 """
 
-from __future__ import annotations
-
 import threading
 from itertools import pairwise
 from typing import Any

@@ -13,8 +13,6 @@ Each rank sends and receives about 2 n numbers a step, as in an all-reduce, whos
 A wait ends after MINILORA_WAIT seconds (1800) with an error that names the ranks that are missing; an error of one rank ends all.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import os

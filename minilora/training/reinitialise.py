@@ -1,7 +1,5 @@
 """New initial values for the top of a model ("Revisiting Few-sample BERT Fine-tuning", arXiv 2006.05987, section 5)."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from minilora.backend import Rng, as_like, generator

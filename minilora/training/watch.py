@@ -1,7 +1,5 @@
 """What each step measured, and the check that losses and gradients are finite."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,6 @@
 CuPy compiles the sources when they are first used (NVRTC: no compiler has to be installed). tests/fakecupy runs them on a CPU, through g++.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Attention by groups of sequences (kernels/grouped.py) on the GPU: its steps (softmax.cu)."""
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 from typing import Any

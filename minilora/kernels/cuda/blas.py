@@ -6,8 +6,6 @@ a float32 result, and refuses all products while a step is captured (replay.py).
 cuBLAS counts column by column. C = A B in row order is to it C^T = B^T A^T: the factors change places, and nothing is transposed.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings
@@ -52,7 +50,9 @@ def gemm(a: Array, b: Array, out: Array | None = None, alpha: float = 1.0, beta:
 @cache
 def bindings() -> Any:
     """The module cublas.py; None with MINILORA_BLAS=cupy, and where its library cannot be called, of which a warning tells.
-    Raises ImportError where there is no cuBLAS: then CuPy's own calls fail too."""
+
+    Raises ImportError where there is no cuBLAS: then CuPy's own calls fail too.
+    """
     if os.environ.get("MINILORA_BLAS") == "cupy":
         return None
     try:

@@ -4,8 +4,6 @@ Importing this file raises ImportError, OSError or AttributeError where there is
 RuntimeError with its status. Addresses are integers; the rest is as in NVIDIA's manual, cuBLAS, sections 2.4 and 2.8.
 """
 
-from __future__ import annotations
-
 from ctypes import CDLL, byref, c_char_p, c_int, c_longlong, c_size_t, c_void_p
 
 from cupy_backends.cuda.libs import cublas as _of_cupy

@@ -4,8 +4,6 @@ For half precision, and for float32 where products may be taken in TF32 (CUPY_TF
 each row and head the logarithm of the sum that the softmax divides by. Memory is linear in the length of a sequence.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Collection, Sequence

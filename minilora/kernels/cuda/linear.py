@@ -4,8 +4,6 @@ Products go to cuBLAS as blas.py has it: factors are not copied.
 Beside half-precision activations A and B are of float32: they are downcast for the products, and their gradients are summed in float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

@@ -3,8 +3,6 @@
 In half precision the logits, what is summed over them, and the loss are of float32: only the factors of products are rounded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Layer norm and RMS norm with one launch forward and one for dx (norm.cu), a block of threads for each row."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from functools import partial
 from typing import Any

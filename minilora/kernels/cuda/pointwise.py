@@ -3,8 +3,6 @@
 CuPy's own kernels move one number a thread, 2 bytes in half precision; those of elementwise.cu and activations.cu move 16 bytes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 from functools import partial

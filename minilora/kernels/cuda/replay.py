@@ -9,8 +9,6 @@ A graph holds the kernels, their numbers, and the addresses that they read and w
 Work that cannot be captured runs directly, and a warning says why, once. A graph is kept only if its results equal those of the work.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import sys

@@ -1,7 +1,5 @@
 """Attention by groups of sequences (kernels/grouped.py) on NumPy: its steps."""
 
-from __future__ import annotations
-
 import math
 import sys
 from functools import partial

@@ -1,7 +1,5 @@
 """Blocks of large arrays, small enough for the cache and large enough for threads."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """LoRA on large arrays: the low-rank product is added to the dense one block by block, and the bias along with it."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from minilora import functional as F

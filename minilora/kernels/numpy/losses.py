@@ -1,7 +1,5 @@
 """The head and its loss: one buffer for the logits of a block of the vocabulary, and every step in place."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import numpy as np

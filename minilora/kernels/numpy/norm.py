@@ -1,7 +1,5 @@
 """Layer norm and RMS norm in blocks of rows. Sums over a row are products with a vector, or `einsum`: both beat `mean` by far."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import numpy as np

@@ -4,8 +4,6 @@ Activations compute their derivative along with the value, y = f(x) and f'(x) in
 memory, and backward is one multiplication, dx = dy f'(x).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection
 from functools import partial

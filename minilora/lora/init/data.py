@@ -15,8 +15,6 @@ LoRA-GA (arXiv 2407.05000): initialised so that the first step goes where full f
 Only here is x^T dy formed for every adapted layer: it takes as much memory as their weights.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

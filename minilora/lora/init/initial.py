@@ -1,7 +1,5 @@
 """Initialisers that depend on shapes alone. Each has `layer` (in_features, out_features, r) and returns A (in, r) and B (r, out)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

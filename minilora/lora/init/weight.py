@@ -10,8 +10,6 @@ With LoftQ (arXiv 2310.08659, algorithm 1) the weight is quantized, and A B is w
 Q becomes the layer's weight: it is frozen, saved as the base, and used while the adapter is off.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -7,8 +7,6 @@ computed: finite differences disagree by design. Here use_dora=True does the sam
 holds an array of W's size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 
