@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
+
+import numpy as np
 
 from minilora.backend import import_cupy
 
@@ -42,6 +45,11 @@ def keep_freed_memory() -> None:
         begin = -(-at // page) * page
         libc.madvise(ctypes.c_size_t(begin), ctypes.c_size_t(at + size - begin), MADV_HUGEPAGE)
         libc.free(ctypes.c_size_t(at))
+
+
+def shared_zeros(size: int, dtype: Any) -> np.ndarray:
+    """Zeros (size,) which this process and copies that are forked from it write to in common."""
+    return np.frombuffer(mmap.mmap(-1, size * np.dtype(dtype).itemsize), dtype)
 
 
 def peak_memory(backend: str = "numpy") -> int:

@@ -1,16 +1,17 @@
-"""Data parallelism in one process: lanes of a batch on replicas that share the weights and own their gradients.
+"""Data parallelism on one computer: lanes of a batch on replicas that share the weights and own their gradients.
 
 A batch is cut into shards, and shards are dealt to a fixed number of lanes. A lane sums the gradients of its shards in order, and lanes are
-summed by a fixed tree. Threads only decide who computes which lane: one thread or eight leave the same gradient, bit for bit.
+summed by a fixed tree. Workers only decide who computes which lane: one or eight leave the same gradient, bit for bit.
 
-NumPy releases the GIL in every product and ufunc, so Python threads with one BLAS thread each run in parallel. They are faster than one
-thread with a parallel BLAS, because elementwise work is divided too (docs/flat-buffer.md). ranks.py divides the lanes among processes.
+Workers have one BLAS thread each, which is faster than one worker with a parallel BLAS, because elementwise work is divided too
+(docs/flat-buffer.md). They are processes where a copy of this one can be made (processes.py). They are threads where it cannot, on a
+device, in each of several ranks (ranks.py), and with frozen blocks whose outputs are kept for all (prefix.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,9 +20,10 @@ from threadpoolctl import threadpool_limits
 
 from minilora.backend import Array, get_xp
 from minilora.data.batches import Batch
-from minilora.kernels.memory import keep_freed_memory
-from minilora.layers import Parameter, reseed
+from minilora.kernels.memory import keep_freed_memory, shared_zeros
+from minilora.layers import reseed
 from minilora.optim.flat import FlatBuffer, adopt, fill_missing
+from minilora.training import processes
 from minilora.training.prefix import PrefixCache
 from minilora.training.ranks import Ranks, add_by_tree
 from minilora.tuned import sizes
@@ -36,7 +38,8 @@ class Replicas:
     before the next one starts: the memory of a step does not grow with the batch. prefix: cache for the outputs of frozen blocks.
     lanes: by default as many as threads; on a device one a rank, which runs in parallel by itself. ranks: other processes (ranks.py).
 
-    Use as a context manager: it holds the threads, and limits BLAS to one thread each while it is open.
+    Use as a context manager: it holds the workers, and limits BLAS to one thread each while it is open. Processes have the model as it was
+    when it was opened, but for the values of trainable parameters.
     Raises ValueError for fewer than one thread or lane.
     """
 
@@ -56,19 +59,25 @@ class Replicas:
         on_host = get_xp(flat.data) is np
         self.lanes = lanes if on_host else 1 if ranks is None else ranks.size
         self.ranks, self.block = ranks, range(self.lanes) if ranks is None else ranks.blocks(self.lanes)[ranks.rank]
-        threads = min(threads, len(self.block))
+        self.workers = min(threads, len(self.block))
         self.flat, self.prefix, self.tokens = flat, prefix, tokens or (sizes["shard"] if on_host else SHARD_ON_DEVICE)
-        self.models = [model] + [model.replica() for _ in range(threads - 1)]
+        kept = prefix is not None and model.frozen_blocks > 0
+        self.copied = self.workers > 1 and on_host and ranks is None and not kept and processes.available
+        self.models = [model] + [model.replica() for _ in range(0 if self.copied else self.workers - 1)]
         self.parameters = [flat.parameters] + [[p for _, p in each.parameters() if p.trainable] for each in self.models[1:]]
-        self.grads = [flat.grad] + [get_xp(flat.grad).zeros_like(flat.grad) for _ in self.block[1:]]  # of each lane
-        for grad, parameters in zip(self.grads[1:], self.parameters[1:], strict=False):
-            adopt(grad, parameters)
+        zeros = shared_zeros if self.copied else get_xp(flat.grad).zeros
+        self.grads = [flat.grad] + [zeros(flat.grad.size, flat.grad.dtype) for _ in self.block[1:]]  # of each lane
         self._open = ExitStack()
 
     def __enter__(self) -> Replicas:
         keep_freed_memory()
         self._open.enter_context(threadpool_limits(1, user_api="blas"))
-        self.pool = self._open.enter_context(ThreadPoolExecutor(len(self.models)))
+        self.ask: Callable[..., Future[dict[int, Any]]]
+        if self.copied:
+            self.ask = self._open.enter_context(processes.Copies(self.workers - 1, self._run)).ask
+        elif self.workers > 1:
+            pool = self._open.enter_context(ThreadPoolExecutor(self.workers - 1))
+            self.ask = lambda *args: pool.submit(self._run, *args)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -92,18 +101,31 @@ class Replicas:
         (loss_scale.py); it is applied by dividing by a smaller number.
         """
         shards, count = self.shards(batches)
-        divisor = count if scale == 1 else count / scale
-        threads, losses = len(self.models), list[Any]([None] * len(self.block))
+        step = shards, count if scale == 1 else count / scale, seed
         self.flat.check()
+        others = [self.ask(worker, *step) for worker in range(1, self.workers)]
+        losses = self._run(0, *step)
+        for each in others:
+            losses |= processes.answer(each)
+        self.flat.gather()
+        rows = dict(zip(self.block, self.grads, strict=True))
+        if self.ranks is None:
+            add_by_tree(rows, self.lanes, self.lanes)
+        else:
+            losses = dict(enumerate(self.ranks.losses([losses[lane] for lane in self.block], seed[-1])))
+            self.ranks.add(rows, self.lanes, self.flat.grad)
+        total = sum(loss for _, loss in sorted(losses.items()) if loss is not None)
+        return total if scale == 1 else total / scale
 
-        def run(thread: int) -> None:
-            for i in reversed(range(thread, len(self.block), threads)):  # 0 last: `flat.grad` is then where the model's gradients are
-                losses[i] = compute(i, self.models[thread], self.parameters[thread])
-
-        def compute(i: int, model: Any, parameters: list[Parameter]) -> Array | None:
-            total, lane = None, self.block[i]
+    def _run(self, worker: int, shards: Sequence[Batch], divisor: float, seed: Sequence[int]) -> dict[int, Array | None]:
+        """{lane: its loss} of a worker's lanes, whose gradients are then in `grads`."""
+        model, parameters = (each[worker % len(each)] for each in (self.models, self.parameters))
+        mine = range(worker, len(self.block), self.workers)
+        losses: dict[int, Array | None] = {}
+        for i in reversed(mine):  # 0 last: `flat.grad` is then where the model's gradients are
+            lane, total = self.block[i], None
             reseed(model, *seed, lane)
-            if threads < len(self.block):
+            if i or len(mine) > 1:
                 adopt(self.grads[i], parameters)
             for p in parameters:
                 p.grad = None
@@ -115,15 +137,5 @@ class Replicas:
                     del saved  # before the next shard starts
                     total = loss if total is None else total + loss
             fill_missing(parameters)
-            return total
-
-        list((self.pool.map if threads > 1 else map)(run, range(threads)))
-        self.flat.gather()
-        rows = dict(zip(self.block, self.grads, strict=True))
-        if self.ranks is None:
-            add_by_tree(rows, self.lanes, self.lanes)
-        else:
-            losses = self.ranks.losses(losses, seed[-1])
-            self.ranks.add(rows, self.lanes, self.flat.grad)
-        total = sum(loss for loss in losses if loss is not None)
-        return total if scale == 1 else total / scale
+            losses[lane] = total
+        return losses
