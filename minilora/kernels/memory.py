@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import multiprocessing
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from minilora.backend import import_cupy
 
 POOL_OWNERS: WeakSet[Any] = WeakSet()  # objects with a memory pool besides CuPy's own, as .pool (kernels/cuda/replay.py)
 _most_held = 0  # by CuPy's memory pools
+_most_of_copies = 0  # by the copies of this process that compute parts of a step
 _kept = False  # whether `keep_freed_memory` has been called
 
 
@@ -53,7 +56,7 @@ def shared_zeros(size: int, dtype: Any) -> np.ndarray:
 
 
 def peak_memory(backend: str = "numpy") -> int:
-    """Peak bytes: of this process (NumPy), or held by CuPy's memory pools, which shrink only where this was called before."""
+    """Peak bytes: of this process and its copies (NumPy), or of CuPy's memory pools, which shrink only where this was called before."""
     if backend == "cupy":
         global _most_held
         pools = import_cupy().get_default_memory_pool(), *(owner.pool for owner in POOL_OWNERS)
@@ -64,4 +67,12 @@ def peak_memory(backend: str = "numpy") -> int:
     except ImportError:  # Windows has no resource module
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return peak if sys.platform == "darwin" else peak * 1024 + _most_of_copies  # Linux counts in KiB
+
+
+def count_copies() -> None:
+    """Count what forked copies of this process hold for themselves (Linux). They return none: before their end, it is their peak."""
+    global _most_of_copies
+    rollups = (Path(f"/proc/{child.pid}/smaps_rollup").read_text() for child in multiprocessing.active_children())
+    sizes = (int(size) for rollup in rollups for size in re.findall(r"^Private_.*?(\d+) kB$", rollup, re.MULTILINE))
+    _most_of_copies = max(_most_of_copies, 1024 * sum(sizes))

@@ -17,7 +17,10 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Any
+
+from minilora.kernels.memory import count_copies
 
 _work: Callable[..., Any]  # in a copy: what it is asked to do
 available = sys.platform == "linux"  # macOS has libraries that do not survive a fork
@@ -40,6 +43,8 @@ class Copies:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # one has been killed
+            count_copies()
         self.pool.shutdown()
 
     def ask(self, *args: Any) -> Future[Any]:

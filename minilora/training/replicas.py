@@ -61,7 +61,7 @@ class Replicas:
         self.ranks, self.block = ranks, range(self.lanes) if ranks is None else ranks.blocks(self.lanes)[ranks.rank]
         self.workers = min(threads, len(self.block))
         self.flat, self.prefix, self.tokens = flat, prefix, tokens or (sizes["shard"] if on_host else SHARD_ON_DEVICE)
-        kept = prefix is not None and model.frozen_blocks > 0
+        kept = prefix is not None and model.body.frozen_blocks > 0
         self.copied = self.workers > 1 and on_host and ranks is None and not kept and processes.available
         self.models = [model] + [model.replica() for _ in range(0 if self.copied else self.workers - 1)]
         self.parameters = [flat.parameters] + [[p for _, p in each.parameters() if p.trainable] for each in self.models[1:]]
