@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import mmap
-import multiprocessing
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -70,9 +70,9 @@ def peak_memory(backend: str = "numpy") -> int:
     return peak if sys.platform == "darwin" else peak * 1024 + _most_of_copies  # Linux counts in KiB
 
 
-def count_copies() -> None:
+def count_copies(processes: Iterable[int]) -> None:
     """Count what forked copies of this process hold for themselves (Linux). They return none: before their end, it is their peak."""
     global _most_of_copies
-    rollups = (Path(f"/proc/{child.pid}/smaps_rollup").read_text() for child in multiprocessing.active_children())
+    rollups = (Path(f"/proc/{process}/smaps_rollup").read_text() for process in processes)
     sizes = (int(size) for rollup in rollups for size in re.findall(r"^Private_.*?(\d+) kB$", rollup, re.MULTILINE))
     _most_of_copies = max(_most_of_copies, 1024 * sum(sizes))

@@ -44,7 +44,7 @@ class Copies:
 
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):  # one has been killed
-            count_copies()
+            count_copies(child.pid for child in multiprocessing.active_children() if child.pid)
         self.pool.shutdown()
 
     def ask(self, *args: Any) -> Future[Any]:
