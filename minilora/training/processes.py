@@ -14,10 +14,10 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from minilora.kernels.memory import count_copies
@@ -48,18 +48,24 @@ class Copies:
         self.pool.shutdown()
 
     def ask(self, *args: Any) -> Future[Any]:
-        """work(*args), in one of the copies."""
-        return self.pool.submit(_call, *args)
+        """work(*args), in one of the copies; see `answer`."""
+        with _alive():
+            return self.pool.submit(_call, *args)
 
 
 def answer(asked: Future[Any]) -> Any:
     """The result. Raises what `work` raises there; RuntimeError when the copy has ended."""
-    try:
+    with _alive():
         return asked.result()
+
+
+@contextmanager
+def _alive() -> Iterator[None]:
+    try:
+        yield
     except BrokenProcessPool:
-        raise RuntimeError(
-            "a process that computed a part of the step was killed; does the memory suffice? Fewer --threads need less."
-        ) from None
+        why = "a process that computed a part of the step was killed; if memory ran out: try fewer threads, or a smaller batch."
+        raise RuntimeError(why) from None
 
 
 def _begin(work: Callable[..., Any]) -> None:
