@@ -199,9 +199,10 @@ def of_processes(replicas: Any, batches: Any, seed: Any) -> dict[str, Any]:
     from minilora.training.processes import Copies, answer
 
     shards, count = replicas.shards(batches)
+    lanes = [replicas._lanes(worker, shards) for worker in range(replicas.workers)]
 
     def work(worker: int) -> dict[str, Any]:
-        return where(lambda: replicas._run(worker, shards, count, seed), 1)
+        return where(lambda: replicas._run(worker, lanes[worker], count, seed, replicas._part(lanes[worker])), 1)
 
     with Copies(replicas.workers - 1, work) as copies:
         others = [copies.ask(worker) for worker in range(1, replicas.workers)]

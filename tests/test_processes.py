@@ -113,15 +113,18 @@ def test_ctrl_c_ends_the_run_after_its_step(tmp_path):
     assert not any(map(running, copies))
 
 
-def test_frozen_blocks_whose_outputs_are_kept_are_shared_by_threads():
-    model = ml.BertClassifier(
-        ml.BertConfig(vocab_size=31, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=12), rng=0
-    )
+def test_outputs_of_frozen_blocks_are_computed_once_and_known_to_all():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 12}
+    model = ml.BertClassifier(ml.BertConfig(vocab_size=31, **sizes), rng=0)
     ml.inject(model, ml.LoraConfig(r=2, target_modules=["query"], layers_to_transform=[2], task_type="SEQ_CLS"), rng=0)
-    batch = Batch(np.arange(12), np.array([0, 1, 1]), np.array([0, 5, 8, 12]), per_sequence=True)
-    flat, cache = ml.AdamW(model.parameters(), 1e-3).flat, PrefixCache()
-    for prefix, copied in ((cache, False), (None, True)):
-        with Replicas(model, flat, 2, prefix) as replicas:
-            assert replicas.copied == copied
-            replicas.gradients([batch], (0, 1))
-    assert len(cache.kept) == 3
+    flat, cache, gradients = ml.AdamW(model.parameters(), 1e-3).flat, PrefixCache(), []
+    batches = [Batch(ids, np.array([0, 1, 1]), np.array([0, 5, 8, 12]), per_sequence=True) for ids in (np.arange(12), np.arange(12)[::-1])]
+    for prefix, threads in ((cache, 2), (None, 2), (None, 1)):
+        with Replicas(model, flat, threads, prefix, lanes=2) as replicas:
+            for batch in (*batches, batches[0]):
+                replicas.gradients([batch], (0, 1))
+        gradients.append(flat.grad.copy())
+    assert len(cache.kept) == 6
+    assert cache.bytes == 2 * 12 * 8 * 4
+    np.testing.assert_allclose(gradients[0], gradients[1], atol=1e-6)  # each sequence alone, or in its shard
+    np.testing.assert_array_equal(gradients[1], gradients[2])

@@ -116,18 +116,11 @@ class Body(Layer):
         if needs[0]:
             self.embed_backward(dh, s_x)  #                                              x_0 = embed(ids)
 
-    @property
-    def frozen_blocks(self) -> int:
-        """The number of frozen blocks at the bottom, 0 above trainable embeddings. The last block never counts as frozen."""
-        embeddings, blocks, _ = self.parts()
-        if any(layer.trainable for layer in embeddings):
-            return 0
-        return next((i for i, block in enumerate(blocks) if block.trainable), len(blocks) - 1)
-
     def prefix(self, ids: Array, offsets: Offsets = None) -> Prefix | None:
-        """The output of the frozen blocks at the bottom for these ids, None if there are none."""
-        blocks, n = self.parts()[1], self.frozen_blocks
-        if n == 0:
+        """The output of the frozen blocks at the bottom for these ids, None if there are none. The last block never counts as frozen."""
+        embeddings, blocks, _ = self.parts()
+        n = next((i for i, block in enumerate(blocks) if block.trainable), len(blocks) - 1)
+        if n == 0 or any(layer.trainable for layer in embeddings):
             return None
         places = self.places(len(ids), offsets)
         x, _ = self.embed(ids, places, keep=False)

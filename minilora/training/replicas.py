@@ -4,8 +4,8 @@ A batch is cut into shards, and shards are dealt to a fixed number of lanes. A l
 summed by a fixed tree. Workers only decide who computes which lane: one or eight leave the same gradient, bit for bit.
 
 Workers have one BLAS thread each, which is faster than one worker with a parallel BLAS, because elementwise work is divided too
-(docs/flat-buffer.md). They are processes where a copy of this one can be made (processes.py). They are threads where it cannot, on a
-device, in each of several ranks (ranks.py), and with frozen blocks whose outputs are kept for all (prefix.py).
+(docs/flat-buffer.md). They are processes where copies of this one can be made (processes.py), else threads: on a device, and in each of
+several ranks (ranks.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,7 @@ class Replicas:
         self.ranks, self.block = ranks, range(self.lanes) if ranks is None else ranks.blocks(self.lanes)[ranks.rank]
         self.workers = min(threads, len(self.block))
         self.flat, self.prefix, self.tokens = flat, prefix, tokens or (sizes["shard"] if on_host else SHARD_ON_DEVICE)
-        kept = prefix is not None and model.body.frozen_blocks > 0
-        self.copied = self.workers > 1 and on_host and ranks is None and not kept and processes.available
+        self.copied = self.workers > 1 and on_host and ranks is None and processes.available
         self.models = [model] + [model.replica() for _ in range(0 if self.copied else self.workers - 1)]
         self.parameters = [flat.parameters] + [[p for _, p in each.parameters() if p.trainable] for each in self.models[1:]]
         zeros = shared_zeros if self.copied else get_xp(flat.grad).zeros
@@ -72,7 +72,7 @@ class Replicas:
     def __enter__(self) -> Replicas:
         keep_freed_memory()
         self._open.enter_context(threadpool_limits(1, user_api="blas"))
-        self.ask: Callable[..., Future[dict[int, Any]]]
+        self.ask: Callable[..., Future[tuple[dict[int, Any], Any]]]
         if self.copied:
             self.ask = self._open.enter_context(processes.Copies(self.workers - 1, self._run)).ask
         elif self.workers > 1:
@@ -101,12 +101,15 @@ class Replicas:
         (loss_scale.py); it is applied by dividing by a smaller number.
         """
         shards, count = self.shards(batches)
-        step = shards, count if scale == 1 else count / scale, seed
+        step = count if scale == 1 else count / scale, seed
         self.flat.check()
-        others = [self.ask(worker, *step) for worker in range(1, self.workers)]
-        losses = self._run(0, *step)
-        for each in others:
-            losses |= processes.answer(each)
+        lanes = [self._lanes(worker, shards) for worker in range(self.workers)]
+        others = [self.ask(worker, lanes[worker], *step, self._part(lanes[worker])) for worker in range(1, self.workers)]
+        losses, _ = self._run(0, lanes[0], *step, self.prefix)
+        for theirs, prefix in map(processes.answer, others):
+            losses |= theirs
+            if self.copied and self.prefix is not None:
+                self.prefix.add(prefix)
         self.flat.gather()
         rows = dict(zip(self.block, self.grads, strict=True))
         if self.ranks is None:
@@ -117,25 +120,35 @@ class Replicas:
         total = sum(loss for _, loss in sorted(losses.items()) if loss is not None)
         return total if scale == 1 else total / scale
 
-    def _run(self, worker: int, shards: Sequence[Batch], divisor: float, seed: Sequence[int]) -> dict[int, Array | None]:
-        """{lane: its loss} of a worker's lanes, whose gradients are then in `grads`."""
+    def _lanes(self, worker: int, shards: Sequence[Batch]) -> dict[int, list[Batch]]:
+        """{i: the shards of lane block[i]} of a worker; 0 last: `flat.grad` is then where the model's gradients are."""
+        mine = reversed(range(worker, len(self.block), self.workers))
+        return {i: [shard for shard in shards[self.block[i] :: self.lanes] if shard.labelled] for i in mine}
+
+    def _part(self, lanes: dict[int, list[Batch]]) -> PrefixCache | None:
+        return self.prefix if self.prefix is None or not self.copied else self.prefix.part(chain(*lanes.values()))
+
+    def _run(
+        self, worker: int, lanes: dict[int, list[Batch]], divisor: float, seed: Sequence[int], prefix: PrefixCache | None
+    ) -> tuple[dict[int, Array | None], PrefixCache | None]:
+        """({lane: its loss}, what is new in the cache) of a worker's lanes, whose gradients are then in `grads`."""
         model, parameters = (each[worker % len(each)] for each in (self.models, self.parameters))
-        mine = range(worker, len(self.block), self.workers)
+        known = set(prefix.kept) if prefix is not None and worker and self.copied else None
         losses: dict[int, Array | None] = {}
-        for i in reversed(mine):  # 0 last: `flat.grad` is then where the model's gradients are
+        for i, shards in lanes.items():
             lane, total = self.block[i], None
             reseed(model, *seed, lane)
-            if i or len(mine) > 1:
+            if i or len(lanes) > 1:
                 adopt(self.grads[i], parameters)
             for p in parameters:
                 p.grad = None
             with np.errstate(all="ignore"):  # `Watch` reports what is not finite, once
-                for shard in (s for s in shards[lane :: self.lanes] if s.labelled):
-                    prefix = {} if self.prefix is None else {"prefix": self.prefix(model, shard)}
-                    loss, saved = model.loss(shard.ids, shard.labels, shard.offsets, divisor, **prefix)
+                for shard in shards:
+                    start = {} if prefix is None else {"prefix": prefix(model, shard)}
+                    loss, saved = model.loss(shard.ids, shard.labels, shard.offsets, divisor, **start)
                     model.loss_backward(saved)
                     del saved  # before the next shard starts
                     total = loss if total is None else total + loss
             fill_missing(parameters)
             losses[lane] = total
-        return losses
+        return losses, prefix if known is None or prefix is None else prefix.without(known)
