@@ -47,6 +47,7 @@ class Worker:
     def __init__(self, workload: str, side: str, options: Mapping[str, Any]) -> None:
         self.measured = Measured(side)
         threads = {f"{name}_NUM_THREADS": str(options["threads"]) for name in ("OMP", "OPENBLAS", "MKL")}
+        compiled = {"PYTHONDONTWRITEBYTECODE": ""}  # a checkout starts as what pip installs, which it compiles
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (`stop` closes it)
         self._pause()
         start = time.perf_counter()
@@ -57,7 +58,7 @@ class Worker:
             stderr=self.errors,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **threads, **ENVIRONMENT.get(side, {})},
+            env={**os.environ, **threads, **compiled, **ENVIRONMENT.get(side, {})},
         )
         self._read()
         self.start = time.perf_counter() - start

@@ -145,6 +145,7 @@ def where(step: Callable[[], Any], threads: int, rounds: int = ROUNDS) -> dict[s
     shares = {"products": sum(cost.values()), **{kind: operations_of[kind] - cost[kind] for kind in cost}}
     shares |= {"python": processor - sum(operations_of.values()), "waiting": all_threads - processor}
     return {
+        "seconds": wall / (rounds * times),
         "floor_seconds": statistics.median(floors),
         "over_floor": statistics.median(a / b for a, b in zip(steps, floors, strict=True)),
         "shares": {name: value / all_threads for name, value in shares.items()},
@@ -193,6 +194,31 @@ def price_of_a_fault(size: int = 2**26) -> float:
         return (time.perf_counter() - start) / (size // mmap.PAGESIZE)
 
 
+def of_processes(replicas: Any, batches: Any, seed: Any) -> dict[str, Any]:
+    """`where` for a step on several processes: each measures its own lanes, while the others do. They wait for the slowest."""
+    from minilora.training.processes import Copies, answer
+
+    shards, count = replicas.shards(batches)
+    lanes = [replicas._lanes(worker, shards) for worker in range(replicas.workers)]
+
+    def work(worker: int) -> dict[str, Any]:
+        return where(lambda: replicas._run(worker, lanes[worker], count, seed, replicas._part(lanes[worker])), 1)
+
+    with Copies(replicas.workers - 1, work) as copies:
+        others = [copies.ask(worker) for worker in range(1, replicas.workers)]
+        each = [work(0), *map(answer, others)]
+    wall = statistics.median(seconds(lambda: replicas.gradients(batches, seed)) for _ in range(4 * ROUNDS))
+    shares = {kind: sum(one["seconds"] * one["shares"][kind] for one in each) / (wall * len(each)) for kind in each[0]["shares"]}
+    floor, faults = max(one["floor_seconds"] for one in each), [one["page_faults"] for one in each]
+    return {
+        "seconds": wall,
+        "floor_seconds": floor,
+        "over_floor": wall / floor,
+        "shares": shares | {"waiting": 1 - sum(share for kind, share in shares.items() if kind != "waiting")},
+        "page_faults": {"a step": sum(f["a step"] for f in faults), "share": sum(f["share"] for f in faults) / len(each)},
+    }
+
+
 def of_the_next(steps: Iterator[float], threads: int) -> dict[str, Any]:
     """`where` for the gradients of the next step, or the whole step where the training loop is not used."""
     from minilora.training.replicas import Replicas
@@ -200,7 +226,8 @@ def of_the_next(steps: Iterator[float], threads: int) -> dict[str, Any]:
     original, found = Replicas.gradients, dict[str, Any]()
 
     def gradients(self: Replicas, *args: Any) -> Any:
-        found.update(found or where(lambda: original(self, *args), threads))
+        Replicas.gradients = original  # type: ignore[method-assign]
+        found.update(of_processes(self, *args[:2]) if self.copied else where(lambda: original(self, *args), threads))
         return original(self, *args)
 
     Replicas.gradients = gradients  # type: ignore[method-assign]

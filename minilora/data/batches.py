@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -33,16 +33,29 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
     def split(self, n: int) -> list[Batch]:
-        """At most n shards of whole sequences with about equal numbers of tokens; views of this batch, in order."""
-        ideal = (int(self.offsets[-1]) * i / n for i in range(1, n))
-        cuts = {0, len(self.offsets) - 1, *(int(np.argmin(np.abs(self.offsets - at))) for at in ideal)}  # the nearest boundaries
-        return [self.sequences(a, b) for a, b in pairwise(sorted(cuts))]
+        """At most n shards of whole sequences, with numbers of tokens as equal as possible: a lane waits for the longest.
 
-    def sequences(self, a: int, b: int) -> Batch:
-        """Sequences a to b, without b."""
-        first, last = self.offsets[a], self.offsets[b]
-        labels = self.labels[a:b] if self.per_sequence else self.labels[first:last]
-        return Batch(self.ids[first:last], labels, self.offsets[a : b + 1] - first, self.per_sequence)
+        In order, cut at the boundary nearest to each n-th; or the longest sequences first, each to the shard with the fewest tokens so far,
+        where that is more even.
+        """
+        lengths = np.diff(self.offsets)
+        ideal = (int(self.offsets[-1]) * i / n for i in range(1, n))
+        cuts = {0, len(lengths), *(int(np.argmin(np.abs(self.offsets - at))) for at in ideal)}
+        in_order = [list(range(a, b)) for a, b in pairwise(sorted(cuts))]
+        dealt, tokens = [list[int]() for _ in range(n)], [0] * n
+        for i in np.argsort(-lengths, kind="stable"):
+            least = tokens.index(min(tokens))
+            dealt[least].append(int(i))
+            tokens[least] += int(lengths[i])
+        even = len(in_order) == n and max(int(lengths[members].sum()) for members in in_order) <= max(tokens)
+        return [self.sequences(sorted(members)) for members in (in_order if even else dealt) if members]
+
+    def sequences(self, members: Sequence[int]) -> Batch:
+        """Some of the sequences, in this order."""
+        at = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in members])
+        labels = self.labels[members] if self.per_sequence else self.labels[at]
+        offsets = np.cumsum([0, *np.diff(self.offsets)[members]])
+        return Batch(self.ids[at], labels, offsets, self.per_sequence)
 
 
 def windows(text: np.ndarray, starts: np.ndarray, length: int) -> Batch:

@@ -1,15 +1,21 @@
 """Memory: peaks, and how freed memory is kept."""
 
+import mmap
 import os
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
+
+import numpy as np
 
 from minilora.backend import import_cupy
 
 POOL_OWNERS: WeakSet[Any] = WeakSet()  # objects with a memory pool besides CuPy's own, as .pool (kernels/cuda/replay.py)
 _most_held = 0  # by CuPy's memory pools
+_most_of_copies = 0  # by the copies of this process that compute parts of a step
 _kept = False  # whether `keep_freed_memory` has been called
 
 
@@ -42,8 +48,13 @@ def keep_freed_memory() -> None:
         libc.free(ctypes.c_size_t(at))
 
 
+def shared_zeros(size: int, dtype: Any) -> np.ndarray:
+    """Zeros (size,) which this process and copies that are forked from it write to in common."""
+    return np.frombuffer(mmap.mmap(-1, size * np.dtype(dtype).itemsize), dtype)
+
+
 def peak_memory(backend: str = "numpy") -> int:
-    """Peak bytes: of this process (NumPy), or held by CuPy's memory pools, which shrink only where this was called before."""
+    """Peak bytes: of this process and its copies (NumPy), or of CuPy's memory pools, which shrink only where this was called before."""
     if backend == "cupy":
         global _most_held
         pools = import_cupy().get_default_memory_pool(), *(owner.pool for owner in POOL_OWNERS)
@@ -54,4 +65,12 @@ def peak_memory(backend: str = "numpy") -> int:
     except ImportError:  # Windows has no resource module
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return peak if sys.platform == "darwin" else peak * 1024 + _most_of_copies  # Linux counts in KiB
+
+
+def count_copies(processes: Iterable[int]) -> None:
+    """Count what forked copies of this process hold for themselves (Linux). They return none: before their end, it is their peak."""
+    global _most_of_copies
+    rollups = (Path(f"/proc/{process}/smaps_rollup").read_text() for process in processes)
+    sizes = (int(size) for rollup in rollups for size in re.findall(r"^Private_.*?(\d+) kB$", rollup, re.MULTILINE))
+    _most_of_copies = max(_most_of_copies, 1024 * sum(sizes))

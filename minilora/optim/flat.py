@@ -1,11 +1,12 @@
 """One contiguous buffer for all trainable parameters, one for their gradients (docs/flat-buffer.md)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from minilora.backend import Array, Matrix, get_xp
 from minilora.kernels.half import is_half
+from minilora.kernels.memory import shared_zeros
 from minilora.layers import Parameter
 
 Parameters = Iterable["Parameter | tuple[str, Parameter]"]
@@ -36,8 +37,8 @@ class FlatBuffer:
         self.paths = [path for path, _ in named]
         self.parameters = [p for _, p in named]
         xp = get_xp(*(p.data for p in self.parameters))
-        self.data = xp.empty(sum(p.data.size for p in self.parameters), dtype=self.parameters[0].data.dtype)
-        self.grad = xp.zeros_like(self.data)
+        zeros: Callable[..., Array] = shared_zeros if xp is np else xp.zeros  # for the processes of training/replicas.py
+        self.data, self.grad = (zeros(sum(p.data.size for p in self.parameters), self.parameters[0].data.dtype) for _ in range(2))
         self.views = _views(self.data, self.parameters)
         for p, view in zip(self.parameters, self.views, strict=True):
             view[...] = p.data

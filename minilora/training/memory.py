@@ -16,7 +16,7 @@ def advice(model: Any, batch: Batch, tokens_flag: str, recompute: bool) -> str:
     while fit := fit // 2:
         if on_device:
             import_cupy().get_default_memory_pool().free_all_blocks()  # held by the pool, but unused
-        part = batch.sequences(0, fit)
+        part = batch.sequences(range(fit))
         try:
             if part.labelled:
                 model.loss_backward(model.loss(part.ids, part.labels, part.offsets)[1])

@@ -4,7 +4,10 @@ With adapters in the top 2 of 6 blocks, every epoch after the first costs a thir
 computed alone: its outputs, to the bit, do not depend on the batch in which it first came, nor on what the cache holds.
 """
 
+from __future__ import annotations
+
 import threading
+from collections.abc import Collection, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +16,8 @@ import numpy as np
 from minilora.backend import Array, get_xp
 from minilora.data.batches import Batch
 from minilora.models.stack import Prefix
+
+_lock = threading.Lock()
 
 
 class PrefixCache:
@@ -26,7 +31,24 @@ class PrefixCache:
         self.limit = limit
         self.kept: dict[bytes, Array] = {}
         self.bytes = self.blocks = 0
-        self._lock = threading.Lock()
+
+    def part(self, batches: Iterable[Batch]) -> PrefixCache:
+        """A cache for the sequences of these batches, to be filled by another process, with what this one holds of them."""
+        part = PrefixCache(self.limit)
+        part.bytes, part.blocks = self.bytes, self.blocks
+        keys = {batch.ids[a:b].tobytes() for batch in batches for a, b in pairwise(batch.offsets)}
+        part.kept = {key: self.kept[key] for key in keys & self.kept.keys()}
+        return part
+
+    def without(self, keys: Collection[bytes]) -> PrefixCache:
+        """The same without these sequences, to be sent back."""
+        self.kept = {key: x for key, x in self.kept.items() if key not in keys}
+        return self
+
+    def add(self, part: PrefixCache) -> None:
+        """Keep what `part` holds."""
+        for key, x in part.kept.items():
+            self._keep(key, Prefix(part.blocks, x))
 
     def __call__(self, model: Any, batch: Batch) -> Prefix | None:
         """Thread-safe: a sequence that two threads have at the same time is computed twice, and kept once."""
@@ -41,11 +63,14 @@ class PrefixCache:
         prefix = model.body.prefix(ids, np.array([0, len(ids)]))
         if prefix is None:
             return None
+        return self._keep(key, prefix)
+
+    def _keep(self, key: bytes, prefix: Prefix) -> Array:
         if self.kept and prefix.blocks != self.blocks:
             what = f"this cache holds outputs of {self.blocks} frozen blocks, the model has {prefix.blocks}"
             raise ValueError(f"{what}; use another cache.")
         self.blocks, x = prefix
-        with self._lock:  # each sequence is stored and counted once
+        with _lock:  # each sequence is stored and counted once
             if key not in self.kept and self.bytes + x.nbytes <= self.limit:
                 self.kept[key] = x
                 self.bytes += x.nbytes

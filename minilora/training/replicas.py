@@ -1,17 +1,19 @@
-"""Data parallelism in one process: lanes of a batch on replicas that share the weights and own their gradients.
+"""Data parallelism on one computer: lanes of a batch on replicas that share the weights and own their gradients.
 
 A batch is cut into shards, and shards are dealt to a fixed number of lanes. A lane sums the gradients of its shards in order, and lanes are
-summed by a fixed tree. Threads only decide who computes which lane: one thread or eight leave the same gradient, bit for bit.
+summed by a fixed tree. Workers only decide who computes which lane: one or eight leave the same gradient, bit for bit.
 
-NumPy releases the GIL in every product and ufunc, so Python threads with one BLAS thread each run in parallel. They are faster than one
-thread with a parallel BLAS, because elementwise work is divided too (docs/flat-buffer.md). ranks.py divides the lanes among processes.
+Workers have one BLAS thread each, which is faster than one worker with a parallel BLAS, because elementwise work is divided too
+(docs/flat-buffer.md). They are processes where copies of this one can be made (processes.py), else threads: on a device, and in each of
+several ranks (ranks.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,10 @@ from threadpoolctl import threadpool_limits
 
 from minilora.backend import Array, get_xp
 from minilora.data.batches import Batch
-from minilora.kernels.memory import keep_freed_memory
-from minilora.layers import Parameter, reseed
+from minilora.kernels.memory import keep_freed_memory, shared_zeros
+from minilora.layers import reseed
 from minilora.optim.flat import FlatBuffer, adopt, fill_missing
+from minilora.training import processes
 from minilora.training.prefix import PrefixCache
 from minilora.training.ranks import Ranks, add_by_tree
 from minilora.tuned import sizes
@@ -36,7 +39,8 @@ class Replicas:
     before the next one starts: the memory of a step does not grow with the batch. prefix: cache for the outputs of frozen blocks.
     lanes: by default as many as threads; on a device one a rank, which runs in parallel by itself. ranks: other processes (ranks.py).
 
-    Use as a context manager: it holds the threads, and limits BLAS to one thread each while it is open.
+    Use as a context manager: it holds the workers, and limits BLAS to one thread each while it is open. Processes have the model as it was
+    when it was opened, but for the values of trainable parameters.
     Raises ValueError for fewer than one thread or lane.
     """
 
@@ -56,19 +60,24 @@ class Replicas:
         on_host = get_xp(flat.data) is np
         self.lanes = lanes if on_host else 1 if ranks is None else ranks.size
         self.ranks, self.block = ranks, range(self.lanes) if ranks is None else ranks.blocks(self.lanes)[ranks.rank]
-        threads = min(threads, len(self.block))
+        self.workers = min(threads, len(self.block))
         self.flat, self.prefix, self.tokens = flat, prefix, tokens or (sizes["shard"] if on_host else SHARD_ON_DEVICE)
-        self.models = [model] + [model.replica() for _ in range(threads - 1)]
+        self.copied = self.workers > 1 and on_host and ranks is None and processes.available
+        self.models = [model] + [model.replica() for _ in range(0 if self.copied else self.workers - 1)]
         self.parameters = [flat.parameters] + [[p for _, p in each.parameters() if p.trainable] for each in self.models[1:]]
-        self.grads = [flat.grad] + [get_xp(flat.grad).zeros_like(flat.grad) for _ in self.block[1:]]  # of each lane
-        for grad, parameters in zip(self.grads[1:], self.parameters[1:], strict=False):
-            adopt(grad, parameters)
+        zeros = shared_zeros if self.copied else get_xp(flat.grad).zeros
+        self.grads = [flat.grad] + [zeros(flat.grad.size, flat.grad.dtype) for _ in self.block[1:]]  # of each lane
         self._open = ExitStack()
 
     def __enter__(self) -> Replicas:
         keep_freed_memory()
         self._open.enter_context(threadpool_limits(1, user_api="blas"))
-        self.pool = self._open.enter_context(ThreadPoolExecutor(len(self.models)))
+        self.ask: Callable[..., Future[tuple[dict[int, Any], Any]]]
+        if self.copied:
+            self.ask = self._open.enter_context(processes.Copies(self.workers - 1, self._run)).ask
+        elif self.workers > 1:
+            pool = self._open.enter_context(ThreadPoolExecutor(self.workers - 1))
+            self.ask = lambda *args: pool.submit(self._run, *args)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -92,38 +101,54 @@ class Replicas:
         (loss_scale.py); it is applied by dividing by a smaller number.
         """
         shards, count = self.shards(batches)
-        divisor = count if scale == 1 else count / scale
-        threads, losses = len(self.models), list[Any]([None] * len(self.block))
+        step = count if scale == 1 else count / scale, seed
         self.flat.check()
-
-        def run(thread: int) -> None:
-            for i in reversed(range(thread, len(self.block), threads)):  # 0 last: `flat.grad` is then where the model's gradients are
-                losses[i] = compute(i, self.models[thread], self.parameters[thread])
-
-        def compute(i: int, model: Any, parameters: list[Parameter]) -> Array | None:
-            total, lane = None, self.block[i]
-            reseed(model, *seed, lane)
-            if threads < len(self.block):
-                adopt(self.grads[i], parameters)
-            for p in parameters:
-                p.grad = None
-            with np.errstate(all="ignore"):  # `Watch` reports what is not finite, once
-                for shard in (s for s in shards[lane :: self.lanes] if s.labelled):
-                    prefix = {} if self.prefix is None else {"prefix": self.prefix(model, shard)}
-                    loss, saved = model.loss(shard.ids, shard.labels, shard.offsets, divisor, **prefix)
-                    model.loss_backward(saved)
-                    del saved  # before the next shard starts
-                    total = loss if total is None else total + loss
-            fill_missing(parameters)
-            return total
-
-        list((self.pool.map if threads > 1 else map)(run, range(threads)))
+        lanes = [self._lanes(worker, shards) for worker in range(self.workers)]
+        others = [self.ask(worker, lanes[worker], *step, self._part(lanes[worker])) for worker in range(1, self.workers)]
+        losses, _ = self._run(0, lanes[0], *step, self.prefix)
+        for theirs, prefix in map(processes.answer, others):
+            losses |= theirs
+            if self.copied and self.prefix is not None:
+                self.prefix.add(prefix)
         self.flat.gather()
         rows = dict(zip(self.block, self.grads, strict=True))
         if self.ranks is None:
             add_by_tree(rows, self.lanes, self.lanes)
         else:
-            losses = self.ranks.losses(losses, seed[-1])
+            losses = dict(enumerate(self.ranks.losses([losses[lane] for lane in self.block], seed[-1])))
             self.ranks.add(rows, self.lanes, self.flat.grad)
-        total = sum(loss for loss in losses if loss is not None)
+        total = sum(loss for _, loss in sorted(losses.items()) if loss is not None)
         return total if scale == 1 else total / scale
+
+    def _lanes(self, worker: int, shards: Sequence[Batch]) -> dict[int, list[Batch]]:
+        """{i: the shards of lane block[i]} of a worker; 0 last: `flat.grad` is then where the model's gradients are."""
+        mine = reversed(range(worker, len(self.block), self.workers))
+        return {i: [shard for shard in shards[self.block[i] :: self.lanes] if shard.labelled] for i in mine}
+
+    def _part(self, lanes: dict[int, list[Batch]]) -> PrefixCache | None:
+        return self.prefix if self.prefix is None or not self.copied else self.prefix.part(chain(*lanes.values()))
+
+    def _run(
+        self, worker: int, lanes: dict[int, list[Batch]], divisor: float, seed: Sequence[int], prefix: PrefixCache | None
+    ) -> tuple[dict[int, Array | None], PrefixCache | None]:
+        """({lane: its loss}, what is new in the cache) of a worker's lanes, whose gradients are then in `grads`."""
+        model, parameters = (each[worker % len(each)] for each in (self.models, self.parameters))
+        known = set(prefix.kept) if prefix is not None and worker and self.copied else None
+        losses: dict[int, Array | None] = {}
+        for i, shards in lanes.items():
+            lane, total = self.block[i], None
+            reseed(model, *seed, lane)
+            if i or len(lanes) > 1:
+                adopt(self.grads[i], parameters)
+            for p in parameters:
+                p.grad = None
+            with np.errstate(all="ignore"):  # `Watch` reports what is not finite, once
+                for shard in shards:
+                    start = {} if prefix is None else {"prefix": prefix(model, shard)}
+                    loss, saved = model.loss(shard.ids, shard.labels, shard.offsets, divisor, **start)
+                    model.loss_backward(saved)
+                    del saved  # before the next shard starts
+                    total = loss if total is None else total + loss
+            fill_missing(parameters)
+            losses[lane] = total
+        return losses, prefix if known is None or prefix is None else prefix.without(known)

@@ -7,8 +7,8 @@ import numpy as np
 
 from minilora.tuned import sizes
 
-# A block has tuned.sizes["block"] elements. NumPy releases the GIL inside an operation, so threads wait for each other between operations:
-# with blocks of 2^14, the best for one thread, two threads take three times as long as with 2^17 (docs/speed.md).
+# A block has tuned.sizes["block"] elements. Where lanes run in threads, these wait for each other between operations, since NumPy releases
+# the GIL inside of them only: with blocks of 2^14 two threads take three times as long as with 2^17 (docs/speed.md). Processes do not.
 
 
 def blocks(*arrays: Any) -> Iterator[list[Any]]:
