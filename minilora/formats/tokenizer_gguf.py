@@ -11,7 +11,7 @@ from minilora.formats.tokenizer_files import check_charsmap, gemma, import_token
 
 _PRE = ("smollm", "gpt-2", "qwen2", "llama-bpe", "smaug-bpe", "roberta-bpe", "modern-bert")
 _LONGEST = 256  # characters of a token of SentencePiece: it is split at every place
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # values of token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # values of token_type
 _DEFAULTS = {"bert": {"unknown": 100, "bos": 101, "seperator": 102}, "t5": {"bos": 0, "eos": 2, "unknown": 3}}  # of encoders
 
 
@@ -50,6 +50,8 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
     if words:
         begins = ((token, special or token[:1] == "▁") for token, special in zip(tokens, control, strict=False))
         tokens = [token[not control[i] :] if begin else f"##{token}" for i, (token, begin) in enumerate(begins)]
+    if unigram and type(i := get("mask_token_id")) is int and types[i : i + 1] == [_UNUSED]:  # not in sentencepiece.bpe.model
+        tokens, types = [*tokens[:i], "<mask>", *tokens[i + 1 :]], [*types[:i], _CONTROL, *types[i + 1 :]]
     ids = {token: i for i, token in enumerate(tokens)}
     if duplicates := [token for i, token in enumerate(tokens) if ids[token] != i]:
         raise ValueError(f"{path}: the token {duplicates[0]!r} occurs twice in the vocabulary.")
@@ -95,8 +97,8 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
         kinds = (_CONTROL, _USER_DEFINED, *((_UNKNOWN,) if unigram else ()))
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
             if kind in kinds and token.strip("▁"):
-                options = {"normalized": False, "special": kind != _USER_DEFINED, "lstrip": encoder and not words and i == special["mask"]}
-                library.add_tokens([t.AddedToken(token, **options)])
+                plain, strips = kind == _USER_DEFINED, encoder and not words and i == special["mask"]
+                library.add_tokens([t.AddedToken(token, normalized=encoder and plain, special=not plain, lstrip=strips)])
         always = words or unigram
         begin = bos if always or get("add_bos_token", pieces or encoder) else None
         end = special["seperator"] if words else eos if encoder and (always or get("add_eos_token", True)) else None
