@@ -62,7 +62,7 @@ def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any],
     path = Path(path)
     meta, stored = read_header(path)
     config = _config(meta, stored, path)
-    if config["model_type"] in gguf_encoder.NAMES:
+    if meta["general.architecture"] in gguf_encoder.ARCHITECTURES:
         return config, gguf_encoder.tensors(config, stored, path, dtype)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     import gguf

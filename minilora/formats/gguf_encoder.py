@@ -22,19 +22,14 @@ _TOP = "embeddings.word_embeddings embeddings.position_embeddings embeddings.tok
 _BERT = """attention.self.query attention.self.key attention.self.value attention.output.dense attention.output.LayerNorm
     intermediate.dense output.dense output.LayerNorm"""
 _DISTILBERT = "attention.q_lin attention.k_lin attention.v_lin attention.out_lin sa_layer_norm ffn.lin1 ffn.lin2 output_layer_norm"
-_MODERNBERT = "attn_norm attn.Wqkv attn.Wo mlp_norm mlp.Wi mlp.Wo"
-_ROBERTA = _TOP, "encoder.layer", _BERT, {"cls": "classifier.dense", "cls.output": "classifier.out_proj"}
-NAMES: dict[str, tuple[str, str, str, dict[str, str]]] = {  # modules at the top, the list of blocks, modules of a block, and the head's
-    "bert": (_TOP, "encoder.layer", _BERT, {"cls": "bert.pooler.dense", "cls.output": "classifier"}),
+_MODERNBERT = "embeddings.tok_embeddings embeddings.norm final_norm", "layers", "attn_norm attn.Wqkv attn.Wo mlp_norm mlp.Wi mlp.Wo"
+_ROBERTA = (_TOP, "encoder.layer", _BERT), ("classifier.dense", "classifier.out_proj")
+_NAMES = {  # (modules at the top, the list of blocks, modules of a block), (cls, cls.output)
+    "bert": ((_TOP, "encoder.layer", _BERT), ("bert.pooler.dense", "classifier")),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
-    "distilbert": (_TOP, "transformer.layer", _DISTILBERT, {"cls": "pre_classifier", "cls.output": "classifier"}),
-    "modernbert": (
-        "embeddings.tok_embeddings embeddings.norm final_norm",
-        "layers",
-        _MODERNBERT,
-        {"cls": "head.dense", "cls.norm": "head.norm", "cls.output": "classifier"},
-    ),
+    "distilbert": ((_TOP, "transformer.layer", _DISTILBERT), ("pre_classifier", "classifier")),
+    "modernbert": (_MODERNBERT, ("head.dense", "classifier")),
 }
 _SIZES = {  # in the metadata: field of the configuration
     "embedding_length": "hidden_size",
@@ -46,8 +41,7 @@ _SIZES = {  # in the metadata: field of the configuration
 _EPS = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"  # of ModernBERT the first is norm_eps, which transformers reads
 _OFF = "expert_count moe_every_n_layers attention.causal attention.max_alibi_bias attention.clamp_kqv attention.scale"
 _FIXED = {**dict.fromkeys(_OFF.split(), 0), "rope.scaling.type": "none"}  # the only supported values
-_READ = {*_EPS, "attention.head_count_kv", "attention.key_length", "attention.value_length", "pooling_type", "vocab_size"}
-_READ |= {"classifier.output_labels", "tensor_data_layout"}
+_READ = {*_EPS, "attention.head_count_kv", "classifier.output_labels", "pooling_type", "vocab_size"}
 _MODERN = {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base", "rope.freq_base_swa", "hidden_activation"}
 _TYPES = "token_types.weight"
 _POOLING = 0, 1, 2, 4  # none, mean, first token, the head: of embeddings, which neither the hidden states nor our heads depend on
@@ -71,13 +65,15 @@ def configuration(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -
     modern, counts = kind == "modernbert", "roberta" in kind
     found = settings(meta, stored, path, _SIZES.keys(), _READ | (_MODERN if modern else set()), _FIXED)
     rows, width = stored["token_embd.weight"].shape
-    depth, labels, pooling = found["block_count"], found.get("classifier.output_labels", []), found.get("pooling_type", 0)
+    depth, heads = found["block_count"], found["attention.head_count"]
+    labels, pooling = found.get("classifier.output_labels", []), found.get("pooling_type", 0)
     eps = [short(found[name]) for name in _EPS[not modern :] if name in found] or [None]
     for fits, why in (
         (type(depth) is int and 0 < depth <= len(stored), f"block_count is {depth!s:.40}, but there are {len(stored)} tensors"),
         (width == found["embedding_length"], f"embedding_length is {found['embedding_length']!s:.40}, but token_embd.weight has {width}"),
         (eps[0] is not None, f"{_EPS[1]} is missing"),
         (kind != "distilbert" or eps == [1e-12], f"it has no token types, as a DistilBERT, whose {_EPS[1]} is 1e-12 and not {eps[0]}"),
+        (found.get("attention.head_count_kv", heads) == heads, f"there are {heads!s:.40} heads, but attention.head_count_kv differs"),
         (pooling in _POOLING, f"pooling_type {pooling!s:.40} is not supported"),
         (isinstance(labels, list) and all(isinstance(label, str) for label in labels), "classifier.output_labels is no list of names"),
     ):
@@ -87,11 +83,13 @@ def configuration(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -
     values["pad_token_id"] = pad = meta.get("tokenizer.ggml.padding_token_id", None if modern else int(counts))
     if counts and type(pad) is type(found["context_length"]) is int:
         values["max_position_embeddings"] += pad + 1
-    if kind in ("bert", "roberta", "xlm-roberta"):
-        values["type_vocab_size"] = (stored[_TYPES].shape or (1,))[0] if _TYPES in stored else 1
-    out = next(stored.get(f"{name}.weight") for name, path in _head(kind, stored).items() if path == NAMES[kind][3]["cls.output"])
-    values["num_labels"] = out.shape[0] if out is not None and out.shape else len(labels) or 2
-    values["id2label"] = dict(enumerate(labels)) or None
+    if _TYPES in stored and stored[_TYPES].shape:
+        values["type_vocab_size"] = stored[_TYPES].shape[0]
+    out = stored.get("cls.weight" if _head(kind, stored).get("cls") == _NAMES[kind][1][1] else "cls.output.weight")
+    values |= {
+        "num_labels": out.shape[0] if out is not None and out.shape else len(labels) or 2,
+        "id2label": dict(enumerate(labels)) or None,
+    }
     if modern:
         window, pattern = found.get("attention.sliding_window"), found.get("attention.sliding_window_pattern", 3)
         if type(pattern) is int:
@@ -106,12 +104,7 @@ def configuration(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -
         }
         biases = {"attention": "blk.0.attn_qkv", "mlp": "blk.0.ffn_up", "norm": "output_norm", "classifier": "cls"}
         values |= {f"{name}_bias": f"{stem}.bias" in stored for name, stem in biases.items()}
-    config = made(FAMILIES[kind].config, values, str(path))
-    n, d = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    for name, supported in (("attention.head_count_kv", n), ("attention.key_length", d), ("attention.value_length", d)):
-        if found.get(name, supported) != supported:
-            raise ValueError(f"{path}: {name} is {found[name]!s:.40}, but {n} heads of {d} features have {supported}.")
-    return config.to_json()
+    return made(FAMILIES[kind].config, values, str(path)).to_json()
 
 
 def tensors(config: dict[str, Any], stored: dict[str, Tensor], path: Path, dtype: Any) -> dict[str, np.ndarray]:
@@ -122,9 +115,9 @@ def tensors(config: dict[str, Any], stored: dict[str, Tensor], path: Path, dtype
     import gguf
 
     kind = config["model_type"]
-    family, (top, blocks, parts, _) = FAMILIES[kind], NAMES[kind]
-    made = family.config.from_json(config)
-    depth = made.num_hidden_layers
+    family, (top, blocks, parts) = FAMILIES[kind], _NAMES[kind][0]
+    c = family.config.from_json(config)
+    depth = c.num_hidden_layers
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MODERN_BERT if kind == "modernbert" else gguf.MODEL_ARCH.BERT, depth)
     bare = [*top.split(), *(f"{blocks}.{i}.{part}" for i in range(depth) for part in parts.split())]
     published = {names.get_name(name): family.prefix + name for name in bare} | _head(kind, stored)
@@ -137,16 +130,17 @@ def tensors(config: dict[str, Any], stored: dict[str, Tensor], path: Path, dtype
             raise ValueError(f"{path} has a tensor {tensor.name!r}, which is not part of a supported model.")
         if len(value) % len(stems):
             raise ValueError(f"{path}: {tensor.name} has {len(value)} rows, not a multiple of 3.")
-        if stem == "position_embd" and made.counts_from_padding:
-            if value.shape != (expected := (made.longest_sequence, made.hidden_size)):
+        if stem == "position_embd" and c.counts_from_padding:
+            if value.shape != (expected := (c.longest_sequence, c.hidden_size)):
                 raise ValueError(f"{path}: {tensor.name} has shape {value.shape}; the metadata say {expected}.")
-            value = np.pad(value, ((made.pad_token_id + 1, 0), (0, 0)))
+            value = np.pad(value, ((c.pad_token_id + 1, 0), (0, 0)))
         result |= {name: np.asarray(part, dtype) for name, part in zip(found, np.split(value, len(stems)), strict=True)}
     return result
 
 
 def _head(kind: str, stored: dict[str, Tensor]) -> dict[str, str]:
     """{name in the file: path in transformers} of the layers of the head. BERT's one layer is cls where its classes have no names."""
-    names, cls = NAMES[kind][3], stored.get("cls.weight")
-    alone = cls is not None and "cls.output.weight" not in stored and cls.shape[:1] != cls.shape[1:]
-    return {"cls": names["cls.output"]} if alone else names
+    dense, out = _NAMES[kind][1]
+    if "cls.output.weight" not in stored and (cls := stored.get("cls.weight")) is not None and cls.shape[:1] != cls.shape[1:]:
+        return {"cls": out}
+    return {"cls": dense, "cls.output": out} | ({"cls.norm": "head.norm"} if kind == "modernbert" else {})

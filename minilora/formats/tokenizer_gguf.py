@@ -31,12 +31,13 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
     t = import_tokenizers()
     get: Callable[..., Any] = vocabulary.get
     tokens, merges, template = get("tokens"), get("merges", []), get("chat_template")
-    types, scores = get("token_type", [_NORMAL] * len(tokens or ())), get("scores", [])
+    types, scores, table = get("token_type", [_NORMAL] * len(tokens or ())), get("scores", []), get("precompiled_charsmap", [])
     model, pre, encoder = get("model", "gpt2"), get("pre", "default"), get("architecture") in ENCODERS
     words, unigram = encoder and model == "bert", encoder and model == "t5"
     pieces = model == "llama" and get("add_space_prefix") is False
     lists = [("tokens", tokens, str), ("merges", merges, str), ("token_type", types, int)]
-    for name, values, of in [*lists, *([("scores", scores, float)] if unigram else [])]:
+    lists += [("scores", scores, float), ("precompiled_charsmap", table, int)] if unigram else []
+    for name, values, of in lists:
         if not isinstance(values, list) or not all(isinstance(value, of) for value in values):
             raise ValueError(f"{path}: the {name} of its tokenizer must be a list of {'strings' if of is str else 'numbers'}.")
     if not (pieces or words or unigram) and (model != "gpt2" or pre not in _PRE):
@@ -55,6 +56,8 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
     ids = {token: i for i, token in enumerate(tokens)}
     if duplicates := [token for i, token in enumerate(tokens) if ids[token] != i]:
         raise ValueError(f"{path}: the token {duplicates[0]!r} occurs twice in the vocabulary.")
+    if table:
+        check_charsmap(bytes(value & 0xFF for value in table), path)
     if len(types) != n or (unigram and len(scores) != n) or not isinstance(template, str | None):
         raise ValueError(f"{path}: its tokenizer needs a type for each of {n} tokens, of unigrams a score, and a string as chat template.")
     pairs = [tuple(merge.split(" ")) for merge in merges]
@@ -66,19 +69,16 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
     for pair in pairs:
         if len(pair) != 2 or not all(part in ids for part in (*pair, "".join(pair))):
             raise ValueError(f"{path}: the merge {' '.join(pair)!r} does not join two tokens into a third.")
-    names = (
-        "unknown",
-        "bos",
-        "eos",
-        "eot",
-        "eom",
-        *(("seperator", "padding", "mask") if encoder else ()),
-    )  # eot ends a turn, eom a message
-    default: dict[str, int] = _DEFAULTS.get(model, {}) if encoder else {}
+    default, names = _DEFAULTS.get(model * encoder, {}), "unknown bos eos eot eom".split()  # eot ends a turn, eom a message
+    names += ["seperator", "padding", "mask"] * encoder
     special = {name: get(f"{name}_token_id", default.get(name)) for name in names}
     for name, id in special.items():
         if id is not None and not (isinstance(id, int) and 0 <= id < n):
             raise ValueError(f"{path}: {name} is token {id}, but there are {n} tokens.")
+
+    def options(i: int) -> dict[str, bool]:
+        plain = types[i] == _USER_DEFINED
+        return {"normalized": encoder and plain, "special": not plain, "lstrip": not words and i == special.get("mask")}
 
     unk, bos, eos = (special[name] for name in ("unknown", "bos", "eos"))
     with library_errors(f"{path}: its tokenizer cannot be built"):
@@ -86,38 +86,23 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
             capitals = any(token != token.lower() for token, kind in zip(tokens, types, strict=True) if kind == _NORMAL)
             library = wordpiece(ids, tokens[unk], lowercase=not capitals)
         elif unigram:
-            library = unigrams(
-                list(zip(tokens, scores, strict=True)), unk, _charsmap(vocabulary, path), get("add_space_prefix") is not False
-            )
+            charsmap, space = bytes(value & 0xFF for value in table) or None, get("add_space_prefix") is not False
+            library = unigrams(list(zip(tokens, scores, strict=True)), unk, charsmap, space)
         elif pieces:
             library = gemma(ids, pairs, "<unk>" if unk is None else tokens[unk])
         else:
             library = t.Tokenizer(t.models.BPE(vocab=ids, merges=pairs))
             split_in_bytes(library, pre)
-        kinds = (_CONTROL, _USER_DEFINED, *((_UNKNOWN,) if unigram else ()))
-        for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-            if kind in kinds and token.strip("▁"):
-                plain, strips = kind == _USER_DEFINED, encoder and not words and i == special["mask"]
-                library.add_tokens([t.AddedToken(token, normalized=encoder and plain, special=not plain, lstrip=strips)])
+        kinds = (_CONTROL, _USER_DEFINED, _UNKNOWN if unigram else _CONTROL)
+        library.add_tokens([t.AddedToken(token, **options(i)) for i, token in enumerate(tokens) if types[i] in kinds and token.strip("▁")])
         always = words or unigram
         begin = bos if always or get("add_bos_token", pieces or encoder) else None
         end = special["seperator"] if words else eos if encoder and (always or get("add_eos_token", True)) else None
         around = [(tokens[i], i) for i in (begin, end) if i is not None]
         if around:
-            single = [*([tokens[begin]] if begin is not None else []), "$A", *([tokens[end]] if end is not None else [])]
+            single = [*(tokens[i] for i in (begin,) if i is not None), "$A", *(tokens[i] for i in (end,) if i is not None)]
             library.post_processor = t.processors.TemplateProcessing(single=single, special_tokens=around)
     if not encoder:
         return {"library": library, "bos_id": bos, "eos_id": eos, "stop_ids": (special["eot"], special["eom"]), "chat_template": template}
     named = {"cls": begin, "sep": end, "unk": unk, "pad": special["padding"], "mask": special["mask"]}
     return {"library": library, "tokens": {f"{name}_token": tokens[id] for name, id in named.items() if id is not None}}
-
-
-def _charsmap(vocabulary: dict[str, Any], path: str | Path) -> bytes | None:
-    """The character map of a normalizer, as compiled by SentencePiece."""
-    values = vocabulary.get("precompiled_charsmap")
-    if not values:
-        return None
-    if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
-        raise ValueError(f"{path}: precompiled_charsmap must be a list of bytes.")
-    check_charsmap(table := bytes(value & 0xFF for value in values), path)
-    return table
