@@ -370,7 +370,7 @@ BAD = [
     ("bert", {"meta": {"bert.block_count": 2**31}}, "block_count is 2147483648, but there are 39 tensors"),
     ("bert", {"meta": {"bert.block_count": "two"}}, "block_count is two, but"),
     ("bert", {"meta": {"bert.block_count": 1}}, r"has a tensor 'blk\.1\.\S+', which is not part"),
-    ("bert", {"meta": {"bert.embedding_length": 48}}, r"embedding_length is 48, but token_embd\.weight has 36"),
+    ("bert", {"meta": {"bert.embedding_length": 48}}, r"embedding_length is 48, but token_embd\.weight has 36 columns"),
     ("bert", {"meta": {"bert.attention.head_count": 5}}, "hidden_size 36 is not a multiple of num_attention_heads 5"),
     ("bert", {"meta": {"bert.attention.head_count_kv": 1}}, r"there are 3 heads, but attention\.head_count_kv differs"),
     ("bert", {"meta": {"bert.feed_forward_length": 34}}, r"has shape \(36, 35\)|has shape \(35, 36\)|has shape \(35,\)"),

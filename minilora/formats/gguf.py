@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from minilora.formats import gguf_encoder
-from minilora.formats.gguf_header import Tensor, dequantized, read_header, settings, short
+from minilora.formats.gguf_header import SIZES, Tensor, dequantized, read_header, settings, short
 from minilora.models.llama_config import VARIANTS, LlamaConfig
 from minilora.models.rope import frequencies
 
@@ -23,14 +23,9 @@ INTERLEAVED = ("llama", "smollm3")
 _TOP = ["model.embed_tokens", "model.norm", "lm_head"]
 _BLOCK = """input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj post_attention_layernorm
     mlp.gate_proj mlp.up_proj mlp.down_proj""".split()
-_SIZES = {  # in the metadata: field of config.json
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
+_SIZES = SIZES | {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
-    "context_length": "max_position_embeddings",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }

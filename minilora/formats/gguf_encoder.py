@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.formats.gguf_header import Tensor, dequantized, settings, short
+from minilora.formats.gguf_header import SIZES, Tensor, dequantized, settings, short
 from minilora.models.config_file import made
 from minilora.models.modernbert import GLOBAL, LOCAL
 from minilora.models.registry import ARCHITECTURES as FAMILIES
@@ -30,13 +30,6 @@ _NAMES = {  # (modules at the top, the list of blocks, modules of a block), (cls
     "xlm-roberta": _ROBERTA,
     "distilbert": ((_TOP, "transformer.layer", _DISTILBERT), ("pre_classifier", "classifier")),
     "modernbert": (_MODERNBERT, ("head.dense", "classifier")),
-}
-_SIZES = {  # in the metadata: field of the configuration
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
-    "context_length": "max_position_embeddings",
 }
 _EPS = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"  # of ModernBERT the first is norm_eps, which transformers reads
 _OFF = "expert_count moe_every_n_layers attention.causal attention.max_alibi_bias attention.clamp_kqv attention.scale"
@@ -63,14 +56,14 @@ def configuration(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -
     """
     kind = model_type(meta, stored)
     modern, counts = kind == "modernbert", "roberta" in kind
-    found = settings(meta, stored, path, _SIZES.keys(), _READ | (_MODERN if modern else set()), _FIXED)
+    found = settings(meta, stored, path, SIZES.keys(), _READ | (_MODERN if modern else set()), _FIXED)
     rows, width = stored["token_embd.weight"].shape
-    depth, heads = found["block_count"], found["attention.head_count"]
+    depth, heads, d = (found[name] for name in ("block_count", "attention.head_count", "embedding_length"))
     labels, pooling = found.get("classifier.output_labels", []), found.get("pooling_type", 0)
     eps = [short(found[name]) for name in _EPS[not modern :] if name in found] or [None]
     for fits, why in (
         (type(depth) is int and 0 < depth <= len(stored), f"block_count is {depth!s:.40}, but there are {len(stored)} tensors"),
-        (width == found["embedding_length"], f"embedding_length is {found['embedding_length']!s:.40}, but token_embd.weight has {width}"),
+        (width == d, f"embedding_length is {d!s:.40}, but token_embd.weight has {width} columns"),
         (eps[0] is not None, f"{_EPS[1]} is missing"),
         (kind != "distilbert" or eps == [1e-12], f"it has no token types, as a DistilBERT, whose {_EPS[1]} is 1e-12 and not {eps[0]}"),
         (found.get("attention.head_count_kv", heads) == heads, f"there are {heads!s:.40} heads, but attention.head_count_kv differs"),
@@ -79,17 +72,15 @@ def configuration(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -
     ):
         if not fits:
             raise ValueError(f"{path}: {why}.")
-    values = {field: found[name] for name, field in _SIZES.items()} | {"model_type": kind, "vocab_size": rows, "layer_norm_eps": eps[0]}
+    values = {field: found[name] for name, field in SIZES.items()} | {"model_type": kind, "vocab_size": rows, "layer_norm_eps": eps[0]}
     values["pad_token_id"] = pad = meta.get("tokenizer.ggml.padding_token_id", None if modern else int(counts))
     if counts and type(pad) is type(found["context_length"]) is int:
         values["max_position_embeddings"] += pad + 1
     if _TYPES in stored and stored[_TYPES].shape:
         values["type_vocab_size"] = stored[_TYPES].shape[0]
     out = stored.get("cls.weight" if _head(kind, stored).get("cls") == _NAMES[kind][1][1] else "cls.output.weight")
-    values |= {
-        "num_labels": out.shape[0] if out is not None and out.shape else len(labels) or 2,
-        "id2label": dict(enumerate(labels)) or None,
-    }
+    n = out.shape[0] if out is not None and out.shape else len(labels) or 2
+    values |= {"num_labels": n, "id2label": dict(enumerate(labels)) or None}
     if modern:
         window, pattern = found.get("attention.sliding_window"), found.get("attention.sliding_window_pattern", 3)
         if type(pattern) is int:
@@ -116,8 +107,7 @@ def tensors(config: dict[str, Any], stored: dict[str, Tensor], path: Path, dtype
 
     kind = config["model_type"]
     family, (top, blocks, parts) = FAMILIES[kind], _NAMES[kind][0]
-    c = family.config.from_json(config)
-    depth = c.num_hidden_layers
+    depth = (c := family.config.from_json(config)).num_hidden_layers
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MODERN_BERT if kind == "modernbert" else gguf.MODEL_ARCH.BERT, depth)
     bare = [*top.split(), *(f"{blocks}.{i}.{part}" for i in range(depth) for part in parts.split())]
     published = {names.get_name(name): family.prefix + name for name in bare} | _head(kind, stored)

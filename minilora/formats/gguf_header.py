@@ -25,6 +25,13 @@ _NUMBERS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  
 _STRING, _ARRAY = 8, 9
 _SHORT = 4096
 _VERSIONS = (2, 3)
+SIZES = {  # of every model, in the metadata: field of the configuration
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "context_length": "max_position_embeddings",
+}
 
 
 class Tensor(NamedTuple):
