@@ -66,7 +66,7 @@ def write(path, folder, kinds=(), meta=(), leave_out=(), more=(), renamed=lambda
     kind = c["model_type"]
     modern, counts = kind == "modernbert", "roberta" in kind
     a = "modern-bert" if modern else "bert"
-    writer, labels = gguf.GGUFWriter(path, a), c["id2label"]
+    writer, labels = gguf.GGUFWriter(path, a), c.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     labels = None if len(labels) == 2 and labels["0"] == "LABEL_0" else list(labels.values())
     offset = c["pad_token_id"] + 1 if counts else 0
     depth = c.get("num_hidden_layers", c.get("n_layers"))
@@ -97,7 +97,7 @@ def write(path, folder, kinds=(), meta=(), leave_out=(), more=(), renamed=lambda
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MODERN_BERT if modern else gguf.MODEL_ARCH.BERT, depth)
     for name, value in [*weights.items(), *dict(more).items()]:
         bare = name.removeprefix(ARCHITECTURES[kind].prefix)
-        if name in leave_out or bare.startswith("pooler.dense"):
+        if name in leave_out or bare.startswith(("pooler.dense", "embeddings.position_ids")):
             continue
         if bare == "embeddings.position_embeddings.weight":
             value = value[offset:]
