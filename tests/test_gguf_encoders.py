@@ -336,6 +336,23 @@ def test_a_classifier_is_trained_measured_and_merged(kind, headless, tmp_path, r
     assert run("info", "m.gguf")["model_type"] == kind
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_adapters_move_between_a_file_and_its_folder(kind, tmp_path):
+    """The head is in the adapter, and so is BERT's pooler, which was drawn at random, where the file was the base. The folder's is not."""
+    path = write(tmp_path / "m.gguf", make(tmp_path / "m", kind), kinds={"Wqkv": Type.F16, "query": Type.F16})
+    for first, second in ((path, tmp_path / "m"), (tmp_path / "m", path)):
+        model = ml.load_model(first, "numpy")
+        ml.inject(model, ml.LoraConfig(r=2, init_lora_weights=False, task_type="SEQ_CLS", target_modules=".*(query|q_lin|Wqkv)"), rng=0)
+        ml.save_adapter(model, tmp_path / "adapter")
+        other = ml.load_model(second, "numpy")
+        if kind == "bert" and second == path:
+            with pytest.raises(ValueError, match="was made for a base model with other weights"):
+                ml.load_adapter(other, tmp_path / "adapter")
+            continue
+        ml.load_adapter(other, tmp_path / "adapter")
+        assert oracle.deviation(*(m.forward(IDS, keep=False, offsets=OFFSETS)[0] for m in (other, model))) < 5e-3
+
+
 def test_encoders_do_not_generate(tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "m.gguf", make(tmp_path / "m", "roberta"))
