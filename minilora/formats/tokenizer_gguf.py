@@ -49,15 +49,14 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
     if pieces:
         tokens = ["▁" * len(token) if not token.strip(" ") else token for token in tokens]
     if words:
-        begins = ((token, special or token[:1] == "▁") for token, special in zip(tokens, control, strict=False))
-        tokens = [token[not control[i] :] if begin else f"##{token}" for i, (token, begin) in enumerate(begins)]
+        tokens = [w if fixed else w[1:] if w[:1] == "▁" else f"##{w}" for w, fixed in zip(tokens, control, strict=False)]
     if unigram and type(i := get("mask_token_id")) is int and types[i : i + 1] == [_UNUSED]:  # not in sentencepiece.bpe.model
         tokens, types = [*tokens[:i], "<mask>", *tokens[i + 1 :]], [*types[:i], _CONTROL, *types[i + 1 :]]
     ids = {token: i for i, token in enumerate(tokens)}
     if duplicates := [token for i, token in enumerate(tokens) if ids[token] != i]:
         raise ValueError(f"{path}: the token {duplicates[0]!r} occurs twice in the vocabulary.")
-    if table:
-        check_charsmap(bytes(value & 0xFF for value in table), path)
+    if unigram and (charsmap := bytes(value & 0xFF for value in table)):
+        check_charsmap(charsmap, path)
     if len(types) != n or (unigram and len(scores) != n) or not isinstance(template, str | None):
         raise ValueError(f"{path}: its tokenizer needs a type for each of {n} tokens, of unigrams a score, and a string as chat template.")
     pairs = [tuple(merge.split(" ")) for merge in merges]
@@ -86,8 +85,7 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
             capitals = any(token != token.lower() for token, kind in zip(tokens, types, strict=True) if kind == _NORMAL)
             library = wordpiece(ids, tokens[unk], lowercase=not capitals)
         elif unigram:
-            charsmap, space = bytes(value & 0xFF for value in table) or None, get("add_space_prefix") is not False
-            library = unigrams(list(zip(tokens, scores, strict=True)), unk, charsmap, space)
+            library = unigrams(list(zip(tokens, scores, strict=True)), unk, charsmap or None, get("add_space_prefix") is not False)
         elif pieces:
             library = gemma(ids, pairs, "<unk>" if unk is None else tokens[unk])
         else:
@@ -95,14 +93,14 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
             split_in_bytes(library, pre)
         kinds = (_CONTROL, _USER_DEFINED, _UNKNOWN if unigram else _CONTROL)
         library.add_tokens([t.AddedToken(token, **options(i)) for i, token in enumerate(tokens) if types[i] in kinds and token.strip("▁")])
-        always = words or unigram
-        begin = bos if always or get("add_bos_token", pieces or encoder) else None
-        end = special["seperator"] if words else eos if encoder and (always or get("add_eos_token", True)) else None
-        around = [(tokens[i], i) for i in (begin, end) if i is not None]
-        if around:
-            single = [*(tokens[i] for i in (begin,) if i is not None), "$A", *(tokens[i] for i in (end,) if i is not None)]
-            library.post_processor = t.processors.TemplateProcessing(single=single, special_tokens=around)
+        last = special["seperator"] if words else eos
+        begin = [tokens[bos]] if bos is not None and (words or unigram or get("add_bos_token", pieces or encoder)) else []
+        end = [tokens[last]] if encoder and last is not None and (words or unigram or get("add_eos_token", True)) else []
+        if begin or end:
+            marks = [(token, ids[token]) for token in dict.fromkeys([*begin, *end])]
+            library.post_processor = t.processors.TemplateProcessing(single=[*begin, "$A", *end], special_tokens=marks)
     if not encoder:
         return {"library": library, "bos_id": bos, "eos_id": eos, "stop_ids": (special["eot"], special["eom"]), "chat_template": template}
-    named = {"cls": begin, "sep": end, "unk": unk, "pad": special["padding"], "mask": special["mask"]}
-    return {"library": library, "tokens": {f"{name}_token": tokens[id] for name, id in named.items() if id is not None}}
+    others = {"unk": unk, "pad": special["padding"], "mask": special["mask"]}
+    named = {"cls": begin, "sep": end, **{name: [tokens[i]] for name, i in others.items() if i is not None}}
+    return {"library": library, "tokens": {f"{name}_token": found[0] for name, found in named.items() if found}}
