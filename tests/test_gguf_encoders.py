@@ -260,9 +260,17 @@ def test_heads_that_a_file_may_have(tmp_path, capsys):
 def test_local_layers_are_those_of_llama_cpp(meta, layers, window, tmp_path):
     path = write(tmp_path / "m.gguf", make(tmp_path / "m", "modernbert"), meta={f"modern-bert.{name}": x for name, x in meta.items()})
     c = ml.load_model(path, "numpy").config
+    assert c.pooling == "mean"
     assert "".join("L" if "sliding" in layer else "G" for layer in c.layer_types) == layers
     assert c.local_attention // 2 + 1 == window
     assert (c.global_rope_theta, c.local_rope_theta) == (10000.0 if "rope.freq_base" in meta else 500.0, 10000.0)
+
+
+def test_a_head_reads_what_newer_files_say(tmp_path):
+    meta = {"modern-bert.classifier.pooling_type": 2}
+    model = ml.load_model(write(tmp_path / "m.gguf", make(tmp_path / "m", "modernbert", pooling="cls"), meta=meta), "numpy")
+    source = ml.load_model(tmp_path / "m", "numpy")
+    np.testing.assert_array_equal(*(m.forward(IDS, keep=False, offsets=OFFSETS)[0] for m in (model, source)))
 
 
 # -- tokenizers ---------------------------------------------------------------------------------------------------------------------------
@@ -284,6 +292,16 @@ def test_token_ids_are_those_of_the_folder_and_of_transformers(kind, tmp_path):
     for folder in ("m", "saved"):
         assert transformers.AutoTokenizer.from_pretrained(tmp_path / folder)(texts)["input_ids"] == expected, folder
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token == readers[1].special_tokens["pad_token"]
+
+
+@pytest.mark.parametrize(("lowercase", "accents"), [(True, None), (False, True), (True, False)])
+def test_what_newer_files_say_of_wordpiece(lowercase, accents, tmp_path):
+    make(tmp_path / "m", "distilbert")  # of which the vocabulary has capitals
+    said = {"tokenizer.ggml.normalizer.lowercase": lowercase, "tokenizer.ggml.normalizer.strip_accents": accents}
+    path, settings = write(tmp_path / "m.gguf", tmp_path / "m", meta=said), read_json(tmp_path / "m" / "tokenizer_config.json")
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps({**settings, "do_lower_case": lowercase, "strip_accents": accents}))
+    for text in ("The Cat", "naïve HÉLLO World"):
+        assert load_tokenizer(path, None).encode(text).tolist() == load_tokenizer(tmp_path / "m", None).encode(text).tolist()
 
 
 def test_a_mask_that_the_converter_leaves_out(tmp_path):
@@ -398,6 +416,7 @@ BAD = [
     ("bert", {"meta": {"bert.attention.causal": True}}, r"bert\.attention\.causal is True, which is not supported"),
     ("bert", {"meta": {"bert.pooling_type": 3}}, "pooling_type 3 is not supported"),
     ("bert", {"meta": {"bert.pooling_type": 7}}, "pooling_type 7 is not supported"),
+    ("bert", {"meta": {"bert.classifier.pooling_type": 1}}, r"classifier\.pooling_type 1 is not supported"),
     ("bert", {"meta": {"bert.classifier.output_labels": ["a", "b"]}}, "id2label must name the labels 0 to 2"),
     ("bert", {"meta": {"bert.classifier.output_labels": [1, 2, 3]}}, r"classifier\.output_labels is no list of names"),
     ("bert", {"meta": {"bert.expert_count": 8}}, r"bert\.expert_count is 8"),

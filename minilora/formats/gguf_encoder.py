@@ -34,10 +34,11 @@ _NAMES = {  # (modules at the top, the list of blocks, modules of a block), (cls
 _EPS = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"  # of ModernBERT the first is norm_eps, which transformers reads
 _OFF = "expert_count moe_every_n_layers attention.causal attention.max_alibi_bias attention.clamp_kqv attention.scale"
 _FIXED = {**dict.fromkeys(_OFF.split(), 0), "rope.scaling.type": "none"}  # the only supported values
-_READ = {*_EPS, "attention.head_count_kv", "classifier.output_labels", "pooling_type", "vocab_size"}
+_READ = {*_EPS, "attention.head_count_kv", "classifier.output_labels", "classifier.pooling_type", "pooling_type", "vocab_size"}
 _MODERN = {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base", "rope.freq_base_swa", "hidden_activation"}
 _TYPES = "token_types.weight"
-_POOLING = 0, 1, 2, 4  # none, mean, first token, the head: of embeddings, which neither the hidden states nor our heads depend on
+_MEAN, _FIRST = 1, 2  # kinds of pooling
+_POOLING = 0, _MEAN, _FIRST, 4  # none ... a head: of sentence embeddings, of which neither the hidden states nor our heads depend
 
 
 def model_type(meta: dict[str, Any], stored: dict[str, Tensor]) -> str:
@@ -52,7 +53,7 @@ def configuration(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -
     """The metadata of an encoder as transformers' config.json. Raises ValueError for what is not supported, and for contradictions.
 
     What a file does not say is as published: GELU (llama.cpp computes its approximation by tanh), and in ModernBERT a head that reads the
-    mean, as in llama.cpp.
+    mean, as there.
     """
     kind = model_type(meta, stored)
     modern, counts = kind == "modernbert", "roberta" in kind
@@ -60,6 +61,7 @@ def configuration(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -
     rows, width = stored["token_embd.weight"].shape
     depth, heads, d = (found[name] for name in ("block_count", "attention.head_count", "embedding_length"))
     labels, pooling = found.get("classifier.output_labels", []), found.get("pooling_type", 0)
+    head = found.get("classifier.pooling_type", _MEAN if modern else _FIRST)
     eps = [short(found[name]) for name in _EPS[not modern :] if name in found] or [None]
     for fits, why in (
         (type(depth) is int and 0 < depth <= len(stored), f"block_count is {depth!s:.40}, but there are {len(stored)} tensors"),
@@ -68,6 +70,7 @@ def configuration(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -
         (kind != "distilbert" or eps == [1e-12], f"it has no token types, as a DistilBERT, whose {_EPS[1]} is 1e-12 and not {eps[0]}"),
         (found.get("attention.head_count_kv", heads) == heads, f"there are {heads!s:.40} heads, but attention.head_count_kv differs"),
         (pooling in _POOLING, f"pooling_type {pooling!s:.40} is not supported"),
+        (head == _FIRST or (modern and head == _MEAN), f"classifier.pooling_type {head!s:.40} is not supported"),
         (isinstance(labels, list) and all(isinstance(label, str) for label in labels), "classifier.output_labels is no list of names"),
     ):
         if not fits:
@@ -91,7 +94,7 @@ def configuration(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -
             "global_rope_theta": short(found.get("rope.freq_base", 1e4)),
             "local_rope_theta": short(found.get("rope.freq_base_swa", 1e4)),
             "hidden_act": found.get("hidden_activation", "gelu"),
-            "pooling": "mean",
+            "pooling": "mean" if head == _MEAN else "cls",
         }
         biases = {"attention": "blk.0.attn_qkv", "mlp": "blk.0.ffn_up", "norm": "output_norm", "classifier": "cls"}
         values |= {f"{name}_bias": f"{stem}.bias" in stored for name, stem in biases.items()}

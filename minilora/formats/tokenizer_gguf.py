@@ -22,9 +22,9 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
     (SmolLM2 lacks 21) are dropped, as in the published tokenizers. SentencePiece joins those two tokens next that make the first token of
     the vocabulary: every split of a token into two is a merge, in that order, as in transformers. Its tokens of spaces are written as such.
 
-    An encoder's WordPiece ("bert") marks the tokens that begin a word by "▁", and not the others by "##". Whether it lower-cases a text is
-    not in the file: it does unless the vocabulary has capitals. It and unigrams ("t5") always put special tokens around a text. A space
-    before the token of a mask belongs to it, except in WordPiece.
+    An encoder's WordPiece ("bert") marks the tokens that begin a word by "▁", and not the others by "##". It lower-cases a text where the
+    file says so; where it says nothing, unless the vocabulary has capitals. It and unigrams ("t5") always put special tokens around a
+    text. A space before the token of a mask belongs to it, except in WordPiece.
 
     Raises ValueError for another `pre`, a SentencePiece that puts a space before a text, and inconsistent tokens and merges.
     """
@@ -83,7 +83,7 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
     with library_errors(f"{path}: its tokenizer cannot be built"):
         if words:
             capitals = any(token != token.lower() for token, kind in zip(tokens, types, strict=True) if kind == _NORMAL)
-            library = wordpiece(ids, tokens[unk], lowercase=not capitals)
+            library = wordpiece(ids, tokens[unk], get("normalizer.lowercase", not capitals), strip_accents=get("normalizer.strip_accents"))
         elif unigram:
             library = unigrams(list(zip(tokens, scores, strict=True)), unk, charsmap or None, get("add_space_prefix") is not False)
         elif pieces:
