@@ -7,6 +7,7 @@ What llama.cpp does not keep in a file is here as it is there (conversion/ and s
 from __future__ import annotations
 
 import re
+import sys
 from array import array
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from minilora.formats import gguf_encoder
-from minilora.formats.gguf_header import SIZES, Tensor, dequantized, read_header, settings, short
+from minilora.formats.gguf_header import SIZES, Tensor, dequantized, read_header, short
 from minilora.models.llama_config import VARIANTS, LlamaConfig
 from minilora.models.rope import frequencies
 
@@ -94,7 +95,8 @@ def read_gguf_tokenizer(path: str | Path) -> tuple[int, dict[str, Any]]:
     """
     meta, stored = read_header(Path(path))
     found = {re.sub(r"^tokenizer\.(ggml\.)?", "", name): value for name, value in meta.items() if name.startswith("tokenizer.")}
-    found = {name: value.tolist() if isinstance(value, array) else value for name, value in found.items()}
+    for name in ("token_type", "scores", "precompiled_charsmap"):
+        found |= {name: values.tolist()} if isinstance(values := found.get(name), array) else {}
     found["architecture"] = meta.get("general.architecture")
     return _config(meta, stored, Path(path))["vocab_size"], found
 
@@ -118,15 +120,26 @@ def in_halves(W: np.ndarray, n_head: int) -> np.ndarray:
 def _config(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -> dict[str, Any]:
     """The metadata of the model as transformers' config.json. Raises ValueError for what is not supported."""
     architecture = meta.get("general.architecture")
-    if architecture in gguf_encoder.ARCHITECTURES:
-        return gguf_encoder.configuration(meta, stored, path)
-    if architecture not in tuple(TYPES):
-        supported = ", ".join([*TYPES, *gguf_encoder.ARCHITECTURES])
-        raise ValueError(f"{path} is of architecture {architecture!r:.80}; supported: {supported}.")
-    variant = VARIANTS[TYPES[architecture]]
-    windows = [name for name in _WINDOWS if variant.gemma]
-    fixed = {name: value for name, value in _FIXED.items() if name not in windows}
-    found = settings(meta, stored, path, _SIZES.keys() - _OPTIONAL, {*_OPTIONAL, *_READ, *windows}, fixed)
+    if architecture not in (supported := (*TYPES, *gguf_encoder.ARCHITECTURES)):
+        raise ValueError(f"{path} is of architecture {architecture!r:.80}; supported: {', '.join(supported)}.")
+    found = {name.removeprefix(f"{architecture}."): value for name, value in meta.items() if name.startswith(f"{architecture}.")}
+    encoder, variant = architecture in gguf_encoder.ARCHITECTURES, VARIANTS[TYPES.get(architecture, "llama")]
+    windows = _WINDOWS if variant.gemma else ()
+    required, known = (SIZES.keys(), gguf_encoder.READ) if encoder else (_SIZES.keys() - _OPTIONAL, {*_OPTIONAL, *_READ, *windows})
+    fixed = gguf_encoder.FIXED if encoder else {name: value for name, value in _FIXED.items() if name not in windows}
+    for name in required - found.keys():
+        raise ValueError(f"{path} has no {architecture}.{name} in its metadata.")
+    for name, only in fixed.items():
+        if (value := found.get(name, only)) != only:
+            raise ValueError(f"{path}: {architecture}.{name} is {value!s:.60}, which is not supported.")
+    if unknown := sorted(found.keys() - {*required, *known, *fixed}):
+        print(f"{path}: unknown options, ignored: {', '.join(unknown):.300}.", file=sys.stderr)
+    if not isinstance(meta.get("tokenizer.ggml.tokens"), list):
+        raise ValueError(f"{path} has no tokenizer: tokenizer.ggml.tokens is missing.")
+    if "token_embd.weight" not in stored or len(stored["token_embd.weight"].shape) != 2:
+        raise ValueError(f"{path} lacks the tensor 'token_embd.weight', or it is not a matrix.")
+    if encoder:
+        return gguf_encoder.configuration(found, meta, stored, path)
     raw = {
         "model_type": TYPES[architecture],
         "vocab_size": stored["token_embd.weight"].shape[0],

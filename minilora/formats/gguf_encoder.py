@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.formats.gguf_header import SIZES, Tensor, dequantized, settings, short
+from minilora.formats.gguf_header import SIZES, Tensor, dequantized, short
 from minilora.models.config_file import made
 from minilora.models.modernbert import GLOBAL, LOCAL
 from minilora.models.registry import ARCHITECTURES as FAMILIES
@@ -33,9 +33,9 @@ _NAMES = {  # (modules at the top, the list of blocks, modules of a block), (cls
 }
 _EPS = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"  # of ModernBERT the first is norm_eps, which transformers reads
 _OFF = "expert_count moe_every_n_layers attention.causal attention.max_alibi_bias attention.clamp_kqv attention.scale"
-_FIXED = {**dict.fromkeys(_OFF.split(), 0), "rope.scaling.type": "none"}  # the only supported values
-_READ = {*_EPS, "attention.head_count_kv", "classifier.output_labels", "classifier.pooling_type", "pooling_type", "vocab_size"}
-_MODERN = {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base", "rope.freq_base_swa", "hidden_activation"}
+FIXED = {**dict.fromkeys(_OFF.split(), 0), "rope.scaling.type": "none"}  # the only supported values
+READ = {*_EPS, "attention.head_count_kv", "classifier.output_labels", "classifier.pooling_type", "pooling_type", "vocab_size"}
+READ |= {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base", "rope.freq_base_swa", "hidden_activation"}
 _TYPES = "token_types.weight"
 _MEAN, _FIRST = 1, 2  # kinds of pooling
 _POOLING = 0, _MEAN, _FIRST, 4  # none ... a head: of sentence embeddings, of which neither the hidden states nor our heads depend
@@ -49,15 +49,15 @@ def model_type(meta: dict[str, Any], stored: dict[str, Tensor]) -> str:
     return "distilbert" if kind == "bert" and _TYPES not in stored else kind
 
 
-def configuration(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """The metadata of an encoder as transformers' config.json. Raises ValueError for what is not supported, and for contradictions.
+def configuration(found: dict[str, Any], meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    """An encoder as in transformers' config.json. found: the metadata of the architecture, which has all SIZES, and only READ and FIXED
+    besides. Raises ValueError for what is not supported, and for contradictions.
 
     What a file does not say is as published: GELU (llama.cpp computes its approximation by tanh), and in ModernBERT a head that reads the
     mean, as there.
     """
     kind = model_type(meta, stored)
     modern, counts = kind == "modernbert", "roberta" in kind
-    found = settings(meta, stored, path, SIZES.keys(), _READ | (_MODERN if modern else set()), _FIXED)
     rows, width = stored["token_embd.weight"].shape
     depth, heads, d = (found[name] for name in ("block_count", "attention.head_count", "embedding_length"))
     labels, pooling = found.get("classifier.output_labels", []), found.get("pooling_type", 0)

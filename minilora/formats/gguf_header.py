@@ -13,7 +13,6 @@ import math
 import struct
 import sys
 from array import array
-from collections.abc import Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,30 +54,6 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return _header(path)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{path} is not a readable GGUF file: it is truncated or of another format ({error}).") from None
-
-
-def settings(
-    meta: dict[str, Any], stored: dict[str, Tensor], path: Path, required: Set[str], known: Set[str], fixed: dict[str, Any]
-) -> dict[str, Any]:
-    """{name: value} of the metadata <architecture>.<name>. Names that are neither required, known nor fixed are reported and ignored.
-
-    fixed: {name: the only supported value}. Raises ValueError for another value, a missing name, a file without a tokenizer, and an
-    embedding that is missing or no matrix.
-    """
-    kind = meta["general.architecture"]
-    found = {name.removeprefix(f"{kind}."): value for name, value in meta.items() if name.startswith(f"{kind}.")}
-    for name in required - found.keys():
-        raise ValueError(f"{path} has no {kind}.{name} in its metadata.")
-    for name, supported in fixed.items():
-        if (value := found.get(name, supported)) != supported:
-            raise ValueError(f"{path}: {kind}.{name} is {value!s:.60}, which is not supported.")
-    if unknown := sorted(found.keys() - {*required, *known, *fixed}):
-        print(f"{path}: unknown options, ignored: {', '.join(unknown):.300}.", file=sys.stderr)
-    if not isinstance(meta.get("tokenizer.ggml.tokens"), list):
-        raise ValueError(f"{path} has no tokenizer: tokenizer.ggml.tokens is missing.")
-    if "token_embd.weight" not in stored or len(stored["token_embd.weight"].shape) != 2:
-        raise ValueError(f"{path} lacks the tensor 'token_embd.weight', or it is not a matrix.")
-    return found
 
 
 def short(value: Any) -> Any:
