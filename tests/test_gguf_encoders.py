@@ -14,8 +14,8 @@ import minilora as ml
 from minilora.cli import main
 from minilora.formats.atomic import read_json
 from minilora.formats.fetch import model_type_of
-from minilora.formats.gguf import read_gguf
-from minilora.formats.tokenizer import load_tokenizer
+from minilora.formats.gguf import read_gguf, read_gguf_tokenizer
+from minilora.formats.tokenizer import gguf_tokenizer, load_tokenizer
 from minilora.models.registry import ARCHITECTURES
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'minilora[gguf]'")
@@ -292,6 +292,13 @@ def test_token_ids_are_those_of_the_folder_and_of_transformers(kind, tmp_path):
     for folder in ("m", "saved"):
         assert transformers.AutoTokenizer.from_pretrained(tmp_path / folder)(texts)["input_ids"] == expected, folder
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token == readers[1].special_tokens["pad_token"]
+
+
+def test_the_first_token_has_another_name_in_older_files(tmp_path):
+    rows, vocabulary = read_gguf_tokenizer(write(tmp_path / "m.gguf", make(tmp_path / "m", "bert")))
+    newer = gguf_tokenizer(vocabulary, rows)
+    vocabulary["cls_token_id"] = vocabulary.pop("bos_token_id")
+    assert gguf_tokenizer(vocabulary, rows).encode("the cat").tolist() == newer.encode("the cat").tolist()
 
 
 @pytest.mark.parametrize(("lowercase", "accents"), [(True, None), (False, True), (True, False)])

@@ -12,7 +12,7 @@ from minilora.formats.tokenizer_files import check_charsmap, gemma, import_token
 _PRE = ("smollm", "gpt-2", "qwen2", "llama-bpe", "smaug-bpe", "roberta-bpe", "modern-bert")
 _LONGEST = 256  # characters of a token of SentencePiece: it is split at every place
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # values of token_type
-_DEFAULTS = {"bert": {"unknown": 100, "bos": 101, "seperator": 102}, "t5": {"bos": 0, "eos": 2, "unknown": 3}}  # of encoders
+_DEFAULTS = {"bert": {"unknown": 100, "seperator": 102}, "t5": {"bos": 0, "eos": 2, "unknown": 3}}  # of encoders
 
 
 def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any]:
@@ -70,6 +70,7 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
             raise ValueError(f"{path}: the merge {' '.join(pair)!r} does not join two tokens into a third.")
     default, names = _DEFAULTS.get(model * encoder, {}), "unknown bos eos eot eom".split()  # eot ends a turn, eom a message
     names += ["seperator", "padding", "mask"] * encoder
+    default = default | ({"bos": get("cls_token_id", 101)} if words else {})  # so it is called in older files
     special = {name: get(f"{name}_token_id", default.get(name)) for name in names}
     for name, id in special.items():
         if id is not None and not (isinstance(id, int) and 0 <= id < n):
