@@ -57,7 +57,32 @@ def encoders() -> Iterator[tuple[str, str]]:
             found = (tests.logits(model, name), "logits"), (loss, "loss")
             cells.append([oracle.deviation(value, tests.GOLDEN[f"{name}|{key}"]) for value, key in found])
             cells[-1].append(oracle.deviation(oracle.gradients(model), tests.part(name, "grads")))
-        yield "encoders", " | ".join([f"| {name}", *(f"{cell:.0e}" for cell in (*cells[0], max(cells[1]), *steps))]) + " |"
+        cells.append([*cells[0], max(cells[1]), *steps, _gguf_encoder(tests, name)])
+        yield "encoders", " | ".join([f"| {name}", *(f"{cell:.0e}" if cell else "0" for cell in cells[-1])]) + " |"
+
+
+def _gguf_encoder(tests: Any, name: str) -> float:
+    """The deviation of the hidden states of the file that `gguf` writes, as llama.cpp's converter does, from the model's.
+
+    Without padding in a text, whose position in RoBERTa is not in a file.
+    """
+    import test_gguf_encoders as files
+
+    import minilora as ml
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = ml.load_model(tests.write(name, Path(folder) / "m", id2label={i: f"class {i}" for i in range(3)}), "numpy")
+        library, settings, _ = files.TOKENIZERS[model.model_type]
+        files.write_tokenizer(Path(folder) / "saved", library(), settings)
+        ml.save_model(model, Path(folder) / "saved")
+        meta: dict[str, Any] = {"tokenizer.ggml.padding_token_id": model.config.pad_token_id}
+        if model.model_type == "modernbert":
+            meta["modern-bert.attention.sliding_window_pattern"] = ["sliding" in layer for layer in model.config.layer_types]
+            meta["modern-bert.hidden_activation"] = model.config.hidden_act
+        again = ml.load_model(files.write(Path(folder) / "a.gguf", Path(folder) / "saved", meta=meta), "numpy", report=False)
+    ids = np.where(tests.data(name) == model.config.pad_token_id, 7, tests.data(name))
+    states = [each.body.forward(ids, keep=False, offsets=tests.OFFSETS)[0] for each in (again, model)]
+    return float(np.abs(states[0] - states[1]).max() / np.abs(states[1]).max())
 
 
 def windows() -> Iterator[tuple[str, str]]:
@@ -80,7 +105,7 @@ def windows() -> Iterator[tuple[str, str]]:
 
 TABLES: list[Callable[[], Iterator[tuple[str, str]]]] = [decoders, encoders, windows]
 HEADERS = {
-    "encoders": "| model | logits | loss | adapter gradients | the same in float32 | 30 steps of AdamW | parameters after them |",
+    "encoders": "| model | logits | loss | adapter gradients | the same in float32 | 30 steps of AdamW | parameters after them | GGUF |",
     "windows": "| tokens | seconds, all keys | seconds, a window of 512 |",
 }
 

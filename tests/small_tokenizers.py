@@ -1,6 +1,8 @@
 """Small tokenizers and a conversation for tests."""
 
+import base64
 import json
+import zlib
 
 import tokenizers
 
@@ -121,6 +123,48 @@ def xlm_roberta():
     trainer = tokenizers.trainers.UnigramTrainer(vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False)
     library.train_from_iterator(WORDS, trainer)
     library.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
+    return library
+
+
+# A normalizer as SentencePiece compiles it: Ａ ﬁ １ … and e + accent to A fi 1 ... é; tabs, newlines and wide spaces to spaces
+CHARSMAP = zlib.decompress(
+    base64.b85decode(
+        "c-kG)cZ?TB6ae6NznlgL{D(BfP^5@(7A*8$6)B=3A|j$F7^zAxcl2_ohleO2AS!rZK|s0!Vh>H}9R(vKqV(RrWs`5;ynVBiN#0DPM?|TJ{P`ma+!D!?xuIYx3Kfs"
+        "Yk{6QCuHu!Oin;QXVP<+NGOI^?F3TF~Ki_gpyj9G{Z5Am^QHo%xD8}uSpd@#&dO#}f6if5buMuU%GL+*kDo~!gsmMK4!giuE_maW=+(%U&;2|F55gx`?qZ&1-L2YV"
+        "Lmpas^9t~+gV;a$vCN!rRkMSsv(}GsCqz$cU%M(1sleFV$+Vcz@c$SVlM<<@AGcVAE7kQbNc!jQX<5gaxJFh2m^rNTPgWmL_FMW8EH|S441~P!b3_{Cd2*VjhR?>7"
+        "vGJ?^JVk~1A&p0MBfk|ZZHgA!`JG{$erjW~2-s1z_XFAjPkQvNkX3~3R^D%Syluww)T=Mvg1<dD*NX}lwSA5CWEMzf@_=Y7cV<{_G&MH>&ZF2Tl!*{G>E$jK7ANhf"
+        "w`3Xleeo1QM(&9I9BOBPvCVpoNTls_SY-1-o*v&5XvWNZb;~)q4lS3TlFaG8T|L}j|v^XXnO={U`ad<{r95?<qsqr5tIl*a8ah5Zj=NuQgz-2CRl`CB5+Rf{qk&)p"
+        "R)sL>-VtroR0F!Z%%K"
+    )
+)
+
+
+def xlm_roberta_normalized():
+    """As published, with a normalizer, and <mask> in the vocabulary of the unigrams."""
+    raw = json.loads(xlm_roberta().to_str())
+    raw["model"]["vocab"].append(["<mask>", 0.0])
+    raw["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(CHARSMAP).decode()}
+    library = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    around = [("<s>", 0), ("</s>", 2)]
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=around
+    )
+    return library
+
+
+def modernbert_bpe():
+    """As ModernBERT's: composed characters, BERT's special tokens, and a run of spaces that is a token."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.normalizer = tokenizers.normalizers.NFC()
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    alphabet, special = tokenizers.pre_tokenizers.ByteLevel.alphabet(), ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(WORDS, trainer)
+    library.add_special_tokens([tokenizers.AddedToken("[MASK]", lstrip=True)])
+    library.add_tokens([tokenizers.AddedToken("   ", normalized=True)])
+    marks = [("[CLS]", 1), ("[SEP]", 2)]
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
     return library
 
 

@@ -68,6 +68,21 @@ def test_the_tokenizer_of_minilm_neither_pads_nor_truncates(minilm):
     assert len(tokenizer.encode(f"{SENTENCES[0]} " * 60)) == 362
 
 
+def test_minilm_in_a_gguf_file(minilm, tmp_path):
+    """As llama.cpp's converter writes it: the same hidden states, and the same ids of real text and of other characters."""
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'minilora[gguf]'")
+    from test_gguf_encoders import write
+
+    path, rng = write(tmp_path / "m.gguf", minilm), np.random.default_rng(0)
+    letters = np.array([chr(i) for i in (*range(32, 700), *range(0x3040, 0x3100), *range(0x4E00, 0x4E50), 0x200D, 0x1F600)])
+    texts = [text for text, _ in downloaded(assets.movie_snippets)[:500]] + ["".join(rng.choice(letters, 60)) for _ in range(200)]
+    ids = [[load.encode(text).tolist() for text in texts] for load in (load_tokenizer(path, None), load_tokenizer(minilm, None))]
+    assert ids[0] == ids[1]
+    sequences = packed([np.array(each) for each in ids[0][:3]])
+    states = [ml.load_model(where, "numpy").body.forward(sequences[0], keep=False, offsets=sequences[1])[0] for where in (path, minilm)]
+    np.testing.assert_array_equal(*states)
+
+
 def test_hidden_states_of_minilm_match_transformers(minilm):
     torch = pytest.importorskip("torch", reason="the oracle torch is not installed: pip install 'minilora[oracle]'")
     transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed: pip install 'minilora[oracle]'")

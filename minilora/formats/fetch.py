@@ -9,7 +9,7 @@ import numpy as np
 
 from minilora.formats import extra
 from minilora.formats.atomic import read_json
-from minilora.formats.gguf import TYPES
+from minilora.formats.gguf import gguf_model_type
 from minilora.formats.gguf_header import read_header
 from minilora.formats.tensors import map_tensors, stored_dtypes
 from minilora.layers import Layer
@@ -81,7 +81,7 @@ def model_type_of(name: str) -> str | None:
     """The model_type of a model at hand, None where it is not; nothing is downloaded."""
     try:
         if name.endswith(".gguf"):
-            return TYPES.get(str(read_header(Path(name))[0].get("general.architecture")))
+            return gguf_model_type(*read_header(Path(name)))
         kind = read_json(model_folder(name, download=False) / "config.json").get("model_type")
     except (OSError, ValueError, ImportError):
         return None

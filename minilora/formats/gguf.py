@@ -1,4 +1,5 @@
 """Llama and its relatives in GGUF files, the format of llama.cpp: weights (quantized or not), sizes and tokenizer in one file.
+Encoders: gguf_encoder.py.
 
 What llama.cpp does not keep in a file is here as it is there (conversion/ and src/models/ of https://github.com/ggml-org/llama.cpp).
 """
@@ -13,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.formats.gguf_header import Tensor, read_header
+from minilora.formats import gguf_encoder
+from minilora.formats.gguf_header import SIZES, Tensor, dequantized, read_header, short
 from minilora.models.llama_config import VARIANTS, LlamaConfig
 from minilora.models.rope import frequencies
 
@@ -22,14 +24,9 @@ INTERLEAVED = ("llama", "smollm3")
 _TOP = ["model.embed_tokens", "model.norm", "lm_head"]
 _BLOCK = """input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj post_attention_layernorm
     mlp.gate_proj mlp.up_proj mlp.down_proj""".split()
-_SIZES = {  # in the metadata: field of config.json
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
+_SIZES = SIZES | {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
-    "context_length": "max_position_embeddings",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
@@ -61,6 +58,8 @@ def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any],
     path = Path(path)
     meta, stored = read_header(path)
     config = _config(meta, stored, path)
+    if meta["general.architecture"] in gguf_encoder.ARCHITECTURES:
+        return config, gguf_encoder.tensors(config, stored, path, dtype)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     import gguf
 
@@ -89,15 +88,24 @@ def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any],
 
 
 def read_gguf_tokenizer(path: str | Path) -> tuple[int, dict[str, Any]]:
-    """(rows of the embedding, {name: value} of the metadata tokenizer.ggml.<name> and tokenizer.chat_template) of a GGUF file.
+    """(rows of the embedding, {name: value} of the metadata tokenizer.ggml.<name>, tokenizer.chat_template and general.architecture) of a
+    GGUF file.
 
     Raises as `read_gguf`.
     """
     meta, stored = read_header(Path(path))
     found = {re.sub(r"^tokenizer\.(ggml\.)?", "", name): value for name, value in meta.items() if name.startswith("tokenizer.")}
-    if isinstance(types := found.get("token_type"), array):
-        found["token_type"] = types.tolist()
+    for name in ("token_type", "scores", "precompiled_charsmap"):
+        found |= {name: values.tolist()} if isinstance(values := found.get(name), array) else {}
+    found["architecture"] = meta.get("general.architecture")
     return _config(meta, stored, Path(path))["vocab_size"], found
+
+
+def gguf_model_type(meta: dict[str, Any], stored: dict[str, Tensor]) -> str | None:
+    """The model_type of transformers that a file's header names, None for one that is not supported."""
+    if (architecture := meta.get("general.architecture")) in gguf_encoder.ARCHITECTURES:
+        return gguf_encoder.model_type(meta, stored)
+    return TYPES.get(str(architecture))
 
 
 def in_halves(W: np.ndarray, n_head: int) -> np.ndarray:
@@ -112,26 +120,30 @@ def in_halves(W: np.ndarray, n_head: int) -> np.ndarray:
 def _config(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -> dict[str, Any]:
     """The metadata of the model as transformers' config.json. Raises ValueError for what is not supported."""
     architecture = meta.get("general.architecture")
-    if architecture not in tuple(TYPES):
-        raise ValueError(f"{path} is of architecture {architecture!r:.80}; supported: {', '.join(TYPES)}.")
-    variant = VARIANTS[TYPES[architecture]]
+    if architecture not in (supported := (*TYPES, *gguf_encoder.ARCHITECTURES)):
+        raise ValueError(f"{path} is of architecture {architecture!r:.80}; supported: {', '.join(supported)}.")
     found = {name.removeprefix(f"{architecture}."): value for name, value in meta.items() if name.startswith(f"{architecture}.")}
-    for name in _SIZES.keys() - _OPTIONAL - found.keys():
+    encoder, variant = architecture in gguf_encoder.ARCHITECTURES, VARIANTS[TYPES.get(architecture, "llama")]
+    windows = _WINDOWS if variant.gemma else ()
+    required, known = (SIZES.keys(), gguf_encoder.READ) if encoder else (_SIZES.keys() - _OPTIONAL, {*_OPTIONAL, *_READ, *windows})
+    fixed = gguf_encoder.FIXED if encoder else {name: value for name, value in _FIXED.items() if name not in windows}
+    for name in required - found.keys():
         raise ValueError(f"{path} has no {architecture}.{name} in its metadata.")
-    windows = {name: found.pop(name) for name in _WINDOWS if name in found and variant.gemma}
-    for name, supported in _FIXED.items():
-        if (value := found.get(name, supported)) != supported:
+    for name, only in fixed.items():
+        if (value := found.get(name, only)) != only:
             raise ValueError(f"{path}: {architecture}.{name} is {value!s:.60}, which is not supported.")
-    if unknown := sorted(found.keys() - {*_SIZES, *_READ, *_FIXED}):
+    if unknown := sorted(found.keys() - {*required, *known, *fixed}):
         print(f"{path}: unknown options, ignored: {', '.join(unknown):.300}.", file=sys.stderr)
     if not isinstance(meta.get("tokenizer.ggml.tokens"), list):
         raise ValueError(f"{path} has no tokenizer: tokenizer.ggml.tokens is missing.")
     if "token_embd.weight" not in stored or len(stored["token_embd.weight"].shape) != 2:
         raise ValueError(f"{path} lacks the tensor 'token_embd.weight', or it is not a matrix.")
+    if encoder:
+        return gguf_encoder.configuration(found, meta, stored, path)
     raw = {
         "model_type": TYPES[architecture],
         "vocab_size": stored["token_embd.weight"].shape[0],
-        **{field: _short(found[name]) for name, field in _SIZES.items() if name in found},
+        **{field: short(found[name]) for name, field in _SIZES.items() if name in found},
         "tie_word_embeddings": "output.weight" not in stored,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
@@ -141,7 +153,7 @@ def _config(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -> dict
         "rope_scaling": _scaling(found, stored, path),
     }
     if variant.gemma:
-        window, pattern, base = (_short(windows.get(name)) for name in _WINDOWS)
+        window, pattern, base = (short(found.get(name)) for name in _WINDOWS)
         raw |= {
             "sliding_window": window or 1,
             "sliding_window_pattern": (pattern or 6) if window else 1,
@@ -164,7 +176,7 @@ def _config(meta: dict[str, Any], stored: dict[str, Tensor], path: Path) -> dict
 def _scaling(found: dict[str, Any], stored: dict[str, Tensor], path: Path) -> dict[str, Any] | None:
     """rope_scaling of config.json. An absent type is "linear", as in llama.cpp, and a factor 0 none."""
     kind, context = found.get("rope.scaling.type", "linear"), found["context_length"]
-    factor = _short(found.get("rope.scaling.factor", found.get("rope.scale_linear"))) or 1.0
+    factor = short(found.get("rope.scaling.factor", found.get("rope.scale_linear"))) or 1.0
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(f"{path}: rope.scaling.type is {kind!r:.40}; supported: none, linear, yarn.")
     if (tensor := stored.get(_FREQUENCIES)) is not None:
@@ -175,7 +187,7 @@ def _scaling(found: dict[str, Any], stored: dict[str, Tensor], path: Path) -> di
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
-    betas = {name: _short(found.get(f"rope.scaling.yarn_{name}")) for name in ("beta_fast", "beta_slow")}
+    betas = {name: short(found.get(f"rope.scaling.yarn_{name}")) for name in ("beta_fast", "beta_slow")}
     length = found.get("rope.scaling.original_context_length", context)
     return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length, **betas}
 
@@ -184,27 +196,9 @@ def _llama3(found: dict[str, Any], divisors: list[float]) -> dict[str, Any]:
     """The settings that give these divisors of the frequencies: Llama 3's, of which a file has no others, or the divisors themselves."""
     length: dict[str, Any] = {"original_max_position_embeddings": 8192}
     usual = {"rope_type": "llama3", "factor": max(divisors, default=1), "low_freq_factor": 1.0, "high_freq_factor": 4.0, **length}
-    theta, d = _short(found.get("rope.freq_base", 1e4)), 2 * len(divisors)
+    theta, d = short(found.get("rope.freq_base", 1e4)), 2 * len(divisors)
     if min(divisors, default=0) > 0 and usual["factor"] > 1 and type(theta) is float and theta > 0:
         f, scaled = (frequencies(d, theta, rope)[0] for rope in (None, usual))
         if np.allclose(f, scaled * divisors, rtol=1e-5, atol=0):
             return usual
     return {"rope_type": "longrope", "short_factor": divisors, "long_factor": divisors, "factor": 1.0, **length}
-
-
-def _short(value: Any) -> Any:
-    """The shortest decimal number equal to a float32: 1e-5 rather than 9.999999747378752e-06."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def dequantized(tensor: Tensor, path: Path) -> np.ndarray:
-    """A tensor in floating point, (out, in)."""
-    import gguf
-
-    try:
-        value = gguf.dequantize(tensor.data, tensor.tensor_type)
-    except (NotImplementedError, ValueError) as error:
-        raise ValueError(f"{path}: {tensor.name} is quantized as {tensor.tensor_type.name}, which is not supported ({error}).") from None
-    if value.ndim not in (1, 2):
-        raise ValueError(f"{path}: {tensor.name} has shape {value.shape}; expected a matrix or a vector.")
-    return np.asarray(value)

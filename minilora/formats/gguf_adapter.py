@@ -16,8 +16,8 @@ import numpy as np
 
 from minilora.formats import extra
 from minilora.formats.atomic import write_file
-from minilora.formats.gguf import INTERLEAVED, TYPES, dequantized, in_halves
-from minilora.formats.gguf_header import read_header
+from minilora.formats.gguf import INTERLEAVED, TYPES, in_halves
+from minilora.formats.gguf_header import dequantized, read_header
 from minilora.formats.mlx import Factors
 
 ARCHITECTURES = {**{model_type: name for name, model_type in TYPES.items()}, "mistral": "llama", "gpt2": "gpt2"}  # by model_type

@@ -24,6 +24,13 @@ _NUMBERS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  
 _STRING, _ARRAY = 8, 9
 _SHORT = 4096
 _VERSIONS = (2, 3)
+SIZES = {  # of every model, in the metadata: field of the configuration
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "context_length": "max_position_embeddings",
+}
 
 
 class Tensor(NamedTuple):
@@ -47,6 +54,24 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return _header(path)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{path} is not a readable GGUF file: it is truncated or of another format ({error}).") from None
+
+
+def short(value: Any) -> Any:
+    """The shortest decimal number equal to a float32: 1e-5 rather than 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def dequantized(tensor: Tensor, path: Path) -> np.ndarray:
+    """A tensor in floating point, (out, in)."""
+    import gguf
+
+    try:
+        value = gguf.dequantize(tensor.data, tensor.tensor_type)
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"{path}: {tensor.name} is quantized as {tensor.tensor_type.name}, which is not supported ({error}).") from None
+    if value.ndim not in (1, 2):
+        raise ValueError(f"{path}: {tensor.name} has shape {value.shape}; expected a matrix or a vector.")
+    return np.asarray(value)
 
 
 def _header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

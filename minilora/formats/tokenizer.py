@@ -6,7 +6,7 @@ Nothing here pads or truncates: sequences are packed, and callers that shorten o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,8 @@ import numpy as np
 from minilora.formats.atomic import read_json, write_file, write_json
 from minilora.formats.chat import Messages, find_chat_template, render_chat, turn_end
 from minilora.formats.gguf import read_gguf_tokenizer
-from minilora.formats.tokenizer_files import gemma, import_tokenizers, library_errors, read_tokenizer, split_in_bytes
+from minilora.formats.tokenizer_files import library_errors, read_tokenizer
+from minilora.formats.tokenizer_gguf import from_metadata
 
 
 class Tokenizer(ABC):
@@ -216,64 +217,8 @@ def load_tokenizer(path: str | Path, vocab_size: int | None) -> Tokenizer:
 
 
 def gguf_tokenizer(vocabulary: dict[str, Any], vocab_size: int, path: str | Path = "the GGUF file") -> HFTokenizer:
-    """The byte-level BPE, or Gemma's SentencePiece, in the metadata of a GGUF file, as returned by `read_gguf_tokenizer`.
-
-    `pre` names how a text is split before the merges (`split_in_bytes`); other ways would give other ids. Bytes without a token
-    (SmolLM2 lacks 21) are dropped, as in the published tokenizers. SentencePiece joins those two tokens next that make the first token of
-    the vocabulary: every split of a token into two is a merge, in that order, as in transformers. Its tokens of spaces are written as such.
-    Raises ValueError for another `pre`, a SentencePiece that puts a space before a text, and inconsistent tokens and merges.
-    """
-    tokenizers = import_tokenizers()
-    get: Callable[..., Any] = vocabulary.get
-    tokens, merges, template = get("tokens"), get("merges", []), get("chat_template")
-    types = get("token_type", [_NORMAL] * len(tokens or ()))
-    for name, values, of in (("tokens", tokens, str), ("merges", merges, str), ("token_type", types, int)):
-        if not isinstance(values, list) or not all(isinstance(value, of) for value in values):
-            raise ValueError(f"{path}: the {name} of its tokenizer must be a list of {'strings' if of is str else 'numbers'}.")
-    model, pre = get("model", "gpt2"), get("pre", "default")
-    pieces = model == "llama" and get("add_space_prefix") is False
-    if not pieces and (model != "gpt2" or pre not in _PRE):
-        raise ValueError(
-            f"{path}: its tokenizer is of model {model!r} and splits text as {pre!r}; supported: model 'gpt2' with "
-            f"{', '.join(map(repr, _PRE))}, and 'llama' without add_space_prefix. Use a folder with a tokenizer.json instead."
-        )
-    tokens = ["▁" * len(token) if pieces and not token.strip(" ") else token for token in tokens]
-    ids = {token: i for i, token in enumerate(tokens)}
-    if duplicates := [token for i, token in enumerate(tokens) if ids[token] != i]:
-        raise ValueError(f"{path}: the token {duplicates[0]!r} occurs twice in the vocabulary.")
-    if len(types) != len(tokens) or not isinstance(template, str | None):
-        raise ValueError(f"{path}: its tokenizer needs a type for each of {len(tokens)} tokens, and a string as chat template.")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    if pieces:
-        if (longest := max(map(len, tokens), default=0)) > _LONGEST:
-            raise ValueError(f"{path}: a token of its tokenizer has {longest:,} characters; at most {_LONGEST} are supported.")
-        splits = ((token[:i], token[i:]) for token in tokens for i in range(len(token) - 1, 0, -1))
-        pairs = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
-    for pair in pairs:
-        if len(pair) != 2 or not all(part in ids for part in (*pair, "".join(pair))):
-            raise ValueError(f"{path}: the merge {' '.join(pair)!r} does not join two tokens into a third.")
-    ends = {name: get(f"{name}_token_id") for name in ("unknown", "bos", "eos", "eot", "eom")}  # eot ends a turn, eom a message
-    for name, id in ends.items():
-        if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
-            raise ValueError(f"{path}: {name} is token {id}, but there are {len(tokens)} tokens.")
-
-    unk, bos, eos, *stop_ids = ends.values()
-    if pieces:
-        library = gemma(ids, pairs, "<unk>" if unk is None else tokens[unk])
-    else:
-        library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=pairs))
-        split_in_bytes(library, pre)
-    added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED) and token.strip("▁")]
-    library.add_tokens([tokenizers.AddedToken(token, normalized=False, special=kind == _CONTROL) for token, kind in added])
-    if get("add_bos_token", pieces) and bos is not None:
-        single = [tokens[bos], "$A"]
-        library.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=[(tokens[bos], bos)])
-    return _checked(HFTokenizer(library, bos, eos, stop_ids, template, where=path), vocab_size, path)
-
-
-_PRE = ("smollm", "gpt-2", "qwen2", "llama-bpe", "smaug-bpe")
-_LONGEST = 256  # characters of a token of SentencePiece: it is split at every place
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of token_type
+    """The tokenizer in the metadata of a GGUF file, as returned by `read_gguf_tokenizer`. Raises as `from_metadata`."""
+    return _checked(HFTokenizer(**from_metadata(vocabulary, path), where=path), vocab_size, path)
 
 
 def _from_file(file: Path, vocab_size: int | None) -> HFTokenizer:

@@ -59,9 +59,7 @@ def read_tokenizer(file: Path) -> tuple[Any, dict[str, str]]:
     t, raw = import_tokenizers(), read_json(file)
     _check_parts(raw, file)
     for table in _charsmaps(raw):
-        size = int.from_bytes(table[:4], "little")  # the library does not check this size
-        if len(table) < 4 or size % 4 or size > len(table) - 4:
-            raise ValueError(f"{file}: the precompiled_charsmap of its normalizer is invalid.")
+        check_charsmap(table, file)
     with library_errors(f"{file} is not a tokenizer that the tokenizers library can read"):
         library = t.Tokenizer.from_file(str(file))
     config, where = read_json(file.with_name("tokenizer_config.json"), {}), file.parent / "tokenizer_config.json"
@@ -174,17 +172,11 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in raw["model"].get("merges", ())]
     with library_errors(f"{file}: no {kind} can be built from it and the tokenizer_config.json beside it"):
         if kind == "BertTokenizer":
-            built = t.Tokenizer(t.models.WordPiece(vocab, unk_token=names.get("unk_token", "[UNK]")))
             chinese, lowercase = config.get("tokenize_chinese_chars", True), config.get("do_lower_case", True)
-            built.normalizer = t.normalizers.BertNormalizer(True, chinese, config.get("strip_accents"), lowercase)
-            built.pre_tokenizer, built.decoder = t.pre_tokenizers.BertPreTokenizer(), t.decoders.WordPiece(prefix="##")
+            built = wordpiece(vocab, names.get("unk_token", "[UNK]"), lowercase, chinese, config.get("strip_accents"))
         elif kind == "XLMRobertaTokenizer":
-            built = t.Tokenizer(t.models.Unigram([(piece, score) for piece, score in vocab], unk_id=3, byte_fallback=False))
-            if (table := next(_charsmaps(raw), None)) is not None:
-                built.normalizer = t.normalizers.Precompiled(table)
-            spaces = {"replacement": "▁", "prepend_scheme": "always" if config.get("add_prefix_space", True) else "never"}
-            steps = [t.pre_tokenizers.WhitespaceSplit(), t.pre_tokenizers.Metaspace(**spaces)]
-            built.pre_tokenizer, built.decoder = t.pre_tokenizers.Sequence(steps), t.decoders.Metaspace(**spaces)
+            pieces = [(piece, score) for piece, score in vocab]
+            built = unigrams(pieces, 3, next(_charsmaps(raw), None), config.get("add_prefix_space", True))
         elif kind == "GemmaTokenizer":
             built = gemma(vocab, merges, names.get("unk_token", "<unk>"))
         elif kind == "LlamaTokenizer":
@@ -200,6 +192,30 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
     return built
 
 
+def wordpiece(vocab: dict[str, int], unk_token: str, lowercase: bool, chinese: bool = True, strip_accents: bool | None = None) -> Any:
+    """BERT's tokenizer: words, punctuation and, with `chinese`, Chinese characters are split into the longest tokens.
+
+    strip_accents: by default as `lowercase`.
+    """
+    t = import_tokenizers()
+    built = t.Tokenizer(t.models.WordPiece(vocab, unk_token=unk_token))
+    built.normalizer = t.normalizers.BertNormalizer(True, chinese, strip_accents, lowercase)
+    built.pre_tokenizer, built.decoder = t.pre_tokenizers.BertPreTokenizer(), t.decoders.WordPiece(prefix="##")
+    return built
+
+
+def unigrams(pieces: list[tuple[str, float]], unk_id: int, charsmap: bytes | None, add_prefix_space: bool) -> Any:
+    """XLM-RoBERTa's tokenizer: SentencePiece's most probable split of each word. charsmap: its normalizer, as compiled by SentencePiece."""
+    t = import_tokenizers()
+    built = t.Tokenizer(t.models.Unigram(pieces, unk_id=unk_id, byte_fallback=False))
+    if charsmap is not None:
+        built.normalizer = t.normalizers.Precompiled(charsmap)
+    spaces = {"replacement": "▁", "prepend_scheme": "always" if add_prefix_space else "never"}
+    steps = [t.pre_tokenizers.WhitespaceSplit(), t.pre_tokenizers.Metaspace(**spaces)]
+    built.pre_tokenizer, built.decoder = t.pre_tokenizers.Sequence(steps), t.decoders.Metaspace(**spaces)
+    return built
+
+
 def gemma(vocab: dict[str, int], merges: Any, unk_token: str) -> Any:
     """Gemma's tokenizer: "▁" in place of a space, and the bytes of a character without a token."""
     t = import_tokenizers()
@@ -210,14 +226,14 @@ def gemma(vocab: dict[str, int], merges: Any, unk_token: str) -> Any:
 
 
 def split_in_bytes(library: Any, pre: str, add_prefix_space: bool = False) -> None:
-    """Let a byte-level BPE split text as "gpt-2", as "smollm" (digits one by one), or by the regular expression of "qwen2" or of Llama 3:
-    "llama-bpe", which takes a word that is a token whole, and "smaug-bpe"."""
+    """Let a byte-level BPE split text as "gpt-2", "roberta-bpe" and "modern-bert" do, as "smollm" (digits one by one), or by the regular
+    expression of "qwen2" or of Llama 3: "llama-bpe", which takes a word that is a token whole, and "smaug-bpe"."""
     t = import_tokenizers()
     pattern = {"qwen2": _QWEN2, "llama-bpe": _LLAMA3, "smaug-bpe": _LLAMA3}.get(pre)
     steps = [t.pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=pattern is None)]
     if pre == "smollm":
         steps.insert(0, t.pre_tokenizers.Digits(individual_digits=True))
-    if pre == "qwen2":
+    if pre in ("qwen2", "modern-bert"):
         library.normalizer = t.normalizers.NFC()
     if pre == "llama-bpe":
         library.model.ignore_merges = True
@@ -275,6 +291,13 @@ def _check_parts(raw: dict[str, Any], file: Path) -> None:
     ids = [id for id in vocabulary.values() if type(id) is int] if isinstance(vocabulary, dict) else []
     if len(set(ids)) < len(ids):
         raise ValueError(f"{file}: two tokens of its vocabulary have one id.")
+
+
+def check_charsmap(table: bytes, file: str | Path) -> None:
+    """Raise ValueError for a character map of which the size, which the library does not check, is wrong."""
+    size = int.from_bytes(table[:4], "little")
+    if len(table) < 4 or size % 4 or size > len(table) - 4:
+        raise ValueError(f"{file}: the precompiled_charsmap of its normalizer is invalid.")
 
 
 def _charsmaps(raw: dict[str, Any]) -> Iterator[bytes]:

@@ -159,6 +159,48 @@ def mlx_adapter(folder: Path, base: Path) -> Files:
     return read_folder(folder)
 
 
+def gguf_encoder(name: str) -> dict[str, Any]:
+    """The structure of a small encoder with its tokenizer: a model_type."""
+    kind, n_heads, d, ff = "modern-bert" if name == "modernbert" else "bert", 2, 32, 24
+    made = {"bert": small.bert_wordpiece, "xlm-roberta": small.xlm_roberta_normalized, "modernbert": small.modernbert_bpe}
+    library = made[name]()
+    raw, added = json.loads(library.to_str())["model"], library.get_added_tokens_decoder()
+    tokens = [str(library.id_to_token(i)) for i in range(library.get_vocab_size())]
+    n, types = len(tokens), [3 if i in added and added[i].special else 4 if i in added else 1 for i in range(library.get_vocab_size())]
+    sizes = {"block_count": 1, "context_length": 16, "embedding_length": d, "feed_forward_length": ff, "attention.head_count": n_heads}
+    meta = [("general.architecture", STRING, kind), *((f"{kind}.{key}", U32, value) for key, value in sizes.items())]
+    meta += [(f"{kind}.attention.layer_norm_epsilon", F32, 1e-5), (f"{kind}.attention.causal", BOOL, 0), (f"{kind}.pooling_type", U32, 1)]
+    meta += [(f"{kind}.classifier.output_labels", ARRAY, (STRING, 3, ["x", "y", "z"]))]
+    around = {"bert": (2, 3, 1, 0, 4), "xlm-roberta": (0, 2, 3, 1, n - 1), "modernbert": (1, 2, 3, 0, n - 2)}[name]
+    marks = zip(("bos", "seperator" if name == "bert" else "eos", "unknown", "padding", "mask"), around, strict=True)
+    meta += [(f"tokenizer.ggml.{mark}_token_id", U32, id) for mark, id in marks]
+    if name == "bert":
+        tokens = [t if types[i] == 3 else t[2:] if t.startswith("##") else "\u2581" + t for i, t in enumerate(tokens)]
+    if name == "xlm-roberta":
+        meta += [("tokenizer.ggml.scores", ARRAY, (F32, n, [float(score) for _, score in raw["vocab"]]))]
+        meta += [("tokenizer.ggml.precompiled_charsmap", ARRAY, (U8, len(small.CHARSMAP), list(small.CHARSMAP)))]
+    if name == "modernbert":
+        merges = [" ".join(pair) for pair in raw["merges"]]
+        meta += [("tokenizer.ggml.pre", STRING, "modern-bert"), ("tokenizer.ggml.merges", ARRAY, (STRING, len(merges), merges))]
+        meta += [(f"{kind}.attention.sliding_window", U32, 4), (f"{kind}.attention.sliding_window_pattern", U32, 3)]
+    model = {"bert": "bert", "xlm-roberta": "t5", "modernbert": "gpt2"}[name]
+    meta += [("tokenizer.ggml.model", STRING, model), ("tokenizer.ggml.tokens", ARRAY, (STRING, n, tokens))]
+    meta += [("tokenizer.ggml.token_type", ARRAY, (I32, n, types))]
+    if name == "modernbert":
+        shapes = {"token_embd.weight": (n, d), "token_embd_norm.weight": (d,), "output_norm.weight": (d,), "blk.0.ffn_norm.weight": (d,)}
+        shapes |= {"blk.0.attn_qkv.weight": (3 * d, d), "blk.0.attn_output.weight": (d, d), "blk.0.ffn_up.weight": (2 * ff, d)}
+        shapes |= {"blk.0.ffn_down.weight": (d, ff)}
+    else:
+        rows = {"token_embd": n, "position_embd": 16, "token_types": 2}
+        shapes = {f"{key}.weight": (value, d) for key, value in rows.items()}
+        sides = {**dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (d, d)), "ffn_up": (ff, d), "ffn_down": (d, ff)}
+        sides |= dict.fromkeys(("attn_output_norm", "layer_output_norm"), (d,))
+        for key, shape in {"token_embd_norm": (d,), **{f"blk.0.{part}": shape for part, shape in sides.items()}}.items():
+            shapes |= {f"{key}.weight": shape, f"{key}.bias": shape[:1]}
+    shapes |= {"cls.output.weight": (3, d), "cls.output.bias": (3,)}
+    return _with_tensors(meta, shapes)
+
+
 def gguf(name: str = "llama") -> dict[str, Any]:
     """The structure of a small model with its tokenizer. "scaled": a llama with rope_freqs."""
     kind = "llama" if name == "scaled" else name
@@ -186,12 +228,17 @@ def gguf(name: str = "llama") -> dict[str, Any]:
     if name == "scaled":
         meta += [("llama.rope.scaling.type", STRING, "none"), ("llama.rope.scaling.factor", F32, 2.0)]
         shapes["rope_freqs"] = (8,)
+    return _with_tensors(meta, {f"{name}.weight": shape for name, shape in shapes.items()})
+
+
+def _with_tensors(meta: list[Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The structure of a file with random tensors."""
     rng, infos, data = np.random.default_rng(0), [], b""
     for name, shape in shapes.items():
         values = rng.standard_normal(shape).astype("<f4")
-        values = abs(values) + 1 if name == "rope_freqs" else values
-        half = name == "blk.0.ffn_up"
-        infos.append((f"{name}.weight", list(shape[::-1]), len(shape), 1 if half else 0, len(data)))
+        values = abs(values) + 1 if name == "rope_freqs.weight" else values
+        half = name == "blk.0.ffn_up.weight"
+        infos.append((name, list(shape[::-1]), len(shape), 1 if half else 0, len(data)))
         data += (values.astype("<f2") if half else values).tobytes()
         data += bytes(-len(data) % 32)
     return {"version": 3, "tensors": len(infos), "fields": len(meta), "meta": meta, "infos": infos, "data": data}

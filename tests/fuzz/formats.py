@@ -222,6 +222,7 @@ def all_formats() -> dict[str, Format]:
     weight_map = {name: file for file, held in parts.items() for name in held}
     shards["model.safetensors.index.json"] = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
     trees = {kind: corpus.gguf(kind) for kind in ("llama", "qwen2", "gemma3", "scaled")}
+    trees |= {kind: corpus.gguf_encoder(kind) for kind in ("bert", "xlm-roberta", "modernbert")}
     run = {
         "version": "0.1.0",
         "configuration": {

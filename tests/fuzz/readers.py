@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import struct
 import sys
 from pathlib import Path
@@ -130,10 +131,13 @@ def check_gguf(folder: Path, value: Any) -> None:
     config, tensors, vocabulary, _ = value
     reader = gguf.GGUFReader(folder / "m.gguf")
     assert vocabulary["tokens"] == reader.fields["tokenizer.ggml.tokens"].contents()
-    assert len(tensors) == len([tensor for tensor in reader.tensors if tensor.name != "rope_freqs.weight"])
+    fused = sum("attn_qkv" in tensor.name for tensor in reader.tensors) if config["model_type"] != "modernbert" else 0
+    assert len(tensors) == len([tensor for tensor in reader.tensors if tensor.name != "rope_freqs.weight"]) + 2 * fused
     embedding = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
-    assert np.array_equal(gguf.dequantize(embedding.data, embedding.tensor_type), tensors["model.embed_tokens.weight"], equal_nan=True)
-    assert config["hidden_size"] == reader.fields[f"{config['model_type'].removesuffix('_text')}.embedding_length"].contents()
+    read = next(value for name, value in tensors.items() if re.search(r"(embed_tokens|word_embeddings|tok_embeddings)\.weight$", name))
+    assert np.array_equal(gguf.dequantize(embedding.data, embedding.tensor_type), read, equal_nan=True)
+    width = reader.fields[f"{reader.fields['general.architecture'].contents()}.embedding_length"].contents()
+    assert width == config.get("hidden_size", config.get("dim"))
 
 
 TEXTS = ("the cat 2024 ☃\n<|end|>", "a" * 200, " \t\n naïve日本")
