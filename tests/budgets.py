@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minilora"
 
-TOTAL = 20_990  # lines of Python in the package; CONTRIBUTING.md says what they are, and that they are to become 16,500
+TOTAL = 21_100  # lines of Python in the package; CONTRIBUTING.md says what they are, and that they are to become 16,500
 STUDENT = 2_250  # lines of the student's part, with everything that it imports except kernels/
 FILE = 350
 # imports run to the left

@@ -4,8 +4,6 @@ Encoders: gguf_encoder.py.
 What llama.cpp does not keep in a file is here as it is there (conversion/ and src/models/ of https://github.com/ggml-org/llama.cpp).
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from array import array

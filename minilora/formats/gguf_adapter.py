@@ -6,8 +6,6 @@ A layer's scaling is part of its B where it is not alpha / r. Rows of B for q an
 Source: llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

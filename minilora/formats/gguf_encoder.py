@@ -5,8 +5,6 @@ DistilBERT's where there are no token types. Undone is what conversion/bert.py o
 pad_token_id + 1 positions of RoBERTa are cut off, and the layers of a head are called cls and cls.output. BERT's pooler is left out.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

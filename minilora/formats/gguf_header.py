@@ -7,8 +7,6 @@
 Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The library's reader makes an object of every element.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 import sys

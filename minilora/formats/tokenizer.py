@@ -3,8 +3,6 @@
 Nothing here pads or truncates: sequences are packed, and callers that shorten one report it.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path

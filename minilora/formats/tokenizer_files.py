@@ -9,8 +9,6 @@ tokenizer.json. One difference: a special token that is only the default of a cl
 model was trained on it.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterator
 from contextlib import contextmanager

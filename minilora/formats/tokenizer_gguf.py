@@ -1,7 +1,5 @@
 """The tokenizer in the metadata of a GGUF file: byte-level BPE, Gemma's SentencePiece, or an encoder's WordPiece or unigrams."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
