@@ -452,7 +452,7 @@ def test_a_contradiction_is_one_sentence(kind, changes, message, tmp_path):
     [
         ("bert", "bos_token_id", 10**6, r"bos is token 1000000, but there are \d+ tokens"),
         ("bert", "token_type", [1, 2], "needs a type for each of"),
-        ("xlm-roberta", "scores", None, "needs a type for each of .* of unigrams a score"),
+        ("xlm-roberta", "scores", None, "needs a type for each of .* all scores"),
         ("xlm-roberta", "scores", ["a"], "the scores of its tokenizer must be a list of numbers"),
         ("xlm-roberta", "precompiled_charsmap", [255] * 6, "the precompiled_charsmap of its normalizer is invalid"),
         ("xlm-roberta", "precompiled_charsmap", ["a"], "the precompiled_charsmap of its tokenizer must be a list of numbers"),

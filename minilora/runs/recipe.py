@@ -125,9 +125,7 @@ class Recipe:
     dtype: str = _memory("float32", "dtype of activations and frozen matrices", choices=DTYPES)
     recompute: bool = _memory(False, "save less for the backward pass and compute more")
     cache: bool = _memory(True, "cache the outputs of frozen blocks over epochs", unset="on")
-    threads: int = _memory(
-        0, "cores to compute on, each with lanes of its own", unset="the cores, at most 8", metavar="N", least=0
-    )
+    threads: int = _memory(0, "cores to compute on, each with lanes of its own", unset="the cores, at most 8", metavar="N", least=0)
     lanes: int = _memory(
         0, "parts of a batch: they fix the result to the bit, whatever --threads", unset="the threads", metavar="N", least=0
     )
