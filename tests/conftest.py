@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 
 os.environ["MINILORA_TUNED"] = os.devnull  # before minilora is imported, here and in every process of a test
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported: each worker keeps to one core
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,8 @@ import pytest
 from minilora.backend import import_cupy, to_backend
 from minilora.kernels import cuda
 from minilora.kernels.cuda import blas
+from minilora.runs import finetune
+from minilora.runs.plot import plot_run
 
 CHOICES = {"numpy": ["numpy"], "fake": ["fake"], "cupy": ["cupy"], "both": ["numpy", "fake"]}
 
@@ -30,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    finetune.plot_run = lambda *_: None  # 0.2 s a run; the fixture `curves` draws it
     if config.getoption("backend") != "cupy":
         cuda.ENABLED = cuda.ENABLED and fakecupy.cuda.COMPILER is not None
     else:
@@ -109,6 +114,12 @@ def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run of this test draws its picture, curves.png."""
+    monkeypatch.setattr(finetune, "plot_run", plot_run)
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ def finetune(capsys, *argv):
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "bottleneck", "bitfit", "layer-norm"])
-def test_finetune_writes_a_complete_run_folder(method, cwd, text, capsys):
+def test_finetune_writes_a_complete_run_folder(method, cwd, text, capsys, curves):
     out = finetune(capsys, "--method", method, "--data", text)
     folder = cwd / "runs" / f"{method}-1"
     made = "model" if method == "full" else "adapter"

@@ -406,6 +406,21 @@ def test_any_value_of_any_field_is_refused_or_runs(kind, tmp_path):
     assert refused > 100
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+def test_any_value_in_a_file_with_few_fields_is_refused_or_read_at_once(kind):
+    """What one field says may decide the default of another, such as a list with an item for each layer."""
+    refused, began = [], time.process_time()
+    for field in fields(CLASSES[kind]):
+        for value in [*VALUES, 2**30]:
+            try:
+                CLASSES[kind].from_json({"model_type": kind, **SMALL[kind], field.name: value}, "here.json")
+            except ValueError as error:
+                refused.append(str(error))
+    assert len(refused) > 50
+    assert [text for text in refused if not text.startswith("here.json")] == []
+    assert time.process_time() - began < 5
+
+
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_any_value_of_any_rotary_setting_is_refused_or_finite(kind, name):

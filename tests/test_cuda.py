@@ -39,6 +39,8 @@ def test_every_source_is_listed_and_its_kernels_are_used():
 @pytest.mark.parametrize(("file", "dtype", "options"), VARIANTS)
 def test_the_sources_compile_for_a_gpu(file, dtype, options, tmp_path):
     nvcc = shutil.which("nvcc")
+    if dtype in ("float64", "float16"):
+        pytest.importorskip("torch", reason="two of four dtypes in the default run; this runs with: pip install 'minilora[oracle]'")
     if nvcc is None:
         pytest.skip("nvcc is not installed (CuPy compiles the sources by itself, through NVRTC, where there is a GPU)")
     (tmp_path / "source.cu").write_text(cuda.source_of(file))

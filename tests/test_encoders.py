@@ -228,8 +228,9 @@ def test_modernbert_has_its_rotary_settings_from_transformers_4_and_5():
     thetas = {"full_attention": {"rope_theta": 500.0}, "sliding_attention": {"rope_theta": 20, "rope_type": "default"}}
     new = {"layer_types": kinds, "rope_parameters": thetas, "num_hidden_layers": 3, "global_rope_theta": 7.0}  # unread beside the other
     old, new = (ModernBertConfig.from_json({"model_type": "modernbert", **raw}) for raw in (old, new))
-    assert (old.layer_types, old.global_rope_theta, old.local_rope_theta) == (kinds, 500, 20)
-    assert (new.layer_types, new.global_rope_theta, new.local_rope_theta) == (kinds, 500, 20)
+    for config in (old, new):
+        assert [config.kind(i) for i in range(3)] == kinds
+        assert (config.global_rope_theta, config.local_rope_theta) == (500, 20)
 
 
 # -- what is saved, packed sequences, precision ------------------------------------------------------------------------------------

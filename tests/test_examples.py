@@ -57,8 +57,8 @@ def printed(backend, tmp_path):
         fake = sys.modules.get("cupy") is fakecupy.module
         if picture and not fake:
             pytest.importorskip("matplotlib")
-        if fake and script[:2] in ("04", "05"):  # the longest: with the oracles only, so that the default run stays short
-            pytest.importorskip("torch", reason="takes 10 s on the fake CuPy; it runs with: pip install 'minilora[oracle]'")
+        if fake and script[:2] in ("03", "04", "05"):  # the longest: with the oracles only, so that the default run stays short
+            pytest.importorskip("torch", reason="takes 4 to 10 s on the fake CuPy; it runs with: pip install 'minilora[oracle]'")
         folder = tmp_path / "new" / "folder"
         done = run(
             script, "--backend", backend, "--out", str(folder), cwd=tmp_path, fake_cupy=fake, without=("matplotlib",) if fake else ()

@@ -104,7 +104,7 @@ def test_worked_numbers_equal_the_arrays_in_the_catalogue(number):
         if call.name == "dora_linear" and call.args.get("mask") is not None:
             continue  # another formula, which is not worked out
         rows, columns = grid_of(call)
-        for _ in range(3):
+        for _ in range(3 if x.dtype.kind == "f" else 1):  # a model calls each operation several times
             assert check_worked(call, int(rng.integers(rows)), int(rng.integers(columns))) > 0
 
 

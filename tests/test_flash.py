@@ -61,6 +61,8 @@ CASES = {  # offsets, rows, causal, heads, groups, and a window
 
 @pytest.mark.parametrize(("d", "case"), [(d, case) for case in CASES for d in (32, 64, 128) if d == 64 or case in ("several", "short")])
 def test_against_the_reference(dtype, d, case, gpu):
+    if dtype == np.float16 and case not in ("several", "some rows", "short"):
+        pytest.importorskip("torch", reason="the fragments of bfloat16; this runs with: pip install 'minilora[oracle]'")
     offsets, rows, causal, heads, groups, *window = CASES[case]
     window = window[0] if window else None
     T = offsets[-1]

@@ -24,13 +24,13 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 TALK = [{"role": "user", "content": "Hi"}]
 
 
-def test_a_few_thousand_cases():
+def test_a_thousand_cases():
     pytest.importorskip("gguf")
     from fuzz.__main__ import failures, run
 
-    found = run(cases=3000, seed=1, jobs=2, quiet=True)
+    found = run(cases=1000, seed=3, jobs=2, quiet=True)
     assert not failures(found)
-    assert sum(sum(each["counts"].values()) for each in found.values()) >= 2990
+    assert sum(sum(each["counts"].values()) for each in found.values()) >= 990
     for name, each in found.items():
         assert each["counts"].get("accepted", 0) > 0, f"{name}: every mutated file was refused"
         if name not in ("metrics", "report"):  # which show what there is of a damaged file

@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -476,8 +477,23 @@ def test_gemmas_tokenizer_is_the_one_that_the_file_was_made_from(tmp_path):
         assert [read.encode(text).tolist() for text in texts] == [auto(text)["input_ids"] for text in texts]
 
 
+def test_sentencepiece_of_llama_2_and_mistral_has_its_own_ids(tmp_path):
+    """A space before the text, and after each special token. Expected ids: the library sentencepiece's (make_sentencepiece.py)."""
+    golden = json.loads((Path(__file__).parent / "golden" / "sentencepiece.json").read_text(encoding="utf-8"))
+    tokens, ids = golden["tokens"], golden["ids"]
+    known = {"model": "llama", "tokens": tokens, "scores": golden["scores"], "token_type": golden["token_type"], "merges": None}
+    known |= {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_bos_token": True, "pre": "default"}
+    meta = {"tokenizer.chat_template": None, **{f"tokenizer.ggml.{name}": value for name, value in known.items()}}
+    sizes = {**VARIANTS["mistral"], "vocab_size": len(tokens), "num_hidden_layers": 1}
+    ml.save_model(ml.load_model(write(tmp_path / "a.gguf", random_model(small(**sizes)), meta=meta), "numpy"), tmp_path / "saved")
+    for read in (load_tokenizer(tmp_path / "a.gguf", None), load_tokenizer(tmp_path / "saved", None)):
+        assert {text: read.encode(text).tolist() for text in ids} == {text: [1, *each] for text, each in ids.items()}
+        assert all(read.decode(each) == text for text, each in ids.items() if "▁" not in text)
+        assert read.encode("the cat</s> a").tolist() == [1, *ids["the cat"], 2, *ids[" a"]]
+
+
 def test_an_unreadable_tokenizer_is_reported_as_missing(tmp_path, capsys):
-    model = ml.load_model(write(tmp_path / "m.gguf", random_model(small()), meta={"tokenizer.ggml.model": "llama"}), "numpy")
+    model = ml.load_model(write(tmp_path / "m.gguf", random_model(small()), meta={"tokenizer.ggml.model": "plamo2"}), "numpy")
     ml.save_model(model, tmp_path / "out")
     assert "out has no readable tokenizer: " in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}

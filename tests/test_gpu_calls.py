@@ -19,27 +19,32 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(not cuda.ENABLED, reason="CUDA sources run through g++ here")
-def test_a_dry_run_walks_all_five_calls(tmp_path):
+@pytest.mark.parametrize("number", gpu.CALLS)
+def test_a_dry_run_walks_every_call(number, tmp_path):
     for needed in ("tokenizers", "threadpoolctl"):
         pytest.importorskip(needed)
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    if number > 2:
+        pytest.importorskip("peft", reason="a dry run of this call takes 5 to 20 s; it runs with: pip install 'minilora[oracle]'")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--call", str(number), "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     results = json.loads((tmp_path / "gpu-fake.json").read_text())["results"]
     try:
         import peft  # noqa: F401
     except ImportError:
         jobs = {name: r for name, r in results.items() if "losses" in r}
         assert all("No module named" in r["left_out"]["eager"] for r in jobs.values())
-        assert done.returncode == 1  # nothing to compare with
+        assert done.returncode == (1 if jobs else 0)  # nothing to compare with
     else:
         assert done.returncode == 0, done.stdout + done.stderr
-    assert set(results) == {"versions", *(name for names in gpu.CALLS.values() for name in names if "compile" not in name)}
+    assert set(results) == {"versions", *(name for name in gpu.CALLS[number] if "compile" not in name)}
     assert [name for name, r in results.items() if {"failed", "unfinished"} & r.keys() or r.get("exit_code")] == []
-    assert results["launches"]["graph"] == {"2 x 8": False, "2 x 8, graph": True, "1 x 4": False, "1 x 4, graph": True}
-    assert results["dense-bf16"]["how_ours"] == {"products": "cuBLAS", "tf32": True, "graph": True, "warnings": []}
-    assert results["snippets"]["how_ours"]["graph"] is False  # their shapes change
-    assert results["curves"]["losses_apart"] < 1e-4
+    if number == 1:
+        assert results["launches"]["graph"] == {"2 x 8": False, "2 x 8, graph": True, "1 x 4": False, "1 x 4, graph": True}
+    if number == 2:
+        assert results["dense-bf16"]["how_ours"] == {"products": "cuBLAS", "tf32": True, "graph": True, "warnings": []}
+    if number == 5:
+        assert results["snippets"]["how_ours"]["graph"] is False  # their shapes change
+        assert results["curves"]["losses_apart"] < 1e-4
     assert not list(tmp_path.glob("*.part"))
 
 

@@ -18,11 +18,13 @@ CATALOGUE = {name: rest for name, *rest in catalogue()}
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_gradient(name, backend):
+    if backend != "numpy" and not LIVE and name.replace(",", ".loss,", 1) in CATALOGUE.keys() - {name}:
+        pytest.skip("the same model is checked with its loss; this runs with: pip install 'minilora[oracle]'")
     layer, x, options = copy.deepcopy(CATALOGUE[name])
     x = ml.to_backend(x, backend) if x.dtype.kind == "f" else x
     most = 25 if backend == "numpy" and x.size < 1000 else 6
     if x.dtype.kind != "f" and not LIVE:  # a model: a random direction covers the coordinates that are not sampled
-        most = 5 if backend == "numpy" else 1
+        most = 2 if backend == "numpy" else 1
     report = ml.gradcheck(layer.to(backend), x, tol=1e-7, max_coordinates=most, **options)
     assert report.ok, str(report)
     assert len(report.entries) > 1

@@ -71,7 +71,7 @@ def test_blocks_of_lanes_are_summed_as_all_lanes_are(lanes):
 @needs_mpi
 @pytest.mark.parametrize(("n", "lanes", "threads"), [(2, 4, 2), (4, 4, 1), (3, 5, 2)])
 def test_the_number_of_ranks_changes_nothing(n, lanes, threads, models, tmp_path):  # noqa: F811
-    names = list(RUNS) if lanes == 4 else ["text", "classify"]
+    names = list(RUNS) if n == 4 else ["text", "classify"]
     recipes = [
         recipe_of(models, kind, **{"lanes": lanes, "threads": threads, "steps": 4, **changes}) for kind, changes in map(RUNS.get, names)
     ]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_tokenizers import library_bpe, library_wordpiece
+from threadpoolctl import threadpool_info, threadpool_limits
 from tiny import write_jsonl
 
 import minilora as ml
@@ -23,6 +24,7 @@ from minilora.runs.finetune import finetune
 from minilora.runs.interrupt import locked
 from minilora.runs.recipe import Recipe
 from minilora.runs.resume import resume
+from minilora.training.replicas import Replicas
 
 HERE = Path(__file__).parent
 SMALL = {"steps": 5, "lanes": 2, "threads": 1, "save_every": 2, "backend": "numpy", "lr": 0.01}
@@ -140,6 +142,21 @@ def test_the_number_of_threads_changes_nothing(kind, lanes, models, tmp_path):
         finetune(replace(recipe, threads=threads), tmp_path / str(threads), quiet)
     one, *others = (what_is_left(tmp_path / str(threads)) for threads in (1, 2, 4))
     assert all(other == one for other in others)
+
+
+def test_each_thread_of_a_run_computes_its_products_alone(models, tmp_path, monkeypatch):
+    """Sums in a product would depend on the number of BLAS threads."""
+    seen, gradients = [], Replicas.gradients
+
+    def watched(*args, **options):
+        seen.extend(each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas")
+        return gradients(*args, **options)
+
+    monkeypatch.setattr(Replicas, "gradients", watched)
+    with threadpool_limits(2, "blas"):
+        finetune(recipe_of(models, "lm", steps=2), tmp_path / "run", quiet)
+        assert set(seen) == {1}
+        assert {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"} == {2}
 
 
 # -- killed, and out of disk -----------------------------------------------------------------------------------------------------

@@ -244,7 +244,8 @@ def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(made, tmp_path):
             {"pre": "falcon"},
             "of model 'gpt2' and splits text as 'falcon'; supported: .*'smollm', 'gpt-2', 'qwen2', 'llama-bpe', 'smaug-bpe'",
         ),
-        ({"model": "llama"}, "of model 'llama' .* and 'llama' without add_space_prefix"),
+        ({"model": "plamo2"}, "of model 'plamo2' .* and 'llama'"),
+        ({"model": "llama", "scores": [0.0]}, "all scores or none"),
         (
             {"model": "llama", "add_space_prefix": False, "tokens": ["a", "b" * 257], "token_type": [1, 1]},
             "has 257 characters; at most 256 are supported",

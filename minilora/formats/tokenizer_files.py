@@ -214,12 +214,16 @@ def unigrams(pieces: list[tuple[str, float]], unk_id: int, charsmap: bytes | Non
     return built
 
 
-def gemma(vocab: dict[str, int], merges: Any, unk_token: str) -> Any:
-    """Gemma's tokenizer: "▁" in place of a space, and the bytes of a character without a token."""
+def gemma(vocab: dict[str, int], merges: Any, unk_token: str, prefix: bool = False) -> Any:
+    """Gemma's tokenizer: "▁" in place of a space, and the bytes of a character without a token. Llama 2's has one before the text, too."""
     t = import_tokenizers()
     built = t.Tokenizer(t.models.BPE(vocab, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
     built.normalizer, built.pre_tokenizer = t.normalizers.Replace(" ", "▁"), t.pre_tokenizers.Split(" ", "merged_with_previous")
-    built.decoder = t.decoders.Sequence([t.decoders.Replace("▁", " "), t.decoders.ByteFallback(), t.decoders.Fuse()])
+    steps = [t.decoders.Replace("▁", " "), t.decoders.ByteFallback(), t.decoders.Fuse()]
+    if prefix:
+        built.normalizer = t.normalizers.Sequence([t.normalizers.Prepend("▁"), built.normalizer])
+        steps.append(t.decoders.Strip(content=" ", left=1))
+    built.decoder = t.decoders.Sequence(steps)
     return built
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer in the metadata of a GGUF file: byte-level BPE, Gemma's SentencePiece, or an encoder's WordPiece or unigrams."""
+"""The tokenizer in the metadata of a GGUF file: byte-level BPE, SentencePiece's BPE, or an encoder's WordPiece or unigrams."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +17,15 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
     """The arguments of HFTokenizer for what `read_gguf_tokenizer` returns.
 
     `pre` names how a text is split before the merges (`split_in_bytes`); other ways would give other ids. Bytes without a token
-    (SmolLM2 lacks 21) are dropped, as in the published tokenizers. SentencePiece joins those two tokens next that make the first token of
-    the vocabulary: every split of a token into two is a merge, in that order, as in transformers. Its tokens of spaces are written as such.
+    (SmolLM2 lacks 21) are dropped, as in the published tokenizers. SentencePiece joins those two tokens next that make the token with the
+    highest score, the first of equal ones: every split of a token into two is a merge, in that order. Its tokens of spaces are written as
+    such. It puts a space before a text, and after each special token, unless add_space_prefix is false (Gemma).
 
     An encoder's WordPiece ("bert") marks the tokens that begin a word by "▁", and not the others by "##". It lower-cases a text where the
     file says so; where it says nothing, unless the vocabulary has capitals. It and unigrams ("t5") always put special tokens around a
     text. A space before the token of a mask belongs to it, except in WordPiece.
 
-    Raises ValueError for another `pre`, a SentencePiece that puts a space before a text, and inconsistent tokens and merges.
+    Raises ValueError for another `pre`, and inconsistent tokens, scores and merges.
     """
     t = import_tokenizers()
     get: Callable[..., Any] = vocabulary.get
@@ -32,16 +33,16 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
     types, scores, table = get("token_type", [_NORMAL] * len(tokens or ())), get("scores", []), get("precompiled_charsmap", [])
     model, pre, encoder = get("model", "gpt2"), get("pre", "default"), get("architecture") in ENCODERS
     words, unigram = encoder and model == "bert", encoder and model == "t5"
-    pieces = model == "llama" and get("add_space_prefix") is False
+    pieces, prefix = model == "llama", get("add_space_prefix") is not False
     lists = [("tokens", tokens, str), ("merges", merges, str), ("token_type", types, int)]
-    lists += [("scores", scores, float), ("precompiled_charsmap", table, int)] if unigram else []
+    lists += [("scores", scores, float), ("precompiled_charsmap", table, int)] if unigram or pieces else []
     for name, values, of in lists:
         if not isinstance(values, list) or not all(isinstance(value, of) for value in values):
             raise ValueError(f"{path}: the {name} of its tokenizer must be a list of {'strings' if of is str else 'numbers'}.")
     if not (pieces or words or unigram) and (model != "gpt2" or pre not in _PRE):
         raise ValueError(
             f"{path}: its tokenizer is of model {model!r} and splits text as {pre!r}; supported: model 'gpt2' with "
-            f"{', '.join(map(repr, _PRE))}, and 'llama' without add_space_prefix. Use a folder with a tokenizer.json instead."
+            f"{', '.join(map(repr, _PRE))}, and 'llama'. Use a folder with a tokenizer.json instead."
         )
     n, control = len(tokens), [kind == _CONTROL for kind in types]
     if pieces:
@@ -55,13 +56,14 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
         raise ValueError(f"{path}: the token {duplicates[0]!r} occurs twice in the vocabulary.")
     if unigram and (charsmap := bytes(value & 0xFF for value in table)):
         check_charsmap(charsmap, path)
-    if len(types) != n or (unigram and len(scores) != n) or not isinstance(template, str | None):
-        raise ValueError(f"{path}: its tokenizer needs a type for each of {n} tokens, of unigrams a score, and a string as chat template.")
+    if len(types) != n or ((unigram or scores) and len(scores) != n) or not isinstance(template, str | None):
+        raise ValueError(f"{path}: its tokenizer needs a type for each of {n} tokens, all scores or none, and a string as template.")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if pieces:
         if (longest := max(map(len, tokens), default=0)) > _LONGEST:
             raise ValueError(f"{path}: a token of its tokenizer has {longest:,} characters; at most {_LONGEST} are supported.")
-        splits = ((token[:i], token[i:]) for token in tokens for i in range(len(token) - 1, 0, -1))
+        best = sorted(range(n), key=lambda i: -scores[i]) if scores else range(n)
+        splits = ((tokens[j][:i], tokens[j][i:]) for j in best for i in range(len(tokens[j]) - 1, 0, -1))
         pairs = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
     for pair in pairs:
         if len(pair) != 2 or not all(part in ids for part in (*pair, "".join(pair))):
@@ -84,9 +86,9 @@ def from_metadata(vocabulary: dict[str, Any], path: str | Path) -> dict[str, Any
             capitals = any(token != token.lower() for token, kind in zip(tokens, types, strict=True) if kind == _NORMAL)
             library = wordpiece(ids, tokens[unk], get("normalizer.lowercase", not capitals), strip_accents=get("normalizer.strip_accents"))
         elif unigram:
-            library = unigrams(list(zip(tokens, scores, strict=True)), unk, charsmap or None, get("add_space_prefix") is not False)
+            library = unigrams(list(zip(tokens, scores, strict=True)), unk, charsmap or None, prefix)
         elif pieces:
-            library = gemma(ids, pairs, "<unk>" if unk is None else tokens[unk])
+            library = gemma(ids, pairs, "<unk>" if unk is None else tokens[unk], prefix)
         else:
             library = t.Tokenizer(t.models.BPE(vocab=ids, merges=pairs))
             split_in_bytes(library, pre)

@@ -69,14 +69,16 @@ class ModernBertConfig(BertConfig):
         reference_compile repad_logits_with_grad"""
 
     def __post_init__(self) -> None:
-        if self.layer_types is None and type(n := self.global_attn_every_n_layers) is int and n > 0:
-            self.layer_types = [LOCAL if i % n else GLOBAL for i in range(self.num_hidden_layers)]
         super().__post_init__()
-        kinds = self.layer_types or []
-        if len(kinds) != self.num_hidden_layers or not {*kinds} <= {GLOBAL, LOCAL}:
+        kinds = self.layer_types
+        if kinds is not None and (len(kinds) != self.num_hidden_layers or not {*kinds} <= {GLOBAL, LOCAL}):
             raise ValueError(f"ModernBertConfig: layer_types must be {self.num_hidden_layers} of {GLOBAL} and {LOCAL}, got {kinds!r:.80}.")
         if (d := self.hidden_size // self.num_attention_heads) % 2:
             raise ValueError(f"ModernBertConfig: a head has {d} features; they are rotated in pairs, so their number must be even.")
+
+    def kind(self, i: int) -> str:
+        """Whether layer i is GLOBAL or LOCAL."""
+        return self.layer_types[i] if self.layer_types else LOCAL if i % self.global_attn_every_n_layers else GLOBAL
 
     @classmethod
     def read(cls, raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -100,7 +102,7 @@ class ModernBertAttention(Attention):
 
     def __init__(self, c: ModernBertConfig, i: int, rng: np.random.Generator, dtype: Any) -> None:
         super().__init__(c.hidden_size, c.num_attention_heads, causal=False, bias=c.attention_bias, rng=rng, dtype=dtype)
-        self.kind = c.layer_types[i]  # type: ignore[index]
+        self.kind = c.kind(i)
         self.window = c.local_attention // 2 + 1 if self.kind == LOCAL else None
 
     def forward(self, x: Array, keep: bool = True, need_dx: bool = True, *args: Any, **inputs: Any) -> Output:
