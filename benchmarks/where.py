@@ -198,6 +198,7 @@ def of_processes(replicas: Any, batches: Any, seed: Any) -> dict[str, Any]:
     """`where` for a step on several processes: each measures its own lanes, while the others do. They wait for the slowest."""
     from minilora.training.processes import Copies, answer
 
+    replicas.gradients(batches, seed)  # fills the cache of the outputs of frozen blocks, which is not part of a step
     shards, count = replicas.shards(batches)
     lanes = [replicas._lanes(worker, shards) for worker in range(replicas.workers)]
 
