@@ -13,7 +13,9 @@ import minilora as ml
 from minilora.formats.adapter_config import read_adapter_config
 from minilora.formats.atomic import write_file, write_json
 from minilora.formats.fetch import model_folder
+from minilora.formats.fitting import check_fit
 from minilora.formats.mark import fingerprint
+from minilora.formats.tensors import map_tensors
 from minilora.lora import lora_layers
 
 
@@ -246,3 +248,19 @@ def test_a_file_does_not_take_the_place_of_a_pipe(tmp_path):
         write_json(tmp_path / "pipe", {})
     assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="this system does not say how much memory is resident")
+def test_a_check_gives_back_what_it_has_read(tmp_path):
+    """Of an embedding few rows are read again: the others would count as this process's memory to its end."""
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    save_file({"w": np.ones((2**24, 2), "float32")}, tmp_path / "w.safetensors")
+    tensors, before = map_tensors(tmp_path / "w.safetensors")[0], resident()
+    check_fit("here", tensors, {"w": (2**24, 2)})
+    assert resident() - before < 2**24  # of 2^27
+    assert tensors["w"].sum() == 2**25
+    assert resident() - before > 2**26

@@ -4,6 +4,7 @@ PyTorch stores the weight of a Linear as (out, in); here it is (in, out). It is 
 dtype are not copied.
 """
 
+import mmap
 import re
 import sys
 from collections.abc import Sequence
@@ -134,6 +135,7 @@ def check_fit(source: str | Path, tensors: dict[str, np.ndarray], expected: dict
             raise ValueError(f"{source} does not fit the model: {key} has shape {value.shape}, the model expects {tuple(shape)}.")
         if not (is_nf4(value) or _finite(value)):  # NF4 is checked when it is read
             raise ValueError(f"{source}: {key} ({value.dtype}) holds values that are not finite floating-point numbers.")
+        _give_back(value)
 
 
 def _finite(value: np.ndarray) -> bool:
@@ -144,6 +146,14 @@ def _finite(value: np.ndarray) -> bool:
         return bool((value.view(np.uint16) & 0x7FFF).max() < 0x7F80)
     with np.errstate(invalid="ignore"):  # min and max take no memory, unlike isfinite, and are NaN if one element is
         return value.dtype.kind == "f" and bool(max(-value.min(), value.max()) <= np.finfo(np.float32).max)
+
+
+def _give_back(value: Any) -> None:
+    """Release the pages of a mapped file that the check has read: of an embedding few are read again, and those from the system's cache."""
+    while isinstance(value, np.ndarray):
+        value = value.base
+    if isinstance(value, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        value.madvise(mmap.MADV_DONTNEED)
 
 
 def warn_of_pooling(model: Any, folder: Path) -> None:
