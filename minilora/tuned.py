@@ -25,9 +25,8 @@ kernels, applied = "", False  # applied: whether they and the sizes come from th
 
 def path() -> Path:
     """The file, which MINILORA_TUNED may name; MINILORA_TUNED=/dev/null: nothing that was measured is used."""
-    if named := os.environ.get("MINILORA_TUNED"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minilora" / "tuned.json"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return Path(os.environ.get("MINILORA_TUNED") or caches / "minilora" / "tuned.json")
 
 
 def processor() -> str:

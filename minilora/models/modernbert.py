@@ -70,8 +70,7 @@ class ModernBertConfig(BertConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kinds = self.layer_types
-        if kinds is not None and (len(kinds) != self.num_hidden_layers or not {*kinds} <= {GLOBAL, LOCAL}):
+        if (kinds := self.layer_types) is not None and (len(kinds) != self.num_hidden_layers or not {*kinds} <= {GLOBAL, LOCAL}):
             raise ValueError(f"ModernBertConfig: layer_types must be {self.num_hidden_layers} of {GLOBAL} and {LOCAL}, got {kinds!r:.80}.")
         if (d := self.hidden_size // self.num_attention_heads) % 2:
             raise ValueError(f"ModernBertConfig: a head has {d} features; they are rotated in pairs, so their number must be even.")

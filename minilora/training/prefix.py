@@ -17,8 +17,6 @@ from minilora.backend import Array, get_xp
 from minilora.data.batches import Batch
 from minilora.models.stack import Prefix
 
-_lock = threading.Lock()
-
 
 class PrefixCache:
     """`cache(model, batch)` is model.body.prefix(batch.ids, batch.offsets), with each sequence computed once.
@@ -26,6 +24,8 @@ class PrefixCache:
     Up to `limit` bytes are kept, where the model is; other sequences are computed again. Raises ValueError for a model with another
     number of frozen blocks.
     """
+
+    _lock = threading.Lock()  # of the class: a cache is sent to other processes
 
     def __init__(self, limit: int = 2**30) -> None:
         self.limit = limit
@@ -70,7 +70,7 @@ class PrefixCache:
             what = f"this cache holds outputs of {self.blocks} frozen blocks, the model has {prefix.blocks}"
             raise ValueError(f"{what}; use another cache.")
         self.blocks, x = prefix
-        with _lock:  # each sequence is stored and counted once
+        with self._lock:  # each sequence is stored and counted once
             if key not in self.kept and self.bytes + x.nbytes <= self.limit:
                 self.kept[key] = x
                 self.bytes += x.nbytes

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 from minilora.kernels.memory import count_copies
@@ -26,7 +26,7 @@ _work: Callable[..., Any]  # in a copy: what it is asked to do
 available = sys.platform == "linux"  # macOS has libraries that do not survive a fork
 
 
-class Copies:
+class Copies(AbstractContextManager[Any]):
     """`count` copies of this process as it is now; each can be asked to call `work`. A context manager, which ends them.
 
     They ignore signals, which are for this process, and end if it is killed.
@@ -38,9 +38,6 @@ class Copies:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)  # of other threads: none of theirs is waited for in a copy
             self.pool.submit(os.getpid).result()  # forks all
-
-    def __enter__(self) -> Copies:
-        return self
 
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):  # one has been killed
@@ -73,8 +70,7 @@ def _begin(work: Callable[..., Any]) -> None:
     _work = work
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def _call(*args: Any) -> Any:
