@@ -200,10 +200,10 @@ def of_processes(replicas: Any, batches: Any, seed: Any) -> dict[str, Any]:
 
     replicas.gradients(batches, seed)  # fills the cache of the outputs of frozen blocks, which is not part of a step
     shards, count = replicas.shards(batches)
-    lanes = [replicas._lanes(worker, shards) for worker in range(replicas.workers)]
+    tasks = [replicas._task(worker, shards) for worker in range(replicas.workers)]
 
     def work(worker: int) -> dict[str, Any]:
-        return where(lambda: replicas._run(worker, lanes[worker], count, seed, replicas._part(lanes[worker])), 1)
+        return where(lambda: replicas._run(*tasks[worker], count, seed), 1)
 
     with Copies(replicas.workers - 1, work) as copies:
         others = [copies.ask(worker) for worker in range(1, replicas.workers)]

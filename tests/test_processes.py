@@ -1,5 +1,6 @@
 """Lanes on copies of the process: the same gradients as on threads, and nothing is left behind when one of them ends."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -65,6 +66,16 @@ def test_a_copy_that_is_killed_is_named():
     with pytest.raises(RuntimeError, match="a part of the step was killed; if memory ran out"):
         for _ in steps:
             pass
+    assert multiprocessing.active_children() == []
+
+
+def test_a_refused_copy_is_one_sentence(monkeypatch):
+    def refused():
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "fork", refused)
+    with pytest.raises(RuntimeError, match=r"this process cannot be copied \(Cannot allocate memory\): use --threads 1, or free memory"):
+        next(begin()[2])
     assert multiprocessing.active_children() == []
 
 

@@ -71,6 +71,5 @@ def peak_memory(backend: str = "numpy") -> int:
 def count_copies(processes: Iterable[int]) -> None:
     """Count what forked copies of this process hold for themselves (Linux). They return none: before their end, it is their peak."""
     global _most_of_copies
-    rollups = (Path(f"/proc/{process}/smaps_rollup").read_text() for process in processes)
-    sizes = (int(size) for rollup in rollups for size in re.findall(r"^Private_.*?(\d+) kB$", rollup, re.MULTILINE))
-    _most_of_copies = max(_most_of_copies, 1024 * sum(sizes))
+    text = "".join(Path(f"/proc/{process}/smaps_rollup").read_text() for process in processes)
+    _most_of_copies = max(_most_of_copies, 1024 * sum(map(int, re.findall(r"^Private_.*?(\d+) kB$", text, re.MULTILINE))))

@@ -1,9 +1,8 @@
 """Lanes of a step on processes of this computer: copies of this one, forked before the first step.
 
 NumPy holds the GIL between operations, and OpenBLAS a lock in each product, so that threads wait for each other thousands of times a
-step: two processes take 0.9 of their time for short texts, and 0.95 for long ones (docs/speed.md). A copy has the same model; its pages
-are shared until one is written to. Trainable parameters and all gradients are in memory that the copies write to in common
-(kernels/memory.py).
+step (docs/speed.md). A copy has the same model; its pages are shared until one is written to. Trainable parameters and all gradients are
+in memory that the copies write to in common (`shared_zeros` in kernels/memory.py).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
-from minilora.kernels.memory import count_copies
+from minilora.kernels.memory import count_copies, keep_freed_memory
 
 _work: Callable[..., Any]  # in a copy: what it is asked to do
 available = sys.platform == "linux"  # macOS has libraries that do not survive a fork
@@ -29,15 +28,17 @@ available = sys.platform == "linux"  # macOS has libraries that do not survive a
 class Copies(AbstractContextManager[Any]):
     """`count` copies of this process as it is now; each can be asked to call `work`. A context manager, which ends them.
 
-    They ignore signals, which are for this process, and end if it is killed.
+    They ignore signals, which are for this process, and end if it is killed. Raises RuntimeError where the system refuses one.
     """
 
     def __init__(self, count: int, work: Callable[..., Any]) -> None:
-        fork = multiprocessing.get_context("fork")
-        self.pool = ProcessPoolExecutor(count, fork, initializer=_begin, initargs=(work,))
+        self.pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer=_begin, initargs=(work,))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)  # of other threads: none of theirs is waited for in a copy
-            self.pool.submit(os.getpid).result()  # forks all
+            try:
+                self.pool.submit(os.getpid).result()  # forks all
+            except OSError as error:
+                raise RuntimeError(f"this process cannot be copied ({error.strerror}): use --threads 1, or free memory.") from None
 
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):  # one has been killed
@@ -68,6 +69,7 @@ def _alive() -> Iterator[None]:
 def _begin(work: Callable[..., Any]) -> None:
     global _work
     _work = work
+    keep_freed_memory()
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG

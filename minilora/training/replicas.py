@@ -70,7 +70,6 @@ class Replicas:
         self._open = ExitStack()
 
     def __enter__(self) -> Replicas:
-        keep_freed_memory()
         self._open.enter_context(threadpool_limits(1, user_api="blas"))
         self.ask: Callable[..., Future[tuple[dict[int, Any], Any]]]
         if self.copied:
@@ -78,6 +77,7 @@ class Replicas:
         elif self.workers > 1:
             pool = self._open.enter_context(ThreadPoolExecutor(self.workers - 1))
             self.ask = lambda *args: pool.submit(self._run, *args)
+        keep_freed_memory()  # after the copies: Linux refuses to copy a heap that is larger than the machine's memory
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -103,11 +103,11 @@ class Replicas:
         shards, count = self.shards(batches)
         step = count if scale == 1 else count / scale, seed
         self.flat.check()
-        lanes = [self._lanes(worker, shards) for worker in range(self.workers)]
-        others = [self.ask(worker, lanes[worker], *step, self._part(lanes[worker])) for worker in range(1, self.workers)]
-        losses, _ = self._run(0, lanes[0], *step, self.prefix)
-        for theirs, prefix in map(processes.answer, others):
-            losses |= theirs
+        mine, *theirs = (self._task(worker, shards) for worker in range(self.workers))
+        others = [self.ask(*task, *step) for task in theirs]
+        losses, _ = self._run(*mine, *step)
+        for more, prefix in map(processes.answer, others):
+            losses |= more
             if self.copied and self.prefix is not None:
                 self.prefix.add(prefix)
         self.flat.gather()
@@ -120,16 +120,15 @@ class Replicas:
         total = sum(loss for _, loss in sorted(losses.items()) if loss is not None)
         return total if scale == 1 else total / scale
 
-    def _lanes(self, worker: int, shards: Sequence[Batch]) -> dict[int, list[Batch]]:
-        """{i: the shards of lane block[i]} of a worker; 0 last: `flat.grad` is then where the model's gradients are."""
+    def _task(self, worker: int, shards: Sequence[Batch]) -> tuple[int, dict[int, list[Batch]], PrefixCache | None]:
+        """(worker, {i: the shards of lane block[i]}, cache). 0 is last: `flat.grad` is then where the model's gradients are."""
         mine = reversed(range(worker, len(self.block), self.workers))
-        return {i: [shard for shard in shards[self.block[i] :: self.lanes] if shard.labelled] for i in mine}
-
-    def _part(self, lanes: dict[int, list[Batch]]) -> PrefixCache | None:
-        return self.prefix if self.prefix is None or not self.copied else self.prefix.part(chain(*lanes.values()))
+        lanes = {i: [shard for shard in shards[self.block[i] :: self.lanes] if shard.labelled] for i in mine}
+        part = self.prefix.part(chain(*lanes.values())) if self.prefix is not None and self.copied and worker else self.prefix
+        return worker, lanes, part
 
     def _run(
-        self, worker: int, lanes: dict[int, list[Batch]], divisor: float, seed: Sequence[int], prefix: PrefixCache | None
+        self, worker: int, lanes: dict[int, list[Batch]], prefix: PrefixCache | None, divisor: float, seed: Sequence[int]
     ) -> tuple[dict[int, Array | None], PrefixCache | None]:
         """({lane: its loss}, what is new in the cache) of a worker's lanes, whose gradients are then in `grads`."""
         model, parameters = (each[worker % len(each)] for each in (self.models, self.parameters))
