@@ -79,7 +79,7 @@ def push(folder: str | Path, hub_id: str, private: bool = False, say: Say = sile
     folder = Path(folder)
     found = adapter_folder(folder) or next((f for f in (folder / "model", folder) if (f / "config.json").is_file()), None)
     if found is None:
-        raise ValueError(f"{folder} has no adapter and no model to publish.")
+        raise ValueError(f"{folder} has no adapter and no model to publish{'' if folder.exists() else ': there is no such folder'}.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         raise ValueError(f"{hub_id!r:.80} is not an id of the hub; it is your name or that of your organisation, a slash, and a name.")
     hub = extra("huggingface_hub", "hf", "publishing on the hub")
@@ -99,6 +99,6 @@ def push(folder: str | Path, hub_id: str, private: bool = False, say: Say = sile
 def _adapter_of(path: str | Path) -> Path:
     """The folder of the adapter of a path. Raises ValueError, with what makes one, where there is none."""
     if (folder := adapter_folder(Path(path))) is None:
-        makes = f"minilora extract {path} --out FOLDER makes one of a fine-tuned model"
-        raise ValueError(f"{path} has no adapter: there is no adapter_config.json; {makes}.")
+        makes = f"adapter_config.json; minilora extract {path} --out FOLDER makes one of a fine-tuned model"
+        raise ValueError(f"{path} has no adapter: there is no {makes if Path(path).exists() else 'such folder'}.")
     return folder
