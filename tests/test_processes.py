@@ -69,13 +69,19 @@ def test_a_copy_that_is_killed_is_named():
     assert multiprocessing.active_children() == []
 
 
-def test_a_refused_copy_is_one_sentence(monkeypatch):
+@pytest.mark.parametrize("made", [0, 1, 2])
+def test_a_refused_copy_is_one_sentence_and_leaves_none(made, monkeypatch):
+    fork, calls = os.fork, []
+
     def refused():
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        calls.append(1)
+        if len(calls) > made:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return fork()
 
     monkeypatch.setattr(os, "fork", refused)
     with pytest.raises(RuntimeError, match=r"this process cannot be copied \(Cannot allocate memory\): use --threads 1, or free memory"):
-        next(begin()[2])
+        next(begin(threads=4)[2])
     assert multiprocessing.active_children() == []
 
 

@@ -54,8 +54,7 @@ class Batch:
         """Some of the sequences, in this order."""
         at = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in members])
         labels = self.labels[members] if self.per_sequence else self.labels[at]
-        offsets = np.cumsum([0, *np.diff(self.offsets)[members]])
-        return Batch(self.ids[at], labels, offsets, self.per_sequence)
+        return Batch(self.ids[at], labels, np.cumsum([0, *np.diff(self.offsets)[members]]), self.per_sequence)
 
 
 def windows(text: np.ndarray, starts: np.ndarray, length: int) -> Batch:

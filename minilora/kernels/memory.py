@@ -15,7 +15,7 @@ from minilora.backend import import_cupy
 
 POOL_OWNERS: WeakSet[Any] = WeakSet()  # objects with a memory pool besides CuPy's own, as .pool (kernels/cuda/replay.py)
 _most_held = 0  # by CuPy's memory pools
-_most_of_copies = 0  # by the copies of this process that compute parts of a step
+most_of_copies = 0  # by copies of this process (training/processes.py)
 _kept = False  # whether `keep_freed_memory` has been called
 
 
@@ -65,11 +65,10 @@ def peak_memory(backend: str = "numpy") -> int:
     except ImportError:  # Windows has no resource module
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024 + _most_of_copies  # Linux counts in KiB
+    return peak if sys.platform == "darwin" else peak * 1024 + most_of_copies  # Linux counts in KiB
 
 
-def count_copies(processes: Iterable[int]) -> None:
-    """Count what forked copies of this process hold for themselves (Linux). They return none: before their end, it is their peak."""
-    global _most_of_copies
-    text = "".join(Path(f"/proc/{process}/smaps_rollup").read_text() for process in processes)
-    _most_of_copies = max(_most_of_copies, 1024 * sum(map(int, re.findall(r"^Private_.*?(\d+) kB$", text, re.MULTILINE))))
+def private_memory(processes: Iterable[Any]) -> int:
+    """Bytes that these processes of `multiprocessing` hold for themselves (Linux)."""
+    text = "".join(Path(f"/proc/{each.pid}/smaps_rollup").read_text() for each in processes)
+    return 1024 * sum(map(int, re.findall(r"^Private_.*?(\d+) kB$", text, re.MULTILINE)))

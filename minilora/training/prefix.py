@@ -7,7 +7,7 @@ computed alone: its outputs, to the bit, do not depend on the batch in which it 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -31,24 +31,20 @@ class PrefixCache:
         self.limit = limit
         self.kept: dict[bytes, Array] = {}
         self.bytes = self.blocks = 0
+        self.known: frozenset[bytes] = frozenset()  # of a part: what it began with
 
     def part(self, batches: Iterable[Batch]) -> PrefixCache:
         """A cache for the sequences of these batches, to be filled by another process, with what this one holds of them."""
         part = PrefixCache(self.limit)
         part.bytes, part.blocks = self.bytes, self.blocks
         keys = {batch.ids[a:b].tobytes() for batch in batches for a, b in pairwise(batch.offsets)}
-        part.kept = {key: self.kept[key] for key in keys & self.kept.keys()}
+        part.known = frozenset(keys & self.kept.keys())
+        part.kept = {key: self.kept[key] for key in part.known}
         return part
 
-    def without(self, keys: Collection[bytes]) -> PrefixCache:
-        """The same without these sequences, to be sent back."""
-        self.kept = {key: x for key, x in self.kept.items() if key not in keys}
-        return self
-
-    def add(self, part: PrefixCache) -> None:
-        """Keep what `part` holds."""
-        for key, x in part.kept.items():
-            self._keep(key, Prefix(part.blocks, x))
+    def new(self) -> dict[bytes, Prefix]:
+        """What a part holds beyond that, for `keep`."""
+        return {key: Prefix(self.blocks, x) for key, x in self.kept.items() if key not in self.known}
 
     def __call__(self, model: Any, batch: Batch) -> Prefix | None:
         """Thread-safe: a sequence that two threads have at the same time is computed twice, and kept once."""
@@ -63,9 +59,10 @@ class PrefixCache:
         prefix = model.body.prefix(ids, np.array([0, len(ids)]))
         if prefix is None:
             return None
-        return self._keep(key, prefix)
+        return self.keep(key, prefix)
 
-    def _keep(self, key: bytes, prefix: Prefix) -> Array:
+    def keep(self, key: bytes, prefix: Prefix) -> Array:
+        """The outputs of the sequence with these ids, kept if there is room. Thread-safe."""
         if self.kept and prefix.blocks != self.blocks:
             what = f"this cache holds outputs of {self.blocks} frozen blocks, the model has {prefix.blocks}"
             raise ValueError(f"{what}; use another cache.")

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
-from minilora.kernels.memory import count_copies, keep_freed_memory
+from minilora.kernels import memory
 
 _work: Callable[..., Any]  # in a copy: what it is asked to do
 available = sys.platform == "linux"  # macOS has libraries that do not survive a fork
@@ -32,17 +32,22 @@ class Copies(AbstractContextManager[Any]):
     """
 
     def __init__(self, count: int, work: Callable[..., Any]) -> None:
+        before = set(multiprocessing.active_children())
         self.pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer=_begin, initargs=(work,))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)  # of other threads: none of theirs is waited for in a copy
             try:
                 self.pool.submit(os.getpid).result()  # forks all
             except OSError as error:
+                for copy in set(multiprocessing.active_children()) - before:  # those that were made wait for work for ever
+                    copy.kill()
+                    copy.join()
                 raise RuntimeError(f"this process cannot be copied ({error.strerror}): use --threads 1, or free memory.") from None
+        self.processes = set(multiprocessing.active_children()) - before
 
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):  # one has been killed
-            count_copies(child.pid for child in multiprocessing.active_children() if child.pid)
+            memory.most_of_copies = max(memory.most_of_copies, memory.private_memory(self.processes))
         self.pool.shutdown()
 
     def ask(self, *args: Any) -> Future[Any]:
@@ -69,7 +74,7 @@ def _alive() -> Iterator[None]:
 def _begin(work: Callable[..., Any]) -> None:
     global _work
     _work = work
-    keep_freed_memory()
+    memory.keep_freed_memory()
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG

@@ -23,6 +23,7 @@ from minilora.backend import Array, get_xp
 from minilora.data.batches import Batch
 from minilora.kernels.memory import keep_freed_memory, shared_zeros
 from minilora.layers import reseed
+from minilora.models.stack import Prefix
 from minilora.optim.flat import FlatBuffer, adopt, fill_missing
 from minilora.training import processes
 from minilora.training.prefix import PrefixCache
@@ -71,9 +72,8 @@ class Replicas:
 
     def __enter__(self) -> Replicas:
         self._open.enter_context(threadpool_limits(1, user_api="blas"))
-        self.ask: Callable[..., Future[tuple[dict[int, Any], Any]]]
         if self.copied:
-            self.ask = self._open.enter_context(processes.Copies(self.workers - 1, self._run)).ask
+            self.ask: Callable[..., Future[Any]] = self._open.enter_context(processes.Copies(self.workers - 1, self._run)).ask
         elif self.workers > 1:
             pool = self._open.enter_context(ThreadPoolExecutor(self.workers - 1))
             self.ask = lambda *args: pool.submit(self._run, *args)
@@ -106,10 +106,11 @@ class Replicas:
         mine, *theirs = (self._task(worker, shards) for worker in range(self.workers))
         others = [self.ask(*task, *step) for task in theirs]
         losses, _ = self._run(*mine, *step)
-        for more, prefix in map(processes.answer, others):
+        for more, new in map(processes.answer, others):
             losses |= more
-            if self.copied and self.prefix is not None:
-                self.prefix.add(prefix)
+            if self.prefix is not None:
+                for ids, x in new.items():
+                    self.prefix.keep(ids, x)
         self.flat.gather()
         rows = dict(zip(self.block, self.grads, strict=True))
         if self.ranks is None:
@@ -129,10 +130,9 @@ class Replicas:
 
     def _run(
         self, worker: int, lanes: dict[int, list[Batch]], prefix: PrefixCache | None, divisor: float, seed: Sequence[int]
-    ) -> tuple[dict[int, Array | None], PrefixCache | None]:
-        """({lane: its loss}, what is new in the cache) of a worker's lanes, whose gradients are then in `grads`."""
+    ) -> tuple[dict[int, Array | None], dict[bytes, Prefix]]:
+        """({lane: its loss}, what a copy has added to its part of the cache) of a worker's lanes, whose gradients are then in `grads`."""
         model, parameters = (each[worker % len(each)] for each in (self.models, self.parameters))
-        known = set(prefix.kept) if prefix is not None and worker and self.copied else None
         losses: dict[int, Array | None] = {}
         for i, shards in lanes.items():
             lane, total = self.block[i], None
@@ -150,4 +150,4 @@ class Replicas:
                     total = loss if total is None else total + loss
             fill_missing(parameters)
             losses[lane] = total
-        return losses, prefix if known is None or prefix is None else prefix.without(known)
+        return losses, {} if prefix is None or prefix is self.prefix else prefix.new()
