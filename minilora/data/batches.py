@@ -33,11 +33,8 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
     def split(self, n: int) -> list[Batch]:
-        """At most n shards of whole sequences, with numbers of tokens as equal as possible: a lane waits for the longest.
-
-        In order, cut at the boundary nearest to each n-th; or the longest sequences first, each to the shard with the fewest tokens so far,
-        where that is more even.
-        """
+        """At most n shards of whole sequences, as even as possible, since a lane waits for the longest: in order, cut at the boundary
+        nearest to each n-th; or the longest sequences first, each to the shard with the fewest tokens so far, where that is more even."""
         lengths = np.diff(self.offsets)
         ideal = (int(self.offsets[-1]) * i / n for i in range(1, n))
         cuts = {0, len(lengths), *(int(np.argmin(np.abs(self.offsets - at))) for at in ideal)}

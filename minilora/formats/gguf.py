@@ -87,16 +87,20 @@ def read_gguf(path: str | Path, dtype: Any = "float32") -> tuple[dict[str, Any],
 
 def read_gguf_tokenizer(path: str | Path) -> tuple[int, dict[str, Any]]:
     """(rows of the embedding, {name: value} of the metadata tokenizer.ggml.<name>, tokenizer.chat_template and general.architecture) of a
-    GGUF file.
-
-    Raises as `read_gguf`.
-    """
+    GGUF file. Raises as `read_gguf`."""
     meta, stored = read_header(Path(path))
     found = {re.sub(r"^tokenizer\.(ggml\.)?", "", name): value for name, value in meta.items() if name.startswith("tokenizer.")}
     for name in ("token_type", "scores", "precompiled_charsmap"):
         found |= {name: values.tolist()} if isinstance(values := found.get(name), array) else {}
     found["architecture"] = meta.get("general.architecture")
     return _config(meta, stored, Path(path))["vocab_size"], found
+
+
+def read_gguf_classifier(path: str | Path) -> dict[str, Any] | None:
+    """The configuration of a GGUF file with a classifier, from its header; None for one without. Raises as `read_gguf`."""
+    meta, stored = read_header(Path(path))
+    config = _config(meta, stored, Path(path))
+    return config if gguf_encoder.output_layer(config["model_type"], stored) else None
 
 
 def gguf_model_type(meta: dict[str, Any], stored: dict[str, Tensor]) -> str | None:

@@ -59,7 +59,7 @@ def configuration(found: dict[str, Any], meta: dict[str, Any], stored: dict[str,
     rows, width = stored["token_embd.weight"].shape
     depth, heads, d = (found[name] for name in ("block_count", "attention.head_count", "embedding_length"))
     labels, pooling = found.get("classifier.output_labels", []), found.get("pooling_type", 0)
-    head = found.get("classifier.pooling_type", _MEAN if modern else _FIRST)
+    reads = found.get("classifier.pooling_type", _MEAN if modern else _FIRST)
     eps = [short(found[name]) for name in _EPS[not modern :] if name in found] or [None]
     for fits, why in (
         (type(depth) is int and 0 < depth <= len(stored), f"block_count is {depth!s:.40}, but there are {len(stored)} tensors"),
@@ -68,7 +68,7 @@ def configuration(found: dict[str, Any], meta: dict[str, Any], stored: dict[str,
         (kind != "distilbert" or eps == [1e-12], f"it has no token types, as a DistilBERT, whose {_EPS[1]} is 1e-12 and not {eps[0]}"),
         (found.get("attention.head_count_kv", heads) == heads, f"there are {heads!s:.40} heads, but attention.head_count_kv differs"),
         (pooling in _POOLING, f"pooling_type {pooling!s:.40} is not supported"),
-        (head == _FIRST or (modern and head == _MEAN), f"classifier.pooling_type {head!s:.40} is not supported"),
+        (reads == _FIRST or (modern and reads == _MEAN), f"classifier.pooling_type {reads!s:.40} is not supported"),
         (isinstance(labels, list) and all(isinstance(label, str) for label in labels), "classifier.output_labels is no list of names"),
     ):
         if not fits:
@@ -79,7 +79,7 @@ def configuration(found: dict[str, Any], meta: dict[str, Any], stored: dict[str,
         values["max_position_embeddings"] += pad + 1
     if _TYPES in stored and stored[_TYPES].shape:
         values["type_vocab_size"] = stored[_TYPES].shape[0]
-    out = stored.get("cls.weight" if _head(kind, stored).get("cls") == _NAMES[kind][1][1] else "cls.output.weight")
+    out = output_layer(kind, stored)
     n = out.shape[0] if out is not None and out.shape else len(labels) or 2
     values |= {"num_labels": n, "id2label": dict(enumerate(labels)) or None}
     if modern:
@@ -92,7 +92,7 @@ def configuration(found: dict[str, Any], meta: dict[str, Any], stored: dict[str,
             "global_rope_theta": short(found.get("rope.freq_base", 1e4)),
             "local_rope_theta": short(found.get("rope.freq_base_swa", 1e4)),
             "hidden_act": found.get("hidden_activation", "gelu"),
-            "pooling": "mean" if head == _MEAN else "cls",
+            "pooling": "mean" if reads == _MEAN else "cls",
         }
         biases = {"attention": "blk.0.attn_qkv", "mlp": "blk.0.ffn_up", "norm": "output_norm", "classifier": "cls"}
         values |= {f"{name}_bias": f"{stem}.bias" in stored for name, stem in biases.items()}
@@ -127,6 +127,12 @@ def tensors(config: dict[str, Any], stored: dict[str, Tensor], path: Path, dtype
             value = np.pad(value, ((c.pad_token_id + 1, 0), (0, 0)))
         result |= {name: np.asarray(part, dtype) for name, part in zip(found, np.split(value, len(stems)), strict=True)}
     return result
+
+
+def output_layer(kind: str, stored: dict[str, Tensor]) -> Tensor | None:
+    """The weight of the last layer of the head; None of a decoder, and where the file has no head."""
+    only = kind in _NAMES and _head(kind, stored).get("cls") == _NAMES[kind][1][1]
+    return stored.get("cls.weight" if only else "cls.output.weight")
 
 
 def _head(kind: str, stored: dict[str, Tensor]) -> dict[str, str]:

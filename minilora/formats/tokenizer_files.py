@@ -191,10 +191,7 @@ def _built(kind: str, library: Any, raw: dict[str, Any], config: dict[str, Any],
 
 
 def wordpiece(vocab: dict[str, int], unk_token: str, lowercase: bool, chinese: bool = True, strip_accents: bool | None = None) -> Any:
-    """BERT's tokenizer: words, punctuation and, with `chinese`, Chinese characters are split into the longest tokens.
-
-    strip_accents: by default as `lowercase`.
-    """
+    """BERT's tokenizer: words, punctuation and, with `chinese`, Chinese characters in the longest tokens; accents by default as case."""
     t = import_tokenizers()
     built = t.Tokenizer(t.models.WordPiece(vocab, unk_token=unk_token))
     built.normalizer = t.normalizers.BertNormalizer(True, chinese, strip_accents, lowercase)

@@ -13,7 +13,7 @@ from minilora.formats.atomic import read_json
 from minilora.formats.checkpoint import load_model
 from minilora.formats.fetch import model_folder, read_weights
 from minilora.formats.fitting import Family, family_of
-from minilora.formats.gguf import read_gguf
+from minilora.formats.gguf import read_gguf_classifier
 from minilora.formats.tensors import map_tensors
 from minilora.formats.tokenizer import Tokenizer, load_tokenizer
 from minilora.models import BertClassifier
@@ -122,14 +122,13 @@ def _run(record: dict[str, Any], where: str) -> Run | None:
 def published_classes(name: str | Path, download: bool = True) -> list[str] | None:
     """The classes of a published model's head, in its order; None if it has no head."""
     if str(name).endswith(".gguf"):
-        where, (raw, weights) = str(name), read_gguf(name)
-        family = family_of(raw, where)
-    else:
-        where = f"{(folder := model_folder(name, download))}/config.json"
-        (raw, family), weights = _config(folder), read_weights(folder)
-    if not family.fresh or not any(path.startswith("classifier.") for path in weights):
+        found = read_gguf_classifier(name)
+        return None if found is None else list(family_of(found, str(name)).config.from_json(found, str(name)).class_names)
+    folder = model_folder(name, download)
+    raw, family = _config(folder)
+    if not family.fresh or not any(path.startswith("classifier.") for path in read_weights(folder)):
         return None
-    return list(family.config.from_json(raw, where).class_names)
+    return list(family.config.from_json(raw, f"{folder}/config.json").class_names)
 
 
 def _config(folder: Path) -> tuple[dict[str, Any], Family]:

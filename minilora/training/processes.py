@@ -27,9 +27,7 @@ available = sys.platform == "linux"  # macOS has libraries that do not survive a
 
 class Copies(AbstractContextManager[Any]):
     """`count` copies of this process as it is now; each can be asked to call `work`. A context manager, which ends them.
-
-    They ignore signals, which are for this process, and end if it is killed. Raises RuntimeError where the system refuses one.
-    """
+    They ignore signals, which are for this process, and end if it is killed. Raises RuntimeError where the system refuses one."""
 
     def __init__(self, count: int, work: Callable[..., Any]) -> None:
         before = set(multiprocessing.active_children())

@@ -41,8 +41,7 @@ class Replicas:
     lanes: by default as many as threads; on a device one a rank, which runs in parallel by itself. ranks: other processes (ranks.py).
 
     Use as a context manager: it holds the workers, and limits BLAS to one thread each while it is open. Processes have the model as it was
-    when it was opened, but for the values of trainable parameters.
-    Raises ValueError for fewer than one thread or lane.
+    when it was opened, but for the values of trainable parameters. Raises ValueError for fewer than one thread or lane.
     """
 
     def __init__(
